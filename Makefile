@@ -1,0 +1,68 @@
+# Everything runs from the virtual environment in .venv, which each target makes when it is missing
+# or when pyproject.toml has changed. Variables may be given on the command line: make extract DATA=my/images
+PYTHON   ?= python3
+DATA     ?= sample:digits
+BACKBONE ?= mobilenetv2
+FEATURES ?= features.h5
+HEAD     ?= dropout-linear
+RUNS     ?= runs
+RUN      ?= $(RUNS)
+IMAGES   ?= $(DATA)
+PREDICTIONS ?= predictions.csv
+ARGS     ?=
+
+VENV := .venv
+BIN  := $(VENV)/bin
+RUNNER := $(BIN)/python -m pipeline
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo extract train-head finetune predict leaderboard check test-fast test bench clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@echo "  variables: DATA=$(DATA) BACKBONE=$(BACKBONE) FEATURES=$(FEATURES) HEAD=$(HEAD) RUNS=$(RUNS) RUN=$(RUN) ARGS=\"...\""
+
+$(VENV)/.installed: pyproject.toml
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, %s.%s found: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV) (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@echo "installing into $(VENV) (TensorFlow is a large download; this happens once)" >&2
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+setup: $(VENV)/.installed  ## make the virtual environment and install into it
+
+demo: extract train-head finetune  ## the three stages, on scikit-learn's digits unless DATA says otherwise
+
+extract: setup  ## stage one: features of DATA into FEATURES
+	$(RUNNER) extract $(DATA) --out $(FEATURES) --backbone $(BACKBONE) $(ARGS)
+
+train-head: setup  ## stage two: train HEAD on FEATURES, a run folder under RUNS
+	$(RUNNER) train-head $(FEATURES) --head $(HEAD) --runs $(RUNS) $(ARGS)
+
+finetune: setup  ## stage three: fine-tune the last block from the newest fine-tunable run in RUN
+	$(RUNNER) finetune $(RUN) --images $(DATA) $(ARGS)
+
+predict: setup  ## classes and probabilities of IMAGES by the best run in RUN, into PREDICTIONS
+	$(RUNNER) predict $(RUN) $(IMAGES) --out $(PREDICTIONS) $(ARGS)
+
+leaderboard: setup  ## the table of runs, best first
+	$(RUNNER) leaderboard $(RUNS) $(ARGS)
+
+check: setup  ## ruff, mypy and the architecture test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_architecture.py
+
+test-fast: setup  ## tests without TensorFlow, under 20 s
+	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+
+test: setup  ## all tests
+	$(BIN)/python -m pytest $(ARGS)
+
+bench: setup  ## benchmarks: ratios measured side by side in one run
+	$(BIN)/python tests/benchmarks/bench_heads.py
+
+clean:  ## remove the virtual environment and caches (features and runs are kept)
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

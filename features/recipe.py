@@ -1,0 +1,168 @@
+"""What decides the values of one feature data set: frozen recipe -> canonical JSON -> fingerprint. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from features.errors import ConfigurationError, nearest
+
+RECIPE_VERSION = 1
+RESIZE_RULES = ("antialias", "keras")
+FIT_RULES = ("stretch", "crop", "pad")
+DECODE_RULES = ("full",)
+POOLINGS = ("none", "avg", "max", "flatten")
+PRECISIONS = ("float32",)
+DTYPES = ("float32", "float16")
+COLOUR_RULE = "rgb:exif,alpha-over-white"
+
+
+def canonical_json(value: Any) -> str:
+    """Sorted keys, no spaces, ASCII only, no NaN: one text for one value.
+
+    Examples
+    --------
+    >>> canonical_json({"b": 1, "a": [1.5, None]})
+    '{"a":[1.5,null],"b":1}'
+    """
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def digest_of(value: Any) -> str:
+    """Hexadecimal sha256 of the canonical JSON of ``value``."""
+    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelRule:
+    """How bytes become ``uint8`` pixels; part of every recipe.
+
+    Parameters
+    ----------
+    height, width : int
+        Size given to the network, in pixels, 1-4096.
+    resize : {"antialias", "keras"}
+        ``antialias``: Pillow's bilinear filter, which averages when it shrinks. ``keras``: bilinear at
+        half-pixel centres without antialiasing, as ``keras.utils.image_dataset_from_directory`` does by default.
+    fit : {"stretch", "crop", "pad"}
+        ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window of the target's
+        ratio, ``pad`` keeps the whole image, centred on black.
+    decode : {"full"}
+        ``full`` decodes every pixel of the file.
+    """
+
+    height: int
+    width: int
+    resize: str = "antialias"
+    fit: str = "stretch"
+    decode: str = "full"
+
+    def __post_init__(self) -> None:
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if not 1 <= value <= 4096:
+                raise ConfigurationError(f"image size: {name} must be 1 to 4096 pixels, received {value}")
+        _check_choice("resize", self.resize, RESIZE_RULES)
+        _check_choice("fit", self.fit, FIT_RULES)
+        _check_choice("decode", self.decode, DECODE_RULES)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """Everything that decides one feature data set's values (the number of views does not).
+
+    Parameters
+    ----------
+    backbone : str
+        Name of a row of ``features.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
+    weights : str
+        sha256 over the canonical tensors, 64 hexadecimal digits (``features.weights.tensor_digest``).
+    layer : str
+        Backbone layer whose output is kept.
+    pooling : {"none", "avg", "max", "flatten"}
+        What is done to a 4-D output.
+    pixels : PixelRule
+        Decoding and resizing.
+    preprocessing : str
+        Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``.
+    colour : str
+        The rule of ``features.images`` for colour, orientation and transparency.
+    augmentation : mapping or None
+        Specification of views 1 and above.
+    seed : int
+        Seed of the views.
+    precision : {"float32"}
+        Arithmetic of the forward pass.
+    dtype : {"float32", "float16"}
+        How the features are stored.
+    """
+
+    backbone: str
+    weights: str
+    layer: str
+    pooling: str
+    pixels: PixelRule
+    preprocessing: str
+    colour: str = COLOUR_RULE
+    augmentation: Mapping[str, Any] | None = None
+    seed: int = 0
+    precision: str = "float32"
+    dtype: str = "float32"
+
+    def __post_init__(self) -> None:
+        _check_choice("pooling", self.pooling, POOLINGS)
+        _check_choice("precision", self.precision, PRECISIONS)
+        _check_choice("dtype", self.dtype, DTYPES)
+
+    @property
+    def name(self) -> str:
+        """Name of the data set: the layer, with the pooling behind it where there is one (``out_relu.avg``)."""
+        layer = self.layer.replace("/", "|")
+        return layer if self.pooling == "none" else f"{layer}.{self.pooling}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, flat, with the recipe's own version."""
+        values = dataclasses.asdict(self)
+        pixels = values.pop("pixels")
+        return {"version": RECIPE_VERSION, **values, **pixels}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
+        """Rebuild a recipe; unknown or missing fields and another version are errors."""
+        version = values.get("version")
+        if version != RECIPE_VERSION:
+            raise ConfigurationError(f"recipe version {version!r} is not known here (expected {RECIPE_VERSION})")
+        fields = dict(values)
+        fields.pop("version")
+        pixel_names = [field.name for field in dataclasses.fields(PixelRule)]
+        known = {field.name for field in dataclasses.fields(cls)} - {"pixels"} | set(pixel_names)
+        if set(fields) != known:
+            odd = sorted(set(fields) ^ known)
+            raise ConfigurationError(f"recipe has unknown or missing fields: {', '.join(odd)}")
+        pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
+        return cls(pixels=pixels, **fields)
+
+    @property
+    def canonical(self) -> str:
+        """Canonical JSON of the recipe."""
+        return canonical_json(self.to_dict())
+
+    @property
+    def fingerprint(self) -> str:
+        """sha256 of the canonical JSON, 64 hexadecimal digits."""
+        return hashlib.sha256(self.canonical.encode("ascii")).hexdigest()
+
+    def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
+        """Fields that differ, as ``{field: (self's value, other's value)}``."""
+        mine, theirs = self.to_dict(), other.to_dict()
+        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ConfigurationError(
+            f"{field}: received {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"
+        )
