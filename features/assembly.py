@@ -1,0 +1,198 @@
+"""Stream known rows into one finished store.
+
+    image set + known rows --assemble()--> features.h5 (one file, complete or absent)
+
+Splits and labels are decided here, from the source and the content hashes. Rows come in blocks, so memory does
+not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import platform
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from features.errors import IntegrityError, SourceError
+from features.planning import Identity, KnownRows, Location
+from features.recipe import Recipe
+from features.sources import ImageSet, SplitRule, assign_splits, find_leakage, warnings_about
+from features.store import (
+    FeatureSpec,
+    FeatureStore,
+    ImageTable,
+    Progress,
+    Quarantine,
+    StoreWriter,
+    atomic_file,
+)
+
+logger = logging.getLogger(__name__)
+BLOCK_BYTES = 16 << 20
+
+
+def table_of(
+    images: ImageSet, identities: Sequence[Identity], rule: SplitRule
+) -> tuple[ImageTable, Quarantine]:
+    """Split the images into rows and quarantine, and give each row its split.
+
+    Raises
+    ------
+    SourceError
+        If no image could be read.
+    """
+    good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
+    bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
+    if not len(good):
+        first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there is none"
+        raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
+    sha256 = _digests(identities[index].sha256 for index in good)
+    groups = None if images.groups is None else tuple(images.groups[index] for index in good)
+    splits, warnings = assign_splits(images.labels[good], images.given_splits[good], groups, sha256, rule)
+    table = ImageTable(
+        paths=tuple(images.paths[index] for index in good),
+        sha256=sha256,
+        labels=images.labels[good],
+        splits=splits,
+        groups=groups,
+        widths=np.array([identities[index].width for index in good], np.int32),
+        heights=np.array([identities[index].height for index in good], np.int32),
+        sizes=images.sizes[good],
+        mtimes_ns=images.mtimes_ns[good],
+    )
+    for message in [*warnings, *warnings_about(table.labels, table.splits, images.classes)]:
+        logger.warning("%s", message)
+    leaks = find_leakage(sha256, splits, table.paths)
+    if leaks:
+        logger.warning("leakage: %d images lie in two splits with the same bytes, such as %s and %s", len(leaks), *leaks[0])
+    quarantine = Quarantine(
+        paths=tuple(images.paths[index] for index in bad),
+        sha256=_digests(identities[index].sha256 for index in bad),
+        reasons=tuple(str(identities[index].reason) for index in bad),
+        sizes=images.sizes[bad] if bad else np.zeros(0, np.int64),
+        mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
+    )
+    return table, quarantine
+
+
+def is_current(
+    store: FeatureStore,
+    images: ImageSet,
+    table: ImageTable,
+    quarantine: Quarantine,
+    rule: SplitRule,
+    recipes: Sequence[Recipe],
+    views: int,
+) -> bool:
+    """Whether the store already says all this, so that nothing has to be written."""
+    return (
+        store.classes == images.classes
+        and (store.source, store.split_rule) == (images.description, str(rule))
+        and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in recipes}
+        and all(store.views(name) == views for name in store.names)
+        and _same(store.images, table)
+        and _same(store.quarantine, quarantine)
+    )
+
+
+def assemble(
+    out: Path,
+    *,
+    images: ImageSet,
+    table: ImageTable,
+    quarantine: Quarantine,
+    rule: SplitRule,
+    recipes: Sequence[Recipe],
+    views: int,
+    known: KnownRows,
+    provenance: Mapping[str, object],
+    progress: Progress | None = None,
+) -> None:
+    """Write the store from known rows; ``out`` is whole or as it was before.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be written.
+    IntegrityError
+        If a row that should be known is missing.
+    """
+    hashes = [digest.tobytes() for digest in table.sha256]
+    places = {recipe.name: [_places(known, recipe, view, hashes) for view in range(views)] for recipe in recipes}
+    specs = {}
+    for recipe in recipes:
+        source, _ = places[recipe.name][0][0]
+        specs[recipe.name] = FeatureSpec(recipe, views, known.sources[source].shape(recipe.name)[2:])
+    total, done = len(recipes) * len(table), 0
+    with atomic_file(out) as temporary:
+        writer = StoreWriter(temporary, kind="store", rows=len(table), features=specs)
+        try:
+            for recipe in recipes:
+                for block in _blocks(recipe, specs[recipe.name], places[recipe.name], known):
+                    writer.append(recipe.name, block)
+                    done += len(block)
+                    if progress:
+                        progress("assemble", done, total)
+            writer.finish(
+                images=table,
+                quarantine=quarantine,
+                classes=images.classes,
+                source=images.description,
+                split_rule=str(rule),
+                provenance={**provenance, "software": software_versions()},
+            )
+        finally:
+            writer.close()
+
+
+def _places(known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes]) -> list[Location]:
+    places = []
+    for row, sha256 in enumerate(hashes):
+        place = known.locate((recipe.fingerprint, view), sha256)
+        if place is None:
+            raise IntegrityError(f"row {row} of {recipe.name}, view {view}, was planned and never made")
+        places.append(place)
+    return places
+
+
+def _blocks(
+    recipe: Recipe, spec: FeatureSpec, places: Sequence[Sequence[Location]], known: KnownRows
+) -> Iterator[np.ndarray]:
+    row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * spec.views * np.dtype(recipe.dtype).itemsize
+    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    for start in range(0, len(places[0]), step):
+        stop = min(start + step, len(places[0]))
+        block = np.empty((stop - start, spec.views, *spec.shape), dtype=recipe.dtype)
+        for view in range(spec.views):
+            wanted = np.array(places[view][start:stop], dtype=np.int64)
+            for source in np.unique(wanted[:, 0]):
+                here = np.flatnonzero(wanted[:, 0] == source)
+                rows = known.sources[source].array(recipe.name)
+                block[here, view] = rows[wanted[here, 1], known.view_position(int(source), view)]
+        yield block
+
+
+def _digests(hashes: Iterator[bytes] | Sequence[bytes]) -> np.ndarray:
+    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32)
+
+
+def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine) -> bool:
+    mine, theirs = vars(first), vars(second)
+    return all(
+        np.array_equal(value, theirs[key]) if isinstance(value, np.ndarray) else value == theirs[key]
+        for key, value in mine.items()
+    )
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what decided the numbers, read without importing it."""
+    versions = {"python": platform.python_version()}
+    for name in ("bottleneck-features", "tensorflow", "keras", "h5py", "numpy", "pillow"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

@@ -1,0 +1,380 @@
+"""Stage one as a library: images in, a finished feature store out.
+
+    scan -> resolve network -> plan -> shards (read | infer | write) -> table -> assemble -> features.h5
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import os
+import socket
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+import numpy as np
+
+from features.assembly import assemble, is_current, table_of
+from features.errors import ConfigurationError, LockedError, StoreError, TooManyUnreadableError
+from features.networks import MakeEngine, Network, resolve_network
+from features.planning import Identity, Plan, make_plan
+from features.recipe import Recipe
+from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, printable, rows_per_shard, shard_path
+from features.sources import ImageSet, SplitRule, scan
+from features.store import FeatureStore, Progress
+
+logger = logging.getLogger(__name__)
+SHARDS_IN_FLIGHT = 2  # one is inferred while the other is read
+
+
+@dataclasses.dataclass(frozen=True)
+class ExtractionResult:
+    """A finished store, what was done for it, and how many images went through the network."""
+
+    store: FeatureStore
+    counts: Counter[str]
+    inferred: int
+    written: bool
+
+
+class Extraction:
+    """One extraction, from plan to finished store.
+
+    Parameters
+    ----------
+    images : str or Path
+        Image source, see ``features.sources.scan``.
+    out : str or Path
+        The store to make or bring up to date.
+    backbone, weights, layers, pooling, image_size, resize, fit, dtype, seed
+        The recipe; see ``features.networks.resolve_network``.
+    split : str
+        ``"hash"`` or ``"stratified"``, with fractions behind a colon; see ``features.sources.SplitRule``.
+    target : str, optional
+        Manifest column that holds the label.
+    batch_size : int
+        Images of one forward pass, 1-4096.
+    shard_rows : int, optional
+        Images of one shard; about 64 MiB of features without it.
+    workers : int, optional
+        Threads that read and decode; the processors of this process without it.
+    device : {"auto", "cpu", "gpu"}
+        Where the network runs.
+    max_unreadable : float
+        Largest share of unreadable images, 0-1.
+    overwrite : bool
+        Allow a store of another recipe or of other images to be replaced.
+    """
+
+    def __init__(
+        self,
+        images: str | Path,
+        out: str | Path,
+        *,
+        backbone: str = "mobilenetv2",
+        weights: str = "imagenet",
+        layers: Sequence[str] = (),
+        pooling: str | None = None,
+        image_size: tuple[int, int] | None = None,
+        resize: str = "antialias",
+        fit: str = "stretch",
+        dtype: str = "float32",
+        seed: int = 0,
+        split: str = "hash",
+        target: str | None = None,
+        batch_size: int = 32,
+        shard_rows: int | None = None,
+        workers: int | None = None,
+        device: str = "auto",
+        max_unreadable: float = 0.05,
+        overwrite: bool = False,
+    ) -> None:
+        _check_range("batch size", batch_size, 1, 4096)
+        _check_range("workers", 1 if workers is None else workers, 1, 1024)
+        _check_range("max unreadable", max_unreadable, 0, 1)
+        self.out = Path(out)
+        self.rule = SplitRule.parse(split, seed)
+        self.images: ImageSet = scan(images, target=target)
+        self.network: Network = resolve_network(
+            backbone,
+            weights=weights,
+            layers=layers,
+            pooling=pooling,
+            image_size=image_size,
+            resize=resize,
+            fit=fit,
+            dtype=dtype,
+        )
+        self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
+        self.max_unreadable = max_unreadable
+        self.workers = workers or processors()
+        self.shard_rows = shard_rows or rows_per_shard(self.network.row_bytes, batch_size)
+        _check_range("shard rows", self.shard_rows, 1, 1 << 20)
+        self.parts = PartsFolder(self.out.with_name(self.out.name + ".parts"))
+
+    def plan(self) -> Plan:
+        """What would be done. Reads; writes nothing."""
+        self.parts.read()
+        with ThreadPoolExecutor(self.workers) as readers:
+            return make_plan(
+                self.images,
+                self.network.recipes,
+                views=1,
+                out=self.out,
+                parts=self.parts,
+                shard_rows=self.shard_rows,
+                readers=readers,
+                overwrite=self.overwrite,
+            )
+
+    def run(
+        self,
+        progress: Progress | None = None,
+        make_engine: MakeEngine | None = None,
+    ) -> ExtractionResult:
+        """Compute what is missing and bring the store up to date.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with ``(stage, done, total)``.
+        make_engine : callable, optional
+            Network and recipes -> function of batches. Called only when something has to be inferred.
+
+        Raises
+        ------
+        LockedError
+            If another process writes the same store.
+        TooManyUnreadableError
+            If more images than allowed are unreadable; the store is written all the same.
+        KeyboardInterrupt
+            After the shards in flight were finished; the next run goes on from there.
+        """
+        writable_folder(self.out.parent)
+        with locked(self.out):
+            if self.parts.path.exists():
+                self.parts.open()
+            plan = self.plan()
+            engine = _LazyEngine(self, make_engine)
+            if plan.specs:
+                self.parts.open()
+                self._run_shards(plan, engine, progress)
+            result = self._finish(plan, engine, progress)
+            self.parts.remove()
+        self._check_unreadable(result.store)
+        return result
+
+    def _run_shards(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> None:
+        index_of = {path: index for index, path in enumerate(self.images.paths)}
+        done, lock = 0, threading.Lock()
+
+        def advance(count: int) -> None:
+            nonlocal done
+            with lock:
+                done += count
+                if progress:
+                    progress("extract", done, plan.to_infer)
+
+        def make(spec: ShardSpec) -> ShardRecord:
+            return extract_shard(
+                spec,
+                self.parts.path,
+                read=lambda path: self.images.read(index_of[path]),
+                infer=engine.for_recipes(spec.recipes),
+                decoders=decoders,
+                batch_size=self.batch_size,
+                advance=advance,
+            )
+
+        with ThreadPoolExecutor(self.workers, "decode") as decoders, ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners:
+            for record in _bounded(runners, make, plan.specs):
+                self.parts.commit(record)
+                plan.known.add(FeatureStore.open_shard(shard_path(self.parts.path, record.identity)), record.views)
+
+    def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
+        identities = _settled(plan)
+        table, quarantine = table_of(self.images, identities, self.rule)
+        current = plan.old is not None and is_current(
+            plan.old, self.images, table, quarantine, self.rule, plan.recipes, plan.views
+        )
+        if not current:
+            assemble(
+                self.out,
+                images=self.images,
+                table=table,
+                quarantine=quarantine,
+                rule=self.rule,
+                recipes=plan.recipes,
+                views=plan.views,
+                known=plan.known,
+                provenance=self._provenance(plan, engine),
+                progress=progress,
+            )
+        plan.counts["unreadable"] = len(quarantine)
+        return ExtractionResult(FeatureStore.open(self.out), plan.counts, engine.inferred, written=not current)
+
+    def _provenance(self, plan: Plan, engine: _LazyEngine) -> dict[str, object]:
+        before = plan.old.provenance if plan.old is not None else {}
+        return {
+            "engine": engine.name or before.get("engine", ""),
+            "batch_size": self.batch_size if engine.name else before.get("batch_size", self.batch_size),
+            "backbone": self.network.backbone_argument,
+            "weights": self.network.weights_argument,
+        }
+
+    def _check_unreadable(self, store: FeatureStore) -> None:
+        refused, total = len(store.quarantine), len(store.quarantine) + len(store)
+        if refused > self.max_unreadable * total:
+            first = f"{printable(store.quarantine.paths[0])} ({store.quarantine.reasons[0]})"
+            raise TooManyUnreadableError(
+                f"{refused} of {total} images are unreadable, such as {first}; at most {self.max_unreadable:.0%} are "
+                f"allowed. The {len(store)} good rows are in {self.out}. List the others with: bottleneck inspect "
+                f"{self.out}; repair them and run again, or allow more with --max-unreadable."
+            )
+
+
+def extract_features(
+    images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object
+) -> FeatureStore:
+    """Push every image of a source through a frozen backbone once and keep the features.
+
+    Parameters
+    ----------
+    images : str or Path
+        Folder of class folders, CSV manifest or ``"sample:digits"``.
+    out : str or Path
+        The HDF5 file; brought up to date if it exists.
+    progress : callable, optional
+        Called with ``(stage, done, total)``.
+    **options
+        As of ``Extraction``: ``backbone``, ``weights``, ``layers``, ``pooling``, ``image_size``, ``split``, ...
+
+    Returns
+    -------
+    FeatureStore
+        The finished store.
+    """
+    return Extraction(images, out, **options).run(progress).store  # type: ignore[arg-type]
+
+
+class _LazyEngine:
+    """Build an engine per group of data sets when it is first needed; forward passes never overlap."""
+
+    def __init__(self, extraction: Extraction, make: MakeEngine | None) -> None:
+        self._extraction, self._make = extraction, make or self._keras_engine
+        self._engines: dict[tuple[Recipe, ...], Infer] = {}
+        self._lock = threading.Lock()
+        self.name, self.inferred = "", 0
+
+    def for_recipes(self, recipes: tuple[Recipe, ...]) -> Infer:
+        def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
+            with self._lock:
+                if recipes not in self._engines:
+                    self._engines[recipes] = self._make(self._extraction.network, recipes)
+                    self.name = getattr(self._engines[recipes], "name", "function")
+                self.inferred += len(batch)
+                return self._engines[recipes](batch)
+
+        return infer
+
+    def _keras_engine(self, network: Network, recipes: Sequence[Recipe]) -> Infer:
+        engine: Infer = network.engine(recipes, batch_size=self._extraction.batch_size, device=self._extraction.device)
+        return engine
+
+
+def _bounded(pool: ThreadPoolExecutor, function: Callable[[ShardSpec], ShardRecord], specs: Sequence[ShardSpec]) -> Iterator[ShardRecord]:
+    """Run with few in flight. On an error or Ctrl-C start no more, and hand out what was in flight first."""
+    pending: set[Future[ShardRecord]] = set()
+    queue = iter(specs)
+    failure: BaseException | None = None
+    while True:
+        try:
+            while failure is None and len(pending) < SHARDS_IN_FLIGHT and (spec := next(queue, None)) is not None:
+                pending.add(pool.submit(function, spec))
+            if not pending:
+                break
+            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
+        except KeyboardInterrupt as interrupt:
+            if failure is not None:
+                raise
+            logger.warning("stopping after the shards in flight; press Ctrl-C again to drop them")
+            failure = interrupt
+            continue
+        for future in finished:
+            error = future.exception()
+            if error is None:
+                yield future.result()
+            else:
+                failure = failure or error
+    if failure is not None:
+        raise failure
+
+
+def _settled(plan: Plan) -> list[Identity]:
+    """Identity of every image, from what was known before and from the shards just made."""
+    images = plan.images
+    columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), plan.identities, strict=True)
+    settled = []
+    for path, size, mtime, identity in columns:
+        identity = identity or plan.known.identity(path, size, mtime)
+        if identity is None:
+            raise StoreError(f"{printable(path)}: no shard holds it, though one was planned")
+        settled.append(identity)
+    return settled
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the writer's lock of a store, or refuse at once.
+
+    Raises
+    ------
+    LockedError
+        Naming the process that holds it.
+    """
+    import filelock
+
+    holder = out.with_name(f".{out.name}.writer")
+    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error
+    try:
+        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        lock.release()
+
+
+def writable_folder(folder: Path) -> None:
+    """Make sure, before any work, that files can be created in a folder.
+
+    Raises
+    ------
+    StoreError
+        If not.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise StoreError(f"{folder}: cannot write there ({error.strerror or error}). Give another folder.") from error
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_range(name: str, value: float, low: float, high: float) -> None:
+    if not low <= value <= high:
+        raise ConfigurationError(f"{name}: received {value}, expected {low} to {high}")

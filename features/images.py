@@ -1,0 +1,391 @@
+"""Bytes -> decoded, resized ``uint8`` pixels. Every refusal is a word of ``REASONS``.
+
+Pillow decodes; nothing here touches its global settings, so all functions may run on many threads.
+"""
+
+from __future__ import annotations
+
+import errno
+import importlib
+import io
+import logging
+import os
+import stat
+import struct
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageFile
+
+from features.errors import ConfigurationError, UnreadableImageError
+from features.recipe import PixelRule
+
+logger = logging.getLogger(__name__)
+
+REASON_MEANINGS = {
+    "empty": "the file has no bytes",
+    "not-an-image": "no decoder knows the first bytes: text, HEIC, PDF, a web page saved as .jpg",
+    "truncated": "the data end before the image does",
+    "too-large": "more pixels, bytes or memory than the limit",
+    "unreadable": "it begins like an image, but the decoder or the disk refuses the rest",
+    "missing": "no such file, or a link to nothing",
+    "no-permission": "the file may not be read",
+    "not-a-file": "a folder, pipe, socket or device",
+}
+REASONS: tuple[str, ...] = tuple(REASON_MEANINGS)
+
+MAX_PIXELS = 100_000_000
+MAX_BYTES = 1 << 30
+
+# A closed list: Pillow would otherwise also try decoders that start other programs (EPS runs Ghostscript).
+_PLUGINS = {
+    "JPEG": "Jpeg",
+    "PNG": "Png",
+    "GIF": "Gif",
+    "BMP": "Bmp",
+    "WEBP": "WebP",
+    "TIFF": "Tiff",
+    "PPM": "Ppm",
+    "JPEG2000": "Jpeg2K",
+    "ICO": "Ico",
+    "AVIF": "Avif",
+}
+for _plugin in _PLUGINS.values():
+    try:
+        importlib.import_module(f"PIL.{_plugin}ImagePlugin")
+    except ImportError:  # an older Pillow has no AVIF
+        logger.debug("Pillow has no decoder %s", _plugin)
+
+# What Pillow's decoders raise on hostile bytes. Warning: a caller may have turned warnings into errors.
+_DECODER_ERRORS = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    TypeError,
+    LookupError,
+    EOFError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+    MemoryError,
+    Warning,
+)
+_END_OF_DATA = (EOFError, IndexError, struct.error)
+_END_OF_DATA_WORDS = (
+    "truncat",
+    "unexpected end",
+    "end of file",
+    "reached eof",
+    "but only got",
+    "not enough image data",
+)
+
+_TRANSPOSITIONS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ORIENTATION_TAG = 0x0112
+
+
+class Decoded(NamedTuple):
+    """One image, ready for a batch.
+
+    Parameters
+    ----------
+    pixels : uint8, (rule.height, rule.width, 3), 0-255
+        RGB, C-contiguous, read-only.
+    width, height : int
+        Size of the file's image after its orientation was applied, in pixels.
+    """
+
+    pixels: np.ndarray
+    width: int
+    height: int
+
+
+def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
+    """All bytes of a regular file; links are followed. Never waits on a pipe.
+
+    Raises
+    ------
+    UnreadableImageError
+        ``missing``, ``no-permission``, ``not-a-file``, ``too-large`` or ``unreadable``.
+    """
+    try:
+        # Looked at before it is opened, because opening a device may already do something, and again
+        # after, because the file may have been replaced in between.
+        _require_regular(os.stat(path).st_mode, path)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        with open(descriptor, "rb", buffering=0) as file:
+            status = os.fstat(descriptor)
+            _require_regular(status.st_mode, path)
+            if status.st_size > max_bytes:
+                raise UnreadableImageError("too-large", f"{path}: {status.st_size} bytes, the limit is {max_bytes}")
+            return file.read()
+    except UnreadableImageError:
+        raise
+    except PermissionError as error:
+        raise UnreadableImageError("no-permission", f"{path}: {error.strerror}") from error
+    except ValueError as error:  # a NUL character in the name
+        raise UnreadableImageError("missing", f"{path!r}: {error}") from error
+    except OSError as error:
+        absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+        link = " (a link to nothing)" if absent and os.path.islink(path) else ""
+        raise UnreadableImageError("missing" if absent else "unreadable", f"{path}: {error.strerror}{link}") from error
+
+
+def _require_regular(mode: int, path: str | Path) -> None:
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe" if stat.S_ISFIFO(mode) else "a socket or device"
+        raise UnreadableImageError("not-a-file", f"{path} is {kind}")
+
+
+def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Decoded:
+    """Decode the first frame, upright, as RGB, and resize it by ``rule``.
+
+    Grey of more than 8 bits is scaled to 0-255, transparency is laid over white, CMYK is converted
+    without a colour profile; one fixed rule, named ``features.recipe.COLOUR_RULE``.
+
+    Parameters
+    ----------
+    data : bytes
+        A whole image file.
+    rule : PixelRule
+        Size, resampling and fit. ``antialias`` is Pillow's bilinear filter, ``keras`` equals
+        ``keras.utils.image_dataset_from_directory`` rounded to whole grey levels.
+    max_pixels : int
+        Larger images are refused from their header, before a pixel is decoded.
+
+    Raises
+    ------
+    UnreadableImageError
+        ``reason`` is ``empty``, ``not-an-image``, ``truncated``, ``too-large`` or ``unreadable``.
+    """
+    if ImageFile.LOAD_TRUNCATED_IMAGES:
+        raise ConfigurationError(
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: half an image would pass as a whole one; set it to False"
+        )
+    if not data:
+        raise UnreadableImageError("empty", "0 bytes")
+    image = _open(data)
+    _check_size(image, max_pixels)
+    try:
+        image.load()
+        _check_size(image, max_pixels)  # an icon may hold a larger image than its header says
+        upright = _upright(image)
+        return Decoded(_resize(_to_rgb(upright), rule, max_pixels), *upright.size)
+    except UnreadableImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        raise _refusal(error, image.format or "image", data) from error
+
+
+def _open(data: bytes) -> Image.Image:
+    """Read the header only.
+
+    ``Image.open`` is not used because above its own limit it warns (which only process-wide state
+    can silence) or raises, and because it hides why a header was refused.
+    """
+    prefix = data[:16]
+    for name in _PLUGINS:
+        factory, accept = Image.OPEN.get(name, (None, None))
+        if factory is None or accept is None or accept(prefix) is not True:
+            continue
+        try:
+            return factory(io.BytesIO(data), "")
+        except _DECODER_ERRORS as error:
+            if name == "AVIF" and b"avif" not in data[8:64]:  # HEIC, in the container that AVIF uses too
+                break
+            raise _refusal(error, name, data) from error
+    raise UnreadableImageError(
+        "not-an-image", f"the first bytes, {prefix!r}, are those of no known format ({', '.join(_PLUGINS)})"
+    )
+
+
+def _check_size(image: Image.Image, max_pixels: int) -> None:
+    if image.width * image.height > max_pixels:
+        raise UnreadableImageError(
+            "too-large", f"{image.width}x{image.height} pixels, the limit is {max_pixels} in all"
+        )
+
+
+def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageError:
+    """The reason behind an exception of the decoder ``name``."""
+    text = str(error) or type(error).__name__
+    ended = isinstance(error, _END_OF_DATA) or isinstance(error.__cause__, _END_OF_DATA)
+    if isinstance(error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning):
+        reason = "too-large"
+    elif ended or any(word in text.lower() for word in _END_OF_DATA_WORDS) or _promised_length(data, name) > len(data):
+        reason = "truncated"
+    else:
+        reason = "unreadable"
+    return UnreadableImageError(reason, f"{name}: {text}")
+
+
+def _promised_length(data: bytes, name: str) -> int:
+    """Bytes that a container says it holds; 0 where it does not say. Their decoders do not tell cut from damaged."""
+    if name == "WEBP":
+        return 8 + int.from_bytes(data[4:8], "little")
+    position = 0
+    if name in ("AVIF", "JPEG2000"):  # a row of boxes, each beginning with its own length
+        while position + 8 <= len(data) and (length := int.from_bytes(data[position : position + 4], "big")) >= 8:
+            position += length
+    return position
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Apply the EXIF or XMP orientation; damaged metadata count as none."""
+    try:
+        # After load(): Pillow turns TIFF by itself while it loads, and then forgets the tag.
+        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
+        method = _TRANSPOSITIONS.get(orientation)
+    except _DECODER_ERRORS as error:
+        logger.debug("metadata ignored: %s", error)
+        return image
+    return image if method is None else image.transpose(method)
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I") or image.mode == "F":
+        return Image.fromarray(_deep_grey_to_8_bits(image)).convert("RGB")
+    if image.has_transparency_data:
+        coloured = image.convert("RGBA")
+        canvas = Image.new("RGB", image.size, (255, 255, 255))
+        canvas.paste(coloured, mask=coloured.getchannel("A"))
+        return canvas
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
+    """Scale grey of 16 or 32 bits or floating point to uint8, (h, w), where Pillow's ``convert`` would clip.
+
+    A file does not say which value is white. 16-bit: 65535. 32-bit: 65535 if nothing is larger, else
+    the largest integer. Floating point: the smallest of 1, 255 and 65535 that holds all values, else
+    the largest value. Below zero is black, as is NaN.
+    """
+    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=np.inf)
+    largest = float(values.max(initial=0, where=np.isfinite(values)))
+    scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0, largest)}.get(image.mode, (65535.0,))
+    white = next((scale for scale in scales if largest <= scale), scales[-1])
+    grey = (np.clip(values, 0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        grey[values == transparent] = 255
+    return grey
+
+
+def _resize(image: Image.Image, rule: PixelRule, max_pixels: int) -> np.ndarray:
+    if rule.fit == "crop":
+        left, top, width, height = crop_window(*image.size, rule)
+        if (width, height) != image.size:
+            image = image.crop((left, top, left + width, top + height))
+    margins = pad_margins(*image.size, rule) if rule.fit == "pad" else (0, 0)
+    if rule.resize == "keras":
+        return _resize_keras(np.asarray(image), rule, margins)
+    if any(margins):
+        image = _pad(image, rule, margins, max_pixels)
+    return np.asarray(image.resize((rule.width, rule.height), Image.Resampling.BILINEAR))
+
+
+def crop_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
+    """Left, top, width and height of the largest centred window with the ratio of ``rule``.
+
+    The arithmetic, float32 and truncation included, is that of Keras' ``crop_to_aspect_ratio=True``
+    (``keras.utils.image_utils.smart_resize``).
+
+    Examples
+    --------
+    >>> crop_window(500, 340, PixelRule(200, 200))
+    (80, 0, 340, 340)
+    """
+    window_height = max(min(height, int(np.float32(width * rule.height) / np.float32(rule.width))), 1)
+    window_width = max(min(width, int(np.float32(height * rule.width) / np.float32(rule.height))), 1)
+    return (width - window_width) // 2, (height - window_height) // 2, window_width, window_height
+
+
+def pad_margins(width: int, height: int, rule: PixelRule) -> tuple[int, int]:
+    """Black columns on the left and on the right, black rows above and below, before resizing.
+
+    As Keras' ``pad_to_aspect_ratio=True``; one of the two is always 0.
+
+    Examples
+    --------
+    >>> pad_margins(500, 340, PixelRule(200, 200))
+    (0, 80)
+    """
+    padded_height = max(height, int(np.float32(width * rule.height) / np.float32(rule.width)))
+    padded_width = max(width, int(np.float32(height * rule.width) / np.float32(rule.height)))
+    return (padded_width - width) // 2, (padded_height - height) // 2
+
+
+def _pad(image: Image.Image, rule: PixelRule, margins: tuple[int, int], max_pixels: int) -> Image.Image:
+    """Shrink the side that needs no margin, then add the margins to the other.
+
+    Rows and columns are resized separately anyhow; this order spares a canvas of the padded size,
+    which for a 50000x100 strip would be 25 times the image.
+    """
+    across, down = margins
+    size = (image.width, rule.height) if across else (rule.width, image.height)
+    canvas_size = (size[0] + 2 * across, size[1] + 2 * down)
+    if canvas_size[0] * canvas_size[1] > max_pixels:
+        raise UnreadableImageError("too-large", f"{image.width}x{image.height} pixels are too oblong to pad")
+    canvas = Image.new("RGB", canvas_size)
+    canvas.paste(image.resize(size, Image.Resampling.BILINEAR), margins)
+    return canvas
+
+
+def _resize_keras(pixels: np.ndarray, rule: PixelRule, margins: tuple[int, int]) -> np.ndarray:
+    """Bilinear at half-pixel centres without antialiasing, columns first, in float32, then rounded.
+
+    The arithmetic of TensorFlow's ``ResizeBilinear`` kernel (``half_pixel_centers=True``); of the
+    source it touches only the two rows and two columns next to each target centre.
+    """
+    rows, row_inside, row_weight = _taps(pixels.shape[0], rule.height, margins[1])
+    columns, column_inside, column_weight = _taps(pixels.shape[1], rule.width, margins[0])
+    lines = pixels.take(rows.ravel(), axis=0)
+    if not row_inside.all():
+        lines[~row_inside.ravel()] = 0
+    left, right = (lines.take(column, axis=1).astype(np.float32) for column in columns)
+    if not column_inside.all():
+        left[:, ~column_inside[0]] = 0
+        right[:, ~column_inside[1]] = 0
+    right -= left
+    right *= column_weight[:, None]
+    right += left
+    upper, lower = right[: rule.height], right[rule.height :]
+    lower -= upper
+    lower *= row_weight[:, None, None]
+    lower += upper
+    return np.rint(lower, out=lower).astype(np.uint8)
+
+
+def _taps(length: int, target: int, margin: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The two source positions next to each target centre on a line with black margins.
+
+    Returns
+    -------
+    positions : int64, (2, target)
+        Lower and upper neighbour, 0 to ``length - 1``.
+    inside : bool, (2, target)
+        False where the neighbour lies in the margin.
+    weight : float32, (target,), 0-1
+        Share of the upper neighbour.
+    """
+    padded = length + 2 * margin
+    scale = np.float32(padded) / np.float32(target)
+    centres = (np.arange(target, dtype=np.float32) + np.float32(0.5)) * scale - np.float32(0.5)
+    floors = np.floor(centres)
+    neighbours = np.stack([np.maximum(floors, 0), np.minimum(np.ceil(centres), padded - 1)]).astype(np.int64) - margin
+    inside = (neighbours >= 0) & (neighbours < length)
+    return neighbours.clip(0, length - 1), inside, centres - floors

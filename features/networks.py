@@ -1,0 +1,223 @@
+"""Which network, decided before anything heavy is imported: names, sizes and digests -> recipes -> engine.
+
+What has to be known of a backbone to write its recipes (weights digest, layers, output shapes) is described once
+with Keras and remembered by the weights file's sha256, so that a run with nothing to compute never imports Keras.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+import os
+import secrets
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.backbones import Backbone, build_backbone, boundary_of, feature_model, find_backbone, preprocess
+from features.cache import cache_folder
+from features.errors import ConfigurationError, nearest
+from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_of
+from features.weights import WeightsFile, load_weights, resolve_weights
+
+logger = logging.getLogger(__name__)
+BOUNDARY = "boundary"  # word for the layer just before the last convolutional block
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What recipes need to know of a backbone with weights at one image size.
+
+    Parameters
+    ----------
+    digest : str
+        sha256 over the weight tensors.
+    layers : dict of str to tuple of int
+        Output shape of every layer with one output, without the batch axis, in graph order.
+    boundary : str or None
+        Layer before the last convolutional block; None where no single tensor separates it.
+    """
+
+    digest: str
+    layers: dict[str, tuple[int, ...]]
+    boundary: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A backbone with verified weights and the feature data sets wanted of it."""
+
+    backbone: Backbone
+    backbone_argument: str
+    weights: WeightsFile
+    weights_argument: str
+    recipes: tuple[Recipe, ...]
+    description: Description
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image over all data sets, for one view."""
+        return sum(
+            int(np.prod(pooled_shape(self.description.layers[item.layer], item.pooling))) * np.dtype(item.dtype).itemsize
+            for item in self.recipes
+        )
+
+    def load(self) -> Any:
+        """The backbone as a ``keras.Model`` with its weights."""
+        rule = self.recipes[0].pixels
+        model = build_backbone(self.backbone, (rule.height, rule.width))
+        load_weights(model, self.backbone, self.weights)
+        return model
+
+    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
+        """An engine that makes these data sets in one pass."""
+        from features.engines import KerasEngine
+
+        model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
+        return KerasEngine(model, preprocess(self.backbone), recipes, batch_size=batch_size, device=device)
+
+
+def resolve_network(
+    backbone: str,
+    *,
+    weights: str = "imagenet",
+    layers: Sequence[str] = (),
+    pooling: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    resize: str = "antialias",
+    fit: str = "stretch",
+    dtype: str = "float32",
+) -> Network:
+    """Find backbone, weights and layers, and write the recipes.
+
+    Parameters
+    ----------
+    backbone : str
+        Name of a row of ``BACKBONES``, or path of a ``.keras`` file.
+    weights : str
+        ``"imagenet"``, ``"random"`` or a file.
+    layers : sequence of str
+        Layers to keep; ``"boundary"`` is the one before the last block. The last layer without any.
+    pooling : {"none", "avg", "max", "flatten"}, optional
+        For every 4-D layer asked for. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
+    image_size : tuple of int, optional
+        Height and width in pixels; the backbone's own without it.
+    resize, fit, dtype : str
+        See ``features.recipe``.
+
+    Raises
+    ------
+    ConfigurationError
+        For a name that does not exist; the nearest ones are offered.
+    WeightsError
+        For weights that cannot be found or do not fit.
+    """
+    row = find_backbone(backbone)
+    if pooling is not None and pooling not in POOLINGS:
+        raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}")
+    size = image_size or (row.size, row.size)
+    rule = PixelRule(size[0], size[1], resize=resize, fit=fit)
+    file = resolve_weights(row, weights)
+    description = describe(row, file, size)
+    chosen: dict[tuple[str, str], Recipe] = {}
+    for layer in [_layer(name, description, row) for name in layers] or [list(description.layers)[-1]]:
+        pooled = pooling or ("none" if layers else "avg")
+        if len(description.layers[layer]) != 3:
+            pooled = "none"
+        chosen[layer, pooled] = Recipe(
+            backbone=row.name,
+            weights=description.digest,
+            layer=layer,
+            pooling=pooled,
+            pixels=rule,
+            preprocessing=row.preprocessing,
+            dtype=dtype,
+        )
+    return Network(row, backbone, file, weights, tuple(chosen.values()), description)
+
+
+def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
+    """Shape after pooling, without the batch axis.
+
+    Examples
+    --------
+    >>> pooled_shape((7, 7, 512), "avg"), pooled_shape((7, 7, 512), "flatten"), pooled_shape((7, 7, 512), "none")
+    ((512,), (25088,), (7, 7, 512))
+    """
+    if pooling == "flatten":
+        return (int(np.prod(shape)),)
+    return shape if pooling == "none" else shape[-1:]
+
+
+def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
+    """Describe a backbone, from memory where it was described before."""
+    key = digest_of([backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
+    memo = cache_folder() / "backbones" / f"{key}.json"
+    known = _read_memo(memo)
+    if known is not None:
+        return known
+    model = build_backbone(backbone, size)
+    digest = load_weights(model, backbone, file)
+    layers = {
+        layer.name: tuple(int(length) for length in layer.output.shape[1:])
+        for layer in model.layers
+        if hasattr(layer.output, "shape") and None not in layer.output.shape[1:]
+    }
+    try:
+        boundary: str | None = boundary_of(backbone, model)
+    except ConfigurationError:
+        boundary = None
+    description = Description(digest, layers, boundary)
+    _write_memo(memo, description)
+    return description
+
+
+def _layer(name: str, description: Description, backbone: Backbone) -> str:
+    if name == BOUNDARY:
+        if description.boundary is None:
+            raise ConfigurationError(
+                f"{backbone.name} has no boundary: no single tensor separates its last block. Name a --layer."
+            )
+        return description.boundary
+    if name not in description.layers:
+        names = list(description.layers)
+        raise ConfigurationError(
+            f"{backbone.name} has no layer {name!r}{nearest(name, names)} Its last layers are {', '.join(names[-5:])}"
+        )
+    return name
+
+
+def _read_memo(path: Path) -> Description | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values["layers"]}
+        boundary = values["boundary"]
+        if values["sum"] != digest_of([values["digest"], values["layers"], boundary]):
+            raise ValueError("checksum differs")
+        return Description(values["digest"], layers, boundary)
+    except (ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s); the backbone is described again", path, error)
+        return None
+
+
+def _write_memo(path: Path, description: Description) -> None:
+    layers = [[name, list(shape)] for name, shape in description.layers.items()]
+    values = {"digest": description.digest, "layers": layers, "boundary": description.boundary}
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(canonical_json({**values, "sum": digest_of([description.digest, layers, description.boundary])}))
+        os.replace(temporary, path)
+    except OSError as error:  # a memo only saves time
+        logger.warning("%s could not be written (%s)", path, error)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+MakeEngine = Callable[[Network, Sequence[Recipe]], Any]

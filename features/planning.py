@@ -1,0 +1,307 @@
+"""Decide what has to be computed; write nothing.
+
+    scan + old store + committed shards --make_plan()--> known rows, shard specs, counts
+
+Rows are found by content hash under the same fingerprint, so a moved, renamed or relabelled image costs no
+inference. An image whose path, size and modification time are unchanged is not read again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from features.errors import ConfigurationError, UnreadableImageError
+from features.recipe import Recipe
+from features.shards import PartsFolder, ShardSpec
+from features.sources import ImageSet
+from features.store import FeatureStore
+
+Cell = tuple[str, int]  # fingerprint, view
+Location = tuple[int, int]  # source, row
+BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
+
+
+@dataclasses.dataclass(frozen=True)
+class Identity:
+    """What is known of one image without reading it again: its hash and size in pixels, or why it was refused."""
+
+    sha256: bytes
+    width: int = 0
+    height: int = 0
+    reason: str | None = None
+
+
+class KnownRows:
+    """Rows that exist already, in the old store and in committed shards, found by content hash."""
+
+    def __init__(self) -> None:
+        self.sources: list[FeatureStore] = []
+        self._views: list[tuple[int, ...]] = []
+        self._rows: dict[frozenset[Cell], dict[bytes, Location]] = {}
+        self._by_path: dict[str, tuple[int, int, Identity]] = {}
+        self.sizes: set[int] = set()
+
+    def add(self, store: FeatureStore, views: Sequence[int]) -> None:
+        """Make the rows of a store or shard known; ``views`` are the views that its view axis holds."""
+        source = len(self.sources)
+        self.sources.append(store)
+        self._views.append(tuple(views))
+        cells = frozenset((recipe.fingerprint, view) for recipe in store.recipes.values() for view in views)
+        rows = self._rows.setdefault(cells, {})
+        images, quarantine = store.images, store.quarantine
+        hashes = [digest.tobytes() for digest in images.sha256]
+        columns = (images.paths, hashes, images.sizes, images.mtimes_ns, images.widths, images.heights)
+        for row, (path, sha256, size, mtime, width, height) in enumerate(zip(*columns, strict=True)):
+            rows[sha256] = (source, row)
+            self._by_path[path] = (int(size), int(mtime), Identity(sha256, int(width), int(height)))
+            self.sizes.add(int(size))
+        refused = (quarantine.paths, quarantine.sha256, quarantine.sizes, quarantine.mtimes_ns, quarantine.reasons)
+        for path, digest, size, mtime, reason in zip(*refused, strict=True):
+            self._by_path[path] = (int(size), int(mtime), Identity(digest.tobytes(), reason=reason))
+
+    def path_known(self, path: str) -> bool:
+        """Whether an image of that path has been seen before, whatever its content."""
+        return path in self._by_path
+
+    def identity(self, path: str, size: int, mtime_ns: int) -> Identity | None:
+        """Identity of an image whose path, size and time are as they were; None if it has to be read."""
+        known = self._by_path.get(path)
+        return known[2] if known is not None and known[:2] == (size, mtime_ns) else None
+
+    def identity_of_content(self, sha256: bytes) -> Identity | None:
+        """Identity of readable content seen before under any path."""
+        for rows in self._rows.values():
+            if sha256 in rows:
+                source, row = rows[sha256]
+                images = self.sources[source].images
+                return Identity(sha256, int(images.widths[row]), int(images.heights[row]))
+        return None
+
+    def locate(self, cell: Cell, sha256: bytes) -> Location | None:
+        """Source and row that hold a cell."""
+        for cells, rows in self._rows.items():
+            if cell in cells and sha256 in rows:
+                return rows[sha256]
+        return None
+
+    def view_position(self, source: int, view: int) -> int:
+        """Where a view lies on the view axis of a source."""
+        return self._views[source].index(view)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What an extraction would do.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The source as scanned.
+    recipes : tuple of Recipe
+        Data sets of the finished store: those asked for and those that it had.
+    views : int
+        Views of every data set.
+    specs : tuple of ShardSpec
+        Shards to make.
+    known : KnownRows
+        Rows that exist.
+    identities : list of Identity or None
+        One per image; None where it has to be read.
+    counts : Counter
+        ``cached moved new changed removed unreadable``, in images.
+    old : FeatureStore or None
+        The store as it is.
+    """
+
+    images: ImageSet
+    recipes: tuple[Recipe, ...]
+    views: int
+    specs: tuple[ShardSpec, ...]
+    known: KnownRows
+    identities: list[Identity | None]
+    counts: Counter[str]
+    old: FeatureStore | None
+
+    @property
+    def to_infer(self) -> int:
+        """Images that go through the network (those to be read may yet prove unreadable)."""
+        return sum(len(spec) for spec in self.specs)
+
+
+def make_plan(
+    images: ImageSet,
+    recipes: Sequence[Recipe],
+    *,
+    views: int,
+    out: Path,
+    parts: PartsFolder,
+    shard_rows: int,
+    readers: Executor,
+    overwrite: bool = False,
+) -> Plan:
+    """Compare a source with what is already computed.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The source.
+    recipes : sequence of Recipe
+        Data sets asked for.
+    views : int
+        Views asked for, at least 1.
+    out : Path
+        The store, which may exist.
+    parts : PartsFolder
+        Committed shards of an interrupted run.
+    shard_rows : int
+        Images of one shard.
+    readers : Executor
+        Threads that hash files whose size has been seen before.
+    overwrite : bool
+        Allow a store of another recipe or of other images to be replaced.
+
+    Raises
+    ------
+    ConfigurationError
+        If ``out`` holds another recipe or wholly other images, and ``overwrite`` is not given.
+    """
+    old = FeatureStore.open(out) if out.exists() else None
+    wanted = tuple(recipes)
+    if old is not None and not _same_base(old, wanted, out, overwrite=overwrite):
+        old = None
+    if old is not None:
+        names = {recipe.name for recipe in wanted}
+        wanted += tuple(recipe for name, recipe in sorted(old.recipes.items()) if name not in names)
+        views = max(views, *(old.views(name) for name in old.names))
+
+    known = KnownRows()
+    if old is not None:
+        known.add(old, range(min(old.views(name) for name in old.names)))
+    bases = {recipe.fingerprint for recipe in wanted}
+    for record, shard in parts.shards():
+        if bases.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
+            known.add(shard, record.views)
+
+    identities, moved = _identities(images, known, readers)
+    specs, counts = _missing(images, wanted, views, known, identities, moved, shard_rows)
+    if old is not None:
+        counts["removed"] = len(set(old.images.paths) - set(images.paths))
+        if not overwrite and len(old) and not any(_kept(identity, known, wanted) for identity in identities):
+            raise ConfigurationError(
+                f"{out}: holds {len(old)} images of {old.source}, and none of them is in {images.description}. "
+                "Give another --out, or --overwrite to replace it."
+            )
+    return Plan(images, wanted, views, specs, known, identities, counts, old)
+
+
+def _kept(identity: Identity | None, known: KnownRows, recipes: Sequence[Recipe]) -> bool:
+    return identity is not None and any(known.locate((item.fingerprint, 0), identity.sha256) for item in recipes)
+
+
+def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwrite: bool) -> bool:
+    """Whether the old store was made as the new one would be, but for the layers. Else refuse, or replace it."""
+    differences: dict[str, tuple[object, object]] = {}
+    for recipe in wanted:
+        for name, before in old.recipes.items():
+            fields = before.difference(recipe)
+            if name != recipe.name:
+                fields = {field: pair for field, pair in fields.items() if field not in BASE_FIELDS_FREE}
+            differences |= fields
+    if not differences:
+        return True
+    if overwrite:
+        return False
+    listed = "; ".join(f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in differences.items())
+    raise ConfigurationError(
+        f"{out}: holds features of another recipe ({listed}). No row of it can be used. "
+        "Give another --out, or --overwrite to replace it."
+    )
+
+
+def _short(value: object) -> str:
+    text = str(value)
+    return text if len(text) <= 40 else text[:12] + "..."
+
+
+def _identities(
+    images: ImageSet, known: KnownRows, readers: Executor
+) -> tuple[list[Identity | None], set[int]]:
+    """Identity of each image without inference, and which of them were found by content only."""
+    columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), strict=True)
+    identities: list[Identity | None] = [known.identity(*column) for column in columns]
+    # The same content has the same size: a file of a size never seen cannot be one that was moved.
+    sizes = images.sizes.tolist()
+    suspects = [i for i, identity in enumerate(identities) if identity is None and sizes[i] in known.sizes]
+    moved = set()
+    for index, digest in zip(suspects, readers.map(_hasher(images), suspects), strict=True):
+        found = known.identity_of_content(digest) if digest is not None else None
+        if found is not None:
+            identities[index] = found
+            moved.add(index)
+    return identities, moved
+
+
+def _hasher(images: ImageSet) -> Callable[[int], bytes | None]:
+    def content_hash(index: int) -> bytes | None:
+        try:
+            return hashlib.sha256(images.read(index)).digest()
+        except UnreadableImageError:
+            return None  # it is read again in a shard, where the refusal is recorded
+
+    return content_hash
+
+
+def _missing(
+    images: ImageSet,
+    recipes: Sequence[Recipe],
+    views: int,
+    known: KnownRows,
+    identities: Sequence[Identity | None],
+    moved: Iterable[int],
+    shard_rows: int,
+) -> tuple[tuple[ShardSpec, ...], Counter[str]]:
+    """Images with the same missing cells go into shards together, in row order."""
+    counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0)
+    moved = set(moved)
+    everything = (tuple(range(len(recipes))), tuple(range(views)))
+    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    for index, identity in enumerate(identities):
+        if identity is None:
+            counts["changed" if known.path_known(images.paths[index]) else "new"] += 1
+            groups.setdefault(everything, []).append(index)
+            continue
+        if identity.reason is not None:
+            counts["unreadable"] += 1
+            continue
+        counts["moved" if index in moved else "cached"] += 1
+        lacking = [
+            (number, view)
+            for number, recipe in enumerate(recipes)
+            for view in range(views)
+            if known.locate((recipe.fingerprint, view), identity.sha256) is None
+        ]
+        if lacking:
+            signature = (tuple(sorted({item[0] for item in lacking})), tuple(sorted({item[1] for item in lacking})))
+            groups.setdefault(signature, []).append(index)
+    specs = []
+    for (numbers, missing_views), indices in groups.items():
+        chosen = tuple(recipes[number] for number in numbers)
+        for start in range(0, len(indices), shard_rows):
+            part = np.array(indices[start : start + shard_rows])
+            specs.append(
+                ShardSpec(
+                    paths=tuple(images.paths[index] for index in part),
+                    sizes=tuple(images.sizes[part].tolist()),
+                    mtimes_ns=tuple(images.mtimes_ns[part].tolist()),
+                    recipes=chosen,
+                    views=missing_views,
+                )
+            )
+    return tuple(specs), counts

@@ -1,0 +1,363 @@
+"""The unit of extraction: a spec names images and recipes, ``extract_shard`` makes one durable shard of them.
+
+    spec -> read bytes -> decode (threads) -> batch -> infer -> rows -> shard file -> record -> journal
+
+A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside
+the store (``features.h5.parts/``) with an append-only journal; assembly (``features.extraction``) reads them there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import logging
+import os
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
+from features.images import Decoded, decode_image
+from features.recipe import Recipe, canonical_json, digest_of
+from features.store import FeatureSpec, FeatureStore, ImageTable, Quarantine, StoreWriter, atomic_file, sync_folder
+
+logger = logging.getLogger(__name__)
+SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
+SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
+JOURNAL_VERSION = 1
+Infer = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSpec:
+    """What one shard is made of; nothing in it depends on the machine or on other shards.
+
+    Parameters
+    ----------
+    paths : tuple of str
+        Images, in row order, as the source names them.
+    sizes, mtimes_ns : tuple of int
+        File size in bytes and modification time in nanoseconds, as the scan saw them.
+    recipes : tuple of Recipe
+        Feature data sets to make; they share their pixel rule.
+    views : tuple of int
+        Views to make, ascending.
+    """
+
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    mtimes_ns: tuple[int, ...]
+    recipes: tuple[Recipe, ...]
+    views: tuple[int, ...] = (0,)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """20 hexadecimal digits derived from everything above."""
+        images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
+        return digest_of([images, [recipe.fingerprint for recipe in self.recipes], list(self.views)])[:20]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard without opening it: name, checksum of the file, rows, refusals."""
+
+    identity: str
+    sha256: str
+    rows: int
+    refused: int
+    views: tuple[int, ...]
+
+
+def rows_per_shard(row_bytes: int, batch_size: int) -> int:
+    """Rows of one shard: about 64 MiB, between 32 and 2048, whole batches.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Bytes of one image over all data sets and views.
+    batch_size : int
+        Images of one forward pass; a shard of whole batches wastes no padding.
+
+    Examples
+    --------
+    >>> rows_per_shard(1280 * 4, 32), rows_per_shard(25088 * 4, 32), rows_per_shard(10**9, 32)
+    (2048, 640, 32)
+    """
+    rows = min(SHARD_ROWS_MAX, max(SHARD_ROWS_MIN, SHARD_BYTES // max(1, row_bytes)))
+    return max(batch_size, rows // batch_size * batch_size)
+
+
+def extract_shard(
+    spec: ShardSpec,
+    folder: Path,
+    *,
+    read: Callable[[str], bytes],
+    infer: Infer,
+    decoders: Executor,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> ShardRecord:
+    """Make one shard file in ``folder``. The same spec gives the same rows, however often it is made.
+
+    Parameters
+    ----------
+    spec : ShardSpec
+        What to make.
+    folder : Path
+        Where the shard file goes, under its identity.
+    read : callable
+        Path -> bytes; raises ``UnreadableImageError``.
+    infer : callable
+        ``uint8, (n, h, w, 3)`` with n <= batch_size -> ``{data set: float32, (n, ...)}``.
+    decoders : Executor
+        Threads that read and decode.
+    batch_size : int
+        Images of one forward pass.
+    advance : callable, optional
+        Told how many images have just been dealt with.
+
+    Raises
+    ------
+    ExtractionError
+        If a feature is not finite in the stored dtype.
+    StoreError
+        If the shard cannot be written.
+    """
+    rule = spec.recipes[0].pixels
+    refused: list[tuple[int, bytes, str]] = []
+    good: list[tuple[int, bytes, int, int]] = []  # index in the spec, sha256, width, height
+    blocks: dict[str, list[np.ndarray]] = {recipe.name: [] for recipe in spec.recipes}
+    batch = np.empty((batch_size, rule.height, rule.width, 3), dtype=np.uint8)
+    filled = 0
+
+    def flush() -> None:
+        for name, rows in _stored(infer(batch[:filled]), spec.recipes).items():
+            blocks[name].append(rows[:, None])
+        if advance:
+            advance(filled)
+
+    load = functools.partial(_load, read, rule)
+    for index, (sha256, outcome) in enumerate(_ahead(decoders, load, spec.paths, 2 * batch_size)):
+        if isinstance(outcome, UnreadableImageError):
+            logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), outcome)
+            refused.append((index, sha256, outcome.reason))
+            if advance:
+                advance(1)
+            continue
+        batch[filled] = outcome.pixels
+        good.append((index, sha256, outcome.width, outcome.height))
+        filled += 1
+        if filled == batch_size:
+            flush()
+            filled = 0
+    if filled:
+        flush()
+    return _write(spec, folder, good, refused, blocks)
+
+
+def _load(read: Callable[[str], bytes], rule: Any, path: str) -> tuple[bytes, Decoded | UnreadableImageError]:
+    sha256 = bytes(32)
+    try:
+        data = read(path)
+        sha256 = hashlib.sha256(data).digest()
+        return sha256, decode_image(data, rule)
+    except UnreadableImageError as error:
+        return sha256, error
+
+
+def _ahead(pool: Executor, function: Callable[[str], Any], items: Sequence[str], window: int) -> Iterator[Any]:
+    """Map in order with at most ``window`` results waiting, so that memory stays constant."""
+    waiting: deque[Future[Any]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()
+
+
+def _stored(outputs: Mapping[str, np.ndarray], recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
+    """Cast to the stored dtype; a value that is not finite there is an error that names the layer."""
+    result = {}
+    for recipe in recipes:
+        with np.errstate(over="ignore"):
+            rows = np.asarray(outputs[recipe.name]).astype(recipe.dtype, copy=True)
+        if not np.isfinite(rows).all():
+            largest = float(np.nanmax(np.abs(np.asarray(outputs[recipe.name], dtype=np.float64))))
+            raise ExtractionError(
+                f"layer {recipe.layer}: a feature is not finite as {recipe.dtype} (largest magnitude {largest:.4g}). "
+                "Store it with --dtype float32, or check the weights."
+            )
+        result[recipe.name] = rows
+    return result
+
+
+def _write(
+    spec: ShardSpec,
+    folder: Path,
+    good: Sequence[tuple[int, bytes, int, int]],
+    refused: Sequence[tuple[int, bytes, str]],
+    blocks: Mapping[str, list[np.ndarray]],
+) -> ShardRecord:
+    arrays = {name: np.concatenate(parts) for name, parts in blocks.items() if parts}
+    path = shard_path(folder, spec.identity)
+    with atomic_file(path) as temporary:
+        features = {}
+        for recipe in spec.recipes:
+            shape = arrays[recipe.name].shape[2:] if arrays else (0,)
+            features[recipe.name] = FeatureSpec(recipe, len(spec.views), shape)
+        writer = StoreWriter(temporary, kind="shard", rows=len(good), features=features)
+        try:
+            for name, rows in arrays.items():
+                writer.append(name, rows)
+            rows_of = [row[0] for row in good]
+            writer.finish(
+                images=ImageTable(
+                    paths=tuple(spec.paths[index] for index in rows_of),
+                    sha256=_hashes(row[1] for row in good),
+                    labels=np.full(len(good), -1, np.int32),
+                    splits=np.full(len(good), -1, np.int8),
+                    groups=None,
+                    widths=np.array([row[2] for row in good], np.int32),
+                    heights=np.array([row[3] for row in good], np.int32),
+                    sizes=np.array([spec.sizes[index] for index in rows_of], np.int64),
+                    mtimes_ns=np.array([spec.mtimes_ns[index] for index in rows_of], np.int64),
+                ),
+                quarantine=Quarantine(
+                    paths=tuple(spec.paths[row[0]] for row in refused),
+                    sha256=_hashes(row[1] for row in refused),
+                    reasons=tuple(row[2] for row in refused),
+                    sizes=np.array([spec.sizes[row[0]] for row in refused], np.int64),
+                    mtimes_ns=np.array([spec.mtimes_ns[row[0]] for row in refused], np.int64),
+                ),
+                provenance={"views": list(spec.views)},
+            )
+        finally:
+            writer.close()
+    return ShardRecord(spec.identity, file_digest(path), len(good), len(refused), spec.views)
+
+
+def _hashes(digests: Iterator[bytes] | Any) -> np.ndarray:
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def shard_path(folder: Path, identity: str) -> Path:
+    """Where the shard of that identity lies."""
+    return folder / f"{identity}.h5"
+
+
+def file_digest(path: Path) -> str:
+    """Hexadecimal sha256 of a file."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def printable(path: str) -> str:
+    """A path as text that any terminal takes: bytes that are no UTF-8 and control characters are escaped."""
+    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
+    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
+
+
+class PartsFolder:
+    """The shards of an unfinished extraction and their journal, one JSON line each.
+
+    A torn last line, a missing shard or one whose checksum differs costs that shard and nothing else; a shard
+    that was renamed into place but not entered before a crash is found again and entered.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "manifest.jsonl"
+        self.records: dict[str, ShardRecord] = {}
+
+    def open(self) -> None:
+        """Create the folder if need be, sweep left-over temporary files, read the journal."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+        self.read()
+        known = {record.identity for record in self.records.values()}
+        for orphan in sorted(self.path.glob("*.h5")):
+            if orphan.stem not in known:
+                self._adopt(orphan)
+        self._rewrite()
+
+    def read(self) -> None:
+        """Read the journal without changing anything."""
+        self.records = {}
+        if not self.journal.exists():
+            return
+        for line in self.journal.read_bytes().splitlines():
+            record = _parse_record(line)
+            if record is not None and shard_path(self.path, record.identity).exists():
+                self.records[record.identity] = record
+
+    def commit(self, record: ShardRecord) -> None:
+        """Enter one finished shard; durable when this returns."""
+        with open(self.journal, "ab") as stream:
+            stream.write(_record_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.records[record.identity] = record
+
+    def shards(self) -> Iterator[tuple[ShardRecord, FeatureStore]]:
+        """Open every committed shard whose checksum holds; one that does not is dropped with a warning."""
+        for identity, record in list(self.records.items()):
+            path = shard_path(self.path, identity)
+            if file_digest(path) != record.sha256:
+                logger.warning("%s is damaged (checksum differs); its images are computed again", path)
+                del self.records[identity]
+                continue
+            yield record, FeatureStore.open_shard(path)
+
+    def remove(self) -> None:
+        """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""
+        for name in [self.journal, *sorted(self.path.glob("*.h5")), *self.path.glob(".*.tmp")]:
+            name.unlink(missing_ok=True)
+        if self.path.exists():
+            self.path.rmdir()
+
+    def _adopt(self, path: Path) -> None:
+        try:
+            shard = FeatureStore.open_shard(path)
+            shard.verify()
+            views = tuple(int(view) for view in shard.provenance["views"])
+        except (StoreError, IntegrityError, KeyError, TypeError, ValueError):
+            logger.warning("%s is no whole shard; removed", path)
+            path.unlink()
+            return
+        record = ShardRecord(path.stem, file_digest(path), len(shard), len(shard.quarantine), views)
+        self.records[record.identity] = record
+
+    def _rewrite(self) -> None:
+        with atomic_file(self.journal) as temporary:
+            temporary.write_bytes(b"".join(map(_record_line, self.records.values())))
+        sync_folder(self.path)
+
+
+def _record_line(record: ShardRecord) -> bytes:
+    values = {**dataclasses.asdict(record), "version": JOURNAL_VERSION}
+    return canonical_json(values).encode("ascii") + b"\n"
+
+
+def _parse_record(line: bytes) -> ShardRecord | None:
+    try:
+        values = json.loads(line)
+        if values.pop("version") != JOURNAL_VERSION:
+            return None
+        return ShardRecord(**{**values, "views": tuple(values["views"])})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None  # a line torn by a crash; its shard is found again by its file

@@ -1,0 +1,272 @@
+"""Configuration and the files of a run, as frozen objects that refuse unknown keys."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Hashable, Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import ValidationError as PydanticValidationError
+
+from features.errors import BottleneckError, ConfigurationError, FormatVersionError, nearest
+
+FORMAT_VERSION = 1
+
+Model = TypeVar("Model", bound="Settings")
+Rate = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class Settings(BaseModel):
+    """Base of every configuration object: immutable, unknown keys refused, NaN and infinity refused."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class LogisticParameters(Settings):
+    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+
+    C: PositiveFloat | None = None
+    folds: Annotated[int, Field(ge=2)] = 5
+
+
+class RidgeParameters(Settings):
+    """``alpha`` is the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+
+    alpha: PositiveFloat | None = None
+    folds: Annotated[int, Field(ge=2)] = 5
+
+
+class LinearSvmParameters(Settings):
+    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+
+    C: PositiveFloat | None = None
+    folds: Annotated[int, Field(ge=2)] = 5
+
+
+class KnnParameters(Settings):
+    """``n_neighbors`` is the number of voters; None: chosen by cross-validation with ``folds`` folds."""
+
+    n_neighbors: PositiveInt | None = None
+    folds: Annotated[int, Field(ge=2)] = 5
+
+
+class DenseParameters(Settings):
+    """A small dense Keras network and how it is trained.
+
+    Parameters
+    ----------
+    hidden : tuple of int
+        Units of the hidden layers; empty for a linear head.
+    activation : str
+        Activation of the hidden layers.
+    dropout : float, or tuple of float, 0 <= rate < 1
+        One number: the rate after every hidden layer, or on the features where there is none. Several: the
+        rate in front of each dense layer, ``len(hidden) + 1`` numbers.
+    optimizer : {"adam", "sgd", "rmsprop"}
+        ``momentum`` and ``nesterov`` apply to ``sgd``, ``momentum`` to ``rmsprop`` too.
+    learning_rate, weight_decay : float
+        Step size; decoupled weight decay.
+    batch_size, epochs : int
+        Rows per step; upper limit of passes over the rows.
+    patience : int
+        Epochs without a lower validation log loss before training stops; 0: train all epochs. Either way the
+        weights of the best epoch are kept.
+    """
+
+    hidden: tuple[PositiveInt, ...] = ()
+    activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh", "sigmoid"] = "relu"
+    dropout: Rate | tuple[Rate, ...] = 0.0
+    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"
+    learning_rate: PositiveFloat = 1e-3
+    momentum: Rate = 0.0
+    nesterov: bool = False
+    weight_decay: NonNegativeFloat = 0.0
+    batch_size: PositiveInt = 32
+    epochs: PositiveInt = 50
+    patience: NonNegativeInt = 5
+
+
+class Scaler(Settings):
+    """Column means and standard deviations of the training rows."""
+
+    mean: tuple[float, ...]
+    std: tuple[PositiveFloat, ...]
+
+
+class HeadFile(Settings):
+    """``head.json``: what is needed to rebuild a head around its weights.
+
+    ``kind`` is ``"dense"`` for a Keras head, else the dotted path of the scikit-learn class.
+    """
+
+    format: Literal[1] = 1
+    kind: str
+    layer: str
+    pool: Literal["none", "avg", "max", "flatten"]
+    input_shape: tuple[PositiveInt, ...]
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    fingerprint: str
+    scaler: Scaler
+    hidden: tuple[PositiveInt, ...]
+    activation: str | None
+    dropout: Rate | tuple[Rate, ...]
+    temperature: PositiveFloat
+
+
+class Scores(Settings):
+    """Scores of one split, as ``pipeline.metrics.evaluate`` gives them."""
+
+    accuracy: Share
+    accuracy_interval: tuple[Share, Share]
+    balanced_accuracy: Share
+    macro_f1: Share
+    log_loss: NonNegativeFloat
+    roc_auc: Share | None
+    ece: Share
+    n: PositiveInt
+
+
+class FoldScores(Scores):
+    """Scores of cross-validation."""
+
+    folds: PositiveInt
+
+
+class MetricsFile(Settings):
+    """``metrics.json`` of a run."""
+
+    format: Literal[1] = 1
+    run_id: str
+    validation: Scores
+    test: Scores | None
+    cv: FoldScores | None
+
+
+def parse(
+    model_class: type[Model], mapping: Any, where: str, *, error: type[BottleneckError] = ConfigurationError
+) -> Model:
+    """Validate plain values.
+
+    Parameters
+    ----------
+    model_class : type
+        Subclass of `Settings`.
+    mapping : mapping
+        Plain values, as read from YAML, JSON or keyword arguments.
+    where : str
+        What the message starts with: the file, or what was being configured.
+    error : type, default ConfigurationError
+        What is raised.
+
+    Raises
+    ------
+    ConfigurationError
+        (or ``error``) Names every wrong key, what was received and, for an unknown key, the nearest known one.
+    FormatVersionError
+        ``format`` is there and is a number that this release does not know.
+
+    Examples
+    --------
+    >>> parse(KnnParameters, {"n_neighbours": 3}, "head 'knn'")
+    Traceback (most recent call last):
+    ...
+    features.errors.ConfigurationError: head 'knn': unknown key 'n_neighbours'; did you mean 'n_neighbors'?
+    """
+    if not isinstance(mapping, Mapping):
+        raise error(f"{where}: expected a mapping of keys to values, received {_shown(mapping)}")
+    stamp = mapping.get("format")
+    if "format" in model_class.model_fields and isinstance(stamp, int) and stamp != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{where}: format {stamp} is not known here (expected {FORMAT_VERSION}); use the release that wrote it"
+        )
+    try:
+        return model_class.model_validate(dict(mapping))
+    except PydanticValidationError as problem:
+        found = sorted(problem.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
+        lines = [_describe(model_class, item) for item in found]
+        raise error(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def load_yaml(path: str | Path) -> dict[str, Any]:
+    """Read a YAML mapping with the safe loader; a key given twice is an error.
+
+    Raises
+    ------
+    ConfigurationError
+        No such file, no valid YAML, a repeated key, or something else than a mapping at the top.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as problem:
+        raise ConfigurationError(f"{path}: cannot be read as a configuration file: {problem}") from problem
+    try:
+        values = yaml.load(text, Loader=_UniqueKeyLoader)
+    except (yaml.YAMLError, RecursionError) as problem:
+        raise ConfigurationError(f"{path}: not valid YAML: {problem}") from problem
+    if not isinstance(values, dict):
+        raise ConfigurationError(f"{path}: expected a mapping of keys to values, received {_shown(values)}")
+    return values
+
+
+class _UniqueKeyLoader(yaml.SafeLoader):
+    """PyYAML keeps the last of two equal keys silently; this refuses them."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.constructor.ConstructorError(
+                        None, None, f"the key {key.value!r} is given twice", key.start_mark
+                    )
+                seen.add(key.value)
+        return super().construct_mapping(node, deep=deep)
+
+
+def _describe(model_class: type[BaseModel], problem: Any) -> str:
+    """One pydantic error as ``key: received X, expected Y``."""
+    location = list(problem["loc"])
+    known, path = _known_keys(model_class, location)
+    dotted = ".".join(path)
+    if problem["type"] == "extra_forbidden":
+        hint = nearest(path[-1], known) or f" (known: {', '.join(known)})"
+        return f"unknown key {dotted!r}{hint}"
+    if problem["type"] == "missing":
+        return f"the key {dotted!r} is missing"
+    expected = problem["msg"].replace("Input should be ", "expected ").replace("Input should ", "expected to ")
+    return f"{dotted or 'value'}: received {_shown(problem['input'])}, {expected}"
+
+
+def _known_keys(model_class: type[BaseModel], location: Iterable[Any]) -> tuple[list[str], list[str]]:
+    """Keys allowed where the last word of ``location`` stands, and ``location`` without pydantic's type tags."""
+    known: list[str] = list(model_class.model_fields)
+    path: list[str] = []
+    inner: type[BaseModel] | None = model_class
+    for word in location:
+        if isinstance(word, int):
+            path.append(str(word))
+            continue
+        fields = inner.model_fields if inner else {}
+        if inner is None and path:
+            continue  # the tag of one branch of a union, such as "float" or "tuple[float, ...]"
+        known, path = list(fields), [*path, word]
+        inner = _inner_model(fields[word].annotation) if word in fields else None
+    return known, path
+
+
+def _inner_model(annotation: Any) -> type[BaseModel] | None:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        return annotation if issubclass(annotation, BaseModel) else None
+    found = (_inner_model(argument) for argument in typing.get_args(annotation))
+    return next((model for model in found if model is not None), None)
+
+
+def _shown(value: Any, limit: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= limit else text[: limit - 3] + "..."

@@ -1,0 +1,88 @@
+"""Stage one on the command line: decide, act, say what was done and what to type next."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from features.extraction import Extraction
+from features.shards import printable
+from features.store import FeatureStore, Progress
+from features.sources import SPLITS
+
+DOCUMENT_FORMAT = 1
+
+
+def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
+    """What an extraction would do, as one document. Writes nothing."""
+    extraction = Extraction(images, out, **options)
+    decided = extraction.plan()
+    return {
+        "format": DOCUMENT_FORMAT,
+        "out": str(out),
+        "images": len(decided.images),
+        "to_infer": decided.to_infer,
+        "shards": len(decided.specs),
+        "data_sets": [recipe.name for recipe in decided.recipes],
+        **{name: decided.counts[name] for name in sorted(decided.counts)},
+    }
+
+
+def run(images: str, out: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
+    """Bring a store up to date and describe it, as one document."""
+    result = Extraction(images, out, **options).run(progress)
+    return {
+        **describe(result.store),
+        "inferred": result.inferred,
+        "written": result.written,
+        **{name: result.counts[name] for name in sorted(result.counts)},
+    }
+
+
+def describe(store: FeatureStore) -> dict[str, Any]:
+    """What is in a store, as one document."""
+    splits = Counter(SPLITS[code] for code in store.images.splits.tolist())
+    reasons = zip(store.quarantine.paths, store.quarantine.reasons, strict=True)
+    labels = Counter(store.images.labels.tolist())
+    return {
+        "format": DOCUMENT_FORMAT,
+        "file": str(store.path),
+        "rows": len(store),
+        "classes": {name: labels[number] for number, name in enumerate(store.classes)},
+        "splits": {name: splits[name] for name in SPLITS if splits[name]},
+        "split_rule": store.split_rule,
+        "source": printable(store.source),
+        "data_sets": {
+            name: {"shape": list(store.shape(name)), "fingerprint": recipe.fingerprint, "recipe": recipe.to_dict()}
+            for name, recipe in sorted(store.recipes.items())
+        },
+        "quarantine": [{"path": printable(path), "reason": reason} for path, reason in reasons],
+        "provenance": store.provenance,
+    }
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The document for a person."""
+    lines = [
+        f"{document['file']}: {document['rows']} rows, {len(document['classes'])} classes, "
+        + ", ".join(f"{name} {count}" for name, count in document["splits"].items())
+    ]
+    for name, entry in document["data_sets"].items():
+        recipe = entry["recipe"]
+        lines.append(
+            f"  {name}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {recipe['backbone']} "
+            f"{recipe['height']}x{recipe['width']}  fingerprint {entry['fingerprint'][:10]}"
+        )
+    if "inferred" in document:
+        changed = ", ".join(f"{document[name]} {name}" for name in ("cached", "moved", "new", "changed", "removed") if document[name])
+        if not document["written"]:
+            lines.append(f"  nothing to do: {document['rows']} rows cached, 0 inferred, file untouched")
+        else:
+            lines.append(f"  {document['inferred']} inferred ({changed or 'no change'})")
+    if document["quarantine"]:
+        lines.append(f"  {len(document['quarantine'])} unreadable, set aside:")
+        lines += [f"    {item['path']}: {item['reason']}" for item in document["quarantine"][:20]]
+        if len(document["quarantine"]) > 20:
+            lines.append(f"    and {len(document['quarantine']) - 20} more (--json lists all)")
+    return "\n".join(lines)

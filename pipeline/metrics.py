@@ -1,0 +1,139 @@
+"""Scores of predicted probabilities against labels. NumPy only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from features.errors import HeadError
+
+RESAMPLES = 2000
+BINS = 15
+
+
+def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
+    """Score one split.
+
+    Parameters
+    ----------
+    probabilities : float64, (n, c), 0-1, rows sum to 1
+        Column k belongs to ``classes[k]``.
+    labels : int32, (n,), 0 to c - 1
+        True classes.
+    classes : sequence of str, c names
+        Used for the number of classes and in messages.
+    seed : int
+        Seed of the bootstrap.
+
+    Returns
+    -------
+    dict
+        ``accuracy``; ``accuracy_interval`` [low, high], 95 % percentile bootstrap; ``balanced_accuracy``, the mean
+        recall over the classes that occur; ``macro_f1`` over the classes that occur or are predicted;
+        ``log_loss`` in nats; ``roc_auc`` (one against the rest, averaged over classes; None where a class does not
+        occur); ``ece``; ``n``.
+
+    Raises
+    ------
+    HeadError
+        No rows, shapes that do not fit, probabilities that are not finite, or a label outside the classes.
+
+    Examples
+    --------
+    >>> scores = evaluate(np.array([[0.8, 0.2], [0.4, 0.6]]), np.array([0, 1]), ("cat", "dog"))
+    >>> scores["accuracy"], scores["roc_auc"], round(scores["log_loss"], 4), round(scores["ece"], 4)
+    (1.0, 1.0, 0.367, 0.3)
+    """
+    probabilities = np.asarray(probabilities, dtype=np.float64)
+    labels = np.asarray(labels)
+    _check(probabilities, labels, classes)
+    predictions = probabilities.argmax(axis=1)
+    correct = predictions == labels
+    table = confusion(labels, predictions, len(classes))
+    hits, support, predicted = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
+    occurring, met = support > 0, support + predicted > 0
+    auc = [_roc_auc(probabilities[:, k], labels == k) for k in range(len(classes))] if occurring.all() else None
+    return {
+        "accuracy": float(correct.mean()),
+        "accuracy_interval": accuracy_interval(int(correct.sum()), len(labels), seed),
+        "balanced_accuracy": float(np.mean(hits[occurring] / support[occurring])),
+        "macro_f1": float(np.mean(2 * hits[met] / (support + predicted)[met])),
+        "log_loss": log_loss(probabilities, labels),
+        "roc_auc": None if auc is None else float(np.mean(auc)),
+        "ece": calibration_error(probabilities, labels),
+        "n": len(labels),
+    }
+
+
+def confusion(labels: np.ndarray, predictions: np.ndarray, classes_count: int) -> np.ndarray:
+    """Count rows by (true class, predicted class).
+
+    Returns
+    -------
+    int64, (c, c)
+        True classes down, predicted classes across.
+
+    Examples
+    --------
+    >>> confusion(np.array([0, 0, 1]), np.array([0, 1, 1]), 2).tolist()
+    [[1, 1], [0, 1]]
+    """
+    cells = np.asarray(labels, dtype=np.int64) * classes_count + np.asarray(predictions, dtype=np.int64)
+    return np.bincount(cells, minlength=classes_count**2).reshape(classes_count, classes_count)
+
+
+def accuracy_interval(correct: int, n: int, seed: int = 0) -> list[float]:
+    """95 % percentile bootstrap of an accuracy, [low, high].
+
+    The mean of n draws with replacement from n zeros and ones is Binomial(n, p) / n, so that is what is drawn
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5).
+    """
+    draws = np.random.default_rng(seed).binomial(n, correct / n, size=RESAMPLES) / n
+    return [float(bound) for bound in np.quantile(draws, (0.025, 0.975))]
+
+
+def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean of -ln(probability of the true class), probabilities clipped to [eps, 1 - eps] as scikit-learn does."""
+    smallest = np.finfo(np.float64).eps
+    chosen = probabilities[np.arange(len(labels)), labels]
+    return float(-np.log(np.clip(chosen, smallest, 1 - smallest)).mean())
+
+
+def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Expected calibration error of the top label over 15 bins (low, high] of equal width.
+
+    Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3.
+    """
+    confidence = probabilities.max(axis=1)
+    correct = probabilities.argmax(axis=1) == labels
+    bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
+    return float(np.abs(gaps).sum() / len(labels))
+
+
+def _roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Mann-Whitney U / (positives x negatives): the chance that a positive outranks a negative, ties half."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    positives = int(positive.sum())
+    negatives = len(positive) - positives
+    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
+
+
+def _check(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:
+    expected = (len(labels), len(classes))
+    if probabilities.shape != expected or not len(labels):
+        raise HeadError(
+            f"probabilities: received shape {probabilities.shape}, expected {expected} with at least one row: "
+            f"{len(labels)} labels and {len(classes)} classes"
+        )
+    odd = int(np.sum(~np.isfinite(probabilities).all(axis=1)))
+    if odd:
+        raise HeadError(f"probabilities: {odd} of {len(labels)} rows are not finite")
+    if labels.min() < 0 or labels.max() >= len(classes):
+        raise HeadError(
+            f"labels: received values {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1} "
+            "(unlabelled rows, -1, cannot be scored)"
+        )

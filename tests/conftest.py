@@ -1,0 +1,35 @@
+"""Fixtures. Real weights and images are found through BOTTLENECK_ASSETS; without it those tests are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+
+@pytest.fixture(scope="session")
+def assets() -> Path:
+    folder = os.environ.get("BOTTLENECK_ASSETS")
+    if not folder:
+        pytest.skip("BOTTLENECK_ASSETS is not set: real weights and images are not at hand")
+    path = Path(folder).resolve()
+    assert (path / "weights").is_dir(), f"BOTTLENECK_ASSETS={folder} holds no weights"
+    assert (path / "images").is_dir(), f"BOTTLENECK_ASSETS={folder} holds no images"
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Tests neither read nor fill the user's cache; the sample and the memos are made once a session."""
+    folder = tmp_path_factory.mktemp("cache")
+    before = os.environ.get("BOTTLENECK_CACHE")
+    os.environ["BOTTLENECK_CACHE"] = str(folder)
+    yield folder
+    if before is None:
+        del os.environ["BOTTLENECK_CACHE"]
+    else:
+        os.environ["BOTTLENECK_CACHE"] = before

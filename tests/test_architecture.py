@@ -1,0 +1,114 @@
+"""Who may import whom (DESIGN section 2), what may not be imported early, and that our packages are the checkout's."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT, run_pipeline
+
+LATE = {"tensorflow", "keras", "jax", "torch", "sklearn", "skops", "onnx", "matplotlib", "openvino", "dask", "scipy"}
+INSIDE_FEATURES = {
+    "errors": set(),
+    "cache": {"errors"},
+    "recipe": {"errors"},
+    "official": set(),
+    "images": {"errors", "recipe"},
+    "sources": {"errors", "recipe", "cache", "images"},
+    "backbones": {"errors", "recipe", "official"},
+    "weights": {"errors", "recipe", "cache", "official", "backbones"},
+    "engines": {"errors", "recipe"},
+    "networks": {"errors", "recipe", "cache", "backbones", "weights", "engines"},
+    "store": {"errors", "recipe", "sources"},
+    "shards": {"errors", "recipe", "images", "store"},
+    "planning": {"errors", "recipe", "shards", "sources", "store"},
+    "assembly": {"errors", "recipe", "planning", "sources", "store"},
+    "extraction": {"errors", "recipe", "assembly", "networks", "planning", "shards", "sources", "store"},
+}
+STAGES = {"extract", "train_head", "finetune", "predict"}
+
+
+def imports(path: Path, *, top_only: bool) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = [node for node in tree.body] if top_only else list(ast.walk(tree))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import"
+            module = node.module or ""
+            found.add(module)
+            if module in ("features", "pipeline"):
+                found |= {f"{module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def modules(package: str) -> list[Path]:
+    return sorted((ROOT / package).glob("*.py"))
+
+
+@pytest.mark.parametrize("path", modules("features") + modules("pipeline"), ids=lambda path: f"{path.parent.name}.{path.stem}")
+def test_nothing_heavy_is_imported_at_the_top(path: Path) -> None:
+    assert not {name.split(".")[0] for name in imports(path, top_only=True)} & LATE
+
+
+@pytest.mark.parametrize("path", modules("features"), ids=lambda path: path.stem)
+def test_features_imports_only_what_lies_below(path: Path) -> None:
+    found = imports(path, top_only=False)
+    assert not {name for name in found if name.split(".")[0] == "pipeline"}
+    if path.stem != "__init__":
+        used = {name.split(".")[1] for name in found if name.startswith("features.")}
+        assert used <= INSIDE_FEATURES[path.stem]
+
+
+def test_only_the_store_and_the_weights_open_hdf5() -> None:
+    users = {path.stem for path in modules("features") + modules("pipeline") if "h5py" in imports(path, top_only=False)}
+    assert users <= {"store", "weights"}
+
+
+@pytest.mark.parametrize("path", modules("pipeline"), ids=lambda path: path.stem)
+def test_stages_do_not_import_each_other_and_nothing_imports_the_command_line(path: Path) -> None:
+    used = {name.split(".")[1] for name in imports(path, top_only=False) if name.startswith("pipeline.")}
+    if path.stem in STAGES:
+        assert not used & (STAGES - {path.stem})
+    if path.stem not in ("cli", "__main__"):
+        assert not used & {"cli", "__main__"}
+
+
+def test_no_pickle_and_no_print_in_the_packages() -> None:
+    for path in modules("features") + modules("pipeline"):
+        assert not imports(path, top_only=False) & {"pickle", "joblib", "cloudpickle", "dill", "marshal", "shelve"} or (
+            path.stem == "heads" and "pickle" not in imports(path, top_only=False)
+        ), path
+        calls = [node.func.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        assert "print" not in calls, path
+
+
+def test_the_imported_packages_are_the_checkouts_own() -> None:
+    import features
+    import pipeline
+
+    assert Path(features.__file__).parent == ROOT / "features"
+    assert Path(pipeline.__file__).parent == ROOT / "pipeline"
+    assert not (ROOT / "tests" / "__init__.py").exists()
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom pipeline.cli import main\ncode = main(['--help'])\n"
+        "heavy = {'numpy', 'keras', 'tensorflow', 'sklearn', 'h5py', 'PIL', 'pydantic'} & set(sys.modules)\n"
+        "sys.exit(code or (1 if heavy else 0))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_help_names_the_commands() -> None:
+    result = run_pipeline("--help")
+    assert result.returncode == 0
+    for command in ("extract", "inspect", "verify", "train-head", "leaderboard", "finetune", "predict"):
+        assert command in result.stdout
