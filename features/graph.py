@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,12 +66,14 @@ def layer_tensors(model: Any) -> dict[str, Any]:
     """
     import keras
 
+    nodes = _nodes(model)
+    calls = Counter(id(operation) for operation, _, _ in nodes)
     return {
         operation.name: outputs[0]
-        for operation, _, outputs in _nodes(model)
+        for operation, _, outputs in nodes
         if isinstance(operation, keras.layers.Layer)
         and not isinstance(operation, keras.layers.InputLayer)
-        and len(outputs) == 1
+        and calls[id(operation)] == len(outputs) == 1
     }
 
 
@@ -186,7 +189,7 @@ def boundary_by_rule(model: Any) -> str:
     areas = [
         (index, tensor.shape[1] * tensor.shape[2])
         for index, (operation, tensor) in enumerate(nodes)
-        if operation.weights and len(tensor.shape) == 4 and None not in tensor.shape[1:]
+        if getattr(operation, "weights", ()) and len(tensor.shape) == 4 and None not in tensor.shape[1:]
     ]
     if not areas:
         raise ConfigurationError(f"{model.name} has no layer with weights and a 4-D output of known size, so no boundary")
@@ -214,7 +217,7 @@ def boundary_by_rule(model: Any) -> str:
 
 
 def _has_kernel(operation: Any) -> bool:
-    return any(len(variable.shape) >= 2 for variable in operation.weights)
+    return any(len(variable.shape) >= 2 for variable in getattr(operation, "weights", ()))
 
 
 def _values(tensor: Any) -> int:

@@ -1,0 +1,57 @@
+"""Rows of plain values as text: aligned for a person, CSV for a program."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+
+def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """CSV with a header line; empty without rows.
+
+    Examples
+    --------
+    >>> csv_text([{"a": 1, "b": "x,y"}])
+    'a,b\\n1,"x,y"\\n'
+    """
+    stream = io.StringIO()
+    if rows:
+        writer = csv.DictWriter(stream, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    return stream.getvalue()
+
+
+def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Aligned columns, numbers to the right.
+
+    Examples
+    --------
+    >>> print(table_text([{"head": "knn", "accuracy": 0.5}, {"head": "ridge", "accuracy": 0.75}]))
+    head   accuracy
+    knn      0.5000
+    ridge    0.7500
+    """
+    if not rows:
+        return "no runs"
+    names = list(rows[0])
+    cells = [[_cell(row[name]) for name in names] for row in rows]
+    widths = [max(len(name), *(len(line[column]) for line in cells)) for column, name in enumerate(names)]
+    numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
+    lines = []
+    for line in [names, *cells]:
+        padded = zip(line, widths, numeric, strict=True)
+        lines.append("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in padded).rstrip())
+    return "\n".join(lines)
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    if isinstance(value, list | tuple):
+        return " to ".join(_cell(item) for item in value)
+    return str(value)
