@@ -61,7 +61,7 @@ test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
 
 bench: setup  ## benchmarks: ratios measured side by side in one run
-	$(BIN)/python tests/benchmarks/bench_heads.py
+	$(BIN)/python tests/benchmarks/bench_reuse.py
 
 clean:  ## remove the virtual environment and caches (features and runs are kept)
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

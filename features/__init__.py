@@ -1,0 +1,33 @@
+"""Images in, trustworthy feature arrays out.
+
+    images -> recipe -> shards -> store            see FORMAT.md for what a store holds
+
+Public names are loaded when they are first used, so that importing the package costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from features.errors import BottleneckError
+    from features.extraction import extract_features
+    from features.recipe import PixelRule, Recipe
+    from features.store import FeatureStore
+
+__all__ = ["BottleneckError", "FeatureStore", "PixelRule", "Recipe", "extract_features"]
+
+_HOMES = {
+    "BottleneckError": "features.errors",
+    "FeatureStore": "features.store",
+    "PixelRule": "features.recipe",
+    "Recipe": "features.recipe",
+    "extract_features": "features.extraction",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'features' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -15,17 +15,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from features.assembly import assemble, is_current, table_of
 from features.errors import ConfigurationError, LockedError, StoreError, TooManyUnreadableError
-from features.networks import MakeEngine, Network, resolve_network
 from features.planning import Identity, Plan, make_plan
 from features.recipe import Recipe
 from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, printable, rows_per_shard, shard_path
 from features.sources import ImageSet, SplitRule, scan
 from features.store import FeatureStore, Progress
+
+if TYPE_CHECKING:
+    from features.networks import Network
 
 logger = logging.getLogger(__name__)
 SHARDS_IN_FLIGHT = 2  # one is inferred while the other is read
@@ -42,20 +45,18 @@ class ExtractionResult:
 
 
 class Extraction:
-    """One extraction, from plan to finished store.
+    """One extraction, from plan to finished store. Its parts are injected; ``prepare`` finds them by name.
 
     Parameters
     ----------
-    images : str or Path
-        Image source, see ``features.sources.scan``.
-    out : str or Path
+    images : ImageSet
+        The source as scanned.
+    network : Network
+        What makes features: ``recipes``, ``row_bytes`` and ``engine(recipes, batch_size=, device=)``.
+    out : Path
         The store to make or bring up to date.
-    backbone, weights, layers, pooling, image_size, resize, fit, dtype, seed
-        The recipe; see ``features.networks.resolve_network``.
-    split : str
-        ``"hash"`` or ``"stratified"``, with fractions behind a colon; see ``features.sources.SplitRule``.
-    target : str, optional
-        Manifest column that holds the label.
+    rule : SplitRule
+        How images without a given split get theirs.
     batch_size : int
         Images of one forward pass, 1-4096.
     shard_rows : int, optional
@@ -72,20 +73,11 @@ class Extraction:
 
     def __init__(
         self,
-        images: str | Path,
-        out: str | Path,
+        images: ImageSet,
+        network: Network,
+        out: Path,
         *,
-        backbone: str = "mobilenetv2",
-        weights: str = "imagenet",
-        layers: Sequence[str] = (),
-        pooling: str | None = None,
-        image_size: tuple[int, int] | None = None,
-        resize: str = "antialias",
-        fit: str = "stretch",
-        dtype: str = "float32",
-        seed: int = 0,
-        split: str = "hash",
-        target: str | None = None,
+        rule: SplitRule,
         batch_size: int = 32,
         shard_rows: int | None = None,
         workers: int | None = None,
@@ -96,25 +88,13 @@ class Extraction:
         _check_range("batch size", batch_size, 1, 4096)
         _check_range("workers", 1 if workers is None else workers, 1, 1024)
         _check_range("max unreadable", max_unreadable, 0, 1)
-        self.out = Path(out)
-        self.rule = SplitRule.parse(split, seed)
-        self.images: ImageSet = scan(images, target=target)
-        self.network: Network = resolve_network(
-            backbone,
-            weights=weights,
-            layers=layers,
-            pooling=pooling,
-            image_size=image_size,
-            resize=resize,
-            fit=fit,
-            dtype=dtype,
-        )
+        self.images, self.network, self.out, self.rule = images, network, out, rule
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
         self.max_unreadable = max_unreadable
         self.workers = workers or processors()
-        self.shard_rows = shard_rows or rows_per_shard(self.network.row_bytes, batch_size)
+        self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
         _check_range("shard rows", self.shard_rows, 1, 1 << 20)
-        self.parts = PartsFolder(self.out.with_name(self.out.name + ".parts"))
+        self.parts = PartsFolder(out.with_name(out.name + ".parts"))
 
     def plan(self) -> Plan:
         """What would be done. Reads; writes nothing."""
@@ -131,19 +111,13 @@ class Extraction:
                 overwrite=self.overwrite,
             )
 
-    def run(
-        self,
-        progress: Progress | None = None,
-        make_engine: MakeEngine | None = None,
-    ) -> ExtractionResult:
+    def run(self, progress: Progress | None = None) -> ExtractionResult:
         """Compute what is missing and bring the store up to date.
 
         Parameters
         ----------
         progress : callable, optional
             Called with ``(stage, done, total)``.
-        make_engine : callable, optional
-            Network and recipes -> function of batches. Called only when something has to be inferred.
 
         Raises
         ------
@@ -159,7 +133,7 @@ class Extraction:
             if self.parts.path.exists():
                 self.parts.open()
             plan = self.plan()
-            engine = _LazyEngine(self, make_engine)
+            engine = _LazyEngine(self)
             if plan.specs:
                 self.parts.open()
                 self._run_shards(plan, engine, progress)
@@ -237,8 +211,62 @@ class Extraction:
             )
 
 
+def prepare(
+    images: str | Path,
+    out: str | Path,
+    *,
+    backbone: str = "mobilenetv2",
+    weights: str = "imagenet",
+    layers: Sequence[str] = (),
+    pooling: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    resize: str = "antialias",
+    fit: str = "stretch",
+    dtype: str = "float32",
+    split: str = "hash",
+    seed: int = 0,
+    target: str | None = None,
+    **options: Any,
+) -> Extraction:
+    """Find images, backbone and weights by name.
+
+    Parameters
+    ----------
+    images : str or Path
+        Image source, see ``features.sources.scan``; ``target`` picks the label column of a manifest.
+    out : str or Path
+        The store.
+    backbone, weights, layers, pooling, image_size, resize, fit, dtype
+        The recipe; see ``features.networks.resolve_network``.
+    split : str
+        ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
+    **options
+        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite`` of ``Extraction``.
+
+    Raises
+    ------
+    SourceError, ConfigurationError, WeightsError
+        For images, names or weights that cannot be used.
+    """
+    from features.networks import resolve_network
+
+    rule = SplitRule.parse(split, seed)
+    image_set = scan(images, target=target)
+    network = resolve_network(
+        backbone,
+        weights=weights,
+        layers=layers,
+        pooling=pooling,
+        image_size=image_size,
+        resize=resize,
+        fit=fit,
+        dtype=dtype,
+    )
+    return Extraction(image_set, network, Path(out), rule=rule, **options)
+
+
 def extract_features(
-    images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: object
+    images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> FeatureStore:
     """Push every image of a source through a frozen backbone once and keep the features.
 
@@ -251,21 +279,21 @@ def extract_features(
     progress : callable, optional
         Called with ``(stage, done, total)``.
     **options
-        As of ``Extraction``: ``backbone``, ``weights``, ``layers``, ``pooling``, ``image_size``, ``split``, ...
+        As of ``prepare``: ``backbone``, ``weights``, ``layers``, ``pooling``, ``image_size``, ``split``, ...
 
     Returns
     -------
     FeatureStore
         The finished store.
     """
-    return Extraction(images, out, **options).run(progress).store  # type: ignore[arg-type]
+    return prepare(images, out, **options).run(progress).store
 
 
 class _LazyEngine:
     """Build an engine per group of data sets when it is first needed; forward passes never overlap."""
 
-    def __init__(self, extraction: Extraction, make: MakeEngine | None) -> None:
-        self._extraction, self._make = extraction, make or self._keras_engine
+    def __init__(self, extraction: Extraction) -> None:
+        self._extraction = extraction
         self._engines: dict[tuple[Recipe, ...], Infer] = {}
         self._lock = threading.Lock()
         self.name, self.inferred = "", 0
@@ -274,16 +302,14 @@ class _LazyEngine:
         def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
             with self._lock:
                 if recipes not in self._engines:
-                    self._engines[recipes] = self._make(self._extraction.network, recipes)
+                    self._engines[recipes] = self._extraction.network.engine(
+                        recipes, batch_size=self._extraction.batch_size, device=self._extraction.device
+                    )
                     self.name = getattr(self._engines[recipes], "name", "function")
                 self.inferred += len(batch)
                 return self._engines[recipes](batch)
 
         return infer
-
-    def _keras_engine(self, network: Network, recipes: Sequence[Recipe]) -> Infer:
-        engine: Infer = network.engine(recipes, batch_size=self._extraction.batch_size, device=self._extraction.device)
-        return engine
 
 
 def _bounded(pool: ThreadPoolExecutor, function: Callable[[ShardSpec], ShardRecord], specs: Sequence[ShardSpec]) -> Iterator[ShardRecord]:

@@ -33,8 +33,8 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
     """Layer names as a fresh process would give them.
 
     Keras numbers unnamed layers over the whole process: the last layer of a second MobileNetV3Large is
-    ``activation_39``, not ``activation_19``. Here such names are numbered from zero within the model, in the
-    order in which Keras numbered them; names that someone chose stay.
+    ``activation_39``, not ``activation_19``. Here the lowest number of each kind becomes none, and the others move
+    down with it; names that someone chose stay.
 
     Parameters
     ----------
@@ -54,8 +54,9 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
         if found:
             numbered.setdefault(word, []).append((int(found[1] or 0), position))
     for word, entries in numbered.items():
-        for rank, (_, position) in enumerate(sorted(entries)):
-            names[position] = f"{word}_{rank}" if rank else word
+        first = min(number for number, _ in entries)
+        for number, position in entries:
+            names[position] = f"{word}_{number - first}" if number > first else word
     return names
 
 
@@ -87,7 +88,8 @@ def valid_cuts(model: Any) -> list[str]:
     last_use.update((id(tensor), len(nodes)) for tensor in model.outputs)
     tensors = layer_tensors(model)
     ends = {id(tensor) for tensor in model.outputs}
-    cuts, live = [], set()
+    cuts: list[str] = []
+    live: set[int] = set()
     for index, (operation, inputs, outputs) in enumerate(nodes):
         live -= {id(tensor) for tensor in inputs if last_use[id(tensor)] == index}
         live |= {id(tensor) for tensor in outputs if id(tensor) in last_use}
@@ -192,7 +194,9 @@ def boundary_by_rule(model: Any) -> str:
         if getattr(operation, "weights", ()) and len(tensor.shape) == 4 and None not in tensor.shape[1:]
     ]
     if not areas:
-        raise ConfigurationError(f"{model.name} has no layer with weights and a 4-D output of known size, so no boundary")
+        raise ConfigurationError(
+            f"{model.name} has no layer with weights and a 4-D output of known size, so no boundary"
+        )
     final = areas[-1][1]
     larger = [index for index, area in areas if area > final]
     start = next(index for index, _ in areas if index > (larger[-1] if larger else -1))

@@ -10,22 +10,30 @@ import dataclasses
 import importlib.metadata
 import json
 import logging
-import os
-import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.backbones import Backbone, build_backbone, boundary_of, feature_model, find_backbone, preprocess
+from features.backbones import (
+    BOUNDARY,
+    Backbone,
+    boundary_of,
+    build_backbone,
+    feature_model,
+    find_backbone,
+    last_layer,
+    preprocess,
+)
 from features.cache import cache_folder
 from features.errors import ConfigurationError, nearest
+from features.graph import layer_tensors
 from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_of
+from features.tensors import whole_file
 from features.weights import WeightsFile, load_weights, resolve_weights
 
 logger = logging.getLogger(__name__)
-BOUNDARY = "boundary"  # word for the layer just before the last convolutional block
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +46,15 @@ class Description:
         sha256 over the weight tensors.
     layers : dict of str to tuple of int
         Output shape of every layer with one output, without the batch axis, in graph order.
+    last : str
+        Layer that gives the output.
     boundary : str or None
         Layer before the last convolutional block; None where no single tensor separates it.
     """
 
     digest: str
     layers: dict[str, tuple[int, ...]]
+    last: str
     boundary: str | None
 
 
@@ -119,12 +130,12 @@ def resolve_network(
     row = find_backbone(backbone)
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}")
-    size = image_size or (row.size, row.size)
+    size = image_size or row.default_size
     rule = PixelRule(size[0], size[1], resize=resize, fit=fit)
     file = resolve_weights(row, weights)
     description = describe(row, file, size)
     chosen: dict[tuple[str, str], Recipe] = {}
-    for layer in [_layer(name, description, row) for name in layers] or [list(description.layers)[-1]]:
+    for layer in [_layer(name, description, row) for name in layers] or [description.last]:
         pooled = pooling or ("none" if layers else "avg")
         if len(description.layers[layer]) != 3:
             pooled = "none"
@@ -162,16 +173,13 @@ def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> De
         return known
     model = build_backbone(backbone, size)
     digest = load_weights(model, backbone, file)
-    layers = {
-        layer.name: tuple(int(length) for length in layer.output.shape[1:])
-        for layer in model.layers
-        if hasattr(layer.output, "shape") and None not in layer.output.shape[1:]
-    }
+    layers = {name: tuple(tensor.shape[1:]) for name, tensor in layer_tensors(model).items()}
+    layers = {name: shape for name, shape in layers.items() if None not in shape}
     try:
         boundary: str | None = boundary_of(backbone, model)
     except ConfigurationError:
         boundary = None
-    description = Description(digest, layers, boundary)
+    description = Description(digest, layers, last_layer(model), boundary)
     _write_memo(memo, description)
     return description
 
@@ -196,28 +204,19 @@ def _read_memo(path: Path) -> Description | None:
         return None
     try:
         values = json.loads(path.read_bytes())
-        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values["layers"]}
-        boundary = values["boundary"]
-        if values["sum"] != digest_of([values["digest"], values["layers"], boundary]):
+        if values.pop("sum") != digest_of(values):
             raise ValueError("checksum differs")
-        return Description(values["digest"], layers, boundary)
-    except (ValueError, KeyError, TypeError) as error:
+        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
+        return Description(layers=layers, **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         logger.warning("%s is damaged (%s); the backbone is described again", path, error)
         return None
 
 
 def _write_memo(path: Path, description: Description) -> None:
-    layers = [[name, list(shape)] for name, shape in description.layers.items()]
-    values = {"digest": description.digest, "layers": layers, "boundary": description.boundary}
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    values = {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(canonical_json({**values, "sum": digest_of([description.digest, layers, description.boundary])}))
-        os.replace(temporary, path)
+        with whole_file(path) as file:
+            file.write(canonical_json({**values, "sum": digest_of(values)}).encode("ascii"))
     except OSError as error:  # a memo only saves time
         logger.warning("%s could not be written (%s)", path, error)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-MakeEngine = Callable[[Network, Sequence[Recipe]], Any]

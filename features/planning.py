@@ -218,7 +218,7 @@ def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwr
         return True
     if overwrite:
         return False
-    listed = "; ".join(f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in differences.items())
+    listed = "; ".join(f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in sorted(differences.items()))
     raise ConfigurationError(
         f"{out}: holds features of another recipe ({listed}). No row of it can be used. "
         "Give another --out, or --overwrite to replace it."

@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -31,6 +31,8 @@ logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
 SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
 JOURNAL_VERSION = 1
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 Infer = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
@@ -146,7 +148,7 @@ def extract_shard(
             advance(filled)
 
     load = functools.partial(_load, read, rule)
-    for index, (sha256, outcome) in enumerate(_ahead(decoders, load, spec.paths, 2 * batch_size)):
+    for index, (sha256, outcome) in enumerate(ahead(decoders, load, spec.paths, 2 * batch_size)):
         if isinstance(outcome, UnreadableImageError):
             logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), outcome)
             refused.append((index, sha256, outcome.reason))
@@ -174,9 +176,9 @@ def _load(read: Callable[[str], bytes], rule: Any, path: str) -> tuple[bytes, De
         return sha256, error
 
 
-def _ahead(pool: Executor, function: Callable[[str], Any], items: Sequence[str], window: int) -> Iterator[Any]:
+def ahead(pool: Executor, function: Callable[[Item], Result], items: Sequence[Item], window: int) -> Iterator[Result]:
     """Map in order with at most ``window`` results waiting, so that memory stays constant."""
-    waiting: deque[Future[Any]] = deque()
+    waiting: deque[Future[Result]] = deque()
     try:
         for item in items:
             waiting.append(pool.submit(function, item))

@@ -230,12 +230,13 @@ class StoreWriter:
 
     def _set(self, key: str, **values: str | int) -> None:
         for name, value in values.items():
-            stored: Any = np.int64(value)
+            stored: Any = value
             if isinstance(value, str):
-                stored = np.bytes_(value.encode("utf-8", "surrogateescape"))
+                # One NUL behind an empty text: HDF5 has no string type of length 0.
+                stored = np.bytes_(value.encode("utf-8", "surrogateescape") or b"\0")
                 if len(stored) > _TEXT_ATTRIBUTE_LIMIT:
                     raise StoreError(f"attribute {name} of {key}: {len(stored)} bytes, at most {_TEXT_ATTRIBUTE_LIMIT}")
-            self._file[key].attrs.create(name, stored)
+            self._file[key].attrs.create(name, stored, dtype=None if isinstance(value, str) else "<i8")
             if name != "attributes_sha256":
                 self._attributes.setdefault(key, {})[name] = value
 

@@ -7,9 +7,11 @@ Nothing is assigned before everything fits. Containers are told apart by content
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import os
+import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -169,9 +171,38 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write arrays whole or not at all: temporary name in the same folder, fsync, rename."""
-    with atomic_file(path) as file:
-        np.savez(file, **dict(tensors))  # type: ignore[arg-type]  # keys are array names, none is "allow_pickle"
+    """Write arrays by canonical name, whole or not at all (``whole_file``)."""
+    with whole_file(path) as file:
+        np.savez(file, **dict(tensors))  # type: ignore[arg-type]  # keys are tensor names, none is "allow_pickle"
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """A file under a temporary name in the folder of ``path``; on a clean exit durable and renamed, else removed.
+
+    The folder is made if it is missing. Raises ``OSError`` as the file system does.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a file, 64 hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
@@ -188,3 +219,136 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     if size > _LARGEST_MEMBER:
         raise WeightsError(f"{archive.filename}: {name!r} declares {size} bytes, more than {_LARGEST_MEMBER}")
     return archive.read(name)
+
+
+Layers = list[tuple[str, list[tuple[str, np.ndarray]]]]  # what a legacy file holds, in its order
+
+
+def read_legacy(path: Path | BinaryIO) -> Layers | None:
+    """Layers of a legacy HDF5 file that have weights, in its order; None for a file of another structure.
+
+    The official files are of this kind: attributes ``layer_names`` and, in each group, ``weight_names``. A whole
+    legacy model keeps the same under ``model_weights``.
+    """
+    import h5py
+
+    with h5py.File(path, "r") as file:
+        group = _legacy_group(file)
+        if group is None:
+            return None
+        layers = []
+        for layer in _names(group, "layer_names"):
+            weights = [(name, _read(group[layer], name)) for name in _names(group[layer], "weight_names")]
+            if weights:
+                layers.append((layer, weights))
+        return layers
+
+
+def _fit_hdf5(model: Any, source: Path | BinaryIO, origin: str) -> list[tuple[Any, np.ndarray]]:
+    import h5py
+
+    layers = read_legacy(source)
+    if layers is not None:
+        return _fit_in_order(model, layers, origin)
+    with h5py.File(source, "r") as file:
+        if "layers" not in file:
+            raise WeightsError(
+                f"{origin}: an HDF5 file without the group 'layers' of Keras 3 or the attribute 'layer_names' of "
+                f"older versions; it holds {', '.join(list(file)[:5]) or 'nothing'}"
+            )
+        names = {id(variable): name for name, variable in model_tensors(model).items()}
+        pairs = []
+        for variable, place in _keras3_places(model.layers, "layers"):
+            values = _read(file, place) if place in file else None
+            pairs.append((variable, _checked(names[id(variable)], variable, values, f"{origin} ({place})")))
+        return pairs
+
+
+def _fit_by_name(model: Any, tensors: Mapping[str, np.ndarray], origin: str) -> list[tuple[Any, np.ndarray]]:
+    named = model_tensors(model)
+    surplus = [name for name in tensors if name not in named]
+    pairs = [(variable, _checked(name, variable, tensors.get(name), origin)) for name, variable in named.items()]
+    if surplus:
+        raise WeightsError(f"{origin}: {surplus[0]!r} is no tensor of this backbone{nearest(surplus[0], named)}")
+    return pairs
+
+
+def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np.ndarray]]:
+    """Pair layers by position, as Keras does; by name if the file has more of them (a classifier on top)."""
+    names = {id(variable): name for name, variable in model_tensors(model).items()}
+    targets = [layer for layer in model.layers if layer.weights]
+    by_name = dict(source)
+    if len(source) != len(targets) and all(layer.name in by_name for layer in targets):
+        source = [(layer.name, by_name[layer.name]) for layer in targets]
+    pairs = []
+    for index, layer in enumerate(targets):
+        received, weights = source[index] if index < len(source) else ("nothing", [])
+        # legacy files list what is trained before what is counted
+        for place, variable in enumerate(layer.trainable_weights + layer.non_trainable_weights):
+            weight, values = weights[place] if place < len(weights) else ("nothing", None)
+            where = f"{origin} (layer {index} there: {received!r}, {weight!r})"
+            pairs.append((variable, _checked(names[id(variable)], variable, values, where)))
+        if len(weights) > len(layer.weights):
+            raise WeightsError(
+                f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} takes {len(layer.weights)}"
+            )
+    if len(source) > len(targets):
+        raise WeightsError(
+            f"{origin} holds {len(source)} layers with weights, this backbone has {len(targets)}; "
+            f"the first one too many is {source[len(targets)][0]!r}. It belongs to another architecture."
+        )
+    return pairs
+
+
+def _checked(name: str, variable: Any, values: np.ndarray | None, origin: str) -> np.ndarray:
+    expected = tuple(int(length) for length in variable.shape)
+    received = "no such tensor" if values is None else f"shape {values.shape}"
+    if values is None or values.shape != expected:
+        raise WeightsError(
+            f"{origin} does not fit: first misfit at {name!r}, received {received}, expected shape {expected}. "
+            "It belongs to another architecture or width: choose the --backbone it was made for, or other --weights."
+        )
+    return values
+
+
+def _keras3_places(layers: Iterable[Any], prefix: str) -> Iterator[tuple[Any, str]]:
+    """Every variable with its path in a Keras 3 weights file: layers are numbered by class, variables by position."""
+    import keras
+
+    counts: dict[str, int] = {}
+    for layer in layers:
+        word = snake_case(type(layer).__name__)
+        count = counts.get(word, 0)
+        counts[word] = count + 1
+        place = f"{prefix}/{word}_{count}" if count else f"{prefix}/{word}"
+        if isinstance(layer, keras.Model):
+            yield from _keras3_places(layer.layers, f"{place}/layers")
+        else:
+            yield from ((variable, f"{place}/vars/{index}") for index, variable in enumerate(layer.weights))
+
+
+def _legacy_group(file: Any) -> Any:
+    for group in (file, file.get("model_weights")):
+        if group is not None and ("layer_names" in group.attrs or "layer_names0" in group.attrs):
+            return group
+    return None
+
+
+def _names(group: Any, attribute: str) -> Sequence[str]:
+    """A list of names; Keras spreads lists beyond 64 KiB over ``name0``, ``name1``, ..."""
+    if attribute in group.attrs:
+        parts = [group.attrs[attribute]]
+    else:
+        parts = []
+        while f"{attribute}{len(parts)}" in group.attrs:
+            parts.append(group.attrs[f"{attribute}{len(parts)}"])
+    return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for part in parts for name in part]
+
+
+def _read(group: Any, path: str) -> np.ndarray:
+    dataset = group[path]
+    if not hasattr(dataset, "dtype") or dataset.dtype.kind not in "biuf":
+        raise WeightsError(f"{group.file.filename}: {path!r} is no array of numbers")
+    if dataset.is_virtual or dataset.external or dataset.file.filename != group.file.filename:
+        raise WeightsError(f"{group.file.filename}: {path!r} points to another file, which is not followed")
+    return np.asarray(dataset[()])

@@ -1,0 +1,1 @@
+"""The application: extract features, train heads on them, fine-tune. ``python -m pipeline --help``."""

@@ -6,7 +6,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from features.extraction import Extraction
+from features.extraction import prepare
 from features.shards import printable
 from features.store import FeatureStore, Progress
 from features.sources import SPLITS
@@ -16,7 +16,7 @@ DOCUMENT_FORMAT = 1
 
 def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
     """What an extraction would do, as one document. Writes nothing."""
-    extraction = Extraction(images, out, **options)
+    extraction = prepare(images, out, **options)
     decided = extraction.plan()
     return {
         "format": DOCUMENT_FORMAT,
@@ -31,7 +31,7 @@ def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
 
 def run(images: str, out: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
     """Bring a store up to date and describe it, as one document."""
-    result = Extraction(images, out, **options).run(progress)
+    result = prepare(images, out, **options).run(progress)
     return {
         **describe(result.store),
         "inferred": result.inferred,

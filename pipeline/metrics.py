@@ -1,4 +1,4 @@
-"""Scores of predicted probabilities against labels. NumPy only."""
+"""Scores of predicted probabilities against labels, and the calibration of margins."""
 
 from __future__ import annotations
 
@@ -101,6 +101,11 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
     return float(-np.log(np.clip(chosen, smallest, 1 - smallest)).mean())
 
 
+def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
+    """Mean squared distance between probabilities and the one-hot label, 0-2 (Brier 1950)."""
+    return float(np.square(probabilities - np.eye(probabilities.shape[1])[labels]).sum(axis=1).mean())
+
+
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Expected calibration error of the top label over 15 bins (low, high] of equal width.
 
@@ -111,6 +116,46 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
     bins = np.clip(np.ceil(confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     gaps = np.bincount(bins, weights=correct - confidence, minlength=BINS)
     return float(np.abs(gaps).sum() / len(labels))
+
+
+def softmax(outputs: np.ndarray) -> np.ndarray:
+    """Softmax over columns, float64."""
+    return np.exp(log_softmax(np.asarray(outputs, dtype=np.float64)))
+
+
+def fit_temperature(margins: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+    """The T > 0 that minimises the log loss of softmax(margins / T), and that loss.
+
+    Parameters
+    ----------
+    margins : float64, (n, c)
+        Margins of rows that the classifier was not fitted on.
+    y : int32, (n,)
+        Labels.
+
+    Notes
+    -----
+    Temperature scaling: Guo et al., ICML 2017. As in Platt (1999) the targets are a little less than certain,
+    here as if one row in n + 1 bore a wrong label, so that perfectly separated rows do not drive T to zero.
+    """
+    from scipy.optimize import minimize_scalar
+
+    found = minimize_scalar(lambda log: smoothed_log_loss(margins / np.exp(log), y), bounds=(-9, 9), method="bounded")
+    return float(np.exp(found.x)), float(found.fun)
+
+
+def log_softmax(outputs: np.ndarray) -> np.ndarray:
+    shifted = outputs - outputs.max(axis=1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
+
+
+def smoothed_log_loss(outputs: np.ndarray, y: np.ndarray) -> float:
+    """Log loss of softmax(outputs) against smoothed targets; see `fit_temperature`."""
+    logs = log_softmax(outputs)
+    doubt = 1 / (len(y) + 1)
+    true = logs[np.arange(len(y)), y]
+    others = (logs.sum(axis=1) - true) / (outputs.shape[1] - 1)
+    return float(-np.mean((1 - doubt) * true + doubt * others))
 
 
 def _roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:

@@ -24,10 +24,12 @@ from features.images import (
     REASONS,
     crop_window,
     decode_image,
-    pad_margins,
+    pad_window,
     read_bytes,
 )
 from features.recipe import PixelRule
+
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on files damaged on purpose
 
 # 2 rows x 3 columns, all different, so that each of the eight orientations gives another picture.
 SMALL = np.array(
@@ -405,16 +407,6 @@ def test_keras_rule_follows_the_definition(size: tuple[int, int]) -> None:
     assert pixels.flags.c_contiguous
 
 
-def test_keras_rule_pads_before_it_samples() -> None:
-    picture = noise(10, 30)
-    canvas = np.zeros((30, 30, 3), np.uint8)
-    canvas[10:20] = picture
-    wide = decode_image(encoded(picture), PixelRule(16, 16, "keras", "pad")).pixels
-    assert np.abs(wide - bilinear(canvas, 16, 16)).max() <= 0.501
-    tall = decode_image(encoded(picture.transpose(1, 0, 2).copy()), PixelRule(16, 16, "keras", "pad")).pixels
-    np.testing.assert_array_equal(tall, wide.transpose(1, 0, 2))
-
-
 def test_crop_takes_the_centred_window() -> None:
     picture = noise(40, 100)
     window = Image.fromarray(picture[:, 30:70].copy())
@@ -425,17 +417,16 @@ def test_crop_takes_the_centred_window() -> None:
     assert (result.width, result.height) == (100, 40)  # the file's size, not the window's
 
 
-def test_pad_is_pillow_on_a_black_canvas() -> None:
-    picture = noise(40, 100)
-    canvas = np.zeros((100, 100, 3), np.uint8)
-    canvas[30:70] = picture
-    expected = np.asarray(Image.fromarray(canvas).resize((16, 16), Image.Resampling.BILINEAR))
-    pixels = decode_image(encoded(picture), PixelRule(16, 16, fit="pad")).pixels
-    np.testing.assert_array_equal(pixels, expected)
-    assert pixels[:4].max() == 0
-    assert pixels[6:10].mean() > 100
-    tall = decode_image(encoded(picture.transpose(1, 0, 2).copy()), PixelRule(16, 16, fit="pad")).pixels
-    np.testing.assert_array_equal(tall, expected.transpose(1, 0, 2))
+@pytest.mark.parametrize("resize", ["antialias", "keras"])
+def test_pad_keeps_the_whole_image_centred_on_black(resize: str) -> None:
+    picture = noise(40, 100) // 2 + 100
+    pixels = decode_image(encoded(picture), PixelRule(20, 20, resize, "pad")).pixels
+    stretched = decode_image(encoded(picture), PixelRule(8, 20, resize)).pixels
+    np.testing.assert_array_equal(pixels[6:14], stretched)
+    assert pixels[:6].max() == pixels[14:].max() == 0
+    tall = decode_image(encoded(picture.transpose(1, 0, 2).copy()), PixelRule(20, 20, resize, "pad")).pixels
+    assert np.abs(tall.astype(int) - pixels.transpose(1, 0, 2)).max() <= 1  # columns are rounded before rows
+    assert tall[:, :6].max() == tall[:, 14:].max() == 0
 
 
 def test_geometry() -> None:
@@ -443,8 +434,18 @@ def test_geometry() -> None:
     assert crop_window(341, 500, PixelRule(224, 224)) == (0, 79, 341, 341)
     assert crop_window(100, 100, PixelRule(50, 100)) == (0, 25, 100, 50)
     assert crop_window(1, 1000, PixelRule(224, 224)) == (0, 499, 1, 1)
-    assert pad_margins(500, 341, PixelRule(224, 224)) == (0, 79)
-    assert pad_margins(100, 100, PixelRule(50, 100)) == (50, 0)
+    assert pad_window(500, 341, PixelRule(224, 224)) == (0, 35, 224, 153)
+    assert pad_window(341, 500, PixelRule(224, 224)) == (35, 0, 153, 224)
+    assert pad_window(100, 100, PixelRule(50, 100)) == (25, 0, 50, 50)
+    assert pad_window(1, 1000, PixelRule(224, 224)) == (111, 0, 1, 224)
+    assert pad_window(1, 1000, PixelRule(224, 224, "keras")) == (111, 0, 1, 224)
+
+
+@pytest.mark.parametrize("target", [150, 160, 224])
+def test_exact_padding_always_fills_one_side(target: int) -> None:
+    for width in range(1, 3000):
+        left, _, inner_width, _ = pad_window(width, max(width // 2, 1), PixelRule(target, target))
+        assert (left, inner_width) == (0, target)
 
 
 @pytest.mark.parametrize("shape", [(1, 30_000), (30_000, 1)])
@@ -471,40 +472,44 @@ def test_threads_give_the_same_pixels() -> None:
 FITS = {"stretch": {}, "crop": {"crop_to_aspect_ratio": True}, "pad": {"pad_to_aspect_ratio": True}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fit", FITS)
-def test_keras_rule_equals_image_dataset_from_directory(assets: Path, tmp_path: Path, fit: str) -> None:
+def keras_dataset(folder: Path, size: tuple[int, int], fit: str) -> np.ndarray:
     import keras
 
-    sources = sorted((assets / "images/cats_and_dogs_filtered/train/cats").glob("*.jpg"))[:20]
+    dataset = keras.utils.image_dataset_from_directory(
+        folder, labels=None, image_size=size, shuffle=False, batch_size=32, verbose=False, **FITS[fit]
+    )
+    return np.rint(next(iter(dataset)).numpy())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", FITS)
+@pytest.mark.parametrize("size", [(160, 160), (224, 150)])
+def test_keras_rule_equals_image_dataset_from_directory(
+    assets: Path, tmp_path: Path, fit: str, size: tuple[int, int]
+) -> None:
+    """Equal to the last bit, the decoder of lossy files apart."""
     (tmp_path / "cats").mkdir()
+    sources = sorted((assets / "images/cats_and_dogs_filtered/train/cats").glob("*.jpg"))[:20]
+    for source in sources:
+        with Image.open(source) as image:
+            image.save(tmp_path / "cats" / f"{source.stem}.png")
+    rule = PixelRule(*size, "keras", fit)
+    files = sorted((tmp_path / "cats").iterdir())
+    ours = np.stack([decode_image(file.read_bytes(), rule).pixels for file in files])
+    assert len(ours) == 20
+    np.testing.assert_array_equal(ours, keras_dataset(tmp_path, size, fit))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fit", FITS)
+def test_keras_rule_on_jpeg_differs_by_the_decoder_only(assets: Path, tmp_path: Path, fit: str) -> None:
+    """TensorFlow decodes with libjpeg's fast inverse cosine transform, Pillow with the accurate one."""
+    (tmp_path / "cats").mkdir()
+    sources = sorted((assets / "images/cats_and_dogs_filtered/train/cats").glob("*.jpg"))[:20]
     for source in sources:
         shutil.copy(source, tmp_path / "cats" / source.name)
     rule = PixelRule(160, 160, "keras", fit)
     ours = np.stack([decode_image(source.read_bytes(), rule).pixels for source in sources])
-    dataset = keras.utils.image_dataset_from_directory(
-        tmp_path, labels=None, image_size=(160, 160), shuffle=False, batch_size=20, verbose=False, **FITS[fit]
-    )
-    theirs = np.rint(next(iter(dataset)).numpy())
-    difference = np.abs(ours - theirs).mean(axis=(1, 2, 3))
-    assert len(difference) == 20
-    # The two JPEG decoders differ by a grey level here and there; the resampling below does not.
-    assert difference.max() <= 1.0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("fit", FITS)
-def test_keras_rule_equals_the_tensorflow_kernel_on_the_same_pixels(assets: Path, fit: str) -> None:
-    from keras.src.backend.tensorflow import image as tensorflow_image
-
-    for source in sorted((assets / "images/cats_and_dogs_filtered/train/dogs").glob("*.jpg"))[:20]:
-        data = source.read_bytes()
-        for size in ((160, 160), (224, 150)):
-            pixels = np.asarray(Image.open(io.BytesIO(data)))
-            theirs = np.rint(np.asarray(tensorflow_image.resize(pixels.astype(np.float32), size, **FITS[fit])))
-            ours = decode_image(data, PixelRule(*size, "keras", fit)).pixels
-            differing = ours != theirs
-            # Values on the edge between two grey levels may fall either way: the compiler may fuse a
-            # multiplication with an addition.
-            assert np.abs(ours - theirs).max() <= 1
-            assert differing.mean() <= 1e-4, (source.name, size, differing.sum())
+    difference = np.abs(ours - keras_dataset(tmp_path, (160, 160), fit))
+    assert difference.mean() <= 1.0  # grey levels
+    assert difference.max() <= 5

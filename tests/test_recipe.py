@@ -32,7 +32,7 @@ def test_canonical_text_is_frozen() -> None:
 
 
 def test_fingerprint_is_frozen() -> None:
-    assert EXAMPLE.fingerprint == "FROZEN"
+    assert EXAMPLE.fingerprint == "cb73e8420d9cab42b0828848956b56e76400f9b400406df35256feb37b5cc07f"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,296 @@
+"""Backbone and head as one network again: the very weights that made the features, checked by fingerprint.
+
+    run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.backbones import preprocess
+from features.engines import KerasEngine
+from features.errors import ConfigurationError, ParityError, RunError, UnreadableImageError, nearest
+from features.graph import cut_at, nearest_earlier_cut
+from features.images import Decoded, decode_image
+from features.networks import BOUNDARY, Network, resolve_network
+from features.recipe import PixelRule, Recipe
+from features.shards import ahead, printable
+from pipeline.heads import Head
+from pipeline.runs import Run
+
+BATCHNORM_MODES = ("frozen", "affine")
+LAST_BLOCK = "last-block"
+PARITY_TOLERANCE = 1e-4  # in probability, float32
+
+
+def network_of(run: Run, weights: str | None = None) -> Network:
+    """The network whose features the run's head was trained on.
+
+    Parameters
+    ----------
+    run : Run
+        Of any head.
+    weights : str, optional
+        Where the weights are now, if not where the extraction found them.
+
+    Raises
+    ------
+    RunError
+        If backbone or weights are not those of the run.
+    """
+    recipe = run.recipe
+    network = resolve_network(
+        run.backbone_argument,
+        weights=weights or run.weights_argument,
+        layers=[recipe.layer],
+        pooling=recipe.pooling,
+        image_size=(recipe.pixels.height, recipe.pixels.width),
+        resize=recipe.pixels.resize,
+        fit=recipe.pixels.fit,
+        dtype=recipe.dtype,
+    )
+    differences = recipe.difference(network.recipes[0])
+    if differences:
+        listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
+        raise RunError(
+            f"{run.folder}: its head was trained on features of another network ({listed}). "
+            "Give the weights that made them with --weights."
+        )
+    return network
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """A network cut in two for training.
+
+    Parameters
+    ----------
+    backbone : keras.Model
+        The whole backbone; trunk and tail share its layers.
+    trunk : keras.Model
+        Preprocessed pixels -> cut tensor. Never trained, never in training mode.
+    tail : keras.Model
+        Cut tensor -> logits, the head included.
+    cut : str
+        Layer whose output is the cut tensor.
+    """
+
+    backbone: Any
+    trunk: Any
+    tail: Any
+    cut: str
+
+
+def split_for_training(network: Network, recipe: Recipe, head: Head, *, unfreeze: str = LAST_BLOCK, bn: str = "frozen") -> Split:
+    """Put a head on a backbone and make the layers from ``unfreeze`` on trainable.
+
+    Parameters
+    ----------
+    network : Network
+        Backbone and weights.
+    recipe : Recipe
+        The features that the head takes.
+    head : Head
+        A head with a Keras network.
+    unfreeze : str
+        ``"last-block"``, the name of the first layer to train, or its number in ``model.layers``.
+    bn : {"frozen", "affine"}
+        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are, in layers whose call
+        forces inference statistics. Moving statistics are never updated: ``base(x, training=False)`` alone does
+        not ensure that under ``fit`` in Keras 3.15.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unknown mode or layer, or one behind the features.
+    """
+    import keras
+
+    from features.backbones import feature_model
+
+    if bn not in BATCHNORM_MODES:
+        raise ConfigurationError(f"bn: received {bn!r}, expected one of {', '.join(BATCHNORM_MODES)}{nearest(bn, BATCHNORM_MODES)}")
+    backbone = network.load()
+    first = first_trainable(backbone, unfreeze, network)
+    if bn == "affine":
+        backbone = with_stored_statistics(backbone)
+    names = [layer.name for layer in backbone.layers]
+    if names.index(recipe.layer) < first:
+        raise ConfigurationError(
+            f"unfreeze: {names[first]!r} lies behind the features, which are taken at {recipe.layer!r}; there is "
+            "nothing to train. Extract a later --layer, or unfreeze an earlier one."
+        )
+    for index, layer in enumerate(backbone.layers):
+        frozen_norm = bn == "frozen" and isinstance(layer, keras.layers.BatchNormalization)
+        layer.trainable = index >= first and not frozen_norm
+    features = feature_model(backbone, [(recipe.layer, recipe.pooling)])
+    output = features.outputs[0]
+    whole = keras.Model(features.inputs[0], head.network(output), name="end_to_end")
+    cut = nearest_earlier_cut(backbone, first)
+    trunk, tail = cut_at(whole, cut)
+    return Split(backbone, trunk, tail, cut)
+
+
+def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
+    """Number in ``backbone.layers`` of the first layer to train."""
+    names = [layer.name for layer in backbone.layers]
+    if unfreeze == LAST_BLOCK:
+        boundary = network.description.boundary
+        if boundary is None:
+            raise ConfigurationError(
+                f"{network.backbone.name} has no {BOUNDARY}: no single tensor separates its last block"
+            )
+        return names.index(boundary) + 1
+    if unfreeze.lstrip("-").isdecimal():
+        number = int(unfreeze)
+        if not -len(names) <= number < len(names):
+            raise ConfigurationError(f"unfreeze: received layer {number}, the backbone has layers 0 to {len(names) - 1}")
+        return number % len(names)
+    if unfreeze not in names:
+        raise ConfigurationError(
+            f"unfreeze: {network.backbone.name} has no layer {unfreeze!r}{nearest(unfreeze, names)} "
+            f"Use {LAST_BLOCK}, a layer name, or a layer number; the last layers are {', '.join(names[-5:])}"
+        )
+    return names.index(unfreeze)
+
+
+@functools.cache
+def stored_statistics_layer() -> Any:
+    """BatchNormalization that normalises with its stored statistics whatever it is told, gamma and beta trainable."""
+    import keras
+
+    @keras.saving.register_keras_serializable(package="bottleneck")
+    class StoredStatisticsBatchNormalization(keras.layers.BatchNormalization):
+        def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+            return super().call(inputs, training=False, mask=mask)
+
+    return StoredStatisticsBatchNormalization
+
+
+def with_stored_statistics(model: Any) -> Any:
+    """A copy of a model, with its weights, whose BatchNorm layers never compute or update statistics."""
+    import keras
+
+    def clone(layer: Any) -> Any:
+        kind = type(layer)
+        if isinstance(layer, keras.layers.BatchNormalization):
+            kind = stored_statistics_layer()
+        return kind.from_config(layer.get_config())
+
+    copy = keras.models.clone_model(model, clone_function=clone)
+    copy.set_weights(model.get_weights())
+    return copy
+
+
+def trunk_engine(split: Split, network: Network, recipe: Recipe, *, batch_size: int, device: str) -> KerasEngine:
+    """The trunk as a compiled function of pixels; its one output is called by the cut."""
+    cut = dataclasses.replace(recipe, layer=split.cut, pooling="none", dtype="float32")
+    return KerasEngine(split.trunk, preprocess(network.backbone), [cut], batch_size=batch_size, device=device)
+
+
+def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+    """Softmax of logits; one logit m of two classes is read as [0, m].
+
+    Parameters
+    ----------
+    logits : float, (n, c), or (n, 1) for two classes
+        Outputs of a network.
+    temperature : float
+        Logits are divided by it.
+
+    Returns
+    -------
+    float64, (n, c), rows sum to 1
+    """
+    from pipeline.heads import softmax
+
+    outputs = np.asarray(logits, dtype=np.float64) / temperature
+    return softmax(np.hstack([np.zeros_like(outputs), outputs]) if outputs.shape[1] == 1 else outputs)
+
+
+def decoded_batches(
+    read: Callable[[int], bytes],
+    rows: Sequence[int],
+    rule: PixelRule,
+    pool: Executor,
+    batch_size: int,
+) -> Iterator[tuple[list[int], np.ndarray, dict[int, UnreadableImageError]]]:
+    """Batches of decoded images in the order of ``rows``.
+
+    Yields
+    ------
+    rows : list of int
+        Those that could be read.
+    pixels : uint8, (len(rows), h, w, 3)
+        Their pixels.
+    refused : dict of int to UnreadableImageError
+        The others met since the last batch.
+    """
+    good: list[int] = []
+    pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
+    refused: dict[int, UnreadableImageError] = {}
+
+    def load(row: int) -> Decoded | UnreadableImageError:
+        try:
+            return decode_image(read(row), rule)
+        except UnreadableImageError as error:
+            return error
+
+    for row, outcome in zip(rows, ahead(pool, load, rows, 2 * batch_size), strict=True):
+        if isinstance(outcome, UnreadableImageError):
+            refused[row] = outcome
+            continue
+        pixels[len(good)] = outcome.pixels
+        good.append(row)
+        if len(good) == batch_size:
+            yield good, pixels, refused
+            good, refused = [], {}
+    if good or refused:
+        yield good, pixels[: len(good)], refused
+
+
+def cached_predictions(run: Run, limit: int) -> tuple[list[str], np.ndarray]:
+    """Paths and probabilities that the run's head gave from cached features, evenly spread over validation.
+
+    Returns
+    -------
+    paths : list of str
+        At most ``limit``.
+    probabilities : float64, (n, c)
+        One row per path.
+    """
+    path = Path(run.folder) / "predictions.csv"
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        rows = list(csv.reader(stream))[1:]
+    if not rows:
+        raise RunError(f"{path}: holds no predictions to compare with")
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int))
+    count = len(run.classes)
+    return [rows[index][0] for index in chosen], np.array([[float(v) for v in rows[index][-count:]] for index in chosen])
+
+
+def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str], what: str) -> float:
+    """Largest difference in probability, or an error that names the image.
+
+    Raises
+    ------
+    ParityError
+        If it exceeds ``PARITY_TOLERANCE``.
+    """
+    gaps = np.abs(received - expected).max(axis=1)
+    worst = int(np.argmax(gaps))
+    if not gaps[worst] <= PARITY_TOLERANCE:
+        raise ParityError(
+            f"{what}: probabilities of {printable(paths[worst])} differ by {gaps[worst]:.2e}, at most "
+            f"{PARITY_TOLERANCE:.0e} is allowed. The images or the weights are not those that made the features: "
+            "extract again, or give the right --images and --weights."
+        )
+    return float(gaps[worst])

@@ -1,0 +1,93 @@
+"""File, class and probabilities of new images, from pixels, by a run's own backbone and head.
+
+    images -> decode (threads) -> engine -> head -> CSV
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from features.errors import UnreadableImageError
+from features.extraction import processors, writable_folder
+from features.shards import printable
+from features.sources import scan
+from features.store import atomic_file
+from pipeline.endtoend import decoded_batches, network_of
+from pipeline.runs import choose_run
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+
+def predict_csv(
+    run: str | Path,
+    images: str | Path,
+    *,
+    out: Path | None = None,
+    weights: str | None = None,
+    batch_size: int = 32,
+    workers: int | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> str:
+    """Predict the class of every image.
+
+    Parameters
+    ----------
+    run : str or Path
+        Run folder, or a folder of runs, of which the best one is taken.
+    images : str or Path
+        Any image source; its labels, if it has some, are not looked at.
+    out : Path, optional
+        CSV file to write, whole or not at all.
+    weights : str, optional
+        Where the backbone's weights are now.
+    batch_size, workers, device, progress
+        As everywhere.
+
+    Returns
+    -------
+    str
+        The CSV, or a line that says where it is. Columns: ``file``, ``class``, ``probability``, one per class name,
+        and ``error``, which says why an image has no prediction.
+    """
+    if out is not None:
+        writable_folder(Path(out).parent)
+    chosen = choose_run(Path(run))
+    source = scan(images)
+    network, head = network_of(chosen, weights), chosen.load_head()
+    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
+    name = network.recipes[0].name
+    lines: dict[int, list[str]] = {}
+    with ThreadPoolExecutor(workers or processors()) as pool:
+        batches = decoded_batches(source.read, range(len(source)), chosen.recipe.pixels, pool, batch_size)
+        for rows, pixels, refused in batches:
+            if rows:
+                for row, values in zip(rows, head.predict_proba(engine(pixels)[name]), strict=True):
+                    best = int(values.argmax())
+                    shown = [f"{value:.6g}" for value in values]
+                    lines[row] = [source.paths[row], chosen.classes[best], shown[best], *shown, ""]
+            lines |= {row: _refusal(source.paths[row], error, len(chosen.classes)) for row, error in refused.items()}
+            if progress:
+                progress("predict", len(lines), len(source))
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    writer.writerow(["file", "class", "probability", *chosen.classes, "error"])
+    writer.writerows(lines[row] for row in sorted(lines))
+    text = stream.getvalue()
+    if out is None:
+        return text.encode("utf-8", "backslashreplace").decode("utf-8")
+    with atomic_file(Path(out)) as temporary:
+        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
+    unread = sum(line[1] == "" for line in lines.values())
+    return f"{out}: {len(lines) - unread} predictions by {chosen.run_id}" + (f", {unread} unreadable\n" if unread else "\n")
+
+
+def _refusal(path: str, error: UnreadableImageError, classes: int) -> list[str]:
+    logger.warning("%s is unreadable (%s)", printable(path), error)
+    return [path, "", "", *[""] * classes, error.reason]

@@ -1,0 +1,312 @@
+"""Stage one end to end with a network of numpy: every row has the features, the label and the path of its own image."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import listing, paint, paint_folder, recipe
+from PIL import Image
+
+from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
+from features.extraction import Extraction, ExtractionResult, locked
+from features.recipe import Recipe
+from features.shards import rows_per_shard
+from features.sources import SPLITS, SplitRule, scan
+from features.store import FeatureStore
+
+
+class NumpyNetwork:
+    """Channel means ("last.avg") and the first pixel ("corner") of each image; counts what goes through it."""
+
+    backbone_argument, weights_argument = "numpy", "none"
+    row_bytes = 12
+
+    def __init__(self, recipes: Sequence[Recipe] = (recipe(),)) -> None:
+        self.recipes = tuple(recipes)
+        self.batches: list[int] = []
+        self.fail_after: int | None = None
+
+    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str):  # noqa: ANN201
+        def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
+            if self.fail_after is not None and len(self.batches) >= self.fail_after:
+                os.kill(os.getpid(), signal.SIGINT)
+                self.fail_after = None
+            self.batches.append(len(batch))
+            pixels = batch.astype(np.float32)
+            made = {"last": pixels.mean(axis=(1, 2)), "corner": pixels[:, 0, 0]}
+            return {item.name: made[item.layer] * (1 if item.seed == 0 else 2) for item in recipes}
+
+        return infer
+
+
+def extract(
+    source: Path, out: Path, network: NumpyNetwork | None = None, split: str = "hash", **options: object
+) -> ExtractionResult:
+    options = {"batch_size": 4, "shard_rows": 8, "workers": 2, **options}
+    rule = SplitRule.parse(split, 0)
+    return Extraction(scan(source), network or NumpyNetwork(), out, rule=rule, **options).run()  # type: ignore[arg-type]
+
+
+def expected_features(source: Path, paths: Sequence[str]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(source / path)).astype(np.float32).mean(axis=(0, 1)) for path in paths])
+
+
+def assert_rows_are_their_images(store: FeatureStore, source: Path) -> None:
+    table = store.images
+    np.testing.assert_allclose(store.array("last.avg")[:, 0], expected_features(source, table.paths), rtol=1e-6)
+    assert [store.classes[label] for label in table.labels] == [path.split("/")[-2] for path in table.paths]
+    for path, digest in zip(table.paths, table.sha256, strict=True):
+        assert hashlib.sha256((source / path).read_bytes()).digest() == digest.tobytes()
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    return paint_folder(tmp_path / "images", {"cat": 13, "dog": 20})
+
+
+@pytest.mark.pain(1)
+@pytest.mark.parametrize("workers", [1, 7])
+def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: int) -> None:
+    source = paint_folder(tmp_path / "images", {"b": 40, "a": 31, "c": 9})
+    store = extract(source, tmp_path / "f.h5", workers=workers, batch_size=3, shard_rows=7).store
+    assert store.classes == ("a", "b", "c")
+    assert list(store.images.paths) == sorted(store.images.paths)
+    assert_rows_are_their_images(store, source)
+    for split in SPLITS[:3]:
+        X, y = store.load(split)
+        rows = store.rows(split)
+        np.testing.assert_array_equal(y, store.images.labels[rows])
+        np.testing.assert_allclose(X, expected_features(source, [store.images.paths[row] for row in rows]), rtol=1e-6)
+
+
+@pytest.mark.pain(2)
+@pytest.mark.parametrize("batch_size", [1, 4, 7, 32, 33, 64])
+def test_pain_02_no_row_is_lost_or_repeated_at_any_batch_size(source: Path, tmp_path: Path, batch_size: int) -> None:
+    network = NumpyNetwork()
+    store = extract(source, tmp_path / "f.h5", network, batch_size=batch_size, shard_rows=max(8, batch_size)).store
+    assert len(store) == 33 == len(set(store.images.paths))
+    assert sum(network.batches) == 33
+    assert_rows_are_their_images(store, source)
+
+
+def test_nothing_is_left_beside_the_store(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "out" / "f.h5")
+    assert [name for name in listing(tmp_path / "out") if not name.endswith(".lock")] == ["f.h5"]
+
+
+def test_a_second_run_infers_and_writes_nothing(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").stat()
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network)
+    assert (network.batches, result.inferred, result.written) == ([], 0, False)
+    after = (tmp_path / "f.h5").stat()
+    assert (before.st_ino, before.st_mtime_ns) == (after.st_ino, after.st_mtime_ns)
+    assert result.counts["cached"] == 33
+
+
+def test_added_images_alone_are_inferred_and_removed_ones_leave(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    paint_folder(source, {"bird": 2}, start=900)
+    (source / "dog" / "0003.png").unlink()
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network)
+    assert sum(network.batches) == 2
+    assert (result.counts["new"], result.counts["removed"], result.counts["cached"]) == (2, 1, 32)
+    assert len(result.store) == 34
+    assert_rows_are_their_images(result.store, source)
+
+
+def test_a_renamed_class_folder_costs_no_inference(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    (source / "cat").rename(source / "zebra")
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network)
+    assert (network.batches, result.counts["moved"], result.written) == ([], 13, True)
+    assert result.store.classes == ("dog", "zebra")
+    assert_rows_are_their_images(result.store, source)
+
+
+@pytest.mark.pain(11)
+def test_pain_11_a_changed_image_is_computed_again_and_a_changed_setting_is_refused(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    paint(source / "cat" / "0000.png", (250, 1, 2), size=(9, 9))
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network)
+    assert (sum(network.batches), result.counts["changed"]) == (1, 1)
+    assert_rows_are_their_images(result.store, source)
+    before = (tmp_path / "f.h5").read_bytes()
+    other = NumpyNetwork([recipe(size=16, seed=1)])
+    with pytest.raises(ConfigurationError, match=r"another recipe \(.*height: 8 -> 16.*seed: 0 -> 1.*--overwrite"):
+        extract(source, tmp_path / "f.h5", other)
+    assert (tmp_path / "f.h5").read_bytes() == before
+    result = extract(source, tmp_path / "f.h5", other, overwrite=True)
+    np.testing.assert_allclose(result.store.array()[:, 0], 2 * expected_features(source, result.store.images.paths), rtol=1e-6)
+
+
+def test_an_added_layer_computes_only_that_layer_and_keeps_the_other(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    before = np.array(FeatureStore.open(tmp_path / "f.h5").array("last.avg"))
+    network = NumpyNetwork([recipe("corner", "none")])
+    result = extract(source, tmp_path / "f.h5", network)
+    assert (sum(network.batches), result.counts["cached"]) == (33, 33)
+    assert result.store.names == ("corner", "last.avg")
+    np.testing.assert_array_equal(result.store.array("last.avg"), before)
+    # and a new image then gets both
+    paint_folder(source, {"cat2": 1}, start=700)
+    both = extract(source, tmp_path / "f.h5", NumpyNetwork()).store
+    assert both.names == ("corner", "last.avg")
+    np.testing.assert_allclose(both.array("corner"), both.array("last.avg"), rtol=1e-6)  # one colour: the same
+
+
+def test_other_images_do_not_replace_a_store_by_accident(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    other = paint_folder(tmp_path / "other", {"x": 3, "y": 3}, start=500)
+    before = (tmp_path / "f.h5").read_bytes()
+    with pytest.raises(ConfigurationError, match="none of them is in .*other.*another --out"):
+        extract(other, tmp_path / "f.h5")
+    assert (tmp_path / "f.h5").read_bytes() == before
+    assert len(extract(other, tmp_path / "f.h5", overwrite=True).store) == 6
+
+
+@pytest.mark.pain(10)
+def test_pain_10_unreadable_images_are_named_and_the_rows_stay_aligned(source: Path, tmp_path: Path) -> None:
+    (source / "cat" / "0005.png").write_bytes(b"no image")
+    (source / "dog" / "0000.png").write_bytes((source / "dog" / "0001.png").read_bytes()[:60])
+    (source / "dog" / "empty.png").touch()
+    store = extract(source, tmp_path / "f.h5", max_unreadable=0.2).store
+    assert store.quarantine.paths == ("cat/0005.png", "dog/0000.png", "dog/empty.png")
+    assert store.quarantine.reasons == ("not-an-image", "truncated", "empty")
+    assert len(store) == 31
+    assert_rows_are_their_images(store, source)
+    network = NumpyNetwork()
+    assert extract(source, tmp_path / "f.h5", network, max_unreadable=0.2).written is False
+    paint(source / "cat" / "0005.png", (3, 200, 9))
+    repaired = extract(source, tmp_path / "f.h5", network, max_unreadable=0.2).store
+    assert (sum(network.batches), len(repaired), len(repaired.quarantine)) == (1, 32, 2)
+    assert_rows_are_their_images(repaired, source)
+
+
+def test_too_many_unreadable_images_still_keep_the_good_rows(source: Path, tmp_path: Path) -> None:
+    for index in range(5):
+        (source / "dog" / f"{index:04d}.png").write_bytes(b"?")
+    with pytest.raises(TooManyUnreadableError, match=r"5 of 33 images are unreadable, such as dog/0000.png \(not-an-image\)") as caught:
+        extract(source, tmp_path / "f.h5")
+    assert caught.value.exit_code == 4
+    store = FeatureStore.open(tmp_path / "f.h5")
+    assert len(store) == 28
+    assert_rows_are_their_images(store, source)
+
+
+def test_no_readable_image_writes_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    for name in ("a/1.png", "b/1.png"):
+        paint(source / name, (1, 2, 3))
+        (source / name).write_bytes(b"x")
+    with pytest.raises(SourceError, match="none of 2 images could be read"):
+        extract(source, tmp_path / "out" / "f.h5")
+    assert not (tmp_path / "out" / "f.h5").exists()
+
+
+@pytest.mark.pain(8)
+def test_pain_08_an_interrupted_run_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
+    whole = extract(source, tmp_path / "whole.h5").store
+    network = NumpyNetwork()
+    network.fail_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "f.h5", network)
+    assert not (tmp_path / "f.h5").exists()
+    kept = [name for name in listing(tmp_path / "f.h5.parts") if name.endswith(".h5")]
+    assert 1 <= len(kept) < 5
+    result = extract(source, tmp_path / "f.h5", network)
+    assert sum(network.batches) == 33  # nothing twice
+    np.testing.assert_array_equal(result.store.array(), whole.array())
+    assert result.store.images.paths == whole.images.paths
+    assert not (tmp_path / "f.h5.parts").exists()
+
+
+@pytest.mark.pain(9)
+def test_pain_09_damaged_leftovers_are_not_accepted(source: Path, tmp_path: Path) -> None:
+    network = NumpyNetwork()
+    network.fail_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "f.h5", network)
+    parts = tmp_path / "f.h5.parts"
+    shards = sorted(parts.glob("*.h5"))
+    data = bytearray(shards[0].read_bytes())
+    data[len(data) // 2] ^= 1
+    shards[0].write_bytes(data)
+    (parts / ".half.h5.1234.tmp").write_bytes(b"half")
+    with open(parts / "manifest.jsonl", "ab") as journal:
+        journal.write(b'{"identity": "torn')
+    result = extract(source, tmp_path / "f.h5", network)
+    assert sum(network.batches) == 33 + 8  # the damaged shard again
+    assert_rows_are_their_images(result.store, source)
+
+
+def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: Path) -> None:
+    network = NumpyNetwork()
+    network.fail_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "f.h5", network)
+    (tmp_path / "f.h5.parts" / "manifest.jsonl").unlink()
+    result = extract(source, tmp_path / "f.h5", network)
+    assert sum(network.batches) == 33
+    assert_rows_are_their_images(result.store, source)
+
+
+def test_a_second_writer_is_refused_with_the_holder(source: Path, tmp_path: Path) -> None:
+    with locked(tmp_path / "f.h5"), pytest.raises(LockedError, match=f"process {os.getpid()} on "):
+        extract(source, tmp_path / "f.h5")
+    extract(source, tmp_path / "f.h5")
+
+
+def test_given_splits_are_kept(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    paint_folder(source / "train", {"a": 4, "b": 4})
+    paint_folder(source / "validation", {"a": 2, "b": 3}, start=50)
+    store = extract(source, tmp_path / "f.h5").store
+    for path, code in zip(store.images.paths, store.images.splits, strict=True):
+        assert path.split("/")[0] == SPLITS[code]
+    assert_rows_are_their_images(store, source)
+
+
+def test_float16_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path) -> None:
+    class Loud(NumpyNetwork):
+        def engine(self, recipes, **options):  # noqa: ANN001, ANN003, ANN201
+            inner = super().engine(recipes, **options)
+            return lambda batch: {name: values + 70000 for name, values in inner(batch).items()}
+
+    with pytest.raises(ExtractionError, match=r"layer last: a feature is not finite as float16 \(largest magnitude 7"):
+        extract(source, tmp_path / "f.h5", Loud([recipe(dtype="float16")]))
+
+
+def test_rows_per_shard_holds_whole_batches() -> None:
+    assert rows_per_shard(1280 * 4, 32) == 2048
+    assert rows_per_shard(100_352, 32) == 640
+    assert rows_per_shard(1 << 30, 7) == 28
+
+
+def test_unwritable_folder_is_said_before_any_work(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    network = NumpyNetwork()
+    with pytest.raises(Exception, match="cannot write there") as caught:
+        extract(source, tmp_path / "file" / "f.h5", network)
+    assert caught.value.exit_code == 1
+    assert network.batches == []
+
+
+def test_moving_the_whole_source_costs_no_inference(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    shutil.move(source, tmp_path / "moved")
+    network = NumpyNetwork()
+    result = extract(tmp_path / "moved", tmp_path / "f.h5", network)
+    assert network.batches == []
+    assert_rows_are_their_images(result.store, tmp_path / "moved")
