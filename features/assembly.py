@@ -17,26 +17,19 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import IntegrityError, SourceError
+from features.files import atomic_file
+from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.planning import Identity, KnownRows, Location
 from features.recipe import Recipe
-from features.sources import ImageSet, SplitRule, assign_splits, find_leakage, warnings_about
-from features.store import (
-    FeatureSpec,
-    FeatureStore,
-    ImageTable,
-    Progress,
-    Quarantine,
-    StoreWriter,
-    atomic_file,
-)
+from features.sources import ImageSet
+from features.splits import SplitRule, assign_splits, find_leakage, warnings_about
+from features.store import FeatureStore, Progress, StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 16 << 20
 
 
-def table_of(
-    images: ImageSet, identities: Sequence[Identity], rule: SplitRule
-) -> tuple[ImageTable, Quarantine]:
+def table_of(images: ImageSet, identities: Sequence[Identity], rule: SplitRule) -> tuple[ImageTable, Quarantine]:
     """Split the images into rows and quarantine, and give each row its split.
 
     Raises
@@ -67,7 +60,9 @@ def table_of(
         logger.warning("%s", message)
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
-        logger.warning("leakage: %d images lie in two splits with the same bytes, such as %s and %s", len(leaks), *leaks[0])
+        logger.warning(
+            "leakage: %d images lie in two splits with the same bytes, such as %s and %s", len(leaks), *leaks[0]
+        )
     quarantine = Quarantine(
         paths=tuple(images.paths[index] for index in bad),
         sha256=_digests(identities[index].sha256 for index in bad),

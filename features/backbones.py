@@ -25,7 +25,6 @@ from features.graph import (
 )
 from features.modelfile import file_image_size, load_model_file
 from features.official import OFFICIAL, WHEELS, OfficialFile, Wheel
-from features.recipe import POOLINGS
 
 __all__ = [
     "BACKBONES",
@@ -34,10 +33,9 @@ __all__ = [
     "boundary_of",
     "build_backbone",
     "cut_at",
-    "default_pooling",
-    "feature_layers",
     "feature_model",
     "find_backbone",
+    "last_layer",
     "nearest_earlier_cut",
     "preprocess",
     "valid_cuts",
@@ -308,53 +306,9 @@ def boundary_of(backbone: Backbone, model: Any) -> str:
     return backbone.boundary
 
 
-def feature_layers(model: Any, requested: Sequence[str] | None, backbone: Backbone) -> list[str]:
-    """Names of the layers to keep, each once.
-
-    Parameters
-    ----------
-    model : keras.Model
-        As ``build_backbone`` gives it.
-    requested : sequence of str or None
-        Layer names, or ``"boundary"``; nothing means the last layer.
-
-    Raises
-    ------
-    ConfigurationError
-        For a layer that does not exist, with the nearest names and the last layers.
-    """
-    names = list(layer_tensors(model))
-    if not requested:
-        return names[-1:]
-    chosen = []
-    for name in requested:
-        layer = boundary_of(backbone, model) if name == BOUNDARY else name
-        if layer not in names:
-            raise ConfigurationError(
-                f"{backbone.name} has no layer {layer!r}{nearest(layer, names)}. Its last layers are "
-                f"{', '.join(names[-5:])}; {BOUNDARY!r} stands for the one before the last block."
-            )
-        chosen.append(layer)
-    return list(dict.fromkeys(chosen))
-
-
-def default_pooling(model: Any, layer: str, requested: Sequence[str] | None, pooling: str | None) -> str:
-    """Pooling of one layer: the one asked for; without one ``avg`` for the default layer, ``none`` for others.
-
-    Only 4-D outputs are pooled; for all others this is ``none``.
-
-    Raises
-    ------
-    ConfigurationError
-        For an unknown pooling.
-    """
-    if pooling is not None and pooling not in POOLINGS:
-        raise ConfigurationError(
-            f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}{nearest(pooling, POOLINGS)}"
-        )
-    if len(layer_tensors(model)[layer].shape) != 4:
-        return "none"
-    return pooling or ("none" if requested else "avg")
+def last_layer(model: Any) -> str:
+    """The layer that gives the model's output, which is the default to keep."""
+    return list(layer_tensors(model))[-1]
 
 
 def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:

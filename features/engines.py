@@ -138,4 +138,3 @@ class KerasEngine:
             arrays = [keras.ops.convert_to_numpy(output)[:count] for output in outputs]
         self.images_inferred += count
         return dict(zip(self.names, arrays, strict=True))
-

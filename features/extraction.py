@@ -1,6 +1,6 @@
 """Stage one as a library: images in, a finished feature store out.
 
-    scan -> resolve network -> plan -> shards (read | infer | write) -> table -> assemble -> features.h5
+scan -> resolve network -> plan -> shards (read | infer | write) -> table -> assemble -> features.h5
 """
 
 from __future__ import annotations
@@ -21,10 +21,12 @@ import numpy as np
 
 from features.assembly import assemble, is_current, table_of
 from features.errors import ConfigurationError, LockedError, StoreError, TooManyUnreadableError
+from features.files import printable, writable_folder
 from features.planning import Identity, Plan, make_plan
 from features.recipe import Recipe
-from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, printable, rows_per_shard, shard_path
-from features.sources import ImageSet, SplitRule, scan
+from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard, shard_path
+from features.sources import ImageSet, scan
+from features.splits import SplitRule
 from features.store import FeatureStore, Progress
 
 if TYPE_CHECKING:
@@ -164,7 +166,10 @@ class Extraction:
                 advance=advance,
             )
 
-        with ThreadPoolExecutor(self.workers, "decode") as decoders, ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners:
+        with (
+            ThreadPoolExecutor(self.workers, "decode") as decoders,
+            ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
+        ):
             for record in _bounded(runners, make, plan.specs):
                 self.parts.commit(record)
                 plan.known.add(FeatureStore.open_shard(shard_path(self.parts.path, record.identity)), record.views)
@@ -312,7 +317,9 @@ class _LazyEngine:
         return infer
 
 
-def _bounded(pool: ThreadPoolExecutor, function: Callable[[ShardSpec], ShardRecord], specs: Sequence[ShardSpec]) -> Iterator[ShardRecord]:
+def _bounded(
+    pool: ThreadPoolExecutor, function: Callable[[ShardSpec], ShardRecord], specs: Sequence[ShardSpec]
+) -> Iterator[ShardRecord]:
     """Run with few in flight. On an error or Ctrl-C start no more, and hand out what was in flight first."""
     pending: set[Future[ShardRecord]] = set()
     queue = iter(specs)
@@ -377,23 +384,6 @@ def locked(out: Path) -> Iterator[None]:
     finally:
         holder.unlink(missing_ok=True)
         lock.release()
-
-
-def writable_folder(folder: Path) -> None:
-    """Make sure, before any work, that files can be created in a folder.
-
-    Raises
-    ------
-    StoreError
-        If not.
-    """
-    probe = folder / f".probe-{os.getpid()}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise StoreError(f"{folder}: cannot write there ({error.strerror or error}). Give another folder.") from error
 
 
 def processors() -> int:

@@ -104,7 +104,7 @@ class Decoded(NamedTuple):
     Parameters
     ----------
     pixels : uint8, (rule.height, rule.width, 3), 0-255
-        RGB, C-contiguous, read-only.
+        RGB, C-contiguous, possibly read-only.
     width, height : int
         Size of the file's image after its orientation was applied, in pixels.
     """
@@ -163,7 +163,8 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
         A whole image file.
     rule : PixelRule
         Size, resampling and fit. ``antialias`` is Pillow's bilinear filter, ``keras`` equals
-        ``keras.utils.image_dataset_from_directory`` rounded to whole grey levels.
+        ``keras.utils.image_dataset_from_directory`` rounded to whole grey levels; JPEG files differ by about
+        one level on average, because TensorFlow decodes them with libjpeg's fast, less accurate transform.
     max_pixels : int
         Larger images are refused from their header, before a pixel is decoded.
 
@@ -197,7 +198,7 @@ def _open(data: bytes) -> Image.Image:
     ``Image.open`` is not used because above its own limit it warns (which only process-wide state
     can silence) or raises, and because it hides why a header was refused.
     """
-    prefix = data[:16]
+    prefix = data[:16].ljust(16, b"\0")  # some signature tests of older Pillows need two bytes
     for name in _PLUGINS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or accept is None or accept(prefix) is not True:

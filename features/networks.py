@@ -73,7 +73,8 @@ class Network:
     def row_bytes(self) -> int:
         """Bytes of one image over all data sets, for one view."""
         return sum(
-            int(np.prod(pooled_shape(self.description.layers[item.layer], item.pooling))) * np.dtype(item.dtype).itemsize
+            int(np.prod(pooled_shape(self.description.layers[item.layer], item.pooling)))
+            * np.dtype(item.dtype).itemsize
             for item in self.recipes
         )
 

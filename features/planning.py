@@ -218,7 +218,9 @@ def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwr
         return True
     if overwrite:
         return False
-    listed = "; ".join(f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in sorted(differences.items()))
+    listed = "; ".join(
+        f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in sorted(differences.items())
+    )
     raise ConfigurationError(
         f"{out}: holds features of another recipe ({listed}). No row of it can be used. "
         "Give another --out, or --overwrite to replace it."
@@ -230,9 +232,7 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _identities(
-    images: ImageSet, known: KnownRows, readers: Executor
-) -> tuple[list[Identity | None], set[int]]:
+def _identities(images: ImageSet, known: KnownRows, readers: Executor) -> tuple[list[Identity | None], set[int]]:
     """Identity of each image without inference, and which of them were found by content only."""
     columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), strict=True)
     identities: list[Identity | None] = [known.identity(*column) for column in columns]

@@ -23,9 +23,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
+from features.files import atomic_file, file_digest, printable, sync_folder
 from features.images import Decoded, decode_image
+from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.recipe import Recipe, canonical_json, digest_of
-from features.store import FeatureSpec, FeatureStore, ImageTable, Quarantine, StoreWriter, atomic_file, sync_folder
+from features.store import FeatureStore, StoreWriter
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
@@ -259,18 +261,6 @@ def _hashes(digests: Iterator[bytes] | Any) -> np.ndarray:
 def shard_path(folder: Path, identity: str) -> Path:
     """Where the shard of that identity lies."""
     return folder / f"{identity}.h5"
-
-
-def file_digest(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def printable(path: str) -> str:
-    """A path as text that any terminal takes: bytes that are no UTF-8 and control characters are escaped."""
-    text = path.encode("utf-8", "backslashreplace").decode("utf-8")
-    return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
 
 
 class PartsFolder:

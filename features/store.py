@@ -1,7 +1,7 @@
 """The feature store: the only module that opens feature files. Read, write, verify.
 
 ``FORMAT.md`` beside this file is normative. Blocks of rows flow in through ``StoreWriter`` and become one
-finished file or none (``atomic_file``); ``FeatureStore`` reads a finished file and trusts nothing in it.
+finished file or none (``features.files.atomic_file``); ``FeatureStore`` reads a finished file and trusts nothing in it.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,140 +18,32 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError, nearest
+from features.layout import (
+    FORMAT,
+    FORMAT_VERSION,
+    IMAGE_COLUMNS,
+    OPTIONAL_COLUMNS,
+    QUARANTINE_COLUMNS,
+    ROOT_ATTRIBUTES,
+    ROOT_GROUPS,
+    FeatureSpec,
+    ImageTable,
+    Quarantine,
+    attributes_digest,
+    block_hash,
+    block_rows,
+    image_columns,
+    quarantine_columns,
+)
 from features.recipe import Recipe, canonical_json
-from features.sources import SPLITS
+from features.splits import SPLITS
 
 if TYPE_CHECKING:
     import h5py
 
-FORMAT = "bottleneck-features"
-FORMAT_VERSION = 1
-CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
 _TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
+_WAY_OUT = "Move the file away and extract again; no row of it is used."
 Progress = Callable[[str, int, int], None]
-
-
-# ---------------------------------------------------------------------------------------------- tables
-@dataclasses.dataclass(frozen=True)
-class ImageTable:
-    """One entry per row of every feature data set, in row order.
-
-    Parameters
-    ----------
-    paths : tuple of str
-        Path inside the source, ``/`` between parts.
-    sha256 : uint8, (n, 32)
-        Content hash of the bytes that were decoded.
-    labels : int32, (n,)
-        Index into the classes, -1 for unlabelled.
-    splits : int8, (n,)
-        Index into ``features.sources.SPLITS``.
-    groups : tuple of str or None
-        Group of each image, where the source has groups.
-    widths, heights : int32, (n,)
-        Size of the decoded image in pixels, after orientation, before resizing.
-    sizes : int64, (n,)
-        File size in bytes.
-    mtimes_ns : int64, (n,)
-        Modification time in nanoseconds since 1970.
-    """
-
-    paths: tuple[str, ...]
-    sha256: np.ndarray
-    labels: np.ndarray
-    splits: np.ndarray
-    groups: tuple[str, ...] | None
-    widths: np.ndarray
-    heights: np.ndarray
-    sizes: np.ndarray
-    mtimes_ns: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-@dataclasses.dataclass(frozen=True)
-class Quarantine:
-    """Images that could not be read: path, hash of the bytes (zeros where there were none), reason, size, time."""
-
-    paths: tuple[str, ...]
-    sha256: np.ndarray
-    reasons: tuple[str, ...]
-    sizes: np.ndarray
-    mtimes_ns: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-
-@dataclasses.dataclass(frozen=True)
-class FeatureSpec:
-    """Shape and meaning of one feature data set: ``(rows, views, *shape)`` of ``recipe.dtype``."""
-
-    recipe: Recipe
-    views: int
-    shape: tuple[int, ...]
-
-
-# Column name -> (dtype, trailing shape); None stands for a list of strings.
-_IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
-    "path": None,
-    "sha256": ("u1", (32,)),
-    "label": ("<i4", ()),
-    "split": ("i1", ()),
-    "group": None,
-    "width": ("<i4", ()),
-    "height": ("<i4", ()),
-    "size": ("<i8", ()),
-    "mtime_ns": ("<i8", ()),
-}
-_QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
-    "path": None,
-    "sha256": ("u1", (32,)),
-    "reason": None,
-    "size": ("<i8", ()),
-    "mtime_ns": ("<i8", ()),
-}
-_OPTIONAL = {"/images/group"}
-_ROOT_GROUPS = ("features", "images", "classes", "quarantine", "checksums")
-_ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
-
-
-# ----------------------------------------------------------------------------------------------- write
-@contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; on a clean exit make it durable and rename it, else remove it.
-
-    Raises
-    ------
-    StoreError
-        If the folder cannot be written or the disk is full; ``path`` is then as it was before.
-    """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
-    except OSError as error:
-        if isinstance(error, StoreError):
-            raise
-        raise StoreError(
-            f"{path}: could not be written ({error.strerror or error}). Expected a writable folder with enough "
-            "free space; what was there before is untouched."
-        ) from error
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class StoreWriter:
@@ -179,7 +69,7 @@ class StoreWriter:
         self._rows = rows
         self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
         self._open: dict[str, _HashedDataset] = {}
-        for name in _ROOT_GROUPS:
+        for name in ROOT_GROUPS:
             self._file.create_group(name)
         self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
         for name, spec in features.items():
@@ -214,13 +104,13 @@ class StoreWriter:
         for name, dataset in self._open.items():
             if dataset.position != self._rows:
                 raise StoreError(f"/features/{name}: {dataset.position} rows were written, {self._rows} promised")
-        self._table("/images", _IMAGE_COLUMNS, _image_columns(images))
-        self._table("/quarantine", _QUARANTINE_COLUMNS, _quarantine_columns(quarantine))
+        self._table("/images", IMAGE_COLUMNS, image_columns(images))
+        self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
         self._strings("/classes", classes)
         self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
         for dataset in list(self._open.values()):
             dataset.write_checksums(self._file)
-        self._set("/", attributes_sha256=_attributes_digest(self._attributes))
+        self._set("/", attributes_sha256=attributes_digest(self._attributes))
         self._file.flush()
         self.close()
 
@@ -272,8 +162,8 @@ class _HashedDataset:
 
     def __init__(self, key: str, dataset: h5py.Dataset) -> None:
         self.key, self._dataset, self.position = key, dataset, 0
-        self._block_rows = _block_rows(dataset.shape, dataset.dtype)
-        self._hash, self._digests = _block_hash(key, dataset.dtype, dataset.shape, 0), []  # type: ignore[var-annotated]
+        self._block_rows = block_rows(dataset.shape, dataset.dtype)
+        self._hash, self._digests = block_hash(key, dataset.dtype, dataset.shape, 0), []  # type: ignore[var-annotated]
 
     def append(self, block: np.ndarray) -> None:
         expected = self._dataset.shape[1:]
@@ -295,7 +185,7 @@ class _HashedDataset:
 
     def _close_block(self) -> None:
         self._digests.append(self._hash.digest())
-        self._hash = _block_hash(self.key, self._dataset.dtype, self._dataset.shape, len(self._digests))
+        self._hash = block_hash(self.key, self._dataset.dtype, self._dataset.shape, len(self._digests))
 
     def write_checksums(self, file: h5py.File) -> None:
         if self.position % self._block_rows:
@@ -304,45 +194,6 @@ class _HashedDataset:
         file.create_dataset(f"/checksums{self.key}", data=digests, track_times=False)
 
 
-def _block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
-
-
-def _block_hash(key: str, dtype: np.dtype, shape: tuple[int, ...], block: int) -> Any:
-    # The place is part of what is hashed, so that two exchanged blocks or data sets do not pass.
-    return hashlib.sha256(f"{key}|{dtype.str}|{list(shape)}|{block}|".encode("utf-8", "surrogateescape"))
-
-
-def _attributes_digest(attributes: Mapping[str, Mapping[str, str | int]]) -> str:
-    plain = {key: dict(values) for key, values in attributes.items() if values}
-    return hashlib.sha256(canonical_json(plain).encode("ascii")).hexdigest()
-
-
-def _image_columns(images: ImageTable) -> dict[str, Any]:
-    return {
-        "path": images.paths,
-        "sha256": images.sha256,
-        "label": images.labels,
-        "split": images.splits,
-        "group": images.groups,
-        "width": images.widths,
-        "height": images.heights,
-        "size": images.sizes,
-        "mtime_ns": images.mtimes_ns,
-    }
-
-
-def _quarantine_columns(quarantine: Quarantine) -> dict[str, Any]:
-    return {
-        "path": quarantine.paths,
-        "sha256": quarantine.sha256,
-        "reason": quarantine.reasons,
-        "size": quarantine.sizes,
-        "mtime_ns": quarantine.mtimes_ns,
-    }
-
-
-# ------------------------------------------------------------------------------------------------ read
 class FeatureStore:
     """A finished feature file, opened for reading. Untrusted: every value is checked before it is handed out.
 
@@ -524,7 +375,9 @@ class FeatureStore:
         if name is None:
             if len(self.recipes) == 1:
                 return next(iter(self.recipes))
-            raise ConfigurationError(f"{self.path} holds {len(self.recipes)} data sets: name one of {', '.join(self.names)}")
+            raise ConfigurationError(
+                f"{self.path} holds {len(self.recipes)} data sets: name one of {', '.join(self.names)}"
+            )
         if name not in self.recipes:
             raise ConfigurationError(
                 f"{self.path} has no data set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
@@ -535,7 +388,9 @@ class FeatureStore:
         import h5py
 
         if not self.path.exists():
-            raise StoreError(f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}")
+            raise StoreError(
+                f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
+            )
         size = self.path.stat().st_size
         with h5py.File(self.path, "r", locking=False) as file:
             self._check_version(file)
@@ -544,11 +399,13 @@ class FeatureStore:
             _walk(file, "", attributes, datasets)
             root = attributes["/"]
             stated = root.pop("attributes_sha256", None)
-            if stated != _attributes_digest(attributes):
+            if stated != attributes_digest(attributes):
                 raise IntegrityError("the attributes are not what was written (attributes_sha256 differs)")
-            if sorted({*root, "attributes_sha256"}) != sorted(_ROOT_ATTRIBUTES) or root["kind"] != kind:
+            if sorted({*root, "attributes_sha256"}) != sorted(ROOT_ATTRIBUTES) or root["kind"] != kind:
                 raise IntegrityError(f"root attributes: received kind {root.get('kind')!r}, expected a {kind}")
-            checksums = {key.removeprefix("/checksums"): datasets.pop(key) for key in list(datasets) if _is_checksum(key)}
+            checksums = {
+                key.removeprefix("/checksums"): datasets.pop(key) for key in list(datasets) if _is_checksum(key)
+            }
             if set(checksums) != set(datasets):
                 odd = sorted(set(checksums) ^ set(datasets))
                 raise IntegrityError(f"data sets and checksums do not pair: {', '.join(odd[:5])}")
@@ -573,12 +430,12 @@ class FeatureStore:
 
     def _check_columns(self) -> None:
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for group, columns in (("/images", _IMAGE_COLUMNS), ("/quarantine", _QUARANTINE_COLUMNS)):
+        for group, columns in (("/images", IMAGE_COLUMNS), ("/quarantine", QUARANTINE_COLUMNS)):
             for name, kind in columns.items():
                 key = f"{group}/{name}"
                 if kind is not None:
                     expected[key] = kind
-                elif key not in _OPTIONAL or f"{key}/ends" in self._entries:
+                elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in self._entries:
                     expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
         expected |= {"/classes/utf8": ("u1", ()), "/classes/ends": ("<i8", ())}
         tables = {key for key in self._entries if not key.startswith("/features/")}
@@ -609,7 +466,9 @@ class FeatureStore:
             if recipe.fingerprint != values["fingerprint"] or recipe.name != name:
                 raise IntegrityError(f"{key}: the fingerprint or the name is not that of its recipe")
             if entry.dtype != np.dtype(recipe.dtype) or len(entry.shape) < 3 or entry.shape[0] != self._rows:
-                raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {recipe.dtype} and {self._rows} rows")
+                raise IntegrityError(
+                    f"{key}: received {entry.dtype.str} {entry.shape}, expected {recipe.dtype} and {self._rows} rows"
+                )
             recipes[name] = recipe
         if not recipes:
             raise IntegrityError("/features: no data set")
@@ -624,10 +483,10 @@ class FeatureStore:
     def _verify_blocks(self, key: str) -> Iterator[None]:
         entry = self._entries[key]
         array = self._map(key)
-        step = _block_rows(entry.shape, entry.dtype)
+        step = block_rows(entry.shape, entry.dtype)
         for block, start in enumerate(range(0, entry.shape[0], step)):
             rows = array[start : start + step]
-            digest = _block_hash(key, entry.dtype, entry.shape, block)
+            digest = block_hash(key, entry.dtype, entry.shape, block)
             digest.update(memoryview(np.ascontiguousarray(rows)).cast("B"))
             where = f"{self.path}: {key} rows {start} to {start + len(rows) - 1}"
             if digest.digest() != entry.digests[block].tobytes():
@@ -638,7 +497,7 @@ class FeatureStore:
 
     def _column_of(self, group: str, name: str) -> Any:
         key = f"{group}/{name}"
-        known = _IMAGE_COLUMNS if group == "/images" else _QUARANTINE_COLUMNS
+        known = IMAGE_COLUMNS if group == "/images" else QUARANTINE_COLUMNS
         return self._strings_of(key) if known[name] is None else self._values_of(key)
 
     def _values_of(self, key: str) -> np.ndarray:
@@ -655,9 +514,6 @@ class FeatureStore:
         return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
 
 
-_WAY_OUT = "Move the file away and extract again; no row of it is used."
-
-
 @dataclasses.dataclass(frozen=True)
 class _Entry:
     """Where one contiguous data set lies in the file, and the checksums of its blocks."""
@@ -670,7 +526,7 @@ class _Entry:
     @classmethod
     def read(cls, key: str, dataset: h5py.Dataset, checksum: h5py.Dataset, file_size: int) -> _Entry:
         shape, dtype, offset = _checked_layout(key, dataset, file_size)
-        blocks = -(-shape[0] // _block_rows(shape, dtype))
+        blocks = -(-shape[0] // block_rows(shape, dtype))
         sum_shape, sum_dtype, _ = _checked_layout(f"/checksums{key}", checksum, file_size)
         if sum_shape != (blocks, 32) or sum_dtype != np.dtype("u1"):
             raise IntegrityError(f"/checksums{key}: received {sum_shape}, expected {(blocks, 32)}")

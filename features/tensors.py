@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import io
 import os
+import re
 import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -26,19 +27,20 @@ from features.recipe import canonical_json
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LARGEST_MEMBER = 4 << 30  # bytes; the largest official file, ConvNeXtXLarge, has 1.4e9
+_NUMBERED = re.compile(r"^variable(_\d+)?$")  # Keras numbers unnamed variables over the whole process
 CONTAINERS = ("hdf5", "keras", "npz")
 
 
 def model_tensors(model: Any) -> dict[str, Any]:
     """Variables of a model by canonical name ``layer/variable``, in the order of its layers.
 
-    Automatic layer names are numbered within the model (``features.graph.stable_names``). Inside a layer that holds
-    other layers, equal variable names are told apart by their position: ``kernel``, ``kernel_1``.
+    Automatic layer names are numbered within the model (``features.graph.stable_names``), and an automatic variable
+    name loses its number. Equal names inside a layer are told apart by their position: ``kernel``, ``kernel_1``.
     """
     named: dict[str, Any] = {}
     for name, layer in zip(stable_names(model.layers), model.layers, strict=True):
         for variable in layer.weights:
-            base = f"{name}/{variable.name}"
+            base = f"{name}/{_NUMBERED.sub('variable', variable.name)}"
             unique, count = base, 0
             while unique in named:
                 count += 1

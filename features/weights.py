@@ -37,6 +37,7 @@ from features.tensors import (
     model_tensors,
     read_npz,
     whole_file,
+    write_npz,
 )
 from features.wheels import convert_wheel
 
@@ -103,6 +104,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
         try:
             return route(backbone)
         except WeightsError as error:
+            logger.info("%s: %s", backbone.name, error)
             failures.append(str(error))
     raise WeightsNotFoundError(_not_found(backbone, failures))
 
@@ -140,17 +142,28 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
     return digest
 
 
+def save_weights(model: Any, path: Path) -> str:
+    """Write the tensors of a model by canonical name, as an ``.npz`` that ``--weights`` takes; return their digest.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A backbone, fine-tuned or not.
+    path : Path
+        Appears whole or not at all.
+    """
+    tensors = _numbers(model)
+    write_npz(path, tensors)
+    return digest_of_tensors(tensors)
+
+
 def tensor_digest(model: Any) -> str:
     """sha256 over the model's tensors by canonical name, 64 hexadecimal digits.
 
     The same numbers give the same digest whatever file they came from, whatever the image size, and however many
     models were built before.
     """
-    import keras
-
-    return digest_of_tensors(
-        {name: keras.ops.convert_to_numpy(variable) for name, variable in model_tensors(model).items()}
-    )
+    return digest_of_tensors(_numbers(model))
 
 
 def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
@@ -210,7 +223,7 @@ def _keras_cache(backbone: Backbone) -> WeightsFile:
             sha256, promised = _hashes(file, official)
         _check_official(path, official, promised)
     except (OSError, WeightsError) as error:
-        raise WeightsError(f"Keras cache: {error}; not used") from error
+        raise WeightsError(f"Keras cache: {path}: {error}; not used, delete it") from error
     return WeightsFile(path, sha256, "keras cache")
 
 
@@ -256,11 +269,9 @@ def _not_found(backbone: Backbone, failures: list[str]) -> str:
     tried = ["file (--weights FILE): none was given", *failures]
     lines = [f"the ImageNet weights of {backbone.name!r} were not found. Tried:"]
     lines += [f"  {number}. {failure}" for number, failure in enumerate(tried, 1)]
-    kind = {None: "", 32: f" (md5 {official.hash})", 64: f" (sha256 {official.hash})"}[
-        official.hash and len(official.hash)
-    ]
+    proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
     lines += [
-        f"What to do: fetch {official.url}{kind} on a machine that reaches it and put it at "
+        f"What to do: fetch {official.url}{proof} on a machine that reaches it and put it at "
         f"{_keras_models() / official.file}, or give a file with --weights FILE, or take --weights {RANDOM} for an "
         "untrained network."
     ]
@@ -298,12 +309,13 @@ def _hashes(file: BinaryIO, official: OfficialFile) -> tuple[str, str | None]:
 
 def _check_official(path: Path, official: OfficialFile, promised: str | None) -> None:
     if promised != official.hash:
-        kind = "md5" if len(official.hash or "") == 32 else "sha256"
-        raise WeightsError(
-            f"{path} has the {kind} {promised}, expected {official.hash}: cut short or changed; delete it"
-        )
+        raise WeightsError(f"{_hash_kind(official)} {promised}, expected {official.hash}: cut short or changed")
     if container_of(path) != "hdf5" or not is_legacy_hdf5(path):
-        raise WeightsError(f"{path} is no official weights file (HDF5 with the attribute 'layer_names')")
+        raise WeightsError("no official weights file (HDF5 with the attribute 'layer_names')")
+
+
+def _hash_kind(official: OfficialFile) -> str:
+    return "md5" if len(official.hash or "") == 32 else "sha256"
 
 
 # ------------------------------------------------------------------------------------ numbers and memos
@@ -319,11 +331,17 @@ def _initialise(model: Any) -> None:
         shape = tuple(int(length) for length in variable.shape)
         if len(shape) < 2:
             continue
-        depthwise = len(shape) == 4 and shape[3] == 1 and "depthwise" in name  # one input channel per filter
+        depthwise = len(shape) == 4 and shape[3] == 1  # each filter sees one channel
         fan_in = math.prod(shape[:2] if depthwise else shape[:-1])
         key = int.from_bytes(hashlib.sha256(f"{_SEED}/{name}".encode()).digest()[:16], "little")
         generator = np.random.Generator(np.random.Philox(key=key))
         variable.assign(keras.ops.cast(generator.standard_normal(shape) * math.sqrt(2 / fan_in), variable.dtype))
+
+
+def _numbers(model: Any) -> dict[str, np.ndarray]:
+    import keras
+
+    return {name: keras.ops.convert_to_numpy(variable) for name, variable in model_tensors(model).items()}
 
 
 def _memo(backbone: Backbone, sha256: str) -> tuple[Path, dict[str, Any]]:

@@ -58,21 +58,37 @@ def extract(
     out: Annotated[Path, typer.Option(help="The HDF5 file to make or bring up to date.")] = Path("features.h5"),
     backbone: Annotated[str, typer.Option(help="Name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
     weights: Weights = "imagenet",
-    layer: Annotated[list[str] | None, typer.Option(help="Layer to keep; repeatable; 'boundary' is before the last block.")] = None,
-    pooling: Annotated[str | None, typer.Option(help="avg, max, flatten or none. Default: avg for the last layer, none with --layer.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="Pixels: 224 or HEIGHTxWIDTH. Default: the backbone's.")] = None,
-    resize: Annotated[str, typer.Option(help="antialias, or keras as image_dataset_from_directory does.")] = "antialias",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer to keep; repeatable; 'boundary' is before the last block.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="avg, max, flatten or none. Default: avg for the last layer, none with --layer.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels: 224 or HEIGHTxWIDTH. Default: the backbone's.")
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="antialias, or keras as image_dataset_from_directory does.")
+    ] = "antialias",
     fit: Annotated[str, typer.Option(help="stretch, crop or pad.")] = "stretch",
     dtype: Annotated[str, typer.Option(help="float32 or float16, as stored.")] = "float32",
-    split: Annotated[str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")] = "hash",
+    split: Annotated[
+        str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
+    ] = "hash",
     seed: Seed = 0,
     target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    shard_rows: Annotated[int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")] = None,
-    max_unreadable: Annotated[float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")] = 0.05,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")] = False,
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")
+    ] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")
+    ] = 0.05,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")
+    ] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -138,13 +154,21 @@ def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_js
 @guarded
 def train_head(
     file: Annotated[Path, typer.Argument(help="A feature store.")],
-    head: Annotated[str, typer.Option(help="logistic, ridge, linear-svm, knn, dropout-linear or mlp-256.")] = "logistic",
-    data_set: Annotated[str | None, typer.Option("--features", help="Data set of the store, where it has several.")] = None,
-    pool: Annotated[str | None, typer.Option(help="avg, max or flatten for spatial features. Default: the head's.")] = None,
+    head: Annotated[
+        str, typer.Option(help="logistic, ridge, linear-svm, knn, dropout-linear or mlp-256.")
+    ] = "logistic",
+    data_set: Annotated[
+        str | None, typer.Option("--features", help="Data set of the store, where it has several.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="avg, max or flatten for spatial features. Default: the head's.")
+    ] = None,
     param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the head; repeatable.")] = None,
     runs: Runs = Path("runs"),
     seed: Seed = 0,
-    test: Annotated[bool, typer.Option("--test", help="Also measure on the test split; for the head you have chosen.")] = False,
+    test: Annotated[
+        bool, typer.Option("--test", help="Also measure on the test split; for the head you have chosen.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Stage two: train a head on cached features."""
@@ -162,8 +186,12 @@ def train_head(
         "fit_seconds": result.fit_seconds,
         "metrics": result.metrics,
     }
-    _print(document, as_json, f"{result.folder}: {'already trained' if result.cached else f'trained in {result.fit_seconds:.1f} s'}\n"
-           + metrics_lines(result.metrics))
+    _print(
+        document,
+        as_json,
+        f"{result.folder}: {'already trained' if result.cached else f'trained in {result.fit_seconds:.1f} s'}\n"
+        + metrics_lines(result.metrics),
+    )
     _next(f"bottleneck leaderboard {runs}")
 
 
@@ -188,10 +216,14 @@ def leaderboard(
 @app.command()
 @guarded
 def finetune(
-    run: Annotated[Path, typer.Argument(help="A run of a Keras head, or a folder of runs (the newest such run is taken).")],
+    run: Annotated[
+        Path, typer.Argument(help="A run of a Keras head, or a folder of runs (the newest such run is taken).")
+    ],
     images: Annotated[str, typer.Option(help="The images that the features were made of.")],
     unfreeze: Annotated[str, typer.Option(help="last-block, a layer name, or a layer number.")] = "last-block",
-    bn: Annotated[str, typer.Option(help="frozen, or affine to train gamma and beta; statistics are never touched.")] = "frozen",
+    bn: Annotated[
+        str, typer.Option(help="frozen, or affine to train gamma and beta; statistics are never touched.")
+    ] = "frozen",
     weights: Annotated[str | None, typer.Option(help="Weights file, where that of the extraction has moved.")] = None,
     epochs: Annotated[int, typer.Option(help="Most epochs.")] = 5,
     patience: Annotated[int, typer.Option(help="Epochs without a better validation loss before stopping.")] = 2,
@@ -245,7 +277,14 @@ def predict(
 
     with ConsoleProgress() as progress:
         text = stage.predict_csv(
-            run, images, out=out, weights=weights, batch_size=batch_size, workers=workers, device=device, progress=progress
+            run,
+            images,
+            out=out,
+            weights=weights,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            progress=progress,
         )
     typer.echo(text, nl=False)
 
@@ -262,7 +301,9 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
         return None
     numbers = text.lower().split("x")
     if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
-        raise ConfigurationError(f"--image-size: received {text!r}, expected PIXELS or HEIGHTxWIDTH, such as 224 or 192x256")
+        raise ConfigurationError(
+            f"--image-size: received {text!r}, expected PIXELS or HEIGHTxWIDTH, such as 224 or 192x256"
+        )
     return int(numbers[0]), int(numbers[-1])
 
 

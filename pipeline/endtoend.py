@@ -1,6 +1,6 @@
 """Backbone and head as one network again: the very weights that made the features, checked by fingerprint.
 
-    run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
+run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ import numpy as np
 from features.backbones import preprocess
 from features.engines import KerasEngine
 from features.errors import ConfigurationError, ParityError, RunError, UnreadableImageError, nearest
+from features.files import printable
 from features.graph import cut_at, nearest_earlier_cut
 from features.images import Decoded, decode_image
 from features.networks import BOUNDARY, Network, resolve_network
 from features.recipe import PixelRule, Recipe
-from features.shards import ahead, printable
+from features.shards import ahead
 from pipeline.heads import Head
 from pipeline.runs import Run
 
@@ -89,7 +90,9 @@ class Split:
     cut: str
 
 
-def split_for_training(network: Network, recipe: Recipe, head: Head, *, unfreeze: str = LAST_BLOCK, bn: str = "frozen") -> Split:
+def split_for_training(
+    network: Network, recipe: Recipe, head: Head, *, unfreeze: str = LAST_BLOCK, bn: str = "frozen"
+) -> Split:
     """Put a head on a backbone and make the layers from ``unfreeze`` on trainable.
 
     Parameters
@@ -117,7 +120,9 @@ def split_for_training(network: Network, recipe: Recipe, head: Head, *, unfreeze
     from features.backbones import feature_model
 
     if bn not in BATCHNORM_MODES:
-        raise ConfigurationError(f"bn: received {bn!r}, expected one of {', '.join(BATCHNORM_MODES)}{nearest(bn, BATCHNORM_MODES)}")
+        raise ConfigurationError(
+            f"bn: received {bn!r}, expected one of {', '.join(BATCHNORM_MODES)}{nearest(bn, BATCHNORM_MODES)}"
+        )
     backbone = network.load()
     first = first_trainable(backbone, unfreeze, network)
     if bn == "affine":
@@ -152,7 +157,9 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
     if unfreeze.lstrip("-").isdecimal():
         number = int(unfreeze)
         if not -len(names) <= number < len(names):
-            raise ConfigurationError(f"unfreeze: received layer {number}, the backbone has layers 0 to {len(names) - 1}")
+            raise ConfigurationError(
+                f"unfreeze: received layer {number}, the backbone has layers 0 to {len(names) - 1}"
+            )
         return number % len(names)
     if unfreeze not in names:
         raise ConfigurationError(
@@ -274,7 +281,9 @@ def cached_predictions(run: Run, limit: int) -> tuple[list[str], np.ndarray]:
         raise RunError(f"{path}: holds no predictions to compare with")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int))
     count = len(run.classes)
-    return [rows[index][0] for index in chosen], np.array([[float(v) for v in rows[index][-count:]] for index in chosen])
+    return [rows[index][0] for index in chosen], np.array(
+        [[float(v) for v in rows[index][-count:]] for index in chosen]
+    )
 
 
 def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str], what: str) -> float:

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from features.extraction import prepare
-from features.shards import printable
+from features.files import printable
+from features.splits import SPLITS
 from features.store import FeatureStore, Progress
-from features.sources import SPLITS
 
 DOCUMENT_FORMAT = 1
 
@@ -75,7 +75,9 @@ def summary(document: dict[str, Any]) -> str:
             f"{recipe['height']}x{recipe['width']}  fingerprint {entry['fingerprint'][:10]}"
         )
     if "inferred" in document:
-        changed = ", ".join(f"{document[name]} {name}" for name in ("cached", "moved", "new", "changed", "removed") if document[name])
+        changed = ", ".join(
+            f"{document[name]} {name}" for name in ("cached", "moved", "new", "changed", "removed") if document[name]
+        )
         if not document["written"]:
             lines.append(f"  nothing to do: {document['rows']} rows cached, 0 inferred, file untouched")
         else:

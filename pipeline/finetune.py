@@ -1,39 +1,30 @@
 """Stage three: train the last block together with the head, from where the head already is.
 
-    run + images -> split network -> parity gate -> trunk features -> train tail, keep the best epoch -> parity -> run
+run + images -> split network -> parity gate -> trunk features -> train tail, keep the best epoch -> parity -> run
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.assembly import split_images
-from features.engines import KerasEngine, compiled
-from features.errors import ConfigurationError, RunError, UnreadableImageError
+from features.errors import ConfigurationError, RunError
 from features.extraction import processors, writable_folder
 from features.recipe import digest_of
-from features.shards import printable
-from features.sources import SPLITS, ImageSet, SplitRule, scan
-from features.weights import save_weights
+from features.sources import SplitRule, scan
 from pipeline.endtoend import (
-    Split,
     cached_predictions,
     check_parity,
-    decoded_batches,
     network_of,
-    probabilities_of,
     split_for_training,
     trunk_engine,
 )
-from pipeline.metrics import evaluate
 from pipeline.runs import Run, newest_run, write_run
 
 logger = logging.getLogger(__name__)
@@ -157,5 +148,7 @@ def finetune(
             seconds=time.monotonic() - started,
         )
         saved = _probabilities_of_saved(Run.open(folder), data, paths, pool, batch_size, device)
-        report["parity_gap_after"] = check_parity(saved, tail.probabilities(cut.of_paths(paths)), paths, "after fine-tuning")
+        report["parity_gap_after"] = check_parity(
+            saved, tail.probabilities(cut.of_paths(paths)), paths, "after fine-tuning"
+        )
     return {"format": 1, "run": str(folder), **report, "minutes": (time.monotonic() - started) / 60}

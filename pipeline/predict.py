@@ -1,6 +1,6 @@
 """File, class and probabilities of new images, from pixels, by a run's own backbone and head.
 
-    images -> decode (threads) -> engine -> head -> CSV
+images -> decode (threads) -> engine -> head -> CSV
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from features.errors import UnreadableImageError
-from features.extraction import processors, writable_folder
-from features.shards import printable
+from features.extraction import processors
+from features.files import atomic_file, printable, writable_folder
 from features.sources import scan
-from features.store import atomic_file
 from pipeline.endtoend import decoded_batches, network_of
 from pipeline.runs import choose_run
 
@@ -85,7 +84,9 @@ def predict_csv(
     with atomic_file(Path(out)) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
     unread = sum(line[1] == "" for line in lines.values())
-    return f"{out}: {len(lines) - unread} predictions by {chosen.run_id}" + (f", {unread} unreadable\n" if unread else "\n")
+    return f"{out}: {len(lines) - unread} predictions by {chosen.run_id}" + (
+        f", {unread} unreadable\n" if unread else "\n"
+    )
 
 
 def _refusal(path: str, error: UnreadableImageError, classes: int) -> list[str]:

@@ -23,7 +23,9 @@ class ConsoleProgress:
     def __enter__(self) -> ConsoleProgress:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:

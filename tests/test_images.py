@@ -235,15 +235,17 @@ def test_empty_text_and_unsupported() -> None:
     assert refusal(b"").reason == "empty"
     assert refusal(b"<!DOCTYPE html><html>404</html>").reason == "not-an-image"
     assert refusal(b"\0" * 5000).reason == "not-an-image"
+    assert refusal(b"P").reason == "not-an-image"
     assert refusal(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 300).reason == "not-an-image"
     assert refusal(b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + b"\0" * 300).reason == "not-an-image"
     assert refusal(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n").reason == "not-an-image"  # no Ghostscript
     assert "JPEG" in str(refusal(b"GET / HTTP/1.1"))
 
 
+@pytest.mark.pain(10)
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "JPEG2000", "AVIF"])
 @pytest.mark.parametrize("share", [0.05, 0.3, 0.6, 0.9])
-def test_truncated_files_are_refused(kind: str, share: float) -> None:
+def test_pain_10_truncated_files_are_refused_with_a_reason(kind: str, share: float) -> None:
     data = encoded(noise(64, 96), kind)
     error = refusal(data[: int(len(data) * share)])
     assert error.reason == "truncated"
@@ -293,7 +295,8 @@ def test_icon_that_hides_a_larger_image_is_refused() -> None:
     assert refusal(bytes(icon), max_pixels=1024).reason == "too-large"
 
 
-def test_damaged_bytes_never_raise_anything_else() -> None:
+@pytest.mark.pain(10)
+def test_pain_10_damaged_bytes_never_raise_anything_else() -> None:
     """Seeded random damage to each format ends in pixels or in a named reason."""
     randomness = random.Random(7)
     picture = noise(24, 32)

@@ -77,7 +77,12 @@ def test_round_trip_and_refusals() -> None:
         PixelRule(0, 8)
 
 
-@given(st.dictionaries(st.text(), st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False)))
+@given(
+    st.dictionaries(
+        st.text(),
+        st.none() | st.booleans() | st.integers() | st.text() | st.floats(allow_nan=False, allow_infinity=False),
+    )
+)
 def test_canonical_json_does_not_depend_on_order(values: dict[str, object]) -> None:
     reordered = dict(sorted(values.items(), reverse=True))
     assert canonical_json(values) == canonical_json(reordered)

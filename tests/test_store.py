@@ -10,7 +10,9 @@ import pytest
 from helpers import listing, recipe
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError
-from features.store import FeatureSpec, FeatureStore, ImageTable, Quarantine, StoreWriter, atomic_file
+from features.files import atomic_file
+from features.layout import FeatureSpec, ImageTable, Quarantine
+from features.store import FeatureStore, StoreWriter
 
 ROWS = 500
 NAMES = ("last.avg", "spatial")
@@ -27,7 +29,9 @@ def arrays() -> dict[str, np.ndarray]:
 def table() -> ImageTable:
     generator = np.random.default_rng(1)
     return ImageTable(
-        paths=tuple(f"class/ü{index}.png" if index else b"\xff.png".decode("utf-8", "surrogateescape") for index in range(ROWS)),
+        paths=tuple(
+            f"class/ü{index}.png" if index else b"\xff.png".decode("utf-8", "surrogateescape") for index in range(ROWS)
+        ),
         sha256=generator.integers(0, 256, (ROWS, 32)).astype(np.uint8),
         labels=generator.integers(0, 2, ROWS).astype(np.int32),
         splits=np.repeat([0, 1, 2, 0, 1], ROWS // 5).astype(np.int8),
@@ -192,7 +196,7 @@ def test_a_truncated_file_is_refused(path: Path) -> None:
     data = path.read_bytes()
     for keep in (0, 100, len(data) // 2, len(data) - 1):
         path.write_bytes(data[:keep])
-        with pytest.raises(IntegrityError, match="features.h5"):
+        with pytest.raises(IntegrityError, match=r"features\.h5"):
             FeatureStore.open(path).verify()
 
 

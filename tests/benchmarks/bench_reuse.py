@@ -24,7 +24,9 @@ ROUNDS = 5
 
 def seconds(*arguments: object, folder: Path) -> float:
     started = time.perf_counter()
-    subprocess.run([sys.executable, "-m", "pipeline", *map(str, arguments)], cwd=folder, check=True, capture_output=True)
+    subprocess.run(
+        [sys.executable, "-m", "pipeline", *map(str, arguments)], cwd=folder, check=True, capture_output=True
+    )
     return time.perf_counter() - started
 
 
@@ -59,7 +61,11 @@ def main() -> None:
     rows = {name: round(base / statistics.median(values), 2) for name, values in times.items()}
     for name, ratio in rows.items():
         print(f"{name:28} {ratio:8.2f} x as fast as extracting")
-    machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "images": images.split("/")[-1]}
+    machine = {
+        "processor": platform.processor() or platform.machine(),
+        "cpus": os.cpu_count(),
+        "images": images.split("/")[-1],
+    }
     print(json.dumps({"machine": machine, "rounds": ROUNDS, "ratios": rows, "seconds": times}))
 
 

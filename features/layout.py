@@ -1,0 +1,139 @@
+"""What a store consists of: tables, column types and block checksums, as FORMAT.md says. Pure, no HDF5 here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from features.recipe import Recipe, canonical_json
+
+FORMAT = "bottleneck-features"
+FORMAT_VERSION = 1
+CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTable:
+    """One entry per row of every feature data set, in row order.
+
+    Parameters
+    ----------
+    paths : tuple of str
+        Path inside the source, ``/`` between parts.
+    sha256 : uint8, (n, 32)
+        Content hash of the bytes that were decoded.
+    labels : int32, (n,)
+        Index into the classes, -1 for unlabelled.
+    splits : int8, (n,)
+        Index into ``features.sources.SPLITS``.
+    groups : tuple of str or None
+        Group of each image, where the source has groups.
+    widths, heights : int32, (n,)
+        Size of the decoded image in pixels, after orientation, before resizing.
+    sizes : int64, (n,)
+        File size in bytes.
+    mtimes_ns : int64, (n,)
+        Modification time in nanoseconds since 1970.
+    """
+
+    paths: tuple[str, ...]
+    sha256: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: tuple[str, ...] | None
+    widths: np.ndarray
+    heights: np.ndarray
+    sizes: np.ndarray
+    mtimes_ns: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarantine:
+    """Images that could not be read: path, hash of the bytes (zeros where there were none), reason, size, time."""
+
+    paths: tuple[str, ...]
+    sha256: np.ndarray
+    reasons: tuple[str, ...]
+    sizes: np.ndarray
+    mtimes_ns: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Shape and meaning of one feature data set: ``(rows, views, *shape)`` of ``recipe.dtype``."""
+
+    recipe: Recipe
+    views: int
+    shape: tuple[int, ...]
+
+
+# Column name -> (dtype, trailing shape); None stands for a list of strings.
+IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
+    "path": None,
+    "sha256": ("u1", (32,)),
+    "label": ("<i4", ()),
+    "split": ("i1", ()),
+    "group": None,
+    "width": ("<i4", ()),
+    "height": ("<i4", ()),
+    "size": ("<i8", ()),
+    "mtime_ns": ("<i8", ()),
+}
+QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
+    "path": None,
+    "sha256": ("u1", (32,)),
+    "reason": None,
+    "size": ("<i8", ()),
+    "mtime_ns": ("<i8", ()),
+}
+OPTIONAL_COLUMNS = {"/images/group"}
+ROOT_GROUPS = ("features", "images", "classes", "quarantine", "checksums")
+ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
+
+
+def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
+
+
+def block_hash(key: str, dtype: np.dtype, shape: tuple[int, ...], block: int) -> Any:
+    # The place is part of what is hashed, so that two exchanged blocks or data sets do not pass.
+    return hashlib.sha256(f"{key}|{dtype.str}|{list(shape)}|{block}|".encode("utf-8", "surrogateescape"))
+
+
+def attributes_digest(attributes: Mapping[str, Mapping[str, str | int]]) -> str:
+    plain = {key: dict(values) for key, values in attributes.items() if values}
+    return hashlib.sha256(canonical_json(plain).encode("ascii")).hexdigest()
+
+
+def image_columns(images: ImageTable) -> dict[str, Any]:
+    return {
+        "path": images.paths,
+        "sha256": images.sha256,
+        "label": images.labels,
+        "split": images.splits,
+        "group": images.groups,
+        "width": images.widths,
+        "height": images.heights,
+        "size": images.sizes,
+        "mtime_ns": images.mtimes_ns,
+    }
+
+
+def quarantine_columns(quarantine: Quarantine) -> dict[str, Any]:
+    return {
+        "path": quarantine.paths,
+        "sha256": quarantine.sha256,
+        "reason": quarantine.reasons,
+        "size": quarantine.sizes,
+        "mtime_ns": quarantine.mtimes_ns,
+    }

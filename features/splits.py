@@ -1,0 +1,259 @@
+"""Who is trained on and who is measured on: given splits, and rules for the images without one. Pure."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+
+from features.errors import ConfigurationError, nearest
+
+SPLITS = ("train", "validation", "test", "unlabelled")
+NOT_GIVEN, UNLABELLED = -1, 3
+SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2}
+SPLIT_KINDS = ("hash", "stratified")
+DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
+
+
+@dataclasses.dataclass(frozen=True)
+class SplitRule:
+    """How images without a given split get one.
+
+    Parameters
+    ----------
+    kind : {"hash", "stratified"}
+        ``hash``: each image by itself, from its group or its content, so it never changes sides when
+        others are added; the fractions hold in expectation. ``stratified``: the fractions hold in each
+        class to within one image, but images may change sides when others are added.
+    fractions : tuple of three float
+        Shares of train, validation and test; they add up to 1.
+    seed : int
+        Another seed, other splits.
+
+    Examples
+    --------
+    >>> SplitRule.parse("stratified:0.75,0.25").fractions
+    (0.75, 0.25, 0.0)
+    >>> str(SplitRule.parse("hash:0.7,0.15,0.15", seed=3)), str(SplitRule())
+    ('hash:0.7,0.15,0.15@3', 'hash')
+    """
+
+    kind: str = "hash"
+    fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in SPLIT_KINDS:
+            hint = nearest(self.kind, SPLIT_KINDS)
+            raise ConfigurationError(f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}{hint}")
+        inside = len(self.fractions) == 3 and all(0 <= share <= 1 for share in self.fractions)
+        if not inside or abs(sum(self.fractions) - 1) > 1e-9 or self.fractions[0] == 0:
+            raise ConfigurationError(
+                f"split: received the fractions {self.fractions}, expected train, validation and test "
+                "between 0 and 1, train above 0, which add up to 1"
+            )
+
+    @classmethod
+    def parse(cls, text: str, seed: int = 0) -> SplitRule:
+        """Read ``hash``, ``stratified``, or either with two (no test) or three fractions: ``hash:0.7,0.15,0.15``.
+
+        A seed behind ``@``, as ``str`` gives it, goes before ``seed``.
+        """
+        text, at, stated = text.strip().partition("@")
+        if at:
+            if not stated.isdecimal():
+                raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
+            seed = int(stated)
+        kind, colon, rest = text.strip().partition(":")
+        if not colon:
+            return cls(kind, seed=seed)
+        shares = [number_or_none(part) for part in rest.split(",")]
+        if None in shares or len(shares) not in (2, 3):
+            raise ConfigurationError(
+                f"split: received {text!r}, expected two or three numbers after the colon, "
+                "train, validation and test, as in 'hash:0.7,0.15,0.15'"
+            )
+        train, validation, test = [share for share in shares if share is not None] + [0.0] * (3 - len(shares))
+        return cls(kind, (train, validation, test), seed)
+
+    def __str__(self) -> str:
+        seed = f"@{self.seed}" if self.seed else ""
+        if self.fractions == DEFAULT_FRACTIONS:
+            return self.kind + seed
+        shown = self.fractions if self.fractions[2] else self.fractions[:2]
+        return f"{self.kind}:{','.join(map(repr, shown))}{seed}"
+
+
+def assign_splits(
+    labels: np.ndarray,
+    given_splits: np.ndarray,
+    groups: Sequence[str] | None,
+    sha256: np.ndarray,
+    rule: SplitRule,
+) -> tuple[np.ndarray, list[str]]:
+    """Give every image its split. Given splits stay; unlabelled images are ``unlabelled``.
+
+    An image draws u = (first 8 bytes of sha256(seed in decimal + key), big-endian) / 2^64, where key is its group
+    in UTF-8, or the sha256 of its content where it has none. ``hash``: train if u < train share,
+    validation if u < train + validation share, else test; so a group, or identical bytes, never cross.
+    ``stratified``: each class is ordered by u and cut by largest remainders; identical bytes of one
+    class stay together.
+
+    Parameters
+    ----------
+    labels : int32, (n,)
+    given_splits : int8, (n,)
+        Index into ``SPLITS``, -1 for not given.
+    groups : sequence of str, length n, or None
+    sha256 : uint8, (n, 32)
+        Of each file's content.
+    rule : SplitRule
+
+    Returns
+    -------
+    splits : int8, (n,)
+        Index into ``SPLITS``.
+    warnings : list of str
+        Groups that cross splits because the given splits make them.
+
+    Raises
+    ------
+    ConfigurationError
+        For ``stratified`` with groups: exact proportions and whole groups exclude each other.
+    """
+    splits = np.array(given_splits, dtype=np.int8)
+    splits[np.asarray(labels) < 0] = UNLABELLED
+    rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
+    if rule.kind == "stratified" and groups is not None and len(rows):
+        raise ConfigurationError(
+            "split 'stratified' would tear groups apart; use 'hash', or give splits in the manifest"
+        )
+    digests = np.asarray(sha256, dtype=np.uint8)
+    keys = (_group_key(groups[row]) if groups is not None and groups[row] else digests[row].tobytes() for row in rows)
+    draws = _draws(keys, rule.seed)
+    if rule.kind == "stratified":
+        splits[rows] = _stratify(np.asarray(labels)[rows], draws, rule.fractions)
+    else:
+        train, validation, test = rule.fractions
+        # A share of 0 must stay empty even where adding up the others falls short of 1, or u rounds to 1.
+        last = np.inf if test == 0 else train + validation
+        splits[rows] = np.searchsorted([last if validation == 0 else train, last], draws, side="right")
+    return splits, _crossing_groups(groups, splits)
+
+
+def _group_key(group: str) -> bytes:
+    return group.encode("utf-8", "surrogateescape")
+
+
+def _draws(keys: Iterable[bytes], seed: int) -> np.ndarray:
+    prefix = str(seed).encode("ascii")
+    heads = b"".join(hashlib.sha256(prefix + key).digest()[:8] for key in keys)
+    return np.frombuffer(heads, dtype=">u8").astype(np.float64) / 2.0**64
+
+
+def _stratify(labels: np.ndarray, draws: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
+    splits = np.empty(len(labels), dtype=np.int8)
+    order = np.lexsort((draws, labels))
+    for rows in np.split(order, np.flatnonzero(np.diff(labels[order])) + 1):
+        exact = np.asarray(fractions) * len(rows)
+        counts = np.floor(exact + 1e-9).astype(np.int64)
+        remainders = np.round(exact - counts, 9)
+        counts[np.argsort(-remainders, kind="stable")[: len(rows) - counts.sum()]] += 1
+        # Identical bytes draw the same u: all stand at the place of their first.
+        places = np.arange(len(rows))
+        places[1:][np.diff(draws[rows]) == 0] = 0
+        places = np.maximum.accumulate(places)
+        splits[rows] = np.searchsorted(counts.cumsum()[:2], places, side="right")
+    return splits
+
+
+def _crossing_groups(groups: Sequence[str] | None, splits: np.ndarray) -> list[str]:
+    first: dict[str, int] = {}
+    crossing: dict[str, None] = {}
+    for group, split in zip(groups or (), splits.tolist() if groups is not None else (), strict=True):
+        if group and split != UNLABELLED and first.setdefault(group, split) != split:
+            crossing[group] = None
+    if not crossing:
+        return []
+    return [f"{len(crossing)} groups lie in more than one split, because of given splits: {listed(list(crossing))}"]
+
+
+def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -> list[tuple[str, str]]:
+    """Identical files in two of train, validation and test.
+
+    Parameters
+    ----------
+    sha256 : uint8, (n, 32)
+    splits : int8, (n,)
+    paths : sequence of str, length n
+
+    Returns
+    -------
+    list of (path, path)
+        The first file of a content, with the first one of each other split it is in; in row order.
+    """
+    contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
+    order = np.argsort(contents, kind="stable")
+    order = order[(splits[order] >= 0) & (splits[order] != UNLABELLED)]
+    equal = contents[order][1:] == contents[order][:-1]
+    order = order[np.append(equal, False) | np.insert(equal, 0, False)] if len(order) else order
+    pairs = []
+    first: dict[int, int] = {}
+    for previous, row in zip([-1, *order.tolist()], order.tolist(), strict=False):
+        if previous < 0 or contents[previous] != contents[row]:
+            first = {}
+        split = int(splits[row])
+        if first and split not in first:
+            pairs.append((next(iter(first.values())), row))
+        first.setdefault(split, row)
+    return [(paths[row], paths[other]) for row, other in sorted(pairs)]
+
+
+def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]) -> list[str]:
+    """What would hurt training: too few classes or images, classes or splits that are empty.
+
+    Parameters
+    ----------
+    labels : int32, (n,)
+    splits : int8, (n,)
+        Index into ``SPLITS``.
+    classes : sequence of str
+    """
+    labelled = np.asarray(labels) >= 0
+    if not labelled.any():
+        return ["no image has a label: features can be kept, but nothing can be trained"]
+    counts = np.zeros((len(classes), len(SPLITS)), dtype=np.int64)
+    np.add.at(counts, (np.asarray(labels)[labelled], np.asarray(splits)[labelled]), 1)
+    totals = counts.sum(axis=1)
+    messages = []
+    if (totals > 0).sum() == 1:
+        messages.append(f"only one class has images, {classes[int(totals.argmax())]!r}: training needs two")
+    if (totals < 2).any():
+        messages.append(f"classes with fewer than 2 images: {_named(classes, totals < 2)}")
+    for code, split in enumerate(SPLITS[:3]):
+        absent = (counts[:, code] == 0) & (totals > 0)
+        if counts[:, code].any() and absent.any():
+            messages.append(f"classes without images in {split}: {_named(classes, absent)}")
+        elif absent.any() and split != "test":
+            messages.append(f"no labelled image is in {split}")
+    return messages
+
+
+def _named(classes: Sequence[str], mask: np.ndarray) -> str:
+    return listed([name for name, chosen in zip(classes, mask, strict=True) if chosen])
+
+
+def number_or_none(text: str) -> float | None:
+    """The number that a text is, if it is one."""
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def listed(names: Sequence[str], count: int = 8) -> str:
+    """The first few names, quoted, and how many more there are."""
+    more = f" and {len(names) - count} more" if len(names) > count else ""
+    return ", ".join(map(repr, names[:count])) + more

@@ -1,0 +1,411 @@
+"""The table, the graph rules (cuts, boundaries, names), model files, and what comes out of a feature model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT
+
+from features.backbones import (
+    BACKBONES,
+    boundary_of,
+    build_backbone,
+    feature_model,
+    find_backbone,
+    last_layer,
+    preprocess,
+)
+from features.errors import ConfigurationError
+from features.graph import (
+    boundary_by_rule,
+    cut_at,
+    layer_tensors,
+    nearest_earlier_cut,
+    snake_case,
+    stable_names,
+    valid_cuts,
+)
+from features.official import OFFICIAL, WHEELS
+from features.weights import load_weights, resolve_weights, tensor_digest
+
+# name, image size, last layer, boundary; a representative of every family
+REPRESENTATIVES = [
+    ("convnexttiny", 64, "layer_normalization", "convnext_tiny_downsampling_block_2"),
+    ("densenet121", 64, "relu", "pool4_pool"),
+    ("efficientnetb0", 64, "top_activation", "block5c_add"),
+    ("efficientnetv2b0", 32, "top_activation", "block5e_add"),
+    ("inceptionv3", 96, "mixed10", "mixed7"),
+    ("mobilenet-0.25", 64, "conv_pw_13_relu", "conv_pw_11_relu"),
+    ("mobilenetv2-0.35", 64, "out_relu", "block_15_add"),
+    ("mobilenetv3large", 64, "activation_19", "expanded_conv_11_add"),
+    ("mobilenetv3small-0.75", 32, "activation_17", "expanded_conv_7_add"),
+    ("resnet50", 64, "conv5_block3_out", "conv4_block6_out"),
+    ("resnet50v2", 64, "post_relu", "conv4_block6_out"),
+    ("vgg16", 32, "block5_pool", "block4_pool"),
+    ("vgg19", 64, "block5_pool", "block4_pool"),
+    ("xception", 96, "block14_sepconv2_act", "add_10"),
+]
+
+
+def pixels(count: int, height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).uniform(0, 255, (count, height, width, 3)).astype(np.float32)
+
+
+def untrained(name: str, *size: int) -> Any:
+    """A network whose outputs are neither zero nor saturated, without any file."""
+    backbone = find_backbone(name)
+    model = build_backbone(backbone, (size[0], size[-1]))
+    load_weights(model, backbone, resolve_weights(backbone, "random"))
+    return model
+
+
+def run(model: Any, images: np.ndarray) -> Any:
+    return model(images, training=False)
+
+
+# --------------------------------------------------------------------------------------------- the table
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ("vgg16", "vgg16"),
+        ("VGG-16", "vgg16"),
+        ("MobileNet_V2", "mobilenetv2"),
+        ("mobilenetv2-0.35", "mobilenetv2-0.35"),
+        ("MobileNetV2_0.35", "mobilenetv2-0.35"),
+        ("EfficientNet-V2-B0", "efficientnetv2b0"),
+        ("resnet_50", "resnet50"),
+        ("NASNetMobile", "nasnetmobile"),
+    ],
+)
+def test_a_name_is_found_whatever_its_case_and_hyphens(given: str, name: str) -> None:
+    assert find_backbone(given) is BACKBONES[name]
+
+
+def test_names_stay_apart_without_hyphens() -> None:
+    plain = {name.replace("-", "") for name in BACKBONES}
+    assert len(plain) == len(BACKBONES) == len(OFFICIAL) == 50
+    assert set(OFFICIAL) == set(BACKBONES)
+    assert set(WHEELS) == {"mobilenetv2", "vgg16"}
+
+
+def test_an_unknown_name_gets_the_nearest_ones() -> None:
+    with pytest.raises(ConfigurationError, match=r"received 'resnet500'.*did you mean 'resnet50' or"):
+        find_backbone("resnet500")
+    with pytest.raises(ConfigurationError, match="known are convnexttiny"):
+        find_backbone("zzz")
+
+
+def test_neither_the_table_nor_finding_weights_imports_keras(tmp_path: Path) -> None:
+    weights = tmp_path / "w.npz"
+    np.savez(weights, **{"a/kernel": np.zeros(2, np.float32)})
+    code = (
+        "import sys; from features.backbones import find_backbone; from features.weights import *;"
+        f"row = find_backbone('vgg16'); file = resolve_weights(row, {str(weights)!r});"
+        "assert known_digest(row, file) is None; print('keras' in sys.modules, 'tensorflow' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "False False\n"
+
+
+class AskedError(RuntimeError):
+    """Ends a Keras builder where it asks for something."""
+
+
+@pytest.mark.slow
+def test_the_table_has_every_builder_with_its_module_size_and_hash(monkeypatch: pytest.MonkeyPatch) -> None:
+    import inspect
+
+    import keras
+    from keras.src.applications import imagenet_utils
+
+    def shape(*_: Any, default_size: int, **__: Any) -> None:
+        raise AskedError(default_size)
+
+    monkeypatch.setattr(imagenet_utils, "obtain_input_shape", shape)
+    names = [name for name, item in vars(keras.applications).items() if inspect.isfunction(item) and name[0].isupper()]
+    assert {row.builder for row in BACKBONES.values()} == set(names)
+    for row in BACKBONES.values():
+        builder = getattr(keras.applications, row.builder)
+        assert builder.__module__.endswith(f".{row.preprocessing}"), row.name
+        if row.preprocessing != "mobilenet_v3":  # takes any size without asking
+            with pytest.raises(AskedError) as caught:
+                builder(weights=None, include_top=False, **dict(row.options))
+            assert caught.value.args == (row.size,), row.name
+        assert row.official is not None
+        source = inspect.getsource(inspect.getmodule(builder))
+        source += inspect.getsource(inspect.getmodule(keras.applications.ResNet50))  # ResNetV2 takes its hashes there
+        assert row.official.hash is None or row.official.hash in source, row.name
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`input_shape` is undefined")
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("convnexttiny", "densenet121", "efficientnetb0", "efficientnetv2b0", "efficientnetv2s", "inceptionresnetv2"),
+        *("inceptionv3", "nasnetmobile", "resnet50", "resnet50v2", "vgg16", "vgg19", "xception"),
+        *(name for name in BACKBONES if name.startswith("mobilenet")),
+    ],
+)
+def test_the_official_file_is_what_keras_would_fetch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+    from keras.src.utils import file_utils
+
+    def fake_file(fname: str, origin: str, file_hash: str | None = None, **_: object) -> None:
+        raise AskedError(fname, origin, file_hash)
+
+    monkeypatch.setattr(file_utils, "get_file", fake_file)
+    row = BACKBONES[name]
+    builder = getattr(keras.applications, row.builder)
+    with pytest.raises(AskedError) as caught:
+        builder(weights="imagenet", include_top=False, **dict(row.options))
+    assert row.official is not None
+    assert caught.value.args == (row.official.file, row.official.url, row.official.hash)
+    keras.backend.clear_session()
+
+
+# ------------------------------------------------------------------------------------------- every family
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size", "last", "boundary"), REPRESENTATIVES, ids=lambda value: str(value))
+def test_a_family_builds_cuts_and_keeps_its_names(name: str, size: int, last: str, boundary: str) -> None:
+    import keras
+
+    backbone = find_backbone(name)
+    model = untrained(name, size)
+    assert last_layer(model) == last
+    assert boundary_of(backbone, model) == boundary
+
+    images = preprocess(backbone)(pixels(2, size, size))
+    trunk, tail = cut_at(model, boundary)
+    whole = np.asarray(run(model, images))
+    assert np.abs(whole).max() > 1e-3  # else the comparison would say nothing
+    np.testing.assert_array_equal(np.asarray(run(tail, run(trunk, images))), whole)
+    assert {id(item) for item in trunk.weights + tail.weights} == {id(item) for item in model.weights}
+
+    larger = untrained(name, size + 32)  # Keras' automatic numbers have moved on by now
+    assert [layer.name for layer in larger.layers] == [layer.name for layer in model.layers]
+    assert tensor_digest(larger) == tensor_digest(model)
+    assert boundary_of(backbone, larger) == boundary
+    keras.backend.clear_session()
+
+
+@pytest.mark.slow
+def test_nasnet_has_no_boundary_and_says_so() -> None:
+    backbone = find_backbone("nasnetmobile")
+    model = build_backbone(backbone, (32, 32))
+    with pytest.raises(ConfigurationError, match=r"no valid interior cut.*'stem_bn1', which leaves 195 of 196"):
+        boundary_of(backbone, model)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["vgg16", "resnet50"])
+def test_the_rule_finds_the_boundaries_of_the_table(name: str) -> None:
+    backbone = find_backbone(name)
+    assert boundary_by_rule(build_backbone(backbone, (64, 64))) == backbone.boundary
+
+
+@pytest.mark.slow
+@pytest.mark.pain(3)
+def test_pain_03_preprocessing_belongs_to_the_network() -> None:
+    """1/255 on VGG16 cannot happen: the row holds the builder and its own preprocessing."""
+    import keras
+
+    image = np.array([[[[255.0, 127.5, 0.0]]]], np.float32)
+    expected = {
+        "vgg16": [0 - 103.939, 127.5 - 116.779, 255 - 123.68],  # caffe: BGR less the means
+        "mobilenetv2": [1.0, 0.0, -1.0],
+        "densenet121": [(1 - 0.485) / 0.229, (0.5 - 0.456) / 0.224, -0.406 / 0.225],
+        "efficientnetb0": [255.0, 127.5, 0.0],  # inside the network
+    }
+    for name, values in expected.items():
+        apply = preprocess(find_backbone(name))
+        given = image.copy()
+        np.testing.assert_allclose(np.asarray(apply(given))[0, 0, 0], values, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(given, image)  # the caller's pixels are not changed
+        np.testing.assert_allclose(
+            np.asarray(apply(keras.ops.convert_to_tensor(image)))[0, 0, 0], values, rtol=1e-5, atol=1e-5
+        )
+        symbolic = keras.Input((1, 1, 3))
+        inside = keras.Model(symbolic, apply(symbolic * 1.0))
+        np.testing.assert_allclose(np.asarray(inside(image))[0, 0, 0], values, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_too_small_images_are_refused_with_the_limit() -> None:
+    with pytest.raises(ConfigurationError, match=r"vgg16 cannot be built for images of 16x16 pixels.*at least 32x32"):
+        build_backbone(find_backbone("vgg16"), (16, 16))
+
+
+# ---------------------------------------------------------------------------------------------- features
+@pytest.mark.slow
+def test_feature_models_pool_as_numpy_does_in_one_pass() -> None:
+    model = untrained("mobilenetv2-0.35", 64, 96)
+    images = pixels(3, 64, 96) / 127.5 - 1
+    wanted = [("out_relu", "avg"), ("out_relu", "none"), ("block_3_project_BN", "max"), ("block_15_add", "flatten")]
+    results = [np.asarray(item) for item in run(feature_model(model, wanted), images)]
+
+    last = np.asarray(run(model, images))
+    tensors = layer_tensors(model)
+    import keras
+
+    third, fifteenth = (
+        np.asarray(item)
+        for item in run(keras.Model(model.input, [tensors["block_3_project_BN"], tensors["block_15_add"]]), images)
+    )
+    assert [item.dtype for item in results] == [np.float32] * 4
+    np.testing.assert_allclose(results[0], last.mean(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_array_equal(results[1], last)
+    np.testing.assert_array_equal(results[2], third.max(axis=(1, 2)))
+    np.testing.assert_array_equal(results[3], fifteenth.reshape(3, -1))
+    single = run(feature_model(model, [("out_relu", "avg")]), images)
+    np.testing.assert_array_equal(np.asarray(single[0] if isinstance(single, list | tuple) else single), results[0])
+
+
+@pytest.mark.slow
+def test_a_nested_layer_gives_the_tensor_of_the_outer_graph() -> None:
+    """``layer.output`` of ConvNeXt's stem belongs to another graph; asking it would not connect to the image."""
+    model = untrained("convnexttiny", 64)
+    images = pixels(2, 64, 64)
+    [stem] = run(feature_model(model, [("convnext_tiny_stem", "none"), ("convnext_tiny_stem", "avg")]), images)[:1]
+    expected = model.get_layer("convnext_tiny_stem")(model.get_layer("convnext_tiny_prestem_normalization")(images))
+    np.testing.assert_allclose(np.asarray(stem), np.asarray(expected), rtol=1e-5, atol=1e-5)
+
+
+# --------------------------------------------------------------------------------------------------- cuts
+@pytest.mark.slow
+def test_cuts_lie_only_where_one_tensor_separates_the_graph() -> None:
+    model = build_backbone(find_backbone("mobilenetv2"), (64, 64))
+    cuts = valid_cuts(model)
+    assert cuts[0] == "Conv1"
+    assert cuts[-1] == "Conv_1_bn"
+    assert "block_10_project_BN" in cuts
+    assert {"block_11_expand", "block_11_expand_relu", "block_11_project_BN", "out_relu"}.isdisjoint(cuts)
+
+    assert model.layers[100].name == "block_11_expand_relu"
+    assert nearest_earlier_cut(model, 100) == "block_10_project_BN"
+    with pytest.raises(
+        ConfigurationError, match=r"before it: block_10_project, block_10_project_BN; after it: block_11"
+    ):
+        cut_at(model, "block_11_expand_relu")
+    with pytest.raises(ConfigurationError, match=r"no layer 'block_15_ad'; did you mean 'block_15_add'"):
+        cut_at(model, "block_15_ad")
+    with pytest.raises(ConfigurationError, match="no single tensor separates the graph before layer 0"):
+        nearest_earlier_cut(model, 0)
+    with pytest.raises(ConfigurationError, match="has 154 layers; received the layer index 154"):
+        nearest_earlier_cut(model, 154)
+
+
+@pytest.mark.slow
+def test_the_cut_before_the_first_fifteen_layers_of_vgg16() -> None:
+    model = build_backbone(find_backbone("vgg16"), (32, 32))
+    assert nearest_earlier_cut(model, 15) == "block4_pool"
+    assert nearest_earlier_cut(model, -4) == "block4_pool"
+    assert len(valid_cuts(model)) == 17  # every layer but the input and the last
+
+
+def test_words_and_numbers_of_automatic_names() -> None:
+    assert [snake_case(word) for word in ("SeparableConv2D", "ReLU", "InputLayer")] == [
+        "separable_conv2d",
+        "re_lu",
+        "input_layer",
+    ]
+
+    class Conv2D:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+    given = ["conv2d_94", "mine_1", "conv2d_97", "conv2d_95"]
+    assert stable_names([Conv2D(name) for name in given]) == ["conv2d", "mine_1", "conv2d_3", "conv2d_1"]
+    fresh = ["conv2d", "conv2d_2", "conv2d_10"]
+    assert stable_names([Conv2D(name) for name in fresh]) == fresh
+
+
+# -------------------------------------------------------------------------------------------- model files
+def small_model(path: Path, shape: tuple[int | None, int | None, int], *, sequential: bool = False) -> Path:
+    import keras
+
+    layers = [
+        keras.layers.Rescaling(1 / 255, name="scale"),
+        keras.layers.Conv2D(4, 3, strides=2, activation="relu", name="first"),
+        keras.layers.Conv2D(5, 3, name="second"),
+    ]
+    if sequential:
+        model = keras.Sequential([keras.Input(shape), *layers])
+    else:
+        image = output = keras.Input(shape)
+        for layer in layers:
+            output = layer(output)
+        model = keras.Model(image, output)
+    model.save(path)
+    return path
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sequential", [False, True])
+def test_a_model_file_is_a_backbone(tmp_path: Path, *, sequential: bool) -> None:
+    import keras
+
+    path = small_model(tmp_path / "mine.KERAS.keras", (20, 30, 3), sequential=sequential)
+    backbone = find_backbone(str(path))
+    assert (backbone.name, backbone.preprocessing, backbone.default_size) == ("model", "none", (20, 30))
+    model = build_backbone(backbone, (20, 30))
+    images = pixels(2, 20, 30)
+    np.testing.assert_array_equal(
+        np.asarray(run(model, preprocess(backbone)(images))), np.asarray(run(keras.saving.load_model(path), images))
+    )
+    file = resolve_weights(backbone)
+    assert (file.path, file.route) == (path, "model file")
+    assert load_weights(model, backbone, file) == tensor_digest(keras.saving.load_model(path))
+    assert (last_layer(model), valid_cuts(model)) == ("second", ["scale", "first"])
+    with pytest.raises(ConfigurationError, match="takes images of 20x30 pixels, received 30x30"):
+        build_backbone(backbone, (30, 30))
+    with pytest.raises(ConfigurationError, match="brings its own weights"):
+        resolve_weights(backbone, "random")
+
+
+@pytest.mark.slow
+def test_a_model_file_of_any_size_takes_the_one_asked_for(tmp_path: Path) -> None:
+    import keras
+
+    path = small_model(tmp_path / "any.keras", (None, None, 3))
+    backbone = find_backbone(str(path))
+    with pytest.raises(ConfigurationError, match="--image-size"):
+        _ = backbone.default_size
+    model = build_backbone(backbone, (24, 18))
+    assert layer_tensors(model)["second"].shape == (None, 9, 6, 5)
+    images = pixels(1, 24, 18)
+    np.testing.assert_array_equal(
+        np.asarray(run(model, images)), np.asarray(run(keras.saving.load_model(path), images))
+    )
+
+
+@pytest.mark.slow
+def test_a_model_file_that_runs_code_or_takes_no_images_is_refused(tmp_path: Path) -> None:
+    import keras
+
+    image = keras.Input((8, 8, 3))
+    keras.Model(image, keras.layers.Lambda(lambda tensor: tensor * 2)(image)).save(tmp_path / "lambda.keras")
+    with pytest.raises(ConfigurationError, match="cannot be loaded in safe mode"):
+        build_backbone(find_backbone(str(tmp_path / "lambda.keras")), (8, 8))
+    flat = keras.Input((8,))
+    keras.Model(flat, keras.layers.Dense(2)(flat)).save(tmp_path / "flat.keras")
+    with pytest.raises(ConfigurationError, match=r"expected one input \(n, height, width, 3\)"):
+        build_backbone(find_backbone(str(tmp_path / "flat.keras")), (8, 8))
+
+
+def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigurationError, match="does not exist"):
+        find_backbone(str(tmp_path / "absent.keras"))
+    (tmp_path / "text.keras").write_text("hello")
+    with pytest.raises(ConfigurationError, match="no Keras model file"):
+        find_backbone(str(tmp_path / "text.keras"))
+    with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
+        archive.writestr("config.json", json.dumps({"config": []}))
+    assert find_backbone(str(tmp_path / "odd.keras")).file_size is None
