@@ -106,7 +106,7 @@ class KerasEngine:
         def forward(pixels: Any) -> list[Any]:
             # Only bytes cross to the device; the cast and the preprocessing are part of the compiled function.
             outputs = model(preprocess(keras.ops.cast(pixels, "float32")), training=False)
-            return outputs if isinstance(outputs, list | tuple) else [outputs]
+            return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
         self._scope = functools.partial(keras.device, f"{self.device}:0")
         self._forward = compiled(forward)

@@ -149,7 +149,10 @@ def resolve_network(
             preprocessing=row.preprocessing,
             dtype=dtype,
         )
-    return Network(row, backbone, file, weights, tuple(chosen.values()), description)
+    # What a later stage needs to find the same network again, from any folder.
+    backbone_argument = backbone if row.path is None else str(row.path.resolve())
+    weights_argument = str(file.path.resolve()) if file.route == "file" and file.path is not None else weights
+    return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description)
 
 
 def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:

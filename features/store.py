@@ -177,7 +177,7 @@ class _HashedDataset:
         done = 0
         while done < len(block):
             step = min(len(block) - done, self._block_rows - self.position % self._block_rows)
-            self._hash.update(memoryview(block[done : done + step]).cast("B"))
+            self._hash.update(block[done : done + step].data)
             done += step
             self.position += step
             if self.position % self._block_rows == 0:
@@ -487,7 +487,7 @@ class FeatureStore:
         for block, start in enumerate(range(0, entry.shape[0], step)):
             rows = array[start : start + step]
             digest = block_hash(key, entry.dtype, entry.shape, block)
-            digest.update(memoryview(np.ascontiguousarray(rows)).cast("B"))
+            digest.update(np.ascontiguousarray(rows).data)
             where = f"{self.path}: {key} rows {start} to {start + len(rows) - 1}"
             if digest.digest() != entry.digests[block].tobytes():
                 raise IntegrityError(f"{where} are not what was written (checksum differs). {_WAY_OUT}")

@@ -147,6 +147,45 @@ class MetricsFile(Settings):
     cv: FoldScores | None
 
 
+class RunHead(Settings):
+    """The head of a run: preset, resolved pooling and parameters."""
+
+    name: str
+    pool: str
+    parameters: dict[str, Any]
+
+
+class RunFeatures(Settings):
+    """The features of a run.
+
+    ``backbone`` and ``weights`` are what the extraction was asked for, ``data_digest`` covers images, labels and splits.
+    """
+
+    store: str
+    name: str
+    recipe: dict[str, Any]
+    fingerprint: str
+    data_digest: str
+    split_rule: str
+    source: str
+    backbone: str
+    weights: str
+
+
+class RunConfig(Settings):
+    """``config.yaml`` of a run: everything that decided it. ``finetune`` holds the settings of stage three."""
+
+    format: Literal[1] = 1
+    run_id: str
+    stage: Literal["head", "finetune"]
+    seed: int
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    head: RunHead
+    features: RunFeatures
+    finetune: dict[str, Any] | None = None
+    model: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$")], ...]
+
+
 def parse(
     model_class: type[Model], mapping: Any, where: str, *, error: type[BottleneckError] = ConfigurationError
 ) -> Model:

@@ -1,44 +1,43 @@
 """Stage three: train the last block together with the head, from where the head already is.
 
-run + images -> split network -> parity gate -> trunk features -> train tail, keep the best epoch -> parity -> run
+    run + images -> split network -> trunk features -> parity gate -> train the tail -> run folder -> parity again
 """
 
 from __future__ import annotations
 
-import logging
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from features.errors import ConfigurationError, RunError
-from features.extraction import processors, writable_folder
+from features.extraction import processors
+from features.files import writable_folder
 from features.recipe import digest_of
-from features.sources import SplitRule, scan
+from features.sources import ImageSet, scan
+from features.splits import SplitRule
 from pipeline.endtoend import (
+    LAST_BLOCK,
     cached_predictions,
     check_parity,
+    decoded_batches,
     network_of,
     split_for_training,
     trunk_engine,
 )
-from pipeline.runs import Run, newest_run, write_run
+from pipeline.runs import Run, is_finished, newest_run, write_run
+from pipeline.training import CutFeatures, Data, Progress, Tail, read_data, train
 
-logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones are computed every epoch
 PARITY_IMAGES = 64
-WEIGHTS_FILE = "backbone.npz"
 
 
 def finetune(
     run: str | Path,
     images: str | Path,
     *,
-    unfreeze: str = "last-block",
+    unfreeze: str = LAST_BLOCK,
     bn: str = "frozen",
     weights: str | None = None,
     epochs: int = 5,
@@ -62,11 +61,11 @@ def finetune(
     unfreeze, bn : str
         See ``pipeline.endtoend.split_for_training``.
     weights : str, optional
-        Where the backbone's weights are now.
+        Where the backbone's weights are now, if not where the extraction found them.
     epochs, patience : int
         Most epochs; epochs without a lower validation log loss before stopping.
     learning_rate : float
-        Of Adam, larger than 0.
+        Of Adam, above 0, at most 1.
     batch_size, workers, device, seed
         As everywhere.
     runs : Path, optional
@@ -77,7 +76,8 @@ def finetune(
     Returns
     -------
     dict
-        ``run``, ``before`` and ``after`` (validation scores), ``parity_gap``, ``minutes``, ``trainable_variables``, ...
+        ``run``, ``before`` and ``after`` (validation scores), ``parity_gap`` (largest difference in probability
+        before the first step), ``minutes``, ``trainable_variables``, ...
 
     Raises
     ------
@@ -86,14 +86,14 @@ def finetune(
     RunError
         If the run cannot be fine-tuned on these images.
     """
-    if not 0 < learning_rate <= 1 or epochs < 1 or patience < 1 or batch_size < 1:
+    if not 0 < learning_rate <= 1 or min(epochs, patience, batch_size) < 1:
         raise ConfigurationError(
             f"finetune: received learning rate {learning_rate}, epochs {epochs}, patience {patience}, batch size "
             f"{batch_size}; expected a rate above 0 and at most 1, and at least 1 of the others"
         )
     started = time.monotonic()
-    start = newest_run(Path(run), finetunable=True)
-    runs = Path(runs) if runs is not None else Path(start.folder).parent
+    start = newest_run(run, finetunable=True)
+    runs = runs or start.folder.parent
     writable_folder(runs)
     settings = {
         "unfreeze": unfreeze,
@@ -103,52 +103,127 @@ def finetune(
         "learning_rate": learning_rate,
         "batch_size": batch_size,
         "seed": seed,
+        "start": start.run_id,
     }
     source = scan(images)
-    if source.classes != start.classes:
-        raise RunError(_class_difference(start, source))
+    _check_classes(start, source)
     import keras
 
     keras.utils.set_random_seed(seed)
-    network = network_of(start, weights)
-    head = start.load_head()
+    network, head = network_of(start, weights), start.load_head()
     split = split_for_training(network, start.recipe, head, unfreeze=unfreeze, bn=bn)
     with ThreadPoolExecutor(workers or processors()) as pool:
-        data = _read_data(source, SplitRule.parse(start.split_rule, 0), pool)
+        data = read_data(source, SplitRule.parse(start.split_rule), pool)
+        identity = f"finetune-{head.name}-{digest_of([settings, start.recipe.fingerprint, data.digest])[:10]}"
+        if is_finished(runs / identity):
+            return _report(Run.open(runs / identity), cached=True)
         trunk = trunk_engine(split, network, start.recipe, batch_size=batch_size, device=device)
-        cut = CutFeatures(data, trunk, pool, start, progress)
+        cut = CutFeatures(
+            data, trunk, start.recipe.pixels, pool, batch_size=batch_size, folder=runs, progress=progress
+        )
         tail = Tail(split, head.temperature, learning_rate, batch_size)
         paths, expected = cached_predictions(start, PARITY_IMAGES)
-        gap = check_parity(tail.probabilities(cut.of_paths(paths)), expected, paths, "before fine-tuning")
-        history, before, after = _train(tail, cut, data, settings, progress)
-        report = {
-            "start": str(start.folder),
-            "cut": split.cut,
-            "trainable_variables": len(split.tail.trainable_variables),
-            "trainable_parameters": int(sum(np.prod(variable.shape) for variable in split.tail.trainable_variables)),
-            "parity_gap": gap,
-            "before": before,
-            "after": after,
-            "epochs_trained": len(history["epoch"]),
-        }
-        validation = data.rows("validation")
-        rows = [data.images.paths[row] for row in validation]
-        final = tail.probabilities(cut.of_rows(validation))
-        identity = f"finetune-{head.name}-" + digest_of([settings, start.run_id, data.digest])[:10]
+        rows = _rows_of(paths, data, start)
+        gap = check_parity(tail.probabilities(cut, rows), expected, paths, "before fine-tuning")
+        history, before, after = train(
+            tail, cut, data, classes=start.classes, epochs=epochs, patience=patience, seed=seed, progress=progress
+        )
+        validation = cut.readable(data.rows("validation"))
         folder = write_run(
             runs,
             identity,
-            settings={**settings, "start": start.run_id},
-            start=start,
             head=head,
-            backbone=split.backbone,
             history=history,
             scores=after,
-            predictions=(rows, data.labels[validation], final),
+            predictions=(
+                [source.paths[row] for row in validation],
+                data.labels[validation],
+                tail.probabilities(cut, validation),
+            ),
             seconds=time.monotonic() - started,
+            start=start,
+            backbone=split.backbone,
+            settings={
+                **settings,
+                "cut": split.cut,
+                "trainable_variables": len(split.tail.trainable_variables),
+                "trainable_parameters": sum(int(np.prod(item.shape)) for item in split.tail.trainable_variables),
+                "parity_gap": gap,
+                "before": before,
+            },
         )
-        saved = _probabilities_of_saved(Run.open(folder), data, paths, pool, batch_size, device)
-        report["parity_gap_after"] = check_parity(
-            saved, tail.probabilities(cut.of_paths(paths)), paths, "after fine-tuning"
+        finished = Run.open(folder)
+        again = _from_pixels(finished, source, rows, pool, batch_size, device)
+        check_parity(again, tail.probabilities(cut, rows), paths, f"{folder}, loaded again after fine-tuning")
+    return _report(finished, cached=False)
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The result for a person: was it worth the minutes?"""
+    before, after = document["before"], document["after"]
+    gained = (after["accuracy"] - before["accuracy"]) * after["n"]
+    low, high = before["accuracy_interval"]
+    if after["accuracy"] > high:
+        verdict = "worth it: above the interval of the head alone"
+    elif gained > 0:
+        verdict = "within the interval of the head alone: perhaps chance"
+    else:
+        verdict = "not worth it: no validation image more is right"
+    lines = [
+        f"{document['run']}{': already fine-tuned' if document['cached'] else ''}",
+        f"  {document['trainable_variables']} variables, {document['trainable_parameters']:,} parameters trained behind "
+        f"{document['cut']}; parity gap before the first step {document['parity_gap']:.1e}",
+        f"  before: accuracy {before['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), log loss {before['log_loss']:.4f}",
+        f"  after:  accuracy {after['accuracy']:.4f}, log loss {after['log_loss']:.4f}, {document['minutes']:.1f} minutes",
+        f"  {verdict} ({gained:+.0f} of {after['n']})",
+    ]
+    return "\n".join(lines)
+
+
+def _report(run: Run, *, cached: bool) -> dict[str, Any]:
+    settings = run.config["finetune"]
+    kept = ("start", "cut", "trainable_variables", "trainable_parameters", "parity_gap", "before")
+    return {
+        "format": 1,
+        "run": str(run.folder),
+        "cached": cached,
+        **{name: settings[name] for name in kept},
+        "after": run.metrics["validation"],
+        "minutes": run.environment["fit_seconds"] / 60,
+    }
+
+
+def _check_classes(run: Run, source: ImageSet) -> None:
+    if source.classes == run.classes:
+        return
+    missing = sorted(set(run.classes) - set(source.classes))
+    added = sorted(set(source.classes) - set(run.classes))
+    raise RunError(
+        f"{source.description}: its classes are not those of {run.run_id} (missing {missing[:10]}, not in the run "
+        f"{added[:10]}). Give the images that its features were made of: {run.config['features']['source']}"
+    )
+
+
+def _rows_of(paths: list[str], data: Data, run: Run) -> np.ndarray:
+    """Image numbers of the validation images that the run's predictions name."""
+    validation = {data.images.paths[row]: row for row in data.rows("validation").tolist()}
+    missing = [path for path in paths if path not in validation]
+    if missing:
+        raise RunError(
+            f"{data.images.description}: {missing[0]} is a validation image of {run.run_id}, and here it is missing, "
+            "changed or in another split. Extract and train the head again on these images."
         )
-    return {"format": 1, "run": str(folder), **report, "minutes": (time.monotonic() - started) / 60}
+    return np.array([validation[path] for path in paths], dtype=np.int64)
+
+
+def _from_pixels(
+    run: Run, images: ImageSet, rows: np.ndarray, pool: Executor, batch_size: int, device: str
+) -> np.ndarray:
+    """Probabilities of some images by a finished run, as ``predict`` computes them."""
+    network, head = network_of(run), run.load_head()
+    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
+    parts = []
+    for _, pixels, _ in decoded_batches(images.read, rows.tolist(), run.recipe.pixels, pool, batch_size):
+        (features,) = engine(pixels).values()
+        parts.append(head.predict_proba(features))
+    return np.concatenate(parts)

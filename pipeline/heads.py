@@ -225,10 +225,14 @@ class Head(abc.ABC):
     def network(self) -> Any:
         """A functional ``keras.Model`` from a stored row (``input_shape``) to logits, everything included.
 
-        Softmax of the logits (sigmoid of the one logit of two classes) is `predict_proba`.
+        Softmax of the logits divided by `temperature` is `predict_proba` (sigmoid of the one logit of two classes).
         """
         self._check_fitted()
         return self._network()
+
+    @abc.abstractmethod
+    def warm_up(self) -> None:
+        """Import the library behind the head, so that the time of `fit` is its own."""
 
     @property
     @abc.abstractmethod
@@ -324,6 +328,9 @@ class SklearnHead(Head):
         self.estimator: Any = None
         self.row = CLASSIFIERS[self.kind]
 
+    def warm_up(self) -> None:
+        self._class()
+
     @property
     def parameter_count(self) -> int | None:
         return self.estimator.coef_.size + self._outputs if self.row.linear else None
@@ -342,9 +349,12 @@ class SklearnHead(Head):
             self.estimator.n_features_in_ = Z.shape[1]
         return history
 
-    def _new(self, value: float, **more: Any) -> Any:
+    def _class(self) -> Any:
         module, _, name = self.kind.rpartition(".")
-        made = getattr(importlib.import_module(module), name)(**{self.row.parameter: value}, **self.row.fixed, **more)
+        return getattr(importlib.import_module(module), name)
+
+    def _new(self, value: float, **more: Any) -> Any:
+        made = self._class()(**{self.row.parameter: value}, **self.row.fixed, **more)
         return made.set_params(random_state=self.seed) if "random_state" in made.get_params() else made
 
     def _search(self, Z: np.ndarray, y: np.ndarray, progress: Progress) -> tuple[Any, History]:
@@ -414,18 +424,26 @@ class SklearnHead(Head):
         outputs = self._outputs_of(self.estimator, Z)
         return softmax(outputs / self.temperature) if self.row.linear else outputs
 
-    def _network(self) -> Any:
+    def as_dense(self) -> KerasHead:
+        """The same function as a Keras head, which can be fine-tuned; linear classifiers only.
+
+        Raises
+        ------
+        HeadError
+            If the classifier is not linear.
+        """
         if not self.row.linear:
-            raise HeadError(
-                f"head {self.name!r} is not a network; use one of logistic, ridge, linear-svm or a Keras head"
-            )
-        network, _ = build_network(self, DenseParameters())
-        kernel, bias = (
-            np.atleast_2d(self.estimator.coef_).T,
-            np.broadcast_to(self.estimator.intercept_, (self._outputs,)),
-        )
-        network.get_layer("logits").set_weights([kernel / self.temperature, bias / self.temperature])
-        return network
+            raise HeadError(f"head {self.name!r} is not a network; train a linear or Keras head instead")
+        head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
+        for name in ("classes", "layer", "fingerprint", "input_shape", "mean", "std", "temperature"):
+            setattr(head, name, getattr(self, name))
+        kernel = np.atleast_2d(self.estimator.coef_).T
+        bias = np.broadcast_to(self.estimator.intercept_, (self._outputs,))
+        head.network.get_layer("logits").set_weights([kernel, bias])
+        return head
+
+    def _network(self) -> Any:
+        return self.as_dense().network
 
     def _save_weights(self, folder: Path) -> None:
         import skops.io
@@ -436,8 +454,7 @@ class SklearnHead(Head):
         path = folder / "head.skops"
         estimator = _load_skops(path)
         found = f"{type(estimator).__module__}.{type(estimator).__qualname__}"
-        module, _, name = self.kind.rpartition(".")
-        if type(estimator) is not getattr(importlib.import_module(module), name):
+        if type(estimator) is not self._class():
             raise HeadError(f"{path}: holds a {found}, head.json says {self.kind}")
         expected: dict[str, Any] = {"n_features_in_": len(self.mean), "classes_": list(range(len(self.classes)))}
         if self.row.linear:
@@ -459,6 +476,9 @@ class KerasHead(Head):
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self._built: tuple[Any, Any] | None = None
+
+    def warm_up(self) -> None:
+        importlib.import_module("keras")
 
     @property
     def parameter_count(self) -> int | None:
@@ -521,7 +541,7 @@ class KerasHead(Head):
 
         _, body = self._parts()
         logits = keras.ops.convert_to_numpy(body(Z, training=False)).astype(np.float64)
-        return softmax(_two_columns(logits))
+        return softmax(_two_columns(logits) / self.temperature)
 
     def _network(self) -> Any:
         return self._parts()[0]
@@ -544,10 +564,6 @@ class KerasHead(Head):
             raise HeadError(
                 f"{path}: the weights do not fit head.json, which asks for {shapes}: {problem}"
             ) from problem
-        # A temperature other than 1 is put into the last layer, so that the network and predict_proba agree.
-        logits = network.get_layer("logits")
-        logits.set_weights([weights / self.temperature for weights in logits.get_weights()])
-        self.temperature = 1.0
 
     def _description(self) -> dict[str, Any]:
         settings = self.parameters
@@ -557,6 +573,7 @@ class KerasHead(Head):
 
 def make_head(
     name: str,
+    /,
     *,
     pool: str | None = None,
     seed: int = 0,

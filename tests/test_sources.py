@@ -16,7 +16,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from features import sample, splits
+from features import sample, sources, splits
 from features.cache import cache_folder
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
 from features.sources import ImageSet, scan

