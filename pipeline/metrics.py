@@ -54,7 +54,8 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
     table = confusion(labels, predictions, len(classes))
     hits, support, predicted = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
     occurring, met = support > 0, support + predicted > 0
-    auc = [_roc_auc(probabilities[:, k], labels == k) for k in range(len(classes))] if occurring.all() else None
+    scored = [1] if len(classes) == 2 else range(len(classes))
+    auc = [_roc_auc(probabilities[:, k], labels == k) for k in scored] if occurring.all() else None
     return {
         "accuracy": float(correct.mean()),
         "accuracy_interval": accuracy_interval(int(correct.sum()), len(labels), seed),

@@ -261,7 +261,9 @@ def test_more_neighbours_than_rows_are_refused() -> None:
 def test_unknown_names_are_refused_with_the_nearest() -> None:
     with pytest.raises(ConfigurationError, match="did you mean 'logistic'"):
         make_head("logistics")
-    with pytest.raises(ConfigurationError, match="head 'dropout-linear': unknown key 'learn_rate'; did you mean 'learning_rate'"):
+    with pytest.raises(
+        ConfigurationError, match="head 'dropout-linear': unknown key 'learn_rate'; did you mean 'learning_rate'"
+    ):
         make_head("dropout-linear", learn_rate=0.1)
     with pytest.raises(ConfigurationError, match="C: received -1, expected greater than 0"):
         make_head("logistic", C=-1)
@@ -380,7 +382,7 @@ def test_the_list_of_trusted_types_is_what_scikit_learn_needs() -> None:
     models = [
         tree.DecisionTreeClassifier(),
         ensemble.HistGradientBoostingClassifier(max_iter=2),
-        neural_network.MLPClassifier((4,), max_iter=400),
+        neural_network.MLPClassifier((4,), max_iter=4000),
         neural_network.MLPClassifier((4,), solver="sgd", max_iter=2000),
         calibration.CalibratedClassifierCV(linear_model.LogisticRegression()),
         neighbors.KNeighborsClassifier(algorithm="ball_tree"),
@@ -413,11 +415,13 @@ def test_dropout_linear_on_1280_features_has_1281_parameters() -> None:
 @pytest.mark.parametrize("name", [*KERAS, "logistic", "ridge", "linear-svm"])
 @pytest.mark.parametrize("classes", [2, 3])
 @pytest.mark.parametrize("pool", ["avg", "max", "flatten"])
-def test_network_and_predict_proba_agree_on_spatial_features(name: str, classes: int, pool: str, tmp_path: Path) -> None:
+def test_network_and_predict_proba_agree_on_spatial_features(
+    name: str, classes: int, pool: str, tmp_path: Path
+) -> None:
     generator = np.random.default_rng(0)
     y = np.sort(np.arange(45) % classes).astype(np.int32)
     X = (generator.normal(size=(45, 4, 3, 5)) + y[:, None, None, None]).astype(np.float16)
-    head = make_head(name, pool=pool, **({"epochs": 3} if name in KERAS else {}))
+    head = make_head(name, pool=pool, **({"epochs": 3, "learning_rate": 0.1} if name in KERAS else {}))
     head.fit(X, y, X_validation=X, y_validation=y)
     expected = head.predict_proba(X)
     assert head.network.input_shape == (None, 4, 3, 5)
