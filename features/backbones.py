@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from features.backend import load_keras
 from features.errors import ConfigurationError, nearest
 from features.graph import (
     boundary_by_rule,
@@ -239,8 +240,7 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
     ConfigurationError
         If the network does not take this size, or the file holds no model with one image input and one output.
     """
-    import keras
-
+    keras = load_keras()
     if keras.config.image_data_format() != "channels_last":
         raise ConfigurationError(
             "Keras is set to image_data_format 'channels_first'; features are channels-last. "

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import json
 import logging
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -346,7 +345,7 @@ def _next(command: str) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code (DESIGN section 3)."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before TensorFlow's first import; the user's value stands
+
     try:
         app(args=arguments)
     except SystemExit as stop:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from features.backend import load_keras
 from features.errors import ConfigurationError, RunError
 from features.extraction import processors
 from features.files import writable_folder
@@ -107,9 +108,7 @@ def finetune(
     }
     source = scan(images)
     _check_classes(start, source)
-    import keras
-
-    keras.utils.set_random_seed(seed)
+    load_keras().utils.set_random_seed(seed)
     network, head = network_of(start, weights), start.load_head()
     split = split_for_training(network, start.recipe, head, unfreeze=unfreeze, bn=bn)
     with ThreadPoolExecutor(workers or processors()) as pool:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from features.backend import load_keras
 from features.errors import ConfigurationError, HeadError, nearest
 from pipeline.config import (
     FORMAT_VERSION,
@@ -44,6 +45,7 @@ POOLS = ("none", "avg", "max", "flatten")
 CHUNK_BYTES = 64 << 20
 ONE_THREAD_SIZE = 1 << 24  # numbers in the feature matrix
 SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
+LEAST_DEVIATION = 0.1  # of a column, as a share of the root mean square over all columns
 SEARCH_ROWS = 20_000  # rows that a regularisation strength is chosen on; more change it little and cost much
 
 # The only types that a head.skops may name besides those that skops 0.16 trusts by itself. Never extended by
@@ -90,9 +92,8 @@ class Classifier:
 
 
 CLASSIFIERS = {
-    "sklearn.linear_model.LogisticRegression": Classifier(
-        "C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}, search={"tol": 1e-3}
-    ),
+    # Searched with the tolerance of the last fit: stopping earlier is a penalty too, and would mislead the choice.
+    "sklearn.linear_model.LogisticRegression": Classifier("C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}),
     "sklearn.linear_model.RidgeClassifier": Classifier("alpha", (-2, 3, 7)),
     "sklearn.svm.LinearSVC": Classifier("C", (-7, -4, 2), fixed={"dual": True}, search={"tol": 1e-2}),
     "sklearn.neighbors.KNeighborsClassifier": Classifier(
@@ -138,7 +139,7 @@ class Head(abc.ABC):
     input_shape : tuple of int
         Shape of one stored row.
     mean, std : float32, (d,)
-        Of the pooled training rows; ``std`` is 1 where a column is constant.
+        Of the pooled training rows; ``std`` has a lower bound, see `LEAST_DEVIATION`.
     temperature : float
         Margins are divided by it.
     """
@@ -447,6 +448,9 @@ class SklearnHead(Head):
             setattr(head, name, getattr(self, name))
         kernel = np.atleast_2d(self.estimator.coef_).T
         bias = np.broadcast_to(self.estimator.intercept_, (self._outputs,))
+        if self._outputs > 1:
+            # What all classes share does not change the softmax, but would cost the float32 network digits.
+            kernel, bias = kernel - kernel.mean(axis=1, keepdims=True), bias - bias.mean()
         head.network.get_layer("logits").set_weights([kernel, bias])
         return head
 
@@ -472,6 +476,8 @@ class SklearnHead(Head):
             shown = np.shape(np.atleast_2d(stored)) if attribute == "coef_" else stored
             if not np.array_equal(np.asarray(shown), np.asarray(value)):
                 raise HeadError(f"{path}: {attribute} is {shown}, head.json asks for {value}")
+        if self.row.linear:
+            _check_finite(path, [estimator.coef_, estimator.intercept_])
         self.estimator = estimator
 
 
@@ -486,7 +492,7 @@ class KerasHead(Head):
         self._built: tuple[Any, Any] | None = None
 
     def warm_up(self) -> None:
-        importlib.import_module("keras")
+        load_keras()
 
     @property
     def parameter_count(self) -> int | None:
@@ -495,7 +501,7 @@ class KerasHead(Head):
     def _train(
         self, Z: np.ndarray, y: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, progress: Progress
     ) -> History:
-        import keras
+        keras = load_keras()
 
         settings = self.parameters
         keras.utils.set_random_seed(self.seed)
@@ -545,7 +551,7 @@ class KerasHead(Head):
         return y.astype(np.float32)[:, None] if self._outputs == 1 else y
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
-        import keras
+        keras = load_keras()
 
         _, body = self._parts()
         logits = keras.ops.convert_to_numpy(body(Z, training=False)).astype(np.float64)
@@ -572,6 +578,7 @@ class KerasHead(Head):
             raise HeadError(
                 f"{path}: the weights do not fit head.json, which asks for {shapes}: {problem}"
             ) from problem
+        _check_finite(path, network.get_weights())
 
     def _description(self) -> dict[str, Any]:
         settings = self.parameters
@@ -737,14 +744,19 @@ def _chunks(X: np.ndarray) -> Iterator[slice]:
 
 
 def _column_statistics(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, summed in float64; 1 for the deviation of a constant column."""
+    """Mean and standard deviation of each column, summed in float64; the deviation is at least `LEAST_DEVIATION`.
+
+    Dividing by the deviation of a column that hardly varies (5e-7 was met) would blow up whatever the column does on
+    other images, and every step of fine-tuning behind it. Where nothing varies at all, all deviations are 1.
+    """
     mean = Z.mean(axis=0, dtype=np.float64)
     squares = np.zeros(Z.shape[1])
     for rows in _chunks(Z):
         squares += np.square(Z[rows] - mean).sum(axis=0)
     std = np.sqrt(squares / len(Z)).astype(np.float32)
-    std[(Z.min(axis=0) == Z.max(axis=0)) | (std == 0)] = 1
-    return mean.astype(np.float32), std
+    std[Z.min(axis=0) == Z.max(axis=0)] = 0
+    least = LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64)))
+    return mean.astype(np.float32), np.maximum(std, np.float32(least)) if least else np.ones_like(std)
 
 
 # ------------------------------------------------------------------------------------------------- margins
@@ -822,10 +834,11 @@ def _two_columns(margins: np.ndarray) -> np.ndarray:
 @functools.cache
 def standardize_layer() -> Any:
     """The Keras layer class ``(x - mean) / std``: constants, no weights. Made late, as Keras is slow to import."""
-    import keras
+    keras = load_keras()
+    base: Any = keras.layers.Layer
 
     @keras.saving.register_keras_serializable(package="bottleneck")
-    class Standardize(keras.layers.Layer):
+    class Standardize(base):
         """``(x - mean) / std`` over the last axis."""
 
         def __init__(self, mean: Sequence[float], std: Sequence[float], **keywords: Any) -> None:
@@ -848,7 +861,7 @@ def standardize_layer() -> Any:
 
 def build_network(head: Head, settings: DenseParameters) -> tuple[Any, Any]:
     """The whole network of a head, and the part after pooling and standardisation; they share their layers."""
-    import keras
+    keras = load_keras()
 
     layers = keras.layers
     pooling = {
@@ -890,7 +903,7 @@ def _dropout_rates(settings: DenseParameters) -> list[float]:
 
 
 def _optimizer(settings: DenseParameters) -> Any:
-    import keras
+    keras = load_keras()
 
     common = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay or None}
     if settings.optimizer == "sgd":
@@ -898,6 +911,11 @@ def _optimizer(settings: DenseParameters) -> Any:
     if settings.optimizer == "rmsprop":
         return keras.optimizers.RMSprop(momentum=settings.momentum, **common)
     return keras.optimizers.Adam(**common)
+
+
+def _check_finite(path: Path, weights: Sequence[np.ndarray]) -> None:
+    if not all(np.isfinite(values).all() for values in weights):
+        raise HeadError(f"{path}: holds weights that are not finite; train the head again")
 
 
 def _load_skops(path: Path) -> Any:

@@ -182,6 +182,7 @@ class Tail:
     def step(self, features: np.ndarray, labels: np.ndarray) -> float:
         """Train on one batch; its mean loss."""
         targets = labels[:, None].astype(np.float32) if self._binary else labels
+        self.model.reset_metrics()  # else Keras gives the mean over all batches so far
         return float(self.model.train_on_batch(features, targets))
 
     def probabilities(self, cut: CutFeatures, rows: np.ndarray) -> np.ndarray:

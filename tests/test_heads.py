@@ -130,7 +130,18 @@ def test_features_are_standardised_with_the_training_rows() -> None:
     head = make_head("logistic", C=1.0)
     head.fit(X, np.array([0, 0, 1, 1], np.int32))
     assert head.mean.tolist() == [4.0, 5.0, 1e6 + 0.5]
-    assert head.std == pytest.approx([np.sqrt(5), 1.0, 0.5])  # a constant column is left as it is
+    # a constant column is divided by a tenth of the root mean square deviation, not by something near zero
+    assert head.std == pytest.approx([np.sqrt(5), 0.1 * np.sqrt((5 + 0 + 0.25) / 3), 0.5])
+
+
+def test_columns_that_hardly_vary_are_not_blown_up() -> None:
+    generator = np.random.default_rng(0)
+    X = (generator.normal(size=(40, 3)) * [1.0, 1.0, 1e-7]).astype(np.float32)
+    head = make_head("logistic", C=1.0)
+    head.fit(X, np.arange(40, dtype=np.int32) % 2)
+    other = np.array([[0.0, 0.0, 0.01]], np.float32)  # nothing new in the columns that count
+    plain = head.predict_proba(np.zeros((1, 3), np.float32))
+    assert np.abs(head.predict_proba(other) - plain).max() < 0.01
 
 
 # ------------------------------------------------------------------------------------------------ choices
@@ -529,7 +540,21 @@ def test_diverging_training_is_an_error() -> None:
         make_head("mlp-256", optimizer="sgd", learning_rate=1e20, epochs=3).fit(X, y)
 
 
+@pytest.mark.parametrize("kind", ["logistic", pytest.param("dropout-linear", marks=pytest.mark.slow)])
+def test_weights_that_are_not_finite_are_refused(kind: str, tmp_path: Path) -> None:
+    head, _ = fitted(kind, **({"epochs": 1} if kind in KERAS else {}))
+    if isinstance(head, SklearnHead):
+        head.estimator.coef_[0, 0] = np.nan
+    else:
+        layer = head.network.get_layer("logits")
+        layer.set_weights([np.full((6, 3), np.inf), np.zeros(3)])
+    head.save(tmp_path)
+    with pytest.raises(HeadError, match="holds weights that are not finite"):
+        load_head(tmp_path)
+
+
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Skipping nested container")
 def test_weights_of_another_shape_are_refused_and_both_shapes_named(tmp_path: Path) -> None:
     small, large = tmp_path / "small", tmp_path / "large"
     for folder, columns in ((small, 6), (large, 9)):
@@ -539,7 +564,7 @@ def test_weights_of_another_shape_are_refused_and_both_shapes_named(tmp_path: Pa
     with pytest.raises(HeadError, match=r"(?s)head\.weights\.h5: .*\(6, 3\).*\(9, 3\)"):
         load_head(small)
     (small / "head.weights.h5").write_bytes(b"no weights")
-    with pytest.raises(HeadError, match=r"head\.weights\.h5: not the weights"):
+    with pytest.raises(HeadError, match=r"head\.weights\.h5: the weights do not fit head\.json"):
         load_head(small)
 
 

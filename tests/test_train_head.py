@@ -21,7 +21,7 @@ from features.recipe import Recipe
 from pipeline.config import load_yaml
 from pipeline.heads import SklearnHead
 from pipeline.metrics import evaluate
-from pipeline.runs import Run, choose_run, find_runs, leaderboard, newest_run, write_run
+from pipeline.runs import BACKBONE_WEIGHTS, Run, choose_run, find_runs, leaderboard, newest_run, write_run
 from pipeline.train_head import train_head
 
 SPLITS = ("train", "validation", "test", "unlabelled")
@@ -445,7 +445,7 @@ def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     assert (run.config["stage"], run.config["seed"]) == ("finetune", 5)
     assert run.config["head"] == start.config["head"]
     assert run.recipe == dataclasses.replace(start.recipe, weights=tensor_digest(backbone))
-    assert run.weights_argument == str(folder / "backbone.weights.h5")
+    assert run.weights_argument == str(folder / BACKBONE_WEIGHTS)
     assert (run.load_head().predict_proba(X) == probabilities).all()
     assert run.environment["parameters"] == 5 + 3 * 3 * 3 * 4 + 4
     assert newest_run(tmp_path).run_id == run.run_id

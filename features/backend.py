@@ -1,0 +1,51 @@
+"""Load Keras and its backend once, without the backend's start-up chatter on stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from typing import Any
+
+# TensorFlow 2.21 writes these from C++ whatever TF_CPP_MIN_LOG_LEVEL says. All other lines are passed on.
+_CHATTER = re.compile(
+    rb"WARNING: All log messages before absl|I\d{4} |To enable the following instructions|"
+    rb"E\d{4} .*failed call to cuInit.*UNKNOWN ERROR \(303\)"  # no driver: no GPU, which is no error
+)
+
+
+def load_keras() -> Any:
+    """Import Keras and start its backend; what was loaded before costs nothing."""
+    if "keras" in sys.modules:
+        return sys.modules["keras"]
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    with _without_chatter():
+        import keras
+
+        keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now and not later
+    return keras
+
+
+@contextlib.contextmanager
+def _without_chatter() -> Iterator[None]:
+    """Hold back what is written to file descriptor 2, and pass on what is no chatter."""
+    sys.stderr.flush()
+    try:
+        terminal = os.dup(2)
+    except OSError:  # stderr is closed
+        yield
+        return
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            held.seek(0)
+            kept = [line for line in held.read().splitlines(keepends=True) if not _CHATTER.match(line)]
+            os.write(terminal, b"".join(kept))
+            os.close(terminal)

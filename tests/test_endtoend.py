@@ -1,0 +1,303 @@
+"""Backbone, cache and head with real weights: cached features are those of a live network, and the parts fit together."""
+
+from __future__ import annotations
+
+import csv
+import itertools
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import paint_folder
+
+from features.errors import ConfigurationError, ParityError, RunError
+from features.extraction import prepare
+from features.images import decode_image
+from features.networks import Network, resolve_network
+from features.recipe import PixelRule
+from features.store import FeatureStore
+from pipeline.endtoend import network_of, probabilities_of, split_for_training, with_stored_statistics
+from pipeline.finetune import finetune
+from pipeline.heads import make_head
+from pipeline.predict import predict_csv
+from pipeline.runs import Run
+from pipeline.train_head import RunResult, train_head
+
+pytestmark = pytest.mark.slow
+CATS_DOGS = "images/cats_and_dogs_filtered"
+
+
+def weights_of(assets: Path, name: str) -> str:
+    return str(assets / "weights" / f"{name}_no_top.weights.h5")
+
+
+def some_cats_and_dogs(assets: Path, folder: Path, count: int) -> Path:
+    """The first images of each class, as ``train`` and ``validation``."""
+    for split, kind in itertools.product(("train", "validation"), ("cats", "dogs")):
+        target = folder / split / kind
+        target.mkdir(parents=True)
+        source = sorted((assets / CATS_DOGS / split / kind).iterdir())
+        for path in source[: count if split == "train" else count // 2]:
+            shutil.copy(path, target)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return some_cats_and_dogs(assets, tmp_path_factory.mktemp("pictures"), 48)
+
+
+@pytest.fixture(scope="module")
+def small(assets: Path) -> dict[str, Any]:
+    """Options of a small, real network: MobileNetV2 0.35 at 96 pixels."""
+    weights = weights_of(assets, "mobilenet_v2_0.35_224")
+    return {"backbone": "mobilenetv2-0.35", "weights": weights, "image_size": (96, 96)}
+
+
+@pytest.fixture(scope="module")
+def store(pictures: Path, small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return prepare(pictures, tmp_path_factory.mktemp("store") / "f.h5", **small).run().store
+
+
+@pytest.fixture(scope="module")
+def trained(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> RunResult:
+    return train_head(store, "dropout-linear", runs=tmp_path_factory.mktemp("runs"), params={"epochs": 20})
+
+
+def pixels_of(store: FeatureStore, source: Path, rule: PixelRule) -> np.ndarray:
+    return np.stack([decode_image((source / path).read_bytes(), rule).pixels for path in store.images.paths])
+
+
+def relative_difference(received: np.ndarray, expected: np.ndarray) -> float:
+    return float(np.abs(received - expected).max() / np.abs(expected).max())
+
+
+@pytest.fixture(
+    scope="module", params=[("mobilenet_v2_1.0_224", "mobilenetv2"), ("vgg16", "vgg16")], ids=lambda p: p[1]
+)
+def live(request: pytest.FixtureRequest, assets: Path) -> tuple[str, str, Any]:
+    """Keras' own model with Keras' own loading, and our name for it."""
+    import keras
+
+    file, name = request.param
+    builder = {"mobilenetv2": keras.applications.MobileNetV2, "vgg16": keras.applications.VGG16}[name]
+    model = builder(include_top=False, weights=None, input_shape=(224, 224, 3), pooling="avg")
+    model.load_weights(weights_of(assets, file))
+    return name, weights_of(assets, file), model
+
+
+@pytest.mark.pain(3)
+def test_pain_03_features_are_those_of_a_live_network_with_its_own_preprocessing(
+    live: tuple[str, str, Any], assets: Path, tmp_path: Path
+) -> None:
+    import keras
+
+    name, weights, model = live
+    module = {"mobilenetv2": keras.applications.mobilenet_v2, "vgg16": keras.applications.vgg16}[name]
+    source = some_cats_and_dogs(assets, tmp_path / "images", 8)
+    results = {}
+    for batch_size in (1, 7, 32):
+        store = (
+            prepare(source, tmp_path / f"{batch_size}.h5", backbone=name, weights=weights, batch_size=batch_size)
+            .run()
+            .store
+        )
+        assert len(store) == 24
+        pixels = pixels_of(store, source, PixelRule(224, 224)).astype(np.float32)
+        expected = np.asarray(model(module.preprocess_input(pixels.copy()), training=False))
+        assert np.abs(expected).max() > 0.1  # real weights: nothing passes because everything is tiny
+        results[batch_size] = relative_difference(store.array()[:, 0], expected)
+        wrong = np.asarray(model(pixels / 255, training=False))
+        assert relative_difference(store.array()[:, 0], wrong) > 0.1
+    assert max(results.values()) <= 1e-5, results
+
+
+def test_two_layers_in_one_pass_with_exact_splits(assets: Path, tmp_path: Path) -> None:
+    source = tmp_path / "flowers"
+    for name in ("daffodil", "colts_foot"):
+        (source / name).mkdir(parents=True)
+        for path in sorted((assets / "images" / "flowers17" / name).iterdir())[:20]:
+            shutil.copy(path, source / name)
+    weights = weights_of(assets, "vgg16")
+    layers = ("block4_pool", "block5_pool")
+    options = {"backbone": "vgg16", "weights": weights, "layers": layers, "image_size": (96, 96)}
+    result = prepare(source, tmp_path / "f.h5", split="stratified:0.75,0.25", **options).run()
+    store = result.store
+    assert result.inferred == 40  # one pass for both layers
+    assert store.names == layers
+    assert [store.shape(name) for name in layers] == [(40, 1, 6, 6, 512), (40, 1, 3, 3, 512)]
+    assert [store.classes[label] for label in store.images.labels] == [
+        path.split("/")[0] for path in store.images.paths
+    ]
+    counts = Counter(zip(store.images.labels.tolist(), store.images.splits.tolist(), strict=True))
+    assert counts == {(0, 0): 15, (0, 1): 5, (1, 0): 15, (1, 1): 5}
+    # the later layer follows from the earlier one
+    network = resolve_network("vgg16", weights=weights, layers=layers, image_size=(96, 96))
+    import keras
+
+    model = network.load()
+    tail = keras.Model(model.get_layer("block4_pool").output, model.get_layer("block5_pool").output)
+    again = np.asarray(tail(np.array(store.array("block4_pool")[:, 0])))
+    assert relative_difference(again, store.array("block5_pool")[:, 0]) <= 1e-5
+
+
+def test_a_second_extraction_loads_no_network(pictures: Path, store: FeatureStore, small: dict[str, Any]) -> None:
+    extraction = prepare(pictures, store.path, **small)
+    assert extraction.plan().to_infer == 0
+    before = store.path.stat().st_mtime_ns
+    result = extraction.run()
+    assert (result.inferred, result.written, store.path.stat().st_mtime_ns) == (0, False, before)
+
+
+@pytest.fixture(scope="module")
+def published(assets: Path) -> Network:
+    return resolve_network("mobilenetv2", weights=weights_of(assets, "mobilenet_v2_1.0_224"), image_size=(160, 160))
+
+
+def fitted_head(columns: int) -> Any:
+    generator = np.random.default_rng(0)
+    X, y = generator.normal(size=(64, columns)).astype(np.float32), np.arange(64, dtype=np.int32) % 2
+    head = make_head("dropout-linear", classes=("cat", "dog"), epochs=1)
+    head.fit(X, y)
+    return head
+
+
+@pytest.mark.parametrize(("bn", "variables", "parameters"), [("affine", 56, 1_862_721), ("frozen", 20, 1_840_897)])
+def test_parameter_counts_are_the_published_ones(published: Network, bn: str, variables: int, parameters: int) -> None:
+    head = fitted_head(1280)
+    split = split_for_training(published, published.recipes[0], head, unfreeze="100", bn=bn)
+    assert split.backbone.count_params() == 2_257_984
+    assert head.parameter_count == 1281
+    assert split.cut == "block_10_project_BN"
+    trainable = split.tail.trainable_variables
+    assert (len(trainable), sum(int(np.prod(item.shape)) for item in trainable)) == (variables, parameters)
+    assert split.trunk.trainable_variables == []
+
+
+def test_stored_statistics_change_nothing_at_inference(published: Network) -> None:
+    model = published.load()
+    batch = np.random.default_rng(0).uniform(-1, 1, (2, 160, 160, 3)).astype(np.float32)
+    copy = with_stored_statistics(model)
+    expected = np.asarray(model(batch, training=False))
+    assert np.abs(expected).max() > 1
+    np.testing.assert_array_equal(np.asarray(copy(batch, training=False)), expected)
+    np.testing.assert_array_equal(np.asarray(copy(batch, training=True)), expected)
+
+
+@pytest.mark.pain(6)
+@pytest.mark.parametrize("unfreeze", ["last-block", "block5_conv2", "-3"])
+def test_pain_06_a_head_goes_on_vgg16_and_its_weights_fit(assets: Path, unfreeze: str) -> None:
+    network = resolve_network("vgg16", weights=weights_of(assets, "vgg16"), layers=["block5_pool"], image_size=(64, 64))
+    generator = np.random.default_rng(0)
+    X = generator.normal(size=(30, 2, 2, 512)).astype(np.float32)
+    head = make_head("mlp-256", classes=("a", "b", "c"), epochs=1)
+    head.fit(X, np.arange(30, dtype=np.int32) % 3)
+    split = split_for_training(network, network.recipes[0], head, unfreeze=unfreeze)
+    pixels = generator.integers(0, 256, (4, 64, 64, 3)).astype(np.uint8)
+    (features,) = network.engine(network.recipes, batch_size=4)(pixels).values()
+    import keras
+
+    tensor = split.trunk(keras.applications.vgg16.preprocess_input(pixels.astype(np.float32)), training=False)
+    received = probabilities_of(np.asarray(split.tail(tensor, training=False)), head.temperature)
+    np.testing.assert_allclose(received, head.predict_proba(features), atol=1e-5)
+
+
+@pytest.mark.pain(5)
+@pytest.mark.parametrize(("bn", "trained_tensors"), [("frozen", 18), ("affine", 54)])
+def test_pain_05_moving_statistics_are_bit_identical_after_fine_tuning(
+    pictures: Path, store: FeatureStore, tmp_path: Path, bn: str, trained_tensors: int
+) -> None:
+    # A head of one epoch leaves something to gain, so that an epoch of fine-tuning is kept and the weights move.
+    weak = train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 1, "learning_rate": 1e-4})
+    before = network_of(Run.open(weak.folder)).load()
+    document = finetune(weak.folder, pictures, bn=bn, unfreeze="100", epochs=2, learning_rate=1e-5)
+    assert document["after"]["log_loss"] < document["before"]["log_loss"]
+    assert document["trainable_variables"] == trained_tensors + 2
+    after = network_of(Run.open(document["run"])).load()
+    moved = []
+    for old, new in zip(before.layers, after.layers, strict=True):
+        for first, second in zip(old.weights, new.weights, strict=True):
+            if not np.array_equal(np.asarray(first), np.asarray(second)):
+                moved.append(f"{old.name}/{first.name}")
+    assert not [name for name in moved if "moving" in name]
+    assert len(moved) == trained_tensors
+    assert any(name.endswith("gamma") for name in moved) == (bn == "affine")
+
+
+def test_finetune_reports_before_after_and_parity_and_is_not_repeated(
+    pictures: Path, trained: RunResult, tmp_path: Path
+) -> None:
+    first = finetune(trained.folder, pictures, epochs=1, runs=tmp_path)
+    assert first["parity_gap"] <= 1e-4
+    assert first["before"]["accuracy"] == trained.metrics["validation"]["accuracy"]
+    assert first["after"]["accuracy"] >= first["before"]["accuracy"]
+    again = finetune(trained.folder, pictures, epochs=1, runs=tmp_path)
+    assert (again["cached"], again["run"], again["after"]) == (True, first["run"], first["after"])
+
+
+def test_prediction_equals_the_cached_head_and_names_what_it_cannot_read(
+    pictures: Path, store: FeatureStore, trained: RunResult, tmp_path: Path
+) -> None:
+    shutil.copytree(pictures / "validation" / "cats", tmp_path / "images")
+    (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
+    out = tmp_path / "predictions.csv"
+    said = predict_csv(trained.folder, tmp_path / "images", out=out)
+    assert "24 predictions" in said
+    assert "1 unreadable" in said
+    rows = {row["file"]: row for row in csv.DictReader(out.read_text().splitlines())}
+    assert list(rows) == sorted(rows)
+    assert rows.pop("broken.jpg") == {
+        "file": "broken.jpg", "class": "", "probability": "", "cats": "", "dogs": "", "error": "not-an-image"
+    }  # fmt: skip
+    probabilities = Run.open(trained.folder).load_head().predict_proba(store.load()[0])
+    for path, expected in zip(store.images.paths, probabilities, strict=True):
+        if path.startswith("validation/cats/"):
+            row = rows.pop(path.rsplit("/", 1)[1])
+            assert row["class"] == ("cats", "dogs")[int(expected.argmax())]
+            assert abs(float(row["cats"]) - expected[0]) < 1e-4
+    assert not rows
+
+
+def test_other_weights_are_refused_with_both_digests(trained: RunResult, pictures: Path) -> None:
+    with pytest.raises(RunError, match=r"another network \(weights: [0-9a-f]{64} -> [0-9a-f]{64}\).*--weights"):
+        finetune(trained.folder, pictures, weights="random")
+
+
+def test_changed_images_stop_before_the_first_step(trained: RunResult, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "images")
+    changed = sorted((tmp_path / "images" / "validation" / "cats").iterdir())
+    for path in changed:
+        shutil.copy(pictures / "train" / "dogs" / "dog.0.jpg", path)
+    with pytest.raises(
+        ParityError, match=r"before fine-tuning: probabilities of validation/cats/.* differ by"
+    ) as caught:
+        finetune(trained.folder, tmp_path / "images", runs=tmp_path / "runs")
+    assert caught.value.exit_code == 3
+    assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_other_classes_are_listed(trained: RunResult, tmp_path: Path) -> None:
+    paint_folder(tmp_path / "images", {"cats": 3, "wolves": 3})
+    with pytest.raises(RunError, match=r"missing \['dogs'\], not in the run \['wolves'\]"):
+        finetune(trained.folder, tmp_path / "images")
+
+
+def test_unfreezing_behind_the_features_and_unknown_layers(published: Network) -> None:
+    head = fitted_head(1280)
+    with pytest.raises(ConfigurationError, match="did you mean 'block_11_expand'"):
+        split_for_training(published, published.recipes[0], head, unfreeze="block11_expand")
+    with pytest.raises(ConfigurationError, match="layers 0 to 153"):
+        split_for_training(published, published.recipes[0], head, unfreeze="154")
+    with pytest.raises(ConfigurationError, match="frozen, affine"):
+        split_for_training(published, published.recipes[0], head, bn="train")
+
+
+def test_unknown_layer_and_backbone_offer_the_nearest(assets: Path) -> None:
+    weights = weights_of(assets, "vgg16")
+    with pytest.raises(ConfigurationError, match="has no layer 'block5_pol'; did you mean 'block5_pool'"):
+        resolve_network("vgg16", weights=weights, layers=["block5_pol"])
+    with pytest.raises(ConfigurationError, match="vgg16"):
+        resolve_network("vgg61")
