@@ -136,10 +136,14 @@ class Extraction:
                 self.parts.open()
             plan = self.plan()
             engine = _LazyEngine(self)
-            if plan.specs:
-                self.parts.open()
-                self._run_shards(plan, engine, progress)
-            result = self._finish(plan, engine, progress)
+            try:
+                if plan.specs:
+                    self.parts.open()
+                    self._run_shards(plan, engine, progress)
+                result = self._finish(plan, engine, progress)
+            finally:
+                if self.parts.path.exists() and not self.parts.records:
+                    self.parts.remove()  # nothing was computed: leave nothing behind
             self.parts.remove()
         self._check_unreadable(result.store)
         return result
@@ -372,7 +376,8 @@ def locked(out: Path) -> Iterator[None]:
     import filelock
 
     holder = out.with_name(f".{out.name}.writer")
-    lock = filelock.FileLock(out.with_name(f".{out.name}.lock"))
+    path = out.with_name(f".{out.name}.lock")
+    lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
@@ -383,6 +388,7 @@ def locked(out: Path) -> Iterator[None]:
         yield
     finally:
         holder.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a lock on a file without a name
         lock.release()
 
 

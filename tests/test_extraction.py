@@ -99,7 +99,7 @@ def test_pain_02_no_row_is_lost_or_repeated_at_any_batch_size(source: Path, tmp_
 
 def test_nothing_is_left_beside_the_store(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "out" / "f.h5")
-    assert [name for name in listing(tmp_path / "out") if not name.endswith(".lock")] == ["f.h5"]
+    assert listing(tmp_path / "out") == ["f.h5"]
 
 
 def test_a_second_run_infers_and_writes_nothing(source: Path, tmp_path: Path) -> None:
@@ -275,6 +275,7 @@ def test_a_second_writer_is_refused_with_the_holder(source: Path, tmp_path: Path
     with locked(tmp_path / "f.h5"), pytest.raises(LockedError, match=f"process {os.getpid()} on "):
         extract(source, tmp_path / "f.h5")
     extract(source, tmp_path / "f.h5")
+    assert listing(tmp_path) == sorted([*(f"images/{name}" for name in listing(source)), "f.h5", "images"])
 
 
 def test_given_splits_are_kept(tmp_path: Path) -> None:
