@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 from features.errors import StoreError
 
@@ -21,13 +22,9 @@ def atomic_file(path: Path) -> Iterator[Path]:
     StoreError
         If the folder cannot be written or the disk is full; ``path`` is then as it was before.
     """
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        yield temporary
-        with open(temporary, "rb") as stream:
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        with _replacement(path) as temporary:
+            yield temporary
     except OSError as error:
         if isinstance(error, StoreError):
             raise
@@ -35,6 +32,32 @@ def atomic_file(path: Path) -> Iterator[Path]:
             f"{path}: could not be written ({error.strerror or error}). Expected a writable folder with enough "
             "free space; what was there before is untouched."
         ) from error
+
+
+@contextlib.contextmanager
+def whole_file(path: Path) -> Iterator[BinaryIO]:
+    """`atomic_file` opened for writing, in a folder that is made if it is missing; for files of a cache.
+
+    Raises
+    ------
+    OSError
+        As the file system does: the caller decides whether the file mattered.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with _replacement(path) as temporary, open(temporary, "xb") as file:
+        yield file
+
+
+@contextlib.contextmanager
+def _replacement(path: Path) -> Iterator[Path]:
+    """What both have in common; OSError passes through."""
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        yield temporary
+        with open(temporary, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.replace(temporary, path)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -49,7 +72,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """Hexadecimal sha256 of a file."""
+    """sha256 of a file, 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 

@@ -28,9 +28,9 @@ from features.backbones import (
 )
 from features.cache import cache_folder
 from features.errors import ConfigurationError, nearest
+from features.files import whole_file
 from features.graph import layer_tensors
 from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_of
-from features.tensors import whole_file
 from features.weights import WeightsFile, load_weights, resolve_weights
 
 logger = logging.getLogger(__name__)

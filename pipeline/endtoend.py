@@ -24,7 +24,8 @@ from features.images import Decoded, decode_image
 from features.networks import BOUNDARY, Network, resolve_network
 from features.recipe import PixelRule, Recipe
 from features.shards import ahead
-from pipeline.heads import Head
+from pipeline.head import Head
+from pipeline.metrics import softmax
 from pipeline.runs import Run
 
 BATCHNORM_MODES = ("frozen", "affine")
@@ -217,8 +218,6 @@ def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray
     -------
     float64, (n, c), rows sum to 1
     """
-    from pipeline.heads import softmax
-
     outputs = np.asarray(logits, dtype=np.float64) / temperature
     return softmax(np.hstack([np.zeros_like(outputs), outputs]) if outputs.shape[1] == 1 else outputs)
 

@@ -5,15 +5,12 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
-import importlib.metadata
 import json
 import logging
 import os
-import platform
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +21,16 @@ from features.errors import BottleneckError, ConfigurationError, FormatVersionEr
 from features.files import atomic_file, sync_folder
 from features.recipe import Recipe
 from pipeline.config import FORMAT_VERSION, MetricsFile, RunConfig, load_yaml, parse
-from pipeline.heads import Head, History, load_head
-from pipeline.metrics import confusion
+from pipeline.head import Head, History
+from pipeline.heads import load_head
+from pipeline.notes import environment, readme
+from pipeline.plots import plot_run
 
 logger = logging.getLogger(__name__)
 
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
-PACKAGES = (
-    "bottleneck-features",
-    "numpy",
-    "scikit-learn",
-    "skops",
-    "keras",
-    "tensorflow",
-    "jax",
-    "torch",
-    "h5py",
-    "pillow",
-)
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
-LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names
 
 Predictions = tuple[Sequence[str], np.ndarray, np.ndarray]
 
@@ -248,8 +234,8 @@ def write_run(
         _write_json(temporary / "environment.json", {**environment(), "fit_seconds": seconds, "parameters": count})
         _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
         _write_predictions(temporary / "predictions.csv", predictions, head.classes)
-        (temporary / "README.md").write_text(_readme(config, metrics, seconds), encoding="utf-8")
-        _plot(temporary / "plots", history, predictions, head.classes)
+        (temporary / "README.md").write_text(readme(config, metrics, seconds), encoding="utf-8")
+        plot_run(temporary / "plots", history, *predictions[1:], head.classes)
         _publish(temporary, folder)
     except OSError as problem:
         if isinstance(problem, BottleneckError):
@@ -365,24 +351,6 @@ def leaderboard(root: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def environment() -> dict[str, Any]:
-    """Python, machine and package versions; nothing heavy is imported for it."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu_count": os.cpu_count(),
-        "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
-        "packages": versions,
-    }
-
-
 def _rank(run: Run) -> tuple[float, float, str]:
     scores = run.metrics["validation"]
     return -scores["accuracy"], scores["log_loss"], run.run_id
@@ -451,71 +419,3 @@ def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[s
         right = str(guess == label).lower()
         rows.append([name, classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)])
     _write_csv(path, ["path", "label", "predicted", "correct", *classes], rows)
-
-
-def _readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:
-    features, head = config["features"], config["head"]
-    recipe = features["recipe"]
-    lines = [
-        f"# {config['run_id']}",
-        "",
-        f"A `{head['name']}` head on `{features['name']}` features of `{recipe['backbone']}` "
-        f"({recipe['height']}x{recipe['width']} pixels), {len(config['classes'])} classes, "
-        f"trained in {seconds:.1f} s with seed {config['seed']}.",
-    ]
-    if config["stage"] == "finetune":
-        lines.append(
-            f"Fine-tuned from `{(config['finetune'] or {}).get('start', 'another run')}`; the backbone is its own."
-        )
-    lines += ["", "| split | images | accuracy | 95 % interval | log loss |", "| --- | --- | --- | --- | --- |"]
-    for split in ("validation", "test"):
-        if metrics[split]:
-            scores = metrics[split]
-            low, high = scores["accuracy_interval"]
-            lines.append(
-                f"| {split} | {scores['n']} | {scores['accuracy']:.4f} | {low:.4f} to {high:.4f} | {scores['log_loss']:.4f} |"
-            )
-    lines += [
-        "",
-        "    bottleneck predict THIS_FOLDER IMAGES     # classes and probabilities of new images",
-        "    bottleneck leaderboard THIS_FOLDER/..     # compare with other runs",
-        "",
-        "`config.yaml` decided this run, `metrics.json` scores it (all of them), `predictions.csv` has every validation",
-        "image, `history.csv` the training, `environment.json` the software. No file here is a pickle.",
-    ]
-    return "\n".join(lines) + "\n"
-
-
-def _plot(folder: Path, history: History, predictions: Predictions, classes: Sequence[str]) -> None:
-    """Confusion matrix and, for epochs, learning curves."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    folder.mkdir()
-    _, labels, probabilities = predictions
-    table = confusion(labels, probabilities.argmax(axis=1), len(classes))
-    figure = Figure(figsize=(6, 6), layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    axes.imshow(table / np.maximum(table.sum(axis=1, keepdims=True), 1), vmin=0, vmax=1, cmap="Blues")
-    axes.set(xlabel="predicted", ylabel="true", title="validation images")
-    if len(classes) <= LABELLED_CLASSES:
-        names = [name if len(name) <= 20 else name[:19] + "…" for name in classes]
-        axes.set_xticks(range(len(classes)), names, rotation=90, parse_math=False)
-        axes.set_yticks(range(len(classes)), names, parse_math=False)
-        for row, column in np.argwhere(table):
-            dark = table[row, column] > table[row].sum() / 2
-            axes.text(
-                column, row, table[row, column], ha="center", va="center", color="white" if dark else "black", size=8
-            )
-    figure.savefig(folder / "confusion.png", dpi=100)
-    if "epoch" in history:
-        figure = Figure(figsize=(6, 4), layout="constrained")
-        FigureCanvasAgg(figure)
-        axes = figure.subplots()
-        for name in ("loss", "val_loss"):
-            if name in history:
-                axes.plot(history["epoch"], history[name], label={"loss": "training", "val_loss": "validation"}[name])
-        axes.set(xlabel="epoch", ylabel="log loss")
-        axes.legend()
-        figure.savefig(folder / "learning.png", dpi=100)

@@ -43,7 +43,9 @@ def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for line in [names, *cells]:
         padded = zip(line, widths, numeric, strict=True)
-        lines.append("  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in padded).rstrip())
+        lines.append(
+            "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in padded).rstrip()
+        )
     return "\n".join(lines)
 
 

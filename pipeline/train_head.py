@@ -11,7 +11,8 @@ from typing import Any
 
 from features.errors import ConfigurationError, HeadError, nearest
 from features.recipe import digest_of
-from pipeline.heads import Head, Progress, make_head, resolve_pool
+from pipeline.head import Head, Progress
+from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
 from pipeline.runs import Run, add_test_scores, is_finished, write_run
 

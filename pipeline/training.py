@@ -1,6 +1,6 @@
 """Training the end of a network: images with their splits, trunk features computed once, the tail's training loop.
 
-    images -> Data -> trunk -> CutFeatures -> train(Tail) -> best epoch
+images -> Data -> trunk -> CutFeatures -> train(Tail) -> best epoch
 """
 
 from __future__ import annotations
@@ -266,7 +266,9 @@ def train(
             if progress:
                 progress(f"epoch {epoch}/{epochs}", start + len(batch), len(order))
         scores = measure()
-        for name, value in zip(history, (epoch, total / len(order), scores["log_loss"], scores["accuracy"]), strict=True):
+        for name, value in zip(
+            history, (epoch, total / len(order), scores["log_loss"], scores["accuracy"]), strict=True
+        ):
             history[name].append(value)
         if (scores["accuracy"], -scores["log_loss"]) > (best["accuracy"], -best["log_loss"]):
             best, kept = scores, tail.snapshot()

@@ -11,22 +11,11 @@ import pytest
 from helpers import listing
 
 from features.errors import ConfigurationError, FormatVersionError, HeadError
-from pipeline.heads import (
-    CLASSIFIERS,
-    PRESETS,
-    TRUSTED_TYPES,
-    Head,
-    KerasHead,
-    SklearnHead,
-    climb,
-    load_head,
-    make_head,
-    pool_features,
-    resolve_pool,
-    row_space,
-    stratified_folds,
-)
+from pipeline.classifiers import CLASSIFIERS, TRUSTED_TYPES, SklearnHead, climb, row_space, stratified_folds
+from pipeline.dense import KerasHead
+from pipeline.heads import PRESETS, Head, load_head, make_head, resolve_pool
 from pipeline.metrics import evaluate, softmax
+from pipeline.pooling import pool_features
 
 SKLEARN = ["logistic", "ridge", "linear-svm", "knn"]
 KERAS = ["dropout-linear", "mlp-256"]
@@ -86,7 +75,7 @@ def test_float16_is_averaged_in_float32() -> None:
 def test_pooling_in_pieces_is_the_same_and_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     X = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     whole = pool_features(X, "none")
-    monkeypatch.setattr("pipeline.heads.CHUNK_BYTES", 24)  # two rows
+    monkeypatch.setattr("pipeline.pooling.CHUNK_BYTES", 24)  # two rows
     assert (pool_features(X, "none") == whole).all()
     assert not np.shares_memory(whole, X)
 
@@ -158,7 +147,7 @@ def test_folds_keep_every_class_in_every_training_part() -> None:
 
 
 def test_folds_of_many_rows_use_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.heads.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.classifiers.SEARCH_ROWS", 100)
     y = np.repeat([0, 1], [900, 100])
     folds = stratified_folds(y, 5, seed=0)
     assert [(folds[y == k] >= 0).sum() for k in (0, 1)] == [90, 10]

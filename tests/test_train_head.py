@@ -18,8 +18,8 @@ from helpers import listing, recipe
 
 from features.errors import ConfigurationError, HeadError, RunError
 from features.recipe import Recipe
+from pipeline.classifiers import SklearnHead
 from pipeline.config import load_yaml
-from pipeline.heads import SklearnHead
 from pipeline.metrics import evaluate
 from pipeline.runs import BACKBONE_WEIGHTS, Run, choose_run, find_runs, leaderboard, newest_run, write_run
 from pipeline.train_head import train_head

@@ -26,8 +26,9 @@ from features import wheels
 from features.backbones import BACKBONES, Backbone, build_backbone, find_backbone, preprocess
 from features.cache import cache_folder
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
+from features.files import whole_file
 from features.official import OfficialFile, Wheel
-from features.tensors import container_of, digest_of_tensors, read_npz, whole_file, write_npz
+from features.tensors import container_of, digest_of_tensors, read_npz, write_npz
 from features.weights import (
     WeightsFile,
     known_digest,

@@ -1,0 +1,75 @@
+"""What a run folder says about itself: the software behind it, and a page for whoever opens it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import platform
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from typing import Any
+
+PACKAGES = (
+    "bottleneck-features",
+    "numpy",
+    "scikit-learn",
+    "skops",
+    "keras",
+    "tensorflow",
+    "jax",
+    "torch",
+    "h5py",
+    "pillow",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Python, machine and package versions; nothing heavy is imported for it."""
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": datetime.now(UTC).isoformat(timespec="microseconds"),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu_count": os.cpu_count(),
+        "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
+        "packages": versions,
+    }
+
+
+def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:
+    """``README.md`` of a run, from its ``config.yaml`` and ``metrics.json``."""
+    features, head = config["features"], config["head"]
+    recipe = features["recipe"]
+    lines = [
+        f"# {config['run_id']}",
+        "",
+        f"A `{head['name']}` head on `{features['name']}` features of `{recipe['backbone']}` "
+        f"({recipe['height']}x{recipe['width']} pixels), {len(config['classes'])} classes, "
+        f"trained in {seconds:.1f} s with seed {config['seed']}.",
+    ]
+    if config["stage"] == "finetune":
+        lines.append(
+            f"Fine-tuned from `{(config['finetune'] or {}).get('start', 'another run')}`; the backbone is its own."
+        )
+    lines += ["", "| split | images | accuracy | 95 % interval | log loss |", "| --- | --- | --- | --- | --- |"]
+    for split in ("validation", "test"):
+        if metrics[split]:
+            scores = metrics[split]
+            low, high = scores["accuracy_interval"]
+            lines.append(
+                f"| {split} | {scores['n']} | {scores['accuracy']:.4f} | {low:.4f} to {high:.4f} | {scores['log_loss']:.4f} |"
+            )
+    lines += [
+        "",
+        "    bottleneck predict THIS_FOLDER IMAGES     # classes and probabilities of new images",
+        "    bottleneck leaderboard THIS_FOLDER/..     # compare with other runs",
+        "",
+        "`config.yaml` decided this run, `metrics.json` scores it (all of them), `predictions.csv` has every validation",
+        "image, `history.csv` the training, `environment.json` the software. No file here is a pickle.",
+    ]
+    return "\n".join(lines) + "\n"

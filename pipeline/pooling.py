@@ -1,0 +1,94 @@
+"""From stored features to vectors, and the statistics that standardise them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from features.errors import HeadError
+
+POOLS = ("none", "avg", "max", "flatten")
+CHUNK_BYTES = 64 << 20
+LEAST_DEVIATION = 0.1  # of a column, as a share of the root mean square over all columns
+
+
+def choose_pool(asked: str | None, usual: str, shape: Sequence[int]) -> str:
+    """Pooling for rows of this shape: what was asked for, else the usual one; ``none`` for vectors.
+
+    Raises
+    ------
+    HeadError
+        For rows that are neither (d,) nor (h, w, c), and for poolings that make no vector of them.
+    """
+    if len(shape) == 1:
+        if asked in ("avg", "max"):
+            raise HeadError(f"pool: {asked!r} needs spatial features, these are vectors of {shape[0]}; leave it out")
+        return "none"
+    if len(shape) != 3:
+        raise HeadError(f"features: rows of shape {tuple(shape)}; heads take (d,) or (h, w, c)")
+    chosen = asked or usual
+    if chosen == "none":
+        raise HeadError(f"pool: 'none' leaves {tuple(shape)}, a head needs a vector; use avg, max or flatten")
+    return chosen
+
+
+def pooled_width(shape: Sequence[int], pool: str) -> int:
+    """Columns after pooling."""
+    return int(np.prod(shape)) if pool in ("none", "flatten") else shape[-1]
+
+
+def pool_features(X: np.ndarray, pool: str) -> np.ndarray:
+    """Pool rows to vectors, a piece at a time; always a copy.
+
+    Parameters
+    ----------
+    X : float16 or float32, (n, d) or (n, h, w, c)
+        Features, as stored; averages are taken in float32.
+    pool : {"none", "avg", "max", "flatten"}
+        How.
+
+    Returns
+    -------
+    float32, (n, d) or (n, c)
+
+    Raises
+    ------
+    HeadError
+        If values are not finite; the number of rows is named.
+    """
+    pooled = np.empty((len(X), pooled_width(X.shape[1:], pool)), dtype=np.float32)
+    bad = 0
+    for rows in chunks(X):
+        piece = np.asarray(X[rows], dtype=np.float32)
+        if pool == "avg":
+            piece = piece.mean(axis=(1, 2))
+        elif pool == "max":
+            piece = piece.max(axis=(1, 2))
+        pooled[rows] = piece.reshape(len(piece), -1)
+        bad += int(np.sum(~np.isfinite(pooled[rows]).all(axis=1)))
+    if bad:
+        raise HeadError(f"features: {bad} of {len(X)} rows hold values that are not finite; extract them again")
+    return pooled
+
+
+def chunks(X: np.ndarray) -> Iterator[slice]:
+    """Rows in pieces of at most `CHUNK_BYTES`, counted as float32."""
+    rows = max(1, CHUNK_BYTES // max(1, 4 * int(np.prod(X.shape[1:]))))
+    return (slice(start, start + rows) for start in range(0, len(X), rows))
+
+
+def column_statistics(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, summed in float64; the deviation is at least `LEAST_DEVIATION`.
+
+    Dividing by the deviation of a column that hardly varies (5e-7 was met) would blow up whatever the column does on
+    other images, and every step of fine-tuning behind it. Where nothing varies at all, all deviations are 1.
+    """
+    mean = Z.mean(axis=0, dtype=np.float64)
+    squares = np.zeros(Z.shape[1])
+    for rows in chunks(Z):
+        squares += np.square(Z[rows] - mean).sum(axis=0)
+    std = np.sqrt(squares / len(Z)).astype(np.float32)
+    std[Z.min(axis=0) == Z.max(axis=0)] = 0
+    least = LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64)))
+    return mean.astype(np.float32), np.maximum(std, np.float32(least)) if least else np.ones_like(std)
