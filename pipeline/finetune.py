@@ -1,6 +1,6 @@
 """Stage three: train the last block together with the head, from where the head already is.
 
-    run + images -> split network -> trunk features -> parity gate -> train the tail -> run folder -> parity again
+run + images -> split network -> trunk features -> parity gate -> train the tail -> run folder -> parity again
 """
 
 from __future__ import annotations
@@ -117,9 +117,7 @@ def finetune(
         if is_finished(runs / identity):
             return _report(Run.open(runs / identity), cached=True)
         trunk = trunk_engine(split, network, start.recipe, batch_size=batch_size, device=device)
-        cut = CutFeatures(
-            data, trunk, start.recipe.pixels, pool, batch_size=batch_size, folder=runs, progress=progress
-        )
+        cut = CutFeatures(data, trunk, start.recipe.pixels, pool, batch_size=batch_size, folder=runs, progress=progress)
         tail = Tail(split, head.temperature, learning_rate, batch_size)
         paths, expected = cached_predictions(start, PARITY_IMAGES)
         rows = _rows_of(paths, data, start)

@@ -46,7 +46,7 @@ PRESETS = {
     "linear-svm": Preset("sklearn.svm.LinearSVC", LinearSvmParameters()),
     "knn": Preset("sklearn.neighbors.KNeighborsClassifier", KnnParameters()),
     "dropout-linear": Preset(DENSE, DenseParameters(dropout=0.2)),
-    "mlp-256": Preset(DENSE, DenseParameters(hidden=(256,), dropout=0.5), pool="flatten"),
+    "mlp-256": Preset(DENSE, DenseParameters(hidden=(256,), dropout=0.5, learning_rate=3e-4), pool="flatten"),
 }
 
 

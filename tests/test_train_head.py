@@ -93,6 +93,7 @@ def spoil_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the folder
+@pytest.mark.slow  # writes several whole run folders
 def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
     store = make_store()
     result = train_head(store, "logistic", runs=tmp_path, params={"C": 0.1}, seed=3)
@@ -176,6 +177,7 @@ def test_the_run_id_is_frozen(tmp_path: Path) -> None:
     assert write_head(tmp_path, seed=3).run_id == "logistic-b0818c2824"
 
 
+@pytest.mark.slow  # writes several whole run folders
 def test_the_run_id_covers_head_features_data_and_seed(tmp_path: Path) -> None:
     ids = {write_head(tmp_path / "a").run_id, write_head(tmp_path / "a", seed=1).run_id}
     ids.add(write_head(tmp_path / "a", params={"folds": 3}).run_id)
@@ -208,6 +210,7 @@ def test_test_scores_can_be_had_later_without_training(tmp_path: Path, monkeypat
     assert train_head(make_store(), "logistic", runs=tmp_path).metrics == later.metrics  # and they stay
 
 
+@pytest.mark.slow  # writes several whole run folders
 @pytest.mark.parametrize("lost", ["metrics.json", "head.skops", "config.yaml"])
 def test_an_incomplete_folder_is_replaced(lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train_head(make_store(), "logistic", runs=tmp_path)
@@ -341,6 +344,7 @@ def test_a_head_or_recipe_of_another_run_is_noticed(tmp_path: Path) -> None:
         _ = Run.open(run.folder).recipe
 
 
+@pytest.mark.slow  # writes several whole run folders
 def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = write_head(tmp_path), write_head(tmp_path, seed=1)
     (bad.folder / "head.skops").unlink()
@@ -357,6 +361,7 @@ def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pyt
         Run.open(tmp_path)
 
 
+@pytest.mark.slow  # writes several whole run folders
 def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     hard = make_store(shift=0.7)
     for name in ("logistic", "knn", "ridge"):
@@ -387,6 +392,7 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow  # writes several whole run folders
 def test_newest_run(tmp_path: Path) -> None:
     write_head(tmp_path)
     second = write_head(tmp_path, seed=1)

@@ -262,7 +262,7 @@ def server(folders: Path) -> Iterator[tuple[str, Path]]:
             return None
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as host:
-        thread = threading.Thread(target=host.serve_forever)
+        thread = threading.Thread(target=host.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield f"http://127.0.0.1:{host.server_port}", root
         host.shutdown()
