@@ -24,6 +24,8 @@ from pipeline.metrics import evaluate
 from pipeline.runs import BACKBONE_WEIGHTS, Run, choose_run, find_runs, leaderboard, newest_run, write_run
 from pipeline.train_head import train_head
 
+pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included
+
 SPLITS = ("train", "validation", "test", "unlabelled")
 COMMON = ["README.md", "config.yaml", "environment.json", "head.json", "history.csv", "metrics.json", "plots"]
 
@@ -93,7 +95,6 @@ def spoil_fit(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # ---------------------------------------------------------------------------------------------- the folder
-@pytest.mark.slow  # writes several whole run folders
 def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
     store = make_store()
     result = train_head(store, "logistic", runs=tmp_path, params={"C": 0.1}, seed=3)
@@ -177,7 +178,6 @@ def test_the_run_id_is_frozen(tmp_path: Path) -> None:
     assert write_head(tmp_path, seed=3).run_id == "logistic-b0818c2824"
 
 
-@pytest.mark.slow  # writes several whole run folders
 def test_the_run_id_covers_head_features_data_and_seed(tmp_path: Path) -> None:
     ids = {write_head(tmp_path / "a").run_id, write_head(tmp_path / "a", seed=1).run_id}
     ids.add(write_head(tmp_path / "a", params={"folds": 3}).run_id)
@@ -210,7 +210,6 @@ def test_test_scores_can_be_had_later_without_training(tmp_path: Path, monkeypat
     assert train_head(make_store(), "logistic", runs=tmp_path).metrics == later.metrics  # and they stay
 
 
-@pytest.mark.slow  # writes several whole run folders
 @pytest.mark.parametrize("lost", ["metrics.json", "head.skops", "config.yaml"])
 def test_an_incomplete_folder_is_replaced(lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train_head(make_store(), "logistic", runs=tmp_path)
@@ -344,7 +343,6 @@ def test_a_head_or_recipe_of_another_run_is_noticed(tmp_path: Path) -> None:
         _ = Run.open(run.folder).recipe
 
 
-@pytest.mark.slow  # writes several whole run folders
 def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = write_head(tmp_path), write_head(tmp_path, seed=1)
     (bad.folder / "head.skops").unlink()
@@ -361,7 +359,6 @@ def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pyt
         Run.open(tmp_path)
 
 
-@pytest.mark.slow  # writes several whole run folders
 def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     hard = make_store(shift=0.7)
     for name in ("logistic", "knn", "ridge"):
@@ -392,7 +389,6 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.slow  # writes several whole run folders
 def test_newest_run(tmp_path: Path) -> None:
     write_head(tmp_path)
     second = write_head(tmp_path, seed=1)
@@ -402,7 +398,6 @@ def test_newest_run(tmp_path: Path) -> None:
 
 
 # -------------------------------------------------------------------------------------------------- Keras
-@pytest.mark.slow
 def test_a_keras_run(tmp_path: Path) -> None:
     store = make_store(classes=("cat", "dog", "eel"))
     result = train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 60, "learning_rate": 0.03})
@@ -422,7 +417,6 @@ def test_a_keras_run(tmp_path: Path) -> None:
     assert again.cached
 
 
-@pytest.mark.slow
 def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     import keras
 
@@ -460,7 +454,6 @@ def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     assert {row["stage"] for row in leaderboard(tmp_path)} == {"head", "finetune"}
 
 
-@pytest.mark.slow
 def test_scikit_learn_heads_never_import_keras(tmp_path: Path) -> None:
     import subprocess
     import sys
