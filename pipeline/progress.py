@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_SECONDS = 15.0  # between lines where stderr is not a terminal
-_UNITS = {"extract": "images", "assemble": "rows", "verify": "blocks", "predict": "images", "hash": "files"}
+_UNITS = {"extract": "images", "assemble": "rows", "verify": "blocks", "predict": "images", "trunk": "images"}
 
 
 class ConsoleProgress:
@@ -45,7 +45,7 @@ class ConsoleProgress:
     def _line(self, stage: str, done: int, total: int) -> str:
         rate = done / max(1e-9, time.monotonic() - self._started)
         left = (total - done) / rate if rate else float("inf")
-        return f"{stage}: {done}/{total} {_UNITS.get(stage, 'steps')}, {rate:.1f}/s, {left:.0f} s left"
+        return f"{stage}: {done}/{total} {_unit(stage)}, {rate:.1f}/s, {left:.0f} s left"
 
     def _start_bar(self, stage: str, total: int) -> None:
         from rich.console import Console
@@ -62,10 +62,14 @@ class ConsoleProgress:
             transient=True,
         )
         self._bar.start()
-        self._task = self._bar.add_task(stage, total=total, unit=_UNITS.get(stage, "steps"), rate="")
+        self._task = self._bar.add_task(stage, total=total, unit=_unit(stage), rate="")
 
     def _stop(self) -> None:
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
         self._stage = ""
+
+
+def _unit(stage: str) -> str:
+    return "images" if stage.startswith("epoch") else _UNITS.get(stage, "steps")
