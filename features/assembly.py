@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import IntegrityError, SourceError
-from features.files import atomic_file
+from features.files import atomic_file, printable
 from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.planning import Identity, KnownRows, Location
 from features.recipe import Recipe
@@ -29,13 +29,15 @@ logger = logging.getLogger(__name__)
 BLOCK_BYTES = 16 << 20
 
 
-def table_of(images: ImageSet, identities: Sequence[Identity], rule: SplitRule) -> tuple[ImageTable, Quarantine]:
+def table_of(
+    images: ImageSet, identities: Sequence[Identity], rule: SplitRule, *, strict: bool = False
+) -> tuple[ImageTable, Quarantine]:
     """Split the images into rows and quarantine, and give each row its split.
 
     Raises
     ------
     SourceError
-        If no image could be read.
+        If no image could be read; with ``strict``, if the same bytes lie in two splits.
     """
     good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
     bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
@@ -60,9 +62,11 @@ def table_of(images: ImageSet, identities: Sequence[Identity], rule: SplitRule) 
         logger.warning("%s", message)
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
-        logger.warning(
-            "leakage: %d images lie in two splits with the same bytes, such as %s and %s", len(leaks), *leaks[0]
-        )
+        pairs = "; ".join(f"{printable(first)} = {printable(second)}" for first, second in leaks[:10])
+        message = f"leakage: {len(leaks)} images lie in two splits with the same bytes: {pairs}"
+        if strict:
+            raise SourceError(f"{message}. Remove one of each pair, or leave --strict out; nothing was written.")
+        logger.warning("%s", message)
     quarantine = Quarantine(
         paths=tuple(images.paths[index] for index in bad),
         sha256=_digests(identities[index].sha256 for index in bad),

@@ -22,6 +22,7 @@ import numpy as np
 from features.assembly import assemble, is_current, table_of
 from features.errors import ConfigurationError, LockedError, StoreError, TooManyUnreadableError
 from features.files import printable, writable_folder
+from features.forecast import Forecast, forecast
 from features.planning import Identity, Plan, make_plan
 from features.recipe import Recipe
 from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard, shard_path
@@ -71,6 +72,10 @@ class Extraction:
         Largest share of unreadable images, 0-1.
     overwrite : bool
         Allow a store of another recipe or of other images to be replaced.
+    rehash : bool
+        Read every image again, also those whose size and time are unchanged.
+    strict : bool
+        Refuse the same bytes in two splits, which is otherwise warned about.
     """
 
     def __init__(
@@ -86,12 +91,15 @@ class Extraction:
         device: str = "auto",
         max_unreadable: float = 0.05,
         overwrite: bool = False,
+        rehash: bool = False,
+        strict: bool = False,
     ) -> None:
         _check_range("batch size", batch_size, 1, 4096)
         _check_range("workers", 1 if workers is None else workers, 1, 1024)
         _check_range("max unreadable", max_unreadable, 0, 1)
         self.images, self.network, self.out, self.rule = images, network, out, rule
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
+        self.rehash, self.strict = rehash, strict
         self.max_unreadable = max_unreadable
         self.workers = workers or processors()
         self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
@@ -111,6 +119,25 @@ class Extraction:
                 shard_rows=self.shard_rows,
                 readers=readers,
                 overwrite=self.overwrite,
+                rehash=self.rehash,
+            )
+
+    def forecast(self, plan: Plan) -> Forecast | None:
+        """What a plan will take, from a measurement of a few batches; None if there is nothing to infer."""
+        if not plan.specs:
+            return None
+        spec = plan.specs[0]
+        engine = self.network.engine(spec.recipes, batch_size=self.batch_size, device=self.device)
+        with ThreadPoolExecutor(self.workers) as decoders:
+            return forecast(
+                plan,
+                engine,
+                self._reader(),
+                decoders,
+                batch_size=self.batch_size,
+                row_bytes=self.network.row_bytes,
+                shards_in_flight=SHARDS_IN_FLIGHT,
+                separate_device=getattr(engine, "device", "cpu") != "cpu",
             )
 
     def run(self, progress: Progress | None = None) -> ExtractionResult:
@@ -149,7 +176,7 @@ class Extraction:
         return result
 
     def _run_shards(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> None:
-        index_of = {path: index for index, path in enumerate(self.images.paths)}
+        read = self._reader()
         done, lock = 0, threading.Lock()
 
         def advance(count: int) -> None:
@@ -163,7 +190,7 @@ class Extraction:
             return extract_shard(
                 spec,
                 self.parts.path,
-                read=lambda path: self.images.read(index_of[path]),
+                read=read,
                 infer=engine.for_recipes(spec.recipes),
                 decoders=decoders,
                 batch_size=self.batch_size,
@@ -178,9 +205,13 @@ class Extraction:
                 self.parts.commit(record)
                 plan.known.add(FeatureStore.open_shard(shard_path(self.parts.path, record.identity)), record.views)
 
+    def _reader(self) -> Callable[[str], bytes]:
+        index_of = {path: index for index, path in enumerate(self.images.paths)}
+        return lambda path: self.images.read(index_of[path])
+
     def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
         identities = _settled(plan)
-        table, quarantine = table_of(self.images, identities, self.rule)
+        table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
         current = plan.old is not None and is_current(
             plan.old, self.images, table, quarantine, self.rule, plan.recipes, plan.views
         )
@@ -250,7 +281,7 @@ def prepare(
     split : str
         ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
     **options
-        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite`` of ``Extraction``.
+        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict`` of ``Extraction``.
 
     Raises
     ------

@@ -145,6 +145,7 @@ def make_plan(
     shard_rows: int,
     readers: Executor,
     overwrite: bool = False,
+    rehash: bool = False,
 ) -> Plan:
     """Compare a source with what is already computed.
 
@@ -166,6 +167,8 @@ def make_plan(
         Threads that hash files whose size has been seen before.
     overwrite : bool
         Allow a store of another recipe or of other images to be replaced.
+    rehash : bool
+        Read and hash every image, also those whose size and time are unchanged.
 
     Raises
     ------
@@ -189,7 +192,7 @@ def make_plan(
         if bases.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
             known.add(shard, record.views)
 
-    identities, moved = _identities(images, known, readers)
+    identities, moved = _identities(images, known, readers, rehash=rehash)
     specs, counts = _missing(images, wanted, views, known, identities, moved, shard_rows)
     if old is not None:
         counts["removed"] = len(set(old.images.paths) - set(images.paths))
@@ -232,10 +235,13 @@ def _short(value: object) -> str:
     return text if len(text) <= 40 else text[:12] + "..."
 
 
-def _identities(images: ImageSet, known: KnownRows, readers: Executor) -> tuple[list[Identity | None], set[int]]:
+def _identities(
+    images: ImageSet, known: KnownRows, readers: Executor, *, rehash: bool
+) -> tuple[list[Identity | None], set[int]]:
     """Identity of each image without inference, and which of them were found by content only."""
     columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), strict=True)
-    identities: list[Identity | None] = [known.identity(*column) for column in columns]
+    by_path: list[Identity | None] = [known.identity(*column) for column in columns]
+    identities: list[Identity | None] = [None if rehash else identity for identity in by_path]
     # The same content has the same size: a file of a size never seen cannot be one that was moved.
     sizes = images.sizes.tolist()
     suspects = [i for i, identity in enumerate(identities) if identity is None and sizes[i] in known.sizes]
@@ -244,7 +250,9 @@ def _identities(images: ImageSet, known: KnownRows, readers: Executor) -> tuple[
         found = known.identity_of_content(digest) if digest is not None else None
         if found is not None:
             identities[index] = found
-            moved.add(index)
+            before = by_path[index]
+            if before is None or before.sha256 != digest:
+                moved.add(index)
     return identities, moved
 
 

@@ -85,6 +85,8 @@ def extract(
     max_unreadable: Annotated[
         float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")
     ] = 0.05,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Read every image again, unchanged or not.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the same bytes in two splits.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")
     ] = False,
@@ -113,10 +115,12 @@ def extract(
         "shard_rows": shard_rows,
         "max_unreadable": max_unreadable,
         "overwrite": overwrite,
+        "rehash": rehash,
+        "strict": strict,
     }
     if dry_run:
         document = stage.plan(images, out, **options)
-        _print(document, as_json, "\n".join(f"{name}: {value}" for name, value in document.items()))
+        _print(document, as_json, stage.plan_summary(document))
         return
     with ConsoleProgress() as progress:
         document = stage.run(images, out, progress=progress, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from features.splits import SPLITS
 from features.store import FeatureStore, Progress
 
 DOCUMENT_FORMAT = 1
+COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
 
 
 def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
     """What an extraction would do, as one document. Writes nothing."""
     extraction = prepare(images, out, **options)
     decided = extraction.plan()
+    cost = extraction.forecast(decided)
     return {
         "format": DOCUMENT_FORMAT,
         "out": str(out),
@@ -26,7 +29,31 @@ def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
         "shards": len(decided.specs),
         "data_sets": [recipe.name for recipe in decided.recipes],
         **{name: decided.counts[name] for name in sorted(decided.counts)},
+        "forecast": None if cost is None else dataclasses.asdict(cost),
     }
+
+
+def plan_summary(document: dict[str, Any]) -> str:
+    """The plan for a person."""
+    counted = ", ".join(f"{document[name]} {name}" for name in COUNTED if document[name])
+    lines = [f"{document['out']}: {document['images']} images ({counted or 'none'}), {document['to_infer']} to infer"]
+    cost = document["forecast"]
+    if cost:
+        lines.append(
+            f"  about {_duration(cost['seconds'])} at {cost['images_per_second']:.0f} images/s, "
+            f"{cost['disk_bytes'] / 2**20:.0f} MiB of disk at most, {cost['memory_bytes'] / 2**30:.1f} GiB of memory"
+        )
+    return "\n".join(lines)
+
+
+def _duration(seconds: float) -> str:
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 120
+        else f"{seconds / 60:.0f} min"
+        if seconds < 7200
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def run(images: str, out: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:

@@ -40,7 +40,9 @@ INSIDE_FEATURES = {
     "shards": {"errors", "files", "recipe", "images", "layout", "store"},
     "planning": {"errors", "recipe", "shards", "sources", "store"},
     "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store"},
+    "forecast": {"errors", "images", "planning", "shards"},
     "extraction": {
+        "forecast",
         "errors",
         "files",
         "recipe",

@@ -320,3 +320,52 @@ def test_moving_the_whole_source_costs_no_inference(source: Path, tmp_path: Path
     result = extract(tmp_path / "moved", tmp_path / "f.h5", network)
     assert network.batches == []
     assert_rows_are_their_images(result.store, tmp_path / "moved")
+
+
+def test_rehash_sees_a_change_that_size_and_time_hide(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    path = source / "cat" / "0000.png"
+    status, before = path.stat(), path.read_bytes()
+    other = (source / "dog" / "0000.png").read_bytes()
+    assert len(other) == len(before)  # one colour each: the same size
+    path.write_bytes(other)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert extract(source, tmp_path / "f.h5").written is False
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network, rehash=True)
+    assert (network.batches, result.counts["moved"], result.counts["cached"]) == ([], 1, 32)
+    assert_rows_are_their_images(result.store, source)
+    assert extract(source, tmp_path / "f.h5", network, rehash=True).written is False
+
+
+def test_the_same_bytes_in_two_splits_are_named_and_refused_with_strict(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = tmp_path / "images"
+    paint_folder(source / "train", {"a": 4, "b": 4})
+    paint_folder(source / "test", {"a": 3, "b": 3}, start=50)
+    shutil.copy(source / "train" / "a" / "0001.png", source / "test" / "a" / "copy.png")
+    with pytest.raises(
+        SourceError, match=r"1 images lie in two splits .*: test/a/copy.png = train/a/0001.png.*--strict"
+    ):
+        extract(source, tmp_path / "f.h5", strict=True)
+    assert not (tmp_path / "f.h5").exists()
+    store = extract(source, tmp_path / "f.h5").store
+    assert "test/a/copy.png = train/a/0001.png" in caplog.text
+    assert len(store) == 15
+
+
+def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> None:
+    network = NumpyNetwork()
+    rule = SplitRule.parse("hash", 0)
+    extraction = Extraction(scan(source), network, tmp_path / "f.h5", rule=rule, batch_size=4, shard_rows=8, workers=2)  # type: ignore[arg-type]
+    plan = extraction.plan()
+    cost = extraction.forecast(plan)
+    assert cost is not None
+    assert cost.disk_bytes == 12 * (33 + 33)  # three float32 a row, as shards and in the store
+    assert cost.seconds == pytest.approx(33 / cost.images_per_second)
+    assert sum(network.batches) == 4 + 4  # a batch to compile, the rest of the first shard to measure
+    assert cost.memory_bytes > 1 << 20
+    assert listing(tmp_path) == sorted([*(f"images/{name}" for name in listing(source)), "images"])
+    extract(source, tmp_path / "f.h5")
+    assert extraction.forecast(extraction.plan()) is None

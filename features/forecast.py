@@ -1,0 +1,111 @@
+"""What an extraction will take, from a short measurement on its own first images.
+
+plan -> decode and infer a few batches -> seconds, bytes on disk, bytes in memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+
+from features.errors import UnreadableImageError
+from features.images import decode_image
+from features.planning import Plan
+from features.shards import Infer
+
+MEASURED_BATCHES = 3  # the first one, which compiles the network, is not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Expected cost of a plan.
+
+    Parameters
+    ----------
+    images_per_second : float
+        Decoding and inference together, as measured.
+    seconds : float
+        For all images of the plan, without start-up.
+    disk_bytes : int
+        Most disk space that is needed at one time: shards of new rows and the store assembled from them.
+    memory_bytes : int
+        Most memory of the process, 1 GiB = 2^30.
+    """
+
+    images_per_second: float
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+
+
+def forecast(
+    plan: Plan,
+    infer: Infer,
+    read: Callable[[str], bytes],
+    decoders: Executor,
+    *,
+    batch_size: int,
+    row_bytes: int,
+    shards_in_flight: int,
+    separate_device: bool,
+) -> Forecast:
+    """Measure a few batches and multiply.
+
+    Parameters
+    ----------
+    plan : Plan
+        With at least one shard to make.
+    infer, read, decoders, batch_size
+        As for ``features.shards.extract_shard``.
+    row_bytes : int
+        Bytes of one image over all data sets.
+    shards_in_flight : int
+        Shards made at the same time.
+    separate_device : bool
+        Whether inference leaves the processors to decoding, as on a GPU: then the slower of both counts, else the sum.
+    """
+    spec = plan.specs[0]
+    paths = spec.paths[: MEASURED_BATCHES * batch_size]
+    rule = spec.recipes[0].pixels
+
+    def load(path: str) -> np.ndarray | None:
+        try:
+            return decode_image(read(path), rule).pixels
+        except UnreadableImageError:
+            return None
+
+    started = time.perf_counter()
+    decoded = [pixels for pixels in decoders.map(load, paths) if pixels is not None]
+    decoding = (time.perf_counter() - started) / len(paths)
+    inference = _seconds_per_image(infer, decoded, batch_size)
+    each = max(decoding, inference) if separate_device else decoding + inference
+    rows = len(plan.images)
+    return Forecast(
+        images_per_second=1 / max(each, 1e-9),
+        seconds=each * plan.to_infer,
+        disk_bytes=row_bytes * plan.views * (rows + plan.to_infer),
+        memory_bytes=_peak_memory() + shards_in_flight * 2 * row_bytes * len(spec),
+    )
+
+
+def _seconds_per_image(infer: Infer, images: Sequence[np.ndarray], batch_size: int) -> float:
+    batches = [np.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    if not batches:
+        return 0.0
+    infer(batches[0])  # compiles
+    counted = batches[1:] or batches
+    started = time.perf_counter()
+    for batch in counted:
+        infer(batch)
+    return (time.perf_counter() - started) / sum(map(len, counted))
+
+
+def _peak_memory() -> int:
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
