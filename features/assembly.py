@@ -85,10 +85,12 @@ def is_current(
     rule: SplitRule,
     recipes: Sequence[Recipe],
     views: int,
+    provenance: Mapping[str, object],
 ) -> bool:
     """Whether the store already says all this, so that nothing has to be written."""
     return (
         store.classes == images.classes
+        and all(store.provenance.get(name) == value for name, value in provenance.items())
         and (store.source, store.split_rule) == (images.description, str(rule))
         and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in recipes}
         and all(store.views(name) == views for name in store.names)

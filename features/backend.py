@@ -10,6 +10,8 @@ import tempfile
 from collections.abc import Iterator
 from typing import Any
 
+from features.errors import ConfigurationError
+
 # TensorFlow 2.21 writes these from C++ whatever TF_CPP_MIN_LOG_LEVEL says. All other lines are passed on.
 _CHATTER = re.compile(
     rb"WARNING: All log messages before absl|I\d{4} |To enable the following instructions|"
@@ -23,9 +25,15 @@ def load_keras() -> Any:
         return sys.modules["keras"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     with _without_chatter():
-        import keras
+        try:
+            import keras
 
-        keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now and not later
+            keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now and not later
+        except (ImportError, ValueError) as error:
+            raise ConfigurationError(
+                f"Keras cannot start with KERAS_BACKEND={os.environ.get('KERAS_BACKEND', 'tensorflow')!r}: {error}. "
+                "Install that backend (pip install jax, or torch), or unset KERAS_BACKEND."
+            ) from error
     return keras
 
 

@@ -93,6 +93,12 @@ class ParityError(BottleneckError, ArithmeticError):
     exit_code = 3
 
 
+def check_range(name: str, value: float, low: float, high: float) -> None:
+    """Raise ``ConfigurationError`` unless ``low <= value <= high``."""
+    if not low <= value <= high:
+        raise ConfigurationError(f"{name}: received {value}, expected {low} to {high}")
+
+
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     """A hint that names the known words nearest to ``name``.
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import glob
 import logging
 import os
 import socket
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.assembly import assemble, is_current, table_of
-from features.errors import ConfigurationError, LockedError, StoreError, TooManyUnreadableError
+from features.errors import LockedError, StoreError, TooManyUnreadableError, check_range
 from features.files import printable, writable_folder
 from features.forecast import Forecast, forecast
 from features.planning import Identity, Plan, make_plan
@@ -76,6 +77,8 @@ class Extraction:
         Read every image again, also those whose size and time are unchanged.
     strict : bool
         Refuse the same bytes in two splits, which is otherwise warned about.
+    target : str, optional
+        The manifest's label column, noted for later stages.
     """
 
     def __init__(
@@ -93,17 +96,18 @@ class Extraction:
         overwrite: bool = False,
         rehash: bool = False,
         strict: bool = False,
+        target: str | None = None,
     ) -> None:
-        _check_range("batch size", batch_size, 1, 4096)
-        _check_range("workers", 1 if workers is None else workers, 1, 1024)
-        _check_range("max unreadable", max_unreadable, 0, 1)
+        check_range("batch size", batch_size, 1, 4096)
+        check_range("workers", 1 if workers is None else workers, 1, 1024)
+        check_range("max unreadable", max_unreadable, 0, 1)
         self.images, self.network, self.out, self.rule = images, network, out, rule
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
-        self.rehash, self.strict = rehash, strict
+        self.rehash, self.strict, self.target = rehash, strict, target
         self.max_unreadable = max_unreadable
         self.workers = workers or processors()
         self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
-        _check_range("shard rows", self.shard_rows, 1, 1 << 20)
+        check_range("shard rows", self.shard_rows, 1, 1 << 20)
         self.parts = PartsFolder(out.with_name(out.name + ".parts"))
 
     def plan(self) -> Plan:
@@ -159,6 +163,8 @@ class Extraction:
         """
         writable_folder(self.out.parent)
         with locked(self.out):
+            for leftover in self.out.parent.glob(f".{glob.escape(self.out.name)}.*.tmp"):
+                leftover.unlink(missing_ok=True)  # of a run that was killed: nobody else writes while the lock is held
             if self.parts.path.exists():
                 self.parts.open()
             plan = self.plan()
@@ -172,7 +178,8 @@ class Extraction:
                 if self.parts.path.exists() and not self.parts.records:
                     self.parts.remove()  # nothing was computed: leave nothing behind
             self.parts.remove()
-        self._check_unreadable(result.store)
+        reasons = [None] * len(result.store) + list(result.store.quarantine.reasons)
+        self._check_unreadable(reasons, f"the {len(result.store)} good rows are in {self.out}")
         return result
 
     def _run_shards(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> None:
@@ -203,7 +210,12 @@ class Extraction:
         ):
             for record in _bounded(runners, make, plan.specs):
                 self.parts.commit(record)
-                plan.known.add(FeatureStore.open_shard(shard_path(self.parts.path, record.identity)), record.views)
+                plan.known.add(
+                    FeatureStore.open_shard(shard_path(self.parts.path, record.identity)),
+                    record.views,
+                    root=str(self.images.root),
+                    fresh=True,
+                )
 
     def _reader(self) -> Callable[[str], bytes]:
         index_of = {path: index for index, path in enumerate(self.images.paths)}
@@ -211,9 +223,18 @@ class Extraction:
 
     def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
         identities = _settled(plan)
+        if plan.old is not None and not self.overwrite:
+            self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
         table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
         current = plan.old is not None and is_current(
-            plan.old, self.images, table, quarantine, self.rule, plan.recipes, plan.views
+            plan.old,
+            self.images,
+            table,
+            quarantine,
+            self.rule,
+            plan.recipes,
+            plan.views,
+            self._provenance(plan, engine),
         )
         if not current:
             assemble(
@@ -238,16 +259,19 @@ class Extraction:
             "batch_size": self.batch_size if engine.name else before.get("batch_size", self.batch_size),
             "backbone": self.network.backbone_argument,
             "weights": self.network.weights_argument,
+            "target": self.target or "",
+            "root": str(self.images.root),
         }
 
-    def _check_unreadable(self, store: FeatureStore) -> None:
-        refused, total = len(store.quarantine), len(store.quarantine) + len(store)
-        if refused > self.max_unreadable * total:
-            first = f"{printable(store.quarantine.paths[0])} ({store.quarantine.reasons[0]})"
+    def _check_unreadable(self, reasons: Sequence[str | None], outcome: str) -> None:
+        refused = Counter(reason for reason in reasons if reason is not None)
+        count = sum(refused.values())
+        if count > self.max_unreadable * len(reasons):
+            listed = ", ".join(f"{number} {reason}" for reason, number in refused.most_common())
             raise TooManyUnreadableError(
-                f"{refused} of {total} images are unreadable, such as {first}; at most {self.max_unreadable:.0%} are "
-                f"allowed. The {len(store)} good rows are in {self.out}. List the others with: bottleneck inspect "
-                f"{self.out}; repair them and run again, or allow more with --max-unreadable."
+                f"{count} of {len(reasons)} images are unreadable ({listed}); at most {self.max_unreadable:.0%} are "
+                f"allowed; {outcome}. The warnings above name them. Repair them and run again, or allow more with "
+                "--max-unreadable."
             )
 
 
@@ -257,9 +281,9 @@ def prepare(
     *,
     backbone: str = "mobilenetv2",
     weights: str = "imagenet",
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     pooling: str | None = None,
-    image_size: tuple[int, int] | None = None,
+    image_size: int | tuple[int, int] | None = None,
     resize: str = "antialias",
     fit: str = "stretch",
     dtype: str = "float32",
@@ -295,14 +319,14 @@ def prepare(
     network = resolve_network(
         backbone,
         weights=weights,
-        layers=layers,
+        layers=[layers] if isinstance(layers, str) else layers,
         pooling=pooling,
-        image_size=image_size,
+        image_size=(image_size, image_size) if isinstance(image_size, int) else image_size,
         resize=resize,
         fit=fit,
         dtype=dtype,
     )
-    return Extraction(image_set, network, Path(out), rule=rule, **options)
+    return Extraction(image_set, network, Path(out), rule=rule, target=target, **options)
 
 
 def extract_features(
@@ -426,8 +450,3 @@ def locked(out: Path) -> Iterator[None]:
 def processors() -> int:
     """Processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise ConfigurationError(f"{name}: received {value}, expected {low} to {high}")

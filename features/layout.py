@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -99,6 +99,14 @@ QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
 OPTIONAL_COLUMNS = {"/images/group"}
 ROOT_GROUPS = ("features", "images", "classes", "quarantine", "checksums")
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
+
+
+def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
+    """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
+    digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
+    for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
 
 
 def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
@@ -17,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from features.errors import ConfigurationError, UnreadableImageError
+from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
 from features.recipe import Recipe
 from features.shards import PartsFolder, ShardSpec
 from features.sources import ImageSet
 from features.store import FeatureStore
 
+logger = logging.getLogger(__name__)
 Cell = tuple[str, int]  # fingerprint, view
 Location = tuple[int, int]  # source, row
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
@@ -48,8 +50,22 @@ class KnownRows:
         self._by_path: dict[str, tuple[int, int, Identity]] = {}
         self.sizes: set[int] = set()
 
-    def add(self, store: FeatureStore, views: Sequence[int]) -> None:
-        """Make the rows of a store or shard known; ``views`` are the views that its view axis holds."""
+    def add(self, store: FeatureStore, views: Sequence[int], *, root: str, fresh: bool = False) -> None:
+        """Make the rows of a store or shard known.
+
+        Parameters
+        ----------
+        store : FeatureStore
+            Store or shard.
+        views : sequence of int
+            The views that its view axis holds.
+        root : str
+            Where the source lies now. Size and time speak for a file only in the folder where they were noted.
+        fresh : bool
+            Made in this very run: a file of which no byte could be read is then settled, else it is tried again, as
+            permission, disk or network may have been mended.
+        """
+        same_place = store.provenance.get("root") == root
         source = len(self.sources)
         self.sources.append(store)
         self._views.append(tuple(views))
@@ -60,10 +76,13 @@ class KnownRows:
         columns = (images.paths, hashes, images.sizes, images.mtimes_ns, images.widths, images.heights)
         for row, (path, sha256, size, mtime, width, height) in enumerate(zip(*columns, strict=True)):
             rows[sha256] = (source, row)
-            self._by_path[path] = (int(size), int(mtime), Identity(sha256, int(width), int(height)))
             self.sizes.add(int(size))
+            if same_place:
+                self._by_path[path] = (int(size), int(mtime), Identity(sha256, int(width), int(height)))
         refused = (quarantine.paths, quarantine.sha256, quarantine.sizes, quarantine.mtimes_ns, quarantine.reasons)
         for path, digest, size, mtime, reason in zip(*refused, strict=True):
+            if not same_place or not (fresh or digest.any()):
+                continue
             self._by_path[path] = (int(size), int(mtime), Identity(digest.tobytes(), reason=reason))
 
     def path_known(self, path: str) -> bool:
@@ -173,9 +192,9 @@ def make_plan(
     Raises
     ------
     ConfigurationError
-        If ``out`` holds another recipe or wholly other images, and ``overwrite`` is not given.
+        If ``out`` or its shards hold another recipe, or most of its images are missing, without ``overwrite``.
     """
-    old = FeatureStore.open(out) if out.exists() else None
+    old = _old_store(out, overwrite=overwrite)
     wanted = tuple(recipes)
     if old is not None and not _same_base(old, wanted, out, overwrite=overwrite):
         old = None
@@ -184,24 +203,46 @@ def make_plan(
         wanted += tuple(recipe for name, recipe in sorted(old.recipes.items()) if name not in names)
         views = max(views, *(old.views(name) for name in old.names))
 
-    known = KnownRows()
+    known, root = KnownRows(), str(images.root)
     if old is not None:
-        known.add(old, range(min(old.views(name) for name in old.names)))
-    bases = {recipe.fingerprint for recipe in wanted}
+        known.add(old, range(min(old.views(name) for name in old.names)), root=root)
+    fingerprints = {recipe.fingerprint for recipe in wanted}
     for record, shard in parts.shards():
-        if bases.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
-            known.add(shard, record.views)
+        if fingerprints.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
+            known.add(shard, record.views, root=root)
+        elif not overwrite:
+            raise ConfigurationError(
+                f"{parts.path}: holds {len(shard)} images of an interrupted extraction with another recipe. Run that "
+                "command again to finish it, give another --out, or --overwrite to drop them."
+            )
 
     identities, moved = _identities(images, known, readers, rehash=rehash)
     specs, counts = _missing(images, wanted, views, known, identities, moved, shard_rows)
     if old is not None:
         counts["removed"] = len(set(old.images.paths) - set(images.paths))
-        if not overwrite and len(old) and not any(_kept(identity, known, wanted) for identity in identities):
+        kept = sum(_kept(identity, known, wanted) for identity in identities)
+        if not overwrite and 2 * kept < len(old):
             raise ConfigurationError(
-                f"{out}: holds {len(old)} images of {old.source}, and none of them is in {images.description}. "
-                "Give another --out, or --overwrite to replace it."
+                f"{out}: holds {len(old)} images of {old.source}, and only {kept} of them are in {images.description}. "
+                "If images are missing for a while, bring them back; else give another --out, or --overwrite to go on."
             )
     return Plan(images, wanted, views, specs, known, identities, counts, old)
+
+
+def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
+    """The store as it is. One that is damaged is an error, or, to be overwritten, as good as none."""
+    if not out.exists():
+        return None
+    try:
+        store = FeatureStore.open(out)
+        if overwrite:
+            store.verify()
+        return store
+    except (IntegrityError, FormatVersionError) as error:
+        if not overwrite or out.is_dir():
+            raise
+        logger.warning("%s; it is replaced", error)
+        return None
 
 
 def _kept(identity: Identity | None, known: KnownRows, recipes: Sequence[Recipe]) -> bool:
@@ -305,6 +346,7 @@ def _missing(
             part = np.array(indices[start : start + shard_rows])
             specs.append(
                 ShardSpec(
+                    root=str(images.root),
                     paths=tuple(images.paths[index] for index in part),
                     sizes=tuple(images.sizes[part].tolist()),
                     mtimes_ns=tuple(images.mtimes_ns[part].tolist()),

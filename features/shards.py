@@ -44,6 +44,8 @@ class ShardSpec:
 
     Parameters
     ----------
+    root : str
+        Where the source lies; paths are relative to it.
     paths : tuple of str
         Images, in row order, as the source names them.
     sizes, mtimes_ns : tuple of int
@@ -54,6 +56,7 @@ class ShardSpec:
         Views to make, ascending.
     """
 
+    root: str
     paths: tuple[str, ...]
     sizes: tuple[int, ...]
     mtimes_ns: tuple[int, ...]
@@ -67,7 +70,7 @@ class ShardSpec:
     def identity(self) -> str:
         """20 hexadecimal digits derived from everything above."""
         images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
-        return digest_of([images, [recipe.fingerprint for recipe in self.recipes], list(self.views)])[:20]
+        return digest_of([self.root, images, [recipe.fingerprint for recipe in self.recipes], list(self.views)])[:20]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -247,7 +250,7 @@ def _write(
                     sizes=np.array([spec.sizes[row[0]] for row in refused], np.int64),
                     mtimes_ns=np.array([spec.mtimes_ns[row[0]] for row in refused], np.int64),
                 ),
-                provenance={"views": list(spec.views)},
+                provenance={"views": list(spec.views), "root": spec.root},
             )
         finally:
             writer.close()
@@ -319,7 +322,9 @@ class PartsFolder:
         """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""
         for name in [self.journal, *sorted(self.path.glob("*.h5")), *self.path.glob(".*.tmp")]:
             name.unlink(missing_ok=True)
-        if self.path.exists():
+        if self.path.exists() and any(self.path.iterdir()):
+            logger.warning("%s holds files that are not ours; it is left", self.path)
+        elif self.path.exists():
             self.path.rmdir()
 
     def _adopt(self, path: Path) -> None:

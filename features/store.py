@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError, nearest
+from features.files import PatientFile
 from features.layout import (
     FORMAT,
     FORMAT_VERSION,
@@ -32,6 +32,7 @@ from features.layout import (
     attributes_digest,
     block_hash,
     block_rows,
+    data_digest,
     image_columns,
     quarantine_columns,
 )
@@ -64,8 +65,9 @@ class StoreWriter:
     def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
         import h5py
 
+        self._sink = PatientFile(path)
         # v110: every metadata structure carries a checksum, so a flipped bit is an error and not another value.
-        self._file = h5py.File(path, "w-", libver=("v110", "v110"), locking=False)
+        self._file = h5py.File(self._sink, "w-", libver=("v110", "v110"))
         self._rows = rows
         self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
         self._open: dict[str, _HashedDataset] = {}
@@ -88,7 +90,8 @@ class StoreWriter:
         block : float32 or float16, (k, views, ...)
             The next k rows.
         """
-        self._open[name].append(block)
+        with self._checked():
+            self._open[name].append(block)
 
     def finish(
         self,
@@ -104,19 +107,31 @@ class StoreWriter:
         for name, dataset in self._open.items():
             if dataset.position != self._rows:
                 raise StoreError(f"/features/{name}: {dataset.position} rows were written, {self._rows} promised")
-        self._table("/images", IMAGE_COLUMNS, image_columns(images))
-        self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
-        self._strings("/classes", classes)
-        self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
-        for dataset in list(self._open.values()):
-            dataset.write_checksums(self._file)
-        self._set("/", attributes_sha256=attributes_digest(self._attributes))
-        self._file.flush()
-        self.close()
+        with self._checked():
+            self._table("/images", IMAGE_COLUMNS, image_columns(images))
+            self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
+            self._strings("/classes", classes)
+            self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
+            for dataset in list(self._open.values()):
+                dataset.write_checksums(self._file)
+            self._set("/", attributes_sha256=attributes_digest(self._attributes))
+            self.close()
 
     def close(self) -> None:
         """Close the file, finished or not."""
         self._file.close()
+        self._sink.close()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """An error of the disk ends the writing, and comes before what the library made of it."""
+        try:
+            yield
+            self._sink.check()
+        except BaseException:
+            self.close()
+            self._sink.check()
+            raise
 
     def _set(self, key: str, **values: str | int) -> None:
         for name, value in values.items():
@@ -283,11 +298,8 @@ class FeatureStore:
     @functools.cached_property
     def data_digest(self) -> str:
         """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
-        digest = hashlib.sha256(canonical_json(list(self.classes)).encode("ascii"))
         table = self.images
-        for column in (table.sha256, table.labels.astype("<i4"), table.splits.astype("i1")):
-            digest.update(np.ascontiguousarray(column).tobytes())
-        return digest.hexdigest()
+        return data_digest(self.classes, table.sha256, table.labels, table.splits)
 
     # -- arrays
     def rows(self, split: str | None = None) -> np.ndarray:

@@ -170,6 +170,7 @@ class RunFeatures(Settings):
     source: str
     backbone: str
     weights: str
+    target: str = ""
 
 
 class RunConfig(Settings):

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from features.backbones import preprocess
+from features.backbones import feature_model, preprocess
 from features.engines import KerasEngine
 from features.errors import ConfigurationError, ParityError, RunError, UnreadableImageError, nearest
 from features.files import printable
@@ -30,7 +30,8 @@ from pipeline.runs import Run
 
 BATCHNORM_MODES = ("frozen", "affine")
 LAST_BLOCK = "last-block"
-PARITY_TOLERANCE = 1e-4  # in probability, float32
+# In probability. Heads trained on float16 features were trained on rounded numbers, the network gives them unrounded.
+PARITY_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 
 
 def network_of(run: Run, weights: str | None = None) -> Network:
@@ -75,8 +76,10 @@ class Split:
 
     Parameters
     ----------
+    original : keras.Model
+        The backbone as it was loaded, of ordinary layers.
     backbone : keras.Model
-        The whole backbone; trunk and tail share its layers.
+        The backbone that trunk and tail share their layers with: the original, or a copy with other BatchNorm layers.
     trunk : keras.Model
         Preprocessed pixels -> cut tensor. Never trained, never in training mode.
     tail : keras.Model
@@ -85,10 +88,28 @@ class Split:
         Layer whose output is the cut tensor.
     """
 
+    original: Any
     backbone: Any
     trunk: Any
     tail: Any
     cut: str
+
+    def statistics(self) -> list[np.ndarray]:
+        """Moving means and variances of every BatchNorm layer, nested ones too."""
+        import keras
+
+        layers = batch_normalizations(self.backbone)
+        return [
+            np.array(keras.ops.convert_to_numpy(item))
+            for layer in layers
+            for item in (layer.moving_mean, layer.moving_variance)
+        ]
+
+    def trained_backbone(self) -> Any:
+        """The original with the trained weights: it can be saved and opened without any class of ours."""
+        if self.original is not self.backbone:
+            self.original.set_weights(self.backbone.get_weights())
+        return self.original
 
 
 def split_for_training(
@@ -118,16 +139,13 @@ def split_for_training(
     """
     import keras
 
-    from features.backbones import feature_model
-
     if bn not in BATCHNORM_MODES:
         raise ConfigurationError(
             f"bn: received {bn!r}, expected one of {', '.join(BATCHNORM_MODES)}{nearest(bn, BATCHNORM_MODES)}"
         )
-    backbone = network.load()
-    first = first_trainable(backbone, unfreeze, network)
-    if bn == "affine":
-        backbone = with_stored_statistics(backbone)
+    original = network.load()
+    first = first_trainable(original, unfreeze, network)
+    backbone = with_stored_statistics(original) if bn == "affine" else original
     names = [layer.name for layer in backbone.layers]
     if names.index(recipe.layer) < first:
         raise ConfigurationError(
@@ -135,14 +153,16 @@ def split_for_training(
             "nothing to train. Extract a later --layer, or unfreeze an earlier one."
         )
     for index, layer in enumerate(backbone.layers):
-        frozen_norm = bn == "frozen" and isinstance(layer, keras.layers.BatchNormalization)
-        layer.trainable = index >= first and not frozen_norm
+        layer.trainable = index >= first  # a nested model passes this on to all its layers
+    if bn == "frozen":
+        for layer in batch_normalizations(backbone):
+            layer.trainable = False
     features = feature_model(backbone, [(recipe.layer, recipe.pooling)])
     output = features.outputs[0]
     whole = keras.Model(features.inputs[0], head.network(output), name="end_to_end")
     cut = nearest_earlier_cut(backbone, first)
     trunk, tail = cut_at(whole, cut)
-    return Split(backbone, trunk, tail, cut)
+    return Split(original, backbone, trunk, tail, cut)
 
 
 def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
@@ -193,9 +213,22 @@ def with_stored_statistics(model: Any) -> Any:
             kind = stored_statistics_layer()
         return kind.from_config(layer.get_config())
 
-    copy = keras.models.clone_model(model, clone_function=clone)
+    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
     copy.set_weights(model.get_weights())
     return copy
+
+
+def batch_normalizations(model: Any) -> list[Any]:
+    """Every BatchNorm layer of a model, also inside nested models."""
+    import keras
+
+    found = []
+    for layer in model.layers:
+        if isinstance(layer, keras.layers.BatchNormalization):
+            found.append(layer)
+        elif isinstance(layer, keras.Model):
+            found += batch_normalizations(layer)
+    return found
 
 
 def trunk_engine(split: Split, network: Network, recipe: Recipe, *, batch_size: int, device: str) -> KerasEngine:
@@ -263,15 +296,15 @@ def decoded_batches(
         yield good, pixels[: len(good)], refused
 
 
-def cached_predictions(run: Run, limit: int) -> tuple[list[str], np.ndarray]:
-    """Paths and probabilities that the run's head gave from cached features, evenly spread over validation.
+def cached_predictions(run: Run, limit: int) -> tuple[list[bytes], np.ndarray]:
+    """What the run's head gave from cached features, evenly spread over validation.
 
     Returns
     -------
-    paths : list of str
-        At most ``limit``.
+    sha256 : list of bytes
+        Content of the images, at most ``limit``: they may have been renamed since.
     probabilities : float64, (n, c)
-        One row per path.
+        One row per image.
     """
     path = Path(run.folder) / "predictions.csv"
     with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
@@ -280,13 +313,27 @@ def cached_predictions(run: Run, limit: int) -> tuple[list[str], np.ndarray]:
         raise RunError(f"{path}: holds no predictions to compare with")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int))
     count = len(run.classes)
-    return [rows[index][0] for index in chosen], np.array(
-        [[float(v) for v in rows[index][-count:]] for index in chosen]
-    )
+    try:
+        hashes = [bytes.fromhex(rows[index][1]) for index in chosen]
+        values = np.array([[float(value) for value in rows[index][-count:]] for index in chosen])
+    except (ValueError, IndexError) as error:
+        raise RunError(f"{path}: is damaged ({error}); train the head again") from error
+    return hashes, values
 
 
-def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str], what: str) -> float:
+def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str], what: str, dtype: str) -> float:
     """Largest difference in probability, or an error that names the image.
+
+    Parameters
+    ----------
+    received, expected : float64, (n, c)
+        Probabilities of the same images.
+    paths : sequence of str
+        Their names, for the message.
+    what : str
+        Where the comparison is made, for the message.
+    dtype : {"float32", "float16"}
+        How the features were stored, which decides the tolerance.
 
     Raises
     ------
@@ -295,10 +342,10 @@ def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str
     """
     gaps = np.abs(received - expected).max(axis=1)
     worst = int(np.argmax(gaps))
-    if not gaps[worst] <= PARITY_TOLERANCE:
+    if not gaps[worst] <= PARITY_TOLERANCE[dtype]:
         raise ParityError(
             f"{what}: probabilities of {printable(paths[worst])} differ by {gaps[worst]:.2e}, at most "
-            f"{PARITY_TOLERANCE:.0e} is allowed. The images or the weights are not those that made the features: "
-            "extract again, or give the right --images and --weights."
+            f"{PARITY_TOLERANCE[dtype]:.0e} is allowed for {dtype} features. The images or the weights are not those "
+            "that made the features: extract again, or give the right --images and --weights."
         )
     return float(gaps[worst])

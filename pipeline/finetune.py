@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from features.backend import load_keras
-from features.errors import ConfigurationError, RunError
+from features.errors import ConfigurationError, ParityError, RunError, check_range
 from features.extraction import processors
 from features.files import writable_folder
 from features.recipe import digest_of
@@ -28,7 +28,7 @@ from pipeline.endtoend import (
     split_for_training,
     trunk_engine,
 )
-from pipeline.runs import Run, is_finished, newest_run, write_run
+from pipeline.runs import Predictions, Run, is_finished, newest_run, write_run
 from pipeline.training import CutFeatures, Data, Progress, Tail, read_data, train
 
 PARITY_IMAGES = 64
@@ -47,7 +47,7 @@ def finetune(
     batch_size: int = 32,
     workers: int | None = None,
     device: str = "auto",
-    runs: Path | None = None,
+    runs: str | Path | None = None,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -87,14 +87,17 @@ def finetune(
     RunError
         If the run cannot be fine-tuned on these images.
     """
-    if not 0 < learning_rate <= 1 or min(epochs, patience, batch_size) < 1:
+    if not 0 < learning_rate <= 1 or min(epochs, patience) < 1:
         raise ConfigurationError(
-            f"finetune: received learning rate {learning_rate}, epochs {epochs}, patience {patience}, batch size "
-            f"{batch_size}; expected a rate above 0 and at most 1, and at least 1 of the others"
+            f"finetune: received learning rate {learning_rate}, epochs {epochs}, patience {patience}; "
+            "expected a rate above 0 and at most 1, and at least 1 of the others"
         )
+    check_range("batch size", batch_size, 1, 4096)
+    check_range("workers", 1 if workers is None else workers, 1, 1024)
+    check_range("seed", seed, 0, 2**32 - 1)
     started = time.monotonic()
     start = newest_run(run, finetunable=True)
-    runs = runs or start.folder.parent
+    runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
     settings = {
         "unfreeze": unfreeze,
@@ -106,7 +109,7 @@ def finetune(
         "seed": seed,
         "start": start.run_id,
     }
-    source = scan(images)
+    source = scan(images, target=start.target if str(images).endswith(".csv") else None)
     _check_classes(start, source)
     load_keras().utils.set_random_seed(seed)
     network, head = network_of(start, weights), start.load_head()
@@ -119,12 +122,16 @@ def finetune(
         trunk = trunk_engine(split, network, start.recipe, batch_size=batch_size, device=device)
         cut = CutFeatures(data, trunk, start.recipe.pixels, pool, batch_size=batch_size, folder=runs, progress=progress)
         tail = Tail(split, head.temperature, learning_rate, batch_size)
-        paths, expected = cached_predictions(start, PARITY_IMAGES)
-        rows = _rows_of(paths, data, start)
-        gap = check_parity(tail.probabilities(cut, rows), expected, paths, "before fine-tuning")
+        hashes, expected = cached_predictions(start, PARITY_IMAGES)
+        rows = _rows_of(hashes, data, start)
+        paths, dtype = [source.paths[row] for row in rows], start.recipe.dtype
+        gap = check_parity(tail.probabilities(cut, rows), expected, paths, "before fine-tuning", dtype)
+        statistics = split.statistics()
         history, before, after = train(
             tail, cut, data, classes=start.classes, epochs=epochs, patience=patience, seed=seed, progress=progress
         )
+        if not all(map(np.array_equal, statistics, split.statistics())):
+            raise ParityError("BatchNorm statistics moved during fine-tuning, which must never happen; nothing is kept")
         validation = cut.readable(data.rows("validation"))
         folder = write_run(
             runs,
@@ -132,14 +139,16 @@ def finetune(
             head=head,
             history=history,
             scores=after,
-            predictions=(
+            predictions=Predictions(
                 [source.paths[row] for row in validation],
+                data.sha256[validation],
                 data.labels[validation],
                 tail.probabilities(cut, validation),
             ),
             seconds=time.monotonic() - started,
+            features={**start.config["features"], "data_digest": data.digest, "source": source.description},
             start=start,
-            backbone=split.backbone,
+            backbone=split.trained_backbone(),
             settings={
                 **settings,
                 "cut": split.cut,
@@ -151,7 +160,7 @@ def finetune(
         )
         finished = Run.open(folder)
         again = _from_pixels(finished, source, rows, pool, batch_size, device)
-        check_parity(again, tail.probabilities(cut, rows), paths, f"{folder}, loaded again after fine-tuning")
+        check_parity(again, tail.probabilities(cut, rows), paths, f"{folder}, loaded again after fine-tuning", dtype)
     return _report(finished, cached=False)
 
 
@@ -201,16 +210,16 @@ def _check_classes(run: Run, source: ImageSet) -> None:
     )
 
 
-def _rows_of(paths: list[str], data: Data, run: Run) -> np.ndarray:
-    """Image numbers of the validation images that the run's predictions name."""
-    validation = {data.images.paths[row]: row for row in data.rows("validation").tolist()}
-    missing = [path for path in paths if path not in validation]
+def _rows_of(hashes: list[bytes], data: Data, run: Run) -> np.ndarray:
+    """Image numbers of the validation images that the run's predictions name, found by content."""
+    validation = {data.sha256[row].tobytes(): row for row in data.rows("validation").tolist()}
+    missing = sum(sha256 not in validation for sha256 in hashes)
     if missing:
         raise RunError(
-            f"{data.images.description}: {missing[0]} is a validation image of {run.run_id}, and here it is missing, "
-            "changed or in another split. Extract and train the head again on these images."
+            f"{data.images.description}: {missing} of {len(hashes)} validation images of {run.run_id} are not here, "
+            "changed, or in another split. Extract and train the head again on these images."
         )
-    return np.array([validation[path] for path in paths], dtype=np.int64)
+    return np.array([validation[sha256] for sha256 in hashes], dtype=np.int64)
 
 
 def _from_pixels(

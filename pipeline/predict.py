@@ -12,7 +12,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from features.errors import UnreadableImageError
+from features.errors import TooManyUnreadableError, UnreadableImageError, check_range
 from features.extraction import processors
 from features.files import atomic_file, printable, writable_folder
 from features.sources import scan
@@ -55,6 +55,8 @@ def predict_csv(
         The CSV, or a line that says where it is. Columns: ``file``, ``class``, ``probability``, one per class name,
         and ``error``, which says why an image has no prediction.
     """
+    check_range("batch size", batch_size, 1, 4096)
+    check_range("workers", 1 if workers is None else workers, 1, 1024)
     if out is not None:
         writable_folder(Path(out).parent)
     chosen = choose_run(Path(run))
@@ -76,14 +78,18 @@ def predict_csv(
                 progress("predict", len(lines), len(source))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["file", "class", "probability", *chosen.classes, "error"])
+    fixed = ["file", "class", "probability", "error"]
+    columns = [f"p:{name}" if name in fixed else name for name in chosen.classes]
+    writer.writerow([*fixed[:3], *columns, "error"])
     writer.writerows(lines[row] for row in sorted(lines))
     text = stream.getvalue()
+    unread = sum(line[1] == "" for line in lines.values())
+    if unread == len(lines):
+        raise TooManyUnreadableError(f"{images}: none of {len(lines)} images could be read; nothing was written")
     if out is None:
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
     with atomic_file(Path(out)) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    unread = sum(line[1] == "" for line in lines.values())
     return f"{out}: {len(lines) - unread} predictions by {chosen.run_id}" + (
         f", {unread} unreadable\n" if unread else "\n"
     )

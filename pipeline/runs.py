@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import yaml
@@ -32,7 +32,14 @@ FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "envir
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
 
-Predictions = tuple[Sequence[str], np.ndarray, np.ndarray]
+
+class Predictions(NamedTuple):
+    """Validation rows: path, content hash uint8 (n, 32), label int32 (n,), probabilities float64 (n, c)."""
+
+    paths: Sequence[str]
+    sha256: np.ndarray
+    labels: np.ndarray
+    probabilities: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +131,11 @@ class Run:
         return str(self.folder / BACKBONE_WEIGHTS) if own else self.config["features"]["weights"]
 
     @property
+    def target(self) -> str | None:
+        """Label column of the manifest that the features were made of."""
+        return self.config["features"]["target"] or None
+
+    @property
     def finetunable(self) -> bool:
         """Whether its head is a Keras network."""
         return "head.weights.h5" in self.config["model"]
@@ -178,7 +190,7 @@ def write_run(
         Columns of ``history.csv``.
     scores, test : dict
         What `pipeline.metrics.evaluate` gave for validation and, where asked, test.
-    predictions : (paths, labels int32 (n,), probabilities float64 (n, c))
+    predictions : Predictions
         Validation rows.
     seconds : float
         Time spent training.
@@ -203,8 +215,8 @@ def write_run(
     try:
         root.mkdir(parents=True, exist_ok=True)
         temporary.mkdir()
-        if start is not None:
-            features = {**start.config["features"]}
+        if start is not None and features is None:
+            features = start.config["features"]
         if features is None:
             raise RunError(f"{folder}: neither the features nor the run it began with are given")
         model, count = list(head.files), head.parameter_count
@@ -235,7 +247,7 @@ def write_run(
         _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
         _write_predictions(temporary / "predictions.csv", predictions, head.classes)
         (temporary / "README.md").write_text(readme(config, metrics, seconds), encoding="utf-8")
-        plot_run(temporary / "plots", history, *predictions[1:], head.classes)
+        plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
         _publish(temporary, folder)
     except OSError as problem:
         if isinstance(problem, BottleneckError):
@@ -414,8 +426,10 @@ def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
 def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
     """Nine digits: enough to check the assembled network against."""
     rows = []
-    for name, label, values in zip(*predictions, strict=True):
+    for name, sha256, label, values in zip(*predictions, strict=True):
         guess = int(values.argmax())
         right = str(guess == label).lower()
-        rows.append([name, classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)])
-    _write_csv(path, ["path", "label", "predicted", "correct", *classes], rows)
+        rows.append(
+            [name, sha256.tobytes().hex(), classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)]
+        )
+    _write_csv(path, ["path", "sha256", "label", "predicted", "correct", *classes], rows)

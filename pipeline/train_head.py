@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import shutil
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, HeadError, nearest
+from features.errors import ConfigurationError, HeadError, RunError, nearest
 from features.recipe import digest_of
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
-from pipeline.runs import Run, add_test_scores, is_finished, write_run
+from pipeline.runs import Predictions, Run, add_test_scores, is_finished, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +110,7 @@ def train_head(
         raise HeadError(
             f"{store.path}: there are no test rows; extract with --split hash:0.8,0.1,0.1, or leave --test out"
         )
-    if is_finished(folder):
+    if is_finished(folder) and _loads(Run.open(folder)):
         return _finished(store, name, Run.open(folder), test=test)
     for split in ("train", "validation"):
         if not len(store.rows(split)):
@@ -132,7 +133,12 @@ def train_head(
         history=history,
         scores=evaluate(probabilities, y_validation, store.classes, seed),
         test=_test_scores(store, name, head, seed) if test else None,
-        predictions=([store.images.paths[row] for row in store.rows("validation")], y_validation, probabilities),
+        predictions=Predictions(
+            [store.images.paths[row] for row in store.rows("validation")],
+            store.images.sha256[store.rows("validation")],
+            y_validation,
+            probabilities,
+        ),
         seconds=seconds,
     )
     return RunResult(run_id, folder, Run.open(folder).metrics, seconds, cached=False)
@@ -147,6 +153,17 @@ def identity(head: Head, data_digest: str) -> str:
         "seed": head.seed,
     }
     return f"{head.name}-{digest_of(decided)[:10]}"
+
+
+def _loads(run: Run) -> bool:
+    """Whether the head of a finished run is whole; one that is not is trained again."""
+    try:
+        run.load_head()
+    except (HeadError, RunError) as problem:
+        logger.warning("%s; it is trained again", problem)
+        shutil.rmtree(run.folder)
+        return False
+    return True
 
 
 def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
@@ -194,4 +211,5 @@ def _describe_features(store: Any, name: str) -> dict[str, Any]:
         "source": str(getattr(store, "source", "")),
         "backbone": str(provenance.get("backbone", recipe.backbone)),
         "weights": str(provenance.get("weights", "imagenet")),
+        "target": str(provenance.get("target", "")),
     }

@@ -20,6 +20,7 @@ import numpy as np
 from features.engines import compiled
 from features.errors import RunError, StoreError, UnreadableImageError
 from features.files import printable
+from features.layout import data_digest
 from features.recipe import PixelRule
 from features.sources import ImageSet
 from features.splits import SPLITS, SplitRule, assign_splits
@@ -41,12 +42,15 @@ class Data:
         The source.
     splits : int8, (images,)
         Index into ``SPLITS``; images that could not be read are in ``unlabelled``.
+    sha256 : uint8, (images, 32)
+        Content; zeros where it could not be read.
     digest : str
-        sha256 over content, labels and splits of those that could.
+        ``features.layout.data_digest`` of those that could, as a feature store of them would have it.
     """
 
     images: ImageSet
     splits: np.ndarray
+    sha256: np.ndarray
     digest: str
 
     @property
@@ -79,12 +83,13 @@ def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
     readable = np.array([row for row, value in enumerate(hashes) if value], dtype=np.int64)
     if not len(readable):
         raise RunError(f"{images.description}: none of {len(images)} images could be read")
-    sha256 = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+    sha256 = np.zeros((len(images), 32), np.uint8)
+    sha256[readable] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
     groups = None if images.groups is None else [images.groups[row] for row in readable]
     splits = np.full(len(images), SPLITS.index("unlabelled"), np.int8)
-    splits[readable], _ = assign_splits(images.labels[readable], images.given_splits[readable], groups, sha256, rule)
-    content = hashlib.sha256(sha256.tobytes() + images.labels[readable].tobytes() + splits[readable].tobytes())
-    return Data(images, splits, content.hexdigest())
+    labels, given = images.labels[readable], images.given_splits[readable]
+    splits[readable], _ = assign_splits(labels, given, groups, sha256[readable], rule)
+    return Data(images, splits, sha256, data_digest(images.classes, sha256[readable], labels, splits[readable]))
 
 
 class CutFeatures:

@@ -27,7 +27,7 @@ INSIDE_FEATURES = {
     "official": set(),
     "graph": {"errors"},
     "modelfile": {"errors"},
-    "backend": set(),
+    "backend": {"errors"},
     "backbones": {"backend", "errors", "recipe", "graph", "modelfile", "official"},
     "tensors": {"errors", "files", "recipe", "graph"},
     "wheels": {"errors", "files", "official", "tensors"},

@@ -175,7 +175,7 @@ def test_other_images_do_not_replace_a_store_by_accident(source: Path, tmp_path:
     extract(source, tmp_path / "f.h5")
     other = paint_folder(tmp_path / "other", {"x": 3, "y": 3}, start=500)
     before = (tmp_path / "f.h5").read_bytes()
-    with pytest.raises(ConfigurationError, match=r"none of them is in .*other.*another --out"):
+    with pytest.raises(ConfigurationError, match=r"only 0 of them are in .*other.*another --out"):
         extract(other, tmp_path / "f.h5")
     assert (tmp_path / "f.h5").read_bytes() == before
     assert len(extract(other, tmp_path / "f.h5", overwrite=True).store) == 6
@@ -205,7 +205,7 @@ def test_too_many_unreadable_images_still_keep_the_good_rows(source: Path, tmp_p
     for index in range(5):
         (source / "dog" / f"{index:04d}.png").write_bytes(b"?")
     with pytest.raises(
-        TooManyUnreadableError, match=r"5 of 33 images are unreadable, such as dog/0000.png \(not-an-image\)"
+        TooManyUnreadableError, match=r"5 of 33 images are unreadable \(5 not-an-image\).*the 28 good rows are in"
     ) as caught:
         extract(source, tmp_path / "f.h5")
     assert caught.value.exit_code == 4
@@ -369,3 +369,96 @@ def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> N
     assert listing(tmp_path) == sorted([*(f"images/{name}" for name in listing(source)), "images"])
     extract(source, tmp_path / "f.h5")
     assert extraction.forecast(extraction.plan()) is None
+
+
+def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: Path) -> None:
+    manifest = source / "list.csv"
+    lines = [f"{path.relative_to(source)},{path.parent.name}" for path in sorted(source.rglob("*.png"))]
+    manifest.write_text("\n".join(["path,label", *lines]))
+    extract(manifest, tmp_path / "f.h5")
+    before = (tmp_path / "f.h5").read_bytes()
+    (source / "dog").rename(source / "away")
+    with pytest.raises(
+        TooManyUnreadableError, match=r"20 of 33 images are unreadable \(20 missing\).*as it was before"
+    ):
+        extract(manifest, tmp_path / "f.h5")
+    assert (tmp_path / "f.h5").read_bytes() == before
+    (source / "away").rename(source / "cat")
+    network = NumpyNetwork()
+    assert extract(manifest, tmp_path / "f.h5", network).written is False
+    assert network.batches == []
+    # one folder too deep: most rows would leave
+    with pytest.raises(ConfigurationError, match=r"only 13 of them are in .*--overwrite to go on"):
+        extract(source / "cat", tmp_path / "f.h5")
+    assert (tmp_path / "f.h5").read_bytes() == before
+
+
+def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from features.errors import UnreadableImageError
+    from features.sources import ImageSet
+
+    read = ImageSet.read
+
+    def faulty(self: ImageSet, index: int) -> bytes:
+        if index == 5:
+            raise UnreadableImageError("no-permission", "for now")
+        return read(self, index)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ImageSet, "read", faulty)
+        store = extract(source, tmp_path / "f.h5").store
+    assert store.quarantine.reasons == ("no-permission",)
+    network = NumpyNetwork()
+    store = extract(source, tmp_path / "f.h5", network).store
+    assert (len(store), len(store.quarantine), sum(network.batches)) == (33, 0, 1)
+    assert_rows_are_their_images(store, source)
+
+
+def test_size_and_time_speak_only_in_the_folder_where_they_were_noted(tmp_path: Path) -> None:
+    first = paint_folder(tmp_path / "first", {"a": 3, "b": 3})
+    second = paint_folder(tmp_path / "second", {"a": 3, "b": 3}, start=100)
+    for path in [*first.rglob("*.png"), *second.rglob("*.png")]:
+        os.utime(path, ns=(0, 10**18))
+    extract(first, tmp_path / "f.h5")
+    with pytest.raises(ConfigurationError, match="only 0 of them are in"):
+        extract(second, tmp_path / "f.h5")
+    store = extract(second, tmp_path / "f.h5", overwrite=True).store
+    assert_rows_are_their_images(store, second)
+
+
+def test_shards_of_another_recipe_are_not_dropped_silently(source: Path, tmp_path: Path) -> None:
+    network = NumpyNetwork()
+    network.fail_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, tmp_path / "f.h5", network)
+    kept = listing(tmp_path / "f.h5.parts")
+    other = NumpyNetwork([recipe(size=16)])
+    with pytest.raises(ConfigurationError, match="an interrupted extraction with another recipe"):
+        extract(source, tmp_path / "f.h5", other)
+    assert listing(tmp_path / "f.h5.parts") == kept
+    store = extract(source, tmp_path / "f.h5", other, overwrite=True).store
+    assert store.recipes["last.avg"].pixels.height == 16
+    assert not (tmp_path / "f.h5.parts").exists()
+
+
+def test_a_damaged_store_can_be_overwritten_and_leftovers_are_swept(source: Path, tmp_path: Path) -> None:
+    store = extract(source, tmp_path / "f.h5").store
+    place = store.array().offset + 10  # type: ignore[attr-defined]
+    data = bytearray((tmp_path / "f.h5").read_bytes())
+    data[place] ^= 1
+    (tmp_path / "f.h5").write_bytes(data)
+    (tmp_path / ".f.h5.0badcafe.tmp").write_bytes(b"left by a process that was killed")
+    network = NumpyNetwork()
+    result = extract(source, tmp_path / "f.h5", network, overwrite=True)
+    assert sum(network.batches) == 33
+    assert_rows_are_their_images(result.store, source)
+    assert not list(tmp_path.glob(".f.h5*"))
+    (tmp_path / "f.h5").write_bytes(b"not a store at all")
+    assert len(extract(source, tmp_path / "f.h5", overwrite=True).store) == 33
+
+
+def test_files_of_others_in_the_parts_folder_are_left(source: Path, tmp_path: Path) -> None:
+    (tmp_path / "f.h5.parts").mkdir()
+    (tmp_path / "f.h5.parts" / "notes.txt").write_text("mine")
+    assert len(extract(source, tmp_path / "f.h5").store) == 33
+    assert listing(tmp_path / "f.h5.parts") == ["notes.txt"]
