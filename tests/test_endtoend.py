@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import paint_folder
+from helpers import paint_folder, run_pipeline
 
 from features.errors import ConfigurationError, ParityError, RunError
 from features.extraction import prepare
@@ -25,6 +25,7 @@ from pipeline.heads import make_head
 from pipeline.predict import predict_csv
 from pipeline.runs import Run
 from pipeline.train_head import RunResult, train_head
+from pipeline.training import Tail
 
 pytestmark = pytest.mark.slow
 CATS_DOGS = "images/cats_and_dogs_filtered"
@@ -266,17 +267,79 @@ def test_other_weights_are_refused_with_both_digests(trained: RunResult, picture
         finetune(trained.folder, pictures, weights="random")
 
 
-def test_changed_images_stop_before_the_first_step(trained: RunResult, pictures: Path, tmp_path: Path) -> None:
+def test_other_images_and_other_numbers_stop_before_the_first_step(
+    trained: RunResult, pictures: Path, tmp_path: Path
+) -> None:
     shutil.copytree(pictures, tmp_path / "images")
-    changed = sorted((tmp_path / "images" / "validation" / "cats").iterdir())
-    for path in changed:
+    for path in (tmp_path / "images" / "validation" / "cats").iterdir():
         shutil.copy(pictures / "train" / "dogs" / "dog.0.jpg", path)
+    with pytest.raises(RunError, match=r"24 of 48 validation images of dropout-linear-\w+ are not here"):
+        finetune(trained.folder, tmp_path / "images", runs=tmp_path / "runs")
+    run = tmp_path / trained.run_id
+    shutil.copytree(trained.folder, run)
+    lines = (run / "predictions.csv").read_text().splitlines()
+    fields = lines[1].split(",")
+    fields[-2:] = ["0.5", "0.5"]
+    (run / "predictions.csv").write_text("\n".join([lines[0], ",".join(fields), *lines[2:]]) + "\n")
     with pytest.raises(
         ParityError, match=r"before fine-tuning: probabilities of validation/cats/.* differ by"
     ) as caught:
-        finetune(trained.folder, tmp_path / "images", runs=tmp_path / "runs")
+        finetune(run, pictures, runs=tmp_path / "runs")
     assert caught.value.exit_code == 3
     assert list((tmp_path / "runs").iterdir()) == []
+
+
+def test_renamed_images_are_found_by_content(trained: RunResult, pictures: Path, tmp_path: Path) -> None:
+    shutil.copytree(pictures, tmp_path / "images")
+    for path in (tmp_path / "images").rglob("*.jpg"):
+        path.rename(path.with_name(f"new_{path.name}"))
+    document = finetune(trained.folder, tmp_path / "images", epochs=1, runs=tmp_path / "runs")
+    assert document["parity_gap"] <= 1e-4
+
+
+def test_half_precision_features_pass_the_gate_with_their_own_tolerance(
+    pictures: Path, small: dict[str, Any], tmp_path: Path
+) -> None:
+    store = prepare(pictures, tmp_path / "f.h5", dtype="float16", **small).run().store
+    assert store.array().dtype == np.float16
+    params = {"epochs": 60, "patience": 0, "learning_rate": 0.01}
+    run = train_head(store, "dropout-linear", runs=tmp_path / "runs", params=params)
+    assert 0 < finetune(run.folder, pictures, epochs=1)["parity_gap"] <= 1e-2
+
+
+@pytest.mark.parametrize("bn", ["frozen", "affine"])
+def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
+    pictures: Path, tmp_path: Path, bn: str
+) -> None:
+    import keras
+
+    inner = keras.applications.MobileNetV2(
+        include_top=False, weights=None, input_shape=(64, 64, 3), alpha=0.35, name="inner"
+    )
+    image = keras.Input((64, 64, 3))
+    outputs = keras.layers.Conv2D(8, 1)(inner(keras.layers.Rescaling(1 / 127.5, -1)(image)))
+    outputs = keras.layers.ReLU()(keras.layers.BatchNormalization(name="outer")(outputs))
+    keras.Model(image, outputs).save(tmp_path / "nested.keras")
+    store = prepare(pictures, tmp_path / "f.h5", backbone=str(tmp_path / "nested.keras")).run().store
+    run = train_head(store, "dropout-linear", runs=tmp_path / "runs", params={"epochs": 2})
+    # an untrained network gains nothing certain: look at what the steps did, not at what was kept
+    start = Run.open(run.folder)
+    network = network_of(start)
+    split = split_for_training(network, start.recipe, start.load_head(), unfreeze="2", bn=bn)
+    before = split.statistics()
+    assert len(before) == 2 * 53
+    tail = Tail(split, 1.0, 1e-3, 8)
+    generator = np.random.default_rng(0)
+    for _ in range(3):
+        features = generator.normal(size=(8, *split.tail.input_shape[1:])).astype(np.float32)
+        tail.step(features, np.arange(8, dtype=np.int32) % 2)
+    assert all(map(np.array_equal, before, split.statistics()))
+    trainable = {variable.path.rsplit("/", 1)[-1] for variable in split.tail.trainable_variables}
+    assert ("gamma" in trainable) == (bn == "affine")
+    document = finetune(run.folder, pictures, unfreeze="2", bn=bn, epochs=1, learning_rate=1e-4)
+    predicted = run_pipeline("predict", document["run"], pictures / "validation" / "cats")
+    assert predicted.returncode == 0, predicted.stderr
+    assert len(predicted.stdout.splitlines()) == 25
 
 
 def test_other_classes_are_listed(trained: RunResult, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from features.recipe import Recipe
 from pipeline.classifiers import SklearnHead
 from pipeline.config import load_yaml
 from pipeline.metrics import evaluate
-from pipeline.runs import BACKBONE_WEIGHTS, Run, choose_run, find_runs, leaderboard, newest_run, write_run
+from pipeline.runs import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, leaderboard, newest_run, write_run
 from pipeline.train_head import train_head
 
 pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included
@@ -35,6 +35,7 @@ class Images:
     paths: tuple[str, ...]
     labels: np.ndarray
     splits: np.ndarray
+    sha256: np.ndarray
 
 
 @dataclasses.dataclass
@@ -80,7 +81,12 @@ def make_store(
     X = (corners[labels] + np.random.default_rng(2).normal(size=(rows, columns))).astype(np.float32)
     paths = tuple(f"{classes[label]}/{row:04d}.png" for row, label in enumerate(labels))
     features = recipe()
-    return Store({features.name: X}, {features.name: features}, classes, Images(paths, labels, splits))
+    return Store(
+        {features.name: X},
+        {features.name: features},
+        classes,
+        Images(paths, labels, splits, np.random.default_rng(3).integers(0, 256, (rows, 32)).astype(np.uint8)),
+    )
 
 
 def write_head(folder: Path, **changes: Any) -> Run:
@@ -147,9 +153,10 @@ def test_metrics_are_those_of_the_predictions_beside_them(tmp_path: Path) -> Non
     assert (metrics["format"], metrics["run_id"], metrics["cv"]) == (1, result.run_id, None)
     with open(result.folder / "predictions.csv", newline="") as stream:
         header, *rows = csv.reader(stream)
-    assert header == ["path", "label", "predicted", "correct", "cat", "dog"]
+    assert header == ["path", "sha256", "label", "predicted", "correct", "cat", "dog"]
     validation = store.rows("validation")
     assert [row[0] for row in rows] == [store.images.paths[row] for row in validation]
+    assert [row.pop(1) for row in rows] == [store.images.sha256[row].tobytes().hex() for row in validation]
     assert [row[1] for row in rows] == [store.classes[store.images.labels[row]] for row in validation]
     probabilities = np.array([[float(value) for value in row[4:]] for row in rows])
     assert [row[2] for row in rows] == [store.classes[k] for k in probabilities.argmax(axis=1)]
@@ -438,7 +445,12 @@ def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
         settings={"seed": 5, "start": start.run_id, "unfreeze": "last-block"},
         history={"epoch": [1.0], "loss": [0.5], "val_loss": [0.4], "val_accuracy": [1.0]},
         scores=evaluate(probabilities, y, store.classes),
-        predictions=([store.images.paths[row] for row in store.rows("validation")], y, probabilities),
+        predictions=Predictions(
+            [store.images.paths[row] for row in store.rows("validation")],
+            store.images.sha256[store.rows("validation")],
+            y,
+            probabilities,
+        ),
         seconds=2.0,
     )
     run = Run.open(folder)
