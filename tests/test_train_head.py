@@ -131,6 +131,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
             "source": "folder of images",
             "backbone": "numpy",
             "weights": "some.weights.h5",
+            "target": "",
         },
         "finetune": None,
         "model": ["head.json", "head.skops"],
