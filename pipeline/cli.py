@@ -43,12 +43,10 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Runs = Annotated[Path, typer.Option(help="Folder of run folders.")]
-Seed = Annotated[int, typer.Option(min=0, max=2**32 - 1, help="Seed of everything that is drawn.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
-BatchSize = Annotated[int, typer.Option(min=1, max=4096, help="Images of one forward pass.")]
-Workers = Annotated[
-    int | None, typer.Option(min=1, max=1024, help="Threads that read and decode. Default: the processors.")
-]
+BatchSize = Annotated[int, typer.Option(help="Images of one forward pass.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that read and decode. Default: the processors.")]
 Weights = Annotated[str, typer.Option(help="imagenet, random, or a weights file.")]
 
 

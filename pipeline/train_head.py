@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, HeadError, RunError, nearest
+from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
 from features.recipe import digest_of
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
@@ -92,6 +92,7 @@ def train_head(
     HeadError
         Splits or features that a head cannot be trained on.
     """
+    check_range("seed", seed, 0, 2**32 - 1)
     name = _data_set(store, name)
     recipe = store.recipes[name]
     head = make_head(
