@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
-from collections.abc import Iterator
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
-from features.errors import StoreError
+from features.errors import BottleneckError, StoreError
 
 
 @contextlib.contextmanager
@@ -22,15 +25,25 @@ def atomic_file(path: Path) -> Iterator[Path]:
     StoreError
         If the folder cannot be written or the disk is full; ``path`` is then as it was before.
     """
+    with writing(path), _replacement(path) as temporary:
+        yield temporary
+
+
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say of ``path`` what the file system refuses while it is written, as StoreError."""
     try:
-        with _replacement(path) as temporary:
-            yield temporary
+        yield
     except OSError as error:
-        if isinstance(error, StoreError):
+        if isinstance(error, BottleneckError):
             raise
+        reason = error.strerror or str(error)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            with contextlib.suppress(OSError):
+                reason += f", {shutil.disk_usage(path.parent).free / 1e6:.1f} MB are free"
         raise StoreError(
-            f"{path}: could not be written ({error.strerror or error}). Expected a writable folder with enough "
-            "free space; what was there before is untouched."
+            f"{path}: could not be written ({reason}). Expected a writable folder with enough free space; what was "
+            "there before is untouched. Make room and run the same command again."
         ) from error
 
 
@@ -62,6 +75,66 @@ def _replacement(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+class PatientFile:
+    """A new file for a library that cannot bear an error while it writes.
+
+    libhdf5 leaves a file that it could not flush half open, keeps its space until the process ends, and crashes
+    there. So from the first error on (a full disk, a quota, Ctrl-C) every call succeeds and does nothing, and
+    ``check`` raises that error. It has what ``h5py.File`` asks of a file object.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+        self._position = self._end = 0
+        self._error: BaseException | None = None
+
+    def check(self) -> None:
+        """Raise the first error there was."""
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Give the file back to the system; more than once is harmless."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._position = offset + (self._end if whence == os.SEEK_END else 0)
+        return self._position
+
+    def tell(self) -> int:
+        return self._position
+
+    def read(self, size: int) -> bytes:
+        data = self._attempt(os.pread, size, self._position) or b""
+        return data.ljust(size, b"\0")
+
+    def write(self, data: bytearray) -> int:
+        self._end = max(self._end, self._position + len(data))
+        rest, position = memoryview(data), self._position
+        while rest and (written := self._attempt(os.pwrite, rest, position)):
+            rest, position = rest[written:], position + written
+        return len(data)
+
+    def truncate(self, size: int) -> int:
+        self._end = size
+        self._attempt(os.ftruncate, size)
+        return size
+
+    def flush(self) -> None:
+        """Nothing is held back."""
+
+    def _attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """The result of a system call; None from the first error on."""
+        if self._error is None:
+            try:
+                return call(self._descriptor, *arguments)
+            except BaseException as error:  # noqa: BLE001  Ctrl-C too: `check` raises it
+                self._error = error
+        return None
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in ``folder`` durable."""
     descriptor = os.open(folder, os.O_RDONLY)
@@ -91,10 +164,9 @@ def writable_folder(folder: Path) -> None:
     StoreError
         If not.
     """
-    probe = folder / f".probe-{os.getpid()}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch()
-        probe.unlink()
+        with tempfile.TemporaryFile(dir=folder):  # without a name, so that a kill leaves nothing
+            pass
     except OSError as error:
         raise StoreError(f"{folder}: cannot write there ({error.strerror or error}). Give another folder.") from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -110,7 +111,7 @@ def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, 
 
 
 def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
-    return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * int(np.prod(shape[1:], dtype=np.int64))))
+    return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
 
 
 def block_hash(key: str, dtype: np.dtype, shape: tuple[int, ...], block: int) -> Any:

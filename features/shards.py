@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
-from features.files import atomic_file, file_digest, printable, sync_folder
+from features.files import atomic_file, file_digest, printable, sync_folder, writing
 from features.images import Decoded, decode_image
 from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.recipe import Recipe, canonical_json, digest_of
@@ -142,13 +142,15 @@ def extract_shard(
     rule = spec.recipes[0].pixels
     refused: list[tuple[int, bytes, str]] = []
     good: list[tuple[int, bytes, int, int]] = []  # index in the spec, sha256, width, height
-    blocks: dict[str, list[np.ndarray]] = {recipe.name: [] for recipe in spec.recipes}
+    features: dict[str, np.ndarray] = {}  # rows up to len(good) are filled
     batch = np.empty((batch_size, rule.height, rule.width, 3), dtype=np.uint8)
     filled = 0
 
     def flush() -> None:
         for name, rows in _stored(infer(batch[:filled]), spec.recipes).items():
-            blocks[name].append(rows[:, None])
+            if name not in features:
+                features[name] = np.empty((len(spec), 1, *rows.shape[1:]), rows.dtype)
+            features[name][len(good) - filled : len(good), 0] = rows
         if advance:
             advance(filled)
 
@@ -168,7 +170,7 @@ def extract_shard(
             filled = 0
     if filled:
         flush()
-    return _write(spec, folder, good, refused, blocks)
+    return _write(spec, folder, good, refused, {name: rows[: len(good)] for name, rows in features.items()})
 
 
 def _load(read: Callable[[str], bytes], rule: Any, path: str) -> tuple[bytes, Decoded | UnreadableImageError]:
@@ -217,9 +219,8 @@ def _write(
     folder: Path,
     good: Sequence[tuple[int, bytes, int, int]],
     refused: Sequence[tuple[int, bytes, str]],
-    blocks: Mapping[str, list[np.ndarray]],
+    arrays: Mapping[str, np.ndarray],
 ) -> ShardRecord:
-    arrays = {name: np.concatenate(parts) for name, parts in blocks.items() if parts}
     path = shard_path(folder, spec.identity)
     with atomic_file(path) as temporary:
         features = {}
@@ -280,9 +281,10 @@ class PartsFolder:
 
     def open(self) -> None:
         """Create the folder if need be, sweep left-over temporary files, read the journal."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        for leftover in self.path.glob(".*.tmp"):
-            leftover.unlink(missing_ok=True)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            for leftover in self.path.glob(".*.tmp"):
+                leftover.unlink(missing_ok=True)
         self.read()
         known = {record.identity for record in self.records.values()}
         for orphan in sorted(self.path.glob("*.h5")):
@@ -302,7 +304,7 @@ class PartsFolder:
 
     def commit(self, record: ShardRecord) -> None:
         """Enter one finished shard; durable when this returns."""
-        with open(self.journal, "ab") as stream:
+        with writing(self.journal), open(self.journal, "ab") as stream:
             stream.write(_record_line(record))
             stream.flush()
             os.fsync(stream.fileno())

@@ -48,8 +48,6 @@ class SplitRule:
         if self.kind not in SPLIT_KINDS:
             hint = nearest(self.kind, SPLIT_KINDS)
             raise ConfigurationError(f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}{hint}")
-        if not 0 <= self.seed < 2**64:
-            raise ConfigurationError(f"split: received the seed {self.seed}, expected a whole number from 0")
         inside = len(self.fractions) == 3 and all(0 <= share <= 1 for share in self.fractions)
         if not inside or abs(sum(self.fractions) - 1) > 1e-9 or self.fractions[0] == 0:
             raise ConfigurationError(
@@ -65,7 +63,7 @@ class SplitRule:
         """
         text, at, stated = text.strip().partition("@")
         if at:
-            if not stated.isdecimal():
+            if not stated.removeprefix("-").isdecimal():
                 raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
             seed = int(stated)
         kind, colon, rest = text.strip().partition(":")

@@ -10,9 +10,12 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
+import os
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -43,6 +46,7 @@ if TYPE_CHECKING:
     import h5py
 
 _TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
+_ROW_LIMIT = 1 << 40  # values of one row, in a data set that may have no rows
 _WAY_OUT = "Move the file away and extract again; no row of it is used."
 Progress = Callable[[str, int, int], None]
 
@@ -71,14 +75,15 @@ class StoreWriter:
         self._rows = rows
         self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
         self._open: dict[str, _HashedDataset] = {}
-        for name in ROOT_GROUPS:
-            self._file.create_group(name)
-        self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
-        for name, spec in features.items():
-            key = f"/features/{name}"
-            dataset = self._create(key, (rows, spec.views, *spec.shape), np.dtype(spec.recipe.dtype))
-            self._set(key, recipe=spec.recipe.canonical, fingerprint=spec.recipe.fingerprint)
-            self._open[name] = dataset
+        with self._checked():
+            for name in ROOT_GROUPS:
+                self._file.create_group(name)
+            self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
+            for name, spec in features.items():
+                key = f"/features/{name}"
+                dataset = self._create(key, (rows, spec.views, *spec.shape), np.dtype(spec.recipe.dtype))
+                self._set(key, recipe=spec.recipe.canonical, fingerprint=spec.recipe.fingerprint)
+                self._open[name] = dataset
 
     def append(self, name: str, block: np.ndarray) -> None:
         """Append rows to one feature data set.
@@ -187,11 +192,11 @@ class _HashedDataset:
                 f"{self.key}: received rows {block.shape} after row {self.position}, expected {self._dataset.shape}"
             )
         block = np.ascontiguousarray(block, dtype=self._dataset.dtype)
-        if len(block):
-            self._dataset[self.position : self.position + len(block)] = block
         done = 0
         while done < len(block):
             step = min(len(block) - done, self._block_rows - self.position % self._block_rows)
+            # In small steps: h5py copies what it hands to a file object.
+            self._dataset[self.position : self.position + step] = block[done : done + step]
             self._hash.update(block[done : done + step].data)
             done += step
             self.position += step
@@ -220,6 +225,8 @@ class FeatureStore:
 
     def __init__(self, path: Path, *, kind: str) -> None:
         self.path = path
+        self._kind = kind
+        self._descriptor: int | None = None
         self._verified: set[str] = set()
         with _reading(path):
             self._read_structure(kind)
@@ -244,6 +251,9 @@ class FeatureStore:
         """Open one shard of an unfinished extraction. Its labels and splits are not yet decided."""
         return cls(Path(path), kind="shard")
 
+    def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
+        return functools.partial(FeatureStore, kind=self._kind), (self.path,)  # open files do not travel
+
     # -- what is inside
     @property
     def names(self) -> tuple[str, ...]:
@@ -266,7 +276,7 @@ class FeatureStore:
     def images(self) -> ImageTable:
         """The table of images, verified against its checksums."""
         column = functools.partial(self._column_of, "/images")
-        return ImageTable(
+        table = ImageTable(
             paths=column("path"),
             sha256=column("sha256"),
             labels=column("label"),
@@ -277,6 +287,11 @@ class FeatureStore:
             sizes=column("size"),
             mtimes_ns=column("mtime_ns"),
         )
+        # Rows of a shard get their labels and splits at assembly.
+        splits = (0, len(SPLITS) - 1) if self._kind == "store" else (-1, -1)
+        self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
+        self._check_range("/images/split", table.splits, *splits)
+        return table
 
     @functools.cached_property
     def quarantine(self) -> Quarantine:
@@ -293,7 +308,10 @@ class FeatureStore:
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
         """Class names; a label is an index into them."""
-        return self._strings_of("/classes")
+        names = self._strings_of("/classes")
+        if list(names) != sorted(set(names)):
+            raise IntegrityError(f"{self.path}: /classes are not sorted, or one is there twice. {_WAY_OUT}")
+        return names
 
     @functools.cached_property
     def data_digest(self) -> str:
@@ -380,6 +398,7 @@ class FeatureStore:
                 done += 1
                 if progress:
                     progress("verify", done, total)
+        _ = self.images, self.quarantine  # texts are whole, labels and splits are in range
         return done
 
     # -- inside
@@ -403,12 +422,21 @@ class FeatureStore:
             raise StoreError(
                 f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
             )
-        size = self.path.stat().st_size
+        if not self.path.is_file():
+            raise IntegrityError("not a feature store, but a folder, a pipe or a device")
         with h5py.File(self.path, "r", locking=False) as file:
+            handle = file.id.get_vfd_handle()
+            size = os.fstat(handle).st_size
+            if self._kind == "store":
+                # Its own hold on the file: when a writer puts another one in its place, these rows stay these.
+                # Shards never change, and there may be more of them than a process may open.
+                self._descriptor = os.dup(handle)
+                weakref.finalize(self, os.close, self._descriptor)
             self._check_version(file)
             attributes: dict[str, dict[str, str | int]] = {}
             datasets: dict[str, h5py.Dataset] = {}
-            _walk(file, "", attributes, datasets)
+            _walk(file, "", attributes, datasets, set())
+            _check_objects(attributes, datasets)
             root = attributes["/"]
             stated = root.pop("attributes_sha256", None)
             if stated != attributes_digest(attributes):
@@ -424,7 +452,9 @@ class FeatureStore:
             self._entries = {key: _Entry.read(key, data, checksums[key], size) for key, data in datasets.items()}
         self.source = str(root["source"])
         self.split_rule = str(root["split_rule"])
-        self.provenance: dict[str, Any] = json.loads(str(root["provenance"]))
+        self.provenance = json.loads(str(root["provenance"]))
+        if not isinstance(self.provenance, dict):
+            raise IntegrityError(f"attribute provenance: received {str(root['provenance'])[:40]}, expected an object")
         self._check_columns()
         self.recipes = self._read_recipes(attributes)
 
@@ -475,9 +505,14 @@ class FeatureStore:
                 raise IntegrityError(f"{key}: attributes {sorted(values)}, expected fingerprint and recipe")
             recipe = Recipe.from_dict(json.loads(str(values["recipe"])))
             name = key.removeprefix("/features/")
-            if recipe.fingerprint != values["fingerprint"] or recipe.name != name:
+            if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
                 raise IntegrityError(f"{key}: the fingerprint or the name is not that of its recipe")
-            if entry.dtype != np.dtype(recipe.dtype) or len(entry.shape) < 3 or entry.shape[0] != self._rows:
+            if (
+                entry.dtype != np.dtype(recipe.dtype)
+                or len(entry.shape) < 3
+                or entry.shape[0] != self._rows
+                or not entry.shape[1]
+            ):
                 raise IntegrityError(
                     f"{key}: received {entry.dtype.str} {entry.shape}, expected {recipe.dtype} and {self._rows} rows"
                 )
@@ -486,26 +521,41 @@ class FeatureStore:
             raise IntegrityError("/features: no data set")
         return recipes
 
+    def _stream(self) -> BinaryIO:
+        return open(self.path if self._descriptor is None else os.dup(self._descriptor), "rb", buffering=0)
+
     def _map(self, key: str) -> np.ndarray:
         entry = self._entries[key]
         if 0 in entry.shape:
             return np.zeros(entry.shape, dtype=entry.dtype)
-        return np.memmap(self.path, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
+        with self._stream() as stream:
+            array = np.memmap(stream, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
+        array.filename = str(self.path)  # joblib opens it again by name
+        return array
 
-    def _verify_blocks(self, key: str) -> Iterator[None]:
+    def _verify_blocks(self, key: str) -> Iterator[np.ndarray]:
+        """Blocks of rows that are what was written. Read, not mapped: what is mapped counts as memory of the process."""
         entry = self._entries[key]
-        array = self._map(key)
         step = block_rows(entry.shape, entry.dtype)
-        for block, start in enumerate(range(0, entry.shape[0], step)):
-            rows = array[start : start + step]
-            digest = block_hash(key, entry.dtype, entry.shape, block)
-            digest.update(np.ascontiguousarray(rows).data)
-            where = f"{self.path}: {key} rows {start} to {start + len(rows) - 1}"
-            if digest.digest() != entry.digests[block].tobytes():
-                raise IntegrityError(f"{where} are not what was written (checksum differs). {_WAY_OUT}")
-            if entry.dtype.kind == "f" and not np.isfinite(rows).all():
-                raise IntegrityError(f"{where} hold values that are not finite. {_WAY_OUT}")
-            yield
+        with self._stream() as stream:
+            for block, start in enumerate(range(0, entry.shape[0], step)):
+                count = min(step, entry.shape[0] - start)
+                where = f"{self.path}: {key} rows {start} to {start + count - 1}"
+                data = os.pread(stream.fileno(), count * entry.row_bytes, entry.offset + start * entry.row_bytes)
+                digest = block_hash(key, entry.dtype, entry.shape, block)
+                digest.update(data)
+                if len(data) != count * entry.row_bytes or digest.digest() != entry.digests[block].tobytes():
+                    raise IntegrityError(f"{where} are not what was written (checksum differs). {_WAY_OUT}")
+                rows = np.frombuffer(data, entry.dtype).reshape(count, *entry.shape[1:])
+                if entry.dtype.kind == "f" and not np.isfinite(rows).all():
+                    raise IntegrityError(f"{where} hold values that are not finite. {_WAY_OUT}")
+                yield rows
+
+    def _check_range(self, key: str, values: np.ndarray, low: int, high: int) -> None:
+        if len(values) and not low <= int(values.min()) <= int(values.max()) <= high:
+            raise IntegrityError(
+                f"{self.path}: {key} holds {values.min()} to {values.max()}, expected {low} to {high}. {_WAY_OUT}"
+            )
 
     def _column_of(self, group: str, name: str) -> Any:
         key = f"{group}/{name}"
@@ -513,9 +563,8 @@ class FeatureStore:
         return self._strings_of(key) if known[name] is None else self._values_of(key)
 
     def _values_of(self, key: str) -> np.ndarray:
-        for _ in self._verify_blocks(key):
-            pass
-        return np.array(self._map(key))
+        entry = self._entries[key]
+        return np.concatenate([np.empty((0, *entry.shape[1:]), entry.dtype), *self._verify_blocks(key)])
 
     def _strings_of(self, key: str) -> tuple[str, ...]:
         blob, ends = self._values_of(f"{key}/utf8").tobytes(), self._values_of(f"{key}/ends")
@@ -534,6 +583,10 @@ class _Entry:
     dtype: np.dtype
     offset: int
     digests: np.ndarray
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
 
     @classmethod
     def read(cls, key: str, dataset: h5py.Dataset, checksum: h5py.Dataset, file_size: int) -> _Entry:
@@ -558,11 +611,13 @@ def _checked_layout(key: str, dataset: h5py.Dataset, file_size: int) -> tuple[tu
     if not dataset.shape:
         raise IntegrityError(f"{key}: a scalar, expected rows")
     shape = tuple(int(length) for length in dataset.shape)
-    declared = dtype.itemsize
-    for length in shape:  # Python integers: a product that overflows 64 bits must not look small
-        declared *= length
+    if (shape[0] and 0 in shape[1:]) or math.prod(max(1, length) for length in shape[1:]) > _ROW_LIMIT:
+        raise IntegrityError(
+            f"{key}: received shape {shape}, expected rows of at least one value and at most {_ROW_LIMIT}"
+        )
+    declared = dtype.itemsize * math.prod(shape)  # Python integers: a product over 64 bits must not look small
     offset = dataset.id.get_offset()
-    if declared and (offset is None or offset + declared > file_size):
+    if declared and (offset is None or offset + declared > file_size or dataset.id.get_storage_size() != declared):
         raise IntegrityError(f"{key}: declares {declared} bytes, which the file of {file_size} bytes does not hold")
     return shape, dtype, int(offset or 0)
 
@@ -571,31 +626,70 @@ def _is_checksum(key: str) -> bool:
     return key.startswith("/checksums/")
 
 
-def _walk(group: Any, key: str, attributes: dict[str, dict[str, str | int]], datasets: dict[str, Any]) -> None:
-    """Collect attributes and data sets, following hard links only, to a bounded depth."""
+def _walk(
+    group: Any, key: str, attributes: dict[str, dict[str, str | int]], datasets: dict[str, Any], seen: set[int]
+) -> None:
+    """Collect attributes and data sets, following hard links only, to a bounded depth and each object once."""
     import h5py
 
     if key.count("/") > 4:
         raise IntegrityError(f"{key}: groups nested deeper than the format has")
+    _check_new(group, key, seen)
     attributes[key or "/"] = {name: _attribute(group, name) for name in group.attrs}
-    for name in group:
+    for name in _names(group):
         path = f"{key}/{name}"
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise IntegrityError(f"{path}: a soft or external link, which a feature store never has")
         kind = group.get(name, getclass=True)
         if kind is h5py.Group:
-            _walk(group[name], path, attributes, datasets)
+            _walk(group[name], path, attributes, datasets, seen)
         elif kind is h5py.Dataset:
+            _check_new(group[name], path, seen)
             datasets[path] = group[name]
             attributes[path] = {item: _attribute(group[name], item) for item in group[name].attrs}
         else:
             raise IntegrityError(f"{path}: neither a group nor a data set")
 
 
+def _names(group: Any) -> list[str]:
+    """Names of the links in a group, in the order in which they are stored, then sorted here.
+
+    To sort them itself libhdf5 (up to 1.14.6) builds a table, which it frees uninitialised where a link is damaged:
+    a crash (https://github.com/HDFGroup/hdf5/issues/5375).
+    """
+    import h5py
+
+    names: list[bytes] = []
+    group.id.links.iterate(names.append, order=h5py.h5.ITER_NATIVE)
+    return sorted(name.decode("utf-8", "surrogateescape") for name in names)
+
+
+def _check_new(item: Any, key: str, seen: set[int]) -> None:
+    """One object under many names makes a short file endless."""
+    import h5py
+
+    address = h5py.h5o.get_info(item.id).addr
+    if address in seen:
+        raise IntegrityError(f"{key or '/'}: another name for an object that has one")
+    seen.add(address)
+
+
+def _check_objects(attributes: Mapping[str, Mapping[str, str | int]], datasets: Mapping[str, Any]) -> None:
+    """No group, and no attribute, where the format has none."""
+    known = {"/", *(f"/{name}" for name in ROOT_GROUPS)}
+    for key in datasets:
+        parts = key.split("/")
+        known |= {"/".join(parts[:length]) for length in range(2, len(parts) + 1)}
+    odd = sorted(set(attributes) - known)
+    odd += sorted(key for key in attributes if attributes[key] and key != "/" and not key.startswith("/features/"))
+    if odd:
+        raise IntegrityError(f"groups or attributes that the format does not have: {', '.join(odd[:5])}")
+
+
 def _attribute(owner: Any, name: str) -> str | int:
     dtype, shape = owner.attrs.get_id(name).dtype, owner.attrs.get_id(name).shape
-    if shape != () or (dtype.kind != "S" and dtype != np.dtype("<i8")):
-        raise IntegrityError(f"attribute {name}: type {dtype.str} {shape} is not allowed")
+    if shape != () or (dtype.kind != "S" and dtype != np.dtype("<i8")) or dtype.itemsize > _TEXT_ATTRIBUTE_LIMIT:
+        raise IntegrityError(f"attribute {name} of {owner.name}: type {dtype.str} {shape} is not allowed")
     value = owner.attrs[name]
     return value.decode("utf-8", "surrogateescape") if dtype.kind == "S" else int(value)
 
@@ -609,5 +703,7 @@ def _reading(path: Path) -> Iterator[None]:
         if str(path) in str(error):
             raise
         raise type(error)(f"{path}: {error}. {_WAY_OUT}") from error
-    except (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         raise IntegrityError(f"{path}: not a readable feature store ({error}). {_WAY_OUT}") from error

@@ -117,7 +117,6 @@ def mistakes(source: Path, store: Path, folder: Path) -> dict[str, tuple[tuple[o
         "split that does not add up": (("extract", source, "--out", out, *SMALL, "--split", "hash:0.5,0.1"), 2, "add up to 1"),
         "batch size 0": (("extract", source, "--out", out, *SMALL, "--batch-size", "0"), 2, "received 0, expected 1 to 4096"),
         "negative workers": (("predict", folder, source, "--workers", "-1"), 2, "received -1, expected 1 to 1024"),
-        "negative seed": (("extract", source, "--out", out, *SMALL, "--seed", "-1"), 2, "received the seed -1"),
         "negative seed of a head": (("train-head", store, "--seed", "-1", "--runs", folder / "r"), 2, "received -1"),
         "missing weights": (("extract", source, "--out", out, "--weights", folder / "none.h5"), 1, "none.h5"),
         "weights that are none": (("extract", source, "--out", out, "--weights", folder / "text.weights.h5"), 1, "is no weights file"),
