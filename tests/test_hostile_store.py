@@ -25,6 +25,8 @@ from features.layout import FeatureSpec, ImageTable, Quarantine, attributes_dige
 from features.recipe import canonical_json
 from features.store import FeatureStore, StoreWriter
 
+pytestmark = pytest.mark.slow  # hundreds of small HDF5 files
+
 ROWS = 12
 KEY = "features/last.avg"
 Change = Callable[[h5py.File], None]
