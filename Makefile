@@ -16,7 +16,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard check test-fast test bench clean
+.PHONY: help setup demo extract train-head finetune predict leaderboard check test-fast test stress bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -59,6 +59,9 @@ test-fast: setup  ## tests without TensorFlow, under 20 s
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
+
+stress: setup  ## 50 SIGKILLs of a real extraction, thousands of flipped bits (minutes)
+	$(BIN)/python tests/benchmarks/stress.py
 
 bench: setup  ## benchmarks: ratios measured side by side in one run
 	$(BIN)/python tests/benchmarks/bench_reuse.py

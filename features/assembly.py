@@ -26,7 +26,7 @@ from features.splits import SplitRule, assign_splits, find_leakage, warnings_abo
 from features.store import FeatureStore, Progress, StoreWriter
 
 logger = logging.getLogger(__name__)
-BLOCK_BYTES = 16 << 20
+BLOCK_BYTES = 4 << 20
 
 
 def table_of(

@@ -22,7 +22,7 @@ import numpy as np
 
 from features.assembly import assemble, is_current, table_of
 from features.errors import LockedError, StoreError, TooManyUnreadableError, check_range
-from features.files import printable, writable_folder
+from features.files import printable, writable_folder, writing
 from features.forecast import Forecast, forecast
 from features.planning import Identity, Plan, make_plan
 from features.recipe import Recipe
@@ -439,7 +439,8 @@ def locked(out: Path) -> Iterator[None]:
         who = holder.read_text() if holder.exists() else "another process"
         raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error
     try:
-        holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        with writing(out):
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         holder.unlink(missing_ok=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping
@@ -150,7 +151,7 @@ class Recipe:
         """Canonical JSON of the recipe."""
         return canonical_json(self.to_dict())
 
-    @property
+    @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON, 64 hexadecimal digits."""
         return hashlib.sha256(self.canonical.encode("ascii")).hexdigest()
