@@ -1,6 +1,7 @@
-"""Stream known rows into one finished store.
+"""Make a finished store of known rows.
 
-    image set + known rows --assemble()--> features.h5 (one file, complete or absent)
+    image set + known rows --assemble()--> features.h5, all rows in it, or an index of the shards that hold them
+    index + shards --pack()--> features.h5, all rows in it
 
 Splits and labels are decided here, from the source and the content hashes. Rows come in blocks, so memory does
 not grow with the number of images.
@@ -11,19 +12,21 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from features.errors import IntegrityError, SourceError
 from features.files import atomic_file, printable
-from features.layout import FeatureSpec, ImageTable, Quarantine
+from features.layout import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable
 from features.planning import Identity, KnownRows, Location
 from features.recipe import Recipe
 from features.sources import ImageSet
 from features.splits import SplitRule, assign_splits, find_leakage, warnings_about
-from features.store import FeatureStore, Progress, StoreWriter
+from features.store import FeatureStore, Progress
+from features.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
@@ -85,11 +88,14 @@ def is_current(
     rule: SplitRule,
     recipes: Sequence[Recipe],
     views: int,
+    layout: str,
     provenance: Mapping[str, object],
 ) -> bool:
     """Whether the store already says all this, so that nothing has to be written."""
     return (
-        store.classes == images.classes
+        (store.kind == "index") == (layout == "sharded")
+        and bool(store.present().all())
+        and store.classes == images.classes
         and all(store.provenance.get(name) == value for name, value in provenance.items())
         and (store.source, store.split_rule) == (images.description, str(rule))
         and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in recipes}
@@ -110,9 +116,12 @@ def assemble(
     views: int,
     known: KnownRows,
     provenance: Mapping[str, object],
+    layout: str = "packed",
     progress: Progress | None = None,
 ) -> None:
     """Write the store from known rows; ``out`` is whole or as it was before.
+
+    With ``layout="sharded"`` it becomes an index, which holds the place of every row in the shards.
 
     Raises
     ------
@@ -127,26 +136,124 @@ def assemble(
     for recipe in recipes:
         source, _ = places[recipe.name][0][0]
         specs[recipe.name] = FeatureSpec(recipe, views, known.sources[source].shape(recipe.name)[2:])
-    total, done = len(recipes) * len(table), 0
+    shards: ShardTable | None = None
+    blocks: Mapping[str, Iterable[np.ndarray]]
+    if layout == "sharded":
+        blocks, shards = _index(known, places)
+    else:
+        blocks = {recipe.name: _blocks(recipe, specs[recipe.name], places[recipe.name], known) for recipe in recipes}
+    _write(
+        out,
+        kind="store" if shards is None else "index",
+        features=specs,
+        blocks=blocks,
+        progress=progress,
+        images=table,
+        quarantine=quarantine,
+        classes=images.classes,
+        source=images.description,
+        split_rule=str(rule),
+        provenance={**provenance, "software": software_versions()},
+        shards=shards,
+    )
+
+
+def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> None:
+    """Copy a store into one file, block by block; ``out`` is whole or as it was before.
+
+    Raises
+    ------
+    IntegrityError
+        If a shard is damaged or missing.
+    StoreError
+        If ``out`` cannot be written.
+    """
+    specs = {
+        name: FeatureSpec(recipe, store.views(name), store.shape(name)[2:]) for name, recipe in store.recipes.items()
+    }
+    _write(
+        out,
+        kind="store",
+        features=specs,
+        blocks={name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()},
+        progress=progress,
+        images=store.images,
+        quarantine=store.quarantine,
+        classes=store.classes,
+        source=store.source,
+        split_rule=store.split_rule,
+        provenance=store.provenance,
+    )
+
+
+def _write(
+    out: Path,
+    *,
+    kind: str,
+    features: Mapping[str, FeatureSpec],
+    blocks: Mapping[str, Iterable[np.ndarray]],
+    progress: Progress | None,
+    images: ImageTable,
+    **tables: Any,
+) -> None:
+    total, done = len(features) * len(images), 0
     with atomic_file(out) as temporary:
-        writer = StoreWriter(temporary, kind="store", rows=len(table), features=specs)
+        writer = StoreWriter(temporary, kind=kind, rows=len(images), features=features)
         try:
-            for recipe in recipes:
-                for block in _blocks(recipe, specs[recipe.name], places[recipe.name], known):
-                    writer.append(recipe.name, block)
+            for name in features:
+                for block in blocks[name]:
+                    writer.append(name, block)
                     done += len(block)
                     if progress:
                         progress("assemble", done, total)
-            writer.finish(
-                images=table,
-                quarantine=quarantine,
-                classes=images.classes,
-                source=images.description,
-                split_rule=str(rule),
-                provenance={**provenance, "software": software_versions()},
-            )
+            writer.finish(images=images, **tables)
         finally:
             writer.close()
+
+
+def _slices(array: Any, step: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
+
+
+def _rows_of_block(spec: FeatureSpec) -> int:
+    row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * spec.views * np.dtype(spec.recipe.dtype).itemsize
+    return max(1, BLOCK_BYTES // max(1, row_bytes))
+
+
+def _index(
+    known: KnownRows, places: Mapping[str, Sequence[Sequence[Location]]]
+) -> tuple[dict[str, list[np.ndarray]], ShardTable]:
+    """The place of every row in the shards, and the shards that are used."""
+    digests: dict[str, bytes] = {}
+    for source in known.sources:
+        if source.kind == "shard":
+            digests[source.path.stem] = source.digest
+        else:
+            digests |= zip(source.shards.names, map(bytes, source.shards.digests), strict=True)
+    names = sorted(digests)
+    number_of = {name: number for number, name in enumerate(names)}
+    found = {}
+    for data_set, by_view in places.items():
+        result = np.empty((len(by_view[0]), len(by_view), 3), PLACE)
+        for view, locations in enumerate(by_view):
+            wanted = np.array(locations, dtype=np.int64)
+            for number in np.unique(wanted[:, 0]):
+                here, source = np.flatnonzero(wanted[:, 0] == number), known.sources[number]
+                position = known.view_position(int(number), view)
+                if source.kind == "shard":
+                    shard, row = number_of[source.path.stem], wanted[here, 1]
+                    result[here, view] = np.stack(np.broadcast_arrays(shard, row, position), axis=-1)
+                else:
+                    before = source.places(data_set)[wanted[here, 1], position]
+                    renumbered = np.array([number_of[name] for name in source.shards.names], PLACE)
+                    result[here, view] = np.column_stack([renumbered[before[:, 0]], before[:, 1:]])
+        found[data_set] = result
+    used = np.unique(np.concatenate([result[..., 0].reshape(-1) for result in found.values()]))
+    for result in found.values():
+        result[..., 0] = np.searchsorted(used, result[..., 0])
+    table = ShardTable(tuple(names[number] for number in used), _digests(digests[names[number]] for number in used))
+    return {name: [result] for name, result in found.items()}, table
 
 
 def _places(known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes]) -> list[Location]:
@@ -162,8 +269,7 @@ def _places(known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes]
 def _blocks(
     recipe: Recipe, spec: FeatureSpec, places: Sequence[Sequence[Location]], known: KnownRows
 ) -> Iterator[np.ndarray]:
-    row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * spec.views * np.dtype(recipe.dtype).itemsize
-    step = max(1, BLOCK_BYTES // max(1, row_bytes))
+    step = _rows_of_block(spec)
     for start in range(0, len(places[0]), step):
         stop = min(start + step, len(places[0]))
         block = np.empty((stop - start, spec.views, *spec.shape), dtype=recipe.dtype)

@@ -5,12 +5,10 @@ scan -> resolve network -> plan -> shards (read | infer | write) -> table -> ass
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import glob
 import logging
 import os
-import socket
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,16 +18,16 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from features.assembly import assemble, is_current, table_of
-from features.errors import LockedError, StoreError, TooManyUnreadableError, check_range
-from features.files import printable, writable_folder, writing
+from features.assembly import assemble, is_current, pack, table_of
+from features.errors import StoreError, TooManyUnreadableError, check_range
+from features.files import locked, printable, writable_folder
 from features.forecast import Forecast, forecast
 from features.planning import Identity, Plan, make_plan
 from features.recipe import Recipe
-from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard, shard_path
+from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard
 from features.sources import ImageSet, scan
 from features.splits import SplitRule
-from features.store import FeatureStore, Progress
+from features.store import FeatureStore, Progress, parts_folder, shard_path
 
 if TYPE_CHECKING:
     from features.networks import Network
@@ -79,6 +77,8 @@ class Extraction:
         Refuse the same bytes in two splits, which is otherwise warned about.
     target : str, optional
         The manifest's label column, noted for later stages.
+    layout : {"packed", "sharded"}, optional
+        One file, or an index of shards that stay where they were made; a store keeps its own without it.
     """
 
     def __init__(
@@ -97,18 +97,19 @@ class Extraction:
         rehash: bool = False,
         strict: bool = False,
         target: str | None = None,
+        layout: str | None = None,
     ) -> None:
         check_range("batch size", batch_size, 1, 4096)
         check_range("workers", 1 if workers is None else workers, 1, 1024)
         check_range("max unreadable", max_unreadable, 0, 1)
         self.images, self.network, self.out, self.rule = images, network, out, rule
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
-        self.rehash, self.strict, self.target = rehash, strict, target
+        self.rehash, self.strict, self.target, self.layout = rehash, strict, target, layout
         self.max_unreadable = max_unreadable
         self.workers = workers or processors()
         self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
         check_range("shard rows", self.shard_rows, 1, 1 << 20)
-        self.parts = PartsFolder(out.with_name(out.name + ".parts"))
+        self.parts = PartsFolder(parts_folder(out))
 
     def plan(self) -> Plan:
         """What would be done. Reads; writes nothing."""
@@ -124,6 +125,7 @@ class Extraction:
                 readers=readers,
                 overwrite=self.overwrite,
                 rehash=self.rehash,
+                layout=self.layout,
             )
 
     def forecast(self, plan: Plan) -> Forecast | None:
@@ -177,7 +179,10 @@ class Extraction:
             finally:
                 if self.parts.path.exists() and not self.parts.records:
                     self.parts.remove()  # nothing was computed: leave nothing behind
-            self.parts.remove()
+            if result.store.kind == "index":
+                self.parts.keep(result.store.shards.names)
+            else:
+                self.parts.remove()
         reasons = [None] * len(result.store) + list(result.store.quarantine.reasons)
         self._check_unreadable(reasons, f"the {len(result.store)} good rows are in {self.out}")
         return result
@@ -234,6 +239,7 @@ class Extraction:
             self.rule,
             plan.recipes,
             plan.views,
+            plan.layout,
             self._provenance(plan, engine),
         )
         if not current:
@@ -246,6 +252,7 @@ class Extraction:
                 recipes=plan.recipes,
                 views=plan.views,
                 known=plan.known,
+                layout=plan.layout,
                 provenance=self._provenance(plan, engine),
                 progress=progress,
             )
@@ -305,7 +312,7 @@ def prepare(
     split : str
         ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
     **options
-        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict`` of ``Extraction``.
+        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict``, ``layout`` of ``Extraction``.
 
     Raises
     ------
@@ -351,6 +358,39 @@ def extract_features(
         The finished store.
     """
     return prepare(images, out, **options).run(progress).store
+
+
+def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Progress | None = None) -> FeatureStore:
+    """Turn a sharded store into one file.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+    out : str or Path, optional
+        Another file to write; without it the store itself is replaced, and its shards are removed.
+    progress : callable, optional
+        Called with ``(stage, done, total)``.
+
+    Raises
+    ------
+    StoreError
+        If ``out`` exists already, or cannot be written.
+    IntegrityError
+        If a shard is damaged or missing.
+    """
+    path, target = Path(path), Path(path if out is None else out)
+    store = FeatureStore.open(path)
+    if target != path and target.exists():
+        raise StoreError(f"{target}: exists already. Give another --out, or remove it.")
+    if store.kind == "store" and target == path:
+        return store
+    writable_folder(target.parent)
+    with locked(target):
+        pack(store, target, progress)
+        if target == path:
+            PartsFolder(parts_folder(path)).remove()
+    return FeatureStore.open(target)
 
 
 class _LazyEngine:
@@ -417,35 +457,6 @@ def _settled(plan: Plan) -> list[Identity]:
             raise StoreError(f"{printable(path)}: no shard holds it, though one was planned")
         settled.append(identity)
     return settled
-
-
-@contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the writer's lock of a store, or refuse at once.
-
-    Raises
-    ------
-    LockedError
-        Naming the process that holds it.
-    """
-    import filelock
-
-    holder = out.with_name(f".{out.name}.writer")
-    path = out.with_name(f".{out.name}.lock")
-    lock = filelock.FileLock(path)
-    try:
-        lock.acquire(timeout=0)
-    except filelock.Timeout as error:
-        who = holder.read_text() if holder.exists() else "another process"
-        raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error
-    try:
-        with writing(out):
-            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
-        yield
-    finally:
-        holder.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a lock on a file without a name
-        lock.release()
 
 
 def processors() -> int:

@@ -1,4 +1,4 @@
-"""Files on disk: whole or absent, durable, named by their hash, shown safely."""
+"""Files on disk: whole or absent, durable, held by one writer, named by their hash, shown safely."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ import hashlib
 import os
 import secrets
 import shutil
+import socket
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from features.errors import BottleneckError, StoreError
+from features.errors import BottleneckError, LockedError, StoreError
 
 
 @contextlib.contextmanager
@@ -73,6 +74,35 @@ def _replacement(path: Path) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Hold the writer's lock of a store, or refuse at once.
+
+    Raises
+    ------
+    LockedError
+        Naming the process that holds it.
+    """
+    import filelock
+
+    holder = out.with_name(f".{out.name}.writer")
+    path = out.with_name(f".{out.name}.lock")
+    lock = filelock.FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        who = holder.read_text() if holder.exists() else "another process"
+        raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error
+    try:
+        with writing(out):
+            holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+        yield
+    finally:
+        holder.unlink(missing_ok=True)
+        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a lock on a file without a name
+        lock.release()
 
 
 class PatientFile:

@@ -15,6 +15,8 @@ from features.recipe import Recipe, canonical_json
 FORMAT = "bottleneck-features"
 FORMAT_VERSION = 1
 CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
+TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
+PLACE = np.dtype("<i4")  # a place is three of them: shard, row, position on the shard's view axis
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +80,14 @@ class FeatureSpec:
     shape: tuple[int, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class ShardTable:
+    """The shards that an index points into: name, and digest of what each says (``FeatureStore.digest``)."""
+
+    names: tuple[str, ...]
+    digests: np.ndarray
+
+
 # Column name -> (dtype, trailing shape); None stands for a list of strings.
 IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "path": None,
@@ -97,9 +107,20 @@ QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "size": ("<i8", ()),
     "mtime_ns": ("<i8", ()),
 }
+SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "digest": ("u1", (32,))}
 OPTIONAL_COLUMNS = {"/images/group"}
-ROOT_GROUPS = ("features", "images", "classes", "quarantine", "checksums")
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
+
+
+def values_group(kind: str) -> str:
+    """Where the features are, or in an index their places."""
+    return "places" if kind == "index" else "features"
+
+
+def root_groups(kind: str) -> tuple[str, ...]:
+    """Groups directly under the root of a store, an index or a shard."""
+    shards = ("shards",) if kind == "index" else ()
+    return (values_group(kind), *shards, "images", "classes", "quarantine", "checksums")
 
 
 def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
@@ -146,3 +167,7 @@ def quarantine_columns(quarantine: Quarantine) -> dict[str, Any]:
         "size": quarantine.sizes,
         "mtime_ns": quarantine.mtimes_ns,
     }
+
+
+def shard_columns(shards: ShardTable) -> dict[str, Any]:
+    return {"name": shards.names, "digest": shards.digests}

@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
-from features.recipe import Recipe
+from features.recipe import Recipe, check_choice
 from features.shards import PartsFolder, ShardSpec
 from features.sources import ImageSet
 from features.store import FeatureStore
@@ -27,6 +27,7 @@ from features.store import FeatureStore
 logger = logging.getLogger(__name__)
 Cell = tuple[str, int]  # fingerprint, view
 Location = tuple[int, int]  # source, row
+LAYOUTS = ("packed", "sharded")
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
 
 
@@ -74,8 +75,10 @@ class KnownRows:
         images, quarantine = store.images, store.quarantine
         hashes = [digest.tobytes() for digest in images.sha256]
         columns = (images.paths, hashes, images.sizes, images.mtimes_ns, images.widths, images.heights)
+        present = store.present()
         for row, (path, sha256, size, mtime, width, height) in enumerate(zip(*columns, strict=True)):
-            rows[sha256] = (source, row)
+            if present[row]:
+                rows[sha256] = (source, row)
             self.sizes.add(int(size))
             if same_place:
                 self._by_path[path] = (int(size), int(mtime), Identity(sha256, int(width), int(height)))
@@ -137,6 +140,8 @@ class Plan:
         ``cached moved new changed removed unreadable``, in images.
     old : FeatureStore or None
         The store as it is.
+    layout : {"packed", "sharded"}
+        Whether the finished store is one file, or an index of shards.
     """
 
     images: ImageSet
@@ -147,6 +152,7 @@ class Plan:
     identities: list[Identity | None]
     counts: Counter[str]
     old: FeatureStore | None
+    layout: str = "packed"
 
     @property
     def to_infer(self) -> int:
@@ -165,6 +171,7 @@ def make_plan(
     readers: Executor,
     overwrite: bool = False,
     rehash: bool = False,
+    layout: str | None = None,
 ) -> Plan:
     """Compare a source with what is already computed.
 
@@ -188,11 +195,14 @@ def make_plan(
         Allow a store of another recipe or of other images to be replaced.
     rehash : bool
         Read and hash every image, also those whose size and time are unchanged.
+    layout : {"packed", "sharded"}, optional
+        That of the store as it is without it; packed for a new one.
 
     Raises
     ------
     ConfigurationError
-        If ``out`` or its shards hold another recipe, or most of its images are missing, without ``overwrite``.
+        If ``out`` or its shards hold another recipe, or most of its images are missing, without ``overwrite``; if a
+        packed store is to become a sharded one.
     """
     old = _old_store(out, overwrite=overwrite)
     wanted = tuple(recipes)
@@ -203,11 +213,12 @@ def make_plan(
         wanted += tuple(recipe for name, recipe in sorted(old.recipes.items()) if name not in names)
         views = max(views, *(old.views(name) for name in old.names))
 
+    layout = _layout(layout, old, out)
     known, root = KnownRows(), str(images.root)
     if old is not None:
         known.add(old, range(min(old.views(name) for name in old.names)), root=root)
     fingerprints = {recipe.fingerprint for recipe in wanted}
-    for record, shard in parts.shards():
+    for record, shard in parts.shards(known=() if old is None else old.shards.names):
         if fingerprints.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
             known.add(shard, record.views, root=root)
         elif not overwrite:
@@ -226,7 +237,7 @@ def make_plan(
                 f"{out}: holds {len(old)} images of {old.source}, and only {kept} of them are in {images.description}. "
                 "If images are missing for a while, bring them back; else give another --out, or --overwrite to go on."
             )
-    return Plan(images, wanted, views, specs, known, identities, counts, old)
+    return Plan(images, wanted, views, specs, known, identities, counts, old, layout)
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
@@ -243,6 +254,16 @@ def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
             raise
         logger.warning("%s; it is replaced", error)
         return None
+
+
+def _layout(wanted: str | None, old: FeatureStore | None, out: Path) -> str:
+    check_choice("layout", wanted or "packed", LAYOUTS)
+    is_packed = old is None or old.kind == "store"
+    if old is not None and is_packed and wanted == "sharded":
+        raise ConfigurationError(
+            f"{out}: is one packed file, which cannot become a sharded store. Give another --out, or leave --layout out."
+        )
+    return wanted or ("packed" if is_packed else "sharded")
 
 
 def _kept(identity: Identity | None, known: KnownRows, recipes: Sequence[Recipe]) -> bool:

@@ -66,9 +66,9 @@ class PixelRule:
             value = getattr(self, name)
             if not 1 <= value <= 4096:
                 raise ConfigurationError(f"image size: {name} must be 1 to 4096 pixels, received {value}")
-        _check_choice("resize", self.resize, RESIZE_RULES)
-        _check_choice("fit", self.fit, FIT_RULES)
-        _check_choice("decode", self.decode, DECODE_RULES)
+        check_choice("resize", self.resize, RESIZE_RULES)
+        check_choice("fit", self.fit, FIT_RULES)
+        check_choice("decode", self.decode, DECODE_RULES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,9 +114,9 @@ class Recipe:
     dtype: str = "float32"
 
     def __post_init__(self) -> None:
-        _check_choice("pooling", self.pooling, POOLINGS)
-        _check_choice("precision", self.precision, PRECISIONS)
-        _check_choice("dtype", self.dtype, DTYPES)
+        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("precision", self.precision, PRECISIONS)
+        check_choice("dtype", self.dtype, DTYPES)
 
     @property
     def name(self) -> str:
@@ -143,6 +143,11 @@ class Recipe:
         if set(fields) != known:
             odd = sorted(set(fields) ^ known)
             raise ConfigurationError(f"recipe has unknown or missing fields: {', '.join(odd)}")
+        kinds: dict[str, type | tuple[type, ...]] = {"height": int, "width": int, "seed": int}
+        kinds["augmentation"] = (dict, type(None))
+        for name, value in fields.items():
+            if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
+                raise ConfigurationError(f"recipe: {name} is {value!r}, of the wrong type")
         pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
         return cls(pixels=pixels, **fields)
 
@@ -162,7 +167,8 @@ class Recipe:
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 
-def _check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
+    """Raise ConfigurationError, naming the nearest, if ``value`` is none of the known ones."""
     if value not in known:
         raise ConfigurationError(
             f"{field}: received {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"

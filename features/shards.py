@@ -3,7 +3,8 @@
     spec -> read bytes -> decode (threads) -> batch -> infer -> rows -> shard file -> record -> journal
 
 A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside
-the store (``features.h5.parts/``) with an append-only journal; assembly (``features.extraction``) reads them there.
+the store (``features.h5.parts/``) with an append-only journal; assembly (``features.assembly``) copies them into one
+file, or makes an index of them and they stay.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,8 @@ from features.files import atomic_file, file_digest, printable, sync_folder, wri
 from features.images import Decoded, decode_image
 from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.recipe import Recipe, canonical_json, digest_of
-from features.store import FeatureStore, StoreWriter
+from features.store import FeatureStore, shard_path
+from features.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
@@ -262,13 +264,8 @@ def _hashes(digests: Iterator[bytes] | Any) -> np.ndarray:
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
-def shard_path(folder: Path, identity: str) -> Path:
-    """Where the shard of that identity lies."""
-    return folder / f"{identity}.h5"
-
-
 class PartsFolder:
-    """The shards of an unfinished extraction and their journal, one JSON line each.
+    """The shards of an unfinished extraction, or of a sharded store, and their journal, one JSON line each.
 
     A torn last line, a missing shard or one whose checksum differs costs that shard and nothing else; a shard
     that was renamed into place but not entered before a crash is found again and entered.
@@ -310,15 +307,30 @@ class PartsFolder:
             os.fsync(stream.fileno())
         self.records[record.identity] = record
 
-    def shards(self) -> Iterator[tuple[ShardRecord, FeatureStore]]:
-        """Open every committed shard whose checksum holds; one that does not is dropped with a warning."""
+    def shards(self, *, known: Collection[str] = ()) -> Iterator[tuple[ShardRecord, FeatureStore]]:
+        """Open every committed shard whose checksum holds; one that does not is dropped with a warning.
+
+        Parameters
+        ----------
+        known : collection of str
+            Shards to leave out: those that the index of the store vouches for.
+        """
         for identity, record in list(self.records.items()):
+            if identity in known:
+                continue
             path = shard_path(self.path, identity)
             if file_digest(path) != record.sha256:
                 logger.warning("%s is damaged (checksum differs); its images are computed again", path)
                 del self.records[identity]
                 continue
             yield record, FeatureStore.open_shard(path)
+
+    def keep(self, identities: Collection[str]) -> None:
+        """Remove every shard but these."""
+        for identity in set(self.records) - set(identities):
+            shard_path(self.path, identity).unlink(missing_ok=True)
+            del self.records[identity]
+        self._rewrite()
 
     def remove(self) -> None:
         """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""

@@ -1,217 +1,55 @@
-"""The feature store: the only module that opens feature files. Read, write, verify.
+"""The feature store, read: a finished feature file, and nothing in it trusted.
 
-``FORMAT.md`` beside this file is normative. Blocks of rows flow in through ``StoreWriter`` and become one
-finished file or none (``features.files.atomic_file``); ``FeatureStore`` reads a finished file and trusts nothing in it.
+``FORMAT.md`` beside this file is normative. ``features.writer`` makes what is read here; ``features.structure`` checks
+how a file is built before any value of it is used.
 """
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
+import hashlib
 import json
-import math
 import os
+import re
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
-from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError, nearest
-from features.files import PatientFile
+from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
 from features.layout import (
-    FORMAT,
-    FORMAT_VERSION,
     IMAGE_COLUMNS,
     OPTIONAL_COLUMNS,
+    PLACE,
     QUARANTINE_COLUMNS,
-    ROOT_ATTRIBUTES,
-    ROOT_GROUPS,
-    FeatureSpec,
+    SHARD_COLUMNS,
     ImageTable,
     Quarantine,
-    attributes_digest,
+    ShardTable,
     block_hash,
     block_rows,
     data_digest,
-    image_columns,
-    quarantine_columns,
+    values_group,
 )
 from features.recipe import Recipe, canonical_json
+from features.sharded import ShardedArray, by_shard
 from features.splits import SPLITS
+from features.structure import WAY_OUT, Structure, read_structure, reading
 
-if TYPE_CHECKING:
-    import h5py
-
-_TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
-_ROW_LIMIT = 1 << 40  # values of one row, in a data set that may have no rows
-_WAY_OUT = "Move the file away and extract again; no row of it is used."
+_SHARD_NAME = re.compile("[0-9a-f]{20}")
 Progress = Callable[[str, int, int], None]
 
 
-class StoreWriter:
-    """Write a finished file from blocks of rows that arrive in order.
-
-    Parameters
-    ----------
-    path : Path
-        File to create (give the temporary name of ``atomic_file``).
-    kind : {"store", "shard"}
-        A shard has no labels and splits: they are decided at assembly.
-    rows : int
-        Number of rows of every data set.
-    features : mapping of str to FeatureSpec
-        Data sets by name.
-    """
-
-    def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
-        import h5py
-
-        self._sink = PatientFile(path)
-        # v110: every metadata structure carries a checksum, so a flipped bit is an error and not another value.
-        self._file = h5py.File(self._sink, "w-", libver=("v110", "v110"))
-        self._rows = rows
-        self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
-        self._open: dict[str, _HashedDataset] = {}
-        with self._checked():
-            for name in ROOT_GROUPS:
-                self._file.create_group(name)
-            self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
-            for name, spec in features.items():
-                key = f"/features/{name}"
-                dataset = self._create(key, (rows, spec.views, *spec.shape), np.dtype(spec.recipe.dtype))
-                self._set(key, recipe=spec.recipe.canonical, fingerprint=spec.recipe.fingerprint)
-                self._open[name] = dataset
-
-    def append(self, name: str, block: np.ndarray) -> None:
-        """Append rows to one feature data set.
-
-        Parameters
-        ----------
-        name : str
-            Data set.
-        block : float32 or float16, (k, views, ...)
-            The next k rows.
-        """
-        with self._checked():
-            self._open[name].append(block)
-
-    def finish(
-        self,
-        *,
-        images: ImageTable,
-        quarantine: Quarantine,
-        classes: Sequence[str] = (),
-        source: str = "",
-        split_rule: str = "",
-        provenance: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Write the tables, the checksums and the attributes, and close the file."""
-        for name, dataset in self._open.items():
-            if dataset.position != self._rows:
-                raise StoreError(f"/features/{name}: {dataset.position} rows were written, {self._rows} promised")
-        with self._checked():
-            self._table("/images", IMAGE_COLUMNS, image_columns(images))
-            self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
-            self._strings("/classes", classes)
-            self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
-            for dataset in list(self._open.values()):
-                dataset.write_checksums(self._file)
-            self._set("/", attributes_sha256=attributes_digest(self._attributes))
-            self.close()
-
-    def close(self) -> None:
-        """Close the file, finished or not."""
-        self._file.close()
-        self._sink.close()
-
-    @contextlib.contextmanager
-    def _checked(self) -> Iterator[None]:
-        """An error of the disk ends the writing, and comes before what the library made of it."""
-        try:
-            yield
-            self._sink.check()
-        except BaseException:
-            self.close()
-            self._sink.check()
-            raise
-
-    def _set(self, key: str, **values: str | int) -> None:
-        for name, value in values.items():
-            stored: Any = value
-            if isinstance(value, str):
-                # One NUL behind an empty text: HDF5 has no string type of length 0.
-                stored = np.bytes_(value.encode("utf-8", "surrogateescape") or b"\0")
-                if len(stored) > _TEXT_ATTRIBUTE_LIMIT:
-                    raise StoreError(f"attribute {name} of {key}: {len(stored)} bytes, at most {_TEXT_ATTRIBUTE_LIMIT}")
-            self._file[key].attrs.create(name, stored, dtype=None if isinstance(value, str) else "<i8")
-            if name != "attributes_sha256":
-                self._attributes.setdefault(key, {})[name] = value
-
-    def _create(self, key: str, shape: tuple[int, ...], dtype: np.dtype) -> _HashedDataset:
-        dataset = self._file.create_dataset(key, shape=shape, dtype=dtype.newbyteorder("<"), track_times=False)
-        return _HashedDataset(key, dataset)
-
-    def _table(self, key: str, known: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
-        for name, kind in known.items():
-            values = columns[name]
-            if values is None:
-                continue
-            if kind is None:
-                self._strings(f"{key}/{name}", values)
-            else:
-                self._column(f"{key}/{name}", np.asarray(values, dtype=kind[0]).reshape(-1, *kind[1]))
-
-    def _strings(self, key: str, values: Sequence[str]) -> None:
-        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
-        self._file.require_group(key)
-        self._column(f"{key}/utf8", np.frombuffer(b"".join(encoded), dtype="u1"))
-        lengths = np.fromiter((len(text) for text in encoded), dtype="<i8", count=len(encoded))
-        self._column(f"{key}/ends", np.cumsum(lengths, dtype="<i8"))
-
-    def _column(self, key: str, values: np.ndarray) -> None:
-        column = self._create(key, values.shape, values.dtype)
-        column.append(values)
-        self._open[key] = column
+def parts_folder(path: Path) -> Path:
+    """Where the shards of a store lie."""
+    return path.with_name(path.name + ".parts")
 
 
-class _HashedDataset:
-    """A data set written front to back, hashed in blocks of rows on the way."""
-
-    def __init__(self, key: str, dataset: h5py.Dataset) -> None:
-        self.key, self._dataset, self.position = key, dataset, 0
-        self._block_rows = block_rows(dataset.shape, dataset.dtype)
-        self._hash, self._digests = block_hash(key, dataset.dtype, dataset.shape, 0), []  # type: ignore[var-annotated]
-
-    def append(self, block: np.ndarray) -> None:
-        expected = self._dataset.shape[1:]
-        if block.shape[1:] != expected or self.position + len(block) > self._dataset.shape[0]:
-            raise StoreError(
-                f"{self.key}: received rows {block.shape} after row {self.position}, expected {self._dataset.shape}"
-            )
-        block = np.ascontiguousarray(block, dtype=self._dataset.dtype)
-        done = 0
-        while done < len(block):
-            step = min(len(block) - done, self._block_rows - self.position % self._block_rows)
-            # In small steps: h5py copies what it hands to a file object.
-            self._dataset[self.position : self.position + step] = block[done : done + step]
-            self._hash.update(block[done : done + step].data)
-            done += step
-            self.position += step
-            if self.position % self._block_rows == 0:
-                self._close_block()
-
-    def _close_block(self) -> None:
-        self._digests.append(self._hash.digest())
-        self._hash = block_hash(self.key, self._dataset.dtype, self._dataset.shape, len(self._digests))
-
-    def write_checksums(self, file: h5py.File) -> None:
-        if self.position % self._block_rows:
-            self._close_block()
-        digests = np.frombuffer(b"".join(self._digests), dtype="u1").reshape(-1, 32)
-        file.create_dataset(f"/checksums{self.key}", data=digests, track_times=False)
+def shard_path(folder: Path, identity: str) -> Path:
+    """Where the shard of that identity lies."""
+    return folder / f"{identity}.h5"
 
 
 class FeatureStore:
@@ -223,13 +61,13 @@ class FeatureStore:
     >>> X, y = store.load(split="train")                              # doctest: +SKIP
     """
 
-    def __init__(self, path: Path, *, kind: str) -> None:
-        self.path = path
-        self._kind = kind
+    def __init__(self, path: Path, *, kinds: tuple[str, ...]) -> None:
+        self.path, self._kinds = path, kinds
         self._descriptor: int | None = None
         self._verified: set[str] = set()
-        with _reading(path):
-            self._read_structure(kind)
+        self._shards: dict[int, FeatureStore] = {}
+        with reading(path):
+            self._open()
 
     @classmethod
     def open(cls, path: str | Path) -> FeatureStore:
@@ -244,15 +82,15 @@ class FeatureStore:
         IntegrityError
             If it is not a feature store, or its structure is not what FORMAT.md says.
         """
-        return cls(Path(path), kind="store")
+        return cls(Path(path), kinds=("store", "index"))
 
     @classmethod
     def open_shard(cls, path: str | Path) -> FeatureStore:
-        """Open one shard of an unfinished extraction. Its labels and splits are not yet decided."""
-        return cls(Path(path), kind="shard")
+        """Open one shard. Its labels and splits are not yet decided, or stand in the index."""
+        return cls(Path(path), kinds=("shard",))
 
     def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
-        return functools.partial(FeatureStore, kind=self._kind), (self.path,)  # open files do not travel
+        return functools.partial(FeatureStore, kinds=self._kinds), (self.path,)  # open files do not travel
 
     # -- what is inside
     @property
@@ -266,7 +104,8 @@ class FeatureStore:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of one data set, ``(images, views, ...)``."""
-        return self._entries[f"/features/{self._data_set(name)}"].shape
+        entry = self._entries[self._key_of(name)]
+        return entry.shape if self.kind != "index" else (*entry.shape[:2], *self._row_shapes[name])
 
     def views(self, name: str) -> int:
         """Number of views in one data set."""
@@ -288,7 +127,7 @@ class FeatureStore:
             mtimes_ns=column("mtime_ns"),
         )
         # Rows of a shard get their labels and splits at assembly.
-        splits = (0, len(SPLITS) - 1) if self._kind == "store" else (-1, -1)
+        splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
         self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
         self._check_range("/images/split", table.splits, *splits)
         return table
@@ -310,7 +149,7 @@ class FeatureStore:
         """Class names; a label is an index into them."""
         names = self._strings_of("/classes")
         if list(names) != sorted(set(names)):
-            raise IntegrityError(f"{self.path}: /classes are not sorted, or one is there twice. {_WAY_OUT}")
+            raise IntegrityError(f"{self.path}: /classes are not sorted, or one is there twice. {WAY_OUT}")
         return names
 
     @functools.cached_property
@@ -318,6 +157,39 @@ class FeatureStore:
         """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
         table = self.images
         return data_digest(self.classes, table.sha256, table.labels, table.splits)
+
+    @functools.cached_property
+    def shards(self) -> ShardTable:
+        """The shards that hold the features of a sharded store; none in a packed one."""
+        if self.kind != "index":
+            return ShardTable((), np.zeros((0, 32), np.uint8))
+        table = ShardTable(self._strings_of("/shards/name"), self._values_of("/shards/digest"))
+        if not all(map(_SHARD_NAME.fullmatch, table.names)):
+            raise IntegrityError(f"{self.path}: /shards/name holds what is no name of a shard. {WAY_OUT}")
+        return table
+
+    def places(self, name: str) -> np.ndarray:
+        """Where the rows of a sharded store lie, int32, ``(images, views, 3)``: shard, row, position of the view."""
+        return self._verified_map(self._key_of(name))
+
+    def present(self) -> np.ndarray:
+        """Whether each row is there, bool, ``(images,)``: false where a file of a sharded store was removed."""
+        here = np.array([self._shard_path(number).exists() for number in range(len(self.shards.names))], bool)
+        every = np.ones(len(self), bool)
+        for name in self.names if not here.all() else ():
+            places = self.places(name)[..., 0]
+            self._check_range(f"/places/{name}", places, 0, len(here) - 1)
+            every &= here[places].all(axis=1)
+        return every
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """sha256 over everything that decides what the file says: its attributes, and the checksums of all blocks."""
+        listed = {key: [entry.dtype.str, list(entry.shape)] for key, entry in sorted(self._entries.items())}
+        digest = hashlib.sha256(canonical_json([self._attributes_digest, listed]).encode("ascii"))
+        for key in sorted(self._entries):
+            digest.update(self._entries[key].digests.tobytes())
+        return digest.digest()
 
     # -- arrays
     def rows(self, split: str | None = None) -> np.ndarray:
@@ -369,14 +241,17 @@ class FeatureStore:
             return array[rows[0] : rows[-1] + 1, chosen], labels
         return array[rows, chosen], labels
 
-    def array(self, name: str | None = None) -> np.ndarray:
-        """One whole data set, ``(images, views, ...)``, memory-mapped and read-only, verified on first use."""
-        key = f"/features/{self._data_set(name)}"
-        if key not in self._verified:
-            for _ in self._verify_blocks(key):
-                pass
-            self._verified.add(key)
-        return self._map(key)
+    def array(self, name: str | None = None) -> np.ndarray | ShardedArray:
+        """One whole data set, ``(images, views, ...)``, read-only, verified on first use.
+
+        Memory-mapped in a packed store; in a sharded one an object that copies the rows it is indexed with.
+        """
+        name = self._data_set(name)
+        values = self._verified_map(self._key_of(name))
+        if self.kind != "index":
+            return values
+        rows_of = functools.partial(self._shard_rows, name)
+        return ShardedArray(values, self._row_shapes[name], np.dtype(self.recipes[name].dtype), rows_of)
 
     def verify(self, progress: Progress | None = None) -> int:
         """Recompute every checksum.
@@ -391,15 +266,27 @@ class FeatureStore:
         IntegrityError
             Naming the data set and the rows of the first block that differs.
         """
-        total = sum(len(entry.digests) for entry in self._entries.values())
-        done = 0
+        blocks = sum(len(entry.digests) for entry in self._entries.values())
+        total, done = blocks + len(self.shards.names), 0
         for key in self._entries:
             for _ in self._verify_blocks(key):
                 done += 1
                 if progress:
                     progress("verify", done, total)
+        here = {name: dict(by_shard(self.places(name))) for name in self.names} if self.kind == "index" else {}
+        for number in range(len(self.shards.names)):
+            shard = self._open_shard(number)
+            blocks += shard.verify()
+            for name, groups in here.items():
+                if number in groups:
+                    self._check_holds(shard, name, self.places(name).reshape(-1, 3)[groups[number]])
+            done += 1
+            if progress:
+                progress("verify", done, total)
+        if any(set(groups) - set(range(len(self.shards.names))) for groups in here.values()):
+            raise IntegrityError(f"{self.path}: a place in a shard that there is not. {WAY_OUT}")
         _ = self.images, self.quarantine  # texts are whole, labels and splits are in range
-        return done
+        return blocks
 
     # -- inside
     def _data_set(self, name: str | None) -> str:
@@ -415,64 +302,35 @@ class FeatureStore:
             )
         return name
 
-    def _read_structure(self, kind: str) -> None:
-        import h5py
+    def _key_of(self, name: str) -> str:
+        return f"/{values_group(self.kind)}/{self._data_set(name)}"
 
+    def _open(self) -> None:
         if not self.path.exists():
             raise StoreError(
                 f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
             )
         if not self.path.is_file():
             raise IntegrityError("not a feature store, but a folder, a pipe or a device")
-        with h5py.File(self.path, "r", locking=False) as file:
-            handle = file.id.get_vfd_handle()
-            size = os.fstat(handle).st_size
-            if self._kind == "store":
-                # Its own hold on the file: when a writer puts another one in its place, these rows stay these.
-                # Shards never change, and there may be more of them than a process may open.
-                self._descriptor = os.dup(handle)
-                weakref.finalize(self, os.close, self._descriptor)
-            self._check_version(file)
-            attributes: dict[str, dict[str, str | int]] = {}
-            datasets: dict[str, h5py.Dataset] = {}
-            _walk(file, "", attributes, datasets, set())
-            _check_objects(attributes, datasets)
-            root = attributes["/"]
-            stated = root.pop("attributes_sha256", None)
-            if stated != attributes_digest(attributes):
-                raise IntegrityError("the attributes are not what was written (attributes_sha256 differs)")
-            if sorted({*root, "attributes_sha256"}) != sorted(ROOT_ATTRIBUTES) or root["kind"] != kind:
-                raise IntegrityError(f"root attributes: received kind {root.get('kind')!r}, expected a {kind}")
-            checksums = {
-                key.removeprefix("/checksums"): datasets.pop(key) for key in list(datasets) if _is_checksum(key)
-            }
-            if set(checksums) != set(datasets):
-                odd = sorted(set(checksums) ^ set(datasets))
-                raise IntegrityError(f"data sets and checksums do not pair: {', '.join(odd[:5])}")
-            self._entries = {key: _Entry.read(key, data, checksums[key], size) for key, data in datasets.items()}
-        self.source = str(root["source"])
-        self.split_rule = str(root["split_rule"])
+        structure = read_structure(self.path, self._kinds, keep_open="shard" not in self._kinds)
+        if structure.descriptor >= 0:
+            self._descriptor = structure.descriptor
+            weakref.finalize(self, os.close, structure.descriptor)
+        root = structure.root
+        self._entries, self._attributes_digest = structure.entries, structure.attributes_digest
+        self.kind, self.source, self.split_rule = str(root["kind"]), str(root["source"]), str(root["split_rule"])
         self.provenance = json.loads(str(root["provenance"]))
         if not isinstance(self.provenance, dict):
             raise IntegrityError(f"attribute provenance: received {str(root['provenance'])[:40]}, expected an object")
         self._check_columns()
-        self.recipes = self._read_recipes(attributes)
-
-    def _check_version(self, file: h5py.File) -> None:
-        found = {}
-        for name in ("format", "format_version"):
-            found[name] = _attribute(file, name) if name in file.attrs else None
-        if found["format"] != FORMAT:
-            raise IntegrityError(f"not a feature store (format is {found['format']!r}, expected {FORMAT!r})")
-        if found["format_version"] != FORMAT_VERSION:
-            raise FormatVersionError(
-                f"{self.path}: format version {found['format_version']} is not known to this release, which reads "
-                f"version {FORMAT_VERSION}. Install a newer bottleneck-features, or extract again into another file."
-            )
+        self.recipes = self._read_recipes(structure)
 
     def _check_columns(self) -> None:
         expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        for group, columns in (("/images", IMAGE_COLUMNS), ("/quarantine", QUARANTINE_COLUMNS)):
+        tables_of_file = {"/images": IMAGE_COLUMNS, "/quarantine": QUARANTINE_COLUMNS}
+        if self.kind == "index":
+            tables_of_file["/shards"] = SHARD_COLUMNS
+        for group, columns in tables_of_file.items():
             for name, kind in columns.items():
                 key = f"{group}/{name}"
                 if kind is not None:
@@ -480,10 +338,10 @@ class FeatureStore:
                 elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in self._entries:
                     expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
         expected |= {"/classes/utf8": ("u1", ()), "/classes/ends": ("<i8", ())}
-        tables = {key for key in self._entries if not key.startswith("/features/")}
+        tables = {key for key in self._entries if not key.startswith(f"/{values_group(self.kind)}/")}
         if tables != set(expected):
             raise IntegrityError(f"unknown or missing data sets: {', '.join(sorted(tables ^ set(expected))[:5])}")
-        counts: dict[str, set[int]] = {"/images": set(), "/quarantine": set()}
+        counts: dict[str, set[int]] = {group: set() for group in tables_of_file}
         for key, (dtype, tail) in expected.items():
             entry = self._entries[key]
             if entry.dtype != np.dtype(dtype) or entry.shape[1:] != tail:
@@ -495,34 +353,75 @@ class FeatureStore:
                 raise IntegrityError(f"{group}: columns of different lengths {sorted(lengths)}")
         self._rows = counts["/images"].pop()
 
-    def _read_recipes(self, attributes: Mapping[str, Mapping[str, str | int]]) -> dict[str, Recipe]:
+    def _read_recipes(self, structure: Structure) -> dict[str, Recipe]:
         recipes: dict[str, Recipe] = {}
+        self._row_shapes: dict[str, tuple[int, ...]] = {}  # of an index, whose values lie elsewhere
+        group, extra = f"/{values_group(self.kind)}/", ["shape"] if self.kind == "index" else []
         for key, entry in self._entries.items():
-            if not key.startswith("/features/"):
+            if not key.startswith(group):
                 continue
-            values = attributes.get(key, {})
-            if sorted(values) != ["fingerprint", "recipe"]:
+            values = structure.attributes.get(key, {})
+            if sorted(values) != ["fingerprint", "recipe", *extra]:
                 raise IntegrityError(f"{key}: attributes {sorted(values)}, expected fingerprint and recipe")
             recipe = Recipe.from_dict(json.loads(str(values["recipe"])))
-            name = key.removeprefix("/features/")
+            name = key.removeprefix(group)
             if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
                 raise IntegrityError(f"{key}: the fingerprint or the name is not that of its recipe")
-            if (
-                entry.dtype != np.dtype(recipe.dtype)
-                or len(entry.shape) < 3
-                or entry.shape[0] != self._rows
-                or not entry.shape[1]
-            ):
+            dtype = PLACE if self.kind == "index" else np.dtype(recipe.dtype)
+            if entry.dtype != dtype or len(entry.shape) < 3 or entry.shape[0] != self._rows or not entry.shape[1]:
                 raise IntegrityError(
-                    f"{key}: received {entry.dtype.str} {entry.shape}, expected {recipe.dtype} and {self._rows} rows"
+                    f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} and {self._rows} rows"
                 )
+            if self.kind == "index":
+                self._row_shapes[name] = _row_shape(key, entry.shape, str(values["shape"]))
             recipes[name] = recipe
         if not recipes:
-            raise IntegrityError("/features: no data set")
+            raise IntegrityError(f"{group[:-1]}: no data set")
         return recipes
+
+    def _shard_path(self, number: int) -> Path:
+        return shard_path(parts_folder(self.path), self.shards.names[number])
+
+    def _open_shard(self, number: int) -> FeatureStore:
+        """A shard that is the one the index was made of: its digest vouches for all that it says."""
+        path = self._shard_path(number)
+        way_out = (
+            f"It is part of {self.path}. If that was brought up to date in the meantime, open it again; else move the "
+            "shard away and run the extraction again: only its images are computed."
+        )
+        try:
+            shard = FeatureStore.open_shard(path)
+        except StoreError as error:
+            raise IntegrityError(f"{path}: the shard is missing. {way_out}") from error
+        if shard.digest != self.shards.digests[number].tobytes():
+            raise IntegrityError(f"{path}: the shard is not the one that was written. {way_out}")
+        return shard
+
+    def _shard_rows(self, name: str, number: int) -> np.ndarray:
+        if not 0 <= number < len(self.shards.names):
+            raise IntegrityError(f"{self.path}: a place in shard {number}, of {len(self.shards.names)}. {WAY_OUT}")
+        if number not in self._shards:
+            self._shards[number] = self._open_shard(number)
+        self._check_holds(self._shards[number], name)
+        return np.asarray(self._shards[number].array(name))
+
+    def _check_holds(self, shard: FeatureStore, name: str, places: np.ndarray | None = None) -> None:
+        """That a shard has the data set that the index says, and all of these places."""
+        recipe, mine = shard.recipes.get(name), self.recipes[name].fingerprint
+        if recipe is None or recipe.fingerprint != mine or shard.shape(name)[2:] != self._row_shapes[name]:
+            raise IntegrityError(f"{shard.path}: does not hold {name} of {self.path}. {WAY_OUT}")
+        if places is not None and ((places < 0).any() or (places[:, 1:] >= shard.shape(name)[:2]).any()):
+            raise IntegrityError(f"{self.path}: a place outside {shard.path}. {WAY_OUT}")
 
     def _stream(self) -> BinaryIO:
         return open(self.path if self._descriptor is None else os.dup(self._descriptor), "rb", buffering=0)
+
+    def _verified_map(self, key: str) -> np.ndarray:
+        if key not in self._verified:
+            for _ in self._verify_blocks(key):
+                pass
+            self._verified.add(key)
+        return self._map(key)
 
     def _map(self, key: str) -> np.ndarray:
         entry = self._entries[key]
@@ -545,16 +444,16 @@ class FeatureStore:
                 digest = block_hash(key, entry.dtype, entry.shape, block)
                 digest.update(data)
                 if len(data) != count * entry.row_bytes or digest.digest() != entry.digests[block].tobytes():
-                    raise IntegrityError(f"{where} are not what was written (checksum differs). {_WAY_OUT}")
+                    raise IntegrityError(f"{where} are not what was written (checksum differs). {WAY_OUT}")
                 rows = np.frombuffer(data, entry.dtype).reshape(count, *entry.shape[1:])
                 if entry.dtype.kind == "f" and not np.isfinite(rows).all():
-                    raise IntegrityError(f"{where} hold values that are not finite. {_WAY_OUT}")
+                    raise IntegrityError(f"{where} hold values that are not finite. {WAY_OUT}")
                 yield rows
 
     def _check_range(self, key: str, values: np.ndarray, low: int, high: int) -> None:
         if len(values) and not low <= int(values.min()) <= int(values.max()) <= high:
             raise IntegrityError(
-                f"{self.path}: {key} holds {values.min()} to {values.max()}, expected {low} to {high}. {_WAY_OUT}"
+                f"{self.path}: {key} holds {values.min()} to {values.max()}, expected {low} to {high}. {WAY_OUT}"
             )
 
     def _column_of(self, group: str, name: str) -> Any:
@@ -570,140 +469,16 @@ class FeatureStore:
         blob, ends = self._values_of(f"{key}/utf8").tobytes(), self._values_of(f"{key}/ends")
         starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
         if len(blob) != (int(ends[-1]) if len(ends) else 0) or (ends < starts).any():
-            raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {_WAY_OUT}")
+            raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
         pairs = zip(starts.tolist(), ends.tolist(), strict=True)
         return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Entry:
-    """Where one contiguous data set lies in the file, and the checksums of its blocks."""
-
-    shape: tuple[int, ...]
-    dtype: np.dtype
-    offset: int
-    digests: np.ndarray
-
-    @property
-    def row_bytes(self) -> int:
-        return self.dtype.itemsize * math.prod(self.shape[1:])
-
-    @classmethod
-    def read(cls, key: str, dataset: h5py.Dataset, checksum: h5py.Dataset, file_size: int) -> _Entry:
-        shape, dtype, offset = _checked_layout(key, dataset, file_size)
-        blocks = -(-shape[0] // block_rows(shape, dtype))
-        sum_shape, sum_dtype, _ = _checked_layout(f"/checksums{key}", checksum, file_size)
-        if sum_shape != (blocks, 32) or sum_dtype != np.dtype("u1"):
-            raise IntegrityError(f"/checksums{key}: received {sum_shape}, expected {(blocks, 32)}")
-        return cls(shape, dtype, offset, checksum[()] if blocks else np.zeros((0, 32), "u1"))
-
-
-def _checked_layout(key: str, dataset: h5py.Dataset, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and file offset of a data set that lies wholly inside this file, contiguous and unfiltered."""
-    import h5py
-
-    properties = dataset.id.get_create_plist()
-    if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count() or dataset.shape is None:
-        raise IntegrityError(f"{key}: not a contiguous data set of this file (chunked, virtual, external or empty)")
-    dtype = dataset.dtype
-    if dtype.kind not in "uif" or dtype.hasobject:
-        raise IntegrityError(f"{key}: element type {dtype.str} is not allowed")
-    if not dataset.shape:
-        raise IntegrityError(f"{key}: a scalar, expected rows")
-    shape = tuple(int(length) for length in dataset.shape)
-    if (shape[0] and 0 in shape[1:]) or math.prod(max(1, length) for length in shape[1:]) > _ROW_LIMIT:
-        raise IntegrityError(
-            f"{key}: received shape {shape}, expected rows of at least one value and at most {_ROW_LIMIT}"
-        )
-    declared = dtype.itemsize * math.prod(shape)  # Python integers: a product over 64 bits must not look small
-    offset = dataset.id.get_offset()
-    if declared and (offset is None or offset + declared > file_size or dataset.id.get_storage_size() != declared):
-        raise IntegrityError(f"{key}: declares {declared} bytes, which the file of {file_size} bytes does not hold")
-    return shape, dtype, int(offset or 0)
-
-
-def _is_checksum(key: str) -> bool:
-    return key.startswith("/checksums/")
-
-
-def _walk(
-    group: Any, key: str, attributes: dict[str, dict[str, str | int]], datasets: dict[str, Any], seen: set[int]
-) -> None:
-    """Collect attributes and data sets, following hard links only, to a bounded depth and each object once."""
-    import h5py
-
-    if key.count("/") > 4:
-        raise IntegrityError(f"{key}: groups nested deeper than the format has")
-    _check_new(group, key, seen)
-    attributes[key or "/"] = {name: _attribute(group, name) for name in group.attrs}
-    for name in _names(group):
-        path = f"{key}/{name}"
-        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
-            raise IntegrityError(f"{path}: a soft or external link, which a feature store never has")
-        kind = group.get(name, getclass=True)
-        if kind is h5py.Group:
-            _walk(group[name], path, attributes, datasets, seen)
-        elif kind is h5py.Dataset:
-            _check_new(group[name], path, seen)
-            datasets[path] = group[name]
-            attributes[path] = {item: _attribute(group[name], item) for item in group[name].attrs}
-        else:
-            raise IntegrityError(f"{path}: neither a group nor a data set")
-
-
-def _names(group: Any) -> list[str]:
-    """Names of the links in a group, in the order in which they are stored, then sorted here.
-
-    To sort them itself libhdf5 (up to 1.14.6) builds a table, which it frees uninitialised where a link is damaged:
-    a crash (https://github.com/HDFGroup/hdf5/issues/5375).
-    """
-    import h5py
-
-    names: list[bytes] = []
-    group.id.links.iterate(names.append, order=h5py.h5.ITER_NATIVE)
-    return sorted(name.decode("utf-8", "surrogateescape") for name in names)
-
-
-def _check_new(item: Any, key: str, seen: set[int]) -> None:
-    """One object under many names makes a short file endless."""
-    import h5py
-
-    address = h5py.h5o.get_info(item.id).addr
-    if address in seen:
-        raise IntegrityError(f"{key or '/'}: another name for an object that has one")
-    seen.add(address)
-
-
-def _check_objects(attributes: Mapping[str, Mapping[str, str | int]], datasets: Mapping[str, Any]) -> None:
-    """No group, and no attribute, where the format has none."""
-    known = {"/", *(f"/{name}" for name in ROOT_GROUPS)}
-    for key in datasets:
-        parts = key.split("/")
-        known |= {"/".join(parts[:length]) for length in range(2, len(parts) + 1)}
-    odd = sorted(set(attributes) - known)
-    odd += sorted(key for key in attributes if attributes[key] and key != "/" and not key.startswith("/features/"))
-    if odd:
-        raise IntegrityError(f"groups or attributes that the format does not have: {', '.join(odd[:5])}")
-
-
-def _attribute(owner: Any, name: str) -> str | int:
-    dtype, shape = owner.attrs.get_id(name).dtype, owner.attrs.get_id(name).shape
-    if shape != () or (dtype.kind != "S" and dtype != np.dtype("<i8")) or dtype.itemsize > _TEXT_ATTRIBUTE_LIMIT:
-        raise IntegrityError(f"attribute {name} of {owner.name}: type {dtype.str} {shape} is not allowed")
-    value = owner.attrs[name]
-    return value.decode("utf-8", "surrogateescape") if dtype.kind == "S" else int(value)
-
-
-@contextlib.contextmanager
-def _reading(path: Path) -> Iterator[None]:
-    """Whatever the HDF5 library or a parser says of a damaged file becomes one error that names the file."""
-    try:
-        yield
-    except (StoreError, FormatVersionError) as error:
-        if str(path) in str(error):
-            raise
-        raise type(error)(f"{path}: {error}. {_WAY_OUT}") from error
-    except PermissionError as error:
-        raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
-        raise IntegrityError(f"{path}: not a readable feature store ({error}). {_WAY_OUT}") from error
+def _row_shape(key: str, places: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """Shape of one view of one image, as an index states it."""
+    shape = json.loads(text)
+    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+        raise IntegrityError(f"{key}: attribute shape is {text[:40]}, expected positive lengths")
+    if places[2:] != (3,):
+        raise IntegrityError(f"{key}: received {places}, expected a shard, a row and a view each")
+    return tuple(shape)

@@ -82,6 +82,9 @@ def extract(
     shard_rows: Annotated[
         int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="packed: one file; sharded: an index, and shards that stay. Default: as it is.")
+    ] = None,
     max_unreadable: Annotated[
         float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")
     ] = 0.05,
@@ -113,6 +116,7 @@ def extract(
         "workers": workers,
         "device": device,
         "shard_rows": shard_rows,
+        "layout": layout,
         "max_unreadable": max_unreadable,
         "overwrite": overwrite,
         "rehash": rehash,
@@ -151,6 +155,24 @@ def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_js
         blocks = store.verify(progress)
     document = {"format": 1, "file": str(file), "rows": len(store), "blocks": blocks, "ok": True}
     _print(document, as_json, f"{file}: {len(store)} rows, {blocks} blocks, every checksum holds")
+
+
+@app.command()
+@guarded
+def pack(
+    file: Annotated[Path, typer.Argument(help="A sharded store.")],
+    out: Annotated[Path | None, typer.Option(help="Another file to write. Default: in place of the store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a sharded store into one file."""
+    from features.extraction import pack_store
+    from pipeline import extract as stage
+    from pipeline.progress import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        store = pack_store(file, out, progress=progress)
+    document = stage.describe(store)
+    _print(document, as_json, stage.summary(document))
 
 
 @app.command("train-head")

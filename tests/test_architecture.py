@@ -52,10 +52,13 @@ INSIDE_FEATURES = {
     "networks": {"errors", "files", "cache", "recipe", "backbones", "engines", "graph", "weights"},
     # the store
     "layout": {"recipe"},
-    "store": {"errors", "files", "recipe", "layout", "splits"},
-    "shards": {"errors", "files", "recipe", "images", "layout", "store"},
+    "sharded": {"errors"},
+    "structure": {"errors", "layout"},
+    "writer": {"errors", "files", "layout", "recipe"},
+    "store": {"errors", "recipe", "layout", "sharded", "splits", "structure"},
+    "shards": {"errors", "files", "recipe", "images", "layout", "store", "writer"},
     "planning": {"errors", "recipe", "shards", "sources", "store"},
-    "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store"},
+    "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store", "writer"},
     "forecast": {"errors", "images", "planning", "shards"},
     "extraction": {
         "forecast",
@@ -112,7 +115,7 @@ def test_features_imports_only_what_lies_below(path: Path) -> None:
 
 def test_only_the_store_and_the_weights_open_hdf5() -> None:
     users = {path.stem for path in modules("features") + modules("pipeline") if "h5py" in imports(path, top_only=False)}
-    assert users == {"store", "tensors", "wheels"}  # features; weights
+    assert users == {"structure", "writer", "tensors", "wheels"}  # the store; weights
 
 
 @pytest.mark.parametrize("path", modules("pipeline"), ids=lambda path: path.stem)

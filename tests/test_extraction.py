@@ -2,69 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
-import signal
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import listing, paint, paint_folder, recipe
+from helpers import (
+    NumpyNetwork,
+    assert_rows_are_their_images,
+    expected_features,
+    extract,
+    listing,
+    paint,
+    paint_folder,
+    recipe,
+)
 from PIL import Image
 
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
-from features.extraction import Extraction, ExtractionResult, locked
-from features.recipe import Recipe
+from features.extraction import Extraction
+from features.files import locked
 from features.shards import rows_per_shard
 from features.sources import scan
 from features.splits import SPLITS, SplitRule
 from features.store import FeatureStore
-
-
-class NumpyNetwork:
-    """Channel means ("last.avg") and the first pixel ("corner") of each image; counts what goes through it."""
-
-    backbone_argument, weights_argument = "numpy", "none"
-    row_bytes = 12
-
-    def __init__(self, recipes: Sequence[Recipe] = (recipe(),)) -> None:
-        self.recipes = tuple(recipes)
-        self.batches: list[int] = []
-        self.fail_after: int | None = None
-
-    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str):
-        def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
-            if self.fail_after is not None and len(self.batches) >= self.fail_after:
-                os.kill(os.getpid(), signal.SIGINT)
-                self.fail_after = None
-            self.batches.append(len(batch))
-            pixels = batch.astype(np.float32)
-            made = {"last": pixels.mean(axis=(1, 2)), "corner": pixels[:, 0, 0]}
-            return {item.name: made[item.layer] * (1 if item.seed == 0 else 2) for item in recipes}
-
-        return infer
-
-
-def extract(
-    source: Path, out: Path, network: NumpyNetwork | None = None, split: str = "hash", **options: object
-) -> ExtractionResult:
-    options = {"batch_size": 4, "shard_rows": 8, "workers": 2, **options}
-    rule = SplitRule.parse(split, 0)
-    return Extraction(scan(source), network or NumpyNetwork(), out, rule=rule, **options).run()  # type: ignore[arg-type]
-
-
-def expected_features(source: Path, paths: Sequence[str]) -> np.ndarray:
-    return np.stack([np.asarray(Image.open(source / path)).astype(np.float32).mean(axis=(0, 1)) for path in paths])
-
-
-def assert_rows_are_their_images(store: FeatureStore, source: Path) -> None:
-    table = store.images
-    np.testing.assert_allclose(store.array("last.avg")[:, 0], expected_features(source, table.paths), rtol=1e-6)
-    assert [store.classes[label] for label in table.labels] == [path.split("/")[-2] for path in table.paths]
-    for path, digest in zip(table.paths, table.sha256, strict=True):
-        assert hashlib.sha256((source / path).read_bytes()).digest() == digest.tobytes()
 
 
 @pytest.fixture

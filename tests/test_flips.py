@@ -30,7 +30,7 @@ def write(path: Path) -> Path:
 
     from features.files import atomic_file
     from features.layout import FeatureSpec, ImageTable, Quarantine
-    from features.store import StoreWriter
+    from features.writer import StoreWriter
 
     generator = np.random.default_rng(0)
     specs = {

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 from faults import differences
 
+from features.extraction import pack_store
 from features.recipe import PixelRule, Recipe
-from features.store import FeatureStore
+from features.store import FeatureStore, parts_folder
 
 FOLDER = Path(__file__).resolve().parent / "golden"
-STORE = FOLDER / "store-v1.h5"
+STORE, SHARDED = FOLDER / "store-v1.h5", FOLDER / "sharded-v1.h5"
 FINGERPRINTS = {
     "block|add": "c3139556c7aef8b927245290a68f40eb6d4d34ba95e638f80a82cbd366078a70",
     "out_relu.avg": "6a44c2bb47a63a25d388c01b3da50b228e625039410dcd239263047192d160c1",
@@ -38,6 +39,25 @@ def test_the_golden_store_is_the_one_that_was_written() -> None:
     digest = hashlib.sha256(STORE.read_bytes()).hexdigest()
     assert digest == "498ea0cf0f4792cac42fc3bd246887da5a1187cacbebf66f1b2d54e35ba106bf"
     assert STORE.stat().st_size < 50_000
+
+
+def test_the_golden_index_is_the_one_that_was_written() -> None:
+    files = [SHARDED, *sorted(parts_folder(SHARDED).iterdir())]
+    assert [path.name for path in files] == ["sharded-v1.h5", f"{'0' * 20}.h5", f"{'f' * 20}.h5"]
+    digests = [hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in files]
+    assert digests == ["ec85b13a1d130642", "12f1ac76e2f7bee0", "78c9d23e2c4d01fd"]
+
+
+def test_the_golden_index_has_the_values_of_the_golden_store(golden: ModuleType, tmp_path: Path) -> None:
+    index, store = FeatureStore.open(SHARDED), FeatureStore.open(STORE)
+    assert index.kind == "index"
+    for name, values in golden.features().items():
+        np.testing.assert_array_equal(index.array(name)[:], values)
+        np.testing.assert_array_equal(index.load("train", name=name, views=1)[0], values[:23:3, 1])
+    assert index.data_digest == store.data_digest
+    assert index.verify() == 22 + 3 + 2 * 11  # tables, shards, and what each shard holds
+    pack_store(SHARDED, tmp_path / "packed.h5")
+    assert differences(STORE, tmp_path / "packed.h5") == []
 
 
 def test_the_golden_store_opens_with_its_values(golden: ModuleType) -> None:
@@ -89,3 +109,4 @@ def test_the_golden_recipes_and_their_fingerprints() -> None:
 def test_this_release_writes_the_same(golden: ModuleType, tmp_path: Path) -> None:
     golden.main(tmp_path)
     assert differences(STORE, tmp_path / "store-v1.h5") == []
+    assert differences(SHARDED, tmp_path / SHARDED.name) == []

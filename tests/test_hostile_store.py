@@ -23,7 +23,8 @@ from features.errors import FormatVersionError, IntegrityError, StoreError
 from features.files import atomic_file
 from features.layout import FeatureSpec, ImageTable, Quarantine, attributes_digest, block_hash, block_rows
 from features.recipe import canonical_json
-from features.store import FeatureStore, StoreWriter
+from features.store import FeatureStore
+from features.writer import StoreWriter
 
 pytestmark = pytest.mark.slow  # hundreds of small HDF5 files
 
@@ -465,7 +466,7 @@ def test_another_format_version_is_refused_before_anything_else(tmp_path: Path, 
 
 def test_a_shard_is_no_store_and_a_store_no_shard(tmp_path: Path) -> None:
     shard, store = write(tmp_path / "shard.h5", "shard"), write(tmp_path / "store.h5")
-    with pytest.raises(IntegrityError, match=r"shard\.h5: .*received kind 'shard', expected a store"):
+    with pytest.raises(IntegrityError, match=r"shard\.h5: .*received kind 'shard', expected 'store' or 'index'"):
         FeatureStore.open(shard)
     with pytest.raises(IntegrityError, match=r"store\.h5: .*received kind 'store', expected a shard"):
         FeatureStore.open_shard(store)

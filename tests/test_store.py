@@ -12,7 +12,8 @@ from helpers import listing, recipe
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError
 from features.files import atomic_file
 from features.layout import FeatureSpec, ImageTable, Quarantine
-from features.store import FeatureStore, StoreWriter
+from features.store import FeatureStore
+from features.writer import StoreWriter
 
 ROWS = 500
 NAMES = ("last.avg", "spatial")

@@ -2,8 +2,9 @@
 
     python tests/golden/make_golden.py FOLDER
 
-writes ``store-v1.h5`` as this release writes it. The file that lies beside this script was written by the first
-release and is never written again: a new format version gets a new file, and the old one stays.
+writes ``store-v1.h5``, and the same rows as an index and two shards, ``sharded-v1.h5`` and ``sharded-v1.h5.parts``, as
+this release writes them. The files that lie beside this script are never written again: a new format version gets new
+ones, and the old ones stay.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ QUARANTINE = {
 }
 CLASSES = ("cat", "dög")
 SOURCE, SPLIT_RULE = "images/ä", "hash:0.8,0.1,0.1@7"
+SHARDS = {"0" * 20: slice(0, None, 2), "f" * 20: slice(1, None, 2)}
 PROVENANCE = {"engine": "golden", "batch_size": 32, "software": {"numpy": "2.0"}}
 
 
@@ -62,9 +64,10 @@ def main(folder: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     sys.path.insert(0, str(root))
     from features.files import atomic_file
-    from features.layout import FeatureSpec, ImageTable, Quarantine
+    from features.layout import FeatureSpec, ImageTable, Quarantine, ShardTable
     from features.recipe import PixelRule, Recipe
-    from features.store import StoreWriter
+    from features.store import FeatureStore, parts_folder, shard_path
+    from features.writer import StoreWriter
 
     pixels = PixelRule(96, 128, resize="keras", fit="crop")
     recipes = [
@@ -73,21 +76,38 @@ def main(folder: Path) -> None:
     ]
     values = features()
     specs = {recipe.name: FeatureSpec(recipe, 2, values[recipe.name].shape[2:]) for recipe in recipes}
-    with atomic_file(folder / "store-v1.h5") as temporary:
-        writer = StoreWriter(temporary, kind="store", rows=ROWS, features=specs)
-        try:
-            for name, rows in values.items():
-                writer.append(name, rows)
-            writer.finish(
-                images=ImageTable(**table()),  # type: ignore[arg-type]
-                quarantine=Quarantine(**QUARANTINE),  # type: ignore[arg-type]
-                classes=CLASSES,
-                source=SOURCE,
-                split_rule=SPLIT_RULE,
-                provenance=PROVENANCE,
-            )
-        finally:
-            writer.close()
+
+    def write(path: Path, kind: str, arrays: dict[str, np.ndarray], images: dict[str, object], **more: object) -> None:
+        with atomic_file(path) as temporary:
+            writer = StoreWriter(temporary, kind=kind, rows=len(images["labels"]), features=specs)  # type: ignore[arg-type]
+            try:
+                for name, rows in arrays.items():
+                    writer.append(name, rows)
+                writer.finish(images=ImageTable(**images), **more)  # type: ignore[arg-type]
+            finally:
+                writer.close()
+
+    tables = {
+        "quarantine": Quarantine(**QUARANTINE),  # type: ignore[arg-type]
+        "classes": CLASSES,
+        "source": SOURCE,
+        "split_rule": SPLIT_RULE,
+        "provenance": PROVENANCE,
+    }
+    write(folder / "store-v1.h5", "store", values, table(), **tables)
+
+    index, digests = folder / "sharded-v1.h5", []
+    parts_folder(index).mkdir(exist_ok=True)
+    undecided = {"labels": np.full(ROWS, -1, np.int32), "splits": np.full(ROWS, -1, np.int8), "groups": None}
+    none = Quarantine((), np.zeros((0, 32), np.uint8), (), np.zeros(0, np.int64), np.zeros(0, np.int64))
+    for name, part in SHARDS.items():
+        images = {key: None if column is None else column[part] for key, column in {**table(), **undecided}.items()}  # type: ignore[index]
+        path = shard_path(parts_folder(index), name)
+        write(path, "shard", {key: rows[part] for key, rows in values.items()}, images, quarantine=none)
+        digests.append(FeatureStore.open_shard(path).digest)
+    places = np.array([[[row % 2, row // 2, view] for view in range(2)] for row in range(ROWS)], np.int32)
+    shards = ShardTable(tuple(SHARDS), np.frombuffer(b"".join(digests), np.uint8).reshape(-1, 32))
+    write(index, "index", dict.fromkeys(values, places), table(), **tables, shards=shards)
 
 
 if __name__ == "__main__":

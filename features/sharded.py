@@ -1,0 +1,74 @@
+"""Rows that lie in many shards, read as one array."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from features.errors import IntegrityError
+
+
+def by_shard(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
+    """For each shard of ``places`` (int32, (..., 3)), ascending, where it stands among them, int64, flat."""
+    numbers = places[..., 0].reshape(-1)
+    order = np.argsort(numbers, kind="stable")
+    shards, starts = np.unique(numbers[order], return_index=True)
+    yield from zip(shards.tolist(), np.split(order, starts[1:]), strict=False)
+
+
+class ShardedArray:
+    """What ``numpy`` would show of rows that lie in many files: ``array[rows]`` and ``array[rows, views]``, as copies.
+
+    Parameters
+    ----------
+    places : int32, (images, views, 3)
+        Shard, row in it, and position on its view axis.
+    shape : tuple of int
+        Shape of one view of one image.
+    dtype : numpy.dtype
+        Of the values.
+    open_shard : callable
+        Number of a shard -> its rows, ``(rows, views, *shape)``, memory-mapped and verified.
+    """
+
+    def __init__(
+        self,
+        places: np.ndarray,
+        shape: tuple[int, ...],
+        dtype: np.dtype,
+        open_shard: Callable[[int], np.ndarray],
+    ) -> None:
+        self._places, self._row_shape, self._open_shard = places, shape, open_shard
+        self.shape, self.dtype = (*places.shape[:2], *shape), dtype
+        self.ndim, self.nbytes = len(self.shape), int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.asarray(self[:], dtype=dtype)
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """The rows, and views, that numpy's indexing of the first two axes chooses.
+
+        Raises
+        ------
+        IndexError
+            For more than two axes: index what is returned.
+        IntegrityError
+            If a place is not in its shard, or the shard is damaged or missing.
+        """
+        if isinstance(key, tuple) and len(key) > 2:
+            raise IndexError("only images and views of a sharded array can be chosen: array[rows, views][..., more]")
+        places = self._places[key]
+        flat = places.reshape(-1, 3)
+        values = np.empty((len(flat), *self._row_shape), self.dtype)
+        for shard, here in by_shard(flat):
+            rows = self._open_shard(shard)
+            chosen = flat[here, 1:]
+            if (chosen < 0).any() or (chosen >= rows.shape[:2]).any():
+                raise IntegrityError(f"a place outside shard {shard}, which has {rows.shape[:2]} rows and views")
+            values[here] = rows[chosen[:, 0], chosen[:, 1]]
+        return values.reshape(*places.shape[:-1], *self._row_shape)
