@@ -84,7 +84,11 @@ _END_OF_DATA_WORDS = (
     "reached eof",
     "but only got",
     "not enough image data",
+    "cannot load this image",  # a header, and no data after it
 )
+
+# Decoders that look no further than they must: one that reached the end of the file was looking for more.
+_READ_STEP_BY_STEP = ("JPEG", "PNG", "TIFF")
 
 _TRANSPOSITIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -96,6 +100,7 @@ _TRANSPOSITIONS = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 
 
 class Decoded(NamedTuple):
@@ -132,7 +137,13 @@ def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
             _require_regular(status.st_mode, path)
             if status.st_size > max_bytes:
                 raise UnreadableImageError("too-large", f"{path}: {status.st_size} bytes, the limit is {max_bytes}")
-            return file.read()
+            # It may be growing, so the size that was looked up is no limit on what is read.
+            data = file.read(status.st_size + 1)
+            while more := file.read(min(len(data) + 65536, max_bytes + 1 - len(data))):
+                data += more
+            if len(data) > max_bytes:
+                raise UnreadableImageError("too-large", f"{path}: it grew beyond the limit of {max_bytes} bytes")
+            return data
     except UnreadableImageError:
         raise
     except PermissionError as error:
@@ -184,6 +195,8 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     try:
         image.load()
         _check_size(image, max_pixels)  # an icon may hold a larger image than its header says
+        if image.format == "PNG":
+            _scale_transparent_colour(image, bits=data[24])
         upright = _upright(image)
         return Decoded(_resize(_to_rgb(upright), rule), *upright.size)
     except UnreadableImageError:
@@ -203,9 +216,12 @@ def _open(data: bytes) -> Image.Image:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or accept is None or accept(prefix) is not True:
             continue
+        stream = io.BytesIO(data)
         try:
-            return factory(io.BytesIO(data), "")
+            return factory(stream, "")
         except _DECODER_ERRORS as error:
+            if name in _READ_STEP_BY_STEP and stream.tell() >= len(data):
+                raise UnreadableImageError("truncated", f"{name}: the file ends within its header") from error
             if name == "AVIF" and b"avif" not in data[8:64]:  # HEIC, in the container that AVIF uses too
                 break
             raise _refusal(error, name, data) from error
@@ -225,7 +241,8 @@ def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageErr
     """The reason behind an exception of the decoder ``name``."""
     text = str(error) or type(error).__name__
     ended = isinstance(error, _END_OF_DATA) or isinstance(error.__cause__, _END_OF_DATA)
-    if isinstance(error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning):
+    bomb = isinstance(error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning)
+    if bomb or "decompressed data too large" in text.lower():  # the latter: a text or colour profile within a PNG
         reason = "too-large"
     elif ended or any(word in text.lower() for word in _END_OF_DATA_WORDS) or _promised_length(data, name) > len(data):
         reason = "truncated"
@@ -260,6 +277,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_deep_grey_to_8_bits(image)).convert("RGB")
+    if image.mode == "La":  # grey multiplied by its alpha, which Pillow turns into nothing else
+        image = image.convert("LA")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
         canvas = Image.new("RGB", image.size, (255, 255, 255))
@@ -268,17 +287,31 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image if image.mode == "RGB" else image.convert("RGB")
 
 
+def _scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
+    """Bring the one transparent colour of a PNG to 8 bits, as Pillow does with the samples but not with it."""
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and bits in (2, 4) and isinstance(transparent, int):
+        image.info["transparency"] = transparent * 255 // (2**bits - 1)
+    elif image.mode == "RGB" and bits == 16 and isinstance(transparent, tuple):
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
 def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
     """Scale grey of 16 or 32 bits or floating point to uint8, (h, w), where Pillow's ``convert`` would clip.
 
     A file does not say which value is white. 16-bit: 65535. 32-bit: 65535 if nothing is larger, else
     the largest integer. Floating point: the smallest of 1, 255 and 65535 that holds all values, else
-    the largest value. Below zero is black, as is NaN.
+    the largest value. Below zero is black, as is NaN. A TIFF may say that it has 12 bits (4095), or that zero is white.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=np.inf)
     largest = float(values.max(initial=0, where=np.isfinite(values)))
     scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0, largest)}.get(image.mode, (65535.0,))
+    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    if tags.get(_BITS_TAG) == (12,):
+        scales = (4095.0,)
     white = next((scale for scale in scales if largest <= scale), scales[-1])
+    if tags.get(_PHOTOMETRIC_TAG) == 0:
+        values = np.float32(white) - values
     grey = (np.clip(values, 0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from pathlib import Path
 
 import h5py
@@ -225,3 +226,24 @@ def test_absurd_declared_sizes_are_refused_before_they_are_allocated(path: Path)
         file.create_dataset("images/size", shape=(1 << 50,), dtype="<i8")
     with pytest.raises(IntegrityError, match=r"/images/size: declares 9007199254740992 bytes"):
         FeatureStore.open(path)
+
+
+def _sum_of(store: FeatureStore) -> float:
+    return float(np.asarray(store.array("last.avg"), dtype=np.float64).sum())
+
+
+@pytest.mark.slow
+@pytest.mark.pain(15)
+@pytest.mark.parametrize("how", ["fork", "spawn", "loky"])
+def test_pain_15_a_store_opened_here_is_read_in_other_processes(path: Path, how: str) -> None:
+    store = FeatureStore.open(path)
+    expected = _sum_of(store)  # opened, verified and mapped before the others begin
+    if how == "loky":
+        import joblib
+
+        found = joblib.Parallel(n_jobs=3)(joblib.delayed(_sum_of)(store) for _ in range(6))
+    else:
+        with multiprocessing.get_context(how).Pool(3) as pool:
+            found = pool.map(_sum_of, [store] * 6)
+    assert found == [expected] * 6
+    assert _sum_of(store) == expected
