@@ -60,6 +60,7 @@ def table_of(
         heights=np.array([identities[index].height for index in good], np.int32),
         sizes=images.sizes[good],
         mtimes_ns=images.mtimes_ns[good],
+        columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
     )
     for message in [*warnings, *warnings_about(table.labels, table.splits, images.classes)]:
         logger.warning("%s", message)

@@ -344,7 +344,7 @@ def extract_features(
     Parameters
     ----------
     images : str or Path
-        Folder of class folders, CSV manifest or ``"sample:digits"``.
+        Folder of class folders, archive, manifest, arrays or ``"sample:digits"``; see ``features.sources.scan``.
     out : str or Path
         The HDF5 file; brought up to date if it exists.
     progress : callable, optional

@@ -41,6 +41,8 @@ class ImageTable:
         File size in bytes.
     mtimes_ns : int64, (n,)
         Modification time in nanoseconds since 1970.
+    columns : mapping of str to tuple of str, length n
+        What else the source says of each image, by name.
     """
 
     paths: tuple[str, ...]
@@ -52,6 +54,7 @@ class ImageTable:
     heights: np.ndarray
     sizes: np.ndarray
     mtimes_ns: np.ndarray
+    columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -108,6 +111,8 @@ QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "mtime_ns": ("<i8", ()),
 }
 SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "digest": ("u1", (32,))}
+# Names of the further columns, and their values, one column behind the other.
+FURTHER_COLUMNS = ("/columns/name", "/columns/value")
 OPTIONAL_COLUMNS = {"/images/group"}
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import struct
 import tempfile
-import zlib
 from pathlib import Path
 
 import numpy as np
 
+from features.arrays import plain_png
 from features.cache import cache_folder
 from features.errors import SourceError, nearest
 
@@ -51,19 +50,4 @@ def _write_digits(folder: Path) -> None:
     for label in digits.target_names:
         (folder / str(label)).mkdir(parents=True)
     for index, (pixels, label) in enumerate(zip(grey, digits.target, strict=True)):
-        (folder / str(label) / f"{index:04d}.png").write_bytes(_grey_png(pixels))
-
-
-def _grey_png(pixels: np.ndarray) -> bytes:
-    """An uncompressed PNG of uint8, (h, w), up to 65535 bytes (PNG 1.2, chapter 3; RFC 1950 and 1951).
-
-    Written by hand because the bytes decide the splits, and Pillow's depend on the zlib it was built with.
-    """
-    lines = b"".join(b"\0" + row.tobytes() for row in pixels)
-    stored = b"\x78\x01\x01" + struct.pack("<HH", len(lines), len(lines) ^ 0xFFFF) + lines
-    header = struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], 8, 0, 0, 0, 0)
-    chunks = ((b"IHDR", header), (b"IDAT", stored + struct.pack(">I", zlib.adler32(lines))), (b"IEND", b""))
-    data = b"\x89PNG\r\n\x1a\n"
-    for name, body in chunks:
-        data += struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
-    return data
+        (folder / str(label) / f"{index:04d}.png").write_bytes(plain_png(pixels))

@@ -1,19 +1,25 @@
-"""Where images come from: folders, CSV manifests and the embedded sample; their labels and their splits."""
+"""Where images come from: folders, archives, arrays, manifests, the embedded sample; their labels and splits.
+
+Folders and archives become a list of files first; one function then tells classes and splits from their paths.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import logging
 import os
-import re
+import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NoReturn
 
 import numpy as np
 
+from features.archives import ARCHIVE_SUFFIXES, open_archive
+from features.arrays import open_arrays
 from features.errors import ConfigurationError, SourceError, nearest
+from features.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.images import read_bytes
 from features.manifests import read_manifest
 from features.sample import SAMPLE, SAMPLE_IMAGES, sample_folder
@@ -21,19 +27,8 @@ from features.splits import NOT_GIVEN, SPLIT_WORDS, SPLITS, UNLABELLED, listed
 
 logger = logging.getLogger(__name__)
 
-# fmt: off
-IMAGE_SUFFIXES = frozenset({
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
-})
-# fmt: on
-IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # and hidden ones
-ARCHIVE_SUFFIXES = (".zip", ".tar", ".tgz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-LATER_SUFFIXES = (".parquet", ".npz", ".tfrecord")
-
-# Links to folders are followed where split and class folders stand (as Keras does), not below.
-_LINKED_DEPTH = 2
-_ODD = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
+MANIFEST_SUFFIXES = (".csv", ".parquet")
+OTHER_ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -45,7 +40,7 @@ class ImageSet:
     description : str
         What was scanned, for messages.
     root : Path
-        Absolute folder that ``paths`` are relative to.
+        Absolute folder, or archive, that ``paths`` are relative to.
     paths : tuple of str, length n
         With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute where a manifest
         points outside ``root``. A name that is not UTF-8 holds lone surrogates (``os.fsdecode``): it opens
@@ -61,7 +56,11 @@ class ImageSet:
     sizes : int64, (n,)
         Bytes, -1 for a missing file.
     mtimes_ns : int64, (n,)
-        Time of the last change, nanoseconds since 1970, -1 for a missing file.
+        Time of the last change, nanoseconds since 1970, -1 for a missing file. In an archive, that of the archive.
+    columns : mapping of str to tuple of str, length n
+        Further columns of a manifest, as text.
+    reader : callable, optional
+        Path -> bytes, where the images are not files.
     """
 
     description: str
@@ -73,26 +72,41 @@ class ImageSet:
     groups: tuple[str, ...] | None
     sizes: np.ndarray
     mtimes_ns: np.ndarray
+    columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file of one image; raises ``UnreadableImageError`` as ``features.images.read_bytes`` does."""
+        """The file of one image; may run on many threads.
+
+        Raises
+        ------
+        UnreadableImageError
+            As ``features.images.read_bytes`` does; ``truncated`` or ``unreadable`` for a damaged member of an archive.
+        SourceError
+            If an archive was changed or removed after it was scanned.
+        """
+        if self.reader is not None:
+            return self.reader(self.paths[index])
         return read_bytes(os.path.join(self.root, self.paths[index]))
 
 
-def scan(source: str | Path, *, target: str | None = None) -> ImageSet:
+def scan(source: str | Path, *, target: str | None = None, labelled: bool = True) -> ImageSet:
     """List the images of a source; no image is opened.
 
     Parameters
     ----------
     source : str or Path
         A folder of class folders, with or without ``train``, ``validation`` (``val``, ``valid``) and
-        ``test`` folders above them; a folder of images, or one image (unlabelled); a CSV manifest with the
-        columns ``path,label[,split][,group]``; or ``"sample:digits"``.
+        ``test`` folders above them; a ``.zip``, ``.tar`` or compressed tar of one; a folder of images, or one image
+        (unlabelled); a CSV or Parquet manifest with the columns ``path,label[,split][,group]``; an ``.npz`` with
+        ``x_train y_train x_test y_test``; or ``"sample:digits"``.
     target : str, optional
         The manifest's label column, ``label`` by default.
+    labelled : bool
+        Whether a manifest has to say what its images are; without it they may be of no or of other classes.
 
     Raises
     ------
@@ -101,26 +115,34 @@ def scan(source: str | Path, *, target: str | None = None) -> ImageSet:
     """
     text = os.fspath(source)
     if not text:
-        raise SourceError("the image source is empty; expected a folder, a CSV manifest or 'sample:digits'")
+        raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
         return _scan_sample(text)
     path = Path(os.path.abspath(os.path.expanduser(text)))
-    suffix = path.suffix.lower()
-    if suffix == ".csv" and os.path.isfile(path):
-        return _scan_manifest(path, text, target)
+    name, is_file = path.name.lower(), os.path.isfile(path)
+    if is_file and name.endswith(MANIFEST_SUFFIXES):
+        return _scan_manifest(path, text, target, labelled=labelled)
     if target is not None:
-        raise ConfigurationError(f"target {target!r} names a column of a CSV manifest, and {text} is none")
+        raise ConfigurationError(f"target {target!r} names a column of a manifest (CSV, Parquet), and {text} is none")
     if os.path.isdir(path):
         return _scan_folder(path, text)
     if not os.path.exists(path):
         _refuse_missing(path)
-    if suffix in IMAGE_SUFFIXES:
-        return _image_set(text, path.parent, [_look_at(path.parent, path.name)], [""], [NOT_GIVEN])
-    if suffix in ARCHIVE_SUFFIXES:
-        raise SourceError(f"{path} is an archive: unpack it and give the folder (archives come in a later release)")
-    if suffix in LATER_SUFFIXES:
-        raise SourceError(f"{path}: {suffix} files come in a later release; write a CSV manifest, path,label")
-    raise SourceError(f"{path} is neither a folder, a CSV manifest (.csv) nor an image")
+    if name.endswith(tuple(IMAGE_SUFFIXES)):
+        return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
+    if is_file and name.endswith(ARCHIVE_SUFFIXES):
+        return _scan_archive(path, text)
+    if is_file and name.endswith(".npz"):
+        return _scan_arrays(path, text)
+    known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
+    if is_file and name.endswith(OTHER_ARCHIVES):
+        raise SourceError(f"{path}: no archive of this kind is read ({known} are); unpack it and give the folder")
+    raise SourceError(f"{path} is neither a folder, an image, nor one of {known}")
+
+
+def is_manifest(source: str | Path) -> bool:
+    """Whether a source is named as a manifest is, the only kind that takes a ``target``."""
+    return os.fspath(source).lower().endswith(MANIFEST_SUFFIXES)
 
 
 def _refuse_missing(path: Path) -> NoReturn:
@@ -133,30 +155,21 @@ def _refuse_missing(path: Path) -> NoReturn:
     raise SourceError(f"{path} does not exist: no {missing!r} in {parent}{hint}")
 
 
-class _File(NamedTuple):
-    path: str
-    size: int
-    mtime_ns: int
-
-
-def _look_at(root: Path, path: str) -> _File:
-    try:
-        status = os.stat(os.path.join(root, path))
-    except OSError:
-        return _File(path, -1, -1)
-    return _File(path, status.st_size, status.st_mtime_ns)
-
-
 def _image_set(
     description: str,
     root: Path,
-    files: Sequence[_File],
+    files: Sequence[File],
     names: Sequence[str],
     splits: Sequence[int],
     groups: Sequence[str] | None = None,
+    columns: Mapping[str, tuple[str, ...]] | None = None,
+    reader: Callable[[str], bytes] | None = None,
 ) -> ImageSet:
     """Columns to ImageSet; ``names`` are the class names, empty for unlabelled."""
     classes = tuple(sorted(set(names) - {""}))
+    shapes = Counter(unicodedata.normalize("NFC", name) for name in classes)
+    if alike := [name for name in classes if shapes[unicodedata.normalize("NFC", name)] > 1]:
+        logger.warning("%s: classes that look the same but are spelt with other code points: %a", description, alike)
     index = {name: number for number, name in enumerate(classes)} | {"": -1}
     labels = np.fromiter((index[name] for name in names), np.int32, len(files))
     return ImageSet(
@@ -169,23 +182,67 @@ def _image_set(
         groups=tuple(groups) if groups is not None and any(groups) else None,
         sizes=np.fromiter((file.size for file in files), np.int64, len(files)),
         mtimes_ns=np.fromiter((file.mtime_ns for file in files), np.int64, len(files)),
+        columns=columns or {},
+        reader=reader,
     )
 
 
-# --- folders ----------------------------------------------------------------------------------------------
+# --- folders and archives ---------------------------------------------------------------------------------
 
 
 def _scan_folder(root: Path, description: str) -> ImageSet:
-    files, folders = _walk(root)
+    return _from_tree(root, description, *walk(root))
+
+
+def _scan_archive(path: Path, description: str) -> ImageSet:
+    mtime_ns = os.stat(path).st_mtime_ns
+    archive = open_archive(path)
+    files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
+    for member, details in archive.members.items():
+        parts = member.split("/")
+        if any(is_ignored(part) for part in parts):
+            continue
+        folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        if suffix_of(member) in IMAGE_SUFFIXES:
+            files.append(File(member, details.size, mtime_ns))
+        else:
+            left_out[suffix_of(member) or "no suffix"] += 1
+    warn_left_out(path, left_out)
+    seen = [folder for folder in folders if not any(is_ignored(part) for part in folder.split("/") if part)]
+    # A folder that only wraps the others is often packed with them; unlike a folder's, its name cannot be left away.
+    skip = _wrapping({os.path.dirname(file.path) for file in files} - {""})
+    return _from_tree(path, description, sorted(files), sorted(seen), skip=skip, reader=archive.read)
+
+
+def _wrapping(parents: set[str]) -> int:
+    """How many folders stand one in another before the class or split folders begin."""
+    common = [part for part in os.path.commonpath(parents or [""]).split("/") if part]
+    below = {tuple(parent.split("/")[: len(common) + 1]) for parent in parents} - {tuple(common)}
+    if len(below) < 2:  # these folders are one class
+        return 0
+    return next((depth for depth, part in enumerate(common) if SPLIT_WORDS.get(part.lower()) == 0), len(common))
+
+
+def _from_tree(
+    root: Path,
+    description: str,
+    files: Sequence[File],
+    folders: Sequence[str],
+    *,
+    skip: int = 0,
+    reader: Callable[[str], bytes] | None = None,
+) -> ImageSet:
+    """Tell classes and splits from the paths of images, the first ``skip`` folders of which mean nothing."""
     if not files:
         known = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(f"{root} holds no images: {len(folders)} folders were searched for {known}")
     # Everything is decided per folder: there are few of them, and may be millions of files.
     parents = [os.path.dirname(file.path) for file in files]
-    parts = {parent: parent.split("/") if parent else [] for parent in set(parents)}
+    parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
     tops = {part[0] for part in parts.values() if part}
     if not tops:
-        return _image_set(description, root, files, [""] * len(files), [NOT_GIVEN] * len(files))
+        blank = [""] * len(files)
+        return _image_set(description, root, files, blank, [NOT_GIVEN] * len(files), reader=reader)
     nested = {part[0] for part in parts.values() if len(part) > 1}
     split_tops = {top for top in tops if top.lower() in SPLIT_WORDS}
     codes = {SPLIT_WORDS[top.lower()] for top in split_tops}
@@ -195,20 +252,22 @@ def _scan_folder(root: Path, description: str) -> ImageSet:
         _check_splits(root, split_tops, nested, tops)
         rows = {parent: _row_below_split(part, nested) for parent, part in parts.items()}
     else:
-        _check_depth(root, parts)
+        if not skip:
+            _check_depth(root, parts)
         rows = {parent: (part[0], NOT_GIVEN) if part else None for parent, part in parts.items()}
-    if odd := sorted(row[0] for row in rows.values() if row and _ODD.search(row[0])):
+    if odd := sorted(row[0] for row in rows.values() if row and ODD_CHARACTERS.search(row[0])):
         raise SourceError(f"{root}: the name of the class folder {odd[0]!r} is not plain UTF-8 text; rename it")
     kept = [(file, *row) for file, parent in zip(files, parents, strict=True) if (row := rows[parent]) is not None]
     if len(kept) < len(files):
         logger.warning("%s: %d images beside the class folders are left out", root, len(files) - len(kept))
     depth = 2 if below_splits else 1
     used = {"/".join(part[:length]) for part in parts.values() for length in range(depth + 1)}
-    bare = [folder for folder in folders if folder.count("/") < depth and folder not in used]
+    inner = ["/".join(folder.split("/")[skip:]) for folder in folders]
+    bare = [folder for folder in inner if folder.count("/") < depth and folder not in used]
     if bare:
         logger.warning("%s: folders without images are no classes: %s", root, listed(bare))
     names, splits = [name for _, name, _ in kept], [split for _, _, split in kept]
-    return _image_set(description, root, [file for file, _, _ in kept], names, splits)
+    return _image_set(description, root, [file for file, _, _ in kept], names, splits, reader=reader)
 
 
 def _row_below_split(part: Sequence[str], nested: set[str]) -> tuple[str, int] | None:
@@ -245,59 +304,12 @@ def _check_depth(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
         )
 
 
-def _walk(root: Path) -> tuple[list[_File], list[str]]:
-    """Images at any depth, and all folders, both relative to ``root`` and sorted by code point.
-
-    No folder is entered twice, whichever links lead to it; real folders come before linked ones.
-    """
-    files: list[_File] = []
-    folders: list[str] = []
-    left_out: Counter[str] = Counter()
-    seen: set[tuple[int, int]] = set()
-    pending, linked, skipped = [""], list[str](), list[str]()
-    while pending or linked:
-        if not pending:
-            linked.sort(reverse=True)
-        relative = pending.pop() if pending else linked.pop()
-        folder = os.path.join(root, relative)
-        prefix = f"{relative}/" if relative else ""
-        depth = prefix.count("/")
-        try:
-            status = os.stat(folder)
-            if (status.st_dev, status.st_ino) in seen:
-                skipped.append(relative)
-                continue
-            seen.add((status.st_dev, status.st_ino))
-            folders.append(relative)
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    name = entry.name
-                    if name[0] == "." or name in IGNORED_NAMES:
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(prefix + name)
-                    elif entry.is_symlink() and os.path.isdir(entry.path):
-                        (linked if depth < _LINKED_DEPTH else skipped).append(prefix + name)
-                    elif name[name.rfind(".") :].lower() in IMAGE_SUFFIXES:
-                        files.append(_look_at_entry(entry, prefix + name))
-                    else:
-                        left_out[os.path.splitext(name)[1].lower() or "no suffix"] += 1
-        except OSError as error:
-            raise SourceError(f"{folder} cannot be listed ({error.strerror}); an image set must be complete") from error
-    if left_out:
-        kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]
-        logger.warning("%s: %d files of other kinds are left out: %s", root, left_out.total(), ", ".join(kinds[:20]))
-    if skipped:
-        logger.warning("%s: links to folders that are not followed: %s", root, listed(sorted(skipped)))
-    return sorted(files), sorted(folders)
+# --- other sources ----------------------------------------------------------------------------------------
 
 
-def _look_at_entry(entry: os.DirEntry[str], path: str) -> _File:
-    try:
-        status = entry.stat()
-    except OSError:  # a link to nothing: kept, so that it is listed as missing
-        return _File(path, -1, -1)
-    return _File(path, status.st_size, status.st_mtime_ns)
+def _scan_arrays(path: Path, description: str) -> ImageSet:
+    files, names, splits, reader = open_arrays(path)
+    return _image_set(description, path, files, names, splits, reader=reader)
 
 
 def _scan_sample(text: str) -> ImageSet:
@@ -308,10 +320,10 @@ def _scan_sample(text: str) -> ImageSet:
     return images
 
 
-def _scan_manifest(manifest: Path, description: str, target: str | None) -> ImageSet:
+def _scan_manifest(manifest: Path, description: str, target: str | None, *, labelled: bool) -> ImageSet:
     root = manifest.parent
-    paths, names, splits, groups = read_manifest(manifest, target)
-    files = [_look_at(root, path) for path in paths]
+    paths, names, splits, groups, columns = read_manifest(manifest, target, labelled=labelled)
+    files = [look_at(root, path) for path in paths]
     missing = [file.path for file in files if file.size < 0]
     if len(missing) == len(files):
         raise SourceError(
@@ -323,4 +335,4 @@ def _scan_manifest(manifest: Path, description: str, target: str | None) -> Imag
     useless = sum(1 for name, split in zip(names, splits, strict=True) if not name and split in (0, 1))
     if useless:
         logger.warning("%s: %d images of train or validation have no label and are left unlabelled", manifest, useless)
-    return _image_set(description, root, files, names, splits, groups)
+    return _image_set(description, root, files, names, splits, groups, columns)

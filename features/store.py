@@ -20,6 +20,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
 from features.layout import (
+    FURTHER_COLUMNS,
     IMAGE_COLUMNS,
     OPTIONAL_COLUMNS,
     PLACE,
@@ -125,6 +126,7 @@ class FeatureStore:
             heights=column("height"),
             sizes=column("size"),
             mtimes_ns=column("mtime_ns"),
+            columns=self._further_columns(),
         )
         # Rows of a shard get their labels and splits at assembly.
         splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
@@ -337,7 +339,9 @@ class FeatureStore:
                     expected[key] = kind
                 elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in self._entries:
                     expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
-        expected |= {"/classes/utf8": ("u1", ()), "/classes/ends": ("<i8", ())}
+        further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in self._entries else ()
+        for key in ("/classes", *further):
+            expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
         tables = {key for key in self._entries if not key.startswith(f"/{values_group(self.kind)}/")}
         if tables != set(expected):
             raise IntegrityError(f"unknown or missing data sets: {', '.join(sorted(tables ^ set(expected))[:5])}")
@@ -346,7 +350,7 @@ class FeatureStore:
             entry = self._entries[key]
             if entry.dtype != np.dtype(dtype) or entry.shape[1:] != tail:
                 raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} (n, {tail})")
-            if not key.endswith("/utf8") and not key.startswith("/classes"):
+            if not key.endswith("/utf8") and not key.startswith(("/classes", "/columns")):
                 counts["/" + key.split("/")[1]].add(entry.shape[0])
         for group, lengths in counts.items():
             if len(lengths) != 1:
@@ -460,6 +464,14 @@ class FeatureStore:
         key = f"{group}/{name}"
         known = IMAGE_COLUMNS if group == "/images" else QUARANTINE_COLUMNS
         return self._strings_of(key) if known[name] is None else self._values_of(key)
+
+    def _further_columns(self) -> dict[str, tuple[str, ...]]:
+        if f"{FURTHER_COLUMNS[0]}/ends" not in self._entries:
+            return {}
+        names, values = map(self._strings_of, FURTHER_COLUMNS)
+        if list(names) != sorted(set(names)) or len(values) != len(names) * len(self):
+            raise IntegrityError(f"{self.path}: {len(names)} further columns of {len(values)} values. {WAY_OUT}")
+        return {name: values[number * len(self) : (number + 1) * len(self)] for number, name in enumerate(names)}
 
     def _values_of(self, key: str) -> np.ndarray:
         entry = self._entries[key]

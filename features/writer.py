@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from features.files import PatientFile
 from features.layout import (
     FORMAT,
     FORMAT_VERSION,
+    FURTHER_COLUMNS,
     IMAGE_COLUMNS,
     PLACE,
     QUARANTINE_COLUMNS,
@@ -107,6 +109,12 @@ class StoreWriter:
         with self._checked():
             self._table("/images", IMAGE_COLUMNS, image_columns(images))
             self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
+            if images.columns:
+                values = (images.columns[name] for name in sorted(images.columns))
+                for key, texts in zip(
+                    FURTHER_COLUMNS, (sorted(images.columns), [*itertools.chain(*values)]), strict=True
+                ):
+                    self._strings(key, texts)
             if shards is not None:
                 self._table("/shards", SHARD_COLUMNS, shard_columns(shards))
             self._strings("/classes", classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -37,6 +38,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except BottleneckError as error:
             sys.stderr.write(f"error: {error}\n")
             raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone
+                raise
+            sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+            raise typer.Exit(1) from None
 
     return wrapper
 

@@ -84,6 +84,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
             name: {"shape": list(store.shape(name)), "fingerprint": recipe.fingerprint, "recipe": recipe.to_dict()}
             for name, recipe in sorted(store.recipes.items())
         },
+        "columns": [printable(name) for name in store.images.columns],
         "quarantine": [{"path": printable(path), "reason": reason} for path, reason in reasons],
         "provenance": store.provenance,
     }
@@ -98,7 +99,7 @@ def summary(document: dict[str, Any]) -> str:
     for name, entry in document["data_sets"].items():
         recipe = entry["recipe"]
         lines.append(
-            f"  {name}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {recipe['backbone']} "
+            f"  {printable(name)}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {printable(recipe['backbone'])} "
             f"{recipe['height']}x{recipe['width']}  fingerprint {entry['fingerprint'][:10]}"
         )
     if "inferred" in document:

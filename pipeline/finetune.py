@@ -17,7 +17,7 @@ from features.errors import ConfigurationError, ParityError, RunError, check_ran
 from features.extraction import processors
 from features.files import writable_folder
 from features.recipe import digest_of
-from features.sources import ImageSet, scan
+from features.sources import ImageSet, is_manifest, scan
 from features.splits import SplitRule
 from pipeline.endtoend import (
     LAST_BLOCK,
@@ -109,7 +109,7 @@ def finetune(
         "seed": seed,
         "start": start.run_id,
     }
-    source = scan(images, target=start.target if str(images).endswith(".csv") else None)
+    source = scan(images, target=start.target if is_manifest(images) else None)
     _check_classes(start, source)
     load_keras().utils.set_random_seed(seed)
     network, head = network_of(start, weights), start.load_head()

@@ -60,7 +60,7 @@ def predict_csv(
     if out is not None:
         writable_folder(Path(out).parent)
     chosen = choose_run(Path(run))
-    source = scan(images)
+    source = scan(images, labelled=False)
     network, head = network_of(chosen, weights), chosen.load_head()
     engine = network.engine(network.recipes, batch_size=batch_size, device=device)
     name = network.recipes[0].name

@@ -55,6 +55,7 @@ INSIDE_FEATURES = {
     "sharded": {"errors"},
     "structure": {"errors", "layout"},
     "writer": {"errors", "files", "layout", "recipe"},
+    "views": {"errors", "recipe"},
     "store": {"errors", "recipe", "layout", "sharded", "splits", "structure"},
     "shards": {"errors", "files", "recipe", "images", "layout", "store", "writer"},
     "planning": {"errors", "recipe", "shards", "sources", "store"},

@@ -171,3 +171,13 @@ def test_wrong_shaped_weights_name_the_tensor(source: Path, assets: Path, tmp_pa
     assert result.returncode == 1
     assert "first misfit at 'Conv1/kernel', received shape (3, 3, 3, 16), expected shape (3, 3, 3, 32)" in result.stderr
     assert listing(tmp_path) == []
+
+
+def test_prediction_needs_no_labels(store: Path, source: Path, tmp_path: Path) -> None:
+    run = run_pipeline("train-head", store, "--runs", tmp_path / "runs", "--json")
+    assert run.returncode == 0, run.stderr
+    first = sorted(source.rglob("*.png"))[0]
+    (tmp_path / "new.csv").write_text(f"path,camera\n{first},left\n")
+    result = run_pipeline("predict", json.loads(run.stdout)["run"], tmp_path / "new.csv")
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1].startswith(f"{first},{first.parent.name},")

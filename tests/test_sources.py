@@ -7,6 +7,7 @@ import logging
 import os
 import socket
 import string
+import sys
 import time
 from pathlib import Path
 
@@ -172,6 +173,7 @@ def test_special_files_and_dead_links_stay_in_the_list(tmp_path: Path) -> None:
     touch(tmp_path, "a/1.png", "b/1.png")
     os.mkfifo(tmp_path / "a/pipe.jpg")
     (tmp_path / "a/dead.jpg").symlink_to("nowhere")
+    (tmp_path / "a/loop.jpg").symlink_to("loop.jpg")
     (tmp_path / "a/alive.jpg").symlink_to("1.png")
     with socket.socket(socket.AF_UNIX) as endpoint:
         directory = os.getcwd()
@@ -179,16 +181,24 @@ def test_special_files_and_dead_links_stay_in_the_list(tmp_path: Path) -> None:
         endpoint.bind("socket.jpg")
         os.chdir(directory)
     images = scan(tmp_path)
-    assert images.paths == ("a/1.png", "a/alive.jpg", "a/dead.jpg", "a/pipe.jpg", "a/socket.jpg", "b/1.png")
+    assert images.paths == (
+        "a/1.png",
+        "a/alive.jpg",
+        "a/dead.jpg",
+        "a/loop.jpg",
+        "a/pipe.jpg",
+        "a/socket.jpg",
+        "b/1.png",
+    )
     assert images.sizes.tolist()[:3] == [7, 7, -1]
     assert images.mtimes_ns[2] == -1
     assert images.read(1) == b"a/1.png"
     reasons = []
-    for index in (2, 3, 4):
+    for index in (2, 3, 4, 5):
         with pytest.raises(UnreadableImageError) as caught:
             images.read(index)
         reasons.append(caught.value.reason)
-    assert reasons == ["missing", "not-a-file", "not-a-file"]
+    assert reasons == ["missing", "missing", "not-a-file", "not-a-file"]
 
 
 def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -257,14 +267,27 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
 
 
 def test_sources_of_another_kind(tmp_path: Path) -> None:
-    touch(tmp_path, "a.zip", "b.tar.gz", "c.parquet", "d.docx")
-    assert "unpack it" in refusal(tmp_path / "a.zip")
-    assert "unpack it" in refusal(tmp_path / "b.tar.gz")
-    assert "CSV manifest" in refusal(tmp_path / "c.parquet")
-    assert "neither a folder" in refusal(tmp_path / "d.docx")
+    touch(tmp_path, "a.7z", "b.tar.zst", "c.gz", "d.docx")
+    for name in ("a.7z", "b.tar.zst", "c.gz"):
+        assert "no archive of this kind is read (.csv .parquet .zip .tar " in refusal(tmp_path / name)
+        assert "unpack it and give the folder" in refusal(tmp_path / name)
+    assert "neither a folder, an image, nor one of .csv .parquet .zip" in refusal(tmp_path / "d.docx")
     assert "there is no sample" in refusal("sample:cats")
-    with pytest.raises(ConfigurationError, match="column of a CSV manifest"):
+    with pytest.raises(ConfigurationError, match=r"column of a manifest \(CSV, Parquet\)"):
         scan(touch(tmp_path / "x", "a/1.png"), target="species")
+
+
+def test_the_kind_of_a_source_is_what_it_is_not_its_name(tmp_path: Path) -> None:
+    for name in ("a.zip", "b.csv", "c.npz", "d.jpg"):
+        assert scan(touch(tmp_path / name, "cat/1.png", "dog/1.png")).classes == ("cat", "dog")
+    for name in ("e.zip", "f.csv", "g.npz", "h.parquet", "i.tar.gz"):
+        os.mkfifo(tmp_path / name)
+        assert "is neither a folder, an image" in refusal(tmp_path / name)  # and nothing waits for a writer
+    (tmp_path / "k.zip").symlink_to("k.zip")
+    assert "does not exist" in refusal(tmp_path / "k.zip")
+    os.mkfifo(tmp_path / "l.jpg")
+    with pytest.raises(UnreadableImageError, match="not-a-file"):
+        scan(tmp_path / "l.jpg").read(0)
 
 
 def test_home_is_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -323,6 +346,24 @@ def test_manifest(tmp_path: Path) -> None:
     assert images.groups == ("p1", "p1", "p2", "", "")
     assert [images.read(index) for index in range(3)] == [b"x/2.png", b"x/1.png", b"9.png"]
     assert images.root == root
+    assert images.columns == {"weight": ("1", "2", "3", "4", "5")}
+
+
+def test_further_columns_are_kept_as_they_are(tmp_path: Path) -> None:
+    text = "Path, Age ,label,species,,Notes\n1.png,40,x,cat,0, a \n2.png,,x,dog,1,\n"
+    path = manifest(tmp_path, text, "1.png", "2.png")
+    assert scan(path).columns == {"Age": ("40", ""), "species": ("cat", "dog"), "Notes": (" a ", "")}
+    assert scan(path, target="Species").columns == {"Age": ("40", ""), "label": ("x", "x"), "Notes": (" a ", "")}
+    assert scan(touch(tmp_path / "folder", "a/1.png")).columns == {}
+
+
+def test_a_manifest_may_name_what_is_no_file(tmp_path: Path) -> None:
+    touch(tmp_path, "a.jpg/1.png")
+    os.mkfifo(tmp_path / "pipe.jpg")
+    images = scan(manifest(tmp_path, "path,label\na.jpg,x\npipe.jpg,x\n"))
+    for index in (0, 1):
+        with pytest.raises(UnreadableImageError, match="not-a-file"):
+            images.read(index)
 
 
 def test_manifest_target_picks_the_label_column(tmp_path: Path) -> None:
@@ -425,6 +466,96 @@ def test_multi_label_targets_are_refused(tmp_path: Path, labels: list[str]) -> N
 )
 def test_class_names_that_look_odd_are_classes(tmp_path: Path, labels: list[str]) -> None:
     assert scan(labels_manifest(tmp_path, labels)).classes == tuple(sorted(set(labels)))
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------
+
+
+def parquet(root: Path, **columns: object) -> Path:
+    pyarrow = pytest.importorskip("pyarrow")
+    writer = pytest.importorskip("pyarrow.parquet")
+    writer.write_table(pyarrow.table(columns), root / "images.parquet", row_group_size=2)
+    return root / "images.parquet"
+
+
+def test_parquet_manifest(tmp_path: Path) -> None:
+    pyarrow = pytest.importorskip("pyarrow")
+    names = ["3.png", "ü/1.png", "2.png"]
+    path = parquet(
+        touch(tmp_path, *names),
+        path=names,
+        label=pyarrow.array(["b", "a", None]).dictionary_encode(),
+        split=["train", "val", None],
+        group=pyarrow.array([7, 7, None], pyarrow.int64()),
+        age=[41.5, None, 3.0],
+        seen=pyarrow.array([0, 1, None], pyarrow.timestamp("s")),
+    )
+    images = scan(path)
+    assert images.paths == tuple(names)  # the manifest's order
+    assert (images.classes, images.labels.tolist()) == (("a", "b"), [1, 0, -1])
+    assert images.given_splits.tolist() == [0, 1, 3]
+    assert images.groups == ("7", "7", "")
+    assert images.columns == {"age": ("41.5", "", "3.0"), "seen": ("1970-01-01 00:00:00", "1970-01-01 00:00:01", "")}
+    assert [images.read(index) for index in range(3)] == [name.encode() for name in names]
+    assert scan(path, target="seen").classes == ("1970-01-01 00:00:00", "1970-01-01 00:00:01")
+
+
+def test_parquet_equals_csv(tmp_path: Path) -> None:
+    names = [f"{number}.png" for number in range(5)]
+    rows = [("path", "label", "split"), *((name, str(len(name) % 2), "test") for name in names)]
+    written = manifest(tmp_path, "".join(",".join(row) + "\n" for row in rows), *names)
+    first = scan(written)
+    second = scan(parquet(tmp_path, path=names, label=[1] * 5, split=["test"] * 5))
+    for name in ("paths", "classes", "groups"):
+        assert getattr(first, name) == getattr(second, name)
+    for name in ("labels", "given_splits", "sizes", "mtimes_ns"):
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+
+
+def test_parquet_columns_that_are_no_values(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = parquet(touch(tmp_path, "1.png"), path=["1.png"], box=[[1, 2]], label=["a"], image=[b"x"], size=[{"w": 1}])
+    assert scan(path).columns == {}
+    assert "columns that hold no plain values are left out: 'box', 'image', 'size'" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        (
+            {"path": ["1.png", "2.png"], "label": ["a", "a"], "split": ["train", "trian"]},
+            ", row 2: unknown split 'trian'",
+        ),
+        ({"path": ["1.png", "./1.png"], "label": ["a", "b"]}, ", row 2: '1.png' is listed already in row 1"),
+        ({"path": ["1.png", "2\0.png"], "label": ["a", "b"]}, ", row 2: a NUL character in the path '2\\x00.png'"),
+        ({"path": ["1.png", None], "label": ["a", "b"]}, ", row 2: the path is empty"),
+        ({"path": ["1.png"], "label": ["a\tb"]}, ", row 1: label 'a\\tb' is not plain UTF-8 text"),
+        ({"file": ["1.png"], "label": ["a"]}, ", columns: no column 'path', received 'file', 'label'"),
+        ({"path": ["1.png"], "label": [["a", "b"]]}, ", columns: 'label' holds list<"),
+        ({"path": ["1.png"], "label": [b"a"]}, ", columns: 'label' holds binary; expected one plain value"),
+        ({"path": ["1.png"], "label": ["a"], "Group": [["a"]]}, ", columns: 'Group' holds list<"),
+        ({"path": ["1.png"] * 0, "label": ["a"] * 0}, "lists no images"),
+        ({"path": ["1.png", "2.png", "3.png"], "label": [0.1, 0.2, 0.3]}, "looks like a measurement"),
+    ],
+)
+def test_parquet_errors(tmp_path: Path, columns: dict[str, list[object]], message: str) -> None:
+    path = parquet(touch(tmp_path, "1.png", "2.png", "3.png"), **columns)
+    received = refusal(path)
+    assert received.startswith(str(path))
+    assert message in received
+
+
+def test_damaged_parquet(tmp_path: Path) -> None:
+    path = parquet(touch(tmp_path, "1.png"), path=["1.png"], label=["a"])
+    data = path.read_bytes()
+    for damaged in (b"", b"no table", data[:-1], data[len(data) // 2 :], bytes(len(data) - 8) + data[-8:]):
+        path.write_bytes(damaged)
+        assert "is not Parquet, or is damaged" in refusal(path)
+
+
+def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    message = refusal(touch(tmp_path, "images.parquet") / "images.parquet")
+    assert "pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV" in message
 
 
 # --- the sample -------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ def table() -> ImageTable:
         heights=np.full(ROWS, 20, np.int32),
         sizes=np.arange(ROWS, dtype=np.int64),
         mtimes_ns=np.arange(ROWS, dtype=np.int64) + (1 << 60),
+        columns={"camera": ("left", "") * (ROWS // 2), "tägs/x": tuple(map(str, range(ROWS)))},
     )
 
 
@@ -76,14 +77,15 @@ def test_what_goes_in_comes_out(path: Path) -> None:
     assert (store.source, store.split_rule) == ("here", "hash")
     assert store.images.paths == expected.paths
     assert store.images.groups is None
+    assert store.images.columns == expected.columns
     for name in ("sha256", "labels", "splits", "widths", "heights", "sizes", "mtimes_ns"):
         np.testing.assert_array_equal(getattr(store.images, name), getattr(expected, name))
     assert (store.quarantine.paths, store.quarantine.reasons) == (("bad.png",), ("truncated",))
     for name in NAMES:
         np.testing.assert_array_equal(store.array(name), data[name])
         assert store.array(name).dtype == data[name].dtype
-    # blocks: two of 374 rows, one of all rows, and one for each of the 18 columns and lists of strings
-    assert store.verify() == 2 + 1 + 18
+    # blocks: two of 374 rows, one of all rows, and one for each of the 22 columns and lists of strings
+    assert store.verify() == 2 + 1 + 22
 
 
 def test_load_selects_rows_with_their_own_labels(path: Path) -> None:
