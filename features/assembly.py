@@ -20,7 +20,7 @@ import numpy as np
 
 from features.errors import IntegrityError, SourceError
 from features.files import atomic_file, printable
-from features.layout import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable
+from features.layout import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.planning import Identity, KnownRows, Location
 from features.recipe import Recipe
 from features.sources import ImageSet
@@ -47,7 +47,7 @@ def table_of(
     if not len(good):
         first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there is none"
         raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
-    sha256 = _digests(identities[index].sha256 for index in good)
+    sha256 = digest_rows(identities[index].sha256 for index in good)
     groups = None if images.groups is None else tuple(images.groups[index] for index in good)
     splits, warnings = assign_splits(images.labels[good], images.given_splits[good], groups, sha256, rule)
     table = ImageTable(
@@ -73,7 +73,7 @@ def table_of(
         logger.warning("%s", message)
     quarantine = Quarantine(
         paths=tuple(images.paths[index] for index in bad),
-        sha256=_digests(identities[index].sha256 for index in bad),
+        sha256=digest_rows(identities[index].sha256 for index in bad),
         reasons=tuple(str(identities[index].reason) for index in bad),
         sizes=images.sizes[bad] if bad else np.zeros(0, np.int64),
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
@@ -132,7 +132,9 @@ def assemble(
         If a row that should be known is missing.
     """
     hashes = [digest.tobytes() for digest in table.sha256]
-    places = {recipe.name: [_places(known, recipe, view, hashes) for view in range(views)] for recipe in recipes}
+    places = {
+        recipe.name: [_places(known, recipe, view, hashes, table.paths) for view in range(views)] for recipe in recipes
+    }
     specs = {}
     for recipe in recipes:
         source, _ = places[recipe.name][0][0]
@@ -228,10 +230,11 @@ def _index(
     """The place of every row in the shards, and the shards that are used."""
     digests: dict[str, bytes] = {}
     for source in known.sources:
-        if source.kind == "shard":
-            digests[source.path.stem] = source.digest
-        else:
-            digests |= zip(source.shards.names, map(bytes, source.shards.digests), strict=True)
+        shards = {source.path.stem: source.digest}
+        if source.kind == "index":
+            shards = dict(zip(source.shards.names, map(bytes, source.shards.digests), strict=True))
+        if any(digests.setdefault(name, digest) != digest for name, digest in shards.items()):
+            raise IntegrityError(f"{source.path}: one of its shards has the name of another. Nothing was written.")
     names = sorted(digests)
     number_of = {name: number for number, name in enumerate(names)}
     found = {}
@@ -253,16 +256,21 @@ def _index(
     used = np.unique(np.concatenate([result[..., 0].reshape(-1) for result in found.values()]))
     for result in found.values():
         result[..., 0] = np.searchsorted(used, result[..., 0])
-    table = ShardTable(tuple(names[number] for number in used), _digests(digests[names[number]] for number in used))
+    table = ShardTable(tuple(names[number] for number in used), digest_rows(digests[names[number]] for number in used))
     return {name: [result] for name, result in found.items()}, table
 
 
-def _places(known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes]) -> list[Location]:
+def _places(
+    known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes], paths: Sequence[str]
+) -> list[Location]:
     places = []
     for row, sha256 in enumerate(hashes):
         place = known.locate((recipe.fingerprint, view), sha256)
         if place is None:
-            raise IntegrityError(f"row {row} of {recipe.name}, view {view}, was planned and never made")
+            raise IntegrityError(
+                f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. It was "
+                "changed while its size and time stayed, or during the run: run again with --rehash."
+            )
         places.append(place)
     return places
 
@@ -283,10 +291,6 @@ def _blocks(
         yield block
 
 
-def _digests(hashes: Iterator[bytes] | Sequence[bytes]) -> np.ndarray:
-    return np.frombuffer(b"".join(hashes), dtype=np.uint8).reshape(-1, 32)
-
-
 def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine) -> bool:
     mine, theirs = vars(first), vars(second)
     return all(
@@ -298,7 +302,7 @@ def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine) -> bo
 def software_versions() -> dict[str, str]:
     """Versions of what decided the numbers, read without importing it."""
     versions = {"python": platform.python_version()}
-    for name in ("bottleneck-features", "tensorflow", "keras", "h5py", "numpy", "pillow"):
+    for name in ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow"):
         try:
             versions[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:

@@ -5,6 +5,7 @@ scan -> resolve network -> plan -> shards (read | infer | write) -> table -> ass
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import glob
 import logging
@@ -23,6 +24,7 @@ from features.errors import StoreError, TooManyUnreadableError, check_range
 from features.files import locked, printable, writable_folder
 from features.forecast import Forecast, forecast
 from features.planning import Identity, Plan, make_plan
+from features.precision import check_precision
 from features.recipe import Recipe
 from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard
 from features.sources import ImageSet, scan
@@ -79,6 +81,8 @@ class Extraction:
         The manifest's label column, noted for later stages.
     layout : {"packed", "sharded"}, optional
         One file, or an index of shards that stay where they were made; a store keeps its own without it.
+    check_precision : int
+        Compare so many images with float32, and keep what was found in the store; see ``features.precision``.
     """
 
     def __init__(
@@ -98,14 +102,19 @@ class Extraction:
         strict: bool = False,
         target: str | None = None,
         layout: str | None = None,
+        check_precision: int = 0,
     ) -> None:
         check_range("batch size", batch_size, 1, 4096)
         check_range("workers", 1 if workers is None else workers, 1, 1024)
         check_range("max unreadable", max_unreadable, 0, 1)
-        self.images, self.network, self.out, self.rule = images, network, out, rule
+        self.images, self.network, self.rule = images, network, rule
+        self.out = out = Path(os.path.realpath(out))  # a link stays a link
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
         self.rehash, self.strict, self.target, self.layout = rehash, strict, target, layout
         self.max_unreadable = max_unreadable
+        check_range("check precision", check_precision, 0, 100_000)
+        self.check_precision = check_precision
+        self._checked: dict[str, Any] | None = None
         self.workers = workers or processors()
         self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
         check_range("shard rows", self.shard_rows, 1, 1 << 20)
@@ -165,13 +174,12 @@ class Extraction:
         """
         writable_folder(self.out.parent)
         with locked(self.out):
-            for leftover in self.out.parent.glob(f".{glob.escape(self.out.name)}.*.tmp"):
-                leftover.unlink(missing_ok=True)  # of a run that was killed: nobody else writes while the lock is held
-            if self.parts.path.exists():
-                self.parts.open()
+            sweep(self.out)
             plan = self.plan()
             engine = _LazyEngine(self)
             try:
+                if plan.layout == "packed" or plan.old is None:
+                    self.parts.drop(plan.superseded)
                 if plan.specs:
                     self.parts.open()
                     self._run_shards(plan, engine, progress)
@@ -180,7 +188,9 @@ class Extraction:
                 if self.parts.path.exists() and not self.parts.records:
                     self.parts.remove()  # nothing was computed: leave nothing behind
             if result.store.kind == "index":
-                self.parts.keep(result.store.shards.names)
+                # Those of the state before stay for one run more: it may have readers.
+                before = plan.old.shards.names if plan.old is not None else ()
+                self.parts.keep({*result.store.shards.names, *before} & self.parts.records.keys())
             else:
                 self.parts.remove()
         reasons = [None] * len(result.store) + list(result.store.quarantine.reasons)
@@ -228,6 +238,8 @@ class Extraction:
 
     def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
         identities = _settled(plan)
+        if self.check_precision:
+            self._checked = self._check_precision()
         if plan.old is not None and not self.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
         table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
@@ -261,7 +273,9 @@ class Extraction:
 
     def _provenance(self, plan: Plan, engine: _LazyEngine) -> dict[str, object]:
         before = plan.old.provenance if plan.old is not None else {}
+        checked = self._checked or before.get("precision_check")
         return {
+            **({"precision_check": checked} if checked else {}),
             "engine": engine.name or before.get("engine", ""),
             "batch_size": self.batch_size if engine.name else before.get("batch_size", self.batch_size),
             "backbone": self.network.backbone_argument,
@@ -269,6 +283,17 @@ class Extraction:
             "target": self.target or "",
             "root": str(self.images.root),
         }
+
+    def _check_precision(self) -> dict[str, Any]:
+        with ThreadPoolExecutor(self.workers) as decoders:
+            return check_precision(
+                self.network,
+                self.images,
+                self.check_precision,
+                decoders=decoders,
+                batch_size=self.batch_size,
+                device=self.device,
+            )
 
     def _check_unreadable(self, reasons: Sequence[str | None], outcome: str) -> None:
         refused = Counter(reason for reason in reasons if reason is not None)
@@ -294,6 +319,10 @@ def prepare(
     resize: str = "antialias",
     fit: str = "stretch",
     dtype: str = "float32",
+    decode: str = "full",
+    engine: str = "auto",
+    precision: str = "float32",
+    device: str = "auto",
     split: str = "hash",
     seed: int = 0,
     target: str | None = None,
@@ -307,12 +336,12 @@ def prepare(
         Image source, see ``features.sources.scan``; ``target`` picks the label column of a manifest.
     out : str or Path
         The store.
-    backbone, weights, layers, pooling, image_size, resize, fit, dtype
-        The recipe; see ``features.networks.resolve_network``.
+    backbone, weights, layers, pooling, image_size, resize, fit, dtype, decode, engine, precision, device
+        The recipe, and what runs it; see ``features.networks.resolve_network``.
     split : str
         ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
     **options
-        ``batch_size``, ``shard_rows``, ``workers``, ``device``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict``, ``layout`` of ``Extraction``.
+        ``batch_size``, ``shard_rows``, ``workers``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict``, ``layout``, ``check_precision`` of ``Extraction``.
 
     Raises
     ------
@@ -332,8 +361,12 @@ def prepare(
         resize=resize,
         fit=fit,
         dtype=dtype,
+        decode=decode,
+        engine=engine,
+        precision=precision,
+        device=device,
     )
-    return Extraction(image_set, network, Path(out), rule=rule, target=target, **options)
+    return Extraction(image_set, network, Path(out), rule=rule, target=target, device=device, **options)
 
 
 def extract_features(
@@ -379,22 +412,35 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
     IntegrityError
         If a shard is damaged or missing.
     """
-    path, target = Path(path), Path(path if out is None else out)
-    store = FeatureStore.open(path)
+    path = Path(os.path.realpath(path))
+    target = path if out is None else Path(os.path.realpath(out))
     if target != path and target.exists():
         raise StoreError(f"{target}: exists already. Give another --out, or remove it.")
-    if store.kind == "store" and target == path:
-        return store
+    FeatureStore.open(path)  # whether it is one, before anything is made beside it
     writable_folder(target.parent)
-    with locked(target):
-        pack(store, target, progress)
+    with locked(path), locked(target) if target != path else contextlib.nullcontext():
+        sweep(target)
+        store = FeatureStore.open(path)
+        if store.kind == "index" or target != path:
+            pack(store, target, progress)
         if target == path:
-            PartsFolder(parts_folder(path)).remove()
+            parts = PartsFolder(parts_folder(path))
+            parts.read()
+            unused = {name for name, record in parts.records.items() if record.kept or name in store.shards.names}
+            parts.drop(unused)  # not those of an unfinished extraction
+            if not parts.records:
+                parts.remove()
     return FeatureStore.open(target)
 
 
+def sweep(out: Path) -> None:
+    """Remove what a process that was killed left beside a store; nobody else writes while its lock is held."""
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
+
+
 class _LazyEngine:
-    """Build an engine per group of data sets when it is first needed; forward passes never overlap."""
+    """Build an engine per group of data sets when it is first needed; forward passes overlap only where it allows."""
 
     def __init__(self, extraction: Extraction) -> None:
         self._extraction = extraction
@@ -411,7 +457,10 @@ class _LazyEngine:
                     )
                     self.name = getattr(self._engines[recipes], "name", "function")
                 self.inferred += len(batch)
-                return self._engines[recipes](batch)
+                engine = self._engines[recipes]
+                if not getattr(engine, "concurrent", False):
+                    return engine(batch)
+            return engine(batch)
 
         return infer
 
@@ -452,7 +501,8 @@ def _settled(plan: Plan) -> list[Identity]:
     columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), plan.identities, strict=True)
     settled = []
     for path, size, mtime, identity in columns:
-        identity = identity or plan.known.identity(path, size, mtime)
+        if identity is None or plan.known.is_fresh(path):
+            identity = plan.known.identity(path, size, mtime)
         if identity is None:
             raise StoreError(f"{printable(path)}: no shard holds it, though one was planned")
         settled.append(identity)

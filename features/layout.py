@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -115,6 +115,11 @@ SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "d
 FURTHER_COLUMNS = ("/columns/name", "/columns/value")
 OPTIONAL_COLUMNS = {"/images/group"}
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
+
+
+def digest_rows(digests: Iterable[bytes]) -> np.ndarray:
+    """Digests of 32 bytes each -> uint8, (n, 32)."""
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
 def values_group(kind: str) -> str:

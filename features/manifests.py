@@ -134,7 +134,8 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
     try:
         with pyarrow.parquet.ParquetFile(manifest) as table:
             schema = table.schema_arrow
-            names = [field.name for field in schema if _is_plain(pyarrow.types, field.type)]
+            plain = [number for number, field in enumerate(schema) if _is_plain(pyarrow.types, field.type)]
+            names = [schema.names[number] for number in plain]
             left_out = [field.name for field in schema if not _is_plain(pyarrow.types, field.type)]
             for name in left_out:
                 if name.strip().lower() in ("path", "split", "group", (target or "label").strip().lower()):
@@ -145,10 +146,10 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
             if left_out:
                 logger.warning("%s: columns that hold no plain values are left out: %s", manifest, listed(left_out))
             yield line, names
-            for batch in table.iter_batches(columns=names):
-                for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+            for batch in table.iter_batches():
+                for row in zip(*(batch.column(number).to_pylist() for number in plain), strict=True):
                     line += 1
-                    yield line, ["" if cell is None else str(cell) for cell in row]
+                    yield line, ["" if cell is None or cell != cell else str(cell) for cell in row]  # NaN is no value
     except SourceError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:

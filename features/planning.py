@@ -12,7 +12,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -49,6 +49,7 @@ class KnownRows:
         self._views: list[tuple[int, ...]] = []
         self._rows: dict[frozenset[Cell], dict[bytes, Location]] = {}
         self._by_path: dict[str, tuple[int, int, Identity]] = {}
+        self._fresh: set[str] = set()
         self.sizes: set[int] = set()
 
     def add(self, store: FeatureStore, views: Sequence[int], *, root: str, fresh: bool = False) -> None:
@@ -67,6 +68,8 @@ class KnownRows:
             permission, disk or network may have been mended.
         """
         same_place = store.provenance.get("root") == root
+        if fresh:
+            self._fresh.update(store.images.paths, store.quarantine.paths)
         source = len(self.sources)
         self.sources.append(store)
         self._views.append(tuple(views))
@@ -91,6 +94,14 @@ class KnownRows:
     def path_known(self, path: str) -> bool:
         """Whether an image of that path has been seen before, whatever its content."""
         return path in self._by_path
+
+    def is_fresh(self, path: str) -> bool:
+        """Whether an image was read in this very run."""
+        return path in self._fresh
+
+    def content_at(self, path: str) -> bytes | None:
+        """Hash of what was last seen under that path."""
+        return self._by_path[path][2].sha256 if path in self._by_path else None
 
     def identity(self, path: str, size: int, mtime_ns: int) -> Identity | None:
         """Identity of an image whose path, size and time are as they were; None if it has to be read."""
@@ -142,6 +153,8 @@ class Plan:
         The store as it is.
     layout : {"packed", "sharded"}
         Whether the finished store is one file, or an index of shards.
+    superseded : tuple of str
+        Shards of another recipe, which go when the store is replaced.
     """
 
     images: ImageSet
@@ -153,6 +166,7 @@ class Plan:
     counts: Counter[str]
     old: FeatureStore | None
     layout: str = "packed"
+    superseded: tuple[str, ...] = ()
 
     @property
     def to_infer(self) -> int:
@@ -205,6 +219,7 @@ def make_plan(
         packed store is to become a sharded one.
     """
     old = _old_store(out, overwrite=overwrite)
+    layout = _layout(layout, old, parts, out)
     wanted = tuple(recipes)
     if old is not None and not _same_base(old, wanted, out, overwrite=overwrite):
         old = None
@@ -213,15 +228,17 @@ def make_plan(
         wanted += tuple(recipe for name, recipe in sorted(old.recipes.items()) if name not in names)
         views = max(views, *(old.views(name) for name in old.names))
 
-    layout = _layout(layout, old, out)
     known, root = KnownRows(), str(images.root)
     if old is not None:
         known.add(old, range(min(old.views(name) for name in old.names)), root=root)
     fingerprints = {recipe.fingerprint for recipe in wanted}
+    superseded = []
     for record, shard in parts.shards(known=() if old is None else old.shards.names):
         if fingerprints.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
             known.add(shard, record.views, root=root)
-        elif not overwrite:
+        elif record.kept or overwrite:  # of an earlier state of this store
+            superseded.append(record.identity)
+        else:
             raise ConfigurationError(
                 f"{parts.path}: holds {len(shard)} images of an interrupted extraction with another recipe. Run that "
                 "command again to finish it, give another --out, or --overwrite to drop them."
@@ -229,15 +246,18 @@ def make_plan(
 
     identities, moved = _identities(images, known, readers, rehash=rehash)
     specs, counts = _missing(images, wanted, views, known, identities, moved, shard_rows)
+    taken = {*parts.records, *(() if old is None else old.shards.names)}
+    specs = tuple(_untaken(spec, taken) for spec in specs)
     if old is not None:
         counts["removed"] = len(set(old.images.paths) - set(images.paths))
-        kept = sum(_kept(identity, known, wanted) for identity in identities)
+        before = {digest.tobytes() for digest in old.images.sha256}
+        kept = sum(identity is not None and identity.sha256 in before for identity in identities)
         if not overwrite and 2 * kept < len(old):
             raise ConfigurationError(
                 f"{out}: holds {len(old)} images of {old.source}, and only {kept} of them are in {images.description}. "
                 "If images are missing for a while, bring them back; else give another --out, or --overwrite to go on."
             )
-    return Plan(images, wanted, views, specs, known, identities, counts, old, layout)
+    return Plan(images, wanted, views, specs, known, identities, counts, old, layout, tuple(superseded))
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
@@ -246,7 +266,9 @@ def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
         return None
     try:
         store = FeatureStore.open(out)
-        if overwrite:
+        if overwrite and store.kind == "index":
+            store.set_damaged_shards_aside()
+        elif overwrite:
             store.verify()
         return store
     except (IntegrityError, FormatVersionError) as error:
@@ -256,18 +278,22 @@ def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
         return None
 
 
-def _layout(wanted: str | None, old: FeatureStore | None, out: Path) -> str:
+def _layout(wanted: str | None, old: FeatureStore | None, parts: PartsFolder, out: Path) -> str:
+    """As asked for, or as the store is; shards that were kept belong to a sharded one, even where its index is gone."""
     check_choice("layout", wanted or "packed", LAYOUTS)
-    is_packed = old is None or old.kind == "store"
-    if old is not None and is_packed and wanted == "sharded":
+    if old is not None and old.kind == "store" and wanted == "sharded":
         raise ConfigurationError(
             f"{out}: is one packed file, which cannot become a sharded store. Give another --out, or leave --layout out."
         )
-    return wanted or ("packed" if is_packed else "sharded")
+    is_sharded = any(record.kept for record in parts.records.values()) if old is None else old.kind == "index"
+    return wanted or ("sharded" if is_sharded else "packed")
 
 
-def _kept(identity: Identity | None, known: KnownRows, recipes: Sequence[Recipe]) -> bool:
-    return identity is not None and any(known.locate((item.fingerprint, 0), identity.sha256) for item in recipes)
+def _untaken(spec: ShardSpec, taken: Collection[str]) -> ShardSpec:
+    """The same shard under a name that none has."""
+    while spec.identity in taken:
+        spec = dataclasses.replace(spec, attempt=spec.attempt + 1)
+    return spec
 
 
 def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwrite: bool) -> bool:
@@ -312,8 +338,7 @@ def _identities(
         found = known.identity_of_content(digest) if digest is not None else None
         if found is not None:
             identities[index] = found
-            before = by_path[index]
-            if before is None or before.sha256 != digest:
+            if known.content_at(images.paths[index]) != digest:
                 moved.add(index)
     return identities, moved
 

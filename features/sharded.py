@@ -60,13 +60,17 @@ class ShardedArray:
         IntegrityError
             If a place is not in its shard, or the shard is damaged or missing.
         """
-        if isinstance(key, tuple) and len(key) > 2:
+        if key is Ellipsis or (isinstance(key, tuple) and (len(key) > 2 or any(part is Ellipsis for part in key))):
             raise IndexError("only images and views of a sharded array can be chosen: array[rows, views][..., more]")
         places = self._places[key]
+        if places.shape[-1:] != (3,) or places.ndim < 1:
+            raise IndexError(f"{key!r} chooses more than images and views")
         flat = places.reshape(-1, 3)
+        shards = [
+            (shard, here, self._open_shard(shard)) for shard, here in by_shard(flat)
+        ]  # before any memory is asked for
         values = np.empty((len(flat), *self._row_shape), self.dtype)
-        for shard, here in by_shard(flat):
-            rows = self._open_shard(shard)
+        for shard, here, rows in shards:
             chosen = flat[here, 1:]
             if (chosen < 0).any() or (chosen >= rows.shape[:2]).any():
                 raise IntegrityError(f"a place outside shard {shard}, which has {rows.shape[:2]} rows and views")

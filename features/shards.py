@@ -24,11 +24,11 @@ from typing import Any, TypeVar
 import numpy as np
 
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
-from features.files import atomic_file, file_digest, printable, sync_folder, writing
+from features.files import atomic_file, file_digest, printable, writing
 from features.images import Decoded, decode_image
-from features.layout import FeatureSpec, ImageTable, Quarantine
+from features.layout import FeatureSpec, ImageTable, Quarantine, digest_rows
 from features.recipe import Recipe, canonical_json, digest_of
-from features.store import FeatureStore, shard_path
+from features.store import FeatureStore, is_shard_name, shard_path
 from features.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,9 @@ class ShardSpec:
         Feature data sets to make; they share their pixel rule.
     views : tuple of int
         Views to make, ascending.
+    attempt : int
+        Sets it apart from a shard of the same images that is there already. Those of equal path, size and time may
+        have other content, and a shard never changes.
     """
 
     root: str
@@ -64,6 +67,7 @@ class ShardSpec:
     mtimes_ns: tuple[int, ...]
     recipes: tuple[Recipe, ...]
     views: tuple[int, ...] = (0,)
+    attempt: int = 0
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -72,18 +76,18 @@ class ShardSpec:
     def identity(self) -> str:
         """20 hexadecimal digits derived from everything above."""
         images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
-        return digest_of([self.root, images, [recipe.fingerprint for recipe in self.recipes], list(self.views)])[:20]
+        fingerprints = [recipe.fingerprint for recipe in self.recipes]
+        return digest_of([self.root, images, fingerprints, list(self.views), self.attempt])[:20]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard without opening it: name, checksum of the file, rows, refusals."""
+    """What is known of a finished shard without opening it: name, checksum, views, and whether a store needs it."""
 
     identity: str
     sha256: str
-    rows: int
-    refused: int
     views: tuple[int, ...]
+    kept: bool = False
 
 
 def rows_per_shard(row_bytes: int, batch_size: int) -> int:
@@ -237,7 +241,7 @@ def _write(
             writer.finish(
                 images=ImageTable(
                     paths=tuple(spec.paths[index] for index in rows_of),
-                    sha256=_hashes(row[1] for row in good),
+                    sha256=digest_rows(row[1] for row in good),
                     labels=np.full(len(good), -1, np.int32),
                     splits=np.full(len(good), -1, np.int8),
                     groups=None,
@@ -248,7 +252,7 @@ def _write(
                 ),
                 quarantine=Quarantine(
                     paths=tuple(spec.paths[row[0]] for row in refused),
-                    sha256=_hashes(row[1] for row in refused),
+                    sha256=digest_rows(row[1] for row in refused),
                     reasons=tuple(row[2] for row in refused),
                     sizes=np.array([spec.sizes[row[0]] for row in refused], np.int64),
                     mtimes_ns=np.array([spec.mtimes_ns[row[0]] for row in refused], np.int64),
@@ -257,18 +261,14 @@ def _write(
             )
         finally:
             writer.close()
-    return ShardRecord(spec.identity, file_digest(path), len(good), len(refused), spec.views)
-
-
-def _hashes(digests: Iterator[bytes] | Any) -> np.ndarray:
-    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+    return ShardRecord(spec.identity, file_digest(path), spec.views)
 
 
 class PartsFolder:
     """The shards of an unfinished extraction, or of a sharded store, and their journal, one JSON line each.
 
     A torn last line, a missing shard or one whose checksum differs costs that shard and nothing else; a shard
-    that was renamed into place but not entered before a crash is found again and entered.
+    that was renamed into place but not entered before a crash is found again. Files of other names are not ours.
     """
 
     def __init__(self, path: Path) -> None:
@@ -276,28 +276,24 @@ class PartsFolder:
         self.journal = path / "manifest.jsonl"
         self.records: dict[str, ShardRecord] = {}
 
+    def read(self) -> None:
+        """Look what is there, and change nothing: the journal, and shards that it lacks."""
+        self.records = {}
+        lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
+        for record in filter(None, map(_parse_record, lines)):
+            if shard_path(self.path, record.identity).is_file():
+                self.records[record.identity] = record
+        for path in self._files():
+            if path.stem not in self.records and (found := _orphan(path)) is not None:
+                self.records[found.identity] = found
+
     def open(self) -> None:
-        """Create the folder if need be, sweep left-over temporary files, read the journal."""
+        """Make the folder ready for new shards: left-over temporary files go, what was found is in the journal."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             for leftover in self.path.glob(".*.tmp"):
                 leftover.unlink(missing_ok=True)
-        self.read()
-        known = {record.identity for record in self.records.values()}
-        for orphan in sorted(self.path.glob("*.h5")):
-            if orphan.stem not in known:
-                self._adopt(orphan)
         self._rewrite()
-
-    def read(self) -> None:
-        """Read the journal without changing anything."""
-        self.records = {}
-        if not self.journal.exists():
-            return
-        for line in self.journal.read_bytes().splitlines():
-            record = _parse_record(line)
-            if record is not None and shard_path(self.path, record.identity).exists():
-                self.records[record.identity] = record
 
     def commit(self, record: ShardRecord) -> None:
         """Enter one finished shard; durable when this returns."""
@@ -308,7 +304,7 @@ class PartsFolder:
         self.records[record.identity] = record
 
     def shards(self, *, known: Collection[str] = ()) -> Iterator[tuple[ShardRecord, FeatureStore]]:
-        """Open every committed shard whose checksum holds; one that does not is dropped with a warning.
+        """Open every committed shard whose checksum holds; one that does not is left out with a warning.
 
         Parameters
         ----------
@@ -323,40 +319,52 @@ class PartsFolder:
                 logger.warning("%s is damaged (checksum differs); its images are computed again", path)
                 del self.records[identity]
                 continue
-            yield record, FeatureStore.open_shard(path)
+            shard = FeatureStore.open_shard(path)
+            if any(shard.views(name) != len(record.views) for name in shard.names):
+                raise IntegrityError(f"{path}: holds other views than {self.journal} says. Move it away and run again.")
+            yield record, shard
+
+    def drop(self, identities: Collection[str]) -> None:
+        """Remove these shards."""
+        for identity in identities:
+            shard_path(self.path, identity).unlink(missing_ok=True)
+            self.records.pop(identity, None)
 
     def keep(self, identities: Collection[str]) -> None:
-        """Remove every shard but these."""
-        for identity in set(self.records) - set(identities):
-            shard_path(self.path, identity).unlink(missing_ok=True)
-            del self.records[identity]
+        """Remove every shard but these, and note that a sharded store needs them."""
+        if set(self.records) == set(identities) and all(record.kept for record in self.records.values()):
+            return
+        self.drop([path.stem for path in self._files() if path.stem not in identities])
+        self.records = {key: dataclasses.replace(record, kept=True) for key, record in self.records.items()}
         self._rewrite()
 
     def remove(self) -> None:
         """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""
-        for name in [self.journal, *sorted(self.path.glob("*.h5")), *self.path.glob(".*.tmp")]:
+        for name in [self.journal, *self._files(), *self.path.glob(".*.tmp")]:
             name.unlink(missing_ok=True)
         if self.path.exists() and any(self.path.iterdir()):
             logger.warning("%s holds files that are not ours; it is left", self.path)
-        elif self.path.exists():
+        elif self.path.exists() and not self.path.is_symlink():  # a link may lead to a disk of its own
             self.path.rmdir()
 
-    def _adopt(self, path: Path) -> None:
-        try:
-            shard = FeatureStore.open_shard(path)
-            shard.verify()
-            views = tuple(int(view) for view in shard.provenance["views"])
-        except (StoreError, IntegrityError, KeyError, TypeError, ValueError):
-            logger.warning("%s is no whole shard; removed", path)
-            path.unlink()
-            return
-        record = ShardRecord(path.stem, file_digest(path), len(shard), len(shard.quarantine), views)
-        self.records[record.identity] = record
+    def _files(self) -> list[Path]:
+        return [path for path in sorted(self.path.glob("*.h5")) if is_shard_name(path.stem) and path.is_file()]
 
     def _rewrite(self) -> None:
         with atomic_file(self.journal) as temporary:
             temporary.write_bytes(b"".join(map(_record_line, self.records.values())))
-        sync_folder(self.path)
+
+
+def _orphan(path: Path) -> ShardRecord | None:
+    """The record of a shard that is not in the journal; None, with a warning, if it cannot be used."""
+    try:
+        shard = FeatureStore.open_shard(path)
+        shard.verify()
+        views = tuple(int(view) for view in shard.provenance["views"])
+        return ShardRecord(path.stem, file_digest(path), views)
+    except (StoreError, IntegrityError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s is in no journal and is not used (%s)", path, error)
+        return None
 
 
 def _record_line(record: ShardRecord) -> bytes:
@@ -365,10 +373,15 @@ def _record_line(record: ShardRecord) -> bytes:
 
 
 def _parse_record(line: bytes) -> ShardRecord | None:
+    """A record as it was written; None for a line torn by a crash, whose shard is found again by its file."""
     try:
         values = json.loads(line)
         if values.pop("version") != JOURNAL_VERSION:
             return None
-        return ShardRecord(**{**values, "views": tuple(values["views"])})
+        record = ShardRecord(**{**values, "views": tuple(values["views"])})
     except (ValueError, TypeError, KeyError, AttributeError):
-        return None  # a line torn by a crash; its shard is found again by its file
+        return None
+    texts = isinstance(record.identity, str) and isinstance(record.sha256, str) and isinstance(record.kept, bool)
+    if not texts or not is_shard_name(record.identity) or not all(type(view) is int for view in record.views):
+        return None
+    return record

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import logging
 import os
 import re
 import weakref
@@ -39,13 +40,20 @@ from features.sharded import ShardedArray, by_shard
 from features.splits import SPLITS
 from features.structure import WAY_OUT, Structure, read_structure, reading
 
+logger = logging.getLogger(__name__)
 _SHARD_NAME = re.compile("[0-9a-f]{20}")
 Progress = Callable[[str, int, int], None]
 
 
 def parts_folder(path: Path) -> Path:
-    """Where the shards of a store lie."""
+    """Where the shards of a store lie: beside the file, not beside a link to it."""
+    path = Path(os.path.realpath(path))
     return path.with_name(path.name + ".parts")
+
+
+def is_shard_name(text: str) -> bool:
+    """Whether a shard may be called so."""
+    return _SHARD_NAME.fullmatch(text) is not None
 
 
 def shard_path(folder: Path, identity: str) -> Path:
@@ -67,6 +75,7 @@ class FeatureStore:
         self._descriptor: int | None = None
         self._verified: set[str] = set()
         self._shards: dict[int, FeatureStore] = {}
+        self._damaged: set[int] = set()
         with reading(path):
             self._open()
 
@@ -91,7 +100,7 @@ class FeatureStore:
         return cls(Path(path), kinds=("shard",))
 
     def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
-        return functools.partial(FeatureStore, kinds=self._kinds), (self.path,)  # open files do not travel
+        return functools.partial(_open_again, kinds=self._kinds, digest=self.digest), (self.path,)  # no open files
 
     # -- what is inside
     @property
@@ -166,7 +175,7 @@ class FeatureStore:
         if self.kind != "index":
             return ShardTable((), np.zeros((0, 32), np.uint8))
         table = ShardTable(self._strings_of("/shards/name"), self._values_of("/shards/digest"))
-        if not all(map(_SHARD_NAME.fullmatch, table.names)):
+        if not all(map(is_shard_name, table.names)):
             raise IntegrityError(f"{self.path}: /shards/name holds what is no name of a shard. {WAY_OUT}")
         return table
 
@@ -175,8 +184,9 @@ class FeatureStore:
         return self._verified_map(self._key_of(name))
 
     def present(self) -> np.ndarray:
-        """Whether each row is there, bool, ``(images,)``: false where a file of a sharded store was removed."""
-        here = np.array([self._shard_path(number).exists() for number in range(len(self.shards.names))], bool)
+        """Whether each row is there, bool, ``(images,)``: false where a shard is missing, or known to be damaged."""
+        numbers = range(len(self.shards.names))
+        here = np.array([n not in self._damaged and self._shard_path(n).is_file() for n in numbers], bool)
         every = np.ones(len(self), bool)
         for name in self.names if not here.all() else ():
             places = self.places(name)[..., 0]
@@ -290,6 +300,15 @@ class FeatureStore:
         _ = self.images, self.quarantine  # texts are whole, labels and splits are in range
         return blocks
 
+    def set_damaged_shards_aside(self) -> None:
+        """Verify each shard; rows of one that is damaged count as missing from now on, which is logged."""
+        for number in range(len(self.shards.names)):
+            try:
+                self._open_shard(number).verify()
+            except IntegrityError as error:
+                logger.warning("%s", error)
+                self._damaged.add(number)
+
     # -- inside
     def _data_set(self, name: str | None) -> str:
         if name is None:
@@ -389,16 +408,22 @@ class FeatureStore:
     def _open_shard(self, number: int) -> FeatureStore:
         """A shard that is the one the index was made of: its digest vouches for all that it says."""
         path = self._shard_path(number)
-        way_out = (
-            f"It is part of {self.path}. If that was brought up to date in the meantime, open it again; else move the "
-            "shard away and run the extraction again: only its images are computed."
-        )
+        if not path.parent.is_dir():
+            raise IntegrityError(
+                f"{self.path}: its shards lie in {path.parent.name}, which is not beside it; move them along"
+            )
         try:
             shard = FeatureStore.open_shard(path)
-        except StoreError as error:
-            raise IntegrityError(f"{path}: the shard is missing. {way_out}") from error
+        except (StoreError, FileNotFoundError) as error:
+            raise IntegrityError(
+                f"{path}: the shard is missing, a part of {self.path}. If that was brought up to date in the meantime, "
+                "open it again; else run the extraction again: only the images of this shard are computed."
+            ) from error
         if shard.digest != self.shards.digests[number].tobytes():
-            raise IntegrityError(f"{path}: the shard is not the one that was written. {way_out}")
+            raise IntegrityError(
+                f"{path}: the shard is not the one that was written, a part of {self.path}. Move it away and run the "
+                "extraction again: only its images are computed."
+            )
         return shard
 
     def _shard_rows(self, name: str, number: int) -> np.ndarray:
@@ -407,7 +432,8 @@ class FeatureStore:
         if number not in self._shards:
             self._shards[number] = self._open_shard(number)
         self._check_holds(self._shards[number], name)
-        return np.asarray(self._shards[number].array(name))
+        with reading(self._shards[number].path):
+            return np.asarray(self._shards[number].array(name))
 
     def _check_holds(self, shard: FeatureStore, name: str, places: np.ndarray | None = None) -> None:
         """That a shard has the data set that the index says, and all of these places."""
@@ -433,8 +459,7 @@ class FeatureStore:
             return np.zeros(entry.shape, dtype=entry.dtype)
         with self._stream() as stream:
             array = np.memmap(stream, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
-        array.filename = str(self.path)  # joblib opens it again by name
-        return array
+        return array  # it has no file name: whoever opened that would read the rows of a later store
 
     def _verify_blocks(self, key: str) -> Iterator[np.ndarray]:
         """Blocks of rows that are what was written. Read, not mapped: what is mapped counts as memory of the process."""
@@ -484,6 +509,14 @@ class FeatureStore:
             raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
         pairs = zip(starts.tolist(), ends.tolist(), strict=True)
         return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
+
+
+def _open_again(path: Path, *, kinds: tuple[str, ...], digest: bytes) -> FeatureStore:
+    """A store in another process: the same one, or an error."""
+    store = FeatureStore(path, kinds=kinds)
+    if store.digest != digest:
+        raise StoreError(f"{path}: was brought up to date after this process was given it. Open it again.")
+    return store
 
 
 def _row_shape(key: str, places: tuple[int, ...], text: str) -> tuple[int, ...]:

@@ -17,6 +17,7 @@ from faults import (
     differences,
     finish,
     inferred,
+    kill,
     kill_often,
     run,
     start,
@@ -26,7 +27,7 @@ from faults import (
 from helpers import ROOT, listing, paint_folder
 
 from features.files import PatientFile
-from features.store import FeatureStore
+from features.store import FeatureStore, parts_folder
 
 pytestmark = pytest.mark.slow
 SHARD = 32
@@ -79,6 +80,34 @@ def test_a_kill_during_an_update_leaves_the_old_store(reference: tuple[Path, Pat
     assert len(FeatureStore.open(out)) == 700
     assert 100 <= inferred(log) <= 100 + 2 * IN_FLIGHT
     assert listing(out.parent) == ["f.h5"]
+
+
+def test_a_sharded_store_killed_anywhere_and_run_again_is_the_same(
+    reference: tuple[Path, Path], tmp_path: Path
+) -> None:
+    source, whole = reference
+    out, log = tmp_path / "out" / "f.h5", tmp_path / "log2"
+    again = [*command(source, out), "--layout", "sharded"]
+    for kills in range(1, 7):
+        process = start(log, *again, options=[*NUMPY, "--delay", 0.02, "--stall", "assembly"])
+        # the last two at the index, when all shards are there
+        reached = wait_for_images(process, log, 20 * kills) if kills < 5 else wait_for_place(process, log, "assembly")
+        assert reached, finish(process)
+        kill(process)
+        assert not out.exists()
+    run(log, *again, options=NUMPY)
+    assert 600 <= inferred(log) <= 600 + 6 * IN_FLIGHT
+    assert FeatureStore.open(out).kind == "index"
+    assert {path.stem for path in parts_folder(out).glob("*.h5")} == set(FeatureStore.open(out).shards.names)
+    for _ in range(3):
+        process = start(log, "pack", out, options=[*NUMPY, "--stall", "assembly"])
+        assert wait_for_place(process, log, "assembly"), finish(process)
+        kill(process)
+        assert FeatureStore.open(out).kind == "index"
+        FeatureStore.open(out).verify()
+    run(log, "pack", out)
+    assert differences(whole, out) == []
+    assert listing(tmp_path / "out") == ["f.h5"]
 
 
 def test_a_keras_backbone_killed_and_run_again_gives_the_same_store(tmp_path: Path) -> None:
