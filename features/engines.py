@@ -1,17 +1,85 @@
-"""Run a backbone over batches of bytes: ``uint8 (n, h, w, 3)`` in, ``{data set: float32 (n, ...)}`` out."""
+"""Run a backbone over batches of bytes: ``uint8 (n, h, w, 3)`` in, ``{data set: float32 (n, ...)}`` out.
+
+Which engine is decided here without importing any; Keras's is here, OpenVINO's in ``features.openvino_engine``.
+"""
 
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError, nearest
-from features.recipe import Recipe
+from features.errors import ConfigurationError
+from features.folding import fold_batch_norms
+from features.openvino_engine import is_installed, reference_images
+from features.recipe import Recipe, check_choice
+
+logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "gpu")
+ENGINES = ("auto", "keras", "openvino")
+ARITHMETIC = ("float32", "bfloat16", "float16")
+# What the drivers of NVIDIA, AMD and of Windows' Linux put there: without any of them there is no GPU to look for.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+
+
+def engine_names() -> tuple[str, ...]:
+    """Engines that are installed; none is imported."""
+    return ("keras", "openvino") if is_installed() else ("keras",)
+
+
+def choose_engine(engine: str, precision: str, device: str) -> str:
+    """``auto`` -> ``openvino`` on processors where it is installed and has the precision, else ``keras``.
+
+    Parameters
+    ----------
+    engine : {"auto", "keras", "openvino"}
+        What was asked for.
+    precision : {"float32", "bfloat16", "float16"}
+        Arithmetic of the forward pass.
+    device : {"auto", "cpu", "gpu"}
+        Where it runs.
+
+    Raises
+    ------
+    ConfigurationError
+        If a name is unknown, or OpenVINO is asked for something that it does not do.
+    """
+    check_choice("engine", engine, ENGINES)
+    check_choice("precision", precision, ARITHMETIC)
+    check_choice("device", device, DEVICES)
+    can = precision != "float16" and device != "gpu"
+    if engine == "openvino":
+        if not can:
+            raise ConfigurationError(
+                f"engine: openvino computes in float32 or bfloat16 on processors; received precision {precision} and "
+                f"device {device}. Leave --engine out, or give --engine keras."
+            )
+        if not is_installed():
+            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used")
+    fits = can and is_installed() and (precision == "float32" or has_bfloat16())
+    wanted = engine == "openvino" or (engine == "auto" and not _may_have_gpu(device))
+    chosen = "openvino" if fits and wanted else "keras"
+    if precision == "bfloat16" and not has_bfloat16() and not _may_have_gpu(device):
+        logger.warning("this processor has no bfloat16: it is computed all the same, but slower than float32")
+    return chosen
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, or Arm's extension), as Linux lists it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def _may_have_gpu(device: str) -> bool:
+    return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
 
 
 def choose_device(device: str) -> str:
@@ -22,10 +90,7 @@ def choose_device(device: str) -> str:
     ConfigurationError
         If the name is unknown, or a GPU is asked for and none is seen.
     """
-    if device not in DEVICES:
-        raise ConfigurationError(
-            f"device: received {device!r}, expected one of {', '.join(DEVICES)}{nearest(device, DEVICES)}"
-        )
+    check_choice("device", device, DEVICES)
     if device == "cpu":
         return "cpu"
     seen = _gpu_count()
@@ -82,7 +147,11 @@ class KerasEngine:
         Every forward pass has this many images; the last batch is padded with zeros and cut.
     device : {"auto", "cpu", "gpu"}
         Where to run.
+    precision : {"float32", "bfloat16", "float16"}
+        Arithmetic of all layers but the pooling at the end; weights and outputs are float32.
     """
+
+    concurrent = False  # one batch at a time fills the device
 
     def __init__(
         self,
@@ -92,6 +161,7 @@ class KerasEngine:
         *,
         batch_size: int,
         device: str = "auto",
+        precision: str = "float32",
     ) -> None:
         import keras
 
@@ -100,8 +170,12 @@ class KerasEngine:
         self.device = choose_device(device)
         self.name = f"keras-{keras.backend.backend()}"
         rule = recipes[0].pixels
-        self._shape = (batch_size, rule.height, rule.width, 3)
+        self._shape, self._step = (batch_size, rule.height, rule.width, 3), batch_size
         self.images_inferred = 0
+
+        model = fold_batch_norms(model, preprocess(reference_images(rule.height, rule.width, 2).astype(np.float32)))
+        if precision != "float32":
+            compute_in(model, precision)
 
         def forward(pixels: Any) -> list[Any]:
             # Only bytes cross to the device; the cast and the preprocessing are part of the compiled function.
@@ -124,17 +198,54 @@ class KerasEngine:
         dict of str to float32, (n, ...)
             Features by data set.
         """
-        import keras
-
         count = len(images)
         if count > self.batch_size or images.shape[1:] != self._shape[1:] or images.dtype != np.uint8:
             raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {self._shape}")
-        if count < self.batch_size:
-            padded = np.zeros(self._shape, dtype=np.uint8)
+        parts = [self._infer(images[start : start + self._step]) for start in range(0, count, self._step)]
+        self.images_inferred += count
+        arrays = parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
+        return dict(zip(self.names, arrays, strict=True))
+
+    def _infer(self, images: np.ndarray) -> list[np.ndarray]:
+        try:
+            return self._forward_pass(images)
+        except Exception as error:
+            if self._step < self.batch_size or self._step == 1 or not is_out_of_memory(error):
+                raise
+            self._step = -(-self.batch_size // 2)
+            logger.warning(
+                "out of memory with batches of %d images; going on with %d. Give --batch-size %d to begin with that.",
+                *(self.batch_size, self._step, self._step),
+            )
+        halves = [self._forward_pass(images[start : start + self._step]) for start in range(0, len(images), self._step)]
+        return [np.concatenate(outputs) for outputs in zip(*halves, strict=True)]
+
+    def _forward_pass(self, images: np.ndarray) -> list[np.ndarray]:
+        import keras
+
+        count = len(images)
+        if count < self._step:
+            padded = np.zeros((self._step, *self._shape[1:]), dtype=np.uint8)
             padded[:count] = images
             images = padded
         with self._scope():
             outputs = self._forward(keras.ops.convert_to_tensor(images, dtype="uint8"))
-            arrays = [keras.ops.convert_to_numpy(output)[:count] for output in outputs]
-        self.images_inferred += count
-        return dict(zip(self.names, arrays, strict=True))
+            return [keras.ops.convert_to_numpy(output)[:count] for output in outputs]
+
+
+def compute_in(model: Any, precision: str) -> None:
+    """Make all layers of a model but those that give its outputs compute in half precision; weights stay float32."""
+    import keras
+
+    policy = keras.DTypePolicy(f"mixed_{precision}")
+    last = {id(tensor._keras_history.operation) for tensor in model.outputs}
+    for layer in model._flatten_layers(include_self=False):
+        if id(layer) not in last:
+            layer.dtype_policy = policy
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a backend says that the device's memory does not suffice (TensorFlow and JAX by a code, torch by a class)."""
+    return isinstance(error, MemoryError) or any(
+        sign in f"{type(error).__name__} {error}" for sign in ("ResourceExhausted", "RESOURCE_EXHAUSTED", "OutOfMemory")
+    )

@@ -99,6 +99,7 @@ _TRANSPOSITIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = {_TRANSPOSITIONS[tag] for tag in (5, 6, 7, 8)}
 _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 
@@ -193,12 +194,13 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     image = _open(data)
     _check_size(image, max_pixels)
     try:
+        size = _shrink_on_load(image, rule) if rule.decode == "fast" and image.format == "JPEG" else None
         image.load()
         _check_size(image, max_pixels)  # an icon may hold a larger image than its header says
         if image.format == "PNG":
             _scale_transparent_colour(image, bits=data[24])
         upright = _upright(image)
-        return Decoded(_resize(_to_rgb(upright), rule), *upright.size)
+        return Decoded(_resize(_to_rgb(upright), rule), *(size or upright.size))
     except UnreadableImageError:
         raise
     except _DECODER_ERRORS as error:
@@ -262,16 +264,35 @@ def _promised_length(data: bytes, name: str) -> int:
     return position
 
 
+def _shrink_on_load(image: Image.Image, rule: PixelRule) -> tuple[int, int]:
+    """Have libjpeg decode no more pixels than the rule needs; the whole image's size, upright."""
+    method = _orientation(image)
+    turned = method in _SIDEWAYS
+    width, height = image.size[::-1] if turned else image.size
+    if rule.fit == "crop":  # of the window that is kept, as many pixels as are wanted
+        _, _, inner_width, inner_height = crop_window(width, height, rule)
+        wanted = (-(-width * rule.width // inner_width), -(-height * rule.height // inner_height))
+    elif rule.fit == "pad":
+        wanted = pad_window(width, height, rule)[2:]
+    else:
+        wanted = (rule.width, rule.height)
+    image.draft(None, wanted[::-1] if turned else wanted)
+    return width, height
+
+
 def _upright(image: Image.Image) -> Image.Image:
-    """Apply the EXIF or XMP orientation; damaged metadata count as none."""
+    # After load(): Pillow turns TIFF by itself while it loads, and then forgets the tag.
+    method = _orientation(image)
+    return image if method is None else image.transpose(method)
+
+
+def _orientation(image: Image.Image) -> Image.Transpose | None:
+    """What the EXIF or XMP orientation asks for; damaged metadata count as none."""
     try:
-        # After load(): Pillow turns TIFF by itself while it loads, and then forgets the tag.
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-        method = _TRANSPOSITIONS.get(orientation)
+        return _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except _DECODER_ERRORS as error:
         logger.debug("metadata ignored: %s", error)
-        return image
-    return image if method is None else image.transpose(method)
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:

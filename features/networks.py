@@ -68,6 +68,7 @@ class Network:
     weights_argument: str
     recipes: tuple[Recipe, ...]
     description: Description
+    engine_name: str = "keras"
 
     @property
     def row_bytes(self) -> int:
@@ -88,9 +89,25 @@ class Network:
     def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
         """An engine that makes these data sets in one pass."""
         from features.engines import KerasEngine
+        from features.openvino_engine import OpenVinoError, open_engine
 
-        model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
-        return KerasEngine(model, preprocess(self.backbone), recipes, batch_size=batch_size, device=device)
+        precision = recipes[0].precision.partition(":")[0]
+
+        def build() -> tuple[Any, Any]:
+            model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
+            return model, preprocess(self.backbone)
+
+        if self.engine_name == "openvino":
+            try:
+                return open_engine(
+                    recipes, build, source=self.weights.sha256, batch_size=batch_size, precision=precision
+                )
+            except OpenVinoError as error:
+                if precision != "float32":
+                    raise OpenVinoError(f"{error}. Give --engine keras, or --precision float32.") from error
+                logger.warning("%s; Keras is used, which gives the same features more slowly", error)
+        model, prepare = build()
+        return KerasEngine(model, prepare, recipes, batch_size=batch_size, device=device, precision=precision)
 
 
 def resolve_network(
@@ -103,6 +120,10 @@ def resolve_network(
     resize: str = "antialias",
     fit: str = "stretch",
     dtype: str = "float32",
+    decode: str = "full",
+    engine: str = "auto",
+    precision: str = "float32",
+    device: str = "auto",
 ) -> Network:
     """Find backbone, weights and layers, and write the recipes.
 
@@ -118,8 +139,10 @@ def resolve_network(
         For every 4-D layer asked for. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
     image_size : tuple of int, optional
         Height and width in pixels; the backbone's own without it.
-    resize, fit, dtype : str
+    resize, fit, dtype, decode : str
         See ``features.recipe``.
+    engine, precision, device : str
+        See ``features.engines.choose_engine``.
 
     Raises
     ------
@@ -128,11 +151,14 @@ def resolve_network(
     WeightsError
         For weights that cannot be found or do not fit.
     """
+    from features.engines import choose_engine
+
     row = find_backbone(backbone)
+    engine = choose_engine(engine, precision, device)
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}")
     size = image_size or row.default_size
-    rule = PixelRule(size[0], size[1], resize=resize, fit=fit)
+    rule = PixelRule(size[0], size[1], resize=resize, fit=fit, decode=decode)
     file = resolve_weights(row, weights)
     description = describe(row, file, size)
     chosen: dict[tuple[str, str], Recipe] = {}
@@ -148,11 +174,12 @@ def resolve_network(
             pixels=rule,
             preprocessing=row.preprocessing,
             dtype=dtype,
+            precision=precision if precision == "float32" else f"{precision}:{engine}",
         )
     # What a later stage needs to find the same network again, from any folder.
     backbone_argument = backbone if row.path is None else str(row.path.resolve())
     weights_argument = str(file.path.resolve()) if file.route == "file" and file.path is not None else weights
-    return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description)
+    return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description, engine)
 
 
 def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:

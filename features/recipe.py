@@ -14,9 +14,10 @@ from features.errors import ConfigurationError, nearest
 RECIPE_VERSION = 1
 RESIZE_RULES = ("antialias", "keras")
 FIT_RULES = ("stretch", "crop", "pad")
-DECODE_RULES = ("full",)
+DECODE_RULES = ("full", "fast")
 POOLINGS = ("none", "avg", "max", "flatten")
-PRECISIONS = ("float32",)
+# Rounded to 8 or 11 bits in every layer, two engines differ by much more than rounding: each is another recipe.
+PRECISIONS = ("float32", "bfloat16:keras", "bfloat16:openvino", "float16:keras")
 DTYPES = ("float32", "float16")
 COLOUR_RULE = "rgb:exif,alpha-over-white"
 
@@ -51,8 +52,9 @@ class PixelRule:
     fit : {"stretch", "crop", "pad"}
         ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window of the target's
         ratio, ``pad`` keeps the whole image, centred on black.
-    decode : {"full"}
-        ``full`` decodes every pixel of the file.
+    decode : {"full", "fast"}
+        ``full`` decodes every pixel of the file. ``fast`` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size
+        where that is still at least the size wanted, and resizes that.
     """
 
     height: int
@@ -95,8 +97,9 @@ class Recipe:
         Specification of views 1 and above.
     seed : int
         Seed of the views.
-    precision : {"float32"}
-        Arithmetic of the forward pass.
+    precision : {"float32", "bfloat16:keras", "bfloat16:openvino", "float16:keras"}
+        Arithmetic of the forward pass, and the engine where that is part of what decides the values; the features
+        are float32 or float16 (``dtype``) all the same.
     dtype : {"float32", "float16"}
         How the features are stored.
     """

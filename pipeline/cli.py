@@ -59,7 +59,9 @@ Weights = Annotated[str, typer.Option(help="imagenet, random, or a weights file.
 @app.command()
 @guarded
 def extract(
-    images: Annotated[str, typer.Argument(help="Folder of class folders, CSV manifest, or sample:digits.")],
+    images: Annotated[
+        str, typer.Argument(help="Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")
+    ],
     out: Annotated[Path, typer.Option(help="The HDF5 file to make or bring up to date.")] = Path("features.h5"),
     backbone: Annotated[str, typer.Option(help="Name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
     weights: Weights = "imagenet",
@@ -85,6 +87,16 @@ def extract(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
+    engine: Annotated[str, typer.Option(help="auto, keras or openvino (processors; extra 'openvino').")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Arithmetic: float32, bfloat16 or float16; each is another recipe.")
+    ] = "float32",
+    check_precision: Annotated[
+        int, typer.Option(help="Compare so many images with float32, and keep the difference in the store.")
+    ] = 0,
+    decode: Annotated[
+        str, typer.Option(help="full, or fast: JPEGs shrunk while they are decoded; another recipe.")
+    ] = "full",
     shard_rows: Annotated[
         int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")
     ] = None,
@@ -121,6 +133,10 @@ def extract(
         "batch_size": batch_size,
         "workers": workers,
         "device": device,
+        "engine": engine,
+        "precision": precision,
+        "decode": decode,
+        "check_precision": check_precision,
         "shard_rows": shard_rows,
         "layout": layout,
         "max_unreadable": max_unreadable,

@@ -59,6 +59,8 @@ def network_of(run: Run, weights: str | None = None) -> Network:
         resize=recipe.pixels.resize,
         fit=recipe.pixels.fit,
         dtype=recipe.dtype,
+        decode=recipe.pixels.decode,
+        **_arithmetic(recipe),
     )
     differences = recipe.difference(network.recipes[0])
     if differences:
@@ -68,6 +70,11 @@ def network_of(run: Run, weights: str | None = None) -> Network:
             "Give the weights that made them with --weights."
         )
     return network
+
+
+def _arithmetic(recipe: Recipe) -> dict[str, str]:
+    precision, _, engine = recipe.precision.partition(":")
+    return {"precision": precision, "engine": engine or "auto"}
 
 
 @dataclasses.dataclass(frozen=True)

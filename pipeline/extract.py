@@ -76,6 +76,9 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "format": DOCUMENT_FORMAT,
         "file": str(store.path),
         "rows": len(store),
+        "layout": "sharded" if store.kind == "index" else "packed",
+        "shards": len(store.shards.names),
+        "rows_missing": int((~store.present()).sum()),
         "classes": {name: labels[number] for number, name in enumerate(store.classes)},
         "splits": {name: splits[name] for name in SPLITS if splits[name]},
         "split_rule": store.split_rule,
@@ -90,18 +93,45 @@ def describe(store: FeatureStore) -> dict[str, Any]:
     }
 
 
+def _arithmetic(recipe: dict[str, Any]) -> str:
+    """What makes a recipe another one than that of float32 and whole JPEGs."""
+    fast = "" if recipe["decode"] == "full" else "  decode fast"
+    return fast + (
+        "" if recipe["precision"] == "float32" else f"  computed in {recipe['precision'].replace(':', ' by ')}"
+    )
+
+
+def _precision_lines(document: dict[str, Any]) -> list[str]:
+    checked = document["provenance"].get("precision_check")
+    if not isinstance(checked, dict):
+        return []
+    lines = []
+    for name, found in checked["data_sets"].items():
+        before, after = found["accuracy_float32"], found["accuracy"]
+        head = "" if after is None else f"; a logistic head: {before:.4f} in float32, {after:.4f} as stored"
+        lines.append(
+            f"  {printable(name)}  differs from float32 by {found['relative_error']:.2g} on {checked['images']} images{head}"
+        )
+    return lines
+
+
 def summary(document: dict[str, Any]) -> str:
     """The document for a person."""
     lines = [
         f"{document['file']}: {document['rows']} rows, {len(document['classes'])} classes, "
         + ", ".join(f"{name} {count}" for name, count in document["splits"].items())
     ]
+    if document["layout"] == "sharded":
+        lines.append(f"  in {document['shards']} shards beside it ({document['file']}.parts)")
+    if document["rows_missing"]:
+        lines.append(f"  {document['rows_missing']} rows are missing with their shards; extract again to compute them")
     for name, entry in document["data_sets"].items():
         recipe = entry["recipe"]
         lines.append(
             f"  {printable(name)}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {printable(recipe['backbone'])} "
-            f"{recipe['height']}x{recipe['width']}  fingerprint {entry['fingerprint'][:10]}"
+            f"{recipe['height']}x{recipe['width']}{_arithmetic(recipe)}  fingerprint {entry['fingerprint'][:10]}"
         )
+    lines += _precision_lines(document)
     if "inferred" in document:
         changed = ", ".join(
             f"{document[name]} {name}" for name in ("cached", "moved", "new", "changed", "removed") if document[name]

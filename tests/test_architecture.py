@@ -48,8 +48,10 @@ INSIDE_FEATURES = {
     "tensors": {"errors", "files", "recipe", "graph"},
     "wheels": {"errors", "files", "official", "tensors"},
     "weights": {"errors", "files", "cache", "recipe", "backbones", "official", "tensors", "wheels"},
-    "engines": {"errors", "recipe"},
-    "networks": {"errors", "files", "cache", "recipe", "backbones", "engines", "graph", "weights"},
+    "folding": {"graph"},
+    "openvino_engine": {"errors", "files", "cache", "recipe"},
+    "engines": {"errors", "folding", "openvino_engine", "recipe"},
+    "networks": {"errors", "files", "cache", "recipe", "backbones", "engines", "graph", "openvino_engine", "weights"},
     # the store
     "layout": {"recipe"},
     "sharded": {"errors"},
@@ -61,8 +63,10 @@ INSIDE_FEATURES = {
     "planning": {"errors", "recipe", "shards", "sources", "store"},
     "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store", "writer"},
     "forecast": {"errors", "images", "planning", "shards"},
+    "precision": {"errors", "images", "networks", "sources"},
     "extraction": {
         "forecast",
+        "precision",
         "errors",
         "files",
         "recipe",

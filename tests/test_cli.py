@@ -15,7 +15,7 @@ from features.store import FeatureStore
 
 pytestmark = pytest.mark.slow
 # An untrained network is enough where only the path through the program counts.
-SMALL = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", "32")
+SMALL = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", "32", "--engine", "keras")
 
 
 @pytest.fixture(scope="module")

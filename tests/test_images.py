@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
+from features import images
 from features.errors import ConfigurationError, UnreadableImageError
 from features.images import (
     REASON_MEANINGS,
@@ -516,3 +517,43 @@ def test_keras_rule_on_jpeg_differs_by_the_decoder_only(assets: Path, tmp_path: 
     difference = np.abs(ours - keras_dataset(tmp_path, (160, 160), fit))
     assert difference.mean() <= 1.0  # grey levels
     assert difference.max() <= 5
+
+
+# ---------------------------------------------------------------------------------------- shrink on load
+def gradient(height: int, width: int) -> Image.Image:
+    """Smooth, so that two ways of shrinking it differ by a level or two only; red grows rightwards, green downwards."""
+    pixels = np.zeros((height, width, 3), np.uint8)
+    pixels[..., 0] = np.linspace(0, 255, width)[None, :]
+    pixels[..., 1] = np.linspace(0, 255, height)[:, None]
+    return Image.fromarray(pixels)
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_fast_decoding_shrinks_on_load_and_shows_the_same_picture(
+    fit: str, orientation: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encoded(gradient(600, 800), "JPEG", quality=95, exif=exif)
+    full = decode_image(data, PixelRule(90, 120, fit=fit))
+    shrunk: list[tuple[int, int]] = []
+    whole = images._to_rgb
+    monkeypatch.setattr(images, "_to_rgb", lambda image: shrunk.append(image.size) or whole(image))
+    fast = decode_image(data, PixelRule(90, 120, fit=fit, decode="fast"))
+    size = (800, 600) if orientation == 1 else (600, 800)
+    assert (fast.width, fast.height) == (full.width, full.height) == size  # of the file, not of what was decoded
+    # the smallest of 1/1, 1/2, 1/4, 1/8 that still has the pixels wanted: 120x90, or 68x90 where that is padded
+    scale = 8 if (orientation, fit) == (6, "pad") else 4
+    assert shrunk == [(size[0] // scale, size[1] // scale)]
+    assert np.abs(fast.pixels.astype(int) - full.pixels).max() <= 4
+
+
+def test_fast_decoding_changes_nothing_where_nothing_can_be_left_out() -> None:
+    small, png = encoded(gradient(150, 200), "JPEG"), encoded(gradient(600, 800))
+    for data in (small, png):
+        full, fast = (decode_image(data, PixelRule(90, 120, decode=decode)) for decode in ("full", "fast"))
+        np.testing.assert_array_equal(full.pixels, fast.pixels)
+    with pytest.raises(UnreadableImageError) as caught:
+        decode_image(encoded(gradient(600, 800), "JPEG")[:-900], PixelRule(90, 120, decode="fast"))
+    assert caught.value.reason == "truncated"
