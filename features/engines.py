@@ -109,6 +109,10 @@ def _gpu_count() -> int:
         import torch
 
         return int(torch.cuda.device_count())
+    if keras.backend.backend() == "jax":  # list_devices("gpu") raises where there is none
+        import jax
+
+        return sum(device.platform == "gpu" for device in jax.devices())
     return len(keras.distribution.list_devices("gpu"))
 
 
