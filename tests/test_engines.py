@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import logging
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import recipe, run_pipeline
+from helpers import ROOT, paint_folder, recipe, run_pipeline
 
 from features import engines, networks
 from features.engines import choose_engine, is_out_of_memory
 from features.errors import ConfigurationError
+from features.extraction import extract_features
 from features.openvino_engine import OpenVinoError, reference_images
+from features.store import FeatureStore
 
 
 @pytest.fixture
@@ -175,3 +179,67 @@ def test_the_command_line_refuses_what_does_not_go_together(tmp_path: Path) -> N
         assert result.returncode == 2
         assert message in result.stderr
     assert not (tmp_path / "f.h5").exists()
+
+
+@pytest.mark.slow
+def test_extraction_with_a_kept_model_imports_no_keras(assets: Path, tmp_path: Path) -> None:
+    network = ["--backbone", "mobilenetv2-0.35", "--image-size", "96", "--engine", "openvino", "--weights"]
+    network.append(str(next((assets / "weights").glob("mobilenet_v2_0.35_224*"))))
+    first, second = (
+        paint_folder(tmp_path / name, {"cat": 20, "dog": 20}, start) for name, start in (("a", 0), ("b", 99))
+    )
+    result = run_pipeline("extract", first, "--out", tmp_path / "a.h5", *network)
+    assert result.returncode == 0, result.stderr
+    code = (
+        "import sys\nfrom pipeline.cli import main\n"
+        f"code = main(['extract', {str(second)!r}, '--out', {str(tmp_path / 'b.h5')!r}, *{network!r}])\n"
+        "heavy = {'tensorflow', 'keras', 'sklearn', 'jax', 'torch'}\n"
+        "sys.exit(code or sorted(heavy & set(sys.modules)) or 0)"
+    )
+    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert "40 inferred (40 new)" in again.stdout
+    store = FeatureStore.open(tmp_path / "b.h5")
+    assert store.provenance["engine"] == "openvino"
+    with_keras = extract_features(
+        second, tmp_path / "k.h5", backbone="mobilenetv2-0.35", image_size=96, engine="keras", weights=network[-1]
+    )
+    assert store.recipes["out_relu.avg"].fingerprint == with_keras.recipes["out_relu.avg"].fingerprint
+    np.testing.assert_allclose(store.array()[:], with_keras.array()[:], rtol=0, atol=1e-4 * with_keras.array().max())
+
+
+WATCH_MEMORY = """
+import sys
+import numpy as np
+from features.networks import resolve_network
+
+def resident():
+    with open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
+
+network = resolve_network("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96), engine=sys.argv[2])
+engine = network.engine(network.recipes, batch_size=4)
+assert engine.name.startswith(sys.argv[2]), engine.name
+pixels = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)
+kept = []
+for number in range(5000):
+    engine(pixels)
+    if number in (499, 4999):
+        kept.append(resident())
+print(*kept)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.pain(7)
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists(), reason="the system does not say how much memory is resident"
+)
+@pytest.mark.parametrize("engine", ["keras", "openvino"])
+def test_pain_07_memory_stays_flat_over_5000_batches(assets: Path, engine: str) -> None:
+    weights = next((assets / "weights").glob("mobilenet_v2_0.35_224*"))
+    command = [sys.executable, "-c", WATCH_MEMORY, str(weights), engine]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    early, late = map(int, result.stdout.split())
+    assert late < 1.05 * early
