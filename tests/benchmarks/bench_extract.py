@@ -1,6 +1,6 @@
 """Extraction against what people use today, and against what the machine could do; ratios of medians.
 
-    python tests/benchmarks/bench_extract.py IMAGES [--weights FILE] [--backbone vgg16 --size 224] [--rounds 5] [--json OUT]
+    python tests/benchmarks/bench_extract.py [IMAGES] [--weights FILE] [--backbone vgg16 --size 224] [--rounds 5] [--json OUT]
 
 Every contender is a process of its own, held to the same processors; each round runs all of them in turn. What is timed
 begins when the network is built, warm, and no image has been read, and ends when the features are in memory (Keras) or
@@ -314,7 +314,7 @@ def main() -> None:
     os.environ["PYTHONPATH"] = str(ROOT)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("images")
+    parser.add_argument("images", nargs="?", help="JPEGs; cats and dogs of BOTTLENECK_ASSETS without it, else noise")
     parser.add_argument("--backbone", default="mobilenetv2")
     parser.add_argument("--weights", default="imagenet")
     parser.add_argument("--size", type=int, default=160)
@@ -329,11 +329,16 @@ def main() -> None:
     if options.contender:
         run_one(options)
         return
-    if options.limit:
-        with tempfile.TemporaryDirectory() as folder:
-            options.images = some(Path(options.images), options.limit, Path(folder))
-            compare(options)
-    else:
+    assets = os.environ.get("BOTTLENECK_ASSETS")
+    with tempfile.TemporaryDirectory() as folder:
+        if options.images is None and assets:
+            options.images = str(Path(assets) / "images" / "cats_and_dogs_filtered")
+        elif options.images is None:
+            from gpu_check import noise
+
+            options.images = noise(Path(folder) / "noise", 2000)
+        if options.limit:
+            options.images = some(Path(options.images), options.limit, Path(folder) / "some")
         compare(options)
 
 
@@ -342,7 +347,7 @@ def some(source: Path, limit: int, folder: Path) -> str:
     paths = sorted(source.rglob("*.jpg"))
     for path in paths[:: max(1, len(paths) // limit)][:limit]:
         link = folder / path.parent.name / path.name
-        link.parent.mkdir(exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
         link.symlink_to(path.resolve())
     return str(folder)
 
