@@ -34,6 +34,7 @@ from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_
 from features.weights import WeightsFile, load_weights, resolve_weights
 
 logger = logging.getLogger(__name__)
+MEMO_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,7 +44,7 @@ class Description:
     Parameters
     ----------
     digest : str
-        sha256 over the weight tensors.
+        sha256 over the weight tensors; of a model file, over its architecture too.
     layers : dict of str to tuple of int
         Output shape of every layer with one output, without the batch axis, in graph order.
     last : str
@@ -197,13 +198,15 @@ def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
 
 def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
     """Describe a backbone, from memory where it was described before."""
-    key = digest_of([backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
+    key = digest_of([MEMO_VERSION, backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
     memo = cache_folder() / "backbones" / f"{key}.json"
     known = _read_memo(memo)
     if known is not None:
         return known
     model = build_backbone(backbone, size)
     digest = load_weights(model, backbone, file)
+    if backbone.path is not None:  # the tensors of a model file do not say what is computed with them
+        digest = digest_of([digest, json.loads(model.to_json())["config"]])
     layers = {name: tuple(tensor.shape[1:]) for name, tensor in layer_tensors(model).items()}
     layers = {name: shape for name, shape in layers.items() if None not in shape}
     try:

@@ -409,3 +409,29 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"config": []}))
     assert find_backbone(str(tmp_path / "odd.keras")).file_size is None
+
+
+@pytest.mark.slow
+def test_two_model_files_with_the_same_tensors_are_two_recipes(tmp_path: Path) -> None:
+    """What is computed with the tensors decides the features as much as they do."""
+    import keras
+
+    from features.networks import resolve_network
+
+    def saved(name: str, activation: str, strides: int) -> str:
+        image = keras.Input((16, 16, 3), name="image")
+        kernel = keras.layers.Conv2D(
+            4, 3, strides=strides, activation=activation, kernel_initializer="ones", name="conv"
+        )
+        keras.Model(image, kernel(image), name="net").save(tmp_path / name)
+        return str(tmp_path / name)
+
+    paths = [
+        saved("a.keras", "relu", 1),
+        saved("b.keras", "relu", 1),
+        saved("c.keras", "tanh", 1),
+        saved("d.keras", "relu", 2),
+    ]
+    a, b, c, d = (resolve_network(path, image_size=(16, 16)).recipes[0].fingerprint for path in paths)
+    assert a == b
+    assert len({a, c, d}) == 3
