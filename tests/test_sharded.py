@@ -139,7 +139,9 @@ def test_a_changed_or_exchanged_shard_is_found(source: Path, out: Path) -> None:
     data = first.read_bytes()
     offset = FeatureStore.open_shard(first).array().offset
     first.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
-    with pytest.raises(IntegrityError, match=rf"{first.name}: /features/last.avg rows 0 to \d are not what was written"):
+    with pytest.raises(
+        IntegrityError, match=rf"{first.name}: /features/last.avg rows 0 to \d are not what was written"
+    ):
         FeatureStore.open(out).load()
     with pytest.raises(IntegrityError, match=first.name):
         FeatureStore.open(out).verify()
