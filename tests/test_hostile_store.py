@@ -468,7 +468,7 @@ def test_a_shard_is_no_store_and_a_store_no_shard(tmp_path: Path) -> None:
     shard, store = write(tmp_path / "shard.h5", "shard"), write(tmp_path / "store.h5")
     with pytest.raises(IntegrityError, match=r"shard\.h5: .*received kind 'shard', expected 'store' or 'index'"):
         FeatureStore.open(shard)
-    with pytest.raises(IntegrityError, match=r"store\.h5: .*received kind 'store', expected a shard"):
+    with pytest.raises(IntegrityError, match=r"store\.h5: .*received kind 'store', expected 'shard'"):
         FeatureStore.open_shard(store)
     forge(shard, put("images/split", 0, 3))
     with pytest.raises(IntegrityError, match="/images/split holds -1 to 0, expected -1 to -1"):
