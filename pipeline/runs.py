@@ -376,11 +376,11 @@ def _some(path: str | Path, runs: list[Run]) -> list[Run]:
 
 def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
     """Save a fine-tuned backbone; the recipe of its features has its weights."""
-    from features.weights import save_weights, tensor_digest
+    from features.weights import model_digest, save_weights
 
     if recipe.backbone == "model":
         backbone.save(folder / BACKBONE_MODEL)
-        return BACKBONE_MODEL, dataclasses.replace(recipe, weights=tensor_digest(backbone))
+        return BACKBONE_MODEL, dataclasses.replace(recipe, weights=model_digest(backbone))
     digest = save_weights(backbone, folder / BACKBONE_WEIGHTS)
     return BACKBONE_WEIGHTS, dataclasses.replace(recipe, weights=digest)
 
