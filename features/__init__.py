@@ -11,15 +11,27 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from features.augmentation import AugmentSpec
     from features.errors import BottleneckError
     from features.extraction import extract_features
     from features.recipe import PixelRule, Recipe
     from features.store import FeatureStore
+    from features.transformer import FeatureExtractor
 
-__all__ = ["BottleneckError", "FeatureStore", "PixelRule", "Recipe", "extract_features"]
+__all__ = [
+    "AugmentSpec",
+    "BottleneckError",
+    "FeatureExtractor",
+    "FeatureStore",
+    "PixelRule",
+    "Recipe",
+    "extract_features",
+]
 
 _HOMES = {
+    "AugmentSpec": "features.augmentation",
     "BottleneckError": "features.errors",
+    "FeatureExtractor": "features.transformer",
     "FeatureStore": "features.store",
     "PixelRule": "features.recipe",
     "Recipe": "features.recipe",

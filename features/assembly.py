@@ -263,9 +263,9 @@ def _index(
 def _places(
     known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes], paths: Sequence[str]
 ) -> list[Location]:
-    places = []
+    places, cell = [], recipe.cell(view)
     for row, sha256 in enumerate(hashes):
-        place = known.locate((recipe.fingerprint, view), sha256)
+        place = known.locate(cell, sha256)
         if place is None:
             raise IntegrityError(
                 f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. It was "

@@ -246,8 +246,22 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
             "Keras is set to image_data_format 'channels_first'; features are channels-last. "
             "Change it in keras.json, or call keras.config.set_image_data_format('channels_last')."
         )
+    policy = keras.config.dtype_policy().name
+    if keras.config.floatx() != "float32" or policy != "float32":
+        raise ConfigurationError(
+            f"Keras is set to floatx {keras.config.floatx()!r} and dtype policy {policy!r}; the network's numbers are float32, "
+            "and what it computes in is part of the recipe (--precision). Change it in keras.json, or call "
+            "keras.config.set_dtype_policy('float32')."
+        )
     if backbone.path is not None:
-        return load_model_file(backbone.path, size)
+        model = load_model_file(backbone.path, size)
+        half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
+        if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
+            raise ConfigurationError(
+                f"{backbone.path}: layer {odd[0]} computes in {half[odd[0]]}; save the model with the dtype policy float32 "
+                "(--precision chooses another arithmetic)."
+            )
+        return model
     height, width = size
     builder = getattr(keras.applications, backbone.builder, None)
     if builder is None:

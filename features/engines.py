@@ -8,23 +8,22 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from features.errors import ConfigurationError
 from features.folding import fold_batch_norms
-from features.openvino_engine import is_installed, reference_images
+from features.machine import has_bfloat16, keras_backend, may_have_gpu
+from features.openvino_engine import is_installed
 from features.recipe import Recipe, check_choice
+from features.reference import reference_images
 
 logger = logging.getLogger(__name__)
 
 DEVICES = ("auto", "cpu", "gpu")
 ENGINES = ("auto", "keras", "openvino")
 ARITHMETIC = ("float32", "bfloat16", "float16")
-# What the drivers of NVIDIA, AMD and of Windows' Linux put there: without any of them there is no GPU to look for.
-_GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
 def engine_names() -> tuple[str, ...]:
@@ -61,25 +60,14 @@ def choose_engine(engine: str, precision: str, device: str) -> str:
             )
         if not is_installed():
             logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used")
-    fits = can and is_installed() and (precision == "float32" or has_bfloat16())
-    wanted = engine == "openvino" or (engine == "auto" and not _may_have_gpu(device))
-    chosen = "openvino" if fits and wanted else "keras"
-    if precision == "bfloat16" and not has_bfloat16() and not _may_have_gpu(device):
+        elif precision == "bfloat16" and not has_bfloat16():
+            logger.warning("OpenVINO has no bfloat16 on this processor; Keras is used")
+    if precision == "bfloat16" and not has_bfloat16() and not may_have_gpu(device):
         logger.warning("this processor has no bfloat16: it is computed all the same, but slower than float32")
-    return chosen
-
-
-def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, or Arm's extension), as Linux lists it."""
-    try:
-        flags = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        return False
-    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
-
-
-def _may_have_gpu(device: str) -> bool:
-    return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
+    fits = can and is_installed() and (precision == "float32" or has_bfloat16())
+    # It converts what TensorFlow traces; other backends' networks have failed.
+    wanted = engine == "openvino" or (not may_have_gpu(device) and keras_backend() == "tensorflow")
+    return "openvino" if engine != "keras" and fits and wanted else "keras"
 
 
 def choose_device(device: str) -> str:
@@ -94,6 +82,11 @@ def choose_device(device: str) -> str:
     if device == "cpu":
         return "cpu"
     seen = _gpu_count()
+    if device == "auto" and not seen and may_have_gpu():
+        logger.warning(
+            "there is a GPU, but Keras sees none and runs on the processors. Install the CUDA build of the backend "
+            "(pip install 'tensorflow[and-cuda]'), or give --device cpu, which may use OpenVINO"
+        )
     if device == "gpu" and not seen:
         raise ConfigurationError(
             "device: a GPU was asked for, but Keras sees none. Install the CUDA build of the backend "
@@ -116,15 +109,19 @@ def _gpu_count() -> int:
     return len(keras.distribution.list_devices("gpu"))
 
 
-def compiled(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Compile a function of one tensor with Keras's backend. ``predict`` per batch is slower and has leaked."""
+def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..., Any]:
+    """Compile a function of tensors with Keras's backend. ``predict`` per batch is slower and has leaked.
+
+    ``fuse`` asks TensorFlow for XLA too: fewer passes over memory, no copies between the steps of a loop; compiling
+    takes a second or two.
+    """
     import keras
 
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False)
+        return tf.function(function, autograph=False, jit_compile=fuse or None)
     if backend == "jax":
         import jax
 
@@ -177,7 +174,12 @@ class KerasEngine:
         self._shape, self._step = (batch_size, rule.height, rule.width, 3), batch_size
         self.images_inferred = 0
 
-        model = fold_batch_norms(model, preprocess(reference_images(rule.height, rule.width, 2).astype(np.float32)))
+        if self.device == "gpu" and precision == "float32":
+            exact_float32()
+        if self.device == "cpu" or keras.backend.backend() == "tensorflow":  # where the proof can run on processors
+            with keras.device("cpu:0"):
+                images = reference_images(rule.height, rule.width, 2).astype(np.float32)
+                model = fold_batch_norms(model, preprocess(images))
         if precision != "float32":
             compute_in(model, precision)
 
@@ -246,6 +248,25 @@ def compute_in(model: Any, precision: str) -> None:
     for layer in model._flatten_layers(include_self=False):
         if id(layer) not in last:
             layer.dtype_policy = policy
+
+
+def exact_float32() -> None:
+    """Have a GPU multiply float32 as such: its TensorFloat-32 keeps 10 bits, and features would differ by 1e-3."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+    elif backend == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "float32")
+    elif backend == "torch":
+        import torch
+
+        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def is_out_of_memory(error: BaseException) -> bool:

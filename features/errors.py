@@ -79,6 +79,10 @@ class ExtractionError(BottleneckError, RuntimeError):
     """A forward pass whose result cannot be stored, such as a value that is not finite."""
 
 
+class OpenVinoError(BottleneckError, RuntimeError):
+    """OpenVINO cannot run this network here, or not correctly; Keras can."""
+
+
 class HeadError(BottleneckError, ValueError):
     """A head that cannot be trained on these features, or be loaded."""
 

@@ -20,11 +20,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.assembly import assemble, is_current, pack, table_of
-from features.errors import StoreError, TooManyUnreadableError, check_range
+from features.augmentation import PRESETS, AugmentSpec
+from features.errors import ConfigurationError, StoreError, TooManyUnreadableError, check_range
 from features.files import locked, printable, writable_folder
 from features.forecast import Forecast, forecast
+from features.machine import processors
 from features.planning import Identity, Plan, make_plan
-from features.precision import check_precision
+from features.precision import check_precision, some_rows
 from features.recipe import Recipe
 from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard
 from features.sources import ImageSet, scan
@@ -40,7 +42,7 @@ SHARDS_IN_FLIGHT = 2  # one is inferred while the other is read
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionResult:
-    """A finished store, what was done for it, and how many images went through the network."""
+    """A finished store, what was done for it, and how many views of images went through the network."""
 
     store: FeatureStore
     counts: Counter[str]
@@ -61,8 +63,14 @@ class Extraction:
         The store to make or bring up to date.
     rule : SplitRule
         How images without a given split get theirs.
+    views : int
+        Views of each image, 1-1000; view 0 is the plain image. A store keeps those it has beyond them.
+    augmentation : AugmentSpec, optional
+        From what the other views are drawn.
+    seed : int
+        Seed of the views.
     batch_size : int
-        Images of one forward pass, 1-4096.
+        Pictures of one forward pass, 1-4096.
     shard_rows : int, optional
         Images of one shard; about 64 MiB of features without it.
     workers : int, optional
@@ -92,6 +100,9 @@ class Extraction:
         out: Path,
         *,
         rule: SplitRule,
+        views: int = 1,
+        augmentation: AugmentSpec | None = None,
+        seed: int = 0,
         batch_size: int = 32,
         shard_rows: int | None = None,
         workers: int | None = None,
@@ -104,10 +115,13 @@ class Extraction:
         layout: str | None = None,
         check_precision: int = 0,
     ) -> None:
+        _check_views(views, augmentation)
         check_range("batch size", batch_size, 1, 4096)
         check_range("workers", 1 if workers is None else workers, 1, 1024)
         check_range("max unreadable", max_unreadable, 0, 1)
         self.images, self.network, self.rule = images, network, rule
+        self.views = views
+        self.recipes = tuple(recipe.augmented(augmentation, seed) for recipe in network.recipes)
         self.out = out = Path(os.path.realpath(out))  # a link stays a link
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
         self.rehash, self.strict, self.target, self.layout = rehash, strict, target, layout
@@ -116,21 +130,22 @@ class Extraction:
         self.check_precision = check_precision
         self._checked: dict[str, Any] | None = None
         self.workers = workers or processors()
-        self.shard_rows = rows_per_shard(network.row_bytes, batch_size) if shard_rows is None else shard_rows
-        check_range("shard rows", self.shard_rows, 1, 1 << 20)
+        check_range("shard rows", 1 if shard_rows is None else shard_rows, 1, 1 << 20)
+        self.shard_rows = shard_rows
         self.parts = PartsFolder(parts_folder(out))
 
     def plan(self) -> Plan:
         """What would be done. Reads; writes nothing."""
         self.parts.read()
+        row_bytes = self.network.row_bytes
         with ThreadPoolExecutor(self.workers) as readers:
             return make_plan(
                 self.images,
-                self.network.recipes,
-                views=1,
+                self.recipes,
+                views=self.views,
                 out=self.out,
                 parts=self.parts,
-                shard_rows=self.shard_rows,
+                shard_rows=lambda views: self.shard_rows or rows_per_shard(row_bytes * views, self.batch_size),
                 readers=readers,
                 overwrite=self.overwrite,
                 rehash=self.rehash,
@@ -142,7 +157,7 @@ class Extraction:
         if not plan.specs:
             return None
         spec = plan.specs[0]
-        engine = self.network.engine(spec.recipes, batch_size=self.batch_size, device=self.device)
+        engine = self._engine(spec.recipes)
         with ThreadPoolExecutor(self.workers) as decoders:
             return forecast(
                 plan,
@@ -154,6 +169,10 @@ class Extraction:
                 shards_in_flight=SHARDS_IN_FLIGHT,
                 separate_device=getattr(engine, "device", "cpu") != "cpu",
             )
+
+    def _engine(self, recipes: Sequence[Recipe]) -> Any:
+        plain = tuple(recipe.plain for recipe in recipes)  # an engine knows nothing of views
+        return self.network.engine(plain, batch_size=self.batch_size, device=self.device)
 
     def run(self, progress: Progress | None = None) -> ExtractionResult:
         """Compute what is missing and bring the store up to date.
@@ -185,7 +204,7 @@ class Extraction:
                     self._run_shards(plan, engine, progress)
                 result = self._finish(plan, engine, progress)
             finally:
-                if self.parts.path.exists() and not self.parts.records:
+                if self.parts.path.exists() and not self.parts.records and not self.parts.any_shard():
                     self.parts.remove()  # nothing was computed: leave nothing behind
             if result.store.kind == "index":
                 # Those of the state before stay for one run more: it may have readers.
@@ -199,14 +218,14 @@ class Extraction:
 
     def _run_shards(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> None:
         read = self._reader()
-        done, lock = 0, threading.Lock()
+        done, total, lock = 0, sum(map(len, plan.specs)), threading.Lock()
 
         def advance(count: int) -> None:
             nonlocal done
             with lock:
                 done += count
                 if progress:
-                    progress("extract", done, plan.to_infer)
+                    progress("extract", done, total)
 
         def make(spec: ShardSpec) -> ShardRecord:
             return extract_shard(
@@ -223,14 +242,17 @@ class Extraction:
             ThreadPoolExecutor(self.workers, "decode") as decoders,
             ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
         ):
-            for record in _bounded(runners, make, plan.specs):
-                self.parts.commit(record)
-                plan.known.add(
-                    FeatureStore.open_shard(shard_path(self.parts.path, record.identity)),
-                    record.views,
-                    root=str(self.images.root),
-                    fresh=True,
-                )
+            try:
+                for record in _bounded(runners, make, plan.specs):
+                    self.parts.commit(record)
+                    plan.known.add(
+                        FeatureStore.open_shard(shard_path(self.parts.path, record.identity)),
+                        record.views,
+                        root=str(self.images.root),
+                        fresh=True,
+                    )
+            finally:
+                engine.stop.set()  # after a second Ctrl-C the shards in flight end at their next batch
 
     def _reader(self) -> Callable[[str], bytes]:
         index_of = {path: index for index, path in enumerate(self.images.paths)}
@@ -239,7 +261,8 @@ class Extraction:
     def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
         identities = _settled(plan)
         if self.check_precision:
-            self._checked = self._check_precision()
+            readable = [row for row, identity in enumerate(identities) if identity.reason is None]
+            self._checked = self._check_precision(some_rows(self.images.labels, readable, self.check_precision))
         if plan.old is not None and not self.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
         table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
@@ -273,7 +296,7 @@ class Extraction:
 
     def _provenance(self, plan: Plan, engine: _LazyEngine) -> dict[str, object]:
         before = plan.old.provenance if plan.old is not None else {}
-        checked = self._checked or before.get("precision_check")
+        checked = {**before.get("precision_check", {}), **(self._checked or {})}
         return {
             **({"precision_check": checked} if checked else {}),
             "engine": engine.name or before.get("engine", ""),
@@ -284,12 +307,12 @@ class Extraction:
             "root": str(self.images.root),
         }
 
-    def _check_precision(self) -> dict[str, Any]:
+    def _check_precision(self, rows: Sequence[int]) -> dict[str, Any]:
         with ThreadPoolExecutor(self.workers) as decoders:
             return check_precision(
                 self.network,
                 self.images,
-                self.check_precision,
+                rows,
                 decoders=decoders,
                 batch_size=self.batch_size,
                 device=self.device,
@@ -323,6 +346,8 @@ def prepare(
     engine: str = "auto",
     precision: str = "float32",
     device: str = "auto",
+    views: int = 1,
+    augment: str | AugmentSpec = "none",
     split: str = "hash",
     seed: int = 0,
     target: str | None = None,
@@ -338,6 +363,8 @@ def prepare(
         The store.
     backbone, weights, layers, pooling, image_size, resize, fit, dtype, decode, engine, precision, device
         The recipe, and what runs it; see ``features.networks.resolve_network``.
+    views, augment : int, str or AugmentSpec
+        Views of each image, and what all but view 0 are drawn from with ``seed``: the name of a preset, or ranges.
     split : str
         ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
     **options
@@ -351,6 +378,8 @@ def prepare(
     from features.networks import resolve_network
 
     rule = SplitRule.parse(split, seed)
+    augmentation = AugmentSpec.parse(augment) if isinstance(augment, str) else augment
+    _check_views(views, augmentation)  # before anything is read
     image_set = scan(images, target=target)
     network = resolve_network(
         backbone,
@@ -366,7 +395,34 @@ def prepare(
         precision=precision,
         device=device,
     )
-    return Extraction(image_set, network, Path(out), rule=rule, target=target, device=device, **options)
+    return Extraction(
+        image_set,
+        network,
+        Path(out),
+        rule=rule,
+        views=views,
+        augmentation=augmentation,
+        seed=seed,
+        target=target,
+        device=device,
+        **options,
+    )
+
+
+def _check_views(views: int, augmentation: AugmentSpec | None) -> None:
+    """Views and augmentation are given together: one without the other would make copies, or nothing."""
+    check_range("views", views, 1, 1000)
+    plain = augmentation is None or augmentation.is_plain
+    if views > 1 and plain:
+        presets = ", ".join(name for name, spec in PRESETS.items() if not spec.is_plain)
+        raise ConfigurationError(
+            f"views: received {views}, which without an augmentation would all be the plain image. Add --augment with "
+            f"one of {presets}."
+        )
+    if views == 1 and augmentation is not None and not plain:
+        raise ConfigurationError(
+            f"augment: received {augmentation.name}, but one view is the plain image alone. Add --views with 2 or more."
+        )
 
 
 def extract_features(
@@ -444,20 +500,23 @@ class _LazyEngine:
 
     def __init__(self, extraction: Extraction) -> None:
         self._extraction = extraction
-        self._engines: dict[tuple[Recipe, ...], Infer] = {}
+        self._engines: dict[tuple[str, ...], Infer] = {}
         self._lock = threading.Lock()
         self.name, self.inferred = "", 0
+        self.stop = threading.Event()
 
     def for_recipes(self, recipes: tuple[Recipe, ...]) -> Infer:
+        names = tuple(recipe.name for recipe in recipes)
+
         def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
+            if self.stop.is_set():
+                raise KeyboardInterrupt
             with self._lock:
-                if recipes not in self._engines:
-                    self._engines[recipes] = self._extraction.network.engine(
-                        recipes, batch_size=self._extraction.batch_size, device=self._extraction.device
-                    )
-                    self.name = getattr(self._engines[recipes], "name", "function")
+                if names not in self._engines:
+                    self._engines[names] = self._extraction._engine(recipes)
+                    self.name = getattr(self._engines[names], "name", "function")
                 self.inferred += len(batch)
-                engine = self._engines[recipes]
+                engine = self._engines[names]
                 if not getattr(engine, "concurrent", False):
                     return engine(batch)
             return engine(batch)
@@ -507,8 +566,3 @@ def _settled(plan: Plan) -> list[Identity]:
             raise StoreError(f"{printable(path)}: no shard holds it, though one was planned")
         settled.append(identity)
     return settled
-
-
-def processors() -> int:
-    """Processors that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from features.graph import _nodes
+from features.graph import graph_nodes
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def foldable(model: Any) -> list[Pair]:
     """
     import keras
 
-    nodes = _nodes(model)
+    nodes = graph_nodes(model)
     calls = Counter(id(operation) for operation, _, _ in nodes)
     readers = Counter(id(tensor) for _, inputs, _ in nodes for tensor in inputs)
     readers.update(id(tensor) for tensor in model.outputs)

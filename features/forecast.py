@@ -6,6 +6,7 @@ plan -> decode and infer a few batches -> seconds, bytes on disk, bytes in memor
 from __future__ import annotations
 
 import dataclasses
+import functools
 import resource
 import sys
 import time
@@ -15,9 +16,8 @@ from concurrent.futures import Executor
 import numpy as np
 
 from features.errors import UnreadableImageError
-from features.images import decode_image
 from features.planning import Plan
-from features.shards import Infer
+from features.shards import Infer, load_views
 
 MEASURED_BATCHES = 3  # the first one, which compiles the network, is not counted
 
@@ -29,7 +29,7 @@ class Forecast:
     Parameters
     ----------
     images_per_second : float
-        Decoding and inference together, as measured.
+        Decoding and inference together, all views of an image, as measured.
     seconds : float
         For all images of the plan, without start-up.
     disk_bytes : int
@@ -64,38 +64,31 @@ def forecast(
     infer, read, decoders, batch_size
         As for ``features.shards.extract_shard``.
     row_bytes : int
-        Bytes of one image over all data sets.
+        Bytes of one view of one image over all data sets.
     shards_in_flight : int
         Shards made at the same time.
     separate_device : bool
         Whether inference leaves the processors to decoding, as on a GPU: then the slower of both counts, else the sum.
     """
     spec = plan.specs[0]
-    paths = spec.paths[: MEASURED_BATCHES * batch_size]
-    rule = spec.recipes[0].pixels
-
-    def load(path: str) -> np.ndarray | None:
-        try:
-            return decode_image(read(path), rule).pixels
-        except UnreadableImageError:
-            return None
-
+    paths = spec.paths[: -(-MEASURED_BATCHES * batch_size // len(spec.views))]
     started = time.perf_counter()
-    decoded = [pixels for pixels in decoders.map(load, paths) if pixels is not None]
-    decoding = (time.perf_counter() - started) / len(paths)
-    inference = _seconds_per_image(infer, decoded, batch_size)
+    outcomes = [outcome for _, outcome in decoders.map(functools.partial(load_views, read, spec), paths)]
+    decoding = (time.perf_counter() - started) / (len(paths) * len(spec.views))
+    decoded = [pixels for item in outcomes if not isinstance(item, UnreadableImageError) for pixels in item.pixels]
+    inference = _seconds_per_picture(infer, decoded, batch_size)
     each = max(decoding, inference) if separate_device else decoding + inference
-    rows = len(plan.images)
+    seconds = each * plan.passes
     return Forecast(
-        images_per_second=1 / max(each, 1e-9),
-        seconds=each * plan.to_infer,
-        disk_bytes=row_bytes * plan.views * (rows + plan.to_infer),
-        memory_bytes=_peak_memory() + shards_in_flight * 2 * row_bytes * len(spec),
+        images_per_second=plan.to_infer / max(seconds, 1e-9),
+        seconds=seconds,
+        disk_bytes=row_bytes * (plan.views * len(plan.images) + plan.passes),
+        memory_bytes=_peak_memory() + shards_in_flight * 2 * row_bytes * len(spec) * len(spec.views),
     )
 
 
-def _seconds_per_image(infer: Infer, images: Sequence[np.ndarray], batch_size: int) -> float:
-    batches = [np.stack(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+def _seconds_per_picture(infer: Infer, pictures: Sequence[np.ndarray], batch_size: int) -> float:
+    batches = [np.stack(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
     if not batches:
         return 0.0
     infer(batches[0])  # compiles

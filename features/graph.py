@@ -67,7 +67,7 @@ def layer_tensors(model: Any) -> dict[str, Any]:
     """
     import keras
 
-    nodes = _nodes(model)
+    nodes = graph_nodes(model)
     calls = Counter(id(operation) for operation, _, _ in nodes)
     return {
         operation.name: outputs[0]
@@ -83,7 +83,7 @@ def valid_cuts(model: Any) -> list[str]:
 
     The input and the layer that gives the output are left out: cutting there separates nothing.
     """
-    nodes = _nodes(model)
+    nodes = graph_nodes(model)
     last_use = {id(tensor): index for index, (_, inputs, _) in enumerate(nodes) for tensor in inputs}
     last_use.update((id(tensor), len(nodes)) for tensor in model.outputs)
     tensors = layer_tensors(model)
@@ -186,7 +186,7 @@ def boundary_by_rule(model: Any) -> str:
     ConfigurationError
         If the graph has no such cut, as NASNet's, where every cell reads the two before it.
     """
-    nodes = [(operation, outputs[0]) for operation, _, outputs in _nodes(model)]
+    nodes = [(operation, outputs[0]) for operation, _, outputs in graph_nodes(model)]
     names = [operation.name for operation, _ in nodes]
     areas = [
         (index, tensor.shape[1] * tensor.shape[2])
@@ -228,7 +228,7 @@ def _values(tensor: Any) -> int:
     return math.prod(length for length in tensor.shape[1:] if length)
 
 
-def _nodes(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
+def graph_nodes(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
     """Calls that lead to the outputs of ``model``, as (operation, inputs, outputs), in topological order.
 
     Walked back from the outputs, so that calls of the same layers in other models do not matter.

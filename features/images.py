@@ -104,6 +104,23 @@ _ORIENTATION_TAG = 0x0112
 _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 
 
+class Upright(NamedTuple):
+    """One decoded image, not resized yet.
+
+    Parameters
+    ----------
+    image : PIL.Image.Image
+        RGB, loaded, orientation applied.
+    width, height : int
+        Size of the file's image after its orientation was applied, in pixels. The image itself is smaller where the
+        decoder shrank it.
+    """
+
+    image: Image.Image
+    width: int
+    height: int
+
+
 class Decoded(NamedTuple):
     """One image, ready for a batch.
 
@@ -185,6 +202,18 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     UnreadableImageError
         ``reason`` is ``empty``, ``not-an-image``, ``truncated``, ``too-large`` or ``unreadable``.
     """
+    upright = decode_upright(data, rule, max_pixels=max_pixels)
+    return Decoded(resize_image(upright.image, rule), upright.width, upright.height)
+
+
+def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Upright:
+    """The part of ``decode_image`` before the resize; of ``rule`` it needs to know how small it may decode.
+
+    Raises
+    ------
+    UnreadableImageError
+        As ``decode_image``.
+    """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigurationError(
             "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: half an image would pass as a whole one; set it to False"
@@ -200,7 +229,7 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
         if image.format == "PNG":
             _scale_transparent_colour(image, bits=data[24])
         upright = _upright(image)
-        return Decoded(_resize(_to_rgb(upright), rule), *(size or upright.size))
+        return Upright(_to_rgb(upright), *(size or upright.size))
     except UnreadableImageError:
         raise
     except _DECODER_ERRORS as error:
@@ -338,6 +367,25 @@ def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
     if isinstance(transparent, int):
         grey[values == transparent] = 255
     return grey
+
+
+def resize_image(image: Image.Image, rule: PixelRule) -> np.ndarray:
+    """Bring a decoded image to the size of ``rule``, by its ``fit`` and ``resize``.
+
+    Returns
+    -------
+    uint8, (rule.height, rule.width, 3), 0-255
+        RGB, C-contiguous, possibly read-only.
+
+    Raises
+    ------
+    UnreadableImageError
+        ``too-large``, if there is no memory for it.
+    """
+    try:
+        return _resize(image, rule)
+    except MemoryError as error:
+        raise UnreadableImageError("too-large", f"{image.width}x{image.height}: no memory to resize it") from error
 
 
 def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:

@@ -27,9 +27,10 @@ from features.backbones import (
     preprocess,
 )
 from features.cache import cache_folder
-from features.errors import ConfigurationError, nearest
+from features.errors import ConfigurationError, OpenVinoError, nearest
 from features.files import whole_file
 from features.graph import layer_tensors
+from features.machine import keras_backend
 from features.recipe import POOLINGS, PixelRule, Recipe, canonical_json, digest_of
 from features.weights import WeightsFile, load_weights, resolve_weights
 
@@ -90,7 +91,7 @@ class Network:
     def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
         """An engine that makes these data sets in one pass."""
         from features.engines import KerasEngine
-        from features.openvino_engine import OpenVinoError, open_engine
+        from features.openvino_engine import open_engine
 
         precision = recipes[0].precision.partition(":")[0]
 
@@ -98,6 +99,10 @@ class Network:
             model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
             return model, preprocess(self.backbone)
 
+        if self.engine_name == "openvino" and device == "gpu":
+            raise ConfigurationError(
+                "device: a GPU was asked for, but the network was resolved for OpenVINO's processors"
+            )
         if self.engine_name == "openvino":
             try:
                 return open_engine(
@@ -156,6 +161,7 @@ def resolve_network(
 
     row = find_backbone(backbone)
     engine = choose_engine(engine, precision, device)
+    by = engine if engine == "openvino" else f"keras-{keras_backend()}"
     if pooling is not None and pooling not in POOLINGS:
         raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}")
     size = image_size or row.default_size
@@ -175,7 +181,7 @@ def resolve_network(
             pixels=rule,
             preprocessing=row.preprocessing,
             dtype=dtype,
-            precision=precision if precision == "float32" else f"{precision}:{engine}",
+            precision=precision if precision == "float32" else f"{precision}:{by}",
         )
     # What a later stage needs to find the same network again, from any folder.
     backbone_argument = backbone if row.path is None else str(row.path.resolve())

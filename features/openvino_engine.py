@@ -14,11 +14,11 @@ import importlib.util
 import io
 import json
 import logging
-import os
 import queue
 import sys
 import tempfile
 import threading
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -27,9 +27,11 @@ from typing import Any
 import numpy as np
 
 from features.cache import cache_folder
-from features.errors import BottleneckError, ConfigurationError
+from features.errors import ConfigurationError, OpenVinoError
 from features.files import whole_file
+from features.machine import processors
 from features.recipe import Recipe, canonical_json, digest_of
+from features.reference import reference_images, relative_difference
 
 logger = logging.getLogger(__name__)
 
@@ -45,13 +47,10 @@ _REQUEST_IMAGES = 4
 _CHECKSUM_BYTES = 32
 
 
-class OpenVinoError(BottleneckError, RuntimeError):
-    """OpenVINO cannot run this network here, or not correctly; Keras can."""
-
-
 def is_installed() -> bool:
     """Whether the package ``openvino`` can be found; it is not imported."""
-    return importlib.util.find_spec("openvino") is not None
+    found = importlib.util.find_spec("openvino") if sys.modules.get("openvino", True) else None
+    return found is not None and found.origin is not None  # a mere folder of that name has none
 
 
 def supports(precision: str) -> bool:
@@ -60,7 +59,10 @@ def supports(precision: str) -> bool:
         return True
     if precision not in _HINTS:
         return False
-    return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    try:
+        return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    except RuntimeError as error:
+        raise OpenVinoError(f"OpenVINO cannot look at the processor: {_reason(error)}") from error
 
 
 def open_engine(
@@ -102,7 +104,7 @@ def open_engine(
     if kept is not None:
         try:
             return _proven(kept, recipes, batch_size, precision, threads)
-        except OpenVinoError as error:
+        except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
             logger.warning("%s is of no use here (%s); the network is converted again", path, error)
     model, preprocess = build()
     made = _convert(model, preprocess, recipes[0].pixels.height, recipes[0].pixels.width)
@@ -155,7 +157,7 @@ class OpenVinoEngine:
         self.precision = precision
         self.images_inferred = 0
         self._lock = threading.Lock()
-        threads = threads or _processors()
+        threads = threads or processors()
         self._images = max(1, min(_REQUEST_IMAGES, batch_size // threads))
         self._shape = (batch_size, rule.height, rule.width, 3)
         streams = min(threads, -(-batch_size // self._images))
@@ -175,7 +177,7 @@ class OpenVinoEngine:
             )
             self._ports = [compiled.output(_output(index)) for index in range(len(recipes))]
         except RuntimeError as error:
-            raise OpenVinoError(f"OpenVINO cannot load the network: {_first_line(error)}") from error
+            raise OpenVinoError(f"OpenVINO cannot load the network: {_reason(error)}") from error
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
@@ -219,45 +221,6 @@ class OpenVinoEngine:
             self._requests.put(request)
 
 
-def reference_images(height: int, width: int, count: int = 4) -> np.ndarray:
-    """Pictures of soft coloured blotches of three sizes, always the same ones, to compare engines on.
-
-    Returns
-    -------
-    uint8, (count, height, width, 3), 0-255
-    """
-    generator = np.random.Generator(np.random.Philox(key=0))
-    total = np.zeros((count, height, width, 3))
-    for cells, strength in ((3, 48.0), (9, 32.0), (27, 16.0)):
-        rows, columns = (
-            np.maximum(0, 1 - np.abs(np.linspace(0, cells - 1, length)[:, None] - np.arange(cells)))
-            for length in (height, width)
-        )
-        blotches = generator.standard_normal((count, cells, cells, 3)) * strength
-        total += np.einsum("hr,nrcd,wc->nhwd", rows, blotches, columns, optimize=True)
-    return np.clip(total + 128, 0, 255).astype(np.uint8)
-
-
-def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
-    """Relative L2 difference, ``||a-b|| / ||b||``; infinite where shapes differ or a number is not finite.
-
-    Examples
-    --------
-    >>> relative_difference(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
-    0.1
-    >>> relative_difference(np.zeros(2), np.zeros(2))
-    0.0
-    """
-    if got.shape != expected.shape:
-        return float("inf")
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
-        difference = float(np.linalg.norm(got.astype(np.float64) - expected))
-    scale = float(np.linalg.norm(expected.astype(np.float64)))
-    if not np.isfinite(difference) or (difference and not scale):
-        return float("inf")
-    return difference / scale if difference else 0.0
-
-
 # ------------------------------------------------------------------------------------------ convert and prove
 def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
     """The arrays of a kept file, from Keras."""
@@ -275,11 +238,14 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
         expected = whole(keras.ops.convert_to_tensor(batch), training=False)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "model.xml"
+        level = logging.getLogger().level
         try:
             whole.export(str(path), format="openvino", verbose=False)
             files = [np.frombuffer(file.read_bytes(), np.uint8) for file in (path, path.with_suffix(".bin"))]
         except Exception as error:  # the converters raise whatever they meet, plain Exception too
-            raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {_first_line(error)}") from error
+            raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {_reason(error)}") from error
+        finally:
+            logging.getLogger().setLevel(level)  # a failed conversion leaves it so high that warnings are lost
     kept = {"model": files[0], "weights": files[1], "batch": batch}
     return kept | {name: keras.ops.convert_to_numpy(value).astype(np.float32) for name, value in expected.items()}
 
@@ -332,7 +298,7 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
         return kept
     except (FileNotFoundError, NotADirectoryError):
         return None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         logger.warning("%s is damaged (%s); the network is converted again", path, error)
         return None
 
@@ -352,8 +318,12 @@ def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray])
 def _openvino() -> Any:
     """Import OpenVINO. Its package reports every import and conversion over the network where it finds this module."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
-    import openvino
+    try:
+        import openvino
 
+        _ = openvino.Core
+    except (ImportError, AttributeError, OSError) as error:
+        raise OpenVinoError(f"OpenVINO is installed and cannot be imported: {_reason(error)}") from error
     return openvino
 
 
@@ -361,10 +331,7 @@ def _output(index: int) -> str:
     return f"output_{index}"
 
 
-def _processors() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _reason(error: BaseException) -> str:
+    """The line of a long message that says most: what has no rule, else the last one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return next((line for line in lines if "No conversion rule" in line), lines[-1])

@@ -2,14 +2,15 @@
 
     scan + old store + committed shards --make_plan()--> known rows, shard specs, counts
 
-Rows are found by content hash under the same fingerprint, so a moved, renamed or relabelled image costs no
-inference. An image whose path, size and modification time are unchanged is not read again.
+Rows are found by content hash and cell (``Recipe.cell``: fingerprint and view), so a moved, renamed or relabelled
+image costs no inference, and more views or layers cost only theirs. An image whose path, size and modification time are unchanged is not read again.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
@@ -19,15 +20,15 @@ from pathlib import Path
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
-from features.recipe import Recipe, check_choice
+from features.recipe import Cell, Recipe, check_choice
 from features.shards import PartsFolder, ShardSpec
 from features.sources import ImageSet
 from features.store import FeatureStore
 
 logger = logging.getLogger(__name__)
-Cell = tuple[str, int]  # fingerprint, view
 Location = tuple[int, int]  # source, row
 LAYOUTS = ("packed", "sharded")
+VIEW_FIELDS = ("augmentation", "seed")  # what decides views 1 and above, and not view 0
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
 
 
@@ -39,6 +40,11 @@ class Identity:
     width: int = 0
     height: int = 0
     reason: str | None = None
+
+
+def cells_of(recipes: Iterable[Recipe], views: Iterable[int]) -> frozenset[Cell]:
+    """All views of all data sets."""
+    return frozenset(recipe.cell(view) for recipe, view in itertools.product(recipes, views))
 
 
 class KnownRows:
@@ -73,8 +79,7 @@ class KnownRows:
         source = len(self.sources)
         self.sources.append(store)
         self._views.append(tuple(views))
-        cells = frozenset((recipe.fingerprint, view) for recipe in store.recipes.values() for view in views)
-        rows = self._rows.setdefault(cells, {})
+        rows = self._rows.setdefault(cells_of(store.recipes.values(), views), {})
         images, quarantine = store.images, store.quarantine
         hashes = [digest.tobytes() for digest in images.sha256]
         columns = (images.paths, hashes, images.sizes, images.mtimes_ns, images.widths, images.heights)
@@ -170,8 +175,13 @@ class Plan:
 
     @property
     def to_infer(self) -> int:
-        """Images that go through the network (those to be read may yet prove unreadable)."""
-        return sum(len(spec) for spec in self.specs)
+        """Images of which something goes through the network (those to be read may yet prove unreadable)."""
+        return len({path for spec in self.specs for path in spec.paths})
+
+    @property
+    def passes(self) -> int:
+        """Views of images that go through the network."""
+        return sum(len(spec) * len(spec.views) for spec in self.specs)
 
 
 def make_plan(
@@ -181,7 +191,7 @@ def make_plan(
     views: int,
     out: Path,
     parts: PartsFolder,
-    shard_rows: int,
+    shard_rows: Callable[[int], int],
     readers: Executor,
     overwrite: bool = False,
     rehash: bool = False,
@@ -194,15 +204,15 @@ def make_plan(
     images : ImageSet
         The source.
     recipes : sequence of Recipe
-        Data sets asked for.
+        Data sets asked for. They share augmentation and seed.
     views : int
-        Views asked for, at least 1.
+        Views asked for, at least 1. A store keeps those it has beyond them, and what they are drawn from.
     out : Path
         The store, which may exist.
     parts : PartsFolder
         Committed shards of an interrupted run.
-    shard_rows : int
-        Images of one shard.
+    shard_rows : callable
+        Views to make -> images of one shard.
     readers : Executor
         Threads that hash files whose size has been seen before.
     overwrite : bool
@@ -224,24 +234,24 @@ def make_plan(
     if old is not None and not _same_base(old, wanted, out, overwrite=overwrite):
         old = None
     if old is not None:
-        names = {recipe.name for recipe in wanted}
-        wanted += tuple(recipe for name, recipe in sorted(old.recipes.items()) if name not in names)
-        views = max(views, *(old.views(name) for name in old.names))
+        wanted, views = _with_what_is_there(old, wanted, views, out)
 
     known, root = KnownRows(), str(images.root)
     if old is not None:
         known.add(old, range(min(old.views(name) for name in old.names)), root=root)
-    fingerprints = {recipe.fingerprint for recipe in wanted}
+    cells = cells_of(wanted, range(views))
     superseded = []
     for record, shard in parts.shards(known=() if old is None else old.shards.names):
-        if fingerprints.issuperset(recipe.fingerprint for recipe in shard.recipes.values()):
+        found = cells_of(shard.recipes.values(), record.views)
+        of_this_store = record.kept or overwrite  # or of an earlier state of it
+        if found <= cells or (of_this_store and found & cells):
             known.add(shard, record.views, root=root)
-        elif record.kept or overwrite:  # of an earlier state of this store
+        elif of_this_store:
             superseded.append(record.identity)
         else:
             raise ConfigurationError(
-                f"{parts.path}: holds {len(shard)} images of an interrupted extraction with another recipe. Run that "
-                "command again to finish it, give another --out, or --overwrite to drop them."
+                f"{parts.path}: holds {len(shard)} images of an interrupted extraction with another recipe or more views. "
+                "Run that command again to finish it, give another --out, or --overwrite to drop them."
             )
 
     identities, moved = _identities(images, known, readers, rehash=rehash)
@@ -296,12 +306,33 @@ def _untaken(spec: ShardSpec, taken: Collection[str]) -> ShardSpec:
     return spec
 
 
+def _with_what_is_there(
+    old: FeatureStore, wanted: Sequence[Recipe], views: int, out: Path
+) -> tuple[tuple[Recipe, ...], int]:
+    """Data sets and views of the finished store: those asked for and those it has, all drawn from one specification."""
+    names = {recipe.name for recipe in wanted}
+    recipes = (*wanted, *(recipe for name, recipe in sorted(old.recipes.items()) if name not in names))
+    before = max(old.views(name) for name in old.names)
+    drawn = next((item for item in (*wanted, *old.recipes.values()) if item.augmentation is not None), None)
+    if drawn is not None:  # the same for all that have one, as was checked
+        recipes = tuple(item.augmented(drawn.augmentation, drawn.seed) for item in recipes)
+    if before > views:
+        logger.info("%s: keeps its %d views, though %d are asked for", out, before, views)
+    return recipes, max(views, before)
+
+
 def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwrite: bool) -> bool:
-    """Whether the old store was made as the new one would be, but for the layers. Else refuse, or replace it."""
+    """Whether the old store was made as the new one would be, but for layers and views. Else refuse, or replace it.
+
+    What views are drawn from is compared only where both sides have views.
+    """
     differences: dict[str, tuple[object, object]] = {}
     for recipe in wanted:
         for name, before in old.recipes.items():
-            fields = before.difference(recipe)
+            if before.augmentation is None or recipe.augmentation is None:
+                fields = before.plain.difference(recipe.plain)
+            else:
+                fields = before.difference(recipe)
             if name != recipe.name:
                 fields = {field: pair for field, pair in fields.items() if field not in BASE_FIELDS_FREE}
             differences |= fields
@@ -312,6 +343,11 @@ def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwr
     listed = "; ".join(
         f"{field}: {_short(before)} -> {_short(now)}" for field, (before, now) in sorted(differences.items())
     )
+    if all(field.partition(".")[0] in VIEW_FIELDS for field in differences):
+        raise ConfigurationError(
+            f"{out}: holds views drawn in another way ({listed}). Leave --views and --augment out to keep them, give "
+            "another --out, or --overwrite to replace the store."
+        )
     raise ConfigurationError(
         f"{out}: holds features of another recipe ({listed}). No row of it can be used. "
         "Give another --out, or --overwrite to replace it."
@@ -360,36 +396,39 @@ def _missing(
     known: KnownRows,
     identities: Sequence[Identity | None],
     moved: Iterable[int],
-    shard_rows: int,
+    shard_rows: Callable[[int], int],
 ) -> tuple[tuple[ShardSpec, ...], Counter[str]]:
-    """Images with the same missing cells go into shards together, in row order."""
+    """Images with the same missing cells go into shards together, in row order.
+
+    Views of which the same data sets are missing are made together; so no cell is made that is there.
+    """
     counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0)
     moved = set(moved)
-    everything = (tuple(range(len(recipes))), tuple(range(views)))
+    cells = [[recipe.cell(view) for recipe in recipes] for view in range(views)]
+    everything = tuple(range(len(recipes)))
     groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
     for index, identity in enumerate(identities):
         if identity is None:
             counts["changed" if known.path_known(images.paths[index]) else "new"] += 1
-            groups.setdefault(everything, []).append(index)
+            groups.setdefault((everything, tuple(range(views))), []).append(index)
             continue
         if identity.reason is not None:
             counts["unreadable"] += 1
             continue
         counts["moved" if index in moved else "cached"] += 1
-        lacking = [
-            (number, view)
-            for number, recipe in enumerate(recipes)
-            for view in range(views)
-            if known.locate((recipe.fingerprint, view), identity.sha256) is None
-        ]
-        if lacking:
-            signature = (tuple(sorted({item[0] for item in lacking})), tuple(sorted({item[1] for item in lacking})))
-            groups.setdefault(signature, []).append(index)
+        lacking: dict[tuple[int, ...], list[int]] = {}  # data sets -> views
+        for view in range(views):
+            numbers = tuple(n for n, cell in enumerate(cells[view]) if known.locate(cell, identity.sha256) is None)
+            if numbers:
+                lacking.setdefault(numbers, []).append(view)
+        for numbers, missing_views in lacking.items():
+            groups.setdefault((numbers, tuple(missing_views)), []).append(index)
     specs = []
-    for (numbers, missing_views), indices in groups.items():
+    for (numbers, views_of_group), indices in groups.items():
         chosen = tuple(recipes[number] for number in numbers)
-        for start in range(0, len(indices), shard_rows):
-            part = np.array(indices[start : start + shard_rows])
+        rows = shard_rows(len(views_of_group))
+        for start in range(0, len(indices), rows):
+            part = np.array(indices[start : start + rows])
             specs.append(
                 ShardSpec(
                     root=str(images.root),
@@ -397,7 +436,7 @@ def _missing(
                     sizes=tuple(images.sizes[part].tolist()),
                     mtimes_ns=tuple(images.mtimes_ns[part].tolist()),
                     recipes=chosen,
-                    views=missing_views,
+                    views=views_of_group,
                 )
             )
     return tuple(specs), counts

@@ -25,7 +25,13 @@ FOLDS = 5
 
 
 def check_precision(
-    network: Network, images: ImageSet, count: int, *, decoders: Executor, batch_size: int = 32, device: str = "auto"
+    network: Network,
+    images: ImageSet,
+    rows: Sequence[int],
+    *,
+    decoders: Executor,
+    batch_size: int = 32,
+    device: str = "auto",
 ) -> dict[str, Any]:
     """Compare the chosen precision and stored type with float32.
 
@@ -34,66 +40,85 @@ def check_precision(
     network : Network
         What makes the features; its recipes say how they are stored.
     images : ImageSet
-        The source. Labelled images are taken, at even distances in its order.
-    count : int
-        Images to compare, at least 1.
+        The source.
+    rows : sequence of int
+        Images to compare; see ``some_rows``.
     decoders : Executor
         Threads that read and decode.
     batch_size : int
-        Images of one forward pass.
+        Images of one forward pass; so many are held at a time.
     device : {"auto", "cpu", "gpu"}
         Where both run.
 
     Returns
     -------
     dict
-        ``images`` compared, and by data set ``relative_error``, that is ||a-b|| / ||b|| over all of them, and
-        ``accuracy`` and ``accuracy_float32``: of a logistic head, cross-validated on the same folds; null where no
-        class has two images. Features with height and width are averaged over them for the head.
+        By data set: ``images`` compared; ``relative_error``, that is ||a-b|| / ||b|| over all of them; ``accuracy`` and
+        ``accuracy_float32`` of a logistic head, cross-validated on the same folds, null where no two classes have
+        two images. Features with height and width are averaged over them for the head.
     """
-    chosen = _some(images, count)
     rule = network.recipes[0].pixels
-
-    def load(index: int) -> np.ndarray | None:
-        try:
-            return decode_image(images.read(index), rule).pixels
-        except UnreadableImageError:
-            return None
-
-    decoded = dict(zip(chosen, decoders.map(load, chosen), strict=True))
-    pixels = {index: values for index, values in decoded.items() if values is not None}
-    labels = images.labels[list(pixels)]
     exact = dataclasses.replace(
         network,
         recipes=tuple(dataclasses.replace(item, precision="float32", dtype="float32") for item in network.recipes),
         engine_name="keras",
     )
-    batches = [list(pixels.values())[start : start + batch_size] for start in range(0, len(pixels), batch_size)]
-    found, expected = (_run(item, batches, batch_size, device) for item in (network, exact))
-    report = {}
-    for recipe in network.recipes:
-        stored = found[recipe.name].astype(recipe.dtype).astype(np.float32)
-        reference = expected[recipe.name]
-        report[recipe.name] = {
-            "relative_error": float(np.linalg.norm(stored - reference) / max(float(np.linalg.norm(reference)), 1e-30)),
-            "accuracy": _accuracy(stored, labels),
-            "accuracy_float32": _accuracy(reference, labels),
+    engines = [item.engine(item.recipes, batch_size=batch_size, device=device) for item in (network, exact)]
+    tallies = {recipe.name: _Tally(recipe.dtype) for recipe in network.recipes}
+
+    def load(row: int) -> np.ndarray | None:
+        try:
+            return decode_image(images.read(row), rule).pixels
+        except UnreadableImageError:
+            return None  # it was readable a moment ago
+
+    compared: list[int] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        decoded = [
+            (row, pixels) for row, pixels in zip(part, decoders.map(load, part), strict=True) if pixels is not None
+        ]
+        if decoded:
+            compared += [row for row, _ in decoded]
+            found, expected = (engine(np.stack([pixels for _, pixels in decoded])) for engine in engines)
+            for name, tally in tallies.items():
+                tally.add(found[name], expected[name])
+    labels = images.labels[compared]
+    return {name: {"images": len(compared), **tally.report(labels)} for name, tally in tallies.items() if compared}
+
+
+class _Tally:
+    """Differences and pooled features of one data set."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype, self._error, self._scale = dtype, 0.0, 0.0
+        self._stored: list[np.ndarray] = []
+        self._exact: list[np.ndarray] = []
+
+    def add(self, found: np.ndarray, expected: np.ndarray) -> None:
+        stored = found.astype(self._dtype).astype(np.float32)
+        self._error += float(np.square(stored - expected, dtype=np.float64).sum())
+        self._scale += float(np.square(expected, dtype=np.float64).sum())
+        for kept, values in ((self._stored, stored), (self._exact, expected)):
+            kept.append(values.mean(axis=tuple(range(1, values.ndim - 1))) if values.ndim > 2 else values)
+
+    def report(self, labels: np.ndarray) -> dict[str, float | None]:
+        return {
+            "relative_error": float(np.sqrt(self._error / max(self._scale, 1e-30))),
+            "accuracy": _accuracy(np.concatenate(self._stored), labels),
+            "accuracy_float32": _accuracy(np.concatenate(self._exact), labels),
         }
-    return {"images": len(pixels), "data_sets": report}
 
 
-def _some(images: ImageSet, count: int) -> list[int]:
-    rows = np.flatnonzero(images.labels >= 0)
-    rows = rows if len(rows) else np.arange(len(images))
-    return [
-        int(row) for row in rows[np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))]
-    ]
-
-
-def _run(network: Network, batches: Sequence[list[np.ndarray]], batch_size: int, device: str) -> dict[str, np.ndarray]:
-    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
-    outputs = [engine(np.stack(batch)) for batch in batches]
-    return {recipe.name: np.concatenate([output[recipe.name] for output in outputs]) for recipe in network.recipes}
+def some_rows(labels: np.ndarray, readable: Sequence[int], count: int) -> list[int]:
+    """Rows to compare: readable ones, labelled where there are such, at even distances in their order."""
+    rows = np.asarray(readable, dtype=np.int64)
+    labelled = rows[labels[rows] >= 0]
+    rows = labelled if len(labelled) else rows
+    if not len(rows):
+        return []
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    return [int(row) for row in rows[places]]
 
 
 def _accuracy(features: np.ndarray, labels: np.ndarray) -> float | None:
@@ -106,7 +131,6 @@ def _accuracy(features: np.ndarray, labels: np.ndarray) -> float | None:
     enough = np.isin(labels, classes[counts >= 2])
     if (counts >= 2).sum() < 2 or (labels < 0).all():
         return None
-    X = features.mean(axis=tuple(range(1, features.ndim - 1))) if features.ndim > 2 else features
     folds = StratifiedKFold(min(FOLDS, int(counts[counts >= 2].min())), shuffle=True, random_state=0)
     head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
-    return float(cross_val_score(head, X[enough], labels[enough], cv=folds).mean())
+    return float(cross_val_score(head, features[enough], labels[enough], cv=folds).mean())

@@ -9,6 +9,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, nearest
 
 RECIPE_VERSION = 1
@@ -17,9 +18,12 @@ FIT_RULES = ("stretch", "crop", "pad")
 DECODE_RULES = ("full", "fast")
 POOLINGS = ("none", "avg", "max", "flatten")
 # Rounded to 8 or 11 bits in every layer, two engines differ by much more than rounding: each is another recipe.
-PRECISIONS = ("float32", "bfloat16:keras", "bfloat16:openvino", "float16:keras")
+PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
+    f"{kind}:keras-{backend}" for kind in ("bfloat16", "float16") for backend in ("tensorflow", "jax", "torch")
+)
 DTYPES = ("float32", "float16")
 COLOUR_RULE = "rgb:exif,alpha-over-white"
+Cell = tuple[str, int]  # fingerprint, view
 
 
 def canonical_json(value: Any) -> str:
@@ -82,7 +86,8 @@ class Recipe:
     backbone : str
         Name of a row of ``features.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
     weights : str
-        sha256 over the canonical tensors, 64 hexadecimal digits (``features.weights.tensor_digest``).
+        sha256 over the canonical tensors, 64 hexadecimal digits (``features.weights.tensor_digest``); of a model file,
+        over them and its architecture.
     layer : str
         Backbone layer whose output is kept.
     pooling : {"none", "avg", "max", "flatten"}
@@ -93,11 +98,11 @@ class Recipe:
         Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``.
     colour : str
         The rule of ``features.images`` for colour, orientation and transparency.
-    augmentation : mapping or None
-        Specification of views 1 and above.
+    augmentation : AugmentSpec or None
+        From what views 1 and above are drawn; None where there are none.
     seed : int
-        Seed of the views.
-    precision : {"float32", "bfloat16:keras", "bfloat16:openvino", "float16:keras"}
+        Seed of the views; 0 where there are none.
+    precision : {"float32", "bfloat16:openvino", "bfloat16:keras-tensorflow", "float16:keras-tensorflow", ...}
         Arithmetic of the forward pass, and the engine where that is part of what decides the values; the features
         are float32 or float16 (``dtype``) all the same.
     dtype : {"float32", "float16"}
@@ -111,7 +116,7 @@ class Recipe:
     pixels: PixelRule
     preprocessing: str
     colour: str = COLOUR_RULE
-    augmentation: Mapping[str, Any] | None = None
+    augmentation: AugmentSpec | None = None
     seed: int = 0
     precision: str = "float32"
     dtype: str = "float32"
@@ -127,9 +132,28 @@ class Recipe:
         layer = self.layer.replace("/", "|")
         return layer if self.pooling == "none" else f"{layer}.{self.pooling}"
 
+    @functools.cached_property
+    def plain(self) -> Recipe:
+        """The recipe of view 0: neither augmentation nor seed decides it."""
+        return self if self.augmentation is None else dataclasses.replace(self, augmentation=None, seed=0)
+
+    def augmented(self, spec: AugmentSpec | None, seed: int) -> Recipe:
+        """The same recipe with other views; a specification that changes nothing is none, and then has no seed."""
+        if spec is None or spec.is_plain:
+            return self.plain
+        return dataclasses.replace(self, augmentation=spec, seed=seed)
+
+    def cell(self, view: int) -> Cell:
+        """What decides the values of one view of any image.
+
+        View 0 is the same whatever the others are drawn from, so it is found again when views are added to a store.
+        """
+        return (self.plain if view == 0 else self).fingerprint, view
+
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, flat, with the recipe's own version."""
+        """Plain values, flat but for the augmentation, with the recipe's own version."""
         values = dataclasses.asdict(self)
+        values["augmentation"] = None if self.augmentation is None else self.augmentation.to_dict()
         pixels = values.pop("pixels")
         return {"version": RECIPE_VERSION, **values, **pixels}
 
@@ -152,6 +176,8 @@ class Recipe:
             if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
                 raise ConfigurationError(f"recipe: {name} is {value!r}, of the wrong type")
         pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
+        if fields["augmentation"] is not None:
+            fields["augmentation"] = AugmentSpec.from_dict(fields["augmentation"])
         return cls(pixels=pixels, **fields)
 
     @property
@@ -165,8 +191,12 @@ class Recipe:
         return hashlib.sha256(self.canonical.encode("ascii")).hexdigest()
 
     def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ, as ``{field: (self's value, other's value)}``."""
+        """Fields that differ, as ``{field: (self's value, other's value)}``; two augmentations field by field."""
         mine, theirs = self.to_dict(), other.to_dict()
+        if self.augmentation is not None and other.augmentation is not None:
+            for values in (mine, theirs):
+                inner = values.pop("augmentation")
+                values |= {f"augmentation.{key}": value for key, value in inner.items()}
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
 
 

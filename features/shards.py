@@ -1,6 +1,6 @@
 """The unit of extraction: a spec names images and recipes, ``extract_shard`` makes one durable shard of them.
 
-    spec -> read bytes -> decode (threads) -> batch -> infer -> rows -> shard file -> record -> journal
+    spec -> read bytes -> decode, render views (threads) -> batch -> infer -> rows -> shard file -> record -> journal
 
 A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside
 the store (``features.h5.parts/``) with an append-only journal; assembly (``features.assembly``) copies them into one
@@ -19,21 +19,22 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
 from features.files import atomic_file, file_digest, printable, writing
-from features.images import Decoded, decode_image
 from features.layout import FeatureSpec, ImageTable, Quarantine, digest_rows
 from features.recipe import Recipe, canonical_json, digest_of
 from features.store import FeatureStore, is_shard_name, shard_path
+from features.views import DecodedViews, decode_views
 from features.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
 SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
+WINDOW_MIN = 8  # images read ahead, however many views each has
 JOURNAL_VERSION = 1
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -53,7 +54,7 @@ class ShardSpec:
     sizes, mtimes_ns : tuple of int
         File size in bytes and modification time in nanoseconds, as the scan saw them.
     recipes : tuple of Recipe
-        Feature data sets to make; they share their pixel rule.
+        Feature data sets to make; they share pixel rule, augmentation and seed.
     views : tuple of int
         Views to make, ascending.
     attempt : int
@@ -98,7 +99,7 @@ def rows_per_shard(row_bytes: int, batch_size: int) -> int:
     row_bytes : int
         Bytes of one image over all data sets and views.
     batch_size : int
-        Images of one forward pass; a shard of whole batches wastes no padding.
+        Pictures of one forward pass; a shard of whole batches wastes no padding.
 
     Examples
     --------
@@ -134,9 +135,9 @@ def extract_shard(
     decoders : Executor
         Threads that read and decode.
     batch_size : int
-        Images of one forward pass.
+        Pictures of one forward pass: views of one image or of several.
     advance : callable, optional
-        Told how many images have just been dealt with.
+        Told how many images have just been dealt with, all their views.
 
     Raises
     ------
@@ -145,46 +146,56 @@ def extract_shard(
     StoreError
         If the shard cannot be written.
     """
-    rule = spec.recipes[0].pixels
+    rule, views = spec.recipes[0].pixels, len(spec.views)
     refused: list[tuple[int, bytes, str]] = []
     good: list[tuple[int, bytes, int, int]] = []  # index in the spec, sha256, width, height
-    features: dict[str, np.ndarray] = {}  # rows up to len(good) are filled
+    features: dict[str, np.ndarray] = {}  # views behind each other, image by image
     batch = np.empty((batch_size, rule.height, rule.width, 3), dtype=np.uint8)
-    filled = 0
+    filled = inferred = 0
 
     def flush() -> None:
+        nonlocal filled, inferred
         for name, rows in _stored(infer(batch[:filled]), spec.recipes).items():
             if name not in features:
-                features[name] = np.empty((len(spec), 1, *rows.shape[1:]), rows.dtype)
-            features[name][len(good) - filled : len(good), 0] = rows
-        if advance:
-            advance(filled)
+                features[name] = np.empty((len(spec) * views, *rows.shape[1:]), rows.dtype)
+            features[name][inferred : inferred + filled] = rows
+        whole = (inferred + filled) // views - inferred // views
+        inferred, filled = inferred + filled, 0
+        if advance and whole:
+            advance(whole)
 
-    load = functools.partial(_load, read, rule)
-    for index, (sha256, outcome) in enumerate(ahead(decoders, load, spec.paths, 2 * batch_size)):
+    load = functools.partial(load_views, read, spec)
+    window = 2 * batch_size if views == 1 else max(2 * batch_size // views, WINDOW_MIN)
+    for index, (sha256, outcome) in enumerate(ahead(decoders, load, spec.paths, window)):
         if isinstance(outcome, UnreadableImageError):
             logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), outcome)
             refused.append((index, sha256, outcome.reason))
             if advance:
                 advance(1)
             continue
-        batch[filled] = outcome.pixels
         good.append((index, sha256, outcome.width, outcome.height))
-        filled += 1
-        if filled == batch_size:
-            flush()
-            filled = 0
+        for pixels in outcome.pixels:
+            batch[filled] = pixels
+            filled += 1
+            if filled == batch_size:
+                flush()
     if filled:
         flush()
-    return _write(spec, folder, good, refused, {name: rows[: len(good)] for name, rows in features.items()})
+    kept = {name: rows[:inferred].reshape(len(good), views, *rows.shape[1:]) for name, rows in features.items()}
+    return _write(spec, folder, good, refused, kept)
 
 
-def _load(read: Callable[[str], bytes], rule: Any, path: str) -> tuple[bytes, Decoded | UnreadableImageError]:
-    sha256 = bytes(32)
+def load_views(
+    read: Callable[[str], bytes], spec: ShardSpec, path: str
+) -> tuple[bytes, DecodedViews | UnreadableImageError]:
+    """Read one image of a spec and render its views: content hash (zeros if no byte was read), and views or refusal."""
+    sha256, recipe = bytes(32), spec.recipes[0]
     try:
         data = read(path)
         sha256 = hashlib.sha256(data).digest()
-        return sha256, decode_image(data, rule)
+        return sha256, decode_views(
+            data, recipe.pixels, recipe.augmentation, seed=recipe.seed, sha256=sha256, views=spec.views
+        )
     except UnreadableImageError as error:
         return sha256, error
 
@@ -346,6 +357,10 @@ class PartsFolder:
             logger.warning("%s holds files that are not ours; it is left", self.path)
         elif self.path.exists() and not self.path.is_symlink():  # a link may lead to a disk of its own
             self.path.rmdir()
+
+    def any_shard(self) -> bool:
+        """Whether a shard lies there, entered or not."""
+        return bool(self._files())
 
     def _files(self) -> list[Path]:
         return [path for path in sorted(self.path.glob("*.h5")) if is_shard_name(path.stem) and path.is_file()]

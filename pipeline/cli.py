@@ -13,6 +13,7 @@ from typing import Annotated, Any
 
 import typer
 
+from features.augmentation import PRESETS
 from features.errors import BottleneckError, ConfigurationError
 
 app = typer.Typer(
@@ -78,6 +79,11 @@ def extract(
         str, typer.Option(help="antialias, or keras as image_dataset_from_directory does.")
     ] = "antialias",
     fit: Annotated[str, typer.Option(help="stretch, crop or pad.")] = "stretch",
+    views: Annotated[
+        int,
+        typer.Option(help="Views of each image: the plain one, and random variations of it by --augment and --seed."),
+    ] = 1,
+    augment: Annotated[str, typer.Option(help=f"Of all views but the first: {', '.join(PRESETS)}.")] = "none",
     dtype: Annotated[str, typer.Option(help="float32 or float16, as stored.")] = "float32",
     split: Annotated[
         str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
@@ -130,6 +136,8 @@ def extract(
         "split": split,
         "seed": seed,
         "target": target,
+        "views": views,
+        "augment": augment,
         "batch_size": batch_size,
         "workers": workers,
         "device": device,

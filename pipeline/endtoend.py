@@ -34,7 +34,7 @@ LAST_BLOCK = "last-block"
 PARITY_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
 
 
-def network_of(run: Run, weights: str | None = None) -> Network:
+def network_of(run: Run, weights: str | None = None, *, device: str = "auto") -> Network:
     """The network whose features the run's head was trained on.
 
     Parameters
@@ -43,6 +43,8 @@ def network_of(run: Run, weights: str | None = None) -> Network:
         Of any head.
     weights : str, optional
         Where the weights are now, if not where the extraction found them.
+    device : {"auto", "cpu", "gpu"}
+        Where it is to run.
 
     Raises
     ------
@@ -60,9 +62,16 @@ def network_of(run: Run, weights: str | None = None) -> Network:
         fit=recipe.pixels.fit,
         dtype=recipe.dtype,
         decode=recipe.pixels.decode,
+        device=device,
         **_arithmetic(recipe),
     )
-    differences = recipe.difference(network.recipes[0])
+    differences = recipe.plain.difference(network.recipes[0])
+    if "precision" in differences:
+        raise RunError(
+            f"{run.folder}: its features were computed in {recipe.precision}, which is not at hand here "
+            f"({network.recipes[0].precision} is). Install what computed them (for openvino: pip install "
+            "'bottleneck-features[openvino]'; else set KERAS_BACKEND), or extract again in float32."
+        )
     if differences:
         listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
         raise RunError(
@@ -74,7 +83,7 @@ def network_of(run: Run, weights: str | None = None) -> Network:
 
 def _arithmetic(recipe: Recipe) -> dict[str, str]:
     precision, _, engine = recipe.precision.partition(":")
-    return {"precision": precision, "engine": engine or "auto"}
+    return {"precision": precision, "engine": engine.partition("-")[0] or "auto"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,6 +153,11 @@ def split_for_training(
     ConfigurationError
         For an unknown mode or layer, or one behind the features.
     """
+    if recipe.precision != "float32":
+        raise ConfigurationError(
+            f"the head was trained on features computed in {recipe.precision.partition(':')[0]}; fine-tuning continues from "
+            "float32 ones. Extract with --precision float32 into another file, and train the head on that."
+        )
     import keras
 
     if bn not in BATCHNORM_MODES:

@@ -26,6 +26,8 @@ def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
         "out": str(out),
         "images": len(decided.images),
         "to_infer": decided.to_infer,
+        "passes": decided.passes,
+        "views": decided.views,
         "shards": len(decided.specs),
         "data_sets": [recipe.name for recipe in decided.recipes],
         **{name: decided.counts[name] for name in sorted(decided.counts)},
@@ -36,7 +38,10 @@ def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
 def plan_summary(document: dict[str, Any]) -> str:
     """The plan for a person."""
     counted = ", ".join(f"{document[name]} {name}" for name in COUNTED if document[name])
-    lines = [f"{document['out']}: {document['images']} images ({counted or 'none'}), {document['to_infer']} to infer"]
+    drawn = f" ({document['passes']} of their views)" if document["passes"] != document["to_infer"] else ""
+    lines = [
+        f"{document['out']}: {document['images']} images ({counted or 'none'}), {document['to_infer']} to infer{drawn}"
+    ]
     cost = document["forecast"]
     if cost:
         lines.append(
@@ -84,13 +89,26 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "split_rule": store.split_rule,
         "source": printable(store.source),
         "data_sets": {
-            name: {"shape": list(store.shape(name)), "fingerprint": recipe.fingerprint, "recipe": recipe.to_dict()}
+            name: {
+                "shape": list(store.shape(name)),
+                "views": store.views(name),
+                "augment": "none" if recipe.augmentation is None else recipe.augmentation.name,
+                "fingerprint": recipe.fingerprint,
+                "recipe": recipe.to_dict(),
+            }
             for name, recipe in sorted(store.recipes.items())
         },
         "columns": [printable(name) for name in store.images.columns],
         "quarantine": [{"path": printable(path), "reason": reason} for path, reason in reasons],
         "provenance": store.provenance,
     }
+
+
+def _views(entry: dict[str, Any]) -> str:
+    """How many views a data set has, and from what they are drawn; nothing for plain images alone."""
+    if entry["views"] == 1:
+        return ""
+    return f"  {entry['views']} views, {entry['augment']} seed {entry['recipe']['seed']}"
 
 
 def _arithmetic(recipe: dict[str, Any]) -> str:
@@ -106,11 +124,11 @@ def _precision_lines(document: dict[str, Any]) -> list[str]:
     if not isinstance(checked, dict):
         return []
     lines = []
-    for name, found in checked["data_sets"].items():
+    for name, found in checked.items():
         before, after = found["accuracy_float32"], found["accuracy"]
         head = "" if after is None else f"; a logistic head: {before:.4f} in float32, {after:.4f} as stored"
         lines.append(
-            f"  {printable(name)}  differs from float32 by {found['relative_error']:.2g} on {checked['images']} images{head}"
+            f"  {printable(name)}  differs from float32 by {found['relative_error']:.2g} on {found['images']} images{head}"
         )
     return lines
 
@@ -129,7 +147,7 @@ def summary(document: dict[str, Any]) -> str:
         recipe = entry["recipe"]
         lines.append(
             f"  {printable(name)}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {printable(recipe['backbone'])} "
-            f"{recipe['height']}x{recipe['width']}{_arithmetic(recipe)}  fingerprint {entry['fingerprint'][:10]}"
+            f"{recipe['height']}x{recipe['width']}{_views(entry)}{_arithmetic(recipe)}  fingerprint {entry['fingerprint'][:10]}"
         )
     lines += _precision_lines(document)
     if "inferred" in document:
@@ -139,7 +157,8 @@ def summary(document: dict[str, Any]) -> str:
         if not document["written"]:
             lines.append(f"  nothing to do: {document['rows']} rows cached, 0 inferred, file untouched")
         else:
-            lines.append(f"  {document['inferred']} inferred ({changed or 'no change'})")
+            views = " views" if any(entry["views"] > 1 for entry in document["data_sets"].values()) else ""
+            lines.append(f"  {document['inferred']}{views} inferred ({changed or 'no change'})")
     if document["quarantine"]:
         lines.append(f"  {len(document['quarantine'])} unreadable, set aside:")
         lines += [f"    {item['path']}: {item['reason']}" for item in document["quarantine"][:20]]

@@ -14,7 +14,7 @@ import numpy as np
 
 from features.backend import load_keras
 from features.errors import ConfigurationError, ParityError, RunError, check_range
-from features.extraction import processors
+from features.machine import processors
 from features.files import writable_folder
 from features.recipe import digest_of
 from features.sources import ImageSet, is_manifest, scan

@@ -13,8 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from features.errors import TooManyUnreadableError, UnreadableImageError, check_range
-from features.extraction import processors
 from features.files import atomic_file, printable, writable_folder
+from features.machine import processors
 from features.sources import scan
 from pipeline.endtoend import decoded_batches, network_of
 from pipeline.runs import choose_run
@@ -61,7 +61,7 @@ def predict_csv(
         writable_folder(Path(out).parent)
     chosen = choose_run(Path(run))
     source = scan(images, labelled=False)
-    network, head = network_of(chosen, weights), chosen.load_head()
+    network, head = network_of(chosen, weights, device=device), chosen.load_head()
     engine = network.engine(network.recipes, batch_size=batch_size, device=device)
     name = network.recipes[0].name
     lines: dict[int, list[str]] = {}

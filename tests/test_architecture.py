@@ -29,10 +29,12 @@ INSIDE_FEATURES = {
     "errors": set(),
     "cache": {"errors"},
     "files": {"errors"},
-    "recipe": {"errors"},
+    "augmentation": {"errors"},
+    "recipe": {"augmentation", "errors"},
     # where images, labels and splits come from
     "splits": {"errors"},
     "images": {"errors", "recipe"},
+    "views": {"augmentation", "images", "recipe"},
     "folders": {"errors", "splits"},
     "archives": {"errors", "cache", "files", "images"},
     "arrays": {"errors", "archives", "folders", "splits"},
@@ -48,23 +50,37 @@ INSIDE_FEATURES = {
     "tensors": {"errors", "files", "recipe", "graph"},
     "wheels": {"errors", "files", "official", "tensors"},
     "weights": {"errors", "files", "cache", "recipe", "backbones", "official", "tensors", "wheels"},
+    "machine": set(),
+    "reference": set(),
     "folding": {"graph"},
-    "openvino_engine": {"errors", "files", "cache", "recipe"},
-    "engines": {"errors", "folding", "openvino_engine", "recipe"},
-    "networks": {"errors", "files", "cache", "recipe", "backbones", "engines", "graph", "openvino_engine", "weights"},
+    "openvino_engine": {"errors", "files", "cache", "machine", "recipe", "reference"},
+    "engines": {"errors", "folding", "machine", "openvino_engine", "recipe", "reference"},
+    "networks": {
+        "errors",
+        "files",
+        "cache",
+        "machine",
+        "recipe",
+        "backbones",
+        "engines",
+        "graph",
+        "openvino_engine",
+        "weights",
+    },
     # the store
     "layout": {"recipe"},
     "sharded": {"errors"},
     "structure": {"errors", "layout"},
     "writer": {"errors", "files", "layout", "recipe"},
-    "views": {"errors", "recipe"},
     "store": {"errors", "recipe", "layout", "sharded", "splits", "structure"},
-    "shards": {"errors", "files", "recipe", "images", "layout", "store", "writer"},
+    "shards": {"errors", "files", "recipe", "layout", "store", "views", "writer"},
     "planning": {"errors", "recipe", "shards", "sources", "store"},
     "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store", "writer"},
-    "forecast": {"errors", "images", "planning", "shards"},
+    "forecast": {"errors", "planning", "shards"},
     "precision": {"errors", "images", "networks", "sources"},
     "extraction": {
+        "augmentation",
+        "machine",
         "forecast",
         "precision",
         "errors",
@@ -79,6 +95,12 @@ INSIDE_FEATURES = {
         "store",
     },
 }
+INSIDE_FEATURES["transformer"] = {
+    *("arrays", "assembly", "errors", "extraction", "files", "images", "layout", "machine", "networks", "recipe"),
+    *("shards", "splits", "store", "writer"),
+}
+# Imported by no other module: whoever uses it has scikit-learn already.
+LATE_MODULES = {"transformer": {"sklearn"}}
 STAGES = {"extract", "train_head", "finetune", "predict"}
 
 
@@ -106,7 +128,8 @@ def modules(package: str) -> list[Path]:
     "path", modules("features") + modules("pipeline"), ids=lambda path: f"{path.parent.name}.{path.stem}"
 )
 def test_nothing_heavy_is_imported_at_the_top(path: Path) -> None:
-    assert not {name.split(".")[0] for name in imports(path, top_only=True)} & LATE
+    early = {name.split(".")[0] for name in imports(path, top_only=True)} & LATE
+    assert early <= LATE_MODULES.get(path.stem, set())
 
 
 @pytest.mark.parametrize("path", modules("features"), ids=lambda path: path.stem)
@@ -135,7 +158,10 @@ def test_stages_do_not_import_each_other_and_nothing_imports_the_command_line(pa
 def test_no_pickle_and_no_print_in_the_packages() -> None:
     for path in modules("features") + modules("pipeline"):
         used = {name.split(".")[0] for name in imports(path, top_only=False)}
-        assert not used & {"pickle", "joblib", "cloudpickle", "dill", "marshal", "shelve"}, path
+        banned = {"pickle", "joblib", "cloudpickle", "dill", "marshal", "shelve"}
+        # joblib.load unpickles; the workers use joblib.Parallel and nothing that reads a file
+        allowed = {"joblib"} if path.stem == "workers" else set()
+        assert not used & (banned - allowed), path
         calls = [
             node.func.id
             for node in ast.walk(ast.parse(path.read_text()))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import csv
+import json
 import logging
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +17,9 @@ from helpers import ROOT, paint_folder, recipe, run_pipeline
 
 from features import engines, networks
 from features.engines import choose_engine, is_out_of_memory
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, OpenVinoError
 from features.extraction import extract_features
-from features.openvino_engine import OpenVinoError, reference_images
+from features.reference import reference_images
 from features.store import FeatureStore
 
 
@@ -24,9 +27,12 @@ from features.store import FeatureStore
 def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
     """A machine with or without OpenVINO, a GPU and bfloat16."""
 
+    from features import machine as machine_of
+
     def build(*, openvino: bool, gpu: bool, bfloat16: bool) -> None:
         monkeypatch.setattr(engines, "is_installed", lambda: openvino)
-        monkeypatch.setattr(engines, "_GPU_NODES", ("/dev/null",) if gpu else ())
+        monkeypatch.setattr(machine_of, "_GPU_NODES", ("/dev/null",) if gpu else ())
+        monkeypatch.setattr(engines, "keras_backend", lambda: "tensorflow")
         monkeypatch.setattr(engines, "has_bfloat16", lambda: bfloat16)
 
     return build
@@ -58,7 +64,9 @@ def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture)
     machine(openvino=False, gpu=False, bfloat16=False)
     choose_engine("openvino", "float32", "auto")
     assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used" in caplog.text
-    choose_engine("auto", "bfloat16", "auto")
+    machine(openvino=True, gpu=False, bfloat16=False)
+    choose_engine("openvino", "bfloat16", "auto")
+    assert "OpenVINO has no bfloat16 on this processor; Keras is used" in caplog.text
     assert "this processor has no bfloat16: it is computed all the same, but slower" in caplog.text
     caplog.clear()
     choose_engine("auto", "float32", "auto")
@@ -158,7 +166,7 @@ def test_half_precision_is_near_and_not_equal(assets: Path, precision: str) -> N
     single, half = (
         networks.resolve_network("mobilenetv2", **options, precision=kind) for kind in ("float32", precision)
     )
-    assert half.recipes[0].precision == f"{precision}:keras"
+    assert half.recipes[0].precision == f"{precision}:keras-tensorflow"
     assert single.recipes[0].fingerprint != half.recipes[0].fingerprint
     images = reference_images(96, 96, 4)
     (expected,), (found,) = (net.engine(net.recipes, batch_size=4)(images).values() for net in (single, half))
@@ -243,3 +251,63 @@ def test_pain_07_memory_stays_flat_over_5000_batches(assets: Path, engine: str) 
     assert result.returncode == 0, result.stderr
     early, late = map(int, result.stdout.split())
     assert late < 1.05 * early
+
+
+@pytest.mark.slow
+def test_a_broken_openvino_is_as_good_as_none(tmp_path: Path) -> None:
+    """Keras runs instead, and it is said; a folder that happens to be called so is no package."""
+    source = paint_folder(tmp_path / "images", {"cat": 6, "dog": 6})
+    (tmp_path / "broken" / "openvino").mkdir(parents=True)
+    (tmp_path / "broken" / "openvino" / "__init__.py").write_text("raise ImportError('libopenvino.so is missing')")
+    network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32, "--json")
+    for folder, warned in (("broken", True), ("plain", False)):
+        path = os.pathsep.join((str(tmp_path / folder), str(ROOT)))
+        (tmp_path / "plain" / "openvino").mkdir(parents=True, exist_ok=True)
+        out = tmp_path / f"{folder}.h5"
+        result = run_pipeline(
+            "extract", source, "--out", out, *network, PYTHONPATH=path, BOTTLENECK_CACHE=str(tmp_path)
+        )
+        assert result.returncode == 0, result.stderr
+        engine = json.loads(result.stdout)["provenance"]["engine"]
+        if warned:
+            assert engine == "keras-tensorflow"
+            assert "cannot be imported: libopenvino.so is missing; Keras is used" in result.stderr
+        else:  # the folder hides no installed package
+            assert "Traceback" not in result.stderr
+
+
+@pytest.mark.slow
+def test_half_precision_runs_predict_as_they_were_made_and_are_not_fine_tuned(tmp_path: Path) -> None:
+    source = paint_folder(tmp_path / "images", {"cat": 30, "dog": 30})
+    network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32, "--engine", "keras")
+    out = tmp_path / "f.h5"
+    half = ("--precision", "bfloat16", "--decode", "fast", "--split", "stratified")
+    assert run_pipeline("extract", source, "--out", out, *network, *half).returncode == 0
+    head = ("--head", "dropout-linear", "--param", "epochs=2", "--json")
+    run = json.loads(run_pipeline("train-head", out, *head, "--runs", tmp_path / "runs").stdout)["run"]
+    predicted = run_pipeline("predict", run, source)
+    assert predicted.returncode == 0, predicted.stderr
+    with open(Path(run) / "predictions.csv") as kept:
+        stored = {row["path"]: row for row in csv.DictReader(kept)}
+    live = {row["file"]: row for row in csv.DictReader(predicted.stdout.splitlines())}
+    for file, row in stored.items():
+        assert float(live[file]["cat"]) == pytest.approx(float(row["cat"]), abs=2e-3)
+    refused = run_pipeline("finetune", run, "--images", source)
+    assert refused.returncode == 2
+    assert "features computed in bfloat16; fine-tuning continues from float32 ones" in refused.stderr
+    other = run_pipeline("predict", run, source, KERAS_BACKEND="numpy")
+    assert "computed in bfloat16:keras-tensorflow, which is not at hand here" in other.stderr
+    assert other.returncode == 1
+
+
+@pytest.mark.slow
+def test_keras_settings_that_would_change_the_numbers_are_refused(tmp_path: Path) -> None:
+    source = paint_folder(tmp_path / "images", {"cat": 3, "dog": 3})
+    (tmp_path / ".keras").mkdir()
+    (tmp_path / ".keras" / "keras.json").write_text('{"floatx": "float16", "backend": "tensorflow"}')
+    network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32)
+    environment = {"KERAS_HOME": str(tmp_path / ".keras"), "BOTTLENECK_CACHE": str(tmp_path / "cache")}
+    result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, **environment)
+    assert result.returncode == 2
+    assert "Keras is set to floatx 'float16'" in result.stderr
+    assert not (tmp_path / "f.h5").exists()

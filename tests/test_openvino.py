@@ -18,19 +18,12 @@ from helpers import ROOT, listing, recipe
 
 from features import openvino_engine
 from features.engines import KerasEngine
-from features.errors import BottleneckError, ConfigurationError
+from features.errors import BottleneckError, ConfigurationError, OpenVinoError
 from features.images import decode_image
 from features.networks import Network, resolve_network
-from features.openvino_engine import (
-    OpenVinoEngine,
-    OpenVinoError,
-    is_installed,
-    open_engine,
-    reference_images,
-    relative_difference,
-    supports,
-)
+from features.openvino_engine import OpenVinoEngine, is_installed, open_engine, supports
 from features.recipe import PixelRule, Recipe
+from features.reference import reference_images, relative_difference
 
 needs_openvino = pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed (pip install openvino)")
 REAL = {

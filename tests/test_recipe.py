@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 from helpers import recipe
 from hypothesis import given
 from hypothesis import strategies as st
 
+from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError
 from features.recipe import PixelRule, Recipe, canonical_json
 
@@ -46,7 +48,7 @@ def test_fingerprint_is_frozen() -> None:
         ("pixels", PixelRule(224, 224, resize="keras")),
         ("pixels", PixelRule(224, 224, fit="crop")),
         ("preprocessing", "none"),
-        ("augmentation", {"flip": True}),
+        ("augmentation", PRESETS["flip"]),
         ("seed", 1),
         ("dtype", "float16"),
     ],
@@ -57,6 +59,55 @@ def test_every_field_changes_the_fingerprint_and_is_named(field: str, value: obj
     named = set(EXAMPLE.difference(changed))
     assert named <= {field, "height", "resize", "fit"}
     assert len(named) == 1
+
+
+DRAWN = EXAMPLE.augmented(PRESETS["crop-rotation-jitter"], 3)
+
+
+def test_canonical_text_and_fingerprint_with_views_are_frozen() -> None:
+    assert DRAWN.canonical == EXAMPLE.canonical.replace('"seed":0', '"seed":3').replace(
+        '"augmentation":null',
+        '"augmentation":{"brightness":0.2,"contrast":0.2,"crop_ratio":[0.75,1.3333333333333333],"crop_scale":[0.8,1.0],'
+        '"fill":"constant","horizontal_flip":true,"hue":0.05,"rotation_degrees":15.0,"saturation":0.2,"shift":0.0,'
+        '"version":1,"zoom":0.0}',
+    )
+    assert DRAWN.fingerprint == "96b58242df75b54002d8a91435b74d0feef2bf4442b93c6b573869769e06c3ee"
+
+
+def test_view_0_is_one_cell_whatever_the_others_are_drawn_from() -> None:
+    assert DRAWN.cell(0) == EXAMPLE.cell(0) == (EXAMPLE.fingerprint, 0)
+    assert DRAWN.cell(2) == (DRAWN.fingerprint, 2)
+    assert (DRAWN.plain, EXAMPLE.plain) == (EXAMPLE, EXAMPLE)
+    others = [DRAWN, EXAMPLE.augmented(PRESETS["flip"], 3), EXAMPLE.augmented(PRESETS["crop-rotation-jitter"], 4)]
+    assert len({item.cell(1) for item in others}) == len({*others}) == 3
+    assert {item.cell(0) for item in others} == {EXAMPLE.cell(0)}
+
+
+def test_a_specification_that_changes_nothing_is_none_and_has_no_seed() -> None:
+    for spec in (None, PRESETS["none"], AugmentSpec(fill="nearest")):
+        assert EXAMPLE.augmented(spec, 7).canonical == EXAMPLE.canonical
+        assert DRAWN.augmented(spec, 7) == EXAMPLE
+
+
+def test_two_augmentations_are_compared_field_by_field() -> None:
+    assert DRAWN.difference(EXAMPLE.augmented(dataclasses.replace(PRESETS["crop-rotation-jitter"], hue=0.1), 3)) == {
+        "augmentation.hue": (0.05, 0.1)
+    }
+    assert set(DRAWN.difference(EXAMPLE)) == {"augmentation", "seed"}
+
+
+def test_a_stored_augmentation_is_checked() -> None:
+    assert Recipe.from_dict(json.loads(DRAWN.canonical)) == DRAWN
+    values = DRAWN.to_dict()
+    for change, message in (
+        ({"version": 2}, "augmentation version 2 is not known here"),
+        ({"hue": 3}, "hue: received 3, expected 0.0 to 0.5"),
+        ({"tint": 1}, "no field 'tint'"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            Recipe.from_dict({**values, "augmentation": {**values["augmentation"], **change}})
+    with pytest.raises(ConfigurationError, match="augmentation is 'flip', of the wrong type"):
+        Recipe.from_dict({**values, "augmentation": "flip"})
 
 
 def test_names_of_data_sets() -> None:

@@ -91,7 +91,7 @@ def network_of(options: argparse.Namespace, precision: str) -> Any:
 
 
 def features_of(options: argparse.Namespace, precision: str, device: str, count: int) -> np.ndarray:
-    from features.openvino_engine import reference_images
+    from features.reference import reference_images
 
     network = network_of(options, precision)
     engine = network.engine(network.recipes, batch_size=count, device=device)

@@ -1,0 +1,44 @@
+"""What the machine offers, asked without importing anything heavy."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+# What the drivers of NVIDIA, AMD and of Windows' Linux put there: without any of them there is no GPU to look for.
+_GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+
+
+def processors() -> int:
+    """Processors that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def has_bfloat16() -> bool:
+    """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, or Arm's extension), as Linux lists it."""
+    try:
+        flags = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return False
+    return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
+
+
+def may_have_gpu(device: str = "auto") -> bool:
+    """Whether it is worth asking Keras for a GPU."""
+    return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
+
+
+def keras_backend() -> str:
+    """Name of the backend that Keras has, or would start with (https://keras.io/getting_started/#configuring-your-backend)."""
+    if "keras" in sys.modules:
+        return str(sys.modules["keras"].backend.backend())
+    named = os.environ.get("KERAS_BACKEND")
+    if named:
+        return named
+    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
+    try:
+        return str(json.loads((home / "keras.json").read_bytes())["backend"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return "tensorflow"

@@ -1,0 +1,44 @@
+"""Pictures that are always the same, and how far two outputs for them are apart: what engines are compared by."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+def reference_images(height: int, width: int, count: int = 4) -> np.ndarray:
+    """Pictures of soft coloured blotches of three sizes, always the same ones, to compare engines on.
+
+    Returns
+    -------
+    uint8, (count, height, width, 3), 0-255
+    """
+    generator = np.random.Generator(np.random.Philox(key=0))
+    total = np.zeros((count, height, width, 3))
+    for cells, strength in ((3, 48.0), (9, 32.0), (27, 16.0)):
+        rows, columns = (
+            np.maximum(0, 1 - np.abs(np.linspace(0, cells - 1, length)[:, None] - np.arange(cells)))
+            for length in (height, width)
+        )
+        blotches = generator.standard_normal((count, cells, cells, 3)) * strength
+        total += np.einsum("hr,nrcd,wc->nhwd", rows, blotches, columns, optimize=True)
+    return np.clip(total + 128, 0, 255).astype(np.uint8)
+
+
+def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
+    """Relative L2 difference, ``||a-b|| / ||b||``; infinite where shapes differ or a number is not finite.
+
+    Examples
+    --------
+    >>> relative_difference(np.array([3.0, 4.5]), np.array([3.0, 4.0]))
+    0.1
+    >>> relative_difference(np.zeros(2), np.zeros(2))
+    0.0
+    """
+    if got.shape != expected.shape:
+        return float("inf")
+    with np.errstate(invalid="ignore"):  # infinity minus infinity
+        difference = float(np.linalg.norm(got.astype(np.float64) - expected))
+    scale = float(np.linalg.norm(expected.astype(np.float64)))
+    if not np.isfinite(difference) or (difference and not scale):
+        return float("inf")
+    return difference / scale if difference else 0.0

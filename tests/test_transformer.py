@@ -1,0 +1,408 @@
+"""The scikit-learn transformer: values by hand, each image inferred once, cross-validation over processes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import sys
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import NumpyNetwork, extract, listing, paint, paint_folder, recipe
+from PIL import Image
+from sklearn.base import clone
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import Pipeline
+from sklearn.utils import estimator_checks
+
+from features.errors import ConfigurationError, LockedError, UnreadableImageError
+from features.files import locked
+from features.store import FeatureStore
+from features.transformer import SOURCE, FeatureExtractor
+
+
+class CountingExtractor(FeatureExtractor):
+    """Channel means of 8 x 8 pixels; ``network`` counts."""
+
+    network = NumpyNetwork()
+
+    def _network(self):
+        return self.network
+
+
+@pytest.fixture
+def network(monkeypatch: pytest.MonkeyPatch) -> NumpyNetwork:
+    fresh = NumpyNetwork()
+    monkeypatch.setattr(CountingExtractor, "network", fresh)
+    return fresh
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> list[str]:
+    """12 reddish and 12 greenish images, in an order of their own."""
+    made = []
+    for number in range(24):
+        colour = (200 + number, 20, 7) if number % 2 else (20, 200 + number, 7)
+        made.append(str(paint(tmp_path / "images" / f"{(number * 7) % 24:02d}.png", colour)))
+    return made
+
+
+def means(paths: list[str]) -> np.ndarray:
+    return np.stack([np.asarray(Image.open(path), np.float32).mean(axis=(0, 1)) for path in paths])
+
+
+LABELS = np.arange(24) % 2
+
+
+# --- values -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_store", [False, True])
+def test_rows_are_those_of_the_images_in_their_order(paths, tmp_path, network, with_store: bool) -> None:
+    extractor = CountingExtractor(store=tmp_path / "cache.h5" if with_store else None, batch_size=5)
+    X = extractor.fit_transform(paths)
+    assert X.dtype == np.float32
+    np.testing.assert_allclose(X, means(paths), rtol=1e-6)
+    again = paths[::-2] + paths[:3] + paths[:3]
+    np.testing.assert_allclose(extractor.transform(again), means(again), rtol=1e-6)
+    assert sum(network.batches) == (24 if with_store else 24 + len(set(again)))
+
+
+def test_the_store_grows_by_what_it_lacks(paths, tmp_path, network) -> None:
+    cache = tmp_path / "cache.h5"
+    CountingExtractor(store=cache).transform(paths[:10])
+    assert network.batches == [10]
+    extractor = CountingExtractor(store=cache)
+    np.testing.assert_allclose(extractor.transform(paths), means(paths), rtol=1e-6)
+    assert network.batches == [10, 14]
+    before = cache.stat().st_mtime_ns
+    CountingExtractor(store=cache).transform(paths[5:])
+    assert network.batches == [10, 14]
+    assert cache.stat().st_mtime_ns == before
+    store = FeatureStore.open(cache)
+    assert (len(store), store.source, store.images.paths) == (24, SOURCE, tuple(paths))
+    assert store.verify() > 0
+    assert listing(tmp_path) == ["cache.h5", "images", *sorted(f"images/{Path(path).name}" for path in paths)]
+
+
+def test_moved_and_copied_files_are_found_by_their_content(paths, tmp_path, network) -> None:
+    extractor = CountingExtractor(store=tmp_path / "cache.h5")
+    expected = extractor.transform(paths)
+    moved = [str(Path(path).rename(Path(path).with_suffix(".moved"))) for path in paths]
+    np.testing.assert_array_equal(extractor.transform(moved), expected)
+    assert sum(network.batches) == 24
+
+
+def test_a_file_with_other_content_is_computed_again(paths, tmp_path, network) -> None:
+    extractor = CountingExtractor(store=tmp_path / "cache.h5")
+    extractor.transform(paths)
+    paint(Path(paths[3]), (1, 2, 3), size=(9, 9))
+    np.testing.assert_allclose(extractor.transform(paths), means(paths), rtol=1e-6)
+    assert network.batches[-1] == 1
+
+
+def test_unchanged_files_are_not_read_again(paths, tmp_path, network, monkeypatch) -> None:
+    extractor = CountingExtractor(store=tmp_path / "cache.h5")
+    expected = extractor.transform(paths)
+
+    def read(path: str) -> bytes:
+        raise AssertionError(f"{path} was read")
+
+    monkeypatch.setattr("features.transformer.read_bytes", read)
+    np.testing.assert_array_equal(extractor.transform(paths), expected)
+
+
+def test_pixels_are_inputs_too(tmp_path, network) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
+    pixels[4] = pixels[1]
+    extractor = CountingExtractor(store=tmp_path / "cache.h5")
+    for _ in range(2):
+        np.testing.assert_allclose(extractor.transform(pixels), pixels.mean(axis=(1, 2)), rtol=1e-5)
+    assert network.batches == [6]
+    grey = extractor.transform(pixels[..., 0])
+    np.testing.assert_allclose(grey, np.repeat(pixels[..., 0].mean(axis=(1, 2))[:, None], 3, axis=1), rtol=1e-5)
+
+
+def test_a_tensor_is_flattened(paths, network) -> None:
+    spatial = NumpyNetwork([recipe("map", "none")])
+    spatial.row_bytes = 4 * 8 * 8 * 3
+    spatial.engine = lambda recipes, batch_size, device: lambda batch: {"map": batch.astype(np.float32)}
+    extractor = CountingExtractor()
+    extractor.network = spatial
+    X = extractor.transform(paths[:2])
+    np.testing.assert_array_equal(X[1], np.asarray(Image.open(paths[1]), np.float32).reshape(-1))
+    assert extractor.get_feature_names_out()[[0, -1]].tolist() == ["map_0", "map_191"]
+
+
+def test_no_images_are_no_rows(network, tmp_path) -> None:
+    assert CountingExtractor(store=tmp_path / "cache.h5").fit_transform([]).shape == (0, 3)
+
+
+# --- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("with_store", [False, True])
+def test_an_unreadable_image_is_named_and_the_others_are_kept(paths, tmp_path, network, with_store: bool) -> None:
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(Path(paths[0]).read_bytes()[:40])
+    extractor = CountingExtractor(store=tmp_path / "cache.h5" if with_store else None)
+    with pytest.raises(UnreadableImageError, match=r"1 of 4 images cannot be read: .*broken\.png \(") as caught:
+        extractor.transform([*paths[:2], str(broken), paths[2]])
+    assert "paths[0]" not in str(caught.value)
+    if with_store:
+        assert len(FeatureStore.open(tmp_path / "cache.h5")) == 3
+        extractor.transform(paths[:3])
+        assert network.batches == [3]
+
+
+def test_a_missing_file_is_named_before_anything_is_computed(paths, tmp_path, network) -> None:
+    with pytest.raises(UnreadableImageError, match=r"2 of 26 .*gone1\.png.*gone2\.png"):
+        CountingExtractor().transform([*paths, tmp_path / "gone1.png", tmp_path / "gone2.png"])
+    assert network.batches == []
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ("folder", "received 'folder', expected a list of image paths"),
+        (None, "expected a list"),
+        (np.zeros((2, 3)), r"X\[0\]: received float64 \(3,\)"),
+        (np.zeros((2, 8, 8, 3)), r"X\[0\]: received float64 \(8, 8, 3\), expected .* uint8"),
+        (["a.png", 3], r"X\[1\]: received 3"),
+    ],
+)
+def test_what_is_no_image_is_refused(X, message: str, network) -> None:
+    if isinstance(X, list):
+        X = X[::-1]
+        message = message.replace("1", "0")
+    with pytest.raises(ConfigurationError, match=message):
+        CountingExtractor().fit(X)
+
+
+def test_a_file_of_another_recipe_is_refused_and_a_folder_holds_both(paths, tmp_path, network) -> None:
+    CountingExtractor(store=tmp_path / "cache.h5").transform(paths)
+    CountingExtractor(store=tmp_path / "caches").transform(paths)
+    CountingExtractor.network = NumpyNetwork([recipe("corner", "none")])
+    with pytest.raises(ConfigurationError, match=r"another recipe \(layer is last, not corner; .*or a folder"):
+        CountingExtractor(store=tmp_path / "cache.h5").transform(paths)
+    X = CountingExtractor(store=tmp_path / "caches").transform(paths)
+    np.testing.assert_array_equal(X, means(paths))
+    assert len(listing(tmp_path / "caches")) == 2
+
+
+def test_a_store_that_an_extraction_made_is_read_and_never_changed(tmp_path, network, caplog) -> None:
+    source = paint_folder(tmp_path / "images", {"a": 5, "b": 5})
+    store = extract(source, tmp_path / "features.h5").store
+    before = (tmp_path / "features.h5").read_bytes()
+    inside = [str(source / path) for path in reversed(store.images.paths)]
+    extractor = CountingExtractor(store=tmp_path / "features.h5")
+    np.testing.assert_allclose(extractor.transform(inside), means(inside), rtol=1e-6)
+    assert network.batches == []
+    more = [*inside, str(paint(tmp_path / "new.png", (9, 9, 9)))]
+    np.testing.assert_allclose(extractor.transform(more), means(more), rtol=1e-6)
+    assert network.batches == [1]
+    assert "lacks 1 of these images" in caplog.text
+    assert (tmp_path / "features.h5").read_bytes() == before
+
+
+def test_a_kill_while_it_is_written_leaves_the_store_as_it_was(paths, tmp_path, network, monkeypatch) -> None:
+    extractor = CountingExtractor(store=tmp_path / "cache.h5")
+    extractor.transform(paths[:4])
+    before = (tmp_path / "cache.h5").read_bytes()
+    monkeypatch.setattr("features.writer.StoreWriter.finish", lambda self, **tables: (_ for _ in ()).throw(OSError(5)))
+    with pytest.raises(OSError, match="could not be written"):
+        extractor.transform(paths)
+    assert (tmp_path / "cache.h5").read_bytes() == before
+    assert [name for name in listing(tmp_path) if "images" not in name] == ["cache.h5"]
+
+
+def test_what_was_computed_before_a_failure_is_kept(paths, tmp_path, network, monkeypatch) -> None:
+    monkeypatch.setattr("features.transformer.SAVE_SECONDS", -1.0)
+    network.fail_after = 2  # Ctrl-C in the third batch
+    extractor = CountingExtractor(store=tmp_path / "cache.h5", batch_size=5)
+    with pytest.raises(KeyboardInterrupt):
+        extractor.transform(paths)
+    assert len(FeatureStore.open(tmp_path / "cache.h5")) == 10
+    network.fail_after, before = None, sum(network.batches)
+    np.testing.assert_allclose(extractor.transform(paths), means(paths), rtol=1e-6)
+    assert sum(network.batches) - before == 14
+
+
+# --- scikit-learn -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "check",
+    [
+        "check_estimator_cloneable",
+        "check_estimator_tags_renamed",
+        "check_valid_tag_types",
+        "check_estimator_repr",
+        "check_no_attributes_set_in_init",
+        "check_do_not_raise_errors_in_init_or_set_params",
+        "check_mixin_order",
+        "check_parameters_default_constructible",
+        "check_get_params_invariance",
+        "check_set_params",
+    ],
+)
+def test_scikit_learns_own_checks(check: str) -> None:
+    """Those that need no matrix of numbers as input."""
+    getattr(estimator_checks, check)("FeatureExtractor", FeatureExtractor())
+
+
+def test_parameters_survive_clone_pickle_and_set_params(paths, network) -> None:
+    extractor = CountingExtractor("vgg16", layer="block4_pool", store="a.h5", image_size=(64, 96))
+    copied = clone(extractor).set_params(pooling="max")
+    assert copied.get_params() == {**extractor.get_params(), "pooling": "max"}
+    assert FeatureExtractor(**extractor.get_params()).get_params() == extractor.get_params()
+    with pytest.raises(ValueError, match="Invalid parameter 'poling'"):
+        extractor.set_params(poling="max")
+    extractor.set_params(store=None).transform(paths[:2])
+    again = pickle.loads(pickle.dumps(extractor))  # noqa: S301  our own bytes
+    assert again.get_params() == extractor.get_params()
+    assert "_kept" in vars(extractor)
+    assert "_kept" not in vars(again)
+
+
+def pipeline(store: Path, **options: object) -> Pipeline:
+    return Pipeline([("features", CountingExtractor(store=store, **options)), ("clf", LogisticRegression())])
+
+
+def test_cross_validation_infers_each_image_once(paths, tmp_path, network) -> None:
+    scores = cross_val_score(pipeline(tmp_path / "cache.h5"), paths, LABELS, cv=4, error_score="raise")
+    assert scores.tolist() == [1.0] * 4
+    assert sum(network.batches) == 24
+
+
+def test_threads_that_share_a_store_infer_each_image_once(paths, tmp_path, network) -> None:
+    results: dict[int, np.ndarray] = {}
+
+    def work(number: int) -> None:
+        results[number] = CountingExtractor(store=tmp_path / "cache.h5").transform(paths[number:])
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(6):
+        np.testing.assert_allclose(results[number], means(paths[number:]), rtol=1e-6)
+    assert sum(network.batches) == 24
+
+
+def test_a_writer_is_waited_for_and_not_for_ever(paths, tmp_path, network) -> None:
+    cache = tmp_path / "cache.h5"
+    with locked(cache), pytest.raises(LockedError, match=f"process {os.getpid()}"):
+        CountingExtractor(store=cache, lock_timeout=0.2).transform(paths)
+    assert network.batches == []
+    CountingExtractor(store=cache).transform(paths)
+    with locked(cache):  # nothing to write: nothing to wait for
+        CountingExtractor(store=cache, lock_timeout=0).transform(paths[:5])
+
+
+class Column:
+    """As much of a column of a data frame as is used."""
+
+    def __init__(self, values: list[str]) -> None:
+        self.values = np.array(values, dtype=object)
+
+    def to_numpy(self) -> np.ndarray:
+        return self.values
+
+
+def test_columns_of_data_frames_and_names_of_features(paths, network) -> None:
+    extractor = CountingExtractor().set_output(transform="default")
+    for X in (Column(paths), np.array(paths)[:, None], tuple(map(Path, paths))):
+        np.testing.assert_allclose(extractor.fit_transform(X), means(paths), rtol=1e-6)
+    assert extractor.get_feature_names_out().tolist() == ["last.avg_0", "last.avg_1", "last.avg_2"]
+    assert (extractor.n_features_out_, extractor.recipe_) == (3, recipe())
+
+
+COUNTING_MODULE = """
+import os
+import numpy as np
+from features.recipe import PixelRule, Recipe
+from features.transformer import FeatureExtractor
+
+class Network:
+    backbone_argument, weights_argument, row_bytes = "numpy", "none", 12
+    recipes = (Recipe("numpy", "0" * 64, "last", "avg", PixelRule(8, 8), "none"),)
+
+    def engine(self, recipes, *, batch_size, device):
+        def infer(batch):
+            with open(os.environ["COUNT_FILE"], "a") as file:
+                file.write(f"{os.getpid()} {len(batch)}\\n")
+            return {"last.avg": batch.astype(np.float32).mean(axis=(1, 2))}
+        return infer
+
+class ProcessExtractor(FeatureExtractor):
+    def _network(self):
+        return Network()
+"""
+
+
+@pytest.mark.slow
+def test_cross_validation_in_two_processes_infers_each_image_once(paths, tmp_path, monkeypatch) -> None:
+    (tmp_path / "modules").mkdir()
+    (tmp_path / "modules" / "counting_extractor.py").write_text(COUNTING_MODULE)
+    monkeypatch.syspath_prepend(str(tmp_path / "modules"))
+    monkeypatch.setenv("COUNT_FILE", str(tmp_path / "count.txt"))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path / "modules"), *sys.path]))
+    from counting_extractor import ProcessExtractor
+
+    model = Pipeline([("features", ProcessExtractor(store=tmp_path / "cache.h5")), ("clf", LogisticRegression())])
+    scores = cross_val_score(model, paths, LABELS, cv=6, n_jobs=2, error_score="raise")
+    assert scores.tolist() == [1.0] * 6
+    counted = [line.split() for line in (tmp_path / "count.txt").read_text().splitlines()]
+    assert sum(int(count) for _, count in counted) == 24
+    assert str(os.getpid()) not in {process for process, _ in counted}
+
+
+@pytest.mark.slow
+def test_a_real_backbone_in_a_grid_search(assets: Path, tmp_path: Path) -> None:
+    """Cats and dogs; both poolings of the grid come from one folder, and equal an extraction's features."""
+    folder = assets / "images" / "cats_and_dogs_filtered" / "train"
+    chosen = sorted((folder / "cats").iterdir())[:20] + sorted((folder / "dogs").iterdir())[:20]
+    labels = np.repeat([0, 1], 20)
+    weights = str(assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5")
+    extractor = FeatureExtractor(
+        "mobilenetv2-0.35", weights=weights, image_size=96, store=tmp_path / "caches", layer="out_relu", batch_size=16
+    )
+    model = Pipeline([("features", extractor), ("clf", LogisticRegression())])
+    search = GridSearchCV(model, {"features__pooling": ["avg", "max"], "clf__C": [0.01, 1.0]}, cv=2)
+    search.fit(chosen, labels)
+    assert search.best_score_ >= 0.8
+    files = sorted((tmp_path / "caches").iterdir())
+    assert [len(FeatureStore.open(file)) for file in files] == [40, 40]
+    times = [file.stat().st_mtime_ns for file in files]
+    X = clone(extractor).set_params(pooling="avg").fit_transform(chosen)
+    assert [file.stat().st_mtime_ns for file in files] == times
+    assert X.shape == (40, 1280)
+
+    from features import extract_features
+
+    store = extract_features(
+        folder, tmp_path / "all.h5", backbone="mobilenetv2-0.35", weights=weights, image_size=96, layers="out_relu",
+        pooling="avg", batch_size=16,
+    )  # fmt: skip
+    row_of = {path: row for row, path in enumerate(store.images.paths)}
+    expected = store.array()[[row_of[path.relative_to(folder).as_posix()] for path in chosen], 0]
+    np.testing.assert_allclose(X, expected, atol=1e-4 * np.abs(expected).max())
+    sha256 = {hashlib.sha256(path.read_bytes()).digest() for path in chosen}
+    assert sha256 == {row.tobytes() for row in FeatureStore.open(files[0]).images.sha256}
+
+
+def test_only_this_module_needs_scikit_learn() -> None:
+    import ast
+
+    import features
+
+    for path in Path(features.__file__).parent.glob("*.py"):
+        tree = ast.parse(path.read_text())
+        names = {node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert "features.transformer" not in names or path.stem == "__init__", path
