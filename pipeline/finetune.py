@@ -14,8 +14,8 @@ import numpy as np
 
 from features.backend import load_keras
 from features.errors import ConfigurationError, ParityError, RunError, check_range
-from features.machine import processors
 from features.files import writable_folder
+from features.machine import processors
 from features.recipe import digest_of
 from features.sources import ImageSet, is_manifest, scan
 from features.splits import SplitRule

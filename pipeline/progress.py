@@ -8,7 +8,14 @@ from types import TracebackType
 from typing import Any
 
 PLAIN_SECONDS = 15.0  # between lines where stderr is not a terminal
-_UNITS = {"extract": "images", "assemble": "rows", "verify": "blocks", "predict": "images", "trunk": "images", "heads": "heads"}
+_UNITS = {
+    "extract": "images",
+    "assemble": "rows",
+    "verify": "blocks",
+    "predict": "images",
+    "trunk": "images",
+    "heads": "heads",
+}
 
 
 class ConsoleProgress:
