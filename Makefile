@@ -66,6 +66,7 @@ stress: setup  ## 50 SIGKILLs of a real extraction, thousands of flipped bits (m
 bench: setup  ## benchmarks: ratios measured side by side in one run (half an hour)
 	$(BIN)/python tests/benchmarks/bench_reuse.py
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-mobilenetv2.json
+	$(BIN)/python tests/benchmarks/bench_bank.py
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-vgg16.json --backbone vgg16 --size 224 --limit 200 --rounds 3
 
 clean:  ## remove the virtual environment and caches (features and runs are kept)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import warnings
-import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,30 +11,20 @@ from typing import Any
 import numpy as np
 
 from features.errors import HeadError
-from pipeline.config import DenseParameters
+from pipeline.config import ClassifierParameters, DenseParameters, EstimatorParameters
 from pipeline.dense import DENSE, KerasHead
+from pipeline.estimators import find_class, make_estimator
 from pipeline.head import Head, History, Progress, check_finite, two_columns
-from pipeline.metrics import brier_score, fit_temperature, log_loss, softmax
+from pipeline.metrics import balanced_weights, brier_score, confusion, fit_temperature, log_loss, softmax
+from pipeline.persistence import load_estimator, save_estimator
 from pipeline.pooling import CHUNK_BYTES
+from pipeline.prepared import Prepared
+from pipeline.selection import stratified_folds
 
-ONE_THREAD_SIZE = 1 << 24  # numbers in the feature matrix
+SMALL = 1 << 24  # numbers in a feature matrix that is worth a float64 copy, and not worth threads
+# What scikit-learn raises for rows or parameters that a classifier cannot cope with.
+REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
-SEARCH_ROWS = 20_000  # rows that a regularisation strength is chosen on; more change it little and cost much
-
-# The only types that a head.skops may name besides those that skops 0.16 trusts by itself. Never extended by
-# what a file asks for.
-TRUSTED_TYPES = (
-    "sklearn.calibration._CalibratedClassifier",
-    "sklearn.calibration._SigmoidCalibration",
-    "sklearn.ensemble._hist_gradient_boosting.predictor.TreePredictor",
-    "sklearn.metrics._dist_metrics.EuclideanDistance64",
-    "sklearn.neighbors._ball_tree.BallTree",
-    "sklearn.neighbors._kd_tree.KDTree",
-    "sklearn.neural_network._stochastic_optimizers.AdamOptimizer",
-    "sklearn.neural_network._stochastic_optimizers.SGDOptimizer",
-    "sklearn.tree._tree.Tree",
-    "sklearn.utils._bunch.Bunch",
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,20 +36,26 @@ class Classifier:
     parameter : str
         What cross-validation chooses.
     values : tuple
-        Linear: three powers of ten, (least, start, greatest), between which the best half decade is looked for.
+        Where it climbs, three powers of ten (least, start, greatest), between which the best half decade is looked for.
         Else: the values to compare.
+    climbs : bool
+        The score has one valley.
     linear : bool
         ``coef_ X + intercept_`` gives the margins.
     margins : bool
         The margins are not log odds: a temperature is fitted on out-of-fold margins.
+    spanned : bool
+        The penalty is L2, so that the solution lies in the span of the rows.
     fixed, search : mapping
         Further arguments; those of ``search`` hold only while values are compared.
     """
 
     parameter: str
     values: tuple[Any, ...]
+    climbs: bool = True
     linear: bool = True
     margins: bool = True
+    spanned: bool = True
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
@@ -71,77 +65,146 @@ CLASSIFIERS = {
     "sklearn.linear_model.LogisticRegression": Classifier("C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}),
     "sklearn.linear_model.RidgeClassifier": Classifier("alpha", (-2, 3, 7)),
     "sklearn.svm.LinearSVC": Classifier("C", (-7, -4, 2), fixed={"dual": True}, search={"tol": 1e-2}),
+    "sklearn.linear_model.SGDClassifier": Classifier(
+        "alpha", (-6, -2, 2), spanned=False, fixed={"loss": "log_loss", "average": True}
+    ),
+    "sklearn.discriminant_analysis.LinearDiscriminantAnalysis": Classifier(
+        "shrinkage",
+        (0.01, 0.03, 0.1, 0.3, 0.6, 0.9),
+        climbs=False,
+        margins=False,
+        spanned=False,
+        fixed={"solver": "lsqr"},
+    ),
     "sklearn.neighbors.KNeighborsClassifier": Classifier(
-        "n_neighbors", (1, 3, 5, 7, 11, 15, 21, 31), linear=False, fixed={"algorithm": "brute"}
+        "n_neighbors",
+        (1, 3, 5, 7, 11, 15, 21, 31),
+        climbs=False,
+        linear=False,
+        margins=False,
+        spanned=False,
+        fixed={"algorithm": "brute"},
     ),
 }
+_OTHER = Classifier("", (), climbs=False, linear=False, margins=False, spanned=False)
+# What a fit leaves behind and prediction does not need: the covariance is (d, d).
+_LEFT_BEHIND = ("covariance_",)
 
 
 class SklearnHead(Head):
-    """A scikit-learn classifier on pooled, standardised features."""
+    """A scikit-learn classifier on pooled, standardised features, perhaps after a projection on principal components."""
 
-    parameters: Any
+    parameters: ClassifierParameters
     files = ("head.json", "head.skops")
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
         self.estimator: Any = None
-        self.row = CLASSIFIERS[self.kind]
+        self.projection: Any = None  # a fitted PCA
+        self.row = CLASSIFIERS.get(self.kind, _OTHER)
 
     def warm_up(self) -> None:
-        self._class()
+        find_class(self.kind)
 
     @property
     def parameter_count(self) -> int | None:
         return self.estimator.coef_.size + self._outputs if self.row.linear else None
 
-    def _train(
-        self, Z: np.ndarray, y: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, progress: Progress
-    ) -> History:
+    @property
+    def margins(self) -> bool:
+        """Whether the outputs are margins that a temperature makes probabilities of."""
+        if self.row is not _OTHER:
+            return self.row.margins
+        # Asked of an object: some classes have probabilities only with certain parameters.
+        return not hasattr(self._new(None) if self.estimator is None else self.estimator, "predict_proba")
+
+    @property
+    def given(self) -> Any:
+        """The value of what would be searched, if it is given."""
+        return getattr(self.parameters, self.row.parameter) if self.searchable else None
+
+    @property
+    def searchable(self) -> bool:
+        """Whether this head has something that cross-validation can choose."""
+        return bool(self.row.parameter) and not isinstance(self.parameters, EstimatorParameters)
+
+    def _train(self, data: Prepared, progress: Progress) -> History:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         # Below some 100 MB, handing out threads for each step takes longer than the step: five times on a busy machine.
-        with threadpool_limits(limits=1 if Z.size < ONE_THREAD_SIZE else None):
-            return self._fit(Z, y, progress)
+        with threadpool_limits(limits=1 if data.Z.size < SMALL else None):
+            try:
+                return self._fit(data, progress)
+            except REFUSALS as problem:
+                if isinstance(problem, HeadError):
+                    raise
+                text = (str(problem).strip() or repr(problem)).splitlines()[0]
+                raise HeadError(f"head {self.name!r}: scikit-learn cannot fit it to these rows: {text}") from problem
 
-    def _fit(self, Z: np.ndarray, y: np.ndarray, progress: Progress) -> History:
+    def _fit(self, data: Prepared, progress: Progress) -> History:
+        Z, y = data.Z, data.y
+        if self.parameters.pca is not None:
+            Z = self._project(Z)
         rows, combination = Z, None
-        if self.row.linear:
-            # An L2-penalised solution lies in the span of the rows, so with fewer rows than columns nothing is lost.
-            rows, combination = row_space(Z) if Z.shape[1] > len(Z) else (Z.astype(np.float64), None)
-        value, history = self._search(rows, y, progress)
+        if self.row.spanned and self.searchable and Z.shape[1] > len(Z):
+            rows, combination = row_space(Z)  # with fewer rows than columns nothing is lost
+        elif self.row.linear and Z.size < SMALL:
+            rows = Z.astype(np.float64)
+        value, history = self._search(rows, y, data.groups, progress)
         self.estimator = self._new(value).fit(rows, y)
         if combination is not None:
-            self.estimator.coef_ = self.estimator.coef_ @ combination @ Z
+            self.estimator.coef_ = _times(self.estimator.coef_ @ combination, Z)
             self.estimator.n_features_in_ = Z.shape[1]
+        for name in _LEFT_BEHIND:
+            vars(self.estimator).pop(name, None)
         return history
 
-    def _class(self) -> Any:
-        module, _, name = self.kind.rpartition(".")
-        return getattr(importlib.import_module(module), name)
+    def _project(self, Z: np.ndarray) -> np.ndarray:
+        from sklearn.decomposition import PCA
 
-    def _new(self, value: float, **more: Any) -> Any:
-        made = self._class()(**{self.row.parameter: value}, **self.row.fixed, **more)
-        return made.set_params(random_state=self.seed) if "random_state" in made.get_params() else made
+        most = min(Z.shape)
+        if self.parameters.pca > most:
+            raise HeadError(
+                f"pca: received {self.parameters.pca}, expected at most {most}: {Z.shape[0]} rows of {Z.shape[1]}"
+            )
+        self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
+        return self.projection.transform(Z)
 
-    def _search(self, Z: np.ndarray, y: np.ndarray, progress: Progress) -> tuple[Any, History]:
+    def _new(self, value: Any, **more: Any) -> Any:
+        if isinstance(self.parameters, EstimatorParameters):
+            return make_estimator(self.kind, self.parameters.params, self.seed)
+        values = {self.row.parameter: value, **self.row.fixed, **more}
+        if getattr(self.parameters, "class_weight", None):
+            values["class_weight"] = "balanced"
+        return make_estimator(self.kind, values, self.seed)
+
+    def _search(
+        self, Z: np.ndarray, y: np.ndarray, groups: np.ndarray | None, progress: Progress
+    ) -> tuple[Any, History]:
         """Choose the parameter by out-of-fold score, and keep the temperature that goes with it."""
-        given = getattr(self.parameters, self.row.parameter)
-        folds = stratified_folds(y, self.parameters.folds, self.seed)
-        values = self._values(given, y, folds)
-        if folds.max() < 0 or (len(values) == 1 and not self.row.margins):
-            return values[0], {self.row.parameter: [values[0]]}
-        history: History = {self.row.parameter: [], "score": [], "accuracy": []}
-        temperatures: dict[float, float] = {}
+        folds = stratified_folds(y, self.parameters.folds, self.seed, groups)
+        searched = self.searchable and self.given is None
+        kept = not searched and self.folds == self.parameters.folds  # what is searched is not judged by its own search
+        values = self._values(y, folds)
+        name = self.row.parameter if self.searchable else ""
+        if folds.max() < 0 or not (searched or self.margins or kept):
+            return values[0], {name: [values[0]]} if name else {"rows": [float(len(y))]}
+        history: History = {**({name: []} if name else {}), "score": [], "accuracy": []}
+        temperatures: dict[Any, float] = {}
 
-        def score(value: Any) -> float:
-            found, temperatures[value], accuracy = self._score(value, Z, y, folds)
-            for column, number in zip(history.values(), (value, found, accuracy), strict=True):
-                column.append(number)
+        def score(value: Any) -> Any:
+            outputs, tested = self._held_out(value, Z, y, folds)
+            found, loss, temperatures[value], accuracy = self._score(outputs, y[tested])
+            columns = {name: value, "score": loss, "accuracy": accuracy}
+            for column, numbers in history.items():
+                numbers.append(columns[column])
+            if kept:
+                self.out_of_fold = np.full((len(y), len(self.classes)), np.nan)
+                self.out_of_fold[tested] = softmax(outputs / temperatures[value]) if self._soft else outputs
             progress("train-head", len(temperatures), max(len(temperatures), len(values)))
             return found
 
-        if self.row.linear and given is None:
+        if searched and self.row.climbs:
             least, start, greatest = self.row.values
             chosen = climb(score, start, least, greatest)
         else:
@@ -149,56 +212,79 @@ class SklearnHead(Head):
         self.temperature = temperatures[chosen]
         return chosen, history
 
-    def _values(self, given: Any, y: np.ndarray, folds: np.ndarray) -> list[Any]:
+    def _values(self, y: np.ndarray, folds: np.ndarray) -> list[Any]:
         """What to compare; one value where it is given or nothing can be compared."""
-        if self.row.linear:
+        if not self.searchable:
+            return [None]
+        if self.row.climbs:
             start = 10.0 ** self.row.values[1]
-            return [start] * SEARCH_STEPS if given is None and folds.max() >= 0 else [given or start]
-        voters = len(y) if given or folds.max() < 0 else int(np.sum(folds != -2) - np.bincount(folds[folds >= 0]).max())
-        values = [value for value in ([given] if given else self.row.values) if value <= voters]
-        if not values:
-            raise HeadError(f"{self.row.parameter}={given}: there are only {voters} training rows")
+            return [start] * SEARCH_STEPS if self.given is None and folds.max() >= 0 else [self.given or start]
+        values = list(self.row.values) if self.given is None else [self.given]
+        if self.row.parameter == "n_neighbors":
+            most = len(y)
+            if folds.max() >= 0 and (self.given is None or self.folds == self.parameters.folds):
+                most = int(np.sum(folds != -2) - np.bincount(folds[folds >= 0]).max())
+            values = [value for value in values if value <= most]
+            if not values:
+                raise HeadError(f"n_neighbors={self.given}: there are only {most} training rows")
         return values if folds.max() >= 0 else values[:1]
 
-    def _score(self, value: float, Z: np.ndarray, y: np.ndarray, folds: np.ndarray) -> tuple[float, float, float]:
-        """Out-of-fold score (low is good), temperature and accuracy of one parameter value."""
+    def _held_out(self, value: Any, Z: np.ndarray, y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs for rows that were not fitted on, and which rows these are."""
         from sklearn.exceptions import ConvergenceWarning
 
         used = folds != -2
         outputs = np.zeros((len(y), len(self.classes)))
+        more = self.row.search if self.given is None else {}
         for fold in range(folds.max() + 1):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # a rough fit ranks values well enough
                 rows = used & (folds != fold)
-                model = self._new(value, **self.row.search).fit(Z[rows], y[rows])
+                model = self._new(value, **more).fit(Z[rows], y[rows])
             outputs[folds == fold] = self._outputs_of(model, Z[folds == fold])
         tested = folds >= 0
-        outputs, y = outputs[tested], y[tested]
-        accuracy = float(np.mean(outputs.argmax(axis=1) == y))
-        if self.row.margins and self.row.linear:
-            temperature, loss = fit_temperature(outputs, y)
-            return loss, temperature, accuracy
-        if self.row.linear:
-            return log_loss(softmax(outputs), y), 1.0, accuracy
-        return brier_score(outputs, y), 1.0, accuracy  # votes may be 0, which the log loss does not forgive
+        return outputs[tested], tested
+
+    def _score(self, outputs: np.ndarray, y: np.ndarray) -> tuple[Any, float, float, float]:
+        """What is compared (low is good), loss, temperature and accuracy of one parameter value."""
+        guess = outputs.argmax(axis=1)
+        accuracy = float(np.mean(guess == y))
+        balanced = getattr(self.parameters, "class_weight", None) is not None
+        weights = balanced_weights(y) if balanced else None
+        temperature = 1.0
+        if self.margins:
+            temperature, loss = fit_temperature(outputs, y, weights)
+        elif self.row.linear:
+            loss = log_loss(softmax(outputs), y, weights)
+        else:
+            loss = brier_score(outputs, y)  # votes may be 0, which the log loss does not forgive
+        if getattr(self.parameters, "choose", "log_loss") == "log_loss":
+            return loss, loss, temperature, accuracy
+        table = confusion(y, guess, len(self.classes))
+        support = table.sum(axis=1)
+        recall = float(np.mean((table.diagonal() / np.maximum(support, 1))[support > 0]))
+        return (-recall, loss), loss, temperature, accuracy
+
+    @property
+    def _soft(self) -> bool:
+        """Whether outputs become probabilities by a softmax."""
+        return self.row.linear or self.margins
 
     def _outputs_of(self, model: Any, Z: np.ndarray) -> np.ndarray:
-        if not self.row.linear:
-            return model.predict_proba(Z)
-        return two_columns(Z @ np.atleast_2d(model.coef_).T + model.intercept_)
+        if self.row.linear:
+            return two_columns(Z @ np.atleast_2d(model.coef_).T + model.intercept_)
+        if self.margins:
+            margins = model.decision_function(Z)
+            return two_columns(margins[:, None] if margins.ndim == 1 else margins)
+        return np.asarray(model.predict_proba(Z), np.float64)
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
+        if self.projection is not None:
+            Z = self.projection.transform(Z)
         outputs = self._outputs_of(self.estimator, Z)
-        return softmax(outputs / self.temperature) if self.row.linear else outputs
+        return softmax(outputs / self.temperature) if self._soft else outputs
 
     def as_dense(self) -> KerasHead:
-        """The same function as a Keras head, which can be fine-tuned; linear classifiers only.
-
-        Raises
-        ------
-        HeadError
-            If the classifier is not linear.
-        """
         if not self.row.linear:
             raise HeadError(f"head {self.name!r} is not a network; train a linear or Keras head instead")
         head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
@@ -206,29 +292,47 @@ class SklearnHead(Head):
             setattr(head, name, getattr(self, name))
         kernel = np.atleast_2d(self.estimator.coef_).T
         bias = np.broadcast_to(self.estimator.intercept_, (self._outputs,))
+        if self.projection is not None:
+            onto = self.projection.components_.T
+            kernel, bias = onto @ kernel, bias - self.projection.mean_ @ onto @ kernel
         if self._outputs > 1:
             # What all classes share does not change the softmax, but would cost the float32 network digits.
             kernel, bias = kernel - kernel.mean(axis=1, keepdims=True), bias - bias.mean()
-        head.network.get_layer("logits").set_weights([kernel, bias])
+        head.weights = [kernel, bias]
         return head
 
     def _network(self) -> Any:
         return self.as_dense().network
 
     def _save_weights(self, folder: Path) -> None:
-        import skops.io
+        from sklearn.pipeline import Pipeline
 
-        skops.io.dump(self.estimator, folder / "head.skops")
+        whole = self.estimator
+        if self.projection is not None:
+            whole = Pipeline([("pca", self.projection), ("classifier", self.estimator)])
+        save_estimator(whole, folder / "head.skops")
 
     def _load_weights(self, folder: Path) -> None:
+        from sklearn.decomposition import PCA
+        from sklearn.pipeline import Pipeline
+
         path = folder / "head.skops"
-        estimator = _load_skops(path)
+        estimator, columns = load_estimator(path), len(self.mean)
+        if type(estimator) is Pipeline:
+            steps = getattr(estimator, "steps", None)
+            if not isinstance(steps, list) or [step[0] for step in steps] != ["pca", "classifier"]:
+                raise HeadError(f"{path}: holds a pipeline of other steps than pca and classifier")
+            projection, estimator = steps[0][1], steps[1][1]
+            if type(projection) is not PCA or projection.whiten or projection.components_.shape[1:] != (columns,):
+                raise HeadError(f"{path}: its projection does not take {columns} columns as head.json asks for")
+            check_finite(path, [projection.components_, projection.mean_])
+            self.projection, columns = projection, len(projection.components_)
         found = f"{type(estimator).__module__}.{type(estimator).__qualname__}"
-        if type(estimator) is not self._class():
+        if type(estimator) is not find_class(self.kind):
             raise HeadError(f"{path}: holds a {found}, head.json says {self.kind}")
-        expected: dict[str, Any] = {"n_features_in_": len(self.mean), "classes_": list(range(len(self.classes)))}
+        expected: dict[str, Any] = {"n_features_in_": columns, "classes_": list(range(len(self.classes)))}
         if self.row.linear:
-            expected["coef_"] = (self._outputs, len(self.mean))
+            expected["coef_"] = (self._outputs, columns)
         for attribute, value in expected.items():
             stored: Any = getattr(estimator, attribute, None)
             shown = np.shape(np.atleast_2d(stored)) if attribute == "coef_" else stored
@@ -240,39 +344,14 @@ class SklearnHead(Head):
 
 
 # ------------------------------------------------------------------------------------------------- search
-def stratified_folds(y: np.ndarray, folds: int, seed: int) -> np.ndarray:
-    """Deal the rows of each class over the folds.
-
-    Returns
-    -------
-    int64, (n,)
-        Fold of each row; -1: only ever trained on (its class has one row), -2: left out, so that at most
-        `SEARCH_ROWS` take part. All -1 where no class has two rows.
-    """
-    generator = np.random.default_rng(seed)
-    result = np.full(len(y), -1, dtype=np.int64)
-    share = min(1.0, SEARCH_ROWS / len(y))
-    start = 0  # the next class goes on where the last one stopped, which keeps the folds equally large
-    counts = np.bincount(y)
-    folds = min(folds, int(counts.max()))
-    for k in np.flatnonzero(counts):
-        rows = generator.permutation(np.flatnonzero(y == k))
-        kept = max(2, round(share * len(rows)))
-        result[rows[kept:]] = -2
-        if len(rows) > 1:
-            result[rows[:kept]] = (start + np.arange(len(rows[:kept]))) % folds
-            start += len(rows[:kept])
-    return result
-
-
-def climb(score: Callable[[float], float], start: int, least: int, greatest: int) -> float:
+def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) -> float:
     """The value with the lowest score, in half decades: decades from ``10**start`` on, then the halves beside.
 
     The out-of-fold score of an L2 penalty has one valley; walking to it saves the slow, weakly penalised fits.
     """
-    tried: dict[float, float] = {}
+    tried: dict[float, Any] = {}
 
-    def at(exponent: float) -> float:
+    def at(exponent: float) -> Any:
         if exponent not in tried:
             tried[exponent] = score(10.0**exponent)
         return tried[exponent]
@@ -305,19 +384,8 @@ def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return vectors[:, kept] * lengths, (vectors[:, kept] / lengths).T
 
 
-def _load_skops(path: Path) -> Any:
-    """Read a skops file with our own list of types, never the file's."""
-    import skops.io
-    from skops.io.exceptions import UntrustedTypesFoundException
-
-    try:
-        foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED_TYPES))
-        if foreign:
-            raise HeadError(f"{path}: holds types that are not loaded from a file: {', '.join(foreign)}")
-        return skops.io.load(path, trusted=list(TRUSTED_TYPES))
-    except (zipfile.BadZipFile, UntrustedTypesFoundException, OSError) as problem:
-        raise HeadError(f"{path}: is not a head that can be loaded: {problem}") from problem
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RecursionError) as problem:
-        if isinstance(problem, HeadError):
-            raise
-        raise HeadError(f"{path}: is not a head that can be loaded: {problem!r}") from problem
+def _times(left: np.ndarray, Z: np.ndarray) -> np.ndarray:
+    """``left @ Z`` in float64, some columns at a time: no copy of all rows."""
+    step = max(1, CHUNK_BYTES // (8 * len(Z)))
+    parts = [left @ Z[:, start : start + step].astype(np.float64) for start in range(0, Z.shape[1], step)]
+    return np.concatenate(parts, axis=-1)

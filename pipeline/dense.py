@@ -1,4 +1,4 @@
-"""Heads of dense layers, trained with Keras."""
+"""Heads of dense layers: trained by the bank where it can, else by Keras's ``fit``."""
 
 from __future__ import annotations
 
@@ -10,104 +10,159 @@ from typing import Any
 import numpy as np
 
 from features.backend import load_keras
-from features.errors import ConfigurationError, HeadError
+from features.errors import HeadError
+from pipeline.bank import BankHead, BankResult, BankSpec, train_bank
 from pipeline.config import DenseParameters
 from pipeline.head import Head, History, Progress, check_finite, two_columns
-from pipeline.metrics import softmax
+from pipeline.keras_fit import dropout_rates, fit_dense
+from pipeline.metrics import fit_temperature, softmax
+from pipeline.prepared import Prepared
 
 DENSE = "dense"  # the kind, in head.json
 
 
 class KerasHead(Head):
-    """Dense layers on pooled, standardised features, trained with Keras. Two classes have one logit."""
+    """Dense layers on pooled, standardised features. Two classes have one logit."""
 
     parameters: DenseParameters
     files = ("head.json", "head.weights.h5")
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self._built: tuple[Any, Any] | None = None
+        self._weights: list[np.ndarray] = []
+        self._built: Any = None
 
     def warm_up(self) -> None:
         load_keras()
 
     @property
-    def parameter_count(self) -> int | None:
-        return int(self._network().count_params())
+    def weights(self) -> list[np.ndarray]:
+        """Kernel and bias of each layer, float32, as they are now: fine-tuning moves those of `network`."""
+        return self._weights if self._built is None else self._built.get_weights()
 
-    def _train(
-        self, Z: np.ndarray, y: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, progress: Progress
-    ) -> History:
+    @weights.setter
+    def weights(self, values: Sequence[np.ndarray]) -> None:
+        self._weights, self._built = [np.asarray(value, np.float32) for value in values], None
+
+    @property
+    def parameter_count(self) -> int | None:
+        return sum(int(part.size) for part in self.weights)
+
+    @property
+    def bank_spec(self) -> BankSpec | None:
+        """What this head has in common with those that it can be trained beside; None if the bank cannot train it."""
+        settings = self.parameters
+        other = settings.batch_norm or settings.l2 or settings.mixup or settings.schedule != "constant"
+        if settings.optimizer != "adam" or len(settings.hidden) > 1 or other:
+            return None
+        return BankSpec(
+            classes=len(self.classes),
+            hidden=(*settings.hidden, 0)[0],
+            activation=settings.activation,
+            epochs=settings.epochs,
+            patience=settings.patience,
+            batch_size=settings.batch_size,
+            order_seed=settings.order_seed,
+        )
+
+    @property
+    def bank_head(self) -> BankHead:
+        """What is this head's own."""
+        settings = self.parameters
+        return BankHead(
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.dropout,
+            self.seed,
+            settings.label_smoothing,
+            settings.feature_noise,
+        )
+
+    def class_weights(self, y: np.ndarray) -> tuple[float, ...] | None:
+        """Weight of a row by its class: n / (c x rows of the class), as scikit-learn's "balanced"."""
+        if self.parameters.class_weight is None:
+            return None
+        counts = np.bincount(y, minlength=len(self.classes))
+        return tuple(float(weight) for weight in len(y) / (len(counts) * counts))
+
+    def _train(self, data: Prepared, progress: Progress) -> History:
+        spec = self.bank_spec
+        if spec is None:
+            weights, history = fit_dense(
+                self.parameters,
+                data,
+                classes=len(self.classes),
+                seed=self.seed,
+                class_weights=self.class_weights(data.y),
+                progress=progress,
+            )
+            return self._finish(weights, history, data)
+        spec = spec.weighted(self.class_weights(data.y))
+        (result,) = train_bank(spec, [self.bank_head], data.Z, data.y, *(data.held_out or ()), progress=progress)
+        return self.take(result, data)
+
+    def take(self, result: BankResult, data: Prepared) -> History:
+        """Become what the bank has trained.
+
+        Raises
+        ------
+        HeadError
+            If training diverged.
+        """
+        return self._finish(result.weights, result.history, data)
+
+    def _finish(self, weights: Sequence[np.ndarray], history: History, data: Prepared) -> History:
+        finite = np.isfinite(history["loss"])
+        if not finite.all():
+            raise HeadError(
+                f"training diverged in epoch {int(np.argmin(finite)) + 1}: "
+                f"lower learning_rate (now {self.parameters.learning_rate:g})"
+            )
+        self.weights = list(weights)
+        if self.parameters.calibrate and data.held_out is not None:
+            self.temperature, _ = fit_temperature(two_columns(self._logits(data.held_out[0])), data.held_out[1])
+        return history
+
+    def _logits(self, Z: np.ndarray) -> np.ndarray:
         keras = load_keras()
 
-        settings = self.parameters
-        keras.utils.set_random_seed(self.seed)
-        self._built = build_network(self, settings)
-        body = self._built[1]
-        binary = self._outputs == 1
-        body.compile(
-            optimizer=_optimizer(settings),
-            loss=keras.losses.BinaryCrossentropy(from_logits=True)
-            if binary
-            else keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=[keras.metrics.BinaryAccuracy(threshold=0.0, name="accuracy") if binary else "accuracy"],
-        )
-        report = keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: progress("train-head", epoch + 1, settings.epochs)
-        )
-        callbacks, validation = [report], None
-        if held_out is not None:
-            validation = held_out[0], self._targets(held_out[1])
-            patience = settings.patience or settings.epochs
-            callbacks.append(
-                keras.callbacks.EarlyStopping(monitor="val_loss", patience=patience, restore_best_weights=True)
-            )
-        # fit shuffles all rows anew each epoch: rows sorted by class are no trouble.
-        log = body.fit(
-            Z,
-            self._targets(y),
-            batch_size=settings.batch_size,
-            epochs=settings.epochs,
-            shuffle=True,
-            validation_data=validation,
-            validation_batch_size=1024,
-            callbacks=callbacks,
-            verbose=0,
-        ).history
-        if not np.isfinite(log["loss"]).all():
-            raise HeadError(
-                f"training diverged in epoch {int(np.argmin(np.isfinite(log['loss']))) + 1}: "
-                f"lower learning_rate (now {settings.learning_rate:g})"
-            )
-        columns = {
-            name: [float(value) for value in log[name]] for name in ("loss", "val_loss", "val_accuracy") if name in log
-        }
-        return {"epoch": [float(epoch + 1) for epoch in range(len(log["loss"]))], **columns}
-
-    def _targets(self, y: np.ndarray) -> np.ndarray:
-        return y.astype(np.float32)[:, None] if self._outputs == 1 else y
+        values = keras.ops.convert_to_tensor(np.asarray(Z, np.float32))
+        parts = self.weights
+        for number in range(0, len(parts), 2):
+            values = keras.ops.matmul(values, parts[number]) + parts[number + 1]
+            if number + 2 < len(parts):
+                values = getattr(keras.activations, self.parameters.activation)(values)
+        return keras.ops.convert_to_numpy(values).astype(np.float64)
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
-        keras = load_keras()
+        return softmax(two_columns(self._logits(Z)) / self.temperature)
 
-        _, body = self._parts()
-        logits = keras.ops.convert_to_numpy(body(Z, training=False)).astype(np.float64)
-        return softmax(two_columns(logits) / self.temperature)
+    def as_dense(self) -> KerasHead:
+        return self
 
     def _network(self) -> Any:
-        return self._parts()[0]
-
-    def _parts(self) -> tuple[Any, Any]:
         if self._built is None:
-            self._built = build_network(self, self.parameters)
+            network = build_network(self)
+            if self._weights:
+                network.set_weights(self._weights)
+            self._built = network
         return self._built
 
     def _save_weights(self, folder: Path) -> None:
-        self._network().save_weights(folder / "head.weights.h5")
+        network = self._built
+        if network is None:
+            # Building one for each of hundreds of heads would take longer than training them.
+            layers = dropout_rates(self.parameters)
+            network = _scratch(self.input_shape, self.pool or "none", self._widths(), tuple(map(bool, layers)))
+            network.set_weights(self._weights)
+        network.save_weights(folder / "head.weights.h5")
+
+    def _widths(self) -> tuple[int, ...]:
+        return (*self.parameters.hidden, self._outputs)
 
     def _load_weights(self, folder: Path) -> None:
         path = folder / "head.weights.h5"
-        network = self._network()
+        network = build_network(self)
         try:
             network.load_weights(path)
         except (OSError, ValueError, KeyError) as problem:
@@ -116,6 +171,7 @@ class KerasHead(Head):
                 f"{path}: the weights do not fit head.json, which asks for {shapes}: {problem}"
             ) from problem
         check_finite(path, network.get_weights())
+        self._built = network
 
     def _description(self) -> dict[str, Any]:
         settings = self.parameters
@@ -151,8 +207,32 @@ def standardize_layer() -> Any:
     return Standardize
 
 
-def build_network(head: Head, settings: DenseParameters) -> tuple[Any, Any]:
-    """The whole network of a head, and the part after pooling and standardisation; they share their layers."""
+def build_network(head: KerasHead) -> Any:
+    """The network of a head, from a stored row to logits, with new weights."""
+    settings = head.parameters
+    standardize = standardize_layer()(head.mean, head.std, name="standardize")
+    pool = head.pool or "none"
+    return _chain(
+        head.input_shape, pool, standardize, head._widths(), dropout_rates(settings), activation=settings.activation
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _scratch(input_shape: tuple[int, ...], pool: str, widths: tuple[int, ...], drops: tuple[bool, ...]) -> Any:
+    """A network whose weights are saved under the same names as those of all heads built so."""
+    identity = load_keras().layers.Identity(name="standardize")
+    return _chain(input_shape, pool, identity, widths, [0.5 * drop for drop in drops], activation="relu")
+
+
+def _chain(
+    input_shape: tuple[int, ...],
+    pool: str,
+    standardize: Any,
+    widths: Sequence[int],
+    rates: Sequence[float],
+    *,
+    activation: str,
+) -> Any:
     keras = load_keras()
 
     layers = keras.layers
@@ -161,45 +241,14 @@ def build_network(head: Head, settings: DenseParameters) -> tuple[Any, Any]:
         "avg": [layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")],
         "max": [layers.GlobalMaxPooling2D(data_format="channels_last", name="pool")],
         "flatten": [layers.Flatten(data_format="channels_last", name="pool")],
-    }[head.pool or "none"]
+    }[pool]
     dense = [
-        layers.Dense(units, activation=settings.activation, name=f"hidden_{number}")
-        for number, units in enumerate(settings.hidden, 1)
+        layers.Dense(units, activation=activation, name=f"hidden_{number}")
+        for number, units in enumerate(widths[:-1], 1)
     ]
-    # Zeros: a head starts at even chances, and a linear one needs no luck.
-    dense.append(layers.Dense(head._outputs, kernel_initializer="zeros", name="logits"))
-    chain = []
-    for number, (rate, layer) in enumerate(zip(_dropout_rates(settings), dense, strict=True), 1):
+    dense.append(layers.Dense(widths[-1], name="logits"))
+    chain = [*pooling, standardize]
+    for number, (rate, layer) in enumerate(zip(rates, dense, strict=True), 1):
         chain += [layers.Dropout(rate, name=f"dropout_{number}"), layer] if rate else [layer]
-    features = keras.Input(head.input_shape, name="features")
-    vector = keras.Input((len(head.mean),), name="standardized")
-    standardize = standardize_layer()(head.mean, head.std, name="standardize")
-    network = keras.Model(features, _apply([*pooling, standardize, *chain], features), name="head")
-    return network, keras.Model(vector, _apply(chain, vector), name="head_body")
-
-
-def _apply(layers: Sequence[Any], tensor: Any) -> Any:
-    return functools.reduce(lambda value, layer: layer(value), layers, tensor)
-
-
-def _dropout_rates(settings: DenseParameters) -> list[float]:
-    """Rate in front of each dense layer."""
-    layers = len(settings.hidden) + 1
-    if isinstance(settings.dropout, tuple):
-        if len(settings.dropout) != layers:
-            raise ConfigurationError(
-                f"dropout: received {len(settings.dropout)} rates, expected {layers}, one in front of each dense layer"
-            )
-        return list(settings.dropout)
-    return [0.0] + [settings.dropout] * (layers - 1) if layers > 1 else [settings.dropout]
-
-
-def _optimizer(settings: DenseParameters) -> Any:
-    keras = load_keras()
-
-    common = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay or None}
-    if settings.optimizer == "sgd":
-        return keras.optimizers.SGD(momentum=settings.momentum, nesterov=settings.nesterov, **common)
-    if settings.optimizer == "rmsprop":
-        return keras.optimizers.RMSprop(momentum=settings.momentum, **common)
-    return keras.optimizers.Adam(**common)
+    features = keras.Input(input_shape, name="features")
+    return keras.Model(features, functools.reduce(lambda value, layer: layer(value), chain, features), name="head")

@@ -112,7 +112,7 @@ def finetune(
     source = scan(images, target=start.target if is_manifest(images) else None)
     _check_classes(start, source)
     load_keras().utils.set_random_seed(seed)
-    network, head = network_of(start, weights), start.load_head()
+    network, head = network_of(start, weights), start.load_head().as_dense()
     split = split_for_training(network, start.recipe, head, unfreeze=unfreeze, bn=bn)
     with ThreadPoolExecutor(workers or processors()) as pool:
         data = read_data(source, SplitRule.parse(start.split_rule), pool)

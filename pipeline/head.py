@@ -10,13 +10,14 @@ import abc
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
 from features.errors import HeadError
 from pipeline.config import FORMAT_VERSION, Settings
-from pipeline.pooling import choose_pool, chunks, column_statistics, pool_features
+from pipeline.pooling import check_rows, choose_pool, chunks, pool_features
+from pipeline.prepared import Prepared, prepare, standardise
 
 Progress = Callable[[str, int, int], None]
 History = dict[str, list[float]]
@@ -45,6 +46,11 @@ class Head(abc.ABC):
         Of the pooled training rows; ``std`` has a lower bound, see `pipeline.pooling.LEAST_DEVIATION`.
     temperature : float
         Margins are divided by it.
+    folds : int
+        Set it before `fit` to have predictions of held-out training rows in `out_of_fold`, where fitting makes them
+        anyway.
+    out_of_fold : float64, (n, c), or None
+        Probabilities of the training rows, each by a model that had not seen it; NaN for rows that took no part.
     """
 
     def __init__(
@@ -69,6 +75,8 @@ class Head(abc.ABC):
         self.input_shape: tuple[int, ...] = ()
         self.mean = self.std = np.zeros(0, np.float32)
         self.temperature = 1.0
+        self.folds = 0
+        self.out_of_fold: np.ndarray | None = None
 
     def fit(
         self,
@@ -77,6 +85,7 @@ class Head(abc.ABC):
         *,
         X_validation: np.ndarray | None = None,
         y_validation: np.ndarray | None = None,
+        groups: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> History:
         """Train.
@@ -89,6 +98,8 @@ class Head(abc.ABC):
             Labels; every class must occur.
         X_validation, y_validation : optional
             For early stopping of Keras heads; scikit-learn heads do not look at them.
+        groups : sequence of str, optional
+            Rows of one group (patient, animal, scene) stay together where cross-validation chooses something.
         progress : callable, optional
             Called with ("train-head", done, total).
 
@@ -104,15 +115,46 @@ class Head(abc.ABC):
         """
         y = np.asarray(y)
         self._check_labels(y, len(X))
-        self.input_shape = tuple(int(size) for size in X.shape[1:])
-        self.pool = choose_pool(self.pool, self.usual_pool, self.input_shape)
-        Z = pool_features(X, self.pool)
-        self.mean, self.std = column_statistics(Z)
-        self._standardise(Z)
-        held_out = None
-        if X_validation is not None and y_validation is not None and len(y_validation):
-            held_out = self._prepare(X_validation), np.asarray(y_validation)
-        return self._train(Z, y, held_out, progress or (lambda stage, done, total: None))
+        prepared = prepare(
+            X,
+            y,
+            pool=choose_pool(self.pool, self.usual_pool, X.shape[1:]),
+            scale=self.scale,
+            X_validation=X_validation,
+            y_validation=y_validation,
+            groups=groups,
+        )
+        return self.fit_prepared(prepared, progress)
+
+    def fit_prepared(self, prepared: Prepared, progress: Progress | None = None) -> History:
+        """Train on rows that are pooled and standardised already, as this head wants them; they are not changed."""
+        self.adopt(prepared)
+        return self._train(prepared, progress or (lambda stage, done, total: None))
+
+    def adopt(self, prepared: Prepared) -> None:
+        """Take over how rows were prepared.
+
+        Raises
+        ------
+        HeadError
+            For labels that cannot be trained on.
+        """
+        self._check_labels(prepared.y, len(prepared.Z))
+        self.pool, self.input_shape = prepared.pool, prepared.input_shape
+        self.mean, self.std = prepared.mean, prepared.std
+
+    def fresh(self) -> Self:
+        """The same head, not trained."""
+        new = type(self)(
+            self.name, self.kind, self.parameters, pool=self.pool, usual_pool=self.usual_pool, seed=self.seed
+        )
+        new.classes, new.layer, new.fingerprint = self.classes, self.layer, self.fingerprint
+        return new
+
+    @property
+    def scale(self) -> bool:
+        """Whether columns are standardised."""
+        return getattr(self.parameters, "scale", True)
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Class probabilities.
@@ -128,6 +170,11 @@ class Head(abc.ABC):
         """
         self._check_fitted()
         parts = [self._probabilities(self._prepare(X[rows])) for rows in chunks(X)]
+        return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
+
+    def predict_prepared(self, Z: np.ndarray) -> np.ndarray:
+        """Class probabilities of rows that are pooled and standardised as those of `fit_prepared`: float64, (n, c)."""
+        parts = [self._probabilities(np.asarray(Z[rows])) for rows in chunks(Z)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
 
     def save(self, folder: Path) -> None:
@@ -160,9 +207,11 @@ class Head(abc.ABC):
         """Names of the files that `save` writes."""
 
     @abc.abstractmethod
-    def _train(
-        self, Z: np.ndarray, y: np.ndarray, held_out: tuple[np.ndarray, np.ndarray] | None, progress: Progress
-    ) -> History: ...
+    def as_dense(self) -> Head:
+        """The same function as a head of dense layers, which can be fine-tuned; `HeadError` if there is none."""
+
+    @abc.abstractmethod
+    def _train(self, data: Prepared, progress: Progress) -> History: ...
 
     @abc.abstractmethod
     def _probabilities(self, Z: np.ndarray) -> np.ndarray: ...
@@ -181,16 +230,11 @@ class Head(abc.ABC):
         return 1 if len(self.classes) == 2 else len(self.classes)
 
     def _prepare(self, X: np.ndarray) -> np.ndarray:
-        if X.shape[1:] != self.input_shape:
-            raise HeadError(f"features: received rows of shape {X.shape[1:]}, this head takes {self.input_shape}")
+        check_rows(X, self.input_shape)
         assert self.pool is not None
         Z = pool_features(X, self.pool)
-        self._standardise(Z)
+        standardise(Z, self.mean, self.std)
         return Z
-
-    def _standardise(self, Z: np.ndarray) -> None:
-        Z -= self.mean
-        Z /= self.std
 
     def _check_fitted(self) -> None:
         if not self.input_shape:

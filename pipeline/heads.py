@@ -15,19 +15,24 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError, nearest
-from pipeline.classifiers import CLASSIFIERS, SklearnHead
+from pipeline.classifiers import SklearnHead
 from pipeline.config import (
     DenseParameters,
+    EstimatorParameters,
     HeadFile,
     KnnParameters,
+    LdaParameters,
     LinearSvmParameters,
     LogisticParameters,
     RidgeParameters,
     Settings,
+    SgdParameters,
     parse,
 )
 from pipeline.dense import DENSE, KerasHead
+from pipeline.estimators import check_estimator, find_class, is_path
 from pipeline.head import Head
+from pipeline.keras_fit import dropout_rates
 from pipeline.pooling import POOLS, choose_pool, pooled_width
 
 
@@ -44,9 +49,34 @@ PRESETS = {
     "logistic": Preset("sklearn.linear_model.LogisticRegression", LogisticParameters()),
     "ridge": Preset("sklearn.linear_model.RidgeClassifier", RidgeParameters()),
     "linear-svm": Preset("sklearn.svm.LinearSVC", LinearSvmParameters()),
+    "sgd": Preset("sklearn.linear_model.SGDClassifier", SgdParameters()),
+    "lda": Preset("sklearn.discriminant_analysis.LinearDiscriminantAnalysis", LdaParameters()),
     "knn": Preset("sklearn.neighbors.KNeighborsClassifier", KnnParameters()),
+    "dense": Preset(DENSE, DenseParameters()),
     "dropout-linear": Preset(DENSE, DenseParameters(dropout=0.2)),
     "mlp-256": Preset(DENSE, DenseParameters(hidden=(256,), dropout=0.5, learning_rate=3e-4), pool="flatten"),
+    # The heads of published recipes, as they were trained.
+    "linear-sgd": Preset(
+        DENSE, DenseParameters(optimizer="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=1e-3, epochs=20)
+    ),
+    "mlp-256-sgd": Preset(DENSE, DenseParameters(hidden=(256,), optimizer="sgd", learning_rate=1e-3)),
+    "mlp-1024-128": Preset(
+        DENSE,
+        DenseParameters(hidden=(1024, 128), optimizer="sgd", learning_rate=1e-3, momentum=0.9, nesterov=True),
+        pool="flatten",
+    ),
+    "mlp-1024-1024": Preset(
+        DENSE,
+        DenseParameters(
+            hidden=(1024, 1024),
+            dropout=(0.0, 0.5, 0.0),
+            optimizer="sgd",
+            learning_rate=1e-4,
+            momentum=0.9,
+            patience=10,
+        ),
+        pool="flatten",
+    ),
 }
 
 
@@ -83,18 +113,46 @@ def make_head(
     ConfigurationError
         Unknown head, parameter or pooling.
     """
-    if name not in PRESETS:
-        raise ConfigurationError(
-            f"head: received {name!r}, expected one of {', '.join(PRESETS)}{nearest(name, PRESETS)}"
-        )
     if pool is not None and pool not in POOLS:
         raise ConfigurationError(f"pool: received {pool!r}, expected one of {', '.join(POOLS)}{nearest(pool, POOLS)}")
-    preset = PRESETS[name]
-    values = {**preset.parameters.model_dump(), **params}
-    parameters = parse(type(preset.parameters), values, f"head {name!r}")
+    preset = find_preset(name)
+    parameters: Settings
+    if isinstance(preset.parameters, EstimatorParameters):
+        parameters = _estimator_parameters(name, params, len(classes) or 3)
+    else:
+        values = {**preset.parameters.model_dump(), **params}
+        parameters = parse(type(preset.parameters), values, f"head {name!r}")
+    if isinstance(parameters, DenseParameters):
+        dropout_rates(parameters)
     head = _head_class(preset.kind)(name, preset.kind, parameters, pool=pool, usual_pool=preset.pool, seed=seed)
     head.classes, head.layer, head.fingerprint = tuple(classes), layer, fingerprint
     return head
+
+
+def find_preset(name: str) -> Preset:
+    """The preset of that name, or one made for an import path.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is neither; the nearest names are given.
+    """
+    if is_path(name):
+        return Preset(name, EstimatorParameters())
+    if name not in PRESETS:
+        raise ConfigurationError(
+            f"head: received {name!r}, expected one of {', '.join(PRESETS)}, or a classifier of scikit-learn such as "
+            f"sklearn.ensemble.RandomForestClassifier{nearest(name, PRESETS)}"
+        )
+    return PRESETS[name]
+
+
+def _estimator_parameters(name: str, params: dict[str, Any], classes: int) -> EstimatorParameters:
+    """Ours and the classifier's own stand side by side."""
+    ours = {key: value for key, value in params.items() if key in ("folds", "scale", "pca")}
+    own = {key: value for key, value in params.items() if key not in ours}
+    check_estimator(name, own, classes)
+    return parse(EstimatorParameters, {**ours, "params": own}, f"head {name!r}")
 
 
 def load_head(folder: str | Path) -> Head:
@@ -112,17 +170,7 @@ def load_head(folder: str | Path) -> Head:
     except (OSError, ValueError, RecursionError) as problem:
         raise HeadError(f"{path}: cannot be read: {problem}") from problem
     stored = parse(HeadFile, values, str(path), error=HeadError)
-    if stored.kind != DENSE and stored.kind not in CLASSIFIERS:
-        known = [DENSE, *CLASSIFIERS]
-        hint = nearest(stored.kind, known)
-        raise HeadError(f"{path}: kind is {stored.kind!r}, expected one of {', '.join(known)}{hint}")
-    name = next((name for name, preset in PRESETS.items() if preset.kind == stored.kind != DENSE), DENSE)
-    parameters: Settings
-    if stored.kind == DENSE:
-        values = {"hidden": stored.hidden, "activation": stored.activation, "dropout": stored.dropout}
-        parameters = parse(DenseParameters, values, str(path), error=HeadError)
-    else:
-        parameters = PRESETS[name].parameters
+    name, parameters = _named(path, stored)
     head = _head_class(stored.kind)(name, stored.kind, parameters, pool=stored.pool)
     head.classes, head.layer, head.fingerprint = stored.classes, stored.layer, stored.fingerprint
     head.input_shape, head.temperature = stored.input_shape, stored.temperature
@@ -140,7 +188,29 @@ def load_head(folder: str | Path) -> Head:
 
 def resolve_pool(name: str, pool: str | None, shape: Sequence[int]) -> str:
     """Pooling of a preset for rows of this shape; see `pipeline.pooling.choose_pool`."""
-    return choose_pool(pool, PRESETS[name].pool, shape)
+    return choose_pool(pool, find_preset(name).pool, shape)
+
+
+def _named(path: Path, stored: HeadFile) -> tuple[str, Settings]:
+    """Name and parameters of a head whose kind is known; how it was trained stands in the run."""
+    if stored.kind == DENSE:
+        values = {"hidden": stored.hidden, "activation": stored.activation, "dropout": stored.dropout}
+        parameters = parse(DenseParameters, values, str(path), error=HeadError)
+        try:
+            dropout_rates(parameters)
+        except ConfigurationError as problem:
+            raise HeadError(f"{path}: {problem}") from problem
+        return DENSE, parameters
+    for name, preset in PRESETS.items():
+        if preset.kind == stored.kind:
+            return name, preset.parameters
+    try:
+        find_class(stored.kind)
+    except ConfigurationError as problem:
+        raise HeadError(
+            f"{path}: kind is {stored.kind!r}, expected one of dense, sklearn.MODULE.CLASS: {problem}"
+        ) from problem
+    return stored.kind, EstimatorParameters()
 
 
 def _head_class(kind: str) -> type[Head]:

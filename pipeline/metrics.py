@@ -11,6 +11,7 @@ from features.errors import HeadError
 
 RESAMPLES = 2000
 BINS = 15
+Z_95 = 1.959964  # of the normal distribution, two-sided
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
@@ -89,17 +90,27 @@ def accuracy_interval(correct: int, n: int, seed: int = 0) -> list[float]:
     """95 % percentile bootstrap of an accuracy, [low, high].
 
     The mean of n draws with replacement from n zeros and ones is Binomial(n, p) / n, so that is what is drawn
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5).
+    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5). Where all or none are right every draw
+    is the same, so it is Wilson's interval there (Wilson 1927; Agresti and Coull 1998).
     """
+    if correct in (0, n):
+        missed = float(Z_95**2 / (n + Z_95**2))
+        return [1 - missed, 1.0] if correct else [0.0, missed]
     draws = np.random.default_rng(seed).binomial(n, correct / n, size=RESAMPLES) / n
     return [float(bound) for bound in np.quantile(draws, (0.025, 0.975))]
 
 
-def log_loss(probabilities: np.ndarray, labels: np.ndarray) -> float:
+def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Mean of -ln(probability of the true class), probabilities clipped to [eps, 1 - eps] as scikit-learn does."""
     smallest = np.finfo(np.float64).eps
     chosen = probabilities[np.arange(len(labels)), labels]
-    return float(-np.log(np.clip(chosen, smallest, 1 - smallest)).mean())
+    return float(np.average(-np.log(np.clip(chosen, smallest, 1 - smallest)), weights=weights))
+
+
+def balanced_weights(y: np.ndarray) -> np.ndarray:
+    """Weight of each row under which all classes that occur count the same; their mean is 1: float64, (n,)."""
+    counts = np.bincount(y)
+    return (len(y) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[y]
 
 
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -124,7 +135,7 @@ def softmax(outputs: np.ndarray) -> np.ndarray:
     return np.exp(log_softmax(np.asarray(outputs, dtype=np.float64)))
 
 
-def fit_temperature(margins: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     """The T > 0 that minimises the log loss of softmax(margins / T), and that loss.
 
     Parameters
@@ -133,6 +144,8 @@ def fit_temperature(margins: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         Margins of rows that the classifier was not fitted on.
     y : int32, (n,)
         Labels.
+    weights : float64, (n,), optional
+        Of the rows.
 
     Notes
     -----
@@ -141,7 +154,10 @@ def fit_temperature(margins: np.ndarray, y: np.ndarray) -> tuple[float, float]:
     """
     from scipy.optimize import minimize_scalar
 
-    found = minimize_scalar(lambda log: smoothed_log_loss(margins / np.exp(log), y), bounds=(-9, 9), method="bounded")
+    def loss(log: float) -> float:
+        return smoothed_log_loss(margins / np.exp(log), y, weights)
+
+    found = minimize_scalar(loss, bounds=(-9, 9), method="bounded")
     return float(np.exp(found.x)), float(found.fun)
 
 
@@ -150,13 +166,13 @@ def log_softmax(outputs: np.ndarray) -> np.ndarray:
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
 
 
-def smoothed_log_loss(outputs: np.ndarray, y: np.ndarray) -> float:
+def smoothed_log_loss(outputs: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Log loss of softmax(outputs) against smoothed targets; see `fit_temperature`."""
     logs = log_softmax(outputs)
     doubt = 1 / (len(y) + 1)
     true = logs[np.arange(len(y)), y]
     others = (logs.sum(axis=1) - true) / (outputs.shape[1] - 1)
-    return float(-np.mean((1 - doubt) * true + doubt * others))
+    return float(-np.average((1 - doubt) * true + doubt * others, weights=weights))
 
 
 def _roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:

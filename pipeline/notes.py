@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import os
 import platform
@@ -25,20 +26,25 @@ PACKAGES = (
 
 def environment() -> dict[str, Any]:
     """Python, machine and package versions; nothing heavy is imported for it."""
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
         "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
-        "packages": versions,
+        "packages": dict(_versions()),
     }
+
+
+@functools.cache
+def _versions() -> dict[str, str]:
+    versions = {}
+    for name in PACKAGES:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
 
 
 def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from features.errors import HeadError
 
 POOLS = ("none", "avg", "max", "flatten")
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 16 << 20
 LEAST_DEVIATION = 0.1  # of a column, as a share of the root mean square over all columns
 
 
@@ -38,8 +38,8 @@ def pooled_width(shape: Sequence[int], pool: str) -> int:
     return int(np.prod(shape)) if pool in ("none", "flatten") else shape[-1]
 
 
-def pool_features(X: np.ndarray, pool: str) -> np.ndarray:
-    """Pool rows to vectors, a piece at a time; always a copy.
+def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) -> np.ndarray:
+    """Pool rows to vectors, a piece at a time; always a copy, into ``out`` where it is given.
 
     Parameters
     ----------
@@ -57,7 +57,7 @@ def pool_features(X: np.ndarray, pool: str) -> np.ndarray:
     HeadError
         If values are not finite; the number of rows is named.
     """
-    pooled = np.empty((len(X), pooled_width(X.shape[1:], pool)), dtype=np.float32)
+    pooled = np.empty((len(X), pooled_width(X.shape[1:], pool)), dtype=np.float32) if out is None else out
     bad = 0
     for rows in chunks(X):
         piece = np.asarray(X[rows], dtype=np.float32)
@@ -70,6 +70,18 @@ def pool_features(X: np.ndarray, pool: str) -> np.ndarray:
     if bad:
         raise HeadError(f"features: {bad} of {len(X)} rows hold values that are not finite; extract them again")
     return pooled
+
+
+def check_rows(X: np.ndarray, shape: Sequence[int]) -> None:
+    """Refuse rows of another shape.
+
+    Raises
+    ------
+    HeadError
+        Naming both.
+    """
+    if X.shape[1:] != tuple(shape):
+        raise HeadError(f"features: received rows of shape {X.shape[1:]}, this head takes {tuple(shape)}")
 
 
 def chunks(X: np.ndarray) -> Iterator[slice]:

@@ -20,9 +20,10 @@ import yaml
 from features.errors import BottleneckError, ConfigurationError, FormatVersionError, RunError
 from features.files import atomic_file, sync_folder
 from features.recipe import Recipe
-from pipeline.config import FORMAT_VERSION, MetricsFile, RunConfig, load_yaml, parse
+from pipeline.classifiers import CLASSIFIERS
+from pipeline.config import FORMAT_VERSION, EstimatorParameters, MetricsFile, RunConfig, load_yaml, parse
 from pipeline.head import Head, History
-from pipeline.heads import load_head
+from pipeline.heads import PRESETS, load_head
 from pipeline.notes import environment, readme
 from pipeline.plots import plot_run
 
@@ -137,8 +138,23 @@ class Run:
 
     @property
     def finetunable(self) -> bool:
-        """Whether its head is a Keras network."""
-        return "head.weights.h5" in self.config["model"]
+        """Whether its head is a Keras network, or equal to one."""
+        name = self.config["head"]["name"]
+        kind = PRESETS[name].kind if name in PRESETS else name
+        return "head.weights.h5" in self.config["model"] or (kind in CLASSIFIERS and CLASSIFIERS[kind].linear)
+
+    @property
+    def settings(self) -> str:
+        """Parameters, pooling and seed that are not the usual ones of its head, ``name=value``."""
+        head, usual = self.config["head"], EstimatorParameters().described()
+        if head["name"] in PRESETS:
+            usual = PRESETS[head["name"]].parameters.described()
+        given = {name: value for name, value in head["parameters"].items() if usual.get(name) != value}
+        if head["pool"] not in ("none", PRESETS[head["name"]].pool if head["name"] in PRESETS else "avg"):
+            given["pool"] = head["pool"]
+        if self.config["seed"]:
+            given["seed"] = self.config["seed"]
+        return " ".join(f"{name}={value}" for name, value in given.items())
 
     def load_head(self) -> Head:
         """The head, rebuilt from its files.
@@ -175,6 +191,8 @@ def write_run(
     backbone: Any = None,
     settings: Mapping[str, Any] | None = None,
     test: Mapping[str, Any] | None = None,
+    cv: Mapping[str, Any] | None = None,
+    plots: bool = True,
 ) -> Path:
     """Write a run folder under a temporary name and rename it.
 
@@ -190,6 +208,10 @@ def write_run(
         Columns of ``history.csv``.
     scores, test : dict
         What `pipeline.metrics.evaluate` gave for validation and, where asked, test.
+    cv : dict, optional
+        The same for held-out training rows, and ``folds``.
+    plots : bool
+        Draw them, which takes longer than everything else; `add_plots` does it later.
     predictions : Predictions
         Validation rows.
     seconds : float
@@ -225,7 +247,7 @@ def write_run(
             features = {**features, "recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint}
             head.fingerprint = recipe.fingerprint
             model, count = [*model, name], (count or 0) + backbone.count_params()
-        described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.model_dump(mode="json")}
+        described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()}
         config = {
             "format": FORMAT_VERSION,
             "run_id": run_id,
@@ -237,7 +259,7 @@ def write_run(
             "finetune": None if settings is None else dict(settings),
             "model": model,
         }
-        metrics = {"format": FORMAT_VERSION, "run_id": run_id, "validation": scores, "test": test, "cv": None}
+        metrics = {"format": FORMAT_VERSION, "run_id": run_id, "validation": scores, "test": test, "cv": cv}
         parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
         head.save(temporary)
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
@@ -247,7 +269,8 @@ def write_run(
         _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
         _write_predictions(temporary / "predictions.csv", predictions, head.classes)
         (temporary / "README.md").write_text(readme(config, metrics, seconds), encoding="utf-8")
-        plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
+        if plots:
+            plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
         _publish(temporary, folder)
     except OSError as problem:
         if isinstance(problem, BottleneckError):
@@ -258,12 +281,49 @@ def write_run(
     return folder
 
 
-def add_test_scores(run: Run, test: Mapping[str, Any]) -> Run:
-    """Put the scores of the test split into ``metrics.json`` of a finished run."""
+def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
+    """Put the scores of ``test`` or ``cv`` into ``metrics.json`` of a finished run."""
     path = run.folder / "metrics.json"
     with atomic_file(path) as temporary:
-        _write_json(temporary, {**run.metrics, "test": dict(test)})
+        _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
     return Run.open(run.folder)
+
+
+def add_plots(run: Run) -> None:
+    """Draw the plots of a run that was written without them, from its ``predictions.csv`` and ``history.csv``."""
+    if (run.folder / "plots").exists():
+        return
+    labels, probabilities = read_predictions(run)
+    history: History = {}
+    with open(run.folder / "history.csv", newline="", encoding="utf-8") as stream:
+        for line in csv.DictReader(stream):
+            for name, value in line.items():
+                history.setdefault(name, []).append(float(value))
+    temporary = run.folder / f".plots.{secrets.token_hex(4)}.tmp"
+    try:
+        plot_run(temporary, history, labels, probabilities, run.classes)
+        os.rename(temporary, run.folder / "plots")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def read_predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Labels int32 (n,) and probabilities float64 (n, c) of the validation rows.
+
+    Raises
+    ------
+    RunError
+        If the file is not what a run writes.
+    """
+    path, numbers = run.folder / "predictions.csv", {name: k for k, name in enumerate(run.classes)}
+    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        lines = list(csv.reader(stream))[1:]
+    try:
+        labels = np.array([numbers[line[2]] for line in lines], np.int32)
+        probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
+    except (KeyError, ValueError, IndexError) as problem:
+        raise RunError(f"{path}: is not what a run of {len(numbers)} classes writes: {problem!r}") from problem
+    return labels, probabilities
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -300,8 +360,8 @@ def find_runs(root: str | Path) -> list[Run]:
 
 
 def choose_run(path: str | Path) -> Run:
-    """The run in ``path``, or the best one below it: see `leaderboard`."""
-    return _some(path, sorted(find_runs(path), key=_rank))[0]
+    """The run in ``path``, or the best one below it: see `pipeline.board.leaderboard`."""
+    return _some(path, sorted(find_runs(path), key=rank))[0]
 
 
 def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
@@ -312,7 +372,7 @@ def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
     path : Path
         Run folder, or folder of run folders.
     finetunable : bool
-        Only runs of a Keras head; below a folder of runs, those of stage three are passed over.
+        Only runs of a Keras head, or of a linear one; below a folder of runs, those of stage three are passed over.
 
     Raises
     ------
@@ -325,47 +385,16 @@ def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
         runs = [run for run in runs if run.finetunable and not (several and run.config["stage"] == "finetune")]
         if not runs:
             raise RunError(
-                f"{path}: holds no run of a Keras head, which fine-tuning starts from; "
+                f"{path}: holds no run of a Keras head or a linear one, which fine-tuning starts from; "
                 "train one with bottleneck train-head --head dropout-linear"
             )
     return max(runs, key=lambda run: (str(run.environment.get("created", "")), run.run_id))
 
 
-def leaderboard(root: str | Path) -> list[dict[str, Any]]:
-    """One row per run, best validation accuracy first, then lowest log loss.
-
-    Returns
-    -------
-    list of dict
-        ``comparable`` is False where the images, labels or splits are not those of the first row (``data`` differs):
-        such scores do not measure the same thing.
-    """
-    runs = sorted(find_runs(root), key=_rank)
-    rows = []
-    for run in runs:
-        scores, features = run.metrics["validation"], run.config["features"]
-        rows.append(
-            {
-                "run_id": run.run_id,
-                "stage": run.config["stage"],
-                "head": run.config["head"]["name"],
-                "features": f"{features['recipe'].get('backbone')}/{features['name']}",
-                "accuracy": scores["accuracy"],
-                "accuracy_interval": scores["accuracy_interval"],
-                "log_loss": scores["log_loss"],
-                "n": scores["n"],
-                "fit_seconds": run.environment.get("fit_seconds"),
-                "parameters": run.environment.get("parameters"),
-                "data": features["data_digest"][:10],
-                "comparable": features["data_digest"] == runs[0].config["features"]["data_digest"],
-            }
-        )
-    return rows
-
-
-def _rank(run: Run) -> tuple[float, float, str]:
-    scores = run.metrics["validation"]
-    return -scores["accuracy"], scores["log_loss"], run.run_id
+def rank(run: Run, by: str = "accuracy", *, folds: bool = False) -> tuple[bool, float, float, str]:
+    """What runs are sorted by: the best first; with ``folds`` by cross-validation, those without it last."""
+    scores = run.metrics["cv"] if folds and run.metrics["cv"] else run.metrics["validation"]
+    return folds and not run.metrics["cv"], -scores[by], scores["log_loss"], run.run_id
 
 
 def _some(path: str | Path, runs: list[Run]) -> list[Run]:

@@ -49,6 +49,30 @@ def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
+    """The leaderboard for a person: without what is the same in all rows, an asterisk at the chosen one.
+
+    Parameters
+    ----------
+    rows : sequence of mapping
+        Of `pipeline.runs.leaderboard`.
+    most : int, optional
+        Show so many of them, and the chosen one.
+    """
+    shown = [row for number, row in enumerate(rows) if most is None or number < most or row["chosen"]]
+    names = ["run_id", "head", "settings", "features", "accuracy", "accuracy_interval", "cv_accuracy", "test_accuracy"]
+    names += ["log_loss", "ece", "n", "fit_seconds", "parameters", "data", "comparable"]
+    alike = {"features", "n", "data", "comparable"}
+    kept = [
+        name
+        for name in names
+        if any(str(row[name]) not in ("", "None") for row in shown)
+        and (name not in alike or len({str(row[name]) for row in shown}) > 1)
+    ]
+    lines = [{"": "*" if row["chosen"] else "", **{name: row[name] for name in kept}} for row in shown]
+    return table_text(lines)
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

@@ -12,10 +12,13 @@ from typing import Any
 
 from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
 from features.recipe import digest_of
+from pipeline.classifiers import SklearnHead
+from pipeline.costs import check_bytes, usable_memory
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
-from pipeline.runs import Predictions, Run, add_test_scores, is_finished, write_run
+from pipeline.pooling import pooled_width
+from pipeline.runs import Predictions, Run, add_scores, is_finished, write_run
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +57,7 @@ def train_head(
     pool: str | None = None,
     seed: int = 0,
     params: Mapping[str, Any] | None = None,
+    memory: int | None = None,
     test: bool = False,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -75,6 +79,8 @@ def train_head(
         Of everything that is drawn.
     params : dict, optional
         Parameters of the head.
+    memory : int, optional
+        Bytes that a scikit-learn solver may take; default: half of what is free.
     test : bool
         Score the test split too. It takes no part in any choice.
     progress : callable, optional
@@ -93,7 +99,7 @@ def train_head(
         Splits or features that a head cannot be trained on.
     """
     check_range("seed", seed, 0, 2**32 - 1)
-    name = _data_set(store, name)
+    name = data_set(store, name)
     recipe = store.recipes[name]
     head = make_head(
         head_name,
@@ -107,33 +113,32 @@ def train_head(
     head.pool = resolve_pool(head_name, pool, store.shape(name)[2:])
     run_id = identity(head, store.data_digest)
     folder = Path(runs) / run_id
-    if test and not len(store.rows("test")):
-        raise HeadError(
-            f"{store.path}: there are no test rows; extract with --split hash:0.8,0.1,0.1, or leave --test out"
-        )
+    if test:
+        needs_rows(store, "test")
     if is_finished(folder) and _loads(Run.open(folder)):
         return _finished(store, name, Run.open(folder), test=test)
-    for split in ("train", "validation"):
-        if not len(store.rows(split)):
-            raise HeadError(
-                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1 "
-                "(features are kept, only the splits change)"
-            )
+    needs_rows(store, "train", "validation")
     X, y = store.load("train", name)
     X_validation, y_validation = store.load("validation", name)
+    if isinstance(head, SklearnHead):
+        width = pooled_width(X.shape[1:], head.pool)
+        check_bytes(head, len(y), width, memory or usable_memory())
+    groups = getattr(store.images, "groups", None)
+    if groups is not None:
+        groups = [groups[row] for row in store.rows("train")]
     head.warm_up()
     started = time.perf_counter()
-    history = head.fit(X, y, X_validation=X_validation, y_validation=y_validation, progress=progress)
+    history = head.fit(X, y, X_validation=X_validation, y_validation=y_validation, groups=groups, progress=progress)
     seconds = time.perf_counter() - started
     probabilities = head.predict_proba(X_validation)
     write_run(
         runs,
         run_id,
         head=head,
-        features=_describe_features(store, name),
+        features=describe_features(store, name),
         history=history,
         scores=evaluate(probabilities, y_validation, store.classes, seed),
-        test=_test_scores(store, name, head, seed) if test else None,
+        test=test_scores(store, name, head, seed) if test else None,
         predictions=Predictions(
             [store.images.paths[row] for row in store.rows("validation")],
             store.images.sha256[store.rows("validation")],
@@ -145,10 +150,27 @@ def train_head(
     return RunResult(run_id, folder, Run.open(folder).metrics, seconds, cached=False)
 
 
+def needs_rows(store: Any, *splits: str) -> None:
+    """Refuse a store in which a split is empty.
+
+    Raises
+    ------
+    HeadError
+        With the way out.
+    """
+    for split in splits:
+        if not len(store.rows(split)):
+            out = ", or leave --test out" if split == "test" else ""
+            raise HeadError(
+                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1 "
+                f"(features are kept, only the splits change){out}"
+            )
+
+
 def identity(head: Head, data_digest: str) -> str:
     """Run id: the same id means the same head configuration, features, data and seed."""
     decided = {
-        "head": {"name": head.name, "pool": head.pool, "parameters": head.parameters.model_dump(mode="json")},
+        "head": {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()},
         "fingerprint": head.fingerprint,
         "data": data_digest,
         "seed": head.seed,
@@ -169,17 +191,25 @@ def _loads(run: Run) -> bool:
 
 def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
     if test and run.metrics["test"] is None:
-        run = add_test_scores(run, _test_scores(store, name, run.load_head(), run.config["seed"]))
+        run = add_scores(run, test=test_scores(store, name, run.load_head(), run.config["seed"]))
     seconds = float(run.environment.get("fit_seconds", 0))
     return RunResult(run.run_id, run.folder, run.metrics, seconds, cached=True)
 
 
-def _test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
+def test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
+    """Scores of a head on the test split."""
     X, y = store.load("test", name)
     return evaluate(head.predict_proba(X), y, store.classes, seed)
 
 
-def _data_set(store: Any, name: str | None) -> str:
+def data_set(store: Any, name: str | None) -> str:
+    """A data set of the store by name, or the only one.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none of that name (the nearest is named), or several and none is named.
+    """
     if name is not None and name in store.names:
         return name
     if name is not None:
@@ -199,7 +229,8 @@ def _checked(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params
 
 
-def _describe_features(store: Any, name: str) -> dict[str, Any]:
+def describe_features(store: Any, name: str) -> dict[str, Any]:
+    """Fields of `pipeline.config.RunFeatures`."""
     recipe = store.recipes[name]
     provenance = getattr(store, "provenance", {})
     return {

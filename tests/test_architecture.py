@@ -170,6 +170,15 @@ def test_no_pickle_and_no_print_in_the_packages() -> None:
         assert "print" not in calls, path
 
 
+def test_of_joblib_only_its_processes_are_used() -> None:
+    tree = ast.parse((ROOT / "pipeline" / "workers.py").read_text())
+    names = [
+        node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "joblib"
+    ]
+    assert set(names) == {"Parallel", "delayed", "parallel_config"}
+    assert not [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.module == "joblib"]
+
+
 def test_the_imported_packages_are_the_checkouts_own() -> None:
     import features
     import pipeline

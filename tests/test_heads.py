@@ -11,13 +11,16 @@ import pytest
 from helpers import listing
 
 from features.errors import ConfigurationError, FormatVersionError, HeadError
-from pipeline.classifiers import CLASSIFIERS, TRUSTED_TYPES, SklearnHead, climb, row_space, stratified_folds
+from pipeline.classifiers import CLASSIFIERS, SklearnHead, climb, row_space
 from pipeline.dense import KerasHead
 from pipeline.heads import PRESETS, Head, load_head, make_head, resolve_pool
 from pipeline.metrics import evaluate, softmax
+from pipeline.persistence import TRUSTED_TYPES
 from pipeline.pooling import pool_features
+from pipeline.selection import stratified_folds
 
-SKLEARN = ["logistic", "ridge", "linear-svm", "knn"]
+SKLEARN = ["logistic", "ridge", "linear-svm", "sgd", "lda", "knn"]
+LINEAR = ["logistic", "ridge", "linear-svm", "sgd", "lda"]
 KERAS = ["dropout-linear", "mlp-256"]
 HEAD_KEYS = [
     "format",
@@ -147,7 +150,7 @@ def test_folds_keep_every_class_in_every_training_part() -> None:
 
 
 def test_folds_of_many_rows_use_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.classifiers.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.selection.SEARCH_ROWS", 100)
     y = np.repeat([0, 1], [900, 100])
     folds = stratified_folds(y, 5, seed=0)
     assert [(folds[y == k] >= 0).sum() for k in (0, 1)] == [90, 10]
@@ -242,7 +245,12 @@ def test_a_loaded_head_gives_the_same_probabilities(name: str, classes: int, tmp
 @pytest.mark.parametrize("name", SKLEARN)
 def test_one_row_per_class_is_enough_to_fit(name: str) -> None:
     head = make_head(name)
-    head.fit(np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]], np.float32), np.array([0, 1, 2], np.int32))
+    rows = np.array([[0.0, 0.0], [4.0, 0.0], [0.0, 4.0]], np.float32), np.array([0, 1, 2], np.int32)
+    if name == "lda":
+        with pytest.raises(HeadError, match="'lda': scikit-learn cannot fit it to these rows: The number of samples"):
+            head.fit(*rows)
+        return
+    head.fit(*rows)
     assert head.predict_proba(np.array([[3.9, 0.1]], np.float32)).argmax() == 1
 
 
@@ -433,11 +441,18 @@ def test_network_and_predict_proba_agree_on_spatial_features(
 
 
 @pytest.mark.slow
-def test_a_linear_head_becomes_an_equal_keras_head(tmp_path: Path) -> None:
-    head, X = fitted("ridge", classes=4)
+@pytest.mark.parametrize("name", LINEAR)
+@pytest.mark.parametrize("classes", [2, 4])
+@pytest.mark.parametrize("pca", [None, 3])
+def test_a_linear_head_becomes_an_equal_keras_head(name: str, classes: int, pca: int | None, tmp_path: Path) -> None:
+    head, X = fitted(name, classes=classes, pca=pca)
     assert isinstance(head, SklearnHead)
     dense = head.as_dense()
-    assert dense.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-6)
+    kernel, bias = dense.weights
+    assert (kernel.shape, bias.shape) == ((6, dense._outputs), (dense._outputs,))
+    assert dense.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-5)
+    received = logits_to_probabilities(dense.network.predict(X, verbose=0), head.temperature)
+    assert received == pytest.approx(head.predict_proba(X), abs=1e-5)
     dense.save(tmp_path)
     loaded = load_head(tmp_path)
     assert isinstance(loaded, KerasHead)

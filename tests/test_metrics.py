@@ -90,8 +90,13 @@ def test_interval_is_the_bootstrap_of_the_mean() -> None:
     means = [generator.choice(correct, 1000).mean() for _ in range(2000)]
     assert (low, high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.003)
     assert accuracy_interval(900, 1000, seed=3) == [low, high]
-    assert accuracy_interval(5, 5) == [1.0, 1.0]
-    assert accuracy_interval(0, 5) == [0.0, 0.0]
+
+
+@pytest.mark.parametrize(("n", "low"), [(5, 0.565518), (340, 0.988828), (1000, 0.996173)])
+def test_interval_of_all_right_is_wilsons(n: int, low: float) -> None:
+    """Every resample would be the same: a bootstrap would claim certainty. Values from n / (n + 1.959964 ** 2)."""
+    assert accuracy_interval(n, n) == pytest.approx([low, 1.0], abs=1e-6)
+    assert accuracy_interval(0, n) == pytest.approx([0.0, 1 - low], abs=1e-6)
 
 
 def test_brier_score() -> None:

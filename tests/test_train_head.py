@@ -18,10 +18,12 @@ from helpers import listing, recipe
 
 from features.errors import ConfigurationError, HeadError, RunError
 from features.recipe import Recipe
+from pipeline.board import leaderboard
 from pipeline.classifiers import SklearnHead
 from pipeline.config import load_yaml
+from pipeline.heads import load_head
 from pipeline.metrics import evaluate
-from pipeline.runs import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, leaderboard, newest_run, write_run
+from pipeline.runs import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run, write_run
 from pipeline.train_head import train_head
 
 pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included
@@ -311,8 +313,9 @@ def test_a_run_tells_what_the_next_stage_needs(tmp_path: Path) -> None:
         "numpy",
         "some.weights.h5",
     )
-    assert not run.finetunable
+    assert run.finetunable  # linear: equal to a dense layer
     assert run.load_head().name == "logistic"
+    assert not Run.open(train_head(make_store(), "knn", runs=tmp_path).folder).finetunable
 
 
 @pytest.mark.parametrize(
@@ -383,13 +386,20 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     assert {row["data"] for row in rows} == {"d" * 10, "e" * 10}
     assert rows[0] == {
         "run_id": best.run_id,
+        "chosen": True,
         "stage": "head",
         "head": "logistic",
+        "settings": "",
         "features": "numpy/last.avg",
         "accuracy": best.metrics["validation"]["accuracy"],
         "accuracy_interval": best.metrics["validation"]["accuracy_interval"],
+        "balanced_accuracy": best.metrics["validation"]["balanced_accuracy"],
         "log_loss": best.metrics["validation"]["log_loss"],
+        "ece": best.metrics["validation"]["ece"],
         "n": 24,
+        "cv_accuracy": None,
+        "cv_interval": None,
+        "test_accuracy": None,
         "fit_seconds": pytest.approx(best.fit_seconds),
         "parameters": 5,
         "data": "e" * 10,
@@ -398,8 +408,8 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
 
 
 def test_newest_run(tmp_path: Path) -> None:
-    write_head(tmp_path)
-    second = write_head(tmp_path, seed=1)
+    train_head(make_store(), "knn", runs=tmp_path)
+    second = train_head(make_store(), "knn", runs=tmp_path, seed=1)
     assert newest_run(tmp_path).run_id == second.run_id
     with pytest.raises(RunError, match=r"no run of a Keras head.*--head dropout-linear"):
         newest_run(tmp_path, finetunable=True)
@@ -423,6 +433,24 @@ def test_a_keras_run(tmp_path: Path) -> None:
     assert run.environment["parameters"] == 15
     again = train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 60, "learning_rate": 0.03})
     assert again.cached
+
+
+@pytest.mark.parametrize("name", ["logistic", "ridge", "lda", "sklearn.svm.LinearSVC"])
+def test_fine_tuning_may_start_from_a_linear_scikit_learn_head(name: str, tmp_path: Path) -> None:
+    store = make_store(classes=("cat", "dog", "eel"))
+    train_head(store, name, runs=tmp_path)
+    run = newest_run(tmp_path, finetunable=True)
+    X, _ = store.load("validation", "last.avg")
+    head, dense = run.load_head(), run.load_head().as_dense()
+    assert dense.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-5)
+    # what fine-tuning does: the network is trained in place, and the head that has it is saved
+    layer = dense.network.get_layer("logits")
+    layer.set_weights([2 * part for part in layer.get_weights()])
+    (tmp_path / "tuned").mkdir()
+    dense.save(tmp_path / "tuned")
+    assert listing(tmp_path / "tuned") == ["head.json", "head.weights.h5"]
+    assert load_head(tmp_path / "tuned").predict_proba(X) == pytest.approx(dense.predict_proba(X), abs=1e-6)
+    assert np.abs(dense.predict_proba(X) - head.predict_proba(X)).max() > 0.01
 
 
 def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:

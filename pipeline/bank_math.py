@@ -1,0 +1,242 @@
+"""The mathematics of the bank: random numbers by position, forward, slopes, Adam, as compiled passes over chunks of heads.
+
+A chunk holds G groups of M heads. Heads of a group have the same inputs (seed, dropout and noise on the features are
+equal, or there is none), so that their first kernels are one matrix: ``(G, d + 1, M * units)``. Second kernels are
+``(G, M, units + 1, outputs)``. The last row of a kernel is its bias, and a slot without a head has learning rate 0.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from features.backend import load_keras
+from features.engines import compiled
+from features.errors import ConfigurationError, nearest
+
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # Keras's Adam
+
+
+@dataclasses.dataclass(frozen=True)
+class BankSpec:
+    """What the heads of a bank share.
+
+    Parameters
+    ----------
+    classes : int
+        Two classes have one logit.
+    hidden : int
+        Units of the hidden layer; 0: a linear head.
+    activation : str
+        Of the hidden layer, a key of `SLOPES`.
+    epochs, batch_size : int
+        Passes over the rows; rows per step, fewer in the last one of an epoch.
+    patience : int
+        Epochs without a lower validation log loss before a head stops; 0: never.
+    order_seed : int
+        Of the order of rows.
+    class_weights : tuple of float, optional
+        Weight of a row in the loss by its class, like ``class_weight`` of ``fit``. Validation is not weighted.
+    """
+
+    classes: int
+    hidden: int = 0
+    activation: str = "relu"
+    epochs: int = 50
+    patience: int = 5
+    batch_size: int = 32
+    order_seed: int = 0
+    class_weights: tuple[float, ...] | None = None
+
+    def __post_init__(self) -> None:
+        least = {"classes": 2, "hidden": 0, "epochs": 1, "patience": 0, "batch_size": 1, "order_seed": 0}
+        for name, low in least.items():
+            check_given(name, getattr(self, name), getattr(self, name) >= low, f"{low} or more")
+        known = f"one of {', '.join(SLOPES)}{nearest(self.activation, SLOPES)}"
+        check_given("activation", self.activation, self.activation in SLOPES, known)
+        weights = (1.0,) * self.classes if self.class_weights is None else self.class_weights
+        good = len(weights) == self.classes and all(0 <= weight < math.inf for weight in weights)
+        check_given("class_weights", weights, good, f"{self.classes} numbers from 0")
+
+    @property
+    def outputs(self) -> int:
+        """Logits."""
+        return 1 if self.classes == 2 else self.classes
+
+    def weighted(self, class_weights: tuple[float, ...] | None) -> BankSpec:
+        """The same with class weights."""
+        return dataclasses.replace(self, class_weights=class_weights)
+
+
+# ---------------------------------------------------------------------------------------------- random numbers
+class _Late:
+    """``keras.ops``, imported when it is first used."""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(load_keras().ops, name)
+
+
+ops: Any = _Late()
+
+
+def draws(seeds: Any, step: Any, purpose: int, rows: int, columns: int) -> Any:
+    """Uniform numbers by position: a hash of (seed, purpose, step, row, column), the same on all backends and devices.
+
+    Parameters
+    ----------
+    seeds : int32 tensor, (...)
+        One per head or group.
+    step : int32 tensor, ()
+        Counted from the start of training.
+    purpose : int
+        Keeps the draws of one step apart.
+
+    Returns
+    -------
+    float32 tensor, (..., rows, columns), 0 <= value < 1
+    """
+    row_keys = _mix(_mix(_mix(_mix(seeds) + purpose) + step)[..., None] + ops.arange(rows, dtype="int32"))
+    column_keys = _mix(ops.arange(columns, dtype="int32") + 0x632BE5AB)  # else row 0 of seed 0 would be all zeros
+    mixed = _mix(ops.bitwise_xor(row_keys[..., None], column_keys))
+    return ops.cast(_shifted(mixed, 8), "float32") * 2.0**-24
+
+
+def _mix(words: Any) -> Any:
+    """Hash 32-bit words (lowbias32 of Wellons's hash-prospector). Signed, as PyTorch has no unsigned arithmetic."""
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
+        words = ops.bitwise_xor(words, _shifted(words, shift)) * factor
+    return ops.bitwise_xor(words, _shifted(words, 16))
+
+
+def _shifted(words: Any, bits: int) -> Any:
+    """To the right, filling with zeros."""
+    return ops.bitwise_and(ops.bitwise_right_shift(words, bits), (1 << (32 - bits)) - 1)
+
+
+def _normal(seeds: Any, step: Any, rows: int, columns: int) -> Any:
+    """Standard normal numbers, by the inverse of their distribution function, which XLA does faster than a cosine."""
+    return math.sqrt(2) * ops.erfinv(2 * draws(seeds, step, 1, rows, columns) - (1 - 2.0**-24))
+
+
+def _mask(seeds: Any, rates: Any, step: Any, purpose: int, rows: int, columns: int) -> Any:
+    """Dropout as a factor: 0, or what keeps the mean."""
+    rates = rates[..., None, None]
+    return ops.where(draws(seeds, step, purpose, rows, columns) >= rates, 1 / (1 - rates), 0.0)
+
+
+# ------------------------------------------------------------------------------------------------- mathematics
+# Slopes of keras.activations: Keras has no differentiation that is the same on all backends.
+SLOPES: dict[str, Callable[[Any], Any]] = {
+    "relu": lambda z: ops.cast(z > 0, "float32"),
+    "gelu": lambda z: 0.5 * (1 + ops.erf(z / 2**0.5)) + z * ops.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
+    "elu": lambda z: ops.where(z > 0, 1.0, ops.exp(z)),
+    "selu": lambda z: 1.0507009873554805 * ops.where(z > 0, 1.0, 1.6732632423543772 * ops.exp(z)),
+    "silu": lambda z: ops.sigmoid(z) * (1 + z * (1 - ops.sigmoid(z))),
+    "tanh": lambda z: 1 - ops.square(ops.tanh(z)),
+    "sigmoid": lambda z: ops.sigmoid(z) * (1 - ops.sigmoid(z)),
+}
+
+
+def forward(spec: BankSpec, kernels: Sequence[Any], x: Any, members: int, mask: Any = 1.0) -> tuple[Any, list[Any]]:
+    """Logits (G, M, b, outputs) of inputs (G or 1, b, d), and what `_slopes` needs."""
+    inputs = _with_ones(x)
+    z = ops.matmul(inputs, kernels[0])
+    z = ops.swapaxes(ops.reshape(z, (*z.shape[:2], members, z.shape[2] // members)), 1, 2)
+    if not spec.hidden:
+        return z, [inputs]
+    hidden = _with_ones(getattr(load_keras().activations, spec.activation)(z) * mask)
+    return ops.matmul(hidden, kernels[1]), [inputs, z, hidden]
+
+
+def _slopes(spec: BankSpec, kernels: Sequence[Any], kept: list[Any], slope: Any, mask: Any) -> list[Any]:
+    """Slopes of the loss by the kernels, from those by the logits."""
+    found = []
+    if spec.hidden:
+        _, z, hidden = kept
+        found = [ops.matmul(ops.swapaxes(hidden, -1, -2), slope)]
+        slope = ops.matmul(slope, ops.swapaxes(kernels[1][..., :-1, :], -1, -2)) * mask * SLOPES[spec.activation](z)
+    groups, members, rows, units = slope.shape
+    slope = ops.reshape(ops.swapaxes(slope, 1, 2), (groups, rows, members * units))
+    return [ops.matmul(ops.swapaxes(kept[0], -1, -2), slope), *found]
+
+
+def _losses(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
+    """Cross-entropy (G, M, b), and its slope by the logits (G, M, b, outputs)."""
+    one_hot = ops.cast(labels[:, None], "float32") if spec.outputs == 1 else ops.one_hot(labels, spec.classes)
+    target = one_hot * (1 - smoothing) + smoothing / spec.classes
+    if spec.outputs == 1:
+        whole, probability = ops.softplus(logits), ops.sigmoid(logits)
+    else:
+        whole = ops.logsumexp(logits, axis=-1, keepdims=True)
+        probability = ops.exp(logits - whole)
+    return whole[..., 0] - ops.sum(target * logits, axis=-1), probability - target
+
+
+def _with_ones(x: Any) -> Any:
+    return ops.concatenate([x, ops.ones_like(x[..., :1])], axis=-1)
+
+
+def spread(values: Any, kernels: Sequence[Any]) -> list[Any]:
+    """One number per head (G, M), shaped to multiply the kernels."""
+    groups, members = values.shape
+    columns = kernels[0].shape[-1]
+    wide = ops.broadcast_to(values[..., None], (groups, members, columns // members))
+    return [ops.reshape(wide, (groups, 1, columns)), values[..., None, None]][: len(kernels)]
+
+
+@functools.lru_cache(maxsize=8)
+def programs(spec: BankSpec, *, drops: tuple[bool, ...], noisy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compiled functions: train a chunk for some steps; score it on some rows."""
+
+    def train(state: Any, per: Any, rows: Any, labels: Any, weights: Any, shares: Any, first: Any, steps: Any) -> Any:
+        smoothing = per["label_smoothing"][..., None, None]
+        # Spread here, not in the loop, where the arithmetic on indices would keep the update from being vectorised.
+        paces, decays = spread(per["learning_rate"], state[0]), spread(per["weight_decay"], state[0])
+        shrinks = [1 - pace * decay for pace, decay in zip(paces, decays, strict=True)]
+        batch, width = rows.shape[1:]
+
+        def step(i: Any, carry: Any) -> Any:
+            kernels, means, squares, losses = carry
+            now, x, mask = first + i, rows[i][None], 1.0
+            if noisy:
+                x = x + per["feature_noise"][:, None, None] * _normal(per["group_seed"], now, batch, width)
+            if drops[0]:
+                x = x * _mask(per["group_seed"], per["feature_dropout"], now, 2, batch, width)
+            if spec.hidden and drops[1]:
+                mask = _mask(per["seed"], per["dropout"], now, 3, batch, spec.hidden)
+            logits, kept = forward(spec, kernels, x, per["seed"].shape[1], mask)
+            loss, slope = _losses(spec, logits, labels[i], smoothing)
+            slopes = _slopes(spec, kernels, kept, slope * (weights[i] * shares[i])[:, None], mask)
+            means = [m + (g - m) * (1 - BETA_1) for m, g in zip(means, slopes, strict=True)]
+            squares = [v + (g * g - v) * (1 - BETA_2) for v, g in zip(squares, slopes, strict=True)]
+            count = ops.cast(now + 1, "float32")
+            unbias = ops.sqrt(1 - ops.power(BETA_2, count)) / (1 - ops.power(BETA_1, count))
+            kernels = [
+                kernel * shrink - pace * unbias * m / (ops.sqrt(v) + EPSILON)
+                for kernel, shrink, pace, m, v in zip(kernels, shrinks, paces, means, squares, strict=True)
+            ]
+            return kernels, means, squares, losses + ops.sum(loss * weights[i], axis=-1)
+
+        return ops.fori_loop(0, steps, step, (*state, ops.zeros_like(per["learning_rate"])))
+
+    def score(kernels: Any, per: Any, x: Any, labels: Any, weights: Any) -> Any:
+        groups, members = per["seed"].shape
+        first = ops.swapaxes(kernels[0], 0, 1)  # without masks and noise, all groups are one
+        merged = [ops.reshape(first, (1, first.shape[0], groups * first.shape[2]))]
+        merged += [ops.reshape(kernel, (1, groups * members, *kernel.shape[2:])) for kernel in kernels[1:]]
+        logits, _ = forward(spec, merged, x[None], groups * members)
+        loss, _ = _losses(spec, logits, labels, 0.0)
+        guess = logits[..., 0] > 0 if spec.outputs == 1 else ops.argmax(logits, axis=-1)
+        right = ops.cast(ops.equal(ops.cast(guess, "int32"), labels), "float32")
+        return [ops.reshape(ops.sum(value * weights, axis=-1), (groups, members)) for value in (loss, right)]
+
+    return compiled(train, fuse=True), compiled(score, fuse=True)
+
+
+def check_given(name: str, received: object, good: bool, expected: str) -> None:
+    """Raise ``ConfigurationError`` unless ``good``."""
+    if not good:
+        raise ConfigurationError(f"{name}: received {received}, expected {expected}")

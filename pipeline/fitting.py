@@ -1,0 +1,158 @@
+"""Heads trained and judged on prepared rows, one by one or as a bank; failures come back as text."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from features.errors import BottleneckError, HeadError
+from pipeline.bank import train_bank
+from pipeline.dense import KerasHead
+from pipeline.head import Head, History
+from pipeline.prepared import Prepared, Subset
+from pipeline.selection import stratified_folds
+
+# What numerical code raises for data or parameters that it cannot cope with.
+FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, LookupError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What training gave: the head, its history, seconds, probabilities of validation rows and of held-out ones."""
+
+    head: Head
+    history: History
+    seconds: float
+    probabilities: np.ndarray
+    out_of_fold: np.ndarray | None = None
+
+
+def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[int, Fitted | str]:
+    """Train and judge one head; in a worker."""
+    try:
+        return number, _fit(head, prepared, folds)
+    except FAILURES as problem:
+        return number, reason_of(problem)
+
+
+def _fit(head: Head, prepared: Prepared, folds: int) -> Fitted:
+    head.warm_up()
+    fresh = head.fresh()
+    head.folds = folds
+    started = time.perf_counter()
+    history = head.fit_prepared(prepared)
+    seconds = time.perf_counter() - started
+    assert prepared.held_out is not None
+    out_of_fold = head.out_of_fold
+    if folds and out_of_fold is None:
+        out_of_fold = cross_validate(fresh, prepared, folds)
+    head.out_of_fold = None
+    return Fitted(head, history, seconds, head.predict_prepared(prepared.held_out[0]), out_of_fold)
+
+
+def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
+    """Probabilities of training rows, each by a head that was trained, and its strength chosen, without them.
+
+    Columns were standardised once, with all training rows. Early stopping looks at the validation rows.
+
+    Returns
+    -------
+    float64, (n, c)
+        NaN for rows that took no part.
+    """
+    numbers = stratified_folds(prepared.y, folds, head.seed, prepared.groups)
+    found = np.full((len(prepared.y), len(head.classes)), np.nan)
+    for fold in range(numbers.max() + 1):
+        rows, tested = (numbers != -2) & (numbers != fold), numbers == fold
+        one = head.fresh()
+        one.fit_prepared(_part(prepared, np.flatnonzero(rows), copy=True))
+        found[tested] = one.predict_prepared(prepared.Z[tested])
+    return found
+
+
+def _part(prepared: Prepared, rows: np.ndarray, *, copy: bool) -> Prepared:
+    """Some of the training rows."""
+    return dataclasses.replace(
+        prepared,
+        Z=prepared.Z[rows] if copy else Subset(prepared.Z, rows),  # type: ignore[arg-type]
+        y=prepared.y[rows],
+        groups=None if prepared.groups is None else prepared.groups[rows],
+        folder=None,
+    )
+
+
+def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory: int) -> list[Fitted | str]:
+    """Train heads of one bank and judge them; a text says why there is nothing."""
+    heads[0].warm_up()
+    started = time.perf_counter()
+    try:
+        histories = fit_together(heads, prepared, memory)
+        seconds = (time.perf_counter() - started) / len(heads)
+        out_of_fold = _bank_folds(heads, prepared, folds, memory) if folds else [None] * len(heads)
+    except FAILURES as problem:
+        return [reason_of(problem)] * len(heads)
+    assert prepared.held_out is not None
+    return [
+        history
+        if isinstance(history, str)
+        else Fitted(head, history, seconds, head.predict_prepared(prepared.held_out[0]), held_out)
+        for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
+    ]
+
+
+def fit_together(heads: Sequence[KerasHead], prepared: Prepared, memory: int) -> list[History | str]:
+    """Train heads of one bank; the history of each, or why there is none."""
+    for head in heads:
+        head.adopt(prepared)
+    spec = heads[0].bank_spec
+    assert spec is not None
+    results = train_bank(
+        spec.weighted(heads[0].class_weights(prepared.y)),
+        [head.bank_head for head in heads],
+        prepared.Z,
+        prepared.y,
+        *(prepared.held_out or ()),
+        memory_bytes=memory,
+    )
+    histories: list[History | str] = []
+    for head, result in zip(heads, results, strict=True):
+        try:
+            histories.append(head.take(result, prepared))
+        except HeadError as problem:
+            histories.append(reason_of(problem))
+    return histories
+
+
+def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory: int) -> list[np.ndarray | None]:
+    """`cross_validate` for heads of one bank; None where training diverged in a fold."""
+    found: list[np.ndarray | None] = [None] * len(heads)
+    by_seed = collections.defaultdict(list)
+    for number, head in enumerate(heads):
+        by_seed[head.seed].append(number)
+    for seed, numbers in by_seed.items():
+        dealt = stratified_folds(prepared.y, folds, seed, prepared.groups)
+        fresh = [heads[number].fresh() for number in numbers]
+        columns = [np.full((len(prepared.y), len(heads[0].classes)), np.nan) for _ in numbers]
+        diverged: set[int] = set()
+        for fold in range(dealt.max() + 1):
+            rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
+            histories = fit_together(fresh, _part(prepared, rows, copy=False), memory)
+            Z = prepared.Z[tested]
+            for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
+                if isinstance(history, str):
+                    diverged.add(k)
+                else:
+                    columns[k][tested] = head.predict_prepared(Z)
+        for k, number in enumerate(numbers):
+            found[number] = None if k in diverged else columns[k]
+    return found
+
+
+def reason_of(problem: BaseException) -> str:
+    """One line for the report."""
+    text = str(problem).strip() or type(problem).__name__
+    return text if isinstance(problem, BottleneckError) else f"{type(problem).__name__}: {text.splitlines()[0]}"

@@ -1,0 +1,497 @@
+"""Sweeps: what a file comes to, runs trained once, failures that stay alone, one chosen head, one look at the test split."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT, extract, listing, paint_folder, recipe, run_pipeline
+from test_train_head import Store, make_store
+
+from features.errors import ConfigurationError, HeadError
+from pipeline.board import leaderboard
+from pipeline.classifiers import SklearnHead
+from pipeline.costs import fit_bytes, parse_memory, shown
+from pipeline.fitting import cross_validate, fit_one
+from pipeline.heads import make_head
+from pipeline.prepared import Subset, prepare
+from pipeline.runs import Run, add_plots
+from pipeline.sweep_file import SweepFile, Trial, expand, read_sweep, single
+from pipeline.sweeps import run_sweep
+from pipeline.train_head import train_head
+from pipeline.workers import in_parallel
+
+CS = [0.001, 0.1, 10.0]
+FAST = {"epochs": [3], "learning_rate": [0.01, 0.03]}
+
+
+def sweep(*heads: dict[str, Any], **more: Any) -> SweepFile:
+    return SweepFile.model_validate({"version": 1, "heads": list(heads), **more})
+
+
+def logistic(**more: Any) -> SweepFile:
+    return sweep({"head": "logistic", "grid": {"C": CS}}, **more)
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# ---------------------------------------------------------------------------------------------- the file
+def test_a_sweep_file_comes_to_its_combinations(tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "sweep.yaml",
+        "version: 1\nseed: 7\nheads:\n"
+        "- {head: dense, grid: {dropout: [0, 0.5], pool: [avg]}, log: {learning_rate: [1e-4, 1e-2, 3]}}\n"
+        "- {head: knn, grid: {n_neighbors: [3], seed: [1, 2]}}\n- {head: logistic}\n",
+    )
+    trials = expand(read_sweep(path))
+    assert len(trials) == 6 + 2 + 1
+    rates = [0.0001, 0.001, 0.01]
+    assert [trial.params["learning_rate"] for trial in trials[:6]] == rates * 2
+    assert trials[0] == Trial("dense", {"dropout": 0, "learning_rate": 0.0001, "order_seed": 7}, "avg", 7)
+    assert [trial.seed for trial in trials[6:]] == [1, 2, 7]
+    assert str(trials[6]) == "knn n_neighbors=3"
+
+
+def test_random_search_draws_some_combinations_once() -> None:
+    entry = {"head": "dense", "log": {"learning_rate": [1e-5, 1, 40], "weight_decay": [1e-5, 1, 40]}, "random": 30}
+    trials = expand(sweep(entry))
+    assert len({str(trial) for trial in trials}) == len(trials) == 30
+    assert trials == expand(sweep(entry))
+    assert trials != expand(sweep(entry, seed=1))
+    assert len(expand(sweep({**entry, "random": 5000}))) == 1600
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("version: 1\nheads: [{head: logistics}]", "heads.0: head: received 'logistics'.*did you mean 'logistic'"),
+        ("version: 1\nheads: [{head: knn, grid: {neighbors: [1]}}]", "'neighbors'; did you mean 'n_neighbors'"),
+        ("version: 1\nheads: [{head: knn, grid: {n_neighbors: [0]}}]", "n_neighbors: received 0"),
+        ("version: 1\nheads: [{head: knn, gird: {}}]", "unknown key 'heads.0.gird'; did you mean 'grid'"),
+        ("version: 2\nheads: [{head: knn}]", "version: received 2, expected 1"),
+        ("heads: [{head: knn}]", "the key 'version' is missing"),
+        ("version: 1\nheads: []", "heads: received"),
+        (
+            "version: 1\nheads: [{head: knn, grid: {n_neighbors: 3}}]",
+            r"heads.0.grid: received 3, expected a valid list",
+        ),
+        ("version: 1\nheads: [{head: dense, log: {learning_rate: [0, 1, 3]}}]", "received 0, expected greater than 0"),
+        ("version: 1\nheads: [{head: dense, grid: {l2: [1]}, log: {l2: [1, 2, 2]}}]", "l2 stands in grid and in log"),
+        ("version: 1\nheads: [{head: dense, log: {l2: [1, 2, 9999], mixup: [1, 2, 9999]}}]", "more than 100,000 heads"),
+        ("version: 1\nheads: [{head: knn, grid: {pool: [avgs]}}]", "pool: received 'avgs'"),
+        ("version: 1\nheads: [{head: knn, grid: {seed: [-1]}}]", "seed: received -1"),
+        ("version: 1\nheads: [{head: dense, grid: {dropout: [[0.1, 0.2]]}}]", "received 2 rates, expected 1"),
+        ("version: 1\nversion: 1\nheads: [{head: knn}]", "'version' is given twice"),
+        ("version: 1\nheads: [{head: !!python/object/apply:os.system [true]}]", "not valid YAML"),
+    ],
+)
+def test_a_wrong_sweep_file_is_refused_and_the_place_named(text: str, message: str, tmp_path: Path) -> None:
+    path = write(tmp_path / "sweep.yaml", text)
+    with pytest.raises(ConfigurationError, match=r"(?s)sweep\.yaml: .*" + message):
+        expand(read_sweep(path), str(path))
+
+
+# ---------------------------------------------------------------------------------------------- sweeping
+@pytest.mark.slow
+@pytest.mark.pain(12)
+def test_pain_12_many_heads_on_one_store_and_no_output_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new head needs no extraction and touches no run that is there."""
+    store = make_store()
+    first = run_sweep([store], logistic(), runs=tmp_path, jobs=1)
+    assert (first.trained, first.cached, first.failed) == (3, 0, [])
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    more = run_sweep(
+        [store], sweep({"head": "logistic", "grid": {"C": [*CS, 1.0]}}, {"head": "ridge"}), runs=tmp_path, jobs=1
+    )
+    assert (more.trained, more.cached) == (2, 3)
+    assert len(set(more.runs)) == 5
+    assert set(first.runs) < set(more.runs)
+    after = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*") if path.is_file()}
+    assert {path: after[path] for path in before} == before
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise AssertionError("trained or read again")
+
+    monkeypatch.setattr(SklearnHead, "_train", refuse)
+    monkeypatch.setattr(Store, "load", refuse)
+    again = run_sweep([store], logistic(), runs=tmp_path, jobs=1)
+    assert (again.trained, again.cached, again.runs) == (0, 3, first.runs)
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.slow
+def test_a_run_of_a_sweep_is_the_run_of_the_head_alone(tmp_path: Path) -> None:
+    store = make_store(shift=0.7)
+    result = run_sweep([store], sweep({"head": "ridge", "grid": {"alpha": [3.0]}}), runs=tmp_path / "a", jobs=1)
+    alone = train_head(store, "ridge", runs=tmp_path / "b", params={"alpha": 3.0})
+    assert result.runs == [alone.run_id]
+    run = Run.open(tmp_path / "a" / alone.run_id)
+    assert run.metrics == alone.metrics
+    assert run.config == Run.open(alone.folder).config
+    assert listing(run.folder) == listing(alone.folder)  # the plots of the best few are there too
+
+
+@pytest.mark.slow
+def test_only_the_best_few_are_plotted_and_the_others_can_be(tmp_path: Path) -> None:
+    values = [float(value) for value in np.geomspace(1e-4, 1e3, 8)]
+    result = run_sweep([make_store()], sweep({"head": "logistic", "grid": {"C": values}}), runs=tmp_path, jobs=1)
+    plotted = {run_id for run_id in result.runs if (tmp_path / run_id / "plots").is_dir()}
+    assert plotted == {row["run_id"] for row in result.board[:5]}
+    run = Run.open(tmp_path / result.board[-1]["run_id"])
+    add_plots(run)
+    add_plots(run)
+    assert listing(run.folder / "plots") == ["confusion.png"]
+
+
+@pytest.mark.slow
+def test_processes_give_what_one_process_gives(tmp_path: Path) -> None:
+    store = make_store()
+    heads = sweep({"head": "logistic", "grid": {"C": CS}}, {"head": "knn", "grid": {"n_neighbors": [1, 3]}})
+    one = run_sweep([store], heads, runs=tmp_path / "one", jobs=1, folds=3)
+    two = run_sweep([store], heads, runs=tmp_path / "two", jobs=2, folds=3)
+    assert one.runs == two.runs
+    for run_id in one.runs:
+        assert Run.open(tmp_path / "one" / run_id).metrics == Run.open(tmp_path / "two" / run_id).metrics
+
+
+@pytest.mark.slow
+def test_a_failing_head_is_reported_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    heads = sweep({"head": "knn", "grid": {"n_neighbors": [3, 1000, 5]}}, {"head": "lda", "grid": {"pca": [99]}})
+    with caplog.at_level(logging.WARNING):
+        result = run_sweep([make_store()], heads, runs=tmp_path, jobs=1)
+    assert (result.trained, len(result.runs), len(result.board)) == (2, 2, 2)
+    assert [item["head"] for item in result.failed] == ["knn n_neighbors=1000 on last.avg", "lda pca=99 on last.avg"]
+    assert "there are only 84 training rows" in result.failed[0]["reason"]
+    assert "expected at most 4: 84 rows of 4" in caplog.text
+
+
+@pytest.mark.slow
+def test_rows_that_cannot_be_trained_on_fail_every_head_once_each(tmp_path: Path) -> None:
+    store = make_store()
+    store.arrays["last.avg"][store.rows("validation")[:2]] = np.nan
+    result = run_sweep([store], logistic(), runs=tmp_path, jobs=1)
+    assert (result.trained, result.runs, result.board) == (0, [], [])
+    assert {item["reason"] for item in result.failed} == {
+        "features: 2 of 24 rows hold values that are not finite; extract them again"
+    }
+    assert listing(tmp_path) == []
+    store.images.splits[store.images.splits == 1] = 0
+    with pytest.raises(HeadError, match="no validation rows"):
+        run_sweep([store], logistic(), runs=tmp_path, jobs=1)
+
+
+@pytest.mark.slow
+def test_ctrl_c_keeps_what_is_finished(tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        assert (stage, total) == ("heads", 3)
+        if done == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_sweep([make_store()], logistic(), runs=tmp_path, jobs=1, progress=stop)
+    assert len(leaderboard(tmp_path)) == 2
+    assert [path for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+    assert run_sweep([make_store()], logistic(), runs=tmp_path, jobs=1).trained == 1
+
+
+@pytest.mark.slow
+def test_every_data_set_of_every_store(tmp_path: Path) -> None:
+    store = make_store()
+    store.arrays["block"] = np.repeat(store.arrays["last.avg"][:, None, None], 2, axis=1)
+    store.recipes["block"] = recipe("block", "none")
+    other = dataclasses.replace(make_store(shift=3.0), data_digest="e" * 64)
+    heads = sweep({"head": "logistic", "grid": {"C": [0.1], "pool": ["avg", "flatten"]}})
+    result = run_sweep([store, other], heads, runs=tmp_path, jobs=1)
+    pools = [Run.open(tmp_path / run_id).config["head"]["pool"] for run_id in result.runs]
+    assert sorted(pools) == ["avg", "flatten", "none", "none"]  # vectors need no pooling: one run, not two
+    assert sum(row["chosen"] for row in result.board) == 1
+    assert {row["comparable"] for row in result.board} == {True, False}
+    with pytest.raises(ConfigurationError, match=r"no data set 'blok'.*'block'"):
+        run_sweep([store], heads, runs=tmp_path, names=["blok"], jobs=1)
+
+
+# ---------------------------------------------------------------------------------------------- judging
+@pytest.mark.slow
+def test_folds_judge_by_rows_that_were_held_out(tmp_path: Path) -> None:
+    """A head that only remembers is perfect on its own rows, and is not on held-out ones."""
+    store = make_store(shift=0.4)
+    heads = sweep({"head": "knn", "grid": {"n_neighbors": [1, 15]}}, {"head": "logistic"})
+    result = run_sweep([store], heads, runs=tmp_path, jobs=1, folds=5)
+    for run_id in result.runs:
+        held_out = Run.open(tmp_path / run_id).metrics["cv"]
+        assert (held_out["folds"], held_out["n"]) == (5, 84)
+        assert 0.3 < held_out["accuracy"] < 0.9
+    accuracies = [row["cv_accuracy"] for row in result.board]
+    assert accuracies == sorted(accuracies, reverse=True)
+    assert run_sweep([store], heads, runs=tmp_path, jobs=1, folds=5).trained == 0
+    assert run_sweep([store], heads, runs=tmp_path, jobs=1).trained == 0
+    assert run_sweep([store], heads, runs=tmp_path, jobs=1, folds=3).trained == 3  # other folds are other scores
+
+
+@pytest.mark.parametrize("name", ["logistic", "ridge", "knn", "sklearn.naive_bayes.GaussianNB"])
+def test_what_a_fit_holds_out_anyway_is_the_cross_validation(name: str) -> None:
+    store = make_store(shift=0.7)
+    X, y = store.load("train", "last.avg")
+    V, labels = store.load("validation", "last.avg")
+    params = {"logistic": {"C": 0.1}, "ridge": {"alpha": 3.0}, "knn": {"n_neighbors": 5}}.get(name, {})
+    head = make_head(name, classes=store.classes, **params)
+    prepared = prepare(X, y, pool="none", X_validation=V, y_validation=labels)
+    again = cross_validate(head.fresh(), prepared, 5)
+    _, fitted = fit_one(0, head, prepared, 5)
+    assert not isinstance(fitted, str)
+    assert fitted.out_of_fold is not None
+    assert (fitted.out_of_fold.argmax(axis=1) == again.argmax(axis=1)).all()
+
+
+@pytest.mark.slow
+def test_groups_stay_together_in_the_folds_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Six copies of each animal: with its siblings among the neighbours, an animal is always recognised."""
+    store = make_store(rows=120, shift=0.0)
+    animals = np.arange(120) // 6
+    store.arrays["last.avg"] = np.random.default_rng(0).normal(size=(20, 4)).astype(np.float32)[animals]
+    store.arrays["last.avg"] += 1e-3 * np.random.default_rng(1).normal(size=(120, 4)).astype(np.float32)
+    store.images.splits[:] = 0
+    store.images.splits[:3] = store.images.splits[-3:] = 1
+    heads = sweep({"head": "knn", "grid": {"n_neighbors": [1]}})
+    seen = run_sweep([store], heads, runs=tmp_path / "a", jobs=1, folds=5).board[0]["cv_accuracy"]
+    store.images.groups = tuple(f"animal {k}" for k in animals)  # type: ignore[attr-defined]
+    kept = run_sweep([store], heads, runs=tmp_path / "b", jobs=1, folds=5).board[0]["cv_accuracy"]
+    assert seen == 1
+    assert kept < 0.8
+
+
+@pytest.mark.slow
+def test_the_test_split_is_touched_once_for_the_chosen_head(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    store = make_store(shift=0.7)
+    result = run_sweep([store], logistic(), runs=tmp_path, jobs=1, test=True)
+    (chosen,) = [row for row in result.board if row["chosen"]]
+    looked = [row["run_id"] for row in leaderboard(tmp_path) if row["test_accuracy"] is not None]
+    assert looked == [chosen["run_id"]]
+    assert chosen["test_accuracy"] == Run.open(tmp_path / looked[0]).metrics["test"]["accuracy"]
+    run_sweep([store], logistic(), runs=tmp_path, jobs=1, test=True)
+    assert "looked at before" not in caplog.text
+    knn = sweep({"head": "knn", "grid": {"n_neighbors": [3]}})
+    run_sweep([store], knn, runs=tmp_path, jobs=1, test=True)
+    assert f"the test split was looked at before, for {chosen['run_id']}" in caplog.text
+
+
+@pytest.mark.slow
+def test_choosing_by_balanced_accuracy(tmp_path: Path) -> None:
+    store = make_store(rows=200, shift=0.5)
+    store.images.splits[(store.images.labels == 1) & (np.arange(200) % 8 > 0)] = 3
+    heads = sweep({"head": "logistic", "grid": {"C": [1e-6, 0.1], "class_weight": [None, "balanced"]}})
+    result = run_sweep([store], heads, runs=tmp_path, jobs=1, choose="balanced_accuracy")
+    recalls = [row["balanced_accuracy"] for row in result.board]
+    assert recalls == sorted(recalls, reverse=True)
+    assert recalls[0] > result.board[-1]["balanced_accuracy"] == 0.5  # always the larger class
+    assert [row["run_id"] for row in leaderboard(tmp_path, by="balanced_accuracy")] == [
+        row["run_id"] for row in result.board
+    ]
+    with pytest.raises(ConfigurationError, match="did you mean 'balanced_accuracy'"):
+        leaderboard(tmp_path, by="balanced")
+
+
+@pytest.mark.pain(15)
+@pytest.mark.slow
+def test_pain_15_class_names_are_in_every_artefact(tmp_path: Path) -> None:
+    result = run_sweep([make_store(classes=("Katze", "Hund ü", "1e5"))], logistic(), runs=tmp_path, jobs=1)
+    folder = tmp_path / result.runs[0]
+    run = Run.open(folder)
+    assert run.classes == run.load_head().classes == ("Katze", "Hund ü", "1e5")
+    assert (folder / "predictions.csv").read_text().splitlines()[0].endswith(",Katze,Hund ü,1e5")
+    assert json.loads((folder / "head.json").read_text())["classes"] == ["Katze", "Hund ü", "1e5"]
+
+
+# ---------------------------------------------------------------------------------------------- memory
+def test_memory_is_read_as_people_write_it() -> None:
+    assert [parse_memory(text) for text in ("2GB", "500 mb", "1.5GiB", "800")] == [2 * 10**9, 5 * 10**8, 3 << 29, 800]
+    for text in ("lots", "-1GB", "0", "2 XB", ""):
+        with pytest.raises(ConfigurationError, match="--memory: received"):
+            parse_memory(text)
+
+
+def test_a_solver_that_needs_too_much_is_refused_with_the_figure(tmp_path: Path) -> None:
+    """newton-cholesky builds a Hessian over all coefficients: 25,089 squared, twice, in float64."""
+    store = make_store(rows=40, columns=25_088)
+    path = "sklearn.linear_model.LogisticRegression"
+    head = make_head(path, solver="newton-cholesky")
+    assert isinstance(head, SklearnHead)
+    assert fit_bytes(head, 28, 25_088, 2) >= 2 * 8 * 25_089**2
+    assert shown(fit_bytes(head, 28, 25_088, 2)) == "10.1 GB"
+    heads = single(path, {"solver": "newton-cholesky"})
+    result = run_sweep([store], heads, runs=tmp_path, jobs=1, memory=parse_memory("2GB"))
+    assert "needs about 10.1 GB of memory for 28 x 25088 features, 2.0 GB are allowed" in result.failed[0]["reason"]
+    with pytest.raises(HeadError, match=r"needs about 10\.1 GB .*--memory"):
+        train_head(store, path, runs=tmp_path, params={"solver": "newton-cholesky"}, memory=parse_memory("2GB"))
+
+
+@pytest.mark.slow
+def test_workers_are_as_many_as_memory_allows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def recorded(function: Any, calls: Any, jobs: int) -> Any:
+        turns.append((jobs, [call[1].name for call in calls]))
+        return in_parallel(function, calls, 1)
+
+    monkeypatch.setattr("pipeline.sweeps.in_parallel", recorded)
+    needs = {"knn": 100, "ridge": 400, "lda": 2000}
+    monkeypatch.setattr("pipeline.costs.fit_bytes", lambda head, *_: needs[head.name])
+    heads = sweep(*({"head": name} for name in needs))
+    result = run_sweep([make_store()], heads, runs=tmp_path, jobs=4, memory=1000)
+    assert turns == [(4, ["knn"]), (2, ["ridge"])]
+    assert [item["head"] for item in result.failed] == ["lda on last.avg"]
+
+
+def test_prepared_rows_in_files_are_those_in_memory(tmp_path: Path) -> None:
+
+    X = np.random.default_rng(0).normal(size=(50, 2, 2, 3)).astype(np.float16)
+    y = np.arange(50, dtype=np.int32) % 2
+    plain = prepare(X, y, pool="avg", X_validation=X[:9], y_validation=y[:9], groups=["a"] * 20 + [""] * 30)
+    filed = prepare(X, y, pool="avg", X_validation=X[:9], y_validation=y[:9], groups=plain.groups, folder=tmp_path)
+    assert listing(tmp_path) == ["train.npy", "validation.npy"]
+    assert plain.held_out is not None
+    assert filed.held_out is not None
+    assert (filed.Z == plain.Z).all()
+    assert (filed.held_out[0] == plain.held_out[0]).all()
+    assert plain.Z.mean(axis=0) == pytest.approx(np.zeros(3), abs=1e-6)
+    assert not filed.Z.flags.writeable
+    make, (fields,) = filed.__reduce__()
+    assert fields["Z"] is None  # what goes to a worker has no rows in it
+    assert (make(fields).Z == plain.Z).all()
+
+
+def test_some_rows_of_an_array() -> None:
+    array = np.arange(12, dtype=np.float32).reshape(6, 2)
+    part = Subset(array, np.array([5, 0, 2]))
+    assert (len(part), part.shape, part.size, part.ndim, part.dtype) == (3, (3, 2), 6, 2, np.float32)
+    assert part[1:].tolist() == [[0, 1], [4, 5]]
+    assert part[np.array([0])].tolist() == [[10, 11]]
+
+
+# -------------------------------------------------------------------------------------------------- Keras
+@pytest.mark.slow
+def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline import fitting
+    from pipeline.bank import train_bank
+
+    banks = []
+
+    def recorded(spec: Any, heads: Any, *args: Any, **keywords: Any) -> Any:
+        banks.append((spec.hidden, spec.class_weights is not None, len(heads)))
+        return train_bank(spec, heads, *args, **keywords)
+
+    monkeypatch.setattr(fitting, "train_bank", recorded)
+    store = make_store(classes=("cat", "dog", "eel"), shift=0.7)
+    heads = sweep(
+        {"head": "dense", "grid": {**FAST, "dropout": [0, 0.3], "label_smoothing": [0, 0.1]}},
+        {"head": "dense", "grid": {**FAST, "hidden": [[4]]}},
+        {"head": "dense", "grid": {**FAST, "class_weight": ["balanced"]}},
+        {"head": "linear-sgd", "grid": {"epochs": [2]}},
+    )
+    result = run_sweep([store], heads, runs=tmp_path / "a", jobs=1)
+    assert banks == [(0, False, 8), (4, False, 2), (0, True, 2)]
+    assert (result.trained, len(result.runs)) == (13, 13)
+    X, _ = store.load("validation", "last.avg")
+    for trial in [expand(heads)[k] for k in (0, 5, 8, 11)]:
+        alone = train_head(store, trial.name, runs=tmp_path / "b", params=trial.params)
+        assert alone.run_id in result.runs
+        both = [Run.open(tmp_path / part / alone.run_id).load_head().predict_proba(X) for part in ("a", "b")]
+        assert both[0] == pytest.approx(both[1], abs=1e-3)
+
+
+@pytest.mark.slow
+def test_folds_and_failures_in_a_bank(tmp_path: Path) -> None:
+    store = make_store(classes=("cat", "dog", "eel"), shift=0.7)
+    heads = sweep({"head": "dense", "grid": {"epochs": [20], "learning_rate": [0.03, 1e37], "seed": [0, 1]}})
+    result = run_sweep([store], heads, runs=tmp_path, jobs=1, folds=4)
+    assert [row["cv_accuracy"] > 0.5 for row in result.board] == [True, True]
+    assert len(result.failed) == 2
+    assert "training diverged in epoch 1: lower learning_rate" in result.failed[0]["reason"]
+    assert {Run.open(tmp_path / run_id).metrics["cv"]["n"] for run_id in result.runs} == {84}
+
+
+# ------------------------------------------------------------------------------------------- command line
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("store")
+    source = paint_folder(folder / "images", {"cat": 60, "dog": 60})
+    extract(source, folder / "f.h5", split="stratified:0.7,0.2,0.1", batch_size=16)
+    return folder / "f.h5"
+
+
+@pytest.mark.slow
+def test_a_sweep_on_the_command_line_and_again_without_keras(file: Path, tmp_path: Path) -> None:
+    path = write(
+        tmp_path / "sweep.yaml",
+        "version: 1\nheads:\n- {head: logistic, log: {C: [1e-3, 1, 3]}}\n"
+        "- {head: dense, grid: {epochs: [2], learning_rate: [0.01, 0.1]}}\n- {head: knn, grid: {n_neighbors: [999]}}\n",
+    )
+    arguments = ["train-head", str(file), "--heads", str(path), "--runs", str(tmp_path / "runs"), "--n-jobs", "2"]
+    first = run_pipeline(*arguments, "--test", "--json")
+    assert first.returncode == 0, first.stderr
+    document = json.loads(first.stdout)
+    assert document["format"] == 1
+    assert (document["trained"], document["cached"], len(document["failed"])) == (5, 0, 1)
+    assert document["chosen"] in document["runs"]
+    assert "knn n_neighbors=999 on last.avg failed: " in first.stderr
+    code = (
+        f"import sys\nfrom pipeline.cli import main\ncode = main({arguments!r})\n"
+        "sys.exit(code or bool({'keras', 'tensorflow', 'matplotlib'} & set(sys.modules)))"
+    )
+    started = time.monotonic()
+    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert again.returncode == 0, again.stderr
+    assert time.monotonic() - started < 10
+    assert "0 trained, 5 there already, 1 failed" in again.stdout
+    assert "failed: knn n_neighbors=999 on last.avg" in again.stdout
+    table = run_pipeline("leaderboard", tmp_path / "runs").stdout.splitlines()
+    assert len(table) == 6
+    assert sum(line.startswith("*") for line in table) == 1
+    nothing = write(tmp_path / "nothing.yaml", "version: 1\nheads: [{head: knn, grid: {n_neighbors: [998, 999]}}]")
+    failed = run_pipeline("train-head", file, "--heads", nothing, "--runs", tmp_path / "none")
+    assert failed.returncode == 1
+    assert "0 trained, 0 there already, 2 failed" in failed.stdout
+    both = run_pipeline("train-head", file, "--heads", path, "--head", "knn")
+    assert both.returncode == 2
+    assert "give one or the other" in both.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_sweep_of_processes_goes_on_where_it_was(file: Path, tmp_path: Path) -> None:
+    values = ", ".join(str(value) for value in range(5, 29))
+    path = write(
+        tmp_path / "sweep.yaml",
+        f"version: 1\nheads: [{{head: sklearn.ensemble.RandomForestClassifier, grid: {{n_estimators: [300], max_depth: [{values}]}}}}]",
+    )
+    command = [sys.executable, "-m", "pipeline", "train-head", str(file), "--heads", str(path)]
+    command += ["--runs", str(tmp_path / "runs"), "--n-jobs", "2"]
+    process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and len(list((tmp_path / "runs").glob("sklearn*/metrics.json"))) < 3:
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130, stderr
+    assert "interrupted; what was finished is kept" in stderr
+    done = len(leaderboard(tmp_path / "runs"))
+    assert 3 <= done < 24
+    assert [item for item in (tmp_path / "runs").iterdir() if item.name.startswith(".")] == []
+    result = run_pipeline(*command[3:], "--json")
+    assert (json.loads(result.stdout)["trained"], json.loads(result.stdout)["cached"]) == (24 - done, done)

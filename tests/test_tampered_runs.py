@@ -1,0 +1,243 @@
+"""Run folders from elsewhere: ten that were tampered with, none executes anything, each refused with the file's name."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import io
+import json
+import os
+import shutil
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_train_head import make_store
+
+from features.errors import BottleneckError
+from pipeline.board import leaderboard
+from pipeline.persistence import check_structures, load_estimator
+from pipeline.predict import predict_csv
+from pipeline.runs import Run, choose_run, read_predictions
+from pipeline.train_head import train_head
+
+pytestmark = [
+    pytest.mark.slow,  # trains and writes run folders
+    pytest.mark.filterwarnings("ignore:Skipping nested container"),
+]
+
+FOREST = "sklearn.ensemble.RandomForestClassifier"
+HISTOGRAM = "sklearn.ensemble.HistGradientBoostingClassifier"
+
+
+class Bomb:
+    """What pickle would call on the way in."""
+
+    def __init__(self, proof: Path) -> None:
+        self.proof = proof
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, (f"touch {self.proof}",)
+
+
+def pickled(proof: Path) -> bytes:
+    import pickle
+
+    return pickle.dumps(Bomb(proof))
+
+
+def edit_json(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def object_array(proof: Path) -> bytes:
+    stream = io.BytesIO()
+    np.save(stream, np.array([Bomb(proof)], dtype=object), allow_pickle=True)
+    return stream.getvalue()
+
+
+def foreign_skops(folder: Path, proof: Path) -> None:
+    import skops.io
+
+    skops.io.dump({"model": functools.partial(os.system, f"touch {proof}")}, folder / "head.skops")
+
+
+def renamed_type(folder: Path, proof: Path) -> None:
+    """The file says that its classifier is of another module."""
+    path = folder / "head.skops"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    schema = members["schema.json"].replace(b'"RandomForestClassifier"', b'"system"', 1)
+    schema = schema.replace(b'"sklearn.ensemble._forest"', b'"os"', 1)
+    assert schema != members["schema.json"]
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in {**members, "schema.json": schema}.items():
+            archive.writestr(name, data)
+
+
+def pickled_members(folder: Path, proof: Path) -> None:
+    """Arrays of the file replaced by an array of objects, which NumPy would unpickle if it were let."""
+    path = folder / "head.skops"
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, data in members.items():
+            archive.writestr(name, object_array(proof) if name.endswith(".npy") else data)
+
+
+def endless_tree(folder: Path, proof: Path) -> None:
+    """A tree whose root is its own child: prediction would never end."""
+    import skops.io
+
+    forest = load_estimator(folder / "head.skops")
+    tree = forest.estimators_[0].tree_
+    state = tree.__getstate__()
+    state["nodes"]["left_child"][0] = 0
+    tree.__setstate__(state)
+    skops.io.dump(forest, folder / "head.skops")
+
+
+def pickle_in(name: str) -> Callable[[Path, Path], None]:
+    return lambda folder, proof: (folder / name).write_bytes(pickled(proof)) and None
+
+
+def no_weights(folder: Path, proof: Path) -> None:
+    """A whole HDF5 file with nothing in it: Keras would keep the new weights, and warn."""
+    import h5py
+
+    h5py.File(folder / "head.weights.h5", "w").close()
+
+
+def some_weights(folder: Path, proof: Path) -> None:
+    """The kernel is there, under another name."""
+    import h5py
+
+    with h5py.File(folder / "head.weights.h5", "a") as file:
+        file.move("layers/dense", "layers/dense_7")
+
+
+def other_weights(folder: Path, proof: Path) -> None:
+    """Weights of another shape."""
+    import keras
+
+    model = keras.Sequential([keras.Input((9,)), keras.layers.Dense(1)])
+    model.save_weights(folder / "head.weights.h5")
+
+
+TAMPERED: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
+    "skops with a function": (FOREST, foreign_skops, r"head\.skops: holds types that are not loaded"),
+    "skops with a renamed type": (FOREST, renamed_type, r"head\.skops: "),
+    "skops with pickled arrays": (FOREST, pickled_members, r"head\.skops: is not a head that can be loaded"),
+    "skops that is a pickle": (FOREST, pickle_in("head.skops"), r"head\.skops: is not a head that can be loaded"),
+    "a tree without end": (FOREST, endless_tree, r"head\.skops: its Tree leads outside of itself"),
+    "head.json with an unknown key": (
+        FOREST,
+        lambda folder, _: edit_json(folder / "head.json", on_load="touch"),
+        r"head\.json: unknown key 'on_load'",
+    ),
+    "head.json that names another class": (
+        FOREST,
+        lambda folder, _: edit_json(folder / "head.json", kind="os.system"),
+        r"head\.json: kind is 'os\.system'",
+    ),
+    "config.yaml with a Python object": (
+        FOREST,
+        lambda folder, proof: (
+            (folder / "config.yaml").write_text(f"!!python/object/apply:os.system ['touch {proof}']") and None
+        ),
+        r"config\.yaml: not valid YAML",
+    ),
+    "config.yaml that points outside": (
+        FOREST,
+        lambda folder, _: (
+            (folder / "config.yaml").write_text(
+                (folder / "config.yaml").read_text().replace("- head.skops", "- ../../head.skops")
+            )
+            and None
+        ),
+        r"config\.yaml: model\.1: received '\.\./\.\./head\.skops'",
+    ),
+    "metrics.json that is a pickle": (FOREST, pickle_in("metrics.json"), r"metrics\.json: cannot be read"),
+    "environment.json that is a pickle": (FOREST, pickle_in("environment.json"), r"environment\.json: cannot be read"),
+    "weights of another shape": ("dense", other_weights, r"head\.weights\.h5: the weights do not fit head\.json"),
+    "no weights": ("dense", no_weights, r"head\.weights\.h5: the weights do not fit head\.json"),
+    "weights of another name": ("dense", some_weights, r"head\.weights\.h5: the weights do not fit head\.json"),
+    "weights that are a pickle": ("dense", pickle_in("head.weights.h5"), r"head\.weights\.h5: the weights do not fit"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("runs")
+    params: dict[str, dict[str, Any]] = {
+        FOREST: {"n_estimators": 3},
+        "dense": {"epochs": 1},
+        HISTOGRAM: {"max_iter": 3},
+    }
+    return {name: train_head(make_store(), name, runs=root, params=params[name]).folder for name in params}
+
+
+@pytest.mark.parametrize("case", TAMPERED)
+def test_a_tampered_run_is_refused_by_name_and_executes_nothing(
+    case: str, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    head, tamper, message = TAMPERED[case]
+    folder, proof = tmp_path / "runs" / whole[head].name, tmp_path / "proof"
+    shutil.copytree(whole[head], folder)
+    Run.open(folder).load_head()
+    tamper(folder, proof)
+    with pytest.raises(BottleneckError, match=message) as refused:
+        Run.open(folder).load_head()
+    assert str(folder) in str(refused.value)
+    for act in (lambda: choose_run(folder).load_head(), lambda: predict_csv(folder, tmp_path)):
+        with pytest.raises(BottleneckError):
+            act()
+    leaderboard(tmp_path / "runs")
+    assert not proof.exists()
+
+
+def test_a_pickle_in_any_file_of_a_run_never_executes(whole: dict[str, Path], tmp_path: Path) -> None:
+    for original in whole.values():
+        for path in sorted(item.relative_to(original) for item in original.rglob("*") if item.is_file()):
+            folder, proof = tmp_path / "runs" / original.name, tmp_path / "proof"
+            shutil.copytree(original, folder)
+            (folder / path).write_bytes(pickled(proof))
+            for act in (
+                lambda folder=folder: Run.open(folder).load_head(),
+                lambda folder=folder: read_predictions(Run.open(folder)),
+                lambda folder=folder: leaderboard(folder.parent),
+            ):
+                with contextlib.suppress(BottleneckError):
+                    act()
+            assert not proof.exists(), path
+            shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(("field", "value"), [("left", 10_000), ("right", 0), ("feature_idx", 99)])
+def test_a_histogram_tree_that_leads_outside_is_refused(
+    field: str, value: int, whole: dict[str, Path], tmp_path: Path
+) -> None:
+    model = load_estimator(whole[HISTOGRAM] / "head.skops")
+    model._predictors[0][0].nodes[field][0] = value
+    with pytest.raises(BottleneckError, match="its TreePredictor leads outside of itself"):
+        check_structures(model, tmp_path)
+
+
+def test_support_vectors_are_counted_and_neighbour_trees_built_anew(tmp_path: Path) -> None:
+    from sklearn.neighbors import KNeighborsClassifier
+    from sklearn.svm import SVC
+
+    X, y = np.random.default_rng(0).normal(size=(60, 3)), np.arange(60) % 3
+    model = SVC().fit(X, y)
+    check_structures(model, tmp_path)
+    model._n_support[0] += 1000
+    with pytest.raises(BottleneckError, match="its SVC leads outside of itself"):
+        check_structures(model, tmp_path)
+    neighbours = KNeighborsClassifier(algorithm="kd_tree").fit(X, y)
+    tree, expected = neighbours._tree, neighbours.predict_proba(X)
+    check_structures(neighbours, tmp_path)
+    assert neighbours._tree is not tree
+    assert (neighbours.predict_proba(X) == expected).all()
