@@ -31,6 +31,8 @@ from features.shards import PartsFolder
 from features.store import FeatureStore, parts_folder, shard_path
 from features.writer import StoreWriter
 
+pytestmark = pytest.mark.slow  # dozens of whole extractions
+
 ROWS, WIDTH, SHARD_ROWS = 200_000, 256, 2048
 
 

@@ -21,6 +21,8 @@ from features.writer import StoreWriter
 from pipeline.pooling import column_statistics, pool_features
 from pipeline.streaming import FeatureStream, fit_keras_streaming, fit_sgd_streaming, over_pieces, stream_batches
 
+pytestmark = pytest.mark.slow  # stores of tens of megabytes
+
 MEGABYTE = 1 << 20
 
 

@@ -24,6 +24,8 @@ from features.files import locked
 from features.store import FeatureStore
 from features.transformer import SOURCE, FeatureExtractor
 
+pytestmark = pytest.mark.slow  # whole extractions, scikit-learn
+
 
 class CountingExtractor(FeatureExtractor):
     """Channel means of 8 x 8 pixels; ``network`` counts."""

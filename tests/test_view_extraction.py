@@ -32,6 +32,8 @@ from features.store import FeatureStore, parts_folder, shard_path
 from features.views import render_views
 from features.writer import StoreWriter
 
+pytestmark = pytest.mark.slow  # dozens of whole extractions
+
 IMAGES = 21
 JITTER = PRESETS["crop-rotation-jitter"]
 
