@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, check_batch
 from features.folding import fold_batch_norms
 from features.machine import has_bfloat16, keras_backend, may_have_gpu
 from features.openvino_engine import is_installed
@@ -205,8 +205,7 @@ class KerasEngine:
             Features by data set.
         """
         count = len(images)
-        if count > self.batch_size or images.shape[1:] != self._shape[1:] or images.dtype != np.uint8:
-            raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {self._shape}")
+        check_batch(images, self._shape)
         parts = [self._infer(images[start : start + self._step]) for start in range(0, count, self._step)]
         self.images_inferred += count
         arrays = parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class BottleneckError(Exception):
@@ -101,6 +102,12 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
     """Raise ``ConfigurationError`` unless ``low <= value <= high``."""
     if not low <= value <= high:
         raise ConfigurationError(f"{name}: received {value}, expected {low} to {high}")
+
+
+def check_batch(images: Any, shape: tuple[int, ...]) -> None:
+    """Raise ``ConfigurationError`` unless an engine can take ``images``: uint8, at most ``shape[0]`` of ``shape[1:]``."""
+    if len(images) > shape[0] or images.shape[1:] != shape[1:] or images.dtype != "uint8":
+        raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {shape}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:

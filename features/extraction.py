@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import glob
 import logging
 import os
 import threading
@@ -22,7 +21,7 @@ import numpy as np
 from features.assembly import assemble, is_current, pack, table_of
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, StoreError, TooManyUnreadableError, check_range
-from features.files import locked, printable, writable_folder
+from features.files import locked, printable, sweep, writable_folder
 from features.forecast import Forecast, forecast
 from features.machine import processors
 from features.planning import Identity, Plan, make_plan
@@ -266,6 +265,7 @@ class Extraction:
         if plan.old is not None and not self.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
         table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
+        provenance = self._provenance(plan, engine)
         current = plan.old is not None and is_current(
             plan.old,
             self.images,
@@ -275,7 +275,7 @@ class Extraction:
             plan.recipes,
             plan.views,
             plan.layout,
-            self._provenance(plan, engine),
+            provenance,
         )
         if not current:
             assemble(
@@ -288,7 +288,7 @@ class Extraction:
                 views=plan.views,
                 known=plan.known,
                 layout=plan.layout,
-                provenance=self._provenance(plan, engine),
+                provenance=provenance,
                 progress=progress,
             )
         plan.counts["unreadable"] = len(quarantine)
@@ -487,12 +487,6 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
             if not parts.records:
                 parts.remove()
     return FeatureStore.open(target)
-
-
-def sweep(out: Path) -> None:
-    """Remove what a process that was killed left beside a store; nobody else writes while its lock is held."""
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
-        leftover.unlink(missing_ok=True)
 
 
 class _LazyEngine:

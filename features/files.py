@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import os
 import secrets
@@ -103,6 +104,12 @@ def locked(out: Path) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         path.unlink(missing_ok=True)  # while it is held: filelock does not accept a lock on a file without a name
         lock.release()
+
+
+def sweep(out: Path) -> None:
+    """Remove what a process that was killed left beside a store; nobody else writes while its lock is held."""
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
+        leftover.unlink(missing_ok=True)
 
 
 class PatientFile:

@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 
 from features.cache import cache_folder
-from features.errors import ConfigurationError, OpenVinoError
+from features.errors import ConfigurationError, OpenVinoError, check_batch
 from features.files import whole_file
 from features.machine import processors
 from features.recipe import Recipe, canonical_json, digest_of
@@ -197,8 +197,7 @@ class OpenVinoEngine:
             Features by data set.
         """
         count = len(images)
-        if count > self.batch_size or images.shape[1:] != self._shape[1:] or images.dtype != np.uint8:
-            raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {self._shape}")
+        check_batch(images, self._shape)
         arrays = [np.empty((count, *tuple(port.shape)[1:]), np.float32) for port in self._ports]
         starts = range(0, count, self._images)
         for _ in self._workers.map(lambda start: self._infer(images, start, arrays), starts):

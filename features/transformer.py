@@ -24,8 +24,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 from features.arrays import plain_png
 from features.assembly import software_versions
 from features.errors import ConfigurationError, ExtractionError, LockedError, UnreadableImageError, check_range
-from features.extraction import sweep
-from features.files import atomic_file, locked, printable, writable_folder
+from features.files import atomic_file, locked, printable, sweep, writable_folder
 from features.images import Decoded, decode_image, read_bytes
 from features.layout import FeatureSpec, ImageTable, Quarantine, digest_rows
 from features.machine import processors

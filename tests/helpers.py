@@ -66,6 +66,16 @@ def run_pipeline(*arguments: object, cwd: Path | None = None, **environment: str
     )
 
 
+def run_without(modules: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:
+    """The command line as a process that ends with an error, and names them, where any of these modules was imported."""
+    code = (
+        "import sys\nfrom pipeline.cli import main\n"
+        f"code = main({list(map(str, arguments))!r})\n"
+        f"sys.exit(code or sorted({modules!r} & set(sys.modules)) or 0)"
+    )
+    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+
+
 class NumpyNetwork:
     """Channel means ("last.avg") and the first pixel ("corner") of each image; counts what goes through it."""
 

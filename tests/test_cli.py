@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from helpers import ROOT, listing, paint, paint_folder, run_pipeline
+from helpers import listing, paint, paint_folder, run_pipeline, run_without
 
 from features.store import FeatureStore
 
@@ -52,12 +50,8 @@ def test_inspect_verify_and_a_second_extract(store: Path, source: Path) -> None:
 
 
 def test_a_run_with_nothing_to_do_imports_no_keras(store: Path, source: Path) -> None:
-    code = (
-        "import sys\nfrom pipeline.cli import main\n"
-        f"code = main({['extract', str(source), '--out', str(store), '--split', 'stratified', *SMALL]!r})\n"
-        "sys.exit(code or sorted({'keras', 'tensorflow', 'sklearn'} & set(sys.modules)) or 0)"
-    )
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    heavy = {"keras", "tensorflow", "sklearn"}
+    result = run_without(heavy, "extract", source, "--out", store, "--split", "stratified", *SMALL)
     assert (result.returncode, result.stderr.count("keras")) == (0, 0), result.stderr
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, paint_folder, recipe, run_pipeline
+from helpers import ROOT, paint_folder, recipe, run_pipeline, run_without
 
 from features import engines, networks
 from features.engines import choose_engine, is_out_of_memory
@@ -198,13 +198,8 @@ def test_extraction_with_a_kept_model_imports_no_keras(assets: Path, tmp_path: P
     )
     result = run_pipeline("extract", first, "--out", tmp_path / "a.h5", *network)
     assert result.returncode == 0, result.stderr
-    code = (
-        "import sys\nfrom pipeline.cli import main\n"
-        f"code = main(['extract', {str(second)!r}, '--out', {str(tmp_path / 'b.h5')!r}, *{network!r}])\n"
-        "heavy = {'tensorflow', 'keras', 'sklearn', 'jax', 'torch'}\n"
-        "sys.exit(code or sorted(heavy & set(sys.modules)) or 0)"
-    )
-    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    heavy = {"tensorflow", "keras", "sklearn", "jax", "torch"}
+    again = run_without(heavy, "extract", second, "--out", tmp_path / "b.h5", *network)
     assert again.returncode == 0, again.stderr
     assert "40 inferred (40 new)" in again.stdout
     store = FeatureStore.open(tmp_path / "b.h5")

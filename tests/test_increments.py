@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import ROOT, NumpyNetwork, extract, run_pipeline
+from helpers import NumpyNetwork, extract, run_pipeline, run_without
 from PIL import Image, ImageOps
 
 from features.store import FeatureStore
@@ -61,13 +59,7 @@ def test_a_run_with_nothing_to_do_over_3000_photographs_loads_nothing_heavy(phot
     first = run_pipeline(*arguments)
     assert first.returncode == 0, first.stderr
     before = out.stat()
-    code = (
-        "import sys\nfrom pipeline.cli import main\n"
-        f"code = main({arguments!r})\n"
-        "heavy = {'tensorflow', 'keras', 'sklearn', 'jax', 'torch', 'scipy'}\n"
-        "sys.exit(code or sorted(heavy & set(sys.modules)) or 0)"
-    )
-    again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    again = run_without({"tensorflow", "keras", "sklearn", "jax", "torch", "scipy"}, *arguments)
     assert again.returncode == 0, again.stderr
     assert "3000 rows cached, 0 inferred, file untouched" in again.stdout
     assert (out.stat().st_ino, out.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
