@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +20,7 @@ import numpy as np
 from features.assembly import assemble, is_current, pack, table_of
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, StoreError, TooManyUnreadableError, check_range
-from features.files import locked, printable, sweep, writable_folder
+from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.forecast import Forecast, forecast
 from features.machine import processors
 from features.planning import Identity, Plan, make_plan
@@ -121,7 +120,7 @@ class Extraction:
         self.images, self.network, self.rule = images, network, rule
         self.views = views
         self.recipes = tuple(recipe.augmented(augmentation, seed) for recipe in network.recipes)
-        self.out = out = Path(os.path.realpath(out))  # a link stays a link
+        self.out = out = behind_link(out)
         self.batch_size, self.device, self.overwrite = batch_size, device, overwrite
         self.rehash, self.strict, self.target, self.layout = rehash, strict, target, layout
         self.max_unreadable = max_unreadable
@@ -468,8 +467,8 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
     IntegrityError
         If a shard is damaged or missing.
     """
-    path = Path(os.path.realpath(path))
-    target = path if out is None else Path(os.path.realpath(out))
+    path = behind_link(Path(path))
+    target = path if out is None else behind_link(Path(out))
     if target != path and target.exists():
         raise StoreError(f"{target}: exists already. Give another --out, or remove it.")
     FeatureStore.open(path)  # whether it is one, before anything is made beside it

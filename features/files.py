@@ -106,6 +106,11 @@ def locked(out: Path) -> Iterator[None]:
         lock.release()
 
 
+def behind_link(path: Path) -> Path:
+    """The file that a link leads to, so that the link stays one; any other path as it was given."""
+    return Path(os.path.realpath(path)) if path.is_symlink() else path
+
+
 def sweep(out: Path) -> None:
     """Remove what a process that was killed left beside a store; nobody else writes while its lock is held."""
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):

@@ -236,8 +236,16 @@ def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None
         return  # the names are refused where they are used
     found = near_duplicates(store, known[0], limit=SHOWN, pairs_checked=QUICK_PAIRS)
     if found.found:
+        alike = ". So many mean that all such images look alike to this network" if found.found > len(store) else ""
         pairs = "; ".join(f"{printable(pair.first)} ~ {printable(pair.second)}" for pair in found.pairs)
         logger.warning(
             "%s: %d pairs of near-duplicates lie in two splits (cosine of %s at least %g), such as %s%s",
-            *(store.path, found.found, known[0], found.threshold, pairs, f" ({found.capped})" if found.capped else ""),
+            *(
+                store.path,
+                found.found,
+                known[0],
+                found.threshold,
+                pairs,
+                (f" ({found.capped})" if found.capped else "") + alike,
+            ),
         )
