@@ -1,6 +1,7 @@
-"""File, class and probabilities of new images, from pixels, by a run's own backbone and head.
+"""File, class and probabilities of new images, from pixels, by a run's own backbone and head, or by an exported model.
 
 images -> decode (threads) -> engine -> head -> CSV
+                           -> artefact, by its own runtime -> CSV
 """
 
 from __future__ import annotations
@@ -8,19 +9,23 @@ from __future__ import annotations
 import csv
 import io
 import logging
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
+
+import numpy as np
 
 from features.errors import TooManyUnreadableError, UnreadableImageError, check_range
 from features.files import atomic_file, printable, writable_folder
 from features.machine import processors
-from features.sources import scan
+from features.sources import ImageSet, scan
+from pipeline.artefacts import is_artefact, open_artefact, predictions
 from pipeline.endtoend import decoded_batches, network_of
-from pipeline.runs import choose_run
+from pipeline.runs import Run, choose_run
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
+Outcomes = Iterator[tuple[int, np.ndarray | UnreadableImageError]]
 
 
 def predict_csv(
@@ -39,7 +44,7 @@ def predict_csv(
     Parameters
     ----------
     run : str or Path
-        Run folder, or a folder of runs, of which the best one is taken.
+        Run folder, a folder of runs, of which the best one is taken, or what ``export`` wrote.
     images : str or Path
         Any image source; its labels, if it has some, are not looked at.
     out : Path, optional
@@ -59,27 +64,30 @@ def predict_csv(
     check_range("workers", 1 if workers is None else workers, 1, 1024)
     if out is not None:
         writable_folder(Path(out).parent)
-    chosen = choose_run(Path(run))
     source = scan(images, labelled=False)
-    network, head = network_of(chosen, weights, device=device), chosen.load_head()
-    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
-    name = network.recipes[0].name
     lines: dict[int, list[str]] = {}
     with ThreadPoolExecutor(workers or processors()) as pool:
-        batches = decoded_batches(source.read, range(len(source)), chosen.recipe.pixels, pool, batch_size)
-        for rows, pixels, refused in batches:
-            if rows:
-                for row, values in zip(rows, head.predict_proba(engine(pixels)[name]), strict=True):
-                    best = int(values.argmax())
-                    shown = [f"{value:.6g}" for value in values]
-                    lines[row] = [source.paths[row], chosen.classes[best], shown[best], *shown, ""]
-            lines |= {row: _refusal(source.paths[row], error, len(chosen.classes)) for row, error in refused.items()}
+        if is_artefact(run):
+            artefact = open_artefact(run)
+            name, classes = artefact.card.run, artefact.classes
+            outcomes = predictions(artefact, source.read, range(len(source)), pool)
+        else:
+            chosen = choose_run(Path(run))
+            name, classes = chosen.run_id, chosen.classes
+            outcomes = _by_run(chosen, source, pool, weights=weights, batch_size=batch_size, device=device)
+        for row, found in outcomes:
+            if isinstance(found, UnreadableImageError):
+                lines[row] = _refusal(source.paths[row], found, len(classes))
+            else:
+                best = int(found.argmax())
+                shown = [f"{value:.6g}" for value in found]
+                lines[row] = [source.paths[row], classes[best], shown[best], *shown, ""]
             if progress:
                 progress("predict", len(lines), len(source))
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     fixed = ["file", "class", "probability", "error"]
-    columns = [f"p:{name}" if name in fixed else name for name in chosen.classes]
+    columns = [f"p:{title}" if title in fixed else title for title in classes]
     writer.writerow([*fixed[:3], *columns, "error"])
     writer.writerows(lines[row] for row in sorted(lines))
     text = stream.getvalue()
@@ -90,9 +98,19 @@ def predict_csv(
         return text.encode("utf-8", "backslashreplace").decode("utf-8")
     with atomic_file(Path(out)) as temporary:
         temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    return f"{out}: {len(lines) - unread} predictions by {chosen.run_id}" + (
-        f", {unread} unreadable\n" if unread else "\n"
-    )
+    return f"{out}: {len(lines) - unread} predictions by {name}" + (f", {unread} unreadable\n" if unread else "\n")
+
+
+def _by_run(
+    run: Run, source: ImageSet, pool: Executor, *, weights: str | None, batch_size: int, device: str
+) -> Outcomes:
+    network, head = network_of(run, weights, device=device), run.load_head()
+    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
+    name = network.recipes[0].name
+    for rows, pixels, refused in decoded_batches(source.read, range(len(source)), run.recipe.pixels, pool, batch_size):
+        if rows:
+            yield from zip(rows, head.predict_proba(engine(pixels)[name]), strict=True)
+        yield from refused.items()
 
 
 def _refusal(path: str, error: UnreadableImageError, classes: int) -> list[str]:

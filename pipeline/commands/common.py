@@ -1,0 +1,109 @@
+"""What all commands share: the application, options, errors as exit codes, what is printed where."""
+
+from __future__ import annotations
+
+import errno
+import functools
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from features.errors import BottleneckError, ConfigurationError
+
+app = typer.Typer(
+    name="bottleneck",
+    help="Compute the features of a frozen backbone once, train heads on them in seconds, fine-tune the last block.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def guarded(command: Callable[..., None]) -> Callable[..., None]:
+    """Turn this project's errors and Ctrl-C into one line on stderr and the exit code that belongs to them."""
+
+    @functools.wraps(command)
+    def wrapper(*args: Any, **kwargs: Any) -> None:
+        try:
+            command(*args, **kwargs)
+        except KeyboardInterrupt:
+            sys.stderr.write("interrupted; what was finished is kept. Run the same command again to go on.\n")
+            raise typer.Exit(130) from None
+        except BottleneckError as error:
+            sys.stderr.write(f"error: {error}\n")
+            raise typer.Exit(error.exit_code) from None
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output has gone
+                raise
+            sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+            raise typer.Exit(1) from None
+
+    return wrapper
+
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
+Runs = Annotated[Path, typer.Option(help="Folder of run folders.")]
+Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
+Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+BatchSize = Annotated[int, typer.Option(help="Images of one forward pass.")]
+Workers = Annotated[int | None, typer.Option(help="Threads that read and decode. Default: the processors.")]
+Weights = Annotated[str, typer.Option(help="imagenet, random, or a weights file.")]
+
+
+def parse_size(text: str | None) -> tuple[int, int] | None:
+    """``"224"`` -> (224, 224); ``"192x256"`` -> (192, 256), height first.
+
+    Raises
+    ------
+    ConfigurationError
+        For anything else.
+    """
+    if text is None:
+        return None
+    numbers = text.lower().split("x")
+    if len(numbers) > 2 or not all(number.isdecimal() for number in numbers):
+        raise ConfigurationError(
+            f"--image-size: received {text!r}, expected PIXELS or HEIGHTxWIDTH, such as 224 or 192x256"
+        )
+    return int(numbers[0]), int(numbers[-1])
+
+
+def parse_params(items: list[str]) -> dict[str, Any]:
+    """``["C=0.1", "hidden=[256]"]`` -> values, read as JSON where they are JSON, else as text."""
+    values: dict[str, Any] = {}
+    for item in items:
+        name, equals, text = item.partition("=")
+        if not equals or not name:
+            raise ConfigurationError(f"--param: received {item!r}, expected NAME=VALUE")
+        try:
+            values[name] = json.loads(text)
+        except ValueError:
+            values[name] = text
+    return values
+
+
+def metrics_lines(metrics: dict[str, Any]) -> str:
+    """One line per split that was measured."""
+    lines = []
+    for split in ("validation", "test"):
+        values = metrics.get(split)
+        if values:
+            low, high = values["accuracy_interval"]
+            lines.append(
+                f"  {split}: accuracy {values['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), "
+                f"log loss {values['log_loss']:.4f}, {values['n']} images"
+            )
+    return "\n".join(lines)
+
+
+def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
+    typer.echo(json.dumps(document, indent=2) if as_json else text)
+
+
+def print_next(command: str) -> None:
+    typer.echo(f"next: {command}", err=True)

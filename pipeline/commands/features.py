@@ -1,0 +1,171 @@
+"""Commands about features: extract, inspect, verify, pack."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from features.augmentation import PRESETS
+from pipeline.commands.common import (
+    BatchSize,
+    Device,
+    Json,
+    Seed,
+    Weights,
+    Workers,
+    app,
+    guarded,
+    parse_size,
+    print_document,
+    print_next,
+)
+
+
+@app.command()
+@guarded
+def extract(
+    images: Annotated[
+        str, typer.Argument(help="Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")
+    ],
+    out: Annotated[Path, typer.Option(help="The HDF5 file to make or bring up to date.")] = Path("features.h5"),
+    backbone: Annotated[str, typer.Option(help="Name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
+    weights: Weights = "imagenet",
+    layer: Annotated[
+        list[str] | None, typer.Option(help="Layer to keep; repeatable; 'boundary' is before the last block.")
+    ] = None,
+    pooling: Annotated[
+        str | None, typer.Option(help="avg, max, flatten or none. Default: avg for the last layer, none with --layer.")
+    ] = None,
+    image_size: Annotated[
+        str | None, typer.Option(help="Pixels: 224 or HEIGHTxWIDTH. Default: the backbone's.")
+    ] = None,
+    resize: Annotated[
+        str, typer.Option(help="antialias, or keras as image_dataset_from_directory does.")
+    ] = "antialias",
+    fit: Annotated[str, typer.Option(help="stretch, crop or pad.")] = "stretch",
+    views: Annotated[
+        int,
+        typer.Option(help="Views of each image: the plain one, and random variations of it by --augment and --seed."),
+    ] = 1,
+    augment: Annotated[str, typer.Option(help=f"Of all views but the first: {', '.join(PRESETS)}.")] = "none",
+    dtype: Annotated[str, typer.Option(help="float32 or float16, as stored.")] = "float32",
+    split: Annotated[
+        str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
+    ] = "hash",
+    seed: Seed = 0,
+    target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    engine: Annotated[str, typer.Option(help="auto, keras or openvino (processors; extra 'openvino').")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Arithmetic: float32, bfloat16 or float16; each is another recipe.")
+    ] = "float32",
+    check_precision: Annotated[
+        int, typer.Option(help="Compare so many images with float32, and keep the difference in the store.")
+    ] = 0,
+    decode: Annotated[
+        str, typer.Option(help="full, or fast: JPEGs shrunk while they are decoded; another recipe.")
+    ] = "full",
+    shard_rows: Annotated[
+        int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="packed: one file; sharded: an index, and shards that stay. Default: as it is.")
+    ] = None,
+    max_unreadable: Annotated[
+        float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")
+    ] = 0.05,
+    rehash: Annotated[bool, typer.Option("--rehash", help="Read every image again, unchanged or not.")] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse the same bytes in two splits.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Stage one: push every image through a frozen backbone once and keep the features."""
+    from pipeline import extract as stage
+    from pipeline.progress import ConsoleProgress
+
+    options: dict[str, Any] = {
+        "backbone": backbone,
+        "weights": weights,
+        "layers": tuple(layer or ()),
+        "pooling": pooling,
+        "image_size": parse_size(image_size),
+        "resize": resize,
+        "fit": fit,
+        "views": views,
+        "augment": augment,
+        "dtype": dtype,
+        "split": split,
+        "seed": seed,
+        "target": target,
+        "batch_size": batch_size,
+        "workers": workers,
+        "device": device,
+        "engine": engine,
+        "precision": precision,
+        "decode": decode,
+        "check_precision": check_precision,
+        "shard_rows": shard_rows,
+        "layout": layout,
+        "max_unreadable": max_unreadable,
+        "overwrite": overwrite,
+        "rehash": rehash,
+        "strict": strict,
+    }
+    if dry_run:
+        document = stage.plan(images, out, **options)
+        print_document(document, as_json, stage.plan_summary(document))
+        return
+    with ConsoleProgress() as progress:
+        document = stage.run(images, out, progress=progress, **options)
+    print_document(document, as_json, stage.summary(document))
+    print_next(f"bottleneck train-head {out} --head logistic")
+
+
+@app.command()
+@guarded
+def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
+    """What is in a store: rows, classes, splits, data sets, recipes, unreadable images."""
+    from features.store import FeatureStore
+    from pipeline import extract as stage
+
+    document = stage.describe(FeatureStore.open(file))
+    print_document(document, as_json, stage.summary(document))
+
+
+@app.command()
+@guarded
+def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
+    """Recompute every checksum of a store; exit code 3 if one differs."""
+    from features.store import FeatureStore
+    from pipeline.progress import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        store = FeatureStore.open(file)
+        blocks = store.verify(progress)
+    document = {"format": 1, "file": str(file), "rows": len(store), "blocks": blocks, "ok": True}
+    print_document(document, as_json, f"{file}: {len(store)} rows, {blocks} blocks, every checksum holds")
+
+
+@app.command()
+@guarded
+def pack(
+    file: Annotated[Path, typer.Argument(help="A sharded store.")],
+    out: Annotated[Path | None, typer.Option(help="Another file to write. Default: in place of the store.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a sharded store into one file."""
+    from features.extraction import pack_store
+    from pipeline import extract as stage
+    from pipeline.progress import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        store = pack_store(file, out, progress=progress)
+    document = stage.describe(store)
+    print_document(document, as_json, stage.summary(document))

@@ -1,0 +1,137 @@
+"""Commands about heads: train-head, leaderboard."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from features.errors import ConfigurationError
+from pipeline.commands.common import (
+    Json,
+    Runs,
+    app,
+    guarded,
+    metrics_lines,
+    parse_params,
+    print_document,
+    print_next,
+)
+
+
+@app.command("train-head")
+@guarded
+def train_head(
+    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Feature stores.")],
+    head: Annotated[
+        str | None,
+        typer.Option(help="A preset (README), or a classifier such as sklearn.svm.LinearSVC. Default: logistic."),
+    ] = None,
+    heads: Annotated[Path | None, typer.Option(help="A sweep file: many heads at once.")] = None,
+    data_set: Annotated[
+        list[str] | None, typer.Option("--features", help="Data set of the store, where it has several; repeatable.")
+    ] = None,
+    pool: Annotated[
+        str | None, typer.Option(help="avg, max or flatten for spatial features. Default: the head's.")
+    ] = None,
+    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the head; repeatable.")] = None,
+    runs: Runs = Path("runs"),
+    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0, or the sweep's.")] = None,
+    n_jobs: Annotated[int | None, typer.Option(help="Processes of a sweep. Default: the processors.")] = None,
+    folds: Annotated[
+        int, typer.Option(help="Judge each head by that many folds of the training rows too; 0: by validation only.")
+    ] = 0,
+    memory: Annotated[
+        str | None, typer.Option(help="What training may take, such as 2GB. Default: half of what is free.")
+    ] = None,
+    choose: Annotated[str | None, typer.Option(help="accuracy or balanced_accuracy.")] = None,
+    test: Annotated[
+        bool, typer.Option("--test", help="Also measure on the test split; of a sweep only the chosen head.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Stage two: train a head, or a sweep of heads, on cached features."""
+    from features.store import FeatureStore
+    from pipeline import train_head as stage
+    from pipeline.costs import parse_memory
+    from pipeline.leakage import warn_near_duplicates
+    from pipeline.progress import ConsoleProgress
+
+    budget = None if memory is None else parse_memory(memory)
+    stores = [FeatureStore.open(file) for file in files]
+    names = data_set or []
+    for store in stores:
+        warn_near_duplicates(store, names)
+    if heads is None and len(stores) == 1 and len(names) < 2 and not folds:
+        with ConsoleProgress() as progress:
+            result = stage.train_head(
+                stores[0],
+                head or "logistic",
+                runs=runs,
+                name=names[0] if names else None,
+                pool=pool,
+                seed=seed or 0,
+                params=parse_params(param or []),
+                memory=budget,
+                test=test,
+                progress=progress,
+            )
+        document = {
+            "format": 1,
+            "run": str(result.folder),
+            "cached": result.cached,
+            "fit_seconds": result.fit_seconds,
+            "metrics": result.metrics,
+        }
+        done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
+        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_lines(result.metrics)}")
+        print_next(f"bottleneck leaderboard {runs}")
+        return
+    from pipeline.sweep_file import read_sweep, single
+    from pipeline.sweeps import result_document, run_sweep, summary
+
+    if heads is not None and (head or param or pool):
+        raise ConfigurationError("--head, --param and --pool name one head, --heads a sweep; give one or the other")
+    sweep = read_sweep(heads) if heads else single(head or "logistic", parse_params(param or []), pool)
+    if seed is not None:
+        sweep = sweep.model_copy(update={"seed": seed})
+    with ConsoleProgress() as progress:
+        swept = run_sweep(
+            stores,
+            sweep,
+            runs=runs,
+            names=names,
+            jobs=n_jobs,
+            folds=folds,
+            memory=budget,
+            choose=choose,
+            test=test,
+            where=str(heads or "--head"),
+            progress=progress,
+        )
+    print_document(result_document(swept, runs), as_json, summary(swept, runs))
+    if not swept.runs:
+        raise typer.Exit(1)
+    print_next(f"bottleneck leaderboard {runs}{' --folds' if folds else ''}")
+
+
+@app.command()
+@guarded
+def leaderboard(
+    runs: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
+    choose: Annotated[str, typer.Option(help="Compare by accuracy or balanced_accuracy.")] = "accuracy",
+    folds: Annotated[bool, typer.Option("--folds", help="Compare by cross-validation.")] = False,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The table of runs, best first; an asterisk marks the one to choose."""
+    from pipeline.board import leaderboard as rows_of
+    from pipeline.tables import board_text, csv_text
+
+    rows = rows_of(runs, by=choose, folds=folds)
+    if as_json:
+        typer.echo(json.dumps(rows, indent=2))
+    else:
+        typer.echo(csv_text(rows) if as_csv else board_text(rows), nl=not as_csv)

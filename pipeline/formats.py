@@ -1,0 +1,299 @@
+"""The formats of exported models: how each is written, run by its own runtime, and what it can say about itself.
+
+One row of `FORMATS` each. Runtimes and converters are imported when a row needs them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import logging
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.backend import load_keras
+from features.errors import ConfigurationError, RunError
+from features.machine import processors
+from features.openvino_engine import _openvino
+from features.recipe import check_choice
+
+CARD = "bottleneck.json"  # name of the card where it is a file
+KEY = "bottleneck"  # and where it is an entry
+INPUT = "images"
+_LARGEST_CARD = 16 << 20
+Runtime = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """One row of the table of formats.
+
+    Parameters
+    ----------
+    name : str
+        As ``export --format`` takes it.
+    suffix : str
+        How the file's name ends; empty: a folder.
+    main : str
+        File within the folder that every runtime asks for; empty: it is a file itself.
+    packages : tuple of str
+        Modules that writing or running it needs besides Keras and TensorFlow.
+    write : callable
+        Keras model and path -> nothing; raises whatever its converter raises.
+    load : callable
+        Path -> function of uint8 (n, h, w, 3) that gives float (n, c).
+    put, get : callable
+        Write the card's text into a finished artefact; read it, None where there is none.
+    note : str
+        What whoever runs it by hand must know.
+    """
+
+    name: str
+    suffix: str
+    main: str
+    packages: tuple[str, ...]
+    write: Callable[[Any, Path], None]
+    load: Callable[[Path], Runtime]
+    put: Callable[[Path, str], None]
+    get: Callable[[Path], str | None]
+    note: str = ""
+
+    def require(self) -> None:
+        """Raise ``ConfigurationError`` naming what to install, if a package is missing."""
+        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
+        if missing:
+            raise ConfigurationError(
+                f"format {self.name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+                "pip install 'bottleneck-features[export]'"
+            )
+
+
+def find_format(name: str) -> Format:
+    """The row of that name; ``ConfigurationError`` with the nearest one if there is none."""
+    check_choice("format", name, tuple(FORMATS))
+    return FORMATS[name]
+
+
+def format_of(path: Path) -> Format | None:
+    """The format that a path looks like; nothing is loaded."""
+    for row in FORMATS.values():
+        if (path / row.main).is_file() if row.main else path.name.endswith(row.suffix) and path.is_file():
+            return row
+    return None
+
+
+def convert(model: Any, row: Format, path: Path) -> None:
+    """Write the model in a format.
+
+    Raises
+    ------
+    RunError
+        If the network has something that the format's converter does not know.
+    """
+    import tensorflow as tf
+
+    loggers = [tf.get_logger(), logging.getLogger("tf2onnx")]
+    levels = [item.level for item in loggers]
+    try:
+        for item in loggers:  # they tell of their own old interfaces; what cannot be converted is raised
+            item.setLevel(logging.CRITICAL)
+        row.write(model, path)
+    except Exception as error:  # the converters raise whatever they meet, plain Exception too
+        reason = " ".join(str(error).split())[:300] or repr(error)
+        raise RunError(f"{row.name}: this network cannot be converted ({reason}); give another --format") from error
+    finally:
+        for item, level in zip(loggers, levels, strict=True):
+            item.setLevel(level)
+
+
+# -------------------------------------------------------------------------------------------------- writers
+def _write_keras(model: Any, path: Path) -> None:
+    model.save(path)
+
+
+def _write_saved_model(model: Any, path: Path) -> None:
+    model.export(str(path), format="tf_saved_model", verbose=False)
+
+
+def _write_litert(model: Any, path: Path) -> None:
+    model.export(str(path), format="litert", verbose=False)
+
+
+def _write_openvino(model: Any, path: Path) -> None:
+    _openvino()  # before Keras imports it
+    path.mkdir()
+    model.export(str(path / "model.xml"), format="openvino", verbose=False)
+
+
+def _write_onnx(model: Any, path: Path) -> None:
+    """As Keras's exporter, which however lists constants of the graph, such as the means of preprocessing, as inputs.
+
+    tf2onnx also writes operations that ONNX does not have (of ConvNeXt's GELU); the checker raises for these.
+    """
+    import onnx
+    import tensorflow as tf
+    import tf2onnx
+    from tf2onnx import tf_loader
+
+    function = tf.function(lambda images: model(images, training=False))
+    traced = function.get_concrete_function(tf.TensorSpec((None, None, None, 3), tf.uint8, name=INPUT))
+    inputs, outputs = [traced.inputs[0].name], [traced.outputs[0].name]
+    with tf.device("cpu:0"):
+        frozen = tf_loader.from_function(traced, inputs, outputs)
+        converted, _ = tf2onnx.convert.from_graph_def(frozen, input_names=inputs, output_names=outputs)
+    for names in (converted.graph.input, converted.graph.output):
+        names[0].name = names[0].name.removesuffix(":0")
+    for node in converted.graph.node:
+        for tensors in (node.input, node.output):
+            tensors[:] = [name.removesuffix(":0") if name in (*inputs, *outputs) else name for name in tensors]
+    onnx.checker.check_model(converted)
+    onnx.save(converted, path)
+
+
+# -------------------------------------------------------------------------------------------------- runtimes
+def _load_keras(path: Path) -> Runtime:
+    keras = load_keras()
+    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+
+    def forward(images: Any) -> Any:
+        return model(images, training=False)
+
+    if keras.backend.backend() == "tensorflow":
+        import tensorflow as tf
+
+        # Compiled once for images of all sizes: six times as fast as one operation after the other.
+        forward = tf.function(
+            forward, input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)], autograph=False
+        )
+    return lambda images: keras.ops.convert_to_numpy(forward(keras.ops.convert_to_tensor(images)))
+
+
+def _load_saved_model(path: Path) -> Runtime:
+    load_keras()  # holds back what TensorFlow says at its start
+    import tensorflow as tf
+
+    loaded = tf.saved_model.load(str(path))
+
+    def run(images: np.ndarray) -> np.ndarray:
+        # Asked for here, because a signature does not keep the variables alive.
+        (output,) = loaded.signatures["serving_default"](**{INPUT: tf.constant(images)}).values()
+        return output.numpy()
+
+    return run
+
+
+def _load_onnx(path: Path) -> Runtime:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda images: session.run(None, {INPUT: images})[0]
+
+
+def _load_litert(path: Path) -> Runtime:
+    from ai_edge_litert.interpreter import Interpreter
+
+    interpreter = Interpreter(str(path), num_threads=processors())
+    (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
+
+    def run(images: np.ndarray) -> np.ndarray:
+        interpreter.resize_tensor_input(source["index"], images.shape, strict=True)
+        interpreter.allocate_tensors()
+        interpreter.set_tensor(source["index"], images)
+        interpreter.invoke()
+        return interpreter.get_tensor(target["index"])
+
+    return run
+
+
+def _load_openvino(path: Path) -> Runtime:
+    core = _openvino().Core()
+    compiled = core.compile_model(str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # see _F32
+    return lambda images: compiled(images)[0]
+
+
+# -------------------------------------------------------------------------------------------------- cards
+def _put_zip(path: Path, text: str) -> None:
+    """Add a member: a .keras file is a zip; behind a LiteRT file one may stand, as TensorFlow's own metadata do."""
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(CARD, text)
+
+
+def _get_zip(path: Path) -> str | None:
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        if CARD not in archive.namelist():
+            return None
+        if archive.getinfo(CARD).file_size > _LARGEST_CARD:
+            raise ValueError(f"{CARD} is larger than {_LARGEST_CARD} bytes")
+        return archive.read(CARD).decode("ascii")
+
+
+def _put_asset(path: Path, text: str) -> None:
+    """``assets.extra`` is where TensorFlow leaves room for others' files, which nothing loads."""
+    (path / "assets.extra").mkdir(exist_ok=True)
+    (path / "assets.extra" / CARD).write_text(text, encoding="ascii")
+
+
+def _get_asset(path: Path) -> str | None:
+    file = path / "assets.extra" / CARD
+    return file.read_text(encoding="ascii") if file.is_file() else None
+
+
+def _put_onnx(path: Path, text: str) -> None:
+    import onnx
+
+    model = onnx.load(path)
+    onnx.helper.set_model_props(model, {KEY: text})
+    onnx.save(model, path)
+
+
+def _get_onnx(path: Path) -> str | None:
+    import onnx
+
+    return {item.key: item.value for item in onnx.load(path, load_external_data=False).metadata_props}.get(KEY)
+
+
+def _put_openvino(path: Path, text: str) -> None:
+    openvino = _openvino()
+    model = openvino.Core().read_model(path / "model.xml")
+    model.set_rt_info(text, [KEY])
+    other = path / "with_card.xml"
+    openvino.save_model(model, other, compress_to_fp16=False)
+    for suffix in (".bin", ".xml"):
+        os.replace(other.with_suffix(suffix), path / f"model{suffix}")
+
+
+def _get_openvino(path: Path) -> str | None:
+    model = _openvino().Core().read_model(path / "model.xml")
+    return model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
+
+
+_F32 = (
+    "compile it with INFERENCE_PRECISION_HINT f32: where the processor has bfloat16 OpenVINO takes that by itself, which "
+    "was off by 0.09 in probability"
+)
+FORMATS = {
+    row.name: row
+    for row in (
+        Format("keras", ".keras", "", (), _write_keras, _load_keras, _put_zip, _get_zip),
+        Format(
+            *("saved_model", "", "saved_model.pb", ("tensorflow",)),
+            *(_write_saved_model, _load_saved_model, _put_asset, _get_asset),
+        ),
+        Format("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx, _put_onnx, _get_onnx),
+        Format("litert", ".tflite", "", ("ai_edge_litert",), _write_litert, _load_litert, _put_zip, _get_zip),
+        Format(
+            *("openvino", "", "model.xml", ("openvino",)),
+            *(_write_openvino, _load_openvino, _put_openvino, _get_openvino),
+            note=_F32,
+        ),
+    )
+}

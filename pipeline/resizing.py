@@ -1,0 +1,273 @@
+"""The resize of ``features.images`` as a graph: uint8 images of any size in, the very same grey levels out.
+
+Plain ``keras.ops`` on symbolic tensors, so that a saved model needs no class of ours and every converter takes it:
+
+    lengths -> window -> weights of each target pixel -> one matrix product along each axis, rounded in between
+
+``antialias`` is Pillow's bilinear filter: triangle weights in 22-bit fixed point, whole grey levels between the two passes
+(``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in https://github.com/python-pillow/Pillow, Resample.c).
+Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the grey levels are equal, not close.
+``keras`` is computed in whole numbers too; ``features.images`` follows TensorFlow's float32, whose rounding decides where
+the exact value lies half-way between two grey levels: there they differ by one (0.1 % of the values, at some sizes 3 %).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from features.errors import ConfigurationError
+from features.images import resize_image
+from features.recipe import PixelRule
+
+# Pillow's weights have 22 bits and pixels 8: more than a float32 sum keeps. Each weight is two numbers of 11 bits.
+_HALF_BITS = 11
+_HALF = 1 << _HALF_BITS
+# Digits of the long division that gives a weight: int32 holds a remainder times 2^8 while remainders stay below 2^23.
+_DIGITS = (8, 7, 7)
+
+
+class Axis(NamedTuple):
+    """How one axis is resized; numbers may be Python's or symbolic.
+
+    Parameters
+    ----------
+    positions : int32, (length of the image,)
+        0, 1, 2, ...
+    first, length : int
+        Window of the image.
+    size : int
+        Length of the result.
+    start, inner : int
+        Where in the result the window's pixels go; the rest is black.
+    """
+
+    positions: Any
+    first: Any
+    length: Any
+    size: int
+    start: Any
+    inner: Any
+
+    @property
+    def padded(self) -> bool:
+        """Whether pixels around the window are black."""
+        return not isinstance(self.start, int)
+
+
+def longest_side(size: int) -> int:
+    """The longest side of an image whose weights int32 can hold, for a target of ``size`` pixels.
+
+    Examples
+    --------
+    >>> longest_side(224), longest_side(32)
+    (30651, 11585)
+    """
+    # Weights sum to about 2 x length x length / size, which must stay below 2^23.
+    return int((size << 22) ** 0.5)
+
+
+def resized(images: Any, rule: PixelRule) -> Any:
+    """Images resized by ``rule`` within a graph.
+
+    Parameters
+    ----------
+    images : uint8, symbolic, (n, h, w, 3), 0-255
+        RGB, n, h and w unknown.
+    rule : PixelRule
+        ``decode`` does not matter: these are pixels.
+
+    Returns
+    -------
+    float32, symbolic, (n, rule.height, rule.width, 3)
+        Whole numbers, 0-255: those of ``features.images.resize_image``.
+    """
+    across, down = _axes(_positions(images[0, 0, :, 0]), _positions(images[0, :, 0, 0]), rule)
+    return (_two_neighbours if rule.resize == "keras" else _antialiased)(images, across, down)
+
+
+def check_rule(rule: PixelRule) -> None:
+    """Raise ``ConfigurationError`` for a rule that runtimes would compute differently."""
+    if (rule.resize, rule.fit) == ("keras", "pad"):
+        raise ConfigurationError(
+            "pixels of --resize keras --fit pad cannot be exported: the window that Keras computes depends on float32 "
+            "rounding, in which runtimes differ. Supported: antialias with stretch, crop or pad; keras with stretch or crop"
+        )
+    if rule.resize == "keras" and 4 * 255 * rule.width * rule.height >= 1 << 31:
+        raise ConfigurationError(
+            f"pixels of --resize keras can be exported up to 1450x1450, received {rule.height}x{rule.width}; "
+            "antialias has no such limit"
+        )
+
+
+@functools.cache
+def height_first() -> bool:
+    """Whether the pixels of `features.images` were resized height first where that is reduced by much more than width.
+
+    Pillow does so from release 13 on (https://github.com/python-pillow/Pillow/pull/9549), which changes most grey
+    levels of such pictures by one.
+    """
+    tall = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 8, 3)).astype(np.uint8))
+    width_first = tall.resize((4, 64), Image.Resampling.BILINEAR).resize((4, 4), Image.Resampling.BILINEAR)
+    return not np.array_equal(resize_image(tall, PixelRule(4, 4)), np.asarray(width_first))
+
+
+def _positions(line: Any) -> Any:
+    """0, 1, 2, ... as long as a line of pixels: a symbolic shape cannot be asked for its numbers."""
+    from keras import ops
+
+    return ops.cumsum(ops.ones_like(line, dtype="int32")) - 1
+
+
+# -------------------------------------------------------------------------------------------------- windows
+def _axes(xs: Any, ys: Any, rule: PixelRule) -> tuple[Axis, Axis]:
+    """Both axes, with the windows of ``features.images.crop_window`` and ``pad_window``."""
+    from keras import ops
+
+    width, height = ops.max(xs) + 1, ops.max(ys) + 1
+    left = top = 0
+    inside = (0, 0, rule.width, rule.height)
+    if rule.fit == "crop":
+        # Keras divides in float32, which below 2^24 gives the same whole numbers.
+        window_width = _at_least_one(ops.minimum(width, height * rule.width // rule.height))
+        window_height = _at_least_one(ops.minimum(height, width * rule.height // rule.width))
+        left, top = (width - window_width) // 2, (height - window_height) // 2
+        width, height = window_width, window_height
+    elif rule.fit == "pad":
+        inside = _padded(width, height, rule)
+    start_x, start_y, inner_width, inner_height = inside
+    return (
+        Axis(xs, left, width, rule.width, start_x, inner_width),
+        Axis(ys, top, height, rule.height, start_y, inner_height),
+    )
+
+
+def _padded(width: Any, height: Any, rule: PixelRule) -> tuple[Any, Any, Any, Any]:
+    from keras import ops
+
+    wide = width * rule.height >= height * rule.width
+    flat = _at_least_one((2 * height * rule.width + width) // (2 * width))
+    narrow = _at_least_one((2 * width * rule.height + height) // (2 * height))
+    inner_width, inner_height = ops.where(wide, rule.width, narrow), ops.where(wide, flat, rule.height)
+    return (rule.width - inner_width) // 2, (rule.height - inner_height) // 2, inner_width, inner_height
+
+
+def _at_least_one(number: Any) -> Any:
+    from keras import ops
+
+    return ops.maximum(number, 1)
+
+
+# -------------------------------------------------------------------------------------------------- antialias
+def _antialiased(images: Any, across: Axis, down: Axis) -> Any:
+    """Width first, or height first where Pillow does that."""
+    from keras import ops
+
+    planes = ops.transpose(ops.cast(images, "float32"), (0, 3, 1, 2))
+    columns, rows = _weights(across), _weights(down)
+    usual = _along_height(_along_width(planes, columns), rows)
+    if height_first():
+        taller = ops.greater(down.length - down.inner, 2 * ops.maximum(across.length - across.inner, 0))
+        usual = ops.where(taller, _along_width(_along_height(planes, rows), columns), usual)
+    return ops.transpose(usual, (0, 2, 3, 1))
+
+
+def _along_width(planes: Any, weights: Any) -> Any:
+    from keras import ops
+
+    sums = ops.matmul(planes, ops.transpose(weights))
+    return _grey_levels(*ops.split(sums, 2, axis=-1))
+
+
+def _along_height(planes: Any, weights: Any) -> Any:
+    from keras import ops
+
+    sums = ops.matmul(weights, planes)
+    return _grey_levels(*ops.split(sums, 2, axis=-2))
+
+
+def _weights(axis: Axis) -> Any:
+    """Weights of every pixel of an axis for every target pixel, in units of 2^-22: upper halves, then lower halves.
+
+    Returns
+    -------
+    float32, symbolic, (2 x size, length of the image), whole numbers below 2^11 (2^11 for a whole upper half)
+    """
+    from keras import ops
+
+    x = ops.expand_dims(axis.positions - axis.first, 0)
+    j = ops.expand_dims(_targets(axis), 1) if axis.padded else _targets(axis)[:, None]
+    # |centre of x - centre of j| and the filter's reach, both times 2 x the longer of the two lengths.
+    distance = ops.abs((2 * x + 1) * axis.inner - axis.length * (2 * j + 1))
+    triangle = ops.maximum(2 * ops.maximum(axis.length, axis.inner) - distance, 0)
+    inside = _within(x, axis.length)
+    if axis.padded:
+        inside = ops.logical_and(inside, _within(j, axis.inner))
+    triangle = ops.where(inside, triangle, 0)
+    total = _at_least_one(ops.sum(triangle, axis=1, keepdims=True))
+    # triangle / total x 2^22, rounded half up: long division
+    fixed, rest = 0, triangle
+    for bits in _DIGITS:
+        rest = rest * (1 << bits)
+        digit = rest // total
+        fixed, rest = fixed * (1 << bits) + digit, rest - digit * total
+    fixed = fixed + ops.cast(2 * rest >= total, "int32")
+    upper = fixed // _HALF
+    return ops.cast(ops.concatenate([upper, fixed - upper * _HALF], axis=0), "float32")
+
+
+def _targets(axis: Axis) -> Any:
+    from keras import ops
+
+    targets = np.arange(axis.size, dtype=np.int32)
+    return ops.subtract(targets, axis.start) if axis.padded else targets
+
+
+def _within(numbers: Any, end: Any) -> Any:
+    from keras import ops
+
+    return ops.logical_and(ops.greater_equal(numbers, 0), ops.less(numbers, end))
+
+
+def _grey_levels(upper: Any, lower: Any) -> Any:
+    """Sums over both halves of the weights -> whole grey levels, rounded half up."""
+    from keras import ops
+
+    carried = ops.floor((lower + 2.0 ** (2 * _HALF_BITS - 1)) * (1.0 / _HALF))
+    return ops.floor((upper + carried) * (1.0 / _HALF))
+
+
+# -------------------------------------------------------------------------------------------------- keras
+def _two_neighbours(images: Any, across: Axis, down: Axis) -> Any:
+    """Bilinear between the two nearest pixels, in whole numbers, rounded half to even at the end."""
+    from keras import ops
+
+    above, below, share_y = _neighbours(down)
+    first, second, share_x = _neighbours(across)
+    lines = ops.take(images, ops.concatenate([above, below], axis=0), axis=1)
+    left, right = (ops.cast(ops.take(lines, columns, axis=2), "int32") for columns in (first, second))
+    share_x = ops.reshape(share_x, (1, 1, -1, 1))
+    upper, lower = ops.split(left * (2 * across.size - share_x) + right * share_x, 2, axis=1)
+    share_y = ops.reshape(share_y, (1, -1, 1, 1))
+    sums = upper * (2 * down.size - share_y) + lower * share_y
+    whole = 4 * across.size * down.size
+    levels = sums // whole
+    rest = 2 * (sums - levels * whole)
+    odd = ops.equal(levels - levels // 2 * 2, 1)
+    up = ops.logical_or(ops.greater(rest, whole), ops.logical_and(ops.equal(rest, whole), odd))
+    return ops.cast(levels, "float32") + ops.cast(up, "float32")
+
+
+def _neighbours(axis: Axis) -> tuple[Any, Any, Any]:
+    """Positions of both neighbours of each target centre, and the share of the second in units of 1 / (2 x size)."""
+    from keras import ops
+
+    unit = 2 * axis.size
+    centres = ops.maximum(axis.length * (2 * np.arange(axis.size, dtype=np.int32) + 1) - axis.size, 0)
+    lower = centres // unit
+    share = centres - lower * unit
+    upper = ops.minimum(lower + 1, axis.length - 1)
+    return axis.first + lower, axis.first + upper, share

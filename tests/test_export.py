@@ -1,0 +1,333 @@
+"""Exported models: the resize within a graph, every format by its own runtime, and what is refused."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import listing
+from PIL import Image
+from test_endtoend import CATS_DOGS, some_cats_and_dogs, weights_of
+
+import pipeline.export
+from features.errors import (
+    ConfigurationError,
+    FormatVersionError,
+    HeadError,
+    ParityError,
+    RunError,
+    UnreadableImageError,
+)
+from features.extraction import prepare
+from features.images import resize_image
+from features.recipe import PixelRule
+from pipeline.artefacts import Card, full_pixels, open_artefact, predictions, read_card, write_card
+from pipeline.assembled import assemble, folded
+from pipeline.endtoend import network_of
+from pipeline.export import Probe, export, predicted
+from pipeline.formats import FORMATS, convert, find_format
+from pipeline.heads import make_head
+from pipeline.predict import predict_csv
+from pipeline.resizing import check_rule, longest_side, resized
+from pipeline.runs import Run
+from pipeline.train_head import train_head
+
+pytestmark = pytest.mark.slow
+# height, width: down, up, both, exact, tall (which Pillow 13 resizes height first), lines and single pixels
+SIZES = (
+    (375, 500), (500, 375), (224, 224), (96, 80), (448, 448), (336, 336), (447, 449), (225, 223), (223, 225), (300, 200),
+    (113, 77), (1000, 90), (90, 1000), (31, 33), (5, 7), (1, 300), (300, 1), (2, 1), (1, 1), (1201, 1603),
+)  # fmt: skip
+
+
+def noise(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(height * 10_000 + width).integers(0, 256, (height, width, 3)).astype(np.uint8)
+
+
+def resizer(rule: PixelRule) -> Any:
+    import keras
+
+    images = keras.Input((None, None, 3), dtype="uint8")
+    return keras.Model(images, resized(images, rule))
+
+
+# -------------------------------------------------------------------------------------------------- resize
+@pytest.mark.parametrize("size", [(224, 224), (96, 80)])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+def test_the_graph_gives_the_very_grey_levels_of_pillow(fit: str, size: tuple[int, int]) -> None:
+    rule = PixelRule(*size, fit=fit)
+    model = resizer(rule)
+    for height, width in SIZES:
+        pixels = noise(height, width)
+        received = np.asarray(model(pixels[None]))[0]
+        np.testing.assert_array_equal(
+            received, resize_image(Image.fromarray(pixels), rule), err_msg=f"{height}x{width}"
+        )
+
+
+def test_a_batch_is_resized_image_by_image_and_the_longest_side_is_still_exact() -> None:
+    rule = PixelRule(32, 32)
+    model = resizer(rule)
+    pair = np.stack([noise(50, 41), 255 - noise(50, 41)])
+    expected = np.stack([resize_image(Image.fromarray(pixels), rule) for pixels in pair])
+    np.testing.assert_array_equal(np.asarray(model(pair)), expected)
+    longest = noise(3, longest_side(32))
+    np.testing.assert_array_equal(np.asarray(model(longest[None]))[0], resize_image(Image.fromarray(longest), rule))
+
+
+@pytest.mark.parametrize("fit", ["stretch", "crop"])
+def test_the_rule_of_keras_differs_by_one_level_and_only_where_a_value_lies_half_way(fit: str) -> None:
+    rule = PixelRule(224, 224, resize="keras", fit=fit)
+    model = resizer(rule)
+    shares = []
+    for height, width in SIZES:
+        pixels = noise(height, width)
+        received = np.asarray(model(pixels[None]))[0]
+        gaps = np.abs(received - resize_image(Image.fromarray(pixels), rule))
+        assert gaps.max() <= 1, (height, width)
+        shares.append(np.mean(gaps > 0))
+    assert max(shares) < 0.02
+    assert np.median(shares) < 0.002
+
+
+def test_pixels_that_no_graph_gives_exactly_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Supported: antialias with stretch, crop or pad"):
+        check_rule(PixelRule(224, 224, resize="keras", fit="pad"))
+    with pytest.raises(ConfigurationError, match="up to 1450x1450, received 2000x2000"):
+        check_rule(PixelRule(2000, 2000, resize="keras"))
+
+
+# -------------------------------------------------------------------------------------------------- heads
+@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("name", ["logistic", "linear-svm", "lda", "mlp-256"])
+def test_a_folded_head_gives_its_probabilities(name: str, count: int) -> None:
+    generator = np.random.default_rng(0)
+    y = np.arange(90, dtype=np.int32) % count
+    X = (generator.normal(3, 2, (90, 20)) + y[:, None]).astype(np.float32)
+    head = make_head(name, **({"epochs": 40, "learning_rate": 0.01} if name == "mlp-256" else {}))
+    head.fit(X, y)
+    values = X
+    matrices = folded(head.as_dense())  # type: ignore[arg-type]
+    for kernel, bias in matrices[:-1]:
+        values = np.maximum(values @ kernel + bias, 0)
+    kernel, bias = matrices[-1]
+    outputs = np.exp(values @ kernel + bias)
+    expected = head.predict_proba(X)
+    assert np.ptp(expected[:, 0]) > 0.3
+    np.testing.assert_allclose(outputs / outputs.sum(axis=1, keepdims=True), expected, atol=1e-5)
+
+
+# -------------------------------------------------------------------------------------------------- whole models
+@pytest.fixture(scope="module")
+def runs(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("export")
+    pictures = some_cats_and_dogs(assets, folder / "pictures", 48)
+    weights = weights_of(assets, "mobilenet_v2_1.0_224")
+    options = {"backbone": "mobilenetv2", "weights": weights, "image_size": (160, 160)}
+    store = prepare(pictures, folder / "f.h5", **options).run().store
+    # barely trained and strongly penalised: a head that is certain would hide what differs
+    params: dict[str, dict[str, Any]] = {"dropout-linear": {"epochs": 3}, "logistic": {"C": 3e-4}, "knn": {}}
+    return {
+        head: train_head(store, head, runs=folder / "runs", params=values).folder for head, values in params.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def photos(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """50 real pictures of 50 sizes: as they are, tiny, narrow, large, and grey."""
+    folder = tmp_path_factory.mktemp("photos")
+    files = [
+        assets / CATS_DOGS / "train" / kind / f"{kind[:-1]}.{number}.jpg"
+        for kind in ("cats", "dogs")
+        for number in range(100, 125)
+    ]
+    for index, file in enumerate(files):
+        if index < 38:
+            shutil.copy(file, folder)
+            continue
+        picture = Image.open(file)
+        sizes = [(9, 12), (1, 40), (160, 160), (1600, 1200), (90, 700), (2000, 333), (33, 31), (161, 159)]
+        if index < 46:
+            picture = picture.resize(sizes[index - 38])
+        else:
+            picture = picture.convert("L")
+        picture.save(folder / f"{file.stem}.{picture.width}x{picture.height}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def probes(photos: Path) -> list[Probe]:
+    found = [Probe(path.name, full_pixels(path.read_bytes(), PixelRule(160, 160))) for path in sorted(photos.iterdir())]
+    assert len(found) == 50
+    assert len({probe.pixels.shape for probe in found}) > 35
+    return found
+
+
+@pytest.fixture(scope="module")
+def expected(runs: dict[str, Path], photos: Path) -> dict[str, np.ndarray]:
+    """What ``predict`` says of the files, in the order of their names."""
+    found = {}
+    for head in ("dropout-linear", "logistic"):
+        rows = list(csv.DictReader(predict_csv(runs[head], photos).splitlines()))
+        assert [row["file"] for row in rows] == sorted(path.name for path in photos.iterdir())
+        found[head] = np.array([[float(row["cats"]), float(row["dogs"])] for row in rows])
+        assert np.ptp(found[head][:, 0]) > 0.5  # nothing passes because all is the same
+        assert np.mean(np.abs(found[head][:, 0] - 0.5) < 0.45) > 0.8  # nor because all is certain
+    return found
+
+
+def test_the_reference_of_the_gate_is_what_predict_says(
+    runs: dict[str, Path], probes: list[Probe], expected: dict[str, np.ndarray]
+) -> None:
+    for head, values in expected.items():
+        run = Run.open(runs[head])
+        received = predicted(network_of(run), run.recipe, run.load_head(), probes)
+        np.testing.assert_allclose(received, values, atol=2e-6)  # predict writes six digits
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
+    runs: dict[str, Path], photos: Path, tmp_path: Path, name: str
+) -> None:
+    tolerance, suffix = 1e-3 if name == "litert" else 1e-4, find_format(name).suffix
+    for head in ("dropout-linear", "logistic"):
+        out = tmp_path / f"{head}{suffix}"
+        document = export(runs[head], format=name, out=out, images=photos)
+        assert (document["images"], document["classes"]) == (50, ["cats", "dogs"])
+        assert document["parity_gap"] <= document["tolerance"] == tolerance
+    assert {path.name for path in tmp_path.iterdir()} == {f"dropout-linear{suffix}", out.name}  # and no temporary name
+    (tmp_path / "elsewhere").mkdir()
+    found, card = read_card(Path(shutil.move(out, tmp_path / "elsewhere" / out.name)))
+    run = Run.open(runs["logistic"])
+    assert (found.name, card.run, card.classes, card.recipe) == (name, run.run_id, run.classes, run.recipe.to_dict())
+
+
+def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(
+    runs: dict[str, Path], photos: Path, probes: list[Probe], expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
+    artefact = open_artefact(tmp_path / "model.onnx")
+    assert artefact.classes == ("cats", "dogs")
+    pair = np.stack([probes[0].pixels, probes[0].pixels[::-1]])
+    np.testing.assert_allclose(artefact(pair), np.concatenate([artefact(pair[:1]), artefact(pair[1:])]), atol=1e-6)
+    files = [*sorted(photos.iterdir())[:3], tmp_path / "broken.jpg"]
+    (tmp_path / "broken.jpg").write_bytes(b"no image")
+    with ThreadPoolExecutor(2) as pool:
+        found = dict(predictions(artefact, lambda row: files[row].read_bytes(), range(4), pool))
+    for row in range(3):
+        np.testing.assert_allclose(found[row], expected["logistic"][row], atol=1e-4)
+    assert isinstance(found[3], UnreadableImageError)
+    assert found[3].reason == "not-an-image"
+    for wrong in (pair[0], pair.astype(np.float32), pair[..., :1], pair[:0]):
+        with pytest.raises(ConfigurationError, match=r"expected uint8 \(n, height, width, 3\)"):
+            artefact(wrong)
+    with pytest.raises(ConfigurationError, match="takes sides up to 25905 pixels"):
+        artefact(np.zeros((1, 1, 30_000, 3), np.uint8))
+
+
+def test_a_keras_file_opens_without_this_project_and_ignores_training_mode(
+    runs: dict[str, Path], probes: list[Probe], expected: dict[str, np.ndarray], tmp_path: Path
+) -> None:
+    run = Run.open(runs["logistic"])
+    model = assemble(network_of(run), run.recipe, run.load_head().as_dense())  # type: ignore[arg-type]
+    convert(model, find_format("keras"), tmp_path / "model.keras")
+    np.save(tmp_path / "pixels.npy", probes[0].pixels)
+    code = (
+        "import keras, numpy as np\n"
+        "model = keras.saving.load_model('model.keras')\n"
+        "images = np.load('pixels.npy')[None]\n"
+        "print([np.asarray(model(images, training=mode))[0].tolist() for mode in (False, True)])"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    for received in json.loads(done.stdout.splitlines()[-1]):
+        np.testing.assert_allclose(received, expected["logistic"][0], atol=1e-4)
+
+
+def disturbed(layer: str) -> Any:
+    def assemble_wrongly(*arguments: Any) -> Any:
+        model = assemble(*arguments)
+        found = model.get_layer("backbone").get_layer(layer)
+        found.set_weights([values + 0.1 for values in found.get_weights()])
+        return model
+
+    return assemble_wrongly
+
+
+def test_other_probabilities_name_the_layer_and_leave_nothing(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline.export, "assemble", disturbed("block_12_depthwise"))
+        with pytest.raises(
+            ParityError, match=r"assembled network: .*first layer that differs is 'block_12_depthwise'"
+        ) as caught:
+            export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == []
+
+    def convert_wrongly(model: Any, row: Any, path: Path) -> None:
+        kernel = model.get_layer("backbone").get_layer("block_3_expand")
+        kernel.set_weights([values * 1.5 for values in kernel.get_weights()])
+        convert(model, row, path)
+
+    monkeypatch.setattr(pipeline.export, "convert", convert_wrongly)
+    with pytest.raises(ParityError, match=r"keras, loaded by its own runtime: .*differs is 'block_3_expand'"):
+        export(runs["logistic"], format="keras", out=tmp_path / "model.keras")
+    assert list(tmp_path.iterdir()) == []
+
+
+# -------------------------------------------------------------------------------------------------- refusals
+def test_bad_requests_are_refused_before_any_work(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = runs["logistic"]
+    with pytest.raises(ConfigurationError, match=r"received 'onx'.*did you mean 'onnx'"):
+        export(run, format="onx", out=tmp_path / "model.onnx")
+    with pytest.raises(ConfigurationError, match=r"model\.h5, a file of format keras ends in \.keras"):
+        export(run, format="keras", out=tmp_path / "model.h5")
+    (tmp_path / "there.onnx").write_bytes(b"mine")
+    with pytest.raises(ConfigurationError, match=r"there\.onnx exists; remove it"):
+        export(run, format="onnx", out=tmp_path / "there.onnx")
+    with pytest.raises(HeadError, match=r"'knn' is neither linear nor a network.*logistic, ridge, linear-svm"):
+        export(runs["knn"], format="onnx", out=tmp_path / "model.onnx")
+    with pytest.raises(RunError, match=r"another network \(weights: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
+        export(run, format="onnx", out=tmp_path / "model.onnx", weights="random")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(
+        ConfigurationError, match=r"tf2onnx and onnxruntime are not installed; pip install .*\[export\]"
+    ):
+        export(run, format="onnx", out=tmp_path / "model.onnx")
+    assert listing(tmp_path) == ["there.onnx"]
+    assert (tmp_path / "there.onnx").read_bytes() == b"mine"
+
+
+def test_files_that_export_did_not_make_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:
+    import keras
+
+    with pytest.raises(RunError, match="is no exported model"):
+        open_artefact(runs["logistic"])
+    (tmp_path / "text.keras").write_text("text")
+    with pytest.raises(RunError, match="says nothing about classes"):
+        open_artefact(tmp_path / "text.keras")
+    image = keras.Input((4,))
+    keras.Model(image, keras.layers.Dense(2)(image)).save(tmp_path / "other.keras")
+    with pytest.raises(RunError, match="says nothing about classes and pixels; bottleneck export did not make it"):
+        open_artefact(tmp_path / "other.keras")
+    recipe = Run.open(runs["logistic"]).recipe.to_dict()
+    values = {"run": "r", "classes": ("a", "b", "c"), "recipe": recipe, "input": "", "output": "", "packages": {}}
+    write_card(tmp_path / "other.keras", Card(artefact="keras", **values))
+    with pytest.raises(RunError, match="keras cannot run it"):
+        open_artefact(tmp_path / "other.keras")(noise(4, 4)[None])
+    with zipfile.ZipFile(tmp_path / "later.keras", "w") as archive:
+        archive.writestr("bottleneck.json", json.dumps({"format": 2}))
+    with pytest.raises(FormatVersionError, match="format 2 is not known here"):
+        open_artefact(tmp_path / "later.keras")
