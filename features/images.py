@@ -404,7 +404,9 @@ def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:
 def _resample(image: Image.Image, width: int, height: int, rule: PixelRule) -> np.ndarray:
     if rule.resize == "keras":
         return _resample_keras(np.asarray(image), width, height)
-    return np.asarray(image.resize((width, height), Image.Resampling.BILINEAR))
+    # Width first, whatever the release of Pillow: from 13 on it takes the faster order, which moves grey levels by one.
+    across = image.resize((width, image.height), Image.Resampling.BILINEAR)
+    return np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def crop_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:

@@ -51,7 +51,7 @@ class PixelRule:
     height, width : int
         Size given to the network, in pixels, 1-4096.
     resize : {"antialias", "keras"}
-        ``antialias``: Pillow's bilinear filter, which averages when it shrinks. ``keras``: bilinear at
+        ``antialias``: Pillow's bilinear filter, width first, which averages when it shrinks. ``keras``: bilinear at
         half-pixel centres without antialiasing, as ``keras.utils.image_dataset_from_directory`` does by default.
     fit : {"stretch", "crop", "pad"}
         ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window of the target's

@@ -13,14 +13,11 @@ the exact value lies half-way between two grey levels: there they differ by one 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
 
 from features.errors import ConfigurationError
-from features.images import resize_image
 from features.recipe import PixelRule
 
 # Pillow's weights have 22 bits and pixels 8: more than a float32 sum keeps. Each weight is two numbers of 11 bits.
@@ -103,18 +100,6 @@ def check_rule(rule: PixelRule) -> None:
         )
 
 
-@functools.cache
-def height_first() -> bool:
-    """Whether the pixels of `features.images` were resized height first where that is reduced by much more than width.
-
-    Pillow does so from release 13 on (https://github.com/python-pillow/Pillow/pull/9549), which changes most grey
-    levels of such pictures by one.
-    """
-    tall = Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 8, 3)).astype(np.uint8))
-    width_first = tall.resize((4, 64), Image.Resampling.BILINEAR).resize((4, 4), Image.Resampling.BILINEAR)
-    return not np.array_equal(resize_image(tall, PixelRule(4, 4)), np.asarray(width_first))
-
-
 def _positions(line: Any) -> Any:
     """0, 1, 2, ... as long as a line of pixels: a symbolic shape cannot be asked for its numbers."""
     from keras import ops
@@ -168,11 +153,7 @@ def _antialiased(images: Any, across: Axis, down: Axis) -> Any:
 
     planes = ops.transpose(ops.cast(images, "float32"), (0, 3, 1, 2))
     columns, rows = _weights(across), _weights(down)
-    usual = _along_height(_along_width(planes, columns), rows)
-    if height_first():
-        taller = ops.greater(down.length - down.inner, 2 * ops.maximum(across.length - across.inner, 0))
-        usual = ops.where(taller, _along_width(_along_height(planes, rows), columns), usual)
-    return ops.transpose(usual, (0, 2, 3, 1))
+    return ops.transpose(_along_height(_along_width(planes, columns), rows), (0, 2, 3, 1))
 
 
 def _along_width(planes: Any, weights: Any) -> Any:
