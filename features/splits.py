@@ -15,6 +15,7 @@ NOT_GIVEN, UNLABELLED = -1, 3
 SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2}
 SPLIT_KINDS = ("hash", "stratified")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
+TEST_FROM_VALIDATION = "test-from-validation"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +32,9 @@ class SplitRule:
         Shares of train, validation and test; they add up to 1.
     seed : int
         Another seed, other splits.
+    test_from_validation : float, 0 to below 1
+        Share of the validation images of a source that gives its splits that are kept for testing, drawn by hash.
+        It is the one way in which a given split is changed, and only on request.
 
     Examples
     --------
@@ -38,13 +42,20 @@ class SplitRule:
     (0.75, 0.25, 0.0)
     >>> str(SplitRule.parse("hash:0.7,0.15,0.15", seed=3)), str(SplitRule())
     ('hash:0.7,0.15,0.15@3', 'hash')
+    >>> SplitRule.parse("hash+test-from-validation:0.2").test_from_validation
+    0.2
     """
 
     kind: str = "hash"
     fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
     seed: int = 0
+    test_from_validation: float = 0.0
 
     def __post_init__(self) -> None:
+        if not 0 <= self.test_from_validation < 1:
+            raise ConfigurationError(
+                f"test from validation: received {self.test_from_validation}, expected a share from 0 to below 1"
+            )
         if self.kind not in SPLIT_KINDS:
             hint = nearest(self.kind, SPLIT_KINDS)
             raise ConfigurationError(f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}{hint}")
@@ -59,16 +70,26 @@ class SplitRule:
     def parse(cls, text: str, seed: int = 0) -> SplitRule:
         """Read ``hash``, ``stratified``, or either with two (no test) or three fractions: ``hash:0.7,0.15,0.15``.
 
-        A seed behind ``@``, as ``str`` gives it, goes before ``seed``.
+        Then ``+test-from-validation:0.2``, if asked for. A seed behind ``@``, as ``str`` gives it, goes before ``seed``.
         """
         text, at, stated = text.strip().partition("@")
         if at:
             if not stated.removeprefix("-").isdecimal():
                 raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
             seed = int(stated)
+        text, plus, addition = text.strip().partition("+")
+        reserved = 0.0
+        if plus:
+            name, _, share = addition.partition(":")
+            value = number_or_none(share)
+            if name != TEST_FROM_VALIDATION or value is None:
+                raise ConfigurationError(
+                    f"split: received '+{addition}', expected '+{TEST_FROM_VALIDATION}:SHARE', such as 0.2"
+                )
+            reserved = value
         kind, colon, rest = text.strip().partition(":")
         if not colon:
-            return cls(kind, seed=seed)
+            return cls(kind, seed=seed, test_from_validation=reserved)
         shares = [number_or_none(part) for part in rest.split(",")]
         if None in shares or len(shares) not in (2, 3):
             raise ConfigurationError(
@@ -76,14 +97,15 @@ class SplitRule:
                 "train, validation and test, as in 'hash:0.7,0.15,0.15'"
             )
         train, validation, test = [share for share in shares if share is not None] + [0.0] * (3 - len(shares))
-        return cls(kind, (train, validation, test), seed)
+        return cls(kind, (train, validation, test), seed, reserved)
 
     def __str__(self) -> str:
         seed = f"@{self.seed}" if self.seed else ""
+        added = f"+{TEST_FROM_VALIDATION}:{self.test_from_validation!r}" if self.test_from_validation else ""
         if self.fractions == DEFAULT_FRACTIONS:
-            return self.kind + seed
+            return self.kind + added + seed
         shown = self.fractions if self.fractions[2] else self.fractions[:2]
-        return f"{self.kind}:{','.join(map(repr, shown))}{seed}"
+        return f"{self.kind}:{','.join(map(repr, shown))}{added}{seed}"
 
 
 def assign_splits(
@@ -94,6 +116,9 @@ def assign_splits(
     rule: SplitRule,
 ) -> tuple[np.ndarray, list[str]]:
     """Give every image its split. Given splits stay; unlabelled images are ``unlabelled``.
+
+    With ``rule.test_from_validation`` a given validation image goes to test if its draw, with the word
+    ``test-from-validation`` between seed and key, is below that share.
 
     An image draws u = (first 8 bytes of sha256(seed in decimal + key), big-endian) / 2^64, where key is its group
     in UTF-8, or the sha256 of its content where it has none. ``hash``: train if u < train share,
@@ -125,14 +150,23 @@ def assign_splits(
     """
     splits = np.array(given_splits, dtype=np.int8)
     splits[np.asarray(labels) < 0] = UNLABELLED
+    digests = np.asarray(sha256, dtype=np.uint8)
+
+    def draws_of(rows: list[int], word: str = "") -> np.ndarray:
+        named = groups or [""] * len(splits)
+        keys = (_group_key(named[row]) if named[row] else digests[row].tobytes() for row in rows)
+        return _draws(keys, f"{rule.seed}{word}")
+
+    if rule.test_from_validation:
+        validation_rows = np.flatnonzero(splits == SPLITS.index("validation"))
+        chosen = draws_of(validation_rows.tolist(), TEST_FROM_VALIDATION) < rule.test_from_validation
+        splits[validation_rows[chosen]] = SPLITS.index("test")
     rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
     if rule.kind == "stratified" and groups is not None and len(rows):
         raise ConfigurationError(
             "split 'stratified' would tear groups apart; use 'hash', or give splits in the manifest"
         )
-    digests = np.asarray(sha256, dtype=np.uint8)
-    keys = (_group_key(groups[row]) if groups is not None and groups[row] else digests[row].tobytes() for row in rows)
-    draws = _draws(keys, rule.seed)
+    draws = draws_of(rows)
     if rule.kind == "stratified":
         splits[rows] = _stratify(np.asarray(labels)[rows], draws, rule.fractions)
     else:
@@ -147,8 +181,8 @@ def _group_key(group: str) -> bytes:
     return group.encode("utf-8", "surrogateescape")
 
 
-def _draws(keys: Iterable[bytes], seed: int) -> np.ndarray:
-    prefix = str(seed).encode("ascii")
+def _draws(keys: Iterable[bytes], salt: str) -> np.ndarray:
+    prefix = salt.encode("ascii")
     heads = b"".join(hashlib.sha256(prefix + key).digest()[:8] for key in keys)
     return np.frombuffer(heads, dtype=">u8").astype(np.float64) / 2.0**64
 

@@ -658,6 +658,8 @@ def test_sample_that_was_damaged_or_cannot_be_written(cache: Path, monkeypatch: 
         ("stratified:0.75,0.25", "stratified", (0.75, 0.25, 0.0)),
         ("stratified:0.6,0.2,0.2", "stratified", (0.6, 0.2, 0.2)),
         ("hash:0.5,0.0,0.5", "hash", (0.5, 0.0, 0.5)),
+        ("hash+test-from-validation:0.2", "hash", (0.8, 0.1, 0.1)),
+        ("stratified:0.6,0.4+test-from-validation:0.5", "stratified", (0.6, 0.4, 0.0)),
     ],
 )
 def test_split_rules_are_read_and_written_back(text: str, kind: str, fractions: tuple[float, ...]) -> None:
@@ -669,7 +671,7 @@ def test_split_rules_are_read_and_written_back(text: str, kind: str, fractions: 
 
 
 WRONG = """hsah hash: hash:0.8 hash:0.8,0.1 hash:a,b hash:0.5,0.2,0.2,0.1 hash:1.1,-0.1 hash:0,1 hash:nan,0.5,0.5
-    hash:inf,0 stratified:0.8,0.2,0.1 hash:0.8,0.1,0.100000002"""
+    hash:inf,0 stratified:0.8,0.2,0.1 hash:0.8,0.1,0.100000002 hash+validation:0.2 hash+test-from-validation:x"""
 
 
 @pytest.mark.parametrize("text", ["", *WRONG.split()])
@@ -814,6 +816,28 @@ def test_given_splits_and_unlabelled_images_stay() -> None:
         assert splits[:5] == [2, 1, 3, 0, 3]
         assert splits[5] in (0, 1, 2)
     assert given_splits.tolist() == [2, 1, -1, 0, 3, -1]  # not changed in place
+
+
+def test_a_share_of_given_validation_becomes_test() -> None:
+    count = 3000
+    given_splits = np.array([0, 1, 1] * (count // 3), np.int8)
+    labels, digests = np.zeros(count, np.int32), contents(count)
+    plain = np.array(split(digests, "hash", labels, given_splits))
+    splits = np.array(split(digests, "hash+test-from-validation:0.2", labels, given_splits))
+    assert plain.tolist() == given_splits.tolist()
+    moved = splits != plain
+    assert set(plain[moved]) == {1}
+    assert set(splits[moved]) == {2}
+    assert 0.17 < moved.sum() / 2000 < 0.23
+    some = slice(0, 300)  # the others do not matter
+    assert (
+        split(digests[some], "hash+test-from-validation:0.2", labels[some], given_splits[some]) == splits[some].tolist()
+    )
+    groups = [f"animal {row // 10}" for row in range(count)]
+    grouped = np.array(split(digests, "hash+test-from-validation:0.2", labels, given_splits, groups))
+    assert all(len(set(ten[ten > 0])) == 1 for ten in grouped.reshape(-1, 10))
+    with pytest.raises(ConfigurationError, match="expected a share from 0 to below 1"):
+        SplitRule.parse("hash+test-from-validation:1")
 
 
 def test_groups_that_given_splits_tear_apart_are_warned_about() -> None:

@@ -54,6 +54,9 @@ def extract(
     split: Annotated[
         str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
     ] = "hash",
+    test_from_validation: Annotated[
+        float, typer.Option(help="Share of the validation images of a source with splits to keep for testing.")
+    ] = 0.0,
     seed: Seed = 0,
     target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
     batch_size: BatchSize = 32,
@@ -101,7 +104,7 @@ def extract(
         "views": views,
         "augment": augment,
         "dtype": dtype,
-        "split": split,
+        "split": f"{split}+test-from-validation:{test_from_validation}" if test_from_validation else split,
         "seed": seed,
         "target": target,
         "batch_size": batch_size,
