@@ -66,6 +66,8 @@ class Backbone:
         The builder's default input size in pixels; None for a model file.
     options : tuple of (str, float)
         Further arguments of the builder, such as ``alpha``.
+    top : str or None
+        The last layer to keep of the builder's own classifier, such as ``fc2``; None: no classifier.
     boundary : str or None
         Layer just before the last convolutional block; None: by rule (``features.graph.boundary_by_rule``).
     factors : tuple of float or None
@@ -85,6 +87,7 @@ class Backbone:
     preprocessing: str
     size: int | None
     options: tuple[tuple[str, float], ...] = ()
+    top: str | None = None
     boundary: str | None = None
     factors: tuple[float, ...] | None = None
     official: OfficialFile | None = None
@@ -114,16 +117,18 @@ def _row(
     size: int,
     *,
     width: float | None = None,
+    top: str | None = None,
     boundary: str | None = None,
     factors: tuple[float, ...] | None = None,
 ) -> Backbone:
-    name = builder.lower() if width is None else f"{builder.lower()}-{width}"
+    name = "-".join([builder.lower(), *([] if width is None else [str(width)]), *([] if top is None else [top])])
     return Backbone(
         name=name,
         builder=builder,
         preprocessing=preprocessing,
         size=size,
         options=() if width is None else (("alpha", width),),
+        top=top,
         boundary=boundary,
         factors=factors,
         official=OFFICIAL[name],
@@ -180,7 +185,9 @@ _TABLE = (
     _row("ResNet101V2", "resnet_v2", 224, boundary="conv4_block23_out"),
     _row("ResNet152V2", "resnet_v2", 224, boundary="conv4_block36_out"),
     _row("VGG16", "vgg16", 224, boundary="block4_pool"),
+    _row("VGG16", "vgg16", 224, top="fc2", boundary="block4_pool"),
     _row("VGG19", "vgg19", 224),
+    _row("VGG19", "vgg19", 224, top="fc2"),
     _row("Xception", "xception", 299),
 )
 BACKBONES: dict[str, Backbone] = {row.name: row for row in _TABLE}
@@ -271,7 +278,11 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
             # a warning about the size of the images that the official weights were trained on
             warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
             model = builder(
-                include_top=False, weights=None, input_shape=(height, width, 3), pooling=None, **dict(backbone.options)
+                include_top=backbone.top is not None,
+                weights=None,
+                input_shape=(height, width, 3),
+                pooling=None,
+                **dict(backbone.options),
             )
     except ValueError as error:
         raise ConfigurationError(
@@ -280,6 +291,8 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
         ) from error
     for layer, name in zip(model.layers, stable_names(model.layers), strict=True):
         layer.name = name
+    if backbone.top is not None:
+        return keras.Model(model.inputs, model.get_layer(backbone.top).output, name=model.name)
     return model if backbone.factors is None else _with_factors(model, backbone.factors)
 
 

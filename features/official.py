@@ -1,4 +1,4 @@
-"""The official no-top weight files of ``keras.applications``, and two wheels that hold the same networks' tensors.
+"""The official weight files of ``keras.applications``, and two wheels that hold the same networks' tensors.
 
 Data only. A test compares the files with what the installed Keras would fetch, and loads the wheels.
 """
@@ -133,7 +133,9 @@ OFFICIAL: dict[str, OfficialFile] = {
     "resnet50": _official(f"resnet/resnet50{_TF}notop.h5", "4d473c1dd8becc155b73f8504c6f6626"),
     "resnet50v2": _official(f"resnet/resnet50v2{_TF}notop.h5", "fac2f116257151a9d068a22e544a4917"),
     "vgg16": _official(f"vgg16/vgg16{_TF}notop.h5", "6d6bbae143d832006294945121d1f1fc"),
+    "vgg16-fc2": _official("vgg16/vgg16_weights_tf_dim_ordering_tf_kernels.h5", "64373286793e3c8b2b4e3219cbf3544b"),
     "vgg19": _official(f"vgg19/vgg19{_TF}notop.h5", "253f8cb515780f3b799900260a226db6"),
+    "vgg19-fc2": _official("vgg19/vgg19_weights_tf_dim_ordering_tf_kernels.h5", "cbe5617147190e668d6c5d5026f83318"),
     "xception": _official(f"xception/xception{_TF}notop.h5", "b0042744bf5b25fce3cb969f33bebb97"),
 }
 

@@ -23,7 +23,7 @@ import pytest
 from helpers import listing
 
 from features import wheels
-from features.backbones import BACKBONES, Backbone, build_backbone, find_backbone, preprocess
+from features.backbones import BACKBONES, Backbone, boundary_of, build_backbone, find_backbone, last_layer, preprocess
 from features.cache import cache_folder
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
 from features.files import whole_file
@@ -562,6 +562,27 @@ def test_an_official_file_gives_what_keras_itself_gives(
     expected = np.asarray(theirs(preprocess(backbone)(images), training=False))
     assert np.abs(expected).max() > 1e-3
     np.testing.assert_array_equal(np.asarray(ours(preprocess(backbone)(images), training=False)), expected)
+    keras.backend.clear_session()
+
+
+@pytest.mark.slow
+def test_fully_connected_layers_come_from_the_file_with_the_classifier(offline: Path) -> None:
+    import keras
+
+    backbone = dataclasses.replace(BACKBONES["vgg16-fc2"], size=32)
+    whole = keras.applications.VGG16(weights=None, input_shape=(32, 32, 3), classes=7)
+    for layer in whole.layers[1:]:  # names that differ from process to process would hide a pairing by place
+        assert layer.name.startswith(("block", "flatten", "fc", "predictions"))
+    path = write_legacy(offline / "keras/models" / backbone.official.file, legacy_layers(whole))  # type: ignore[union-attr]
+    backbone = with_official(backbone, path)
+    model = build_backbone(backbone, (32, 32))
+    load_weights(model, backbone, resolve_weights(backbone))
+    assert (last_layer(model), boundary_of(backbone, model)) == ("fc2", "block4_pool")
+    images = np.random.default_rng(0).uniform(0, 255, (2, 32, 32, 3)).astype(np.float32)
+    expected = np.asarray(keras.Model(whole.input, whole.get_layer("fc2").output)(images, training=False))
+    assert expected.shape == (2, 4096)
+    assert expected.max() > 1e-3
+    np.testing.assert_array_equal(np.asarray(model(images, training=False)), expected)
     keras.backend.clear_session()
 
 
