@@ -15,7 +15,8 @@ NOT_GIVEN, UNLABELLED = -1, 3
 SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2}
 SPLIT_KINDS = ("hash", "stratified")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
-TEST_FROM_VALIDATION = "test-from-validation"
+# Given split -> the one that a share of it goes to
+MOVES = {"validation-from-train": ("train", "validation"), "test-from-validation": ("validation", "test")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,9 +33,9 @@ class SplitRule:
         Shares of train, validation and test; they add up to 1.
     seed : int
         Another seed, other splits.
-    test_from_validation : float, 0 to below 1
-        Share of the validation images of a source that gives its splits that are kept for testing, drawn by hash.
-        It is the one way in which a given split is changed, and only on request.
+    validation_from_train, test_from_validation : float, 0 to below 1
+        Share of the images given as train (validation) that are kept for validation (testing), drawn by hash. It is
+        the one way in which a given split is changed, and only on request.
 
     Examples
     --------
@@ -42,20 +43,20 @@ class SplitRule:
     (0.75, 0.25, 0.0)
     >>> str(SplitRule.parse("hash:0.7,0.15,0.15", seed=3)), str(SplitRule())
     ('hash:0.7,0.15,0.15@3', 'hash')
-    >>> SplitRule.parse("hash+test-from-validation:0.2").test_from_validation
-    0.2
+    >>> SplitRule.parse("hash+validation-from-train:0.1").validation_from_train
+    0.1
     """
 
     kind: str = "hash"
     fractions: tuple[float, float, float] = DEFAULT_FRACTIONS
     seed: int = 0
+    validation_from_train: float = 0.0
     test_from_validation: float = 0.0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.test_from_validation < 1:
-            raise ConfigurationError(
-                f"test from validation: received {self.test_from_validation}, expected a share from 0 to below 1"
-            )
+        for name, share in self._moved.items():
+            if not 0 <= share < 1:
+                raise ConfigurationError(f"{name}: received {share}, expected a share from 0 to below 1")
         if self.kind not in SPLIT_KINDS:
             hint = nearest(self.kind, SPLIT_KINDS)
             raise ConfigurationError(f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}{hint}")
@@ -70,26 +71,26 @@ class SplitRule:
     def parse(cls, text: str, seed: int = 0) -> SplitRule:
         """Read ``hash``, ``stratified``, or either with two (no test) or three fractions: ``hash:0.7,0.15,0.15``.
 
-        Then ``+test-from-validation:0.2``, if asked for. A seed behind ``@``, as ``str`` gives it, goes before ``seed``.
+        ``+validation-from-train:0.1`` and ``+test-from-validation:0.2`` may follow. A seed behind ``@``, as ``str``
+        gives it, goes before ``seed``.
         """
         text, at, stated = text.strip().partition("@")
         if at:
             if not stated.removeprefix("-").isdecimal():
                 raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
             seed = int(stated)
-        text, plus, addition = text.strip().partition("+")
-        reserved = 0.0
-        if plus:
-            name, _, share = addition.partition(":")
+        text, *additions = text.split("+")
+        moved = {}
+        for addition in additions:
+            name, _, share = addition.strip().partition(":")
             value = number_or_none(share)
-            if name != TEST_FROM_VALIDATION or value is None:
-                raise ConfigurationError(
-                    f"split: received '+{addition}', expected '+{TEST_FROM_VALIDATION}:SHARE', such as 0.2"
-                )
-            reserved = value
+            if name not in MOVES or value is None:
+                known = " or ".join(f"+{name}:SHARE" for name in MOVES)
+                raise ConfigurationError(f"split: received '+{addition}', expected {known}, such as 0.2")
+            moved[name.replace("-", "_")] = value
         kind, colon, rest = text.strip().partition(":")
         if not colon:
-            return cls(kind, seed=seed, test_from_validation=reserved)
+            return cls(kind, seed=seed, **moved)
         shares = [number_or_none(part) for part in rest.split(",")]
         if None in shares or len(shares) not in (2, 3):
             raise ConfigurationError(
@@ -97,15 +98,19 @@ class SplitRule:
                 "train, validation and test, as in 'hash:0.7,0.15,0.15'"
             )
         train, validation, test = [share for share in shares if share is not None] + [0.0] * (3 - len(shares))
-        return cls(kind, (train, validation, test), seed, reserved)
+        return cls(kind, (train, validation, test), seed, **moved)
 
     def __str__(self) -> str:
         seed = f"@{self.seed}" if self.seed else ""
-        added = f"+{TEST_FROM_VALIDATION}:{self.test_from_validation!r}" if self.test_from_validation else ""
+        added = "".join(f"+{name}:{share!r}" for name, share in self._moved.items() if share)
         if self.fractions == DEFAULT_FRACTIONS:
             return self.kind + added + seed
         shown = self.fractions if self.fractions[2] else self.fractions[:2]
         return f"{self.kind}:{','.join(map(repr, shown))}{added}{seed}"
+
+    @property
+    def _moved(self) -> dict[str, float]:
+        return dict(zip(MOVES, (self.validation_from_train, self.test_from_validation), strict=True))
 
 
 def assign_splits(
@@ -118,7 +123,7 @@ def assign_splits(
     """Give every image its split. Given splits stay; unlabelled images are ``unlabelled``.
 
     With ``rule.test_from_validation`` a given validation image goes to test if its draw, with the word
-    ``test-from-validation`` between seed and key, is below that share.
+    ``test-from-validation`` between seed and key, is below that share; likewise ``rule.validation_from_train``.
 
     An image draws u = (first 8 bytes of sha256(seed in decimal + key), big-endian) / 2^64, where key is its group
     in UTF-8, or the sha256 of its content where it has none. ``hash``: train if u < train share,
@@ -157,10 +162,11 @@ def assign_splits(
         keys = (_group_key(named[row]) if named[row] else digests[row].tobytes() for row in rows)
         return _draws(keys, f"{rule.seed}{word}")
 
-    if rule.test_from_validation:
-        validation_rows = np.flatnonzero(splits == SPLITS.index("validation"))
-        chosen = draws_of(validation_rows.tolist(), TEST_FROM_VALIDATION) < rule.test_from_validation
-        splits[validation_rows[chosen]] = SPLITS.index("test")
+    given = splits.copy()
+    for word, share in rule._moved.items():
+        source, target = (SPLITS.index(name) for name in MOVES[word])
+        rows = np.flatnonzero(given == source).tolist() if share else []
+        splits[[row for row, draw in zip(rows, draws_of(rows, word), strict=True) if draw < share]] = target
     rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
     if rule.kind == "stratified" and groups is not None and len(rows):
         raise ConfigurationError(

@@ -659,6 +659,7 @@ def test_sample_that_was_damaged_or_cannot_be_written(cache: Path, monkeypatch: 
         ("stratified:0.6,0.2,0.2", "stratified", (0.6, 0.2, 0.2)),
         ("hash:0.5,0.0,0.5", "hash", (0.5, 0.0, 0.5)),
         ("hash+test-from-validation:0.2", "hash", (0.8, 0.1, 0.1)),
+        ("hash:0.5,0.0,0.5+validation-from-train:0.1+test-from-validation:0.2", "hash", (0.5, 0.0, 0.5)),
         ("stratified:0.6,0.4+test-from-validation:0.5", "stratified", (0.6, 0.4, 0.0)),
     ],
 )
@@ -836,6 +837,9 @@ def test_a_share_of_given_validation_becomes_test() -> None:
     groups = [f"animal {row // 10}" for row in range(count)]
     grouped = np.array(split(digests, "hash+test-from-validation:0.2", labels, given_splits, groups))
     assert all(len(set(ten[ten > 0])) == 1 for ten in grouped.reshape(-1, 10))
+    both = np.array(split(digests, "hash+validation-from-train:0.5+test-from-validation:0.2", labels, given_splits))
+    assert both[plain == 1].tolist() == splits[plain == 1].tolist()
+    assert set(both[plain == 0]) == {0, 1}
     with pytest.raises(ConfigurationError, match="expected a share from 0 to below 1"):
         SplitRule.parse("hash+test-from-validation:1")
 

@@ -54,8 +54,11 @@ def extract(
     split: Annotated[
         str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
     ] = "hash",
+    validation_from_train: Annotated[
+        float, typer.Option(help="Share of the images given as train that is kept for validation.")
+    ] = 0.0,
     test_from_validation: Annotated[
-        float, typer.Option(help="Share of the validation images of a source with splits to keep for testing.")
+        float, typer.Option(help="Share of the images given as validation that is kept for testing.")
     ] = 0.0,
     seed: Seed = 0,
     target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
@@ -104,7 +107,7 @@ def extract(
         "views": views,
         "augment": augment,
         "dtype": dtype,
-        "split": f"{split}+test-from-validation:{test_from_validation}" if test_from_validation else split,
+        "split": _with_moves(split, validation_from_train, test_from_validation),
         "seed": seed,
         "target": target,
         "batch_size": batch_size,
@@ -129,6 +132,12 @@ def extract(
         document = stage.run(images, out, progress=progress, **options)
     print_document(document, as_json, stage.summary(document))
     print_next(f"bottleneck train-head {out} --head logistic")
+
+
+def _with_moves(split: str, validation_from_train: float, test_from_validation: float) -> str:
+    """The text of a split rule with what two options add to it."""
+    added = {"validation-from-train": validation_from_train, "test-from-validation": test_from_validation}
+    return "+".join([split, *(f"{name}:{share}" for name, share in added.items() if share)])
 
 
 @app.command()
