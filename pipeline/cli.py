@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import logging
-import sys
 
-from pipeline.commands import features, heads, models  # noqa: F401  # each adds its commands
+from pipeline.commands import features, heads, looks, models, recipes  # noqa: F401  # each adds its commands
 from pipeline.commands.common import app
+from pipeline.progress import StderrHandler, set_quiet
+
+DOWNLOADS = ("features.weights", "features.wheels")  # whoever waits for one is told so
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command and return its exit code (DESIGN section 3)."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s", stream=sys.stderr)
-
+    logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
+    for name in DOWNLOADS:
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         app(args=arguments)
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
+    finally:
+        set_quiet(quiet=False)
     return 0

@@ -1,0 +1,164 @@
+"""What the network will see: a grid of sample images, or of some images under every view, by the pixel rule of ``extract``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+import numpy as np
+
+from features.augmentation import AugmentSpec
+from features.backbones import find_backbone
+from features.errors import ConfigurationError, TooManyUnreadableError, UnreadableImageError, check_range
+from features.files import printable, writable_folder
+from features.recipe import PixelRule
+from features.sources import ImageSet, scan
+from features.views import decode_views
+from pipeline.grids import Cell, check_picture, draw_grid, rows_of
+
+logger = logging.getLogger(__name__)
+IMAGES, AUGMENTED_IMAGES, VIEWS = 24, 5, 6
+MOST_IMAGES, MOST_VIEWS = 400, 24
+
+
+def preview(
+    images: str | Path,
+    out: str | Path,
+    *,
+    backbone: str = "mobilenetv2",
+    image_size: tuple[int, int] | None = None,
+    resize: str = "antialias",
+    fit: str = "stretch",
+    decode: str = "full",
+    augment: str = "none",
+    views: int | None = None,
+    seed: int = 0,
+    count: int | None = None,
+    target: str | None = None,
+) -> dict[str, Any]:
+    """Draw the grid.
+
+    Parameters
+    ----------
+    images : str or Path
+        Any image source.
+    out : Path
+        PNG or JPEG file.
+    backbone : str
+        Whose image size is used where none is given.
+    image_size : tuple of int, optional
+        Height and width in pixels.
+    resize, fit, decode : str
+        As of `features.recipe.PixelRule`.
+    augment : str
+        Name of a preset; each image then fills a row with its views, the plain one first.
+    views : int, optional
+        How many, the plain one counted.
+    seed : int
+        Of the views, as ``extract`` takes it; the choice of images depends on it too.
+    count : int, optional
+        Images; default 24, with ``augment`` 5.
+    target : str, optional
+        Label column of a manifest.
+
+    Returns
+    -------
+    dict
+        ``out``, ``images`` drawn as paths, ``views``, ``image_size`` and ``unreadable``, how many were passed over.
+
+    Raises
+    ------
+    ConfigurationError
+        An option that does not exist, or views of nothing.
+    SourceError
+        If there are no images.
+    TooManyUnreadableError
+        If none of those looked at can be read.
+    """
+    spec = AugmentSpec.parse(augment)
+    if views is not None and spec.is_plain:
+        raise ConfigurationError(
+            f"--views {views} needs --augment: without it all views are the plain image; type --augment flip-rotation"
+        )
+    shown = 1 if spec.is_plain else VIEWS if views is None else views
+    wanted = (IMAGES if spec.is_plain else AUGMENTED_IMAGES) if count is None else count
+    check_range("views", shown, 1, MOST_VIEWS)
+    check_range("count", wanted, 1, MOST_IMAGES)
+    size = image_size or find_backbone(backbone).default_size
+    rule = PixelRule(*size, resize=resize, fit=fit, decode=decode)
+    out = Path(out)
+    check_picture(out)
+    source = scan(images, target=target)
+    writable_folder(out.parent)
+    rows: list[tuple[int, list[Cell]]] = []
+    unreadable = 0
+    for row in sample_images(source, len(source), seed):
+        if len(rows) == wanted or unreadable > 10 * wanted:
+            break
+        try:
+            rows.append((row, _cells(source, row, rule, spec, seed, shown)))
+        except UnreadableImageError as problem:
+            unreadable += 1
+            logger.warning("%s is unreadable (%s) and passed over", printable(source.paths[row]), problem)
+    if not rows:
+        raise TooManyUnreadableError(f"{images}: none of {unreadable} images could be read; nothing was drawn")
+    rows.sort(key=lambda item: (source.labels[item[0]], item[0]))  # images of a class beside each other
+    cells = [drawn for _, drawn in rows]
+    classes = f", {len(source.classes)} classes" if source.classes else ""
+    title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {len(source):,} images{classes}, {size[0]}x{size[1]} {fit}"
+    if spec.is_plain:
+        draw_grid(rows_of([drawn[0] for drawn in cells]), out, title=title)
+    else:
+        headings = ["view 0, plain", *(f"view {view}" for view in range(1, shown))]
+        draw_grid(cells, out, title=f"{title}, {augment}, seed {seed}", headings=headings)
+    return {
+        "format": 1,
+        "out": str(out),
+        "images": [printable(source.paths[row]) for row, _ in rows],
+        "views": shown,
+        "augment": augment,
+        "image_size": list(size),
+        "unreadable": unreadable,
+    }
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The result for a person."""
+    views = f", {document['views']} views of each ({document['augment']})" if document["views"] > 1 else ""
+    skipped = f"; {document['unreadable']} unreadable ones passed over" if document["unreadable"] else ""
+    height, width = document["image_size"]
+    return f"{document['out']}: {len(document['images'])} images at {height}x{width}{views}{skipped}"
+
+
+def sample_images(source: ImageSet, count: int, seed: int = 0) -> list[int]:
+    """Row numbers of images drawn at random, one of each class in turn, so that every class is met early.
+
+    Parameters
+    ----------
+    source : ImageSet
+        Labels may be missing.
+    count : int
+        At most so many.
+    seed : int
+        Another seed, other images.
+    """
+    generator = np.random.default_rng(seed)
+    order = generator.permutation(len(source))
+    labels = source.labels[order]
+    turns = np.empty(len(order), np.int64)
+    for label in np.unique(labels):
+        turns[labels == label] = np.arange(int((labels == label).sum()))
+    return order[np.argsort(turns, kind="stable")][:count].tolist()
+
+
+def _cells(source: ImageSet, row: int, rule: PixelRule, spec: AugmentSpec, seed: int, views: int) -> list[Cell]:
+    data = source.read(row)
+    pixels = decode_views(data, rule, spec, seed=seed, sha256=hashlib.sha256(data).digest(), views=range(views)).pixels
+    label = int(source.labels[row])
+    name = source.paths[row].rpartition("/")[2]
+    captions: Sequence[tuple[str, str]] = [(source.classes[label], name) if label >= 0 else (name, "")]
+    captions = [*captions, *[("", "")] * (views - 1)]
+    return [Cell(view, *caption) for view, caption in zip(pixels, captions, strict=True)]

@@ -1,0 +1,258 @@
+"""One page of HTML about a folder of runs: self-contained, it loads nothing and runs no script but its own.
+
+    runs --by data digest--> groups --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
+
+All text passes Jinja2's autoescape; the page's Content-Security-Policy allows the one script in it, by its hash, and
+images in the page itself.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import importlib.metadata
+import logging
+from collections import Counter
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePath
+from typing import Any
+
+from features.errors import BottleneckError, ConfigurationError, RunError
+from features.files import atomic_file, printable, writable_folder
+from features.store import FeatureStore
+from pipeline.board import leaderboard
+from pipeline.charts import interval_bar
+from pipeline.report_run import Detail, describe_run
+from pipeline.runs import Run, find_runs, rank
+
+logger = logging.getLogger(__name__)
+Progress = Callable[[str, int, int], None]
+
+TEMPLATES = Path(__file__).parent / "templates"
+DETAILED = 8  # data sets that get more than a leaderboard
+BOARD_ROWS = 500
+MAP_POINTS, MAP_POINTS_ALL = 400, 1200  # of one feature map, and of all in the page
+PAGE_BYTES = 5_000_000
+PARTS = {
+    "board": "Leaderboard",
+    "run": "Chosen run",
+    "mistakes": "Mistakes",
+    "confusion": "Confusion",
+    "classes": "Classes",
+    "calibration": "Calibration",
+    "learning": "Training",
+    "map": "Feature map",
+    "data": "Data",
+    "recipe": "Recipe",
+    "again": "Make it again",
+}
+
+
+def make_report(
+    root: str | Path,
+    out: str | Path,
+    *,
+    images: Sequence[str] = (),
+    stores: Sequence[str | Path] = (),
+    by: str = "accuracy",
+    folds: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the page.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of run folders, or one run.
+    out : Path
+        HTML file, written whole or not at all.
+    images : sequence of str
+        Where images are now, if not where the runs found them; any source that ``extract`` takes.
+    stores : sequence of Path
+        Where feature stores are now, likewise.
+    by : {"accuracy", "balanced_accuracy"}
+        What runs are compared by.
+    folds : bool
+        Compare by cross-validation.
+    progress : callable, optional
+        Called with ``("report", done, total)``.
+
+    Returns
+    -------
+    dict
+        ``out``, ``bytes``, ``runs``, and for each group of comparable runs ``name``, ``digest``, ``runs``, ``chosen``
+        and ``pictures``, how many thumbnails there are.
+
+    Raises
+    ------
+    RunError
+        No finished run, or a file of the chosen one is malformed.
+    ConfigurationError
+        ``out`` is a folder, or an option that does not exist.
+    """
+    out = Path(out)
+    if out.is_dir():
+        raise ConfigurationError(f"--out: {out} is a folder, expected a file to write, such as {out / 'report.html'}")
+    runs = find_runs(root)
+    if not runs:
+        raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
+    writable_folder(out.parent)
+    opened = [FeatureStore.open(path) for path in stores]
+    members: dict[str, list[Run]] = {}
+    for run in sorted(runs, key=lambda run: rank(run, by, folds=folds)):
+        members.setdefault(run.config["features"]["data_digest"], []).append(run)
+    order = sorted(members, key=lambda digest: (_name(members[digest][0]), digest))
+    titles = Counter(_name(members[digest][0]) for digest in order)
+    points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(order), DETAILED)))
+    groups, summary = [], []
+    for number, digest in enumerate(order):
+        board = leaderboard(root, by=by, folds=folds, only={run.run_id for run in members[digest]})
+        chosen_id = next(row["run_id"] for row in board if row["chosen"])
+        chosen = next(run for run in members[digest] if run.run_id == chosen_id)
+        detail: Detail | None = None
+        if number < DETAILED:
+            detail = describe_run(chosen, beside=runs, images=images, stores=opened, points=points)
+        name = _name(chosen) if titles[_name(chosen)] == 1 else f"{_name(chosen)} {digest[:6]}"
+        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=folds, detail=detail)
+        groups.append(group)
+        summary.append({"name": name, "digest": digest, "runs": len(board), "chosen": chosen_id})
+        summary[-1]["pictures"] = detail.pictures if detail else 0
+        if progress:
+            progress("report", number + 1, len(order))
+    page = _fitting(groups, printable(str(root)), len(runs))
+    try:
+        with atomic_file(out) as temporary:
+            temporary.write_bytes(page)
+    except OSError as problem:
+        if isinstance(problem, BottleneckError):
+            raise
+        raise RunError(f"{out}: the report could not be written ({problem}); nothing was left behind") from problem
+    return {"format": 1, "out": str(out), "bytes": len(page), "runs": len(runs), "groups": summary}
+
+
+def summary(document: dict[str, Any]) -> str:
+    """The result for a person."""
+    lines = [f"{document['out']}: {document['runs']} runs, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
+    for group in document["groups"]:
+        pictures = f"{group['pictures']} thumbnails" if group["pictures"] else "no thumbnails"
+        lines.append(f"  {group['name']}: {group['runs']} runs, chosen {group['chosen']}, {pictures}")
+    return "\n".join(lines)
+
+
+def _name(run: Run) -> str:
+    """Last part of where the images are."""
+    source = run.config["features"]["source"]
+    return printable(source if source.startswith("sample:") else PurePath(source).name or source or "images")
+
+
+def _group(
+    identity: str,
+    name: str,
+    chosen: Run,
+    board: list[dict[str, Any]],
+    *,
+    by: str,
+    folds: bool,
+    detail: Detail | None,
+) -> dict[str, Any]:
+    low = min(row["accuracy_interval"][0] for row in board)
+    high = max(row["accuracy_interval"][1] for row in board)
+    threshold = max(board, key=lambda row: row["accuracy"])["accuracy_interval"][0]
+    features = chosen.config["features"]
+    has_cv = any(row["cv_accuracy"] is not None for row in board)
+    judged = "cross-validation" if folds and has_cv else "validation"
+    column = "cv" if folds and has_cv and by == "accuracy" else by
+    on = {row["features"] for row in board}
+    rows = []
+    for row in board[:BOARD_ROWS] if not any(row["chosen"] for row in board[BOARD_ROWS:]) else _with_chosen(board):
+        bar = interval_bar(
+            row["accuracy_interval"][0], row["accuracy"], row["accuracy_interval"][1], (low, high), threshold
+        )
+        texts = {key: printable(str(row[key])) for key in ("run_id", "head", "settings", "features")}
+        rows.append({**row, **texts, "bar": bar})
+    return {
+        "id": identity,
+        "name": name,
+        "source": printable(features["source"]) or "an unknown place",
+        "digest": features["data_digest"],
+        "class_count": len(chosen.classes),
+        "n": chosen.metrics["validation"]["n"],
+        "judged": judged if by == "accuracy" else f"balanced accuracy on {judged}",
+        "board": rows,
+        "features": printable(on.pop()) if len(on) == 1 else "",
+        "left_out": len(board) - len(rows),
+        "span": (low, high),
+        "sorted": {key: "descending" if key == column else "none" for key in ("accuracy", "balanced_accuracy", "cv")},
+        "has_cv": has_cv,
+        "has_test": any(row["test_accuracy"] is not None for row in board),
+        "detail": detail.values if detail else None,
+        "parts": [{"id": key, "name": text} for key, text in PARTS.items() if detail is not None or key == "board"],
+    }
+
+
+def _with_chosen(board: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for number, row in enumerate(board) if number < BOARD_ROWS - 1 or row["chosen"]]
+
+
+def _fitting(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
+    """The page, without the pictures of the feature maps, then without any, where it would be too large with them."""
+    page = _render(groups, folder, run_count)
+    for said, drop in (("in the feature maps", _drop_sprites), ("at all", _drop_cards)):
+        if len(page) <= PAGE_BYTES:
+            break
+        logger.warning("the report has no thumbnails %s: with them it would have %d bytes", said, len(page))
+        for group in groups:
+            drop(group["detail"])
+        page = _render(groups, folder, run_count)
+    return page
+
+
+def _drop_sprites(detail: dict[str, Any] | None) -> None:
+    if detail and detail["map"]:
+        detail["map"]["sprite"] = ""
+
+
+def _drop_cards(detail: dict[str, Any] | None) -> None:
+    if detail:
+        for item in (*detail["mistakes"], *detail["hits"]):
+            item["picture"] = ""
+        if detail["data"]:
+            detail["data"]["leakage"]["pairs"] = [
+                {**pair, "pictures": ("", "")} for pair in detail["data"]["leakage"]["pairs"]
+            ]
+
+
+def _render(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+    from markupsafe import Markup
+
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
+    try:
+        version = importlib.metadata.version("bottleneck-features")
+    except importlib.metadata.PackageNotFoundError:
+        version = ""
+    text = environment.get_template("report.html.j2").render(
+        groups=groups,
+        title="Runs compared" if run_count > 1 else "A run",
+        folder=folder,
+        run_count=run_count,
+        detailed=DETAILED,
+        version=version,
+        style=Markup(style),
+        script=Markup(script),
+        style_hash=_hash(style),
+        script_hash=_hash(script),
+    )
+    return text.encode("utf-8", "backslashreplace")
+
+
+def _hash(text: str) -> str:
+    """As a Content-Security-Policy names what may run."""
+    return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -1,0 +1,145 @@
+"""Small pictures of a run's images for a page: found in the source, checked by content, as data URIs."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import numpy as np
+from PIL import Image
+
+from features.errors import BottleneckError, UnreadableImageError
+from features.images import decode_image, decode_upright
+from features.machine import processors
+from features.recipe import PixelRule
+from features.sources import ImageSet, is_manifest, scan
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+CARD, TILE = 192, 80  # pixels; a multiple of 16, so that the tiles of a JPEG do not bleed into each other
+TILES_ACROSS = 20
+CARD_QUALITY, TILE_QUALITY = 72, 58
+
+
+class Pictures:
+    """Images of one data set, by the path that a run knows them by.
+
+    Parameters
+    ----------
+    sources : sequence of str
+        Where they may be, the first that can be scanned and holds one of ``paths`` is taken.
+    target : str, optional
+        Label column, where a source is a manifest.
+    paths : sequence of str
+        Some of what is wanted.
+    """
+
+    def __init__(self, sources: Sequence[str], target: str | None, paths: Sequence[str]) -> None:
+        self.failures: Counter[str] = Counter()
+        self._lock = threading.Lock()
+        self.missing = "the run does not say where its images are"
+        self._images: ImageSet | None = None
+        self._rows: dict[str, int] = {}
+        for source in dict.fromkeys(source for source in sources if source):
+            try:
+                images = scan(source, target=target if is_manifest(source) else None)
+            except (BottleneckError, OSError) as problem:
+                self.missing = str(problem)
+                continue
+            rows = {path: row for row, path in enumerate(images.paths)}
+            if any(path in rows for path in paths):
+                self._images, self._rows, self.missing = images, rows, ""
+                return
+            self.missing = f"{source} holds other images"
+
+    def read(self, path: str, sha256: bytes | None) -> bytes | None:
+        """The file, if it is there and still what it was; what is not is counted in ``failures``."""
+        if self._images is None:
+            return None
+        if path not in self._rows:
+            self._failed("gone")
+            return None
+        try:
+            data = self._images.read(self._rows[path])
+        except UnreadableImageError as problem:
+            self._failed(problem.reason)
+            return None
+        if sha256 is not None and hashlib.sha256(data).digest() != sha256:
+            self._failed("changed since")
+            return None
+        return data
+
+    def _failed(self, reason: str) -> None:
+        with self._lock:  # counted on many threads
+            self.failures[reason] += 1
+
+    def cards(self, wanted: Sequence[tuple[str, bytes | None]], size: int = CARD) -> list[str]:
+        """Data URIs of whole images within ``size`` pixels; empty where there is none."""
+        return self._each(wanted, lambda data: jpeg_uri(whole_image(data, size), CARD_QUALITY), "")
+
+    def sprite(self, wanted: Sequence[tuple[str, bytes | None]]) -> tuple[str, list[int]]:
+        """One picture of many tiles, row by row, as a data URI (empty without tiles), and the tile of each or -1."""
+        rule = PixelRule(TILE, TILE, fit="crop", decode="fast")
+        tiles = self._each(wanted, lambda data: decode_image(data, rule).pixels, None)
+        known = [tile for tile in tiles if tile is not None]
+        if not known:
+            return "", [-1] * len(tiles)
+        across = min(TILES_ACROSS, len(known))
+        down = -(-len(known) // across)
+        sheet = np.full((down * TILE, across * TILE, 3), 127, np.uint8)
+        places, used = [], 0
+        for tile in tiles:
+            places.append(-1 if tile is None else used)
+            if tile is not None:
+                y, x = (used // across) * TILE, (used % across) * TILE
+                sheet[y : y + TILE, x : x + TILE] = tile
+                used += 1
+        return jpeg_uri(Image.fromarray(sheet), TILE_QUALITY), places
+
+    def _each(self, wanted: Sequence[tuple[str, bytes | None]], make: Callable[[bytes], T], none: T) -> list[T]:
+        def one(item: tuple[str, bytes | None]) -> T:
+            data = self.read(*item)
+            if data is None:
+                return none
+            try:
+                return make(data)
+            except UnreadableImageError as problem:
+                self._failed(problem.reason)
+                return none
+
+        if self._images is None:
+            return [none] * len(wanted)
+        with ThreadPoolExecutor(processors()) as pool:
+            return list(pool.map(one, wanted))
+
+
+def whole_image(data: bytes, size: int) -> Image.Image:
+    """An image file, decoded and made to fit into a square of ``size`` pixels; small ones are enlarged by whole steps.
+
+    Raises
+    ------
+    UnreadableImageError
+        As ``features.images.decode_upright``.
+    """
+    image = decode_upright(data, PixelRule(size, size, decode="fast")).image
+    step = size // max(image.size)
+    if step > 1:
+        return image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST)
+    if max(image.size) > size:
+        image.thumbnail((size, size), Image.Resampling.BILINEAR)
+    return image
+
+
+def jpeg_uri(image: Image.Image, quality: int) -> str:
+    """``data:image/jpeg;base64,...``."""
+    stream = io.BytesIO()
+    image.save(stream, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")
