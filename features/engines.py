@@ -50,7 +50,7 @@ def choose_engine(engine: str, precision: str, device: str) -> str:
     """
     check_choice("engine", engine, ENGINES)
     check_choice("precision", precision, ARITHMETIC)
-    check_choice("device", device, DEVICES)
+    _check_device(device)
     can = precision != "float16" and device != "gpu"
     if engine == "openvino":
         if not can:
@@ -78,7 +78,7 @@ def choose_device(device: str) -> str:
     ConfigurationError
         If the name is unknown, or a GPU is asked for and none is seen.
     """
-    check_choice("device", device, DEVICES)
+    _check_device(device)
     if device == "cpu":
         return "cpu"
     seen = _gpu_count()
@@ -93,6 +93,14 @@ def choose_device(device: str) -> str:
             "(pip install 'tensorflow[and-cuda]') and check the driver with nvidia-smi, or use --device auto."
         )
     return "gpu" if seen else "cpu"
+
+
+def _check_device(device: str) -> None:
+    if device.lower().partition(":")[0] in ("cuda", "mps", "metal", "rocm", "nvidia"):
+        raise ConfigurationError(
+            f"device: received {device!r}, expected one of {', '.join(DEVICES)}; type gpu, whoever made it"
+        )
+    check_choice("device", device, DEVICES)
 
 
 def _gpu_count() -> int:

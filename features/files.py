@@ -199,16 +199,40 @@ def printable(path: str) -> str:
 
 
 def writable_folder(folder: Path) -> None:
-    """Make sure, before any work, that files can be created in a folder.
+    """Make a folder, if it is missing, and make sure, before any work, that files can be created in it.
 
     Raises
     ------
     StoreError
         If not.
     """
-    try:
+    with _checking(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):  # without a name, so that a kill leaves nothing
-            pass
+        _try_to_write(folder)
+
+
+def creatable_folder(folder: Path) -> None:
+    """Make sure, before any work, that files can be created in a folder that may be missing; nothing is made.
+
+    Raises
+    ------
+    StoreError
+        If not.
+    """
+    with _checking(folder):
+        _try_to_write(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
+
+
+def _try_to_write(folder: Path) -> None:
+    with tempfile.TemporaryFile(dir=folder):  # without a name, so that a kill leaves nothing
+        pass
+
+
+@contextlib.contextmanager
+def _checking(folder: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
-        raise StoreError(f"{folder}: cannot write there ({error.strerror or error}). Give another folder.") from error
+        in_the_way = next((path for path in (folder, *folder.parents) if path.is_file()), None)
+        reason = f"{in_the_way} is a file, no folder" if in_the_way else error.strerror or error
+        raise StoreError(f"{folder}: cannot write there ({reason}). Give another folder.") from error

@@ -27,7 +27,9 @@ def file_image_size(path: Path) -> tuple[int, int] | None:
             size = archive.getinfo("config.json").file_size
             config: Any = json.loads(archive.read("config.json")) if size <= _LARGEST_CONFIG else None
     except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigurationError(f"{path} is no Keras model file (a zip archive with config.json): {error}") from error
+        raise ConfigurationError(
+            f"{path} is no Keras model file (a zip archive with config.json): {error}. Write one with model.save('NAME.keras')"
+        ) from error
     try:
         inputs = [layer["config"] for layer in config["config"]["layers"] if layer["class_name"] == "InputLayer"]
         _, height, width, _ = inputs[0]["batch_shape"]

@@ -163,7 +163,8 @@ def resolve_network(
     engine = choose_engine(engine, precision, device)
     by = engine if engine == "openvino" else f"keras-{keras_backend()}"
     if pooling is not None and pooling not in POOLINGS:
-        raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}")
+        hint = nearest(pooling, POOLINGS)
+        raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}{hint}")
     size = image_size or row.default_size
     rule = PixelRule(size[0], size[1], resize=resize, fit=fit, decode=decode)
     file = resolve_weights(row, weights)

@@ -114,6 +114,8 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
         If there is no such source, or it holds no images, or it cannot be understood.
     """
     text = os.fspath(source)
+    if "://" in text:
+        raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -123,7 +125,10 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
     if is_file and name.endswith(MANIFEST_SUFFIXES):
         return _scan_manifest(path, text, target, labelled=labelled)
     if target is not None:
-        raise ConfigurationError(f"target {target!r} names a column of a manifest (CSV, Parquet), and {text} is none")
+        raise ConfigurationError(
+            f"target {target!r} names a column of a manifest (CSV, Parquet), and {text} is none. Leave --target out, or "
+            "give the manifest."
+        )
     if os.path.isdir(path):
         return _scan_folder(path, text)
     if not os.path.exists(path):
@@ -137,7 +142,9 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
     if is_file and name.endswith(OTHER_ARCHIVES):
         raise SourceError(f"{path}: no archive of this kind is read ({known} are); unpack it and give the folder")
-    raise SourceError(f"{path} is neither a folder, an image, nor one of {known}")
+    raise SourceError(
+        f"{path} is neither a folder, an image, nor one of {known}. Give the folder that holds your class folders."
+    )
 
 
 def is_manifest(source: str | Path) -> bool:
@@ -235,7 +242,10 @@ def _from_tree(
     """Tell classes and splits from the paths of images, the first ``skip`` folders of which mean nothing."""
     if not files:
         known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise SourceError(f"{root} holds no images: {len(folders)} folders were searched for {known}")
+        raise SourceError(
+            f"{root} holds no images: {len(folders)} folder{'s were' if len(folders) > 1 else ' was'} searched for {known}. "
+            "Give the folder that holds them; for training it has one folder for each class, as in cat/1.jpg and dog/1.jpg"
+        )
     # Everything is decided per folder: there are few of them, and may be millions of files.
     parents = [os.path.dirname(file.path) for file in files]
     parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}

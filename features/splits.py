@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -59,12 +60,15 @@ class SplitRule:
                 raise ConfigurationError(f"{name}: received {share}, expected a share from 0 to below 1")
         if self.kind not in SPLIT_KINDS:
             hint = nearest(self.kind, SPLIT_KINDS)
-            raise ConfigurationError(f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}{hint}")
+            raise ConfigurationError(
+                f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}, with shares of train, validation and "
+                f"test if you like, such as stratified:0.8,0.1,0.1{hint}"
+            )
         inside = len(self.fractions) == 3 and all(0 <= share <= 1 for share in self.fractions)
         if not inside or abs(sum(self.fractions) - 1) > 1e-9 or self.fractions[0] == 0:
             raise ConfigurationError(
                 f"split: received the fractions {self.fractions}, expected train, validation and test "
-                "between 0 and 1, train above 0, which add up to 1"
+                "between 0 and 1, train above 0, which add up to 1, such as 0.8,0.1,0.1"
             )
 
     @classmethod
@@ -80,7 +84,7 @@ class SplitRule:
                 raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
             seed = int(stated)
         text, *additions = text.split("+")
-        moved = {}
+        moved: dict[str, Any] = {}
         for addition in additions:
             name, _, share = addition.strip().partition(":")
             value = number_or_none(share)
@@ -263,7 +267,10 @@ def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str
     """
     labelled = np.asarray(labels) >= 0
     if not labelled.any():
-        return ["no image has a label: features can be kept, but nothing can be trained"]
+        return [
+            "no image has a label: features can be kept, but nothing can be trained. To train, put the images of each "
+            "class into a folder of its name, or write a CSV manifest path,label"
+        ]
     counts = np.zeros((len(classes), len(SPLITS)), dtype=np.int64)
     np.add.at(counts, (np.asarray(labels)[labelled], np.asarray(splits)[labelled]), 1)
     totals = counts.sum(axis=1)

@@ -355,7 +355,12 @@ class FeatureStore:
                 f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
             )
         if not self.path.is_file():
-            raise IntegrityError("not a feature store, but a folder, a pipe or a device")
+            if self.path.is_dir():
+                raise IntegrityError(
+                    f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To make "
+                    f"one of a folder of images: bottleneck extract {self.path} --out features.h5"
+                )
+            raise IntegrityError("not a feature store, but a pipe or a device")
         structure = read_structure(self.path, self._kinds, keep_open="shard" not in self._kinds)
         if structure.descriptor >= 0:
             self._descriptor = structure.descriptor

@@ -234,4 +234,9 @@ def reading(path: Path) -> Iterator[None]:
     except PermissionError as error:
         raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        if "file signature not found" in str(error):
+            raise IntegrityError(
+                f"{path}: not a readable feature store, nor any HDF5 file. Give the file that bottleneck extract wrote (for "
+                "--out a name that is free); if this was it, it is damaged: move it away and extract again"
+            ) from error
         raise IntegrityError(f"{path}: not a readable feature store ({error}). {WAY_OUT}") from error

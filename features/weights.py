@@ -103,7 +103,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
         try:
             return route(backbone)
         except WeightsError as error:
-            logger.info("%s: %s", backbone.name, error)
+            logger.debug("%s: %s", backbone.name, error)
             failures.append(str(error))
     raise WeightsNotFoundError(_not_found(backbone, failures))
 

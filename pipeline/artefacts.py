@@ -9,17 +9,15 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
-from features.errors import ConfigurationError, RunError, UnreadableImageError
+from features.errors import ConfigurationError, RunError
 from features.images import decode_upright
 from features.recipe import PixelRule, Recipe, canonical_json
-from features.shards import ahead
 from pipeline.config import Settings, parse
 from pipeline.formats import FORMATS, Format, Runtime, format_of
 from pipeline.resizing import longest_side
@@ -70,6 +68,8 @@ class Artefact:
         Class names, in the order of the probabilities.
     recipe : Recipe
         What its pixels go through.
+    longest_side : int
+        Of an image, in pixels.
     """
 
     def __init__(self, path: Path, card: Card, runtime: Runtime) -> None:
@@ -77,6 +77,7 @@ class Artefact:
         self.card = card
         self.classes = card.classes
         self.recipe = _recipe(path, card)
+        self.longest_side = min(longest_side(side) for side in (self.recipe.pixels.height, self.recipe.pixels.width))
         self._runtime = runtime
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
@@ -100,11 +101,9 @@ class Artefact:
             raise ConfigurationError(
                 f"images: received {images.dtype} {images.shape}, expected uint8 (n, height, width, 3)"
             )
-        rule = self.recipe.pixels
-        longest = min(longest_side(side) for side in (rule.height, rule.width))
-        if max(images.shape[1:3]) > longest:
+        if max(images.shape[1:3]) > self.longest_side:
             raise ConfigurationError(
-                f"images: received {images.shape[1:3]}, this model takes sides up to {longest} pixels"
+                f"images: received {images.shape[1:3]}, this model takes sides up to {self.longest_side} pixels"
             )
         try:
             received = np.asarray(self._runtime(np.ascontiguousarray(images)), np.float64)
@@ -178,21 +177,6 @@ def write_card(path: Path, card: Card) -> None:
 def full_pixels(data: bytes, rule: PixelRule) -> np.ndarray:
     """Upright RGB pixels of a whole image file: uint8 (h, w, 3), not resized; raises as ``decode_upright``."""
     return np.asarray(decode_upright(data, rule).image)
-
-
-def predictions(
-    artefact: Artefact, read: Callable[[int], bytes], rows: Sequence[int], pool: Executor
-) -> Iterator[tuple[int, np.ndarray | UnreadableImageError]]:
-    """Probabilities, (c,), or the reason why there are none, for every row, in order. One image at a time, as sizes differ."""
-
-    def load(row: int) -> np.ndarray | UnreadableImageError:
-        try:
-            return full_pixels(read(row), artefact.recipe.pixels)
-        except UnreadableImageError as error:
-            return error
-
-    for row, pixels in zip(rows, ahead(pool, load, rows, 8), strict=True):
-        yield row, pixels if isinstance(pixels, UnreadableImageError) else artefact(pixels[None])[0]
 
 
 def _recipe(path: Path, card: Card) -> Recipe:

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import types
 import typing
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+)
 from pydantic import ValidationError as PydanticValidationError
 
 from features.errors import BottleneckError, ConfigurationError, FormatVersionError, nearest
@@ -50,11 +59,11 @@ class ClassifierParameters(Settings):
 
     def described(self) -> dict[str, Any]:
         """As `Settings.described`, without what is as it was before it could be said: older run ids hold."""
-        kept = super().described()
-        return {name: value for name, value in kept.items() if name not in _LATER or value != _LATER[name]}
+        return _without(super().described(), {"scale": True, "pca": None, "class_weight": None, "choose": "log_loss"})
 
 
-_LATER = {"scale": True, "pca": None, "class_weight": None, "choose": "log_loss"}
+def _without(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if name not in later or value != later[name]}
 
 
 class SearchedParameters(ClassifierParameters):
@@ -158,7 +167,9 @@ class DenseParameters(Settings):
         Fit a temperature on the validation rows (Guo et al., ICML 2017). Log loss and calibration error of these
         rows are then a little better than they will be elsewhere; accuracy is not touched.
     order_seed : int
-        Of the order of rows. Heads of one bank have it in common.
+        Of the order of rows, and of the views. Heads of one bank have it in common.
+    views : {"draw", "plain"}
+        Where images have several views: each epoch draws one of each image anew, or sees the plain image only.
     """
 
     hidden: tuple[PositiveInt, ...] = ()
@@ -181,6 +192,11 @@ class DenseParameters(Settings):
     mixup: NonNegativeFloat = 0.0
     calibrate: bool = False
     order_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    views: Literal["draw", "plain"] = "draw"
+
+    def described(self) -> dict[str, Any]:
+        """As of `ClassifierParameters`."""
+        return _without(super().described(), {"views": "draw"})
 
 
 class Scaler(Settings):
@@ -229,14 +245,25 @@ class FoldScores(Scores):
     folds: PositiveInt
 
 
+class ViewScores(Scores):
+    """Scores of probabilities averaged over the views of each image."""
+
+    views: PositiveInt
+
+
 class MetricsFile(Settings):
-    """``metrics.json`` of a run."""
+    """``metrics.json`` of a run. ``averaged`` is about validation, and there only if it was asked for."""
 
     format: Literal[1] = 1
     run_id: str
     validation: Scores
     test: Scores | None
     cv: FoldScores | None
+    averaged: ViewScores | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked(self, handler: Callable[[MetricsFile], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "averaged" or value is not None}
 
 
 class RunHead(Settings):
@@ -250,7 +277,8 @@ class RunHead(Settings):
 class RunFeatures(Settings):
     """The features of a run.
 
-    ``backbone`` and ``weights`` are what the extraction was asked for, ``data_digest`` covers images, labels and splits.
+    ``backbone`` and ``weights`` are what the extraction was asked for, ``data_digest`` covers images, labels and splits,
+    ``views`` is how many views of each image training saw.
     """
 
     store: str
@@ -263,6 +291,7 @@ class RunFeatures(Settings):
     backbone: str
     weights: str
     target: str = ""
+    views: PositiveInt = 1
 
 
 class RunConfig(Settings):
@@ -336,11 +365,14 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as problem:
-        raise ConfigurationError(f"{path}: cannot be read as a configuration file: {problem}") from problem
+        reason = getattr(problem, "strerror", None) or problem
+        raise ConfigurationError(f"{path}: cannot be read as a configuration file: {reason}") from problem
     try:
         values = yaml.load(text, Loader=_UniqueKeyLoader)
     except (yaml.YAMLError, RecursionError) as problem:
-        raise ConfigurationError(f"{path}: not valid YAML: {problem}") from problem
+        mark, what = getattr(problem, "problem_mark", None), getattr(problem, "problem", None) or problem
+        where = f" in line {mark.line + 1}" if mark else ""
+        raise ConfigurationError(f"{path}: not valid YAML{where}: {what}") from problem
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected a mapping of keys to values, received {_shown(values)}")
     return values

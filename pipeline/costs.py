@@ -46,14 +46,18 @@ def shown(size: float) -> str:
     >>> shown(5_036_000_000), shown(3e5)
     ('5.0 GB', '0.3 MB')
     """
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def fit_bytes(head: SklearnHead, rows: int, columns: int, classes: int) -> int:
+def fit_bytes(head: SklearnHead, rows: int, columns: int, classes: int, views: int = 1) -> int:
     """What fitting a scikit-learn head allocates, about and rather too much: copies of rows, and what its solver needs.
 
-    From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds.
+    From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds. Each view
+    of an image counts as a row.
     """
+    rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
     outputs, settings = 1 if classes == 2 else classes, head.parameters
     params = settings.params if isinstance(settings, EstimatorParameters) else dict(head.row.fixed)
     need = 0
@@ -67,11 +71,11 @@ def fit_bytes(head: SklearnHead, rows: int, columns: int, classes: int) -> int:
     double = spanned or (head.row.linear and rows * columns < SMALL)
     need += 8 * rows * columns * double
     if head.margins or head.folds or (head.searchable and head.given is None):
-        need += (8 if double else 4) * min(rows, SEARCH_ROWS) * columns
+        need += (8 if double else 4) * searched * columns
     return need + _solver_bytes(head.kind.rpartition(".")[2], params, rows, columns, outputs)
 
 
-def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int) -> int:
+def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int, views: int = 1) -> int:
     """What `fit_bytes` says, if it is allowed.
 
     Raises
@@ -79,10 +83,10 @@ def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int) -> int:
     HeadError
         With both figures.
     """
-    need = fit_bytes(head, rows, columns, len(head.classes))
+    need = fit_bytes(head, rows, columns, len(head.classes), views)
     if need > memory:
         raise HeadError(
-            f"head {head.name!r} needs about {shown(need)} of memory for {rows} x {columns} features, {shown(memory)} "
+            f"head {head.name!r} needs about {shown(need)} of memory for {rows * views} x {columns} features, {shown(memory)} "
             "are allowed; give more (--memory), another solver, pooling or pca"
         )
     return need

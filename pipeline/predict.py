@@ -1,54 +1,109 @@
 """File, class and probabilities of new images, from pixels, by a run's own backbone and head, or by an exported model.
 
-images -> decode (threads) -> engine -> head -> CSV
-                           -> artefact, by its own runtime -> CSV
+images, or a list of paths -> read, decode (threads) -> engine -> head ───────┐
+                                                     -> artefact's runtime ───┴-> rows, in order, as they come
 """
 
 from __future__ import annotations
 
-import csv
-import io
+import itertools
 import logging
-from collections.abc import Callable, Iterator
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
-from features.errors import TooManyUnreadableError, UnreadableImageError, check_range
-from features.files import atomic_file, printable, writable_folder
+from features.augmentation import PRESETS, AugmentSpec
+from features.errors import (
+    ConfigurationError,
+    SourceError,
+    TooManyUnreadableError,
+    UnreadableImageError,
+    check_range,
+)
+from features.files import printable, writable_folder
+from features.images import read_bytes
 from features.machine import processors
-from features.sources import ImageSet, scan
-from pipeline.artefacts import is_artefact, open_artefact, predictions
-from pipeline.endtoend import decoded_batches, network_of
+from features.shards import ahead
+from features.sources import scan
+from pipeline.artefacts import is_artefact, open_artefact
+from pipeline.grids import PredictedImage, check_picture, prediction_grid
+from pipeline.prediction_files import Prediction, Rows, check_out, choose_format, destination
+from pipeline.predictors import ArtefactModel, Model, RunModel
 from pipeline.runs import Run, choose_run
+from pipeline.tables import table_text
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
-Outcomes = Iterator[tuple[int, np.ndarray | UnreadableImageError]]
+WARNED = 10  # unreadable images named in warnings; all are named in their rows
+SHOWN = 20  # classes of the summary
+MOST_VIEWS = 1000
+PICTURES = 36  # images of a grid
 
 
-def predict_csv(
+class Item(NamedTuple):
+    """An image to come: its name, what reads its file (UnreadableImageError if that fails), its class if that is known."""
+
+    name: str
+    read: Callable[[], bytes]
+    label: str = ""
+
+
+class Refusal(NamedTuple):
+    """Why an image has no pixels."""
+
+    reason: str
+    detail: str
+
+
+def predict(
     run: str | Path,
-    images: str | Path,
+    images: str | Path | Iterable[str],
     *,
-    out: Path | None = None,
+    out: str | Path | None = None,
+    stream: TextIO | None = None,
+    format: str | None = None,
+    top: int | None = None,
+    views: int = 1,
+    augment: str | None = None,
+    grid: str | Path | None = None,
     weights: str | None = None,
     batch_size: int = 32,
     workers: int | None = None,
     device: str = "auto",
     progress: Progress | None = None,
-) -> str:
-    """Predict the class of every image.
+) -> dict[str, Any]:
+    """Predict the class of every image; rows are written while the next images are read, and none is kept.
 
     Parameters
     ----------
     run : str or Path
         Run folder, a folder of runs, of which the best one is taken, or what ``export`` wrote.
-    images : str or Path
-        Any image source; its labels, if it has some, are not looked at.
+    images : str, Path or iterable of str
+        Any image source, whose labels, if it has some, are not looked at; or paths of image files, which are read as
+        they come and may be any number.
     out : Path, optional
-        CSV file to write, whole or not at all.
+        File to write, whole or not at all. Without it rows go to ``stream``.
+    stream : text stream, optional
+        Standard output by default.
+    format : {"csv", "jsonl"}, optional
+        By default that of ``out``'s name, else CSV. Columns: ``file``, ``class``, ``probability``, one per class name,
+        and ``error``, which says why an image has no prediction.
+    top : int, optional
+        Only so many classes, the most probable first.
+    views : int
+        Average the probabilities over so many views of each image: the plain one, and variations of it.
+    augment : str, optional
+        Preset that they are drawn from. By default what the run's features were drawn from.
+    grid : Path, optional
+        Picture of some of the images with their predictions, PNG or JPEG. Right and wrong are marked where the source
+        says what the images are.
     weights : str, optional
         Where the backbone's weights are now.
     batch_size, workers, device, progress
@@ -56,63 +111,190 @@ def predict_csv(
 
     Returns
     -------
-    str
-        The CSV, or a line that says where it is. Columns: ``file``, ``class``, ``probability``, one per class name,
-        and ``error``, which says why an image has no prediction.
+    dict
+        ``run``, ``out``, ``rows`` (their format), ``images``, ``predicted``, ``unreadable``, ``classes``, how often each
+        was predicted, and ``grid``.
+
+    Raises
+    ------
+    ConfigurationError
+        A wrong option; views of an exported model.
+    SourceError
+        No such images, or an empty list.
+    RunError
+        A run that is none, or of other weights.
+    TooManyUnreadableError
+        If no image could be read; ``out`` is then not written.
     """
     check_range("batch size", batch_size, 1, 4096)
     check_range("workers", 1 if workers is None else workers, 1, 1024)
+    check_range("views", views, 1, MOST_VIEWS)
+    out = None if out is None else Path(out)
+    kind = choose_format(format, out)
     if out is not None:
-        writable_folder(Path(out).parent)
-    source = scan(images, labelled=False)
-    lines: dict[int, list[str]] = {}
-    with ThreadPoolExecutor(workers or processors()) as pool:
-        if is_artefact(run):
-            artefact = open_artefact(run)
-            name, classes = artefact.card.run, artefact.classes
-            outcomes = predictions(artefact, source.read, range(len(source)), pool)
-        else:
-            chosen = choose_run(Path(run))
-            name, classes = chosen.run_id, chosen.classes
-            outcomes = _by_run(chosen, source, pool, weights=weights, batch_size=batch_size, device=device)
-        for row, found in outcomes:
-            if isinstance(found, UnreadableImageError):
-                lines[row] = _refusal(source.paths[row], found, len(classes))
-            else:
-                best = int(found.argmax())
-                shown = [f"{value:.6g}" for value in found]
-                lines[row] = [source.paths[row], classes[best], shown[best], *shown, ""]
+        check_out(out)
+    if grid is not None:
+        grid = Path(grid)
+        check_picture(grid)
+        writable_folder(grid.parent)
+    items, total = _items(images)
+    chosen = None if is_artefact(run) else choose_run(run)
+    augmentation = _augmentation(chosen, run, views, augment)
+    if chosen is not None:
+        rows = Rows(kind, chosen.classes, top)  # before the network is loaded
+        model: Model = RunModel(
+            chosen, weights=weights, batch_size=batch_size, device=device, views=views, augment=augmentation
+        )
+    else:
+        model = ArtefactModel(open_artefact(run))
+        rows = Rows(kind, model.classes, top)
+    gallery = Gallery(model.classes, total if grid is not None else None)
+    counts: Counter[int] = Counter()  # -1 for an unreadable image
+    with (
+        ThreadPoolExecutor(workers or processors()) as pool,
+        destination(out, stream or sys.stdout, kind) as write,
+    ):
+        for batch in predictions(model, items, pool):
+            write("".join(["" if counts else rows.header, *(rows.text(prediction) for _, prediction in batch)]))
+            for item, prediction in batch:
+                gallery.look(counts.total(), item, prediction)
+                counts[-1 if prediction.probabilities is None else int(prediction.probabilities.argmax())] += 1
             if progress:
-                progress("predict", len(lines), len(source))
-    stream = io.StringIO()
-    writer = csv.writer(stream, lineterminator="\n")
-    fixed = ["file", "class", "probability", "error"]
-    columns = [f"p:{title}" if title in fixed else title for title in classes]
-    writer.writerow([*fixed[:3], *columns, "error"])
-    writer.writerows(lines[row] for row in sorted(lines))
-    text = stream.getvalue()
-    unread = sum(line[1] == "" for line in lines.values())
-    if unread == len(lines):
-        raise TooManyUnreadableError(f"{images}: none of {len(lines)} images could be read; nothing was written")
-    if out is None:
-        return text.encode("utf-8", "backslashreplace").decode("utf-8")
-    with atomic_file(Path(out)) as temporary:
-        temporary.write_text(text, encoding="utf-8", errors="surrogateescape")
-    return f"{out}: {len(lines) - unread} predictions by {name}" + (f", {unread} unreadable\n" if unread else "\n")
+                progress("predict", counts.total(), total)
+        if not counts:
+            raise SourceError("the list of images is empty; expected one path in each line, relative to this folder")
+        if counts[-1] == counts.total():
+            written = "" if out is None else "; nothing was written"
+            what = images if isinstance(images, str | Path) else "the list"
+            raise TooManyUnreadableError(f"{what}: none of {counts[-1]} images could be read{written}")
+    if grid is not None:
+        prediction_grid(gallery.pictures, grid, title=model.name)
+    if counts[-1] > WARNED:
+        logger.warning("%d more images are unreadable; their rows say why", counts[-1] - WARNED)
+    return {
+        "format": 1,
+        "run": model.name,
+        "out": None if out is None else str(out),
+        "rows": kind,
+        "images": counts.total(),
+        "predicted": counts.total() - counts[-1],
+        "unreadable": counts[-1],
+        "classes": {name: counts[index] for index, name in enumerate(model.classes)},
+        "grid": None if grid is None else str(grid),
+    }
 
 
-def _by_run(
-    run: Run, source: ImageSet, pool: Executor, *, weights: str | None, batch_size: int, device: str
-) -> Outcomes:
-    network, head = network_of(run, weights, device=device), run.load_head()
-    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
-    name = network.recipes[0].name
-    for rows, pixels, refused in decoded_batches(source.read, range(len(source)), run.recipe.pixels, pool, batch_size):
-        if rows:
-            yield from zip(rows, head.predict_proba(engine(pixels)[name]), strict=True)
-        yield from refused.items()
+def summary(document: dict[str, Any]) -> str:
+    """How many images were given which class, for a person."""
+    unread = f", {document['unreadable']} unreadable" if document["unreadable"] else ""
+    classes = sorted(document["classes"].items(), key=lambda pair: -pair[1])
+    table = table_text([{"class": name, "images": count} for name, count in classes[:SHOWN]])
+    rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
+    indented = "\n".join(f"  {line}" for line in table.splitlines())
+    drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
+    return (
+        f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{indented}{rest}{drawn}"
+    )
 
 
-def _refusal(path: str, error: UnreadableImageError, classes: int) -> list[str]:
-    logger.warning("%s is unreadable (%s)", printable(path), error)
-    return [path, "", "", *[""] * classes, error.reason]
+class Gallery:
+    """Collects the images of a grid: some, evenly spread over a source; the first ones where their number is not known.
+
+    Parameters
+    ----------
+    classes : sequence of str
+        Those of the model. Labels of which none is among them say something else, and are not looked at.
+    total : int or None
+        Images to come, 0 if that is not known; None for no grid.
+    """
+
+    def __init__(self, classes: Sequence[str], total: int | None) -> None:
+        self._classes = classes
+        self._chosen = frozenset(np.linspace(0, total - 1, PICTURES).astype(int).tolist()) if total else None
+        self._most = 0 if total is None else PICTURES
+        self._pictures: list[PredictedImage] = []
+
+    def look(self, position: int, item: Item, prediction: Prediction) -> None:
+        """Keep the image if it is to be drawn."""
+        if prediction.probabilities is None or len(self._pictures) >= self._most:
+            return
+        if self._chosen is None or position in self._chosen:
+            best = int(prediction.probabilities.argmax())
+            probability = float(prediction.probabilities[best])
+            self._pictures.append(PredictedImage(item.read(), self._classes[best], probability, item.label))
+
+    @property
+    def pictures(self) -> list[PredictedImage]:
+        """What is to be drawn."""
+        if any(picture.label in self._classes for picture in self._pictures):
+            return self._pictures
+        return [picture._replace(label="") for picture in self._pictures]
+
+
+def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator[list[tuple[Item, Prediction]]]:
+    """Predictions of images in their order, a batch at a time. Of the images only a few are in memory.
+
+    Parameters
+    ----------
+    model : Model
+        What predicts.
+    items : iterable of Item
+        Taken a little ahead of what is predicted.
+    pool : Executor
+        Threads that read and decode.
+    """
+    named = 0
+
+    def load(item: Item) -> tuple[Item, np.ndarray | Refusal]:
+        try:
+            return item, model.load(item.read())
+        except UnreadableImageError as error:
+            return item, Refusal(error.reason, str(error))  # the error itself would keep the file's bytes alive
+
+    loaded = ahead(pool, load, items, max(8, 2 * model.batch_size))
+    while batch := list(itertools.islice(loaded, model.batch_size)):
+        pixels = [found for _, found in batch if isinstance(found, np.ndarray)]
+        probabilities = iter(model(pixels) if pixels else ())
+        answers = []
+        for item, found in batch:
+            if isinstance(found, np.ndarray):
+                answers.append((item, Prediction(item.name, next(probabilities))))
+                continue
+            answers.append((item, Prediction(item.name, None, found.reason)))
+            named += 1
+            if named <= WARNED:
+                logger.warning("%s is unreadable (%s)", printable(item.name), found.detail)
+        yield answers
+
+
+def _items(images: str | Path | Iterable[str]) -> tuple[Iterator[Item], int]:
+    """Images to come, and how many, 0 if that is not known."""
+    if isinstance(images, str | Path):
+        source = scan(images, labelled=False)
+        names = (*source.classes, "")  # -1 for an image without a label
+        triples = zip(source.paths, source.labels.tolist(), strict=True)
+        items = (Item(path, partial(source.read, row), names[label]) for row, (path, label) in enumerate(triples))
+        return items, len(source)
+    return (Item(os.fspath(path), partial(read_bytes, path)) for path in images), 0
+
+
+def _augmentation(run: Run | None, given: str | Path, views: int, augment: str | None) -> AugmentSpec | None:
+    """What the views are drawn from; None for one view."""
+    if run is None and (views > 1 or augment is not None):
+        raise ConfigurationError(
+            f"views: {given} is an exported model, which takes an image as it is and draws no views of it. Give the run "
+            "that it was made of, or leave out --views and --augment."
+        )
+    spec = run.recipe.augmentation if run is not None and augment is None else AugmentSpec.parse(augment or "none")
+    plain = spec is None or spec.is_plain
+    if views > 1 and plain:
+        known = ", ".join(name for name in PRESETS if name != "none")
+        raise ConfigurationError(
+            f"views: received {views}, which without an augmentation would all be the plain image. Add --augment with "
+            f"one of {known}."
+        )
+    if views == 1 and augment is not None and not plain:
+        raise ConfigurationError(
+            f"augment: received {augment}, but one view is the plain image alone. Add --views with 2 or more."
+        )
+    return spec if views > 1 else None

@@ -1,13 +1,17 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere."""
+"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere, or nothing."""
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
+import threading
 import time
 from types import TracebackType
-from typing import Any
+from typing import Any, TextIO
 
 PLAIN_SECONDS = 15.0  # between lines where stderr is not a terminal
+QUIET = threading.Event()  # of the whole process; see `set_quiet`
 _UNITS = {
     "extract": "images",
     "assemble": "rows",
@@ -18,14 +22,38 @@ _UNITS = {
 }
 
 
+def set_quiet(*, quiet: bool) -> None:
+    """Whether this process says nothing on stderr but errors: no progress, no hints, no warnings."""
+    if quiet:
+        QUIET.set()
+    else:
+        QUIET.clear()
+    logging.disable(logging.WARNING if quiet else logging.NOTSET)
+
+
+class StderrHandler(logging.StreamHandler[TextIO]):
+    """Log lines to whatever ``sys.stderr`` is when they come: while a bar is drawn, above the bar."""
+
+    def __init__(self) -> None:
+        logging.Handler.__init__(self)
+        self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    @property
+    def stream(self) -> TextIO:  # type: ignore[override]
+        return sys.stderr
+
+
 class ConsoleProgress:
-    """Called with ``(stage, done, total)``; a context manager, so that a bar never outlives its work."""
+    """Called with ``(stage, done, total)``, total 0 where it is not known; a context manager, so that a bar never
+    outlives its work.
+    """
 
     def __init__(self) -> None:
         self._bar: Any = None
         self._task: Any = None
         self._stage = ""
         self._started = self._said = 0.0
+        self._first = 0  # done when the clock was started
 
     def __enter__(self) -> ConsoleProgress:
         return self
@@ -36,23 +64,32 @@ class ConsoleProgress:
         self._stop()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
+        if QUIET.is_set():
+            return
         if stage != self._stage:
             self._stop()
-            self._stage, self._started = stage, time.monotonic()
-            self._said = self._started
-            if sys.stderr.isatty():
+            self._stage, self._first = stage, done
+            self._started = self._said = time.monotonic()
+            if sys.stderr.isatty() and os.environ.get("TERM") not in ("dumb", "unknown"):
                 self._start_bar(stage, total)
         if self._bar is not None:
-            rate = f"{done / max(1e-9, time.monotonic() - self._started):.1f}/s"
-            self._bar.update(self._task, completed=done, total=total, rate=rate)
+            rate = self._rate(done)
+            shown = f"{rate:.1f} {_unit(stage)}/s" if rate else _unit(stage)
+            self._bar.update(self._task, completed=done, total=total or None, rate=shown)
         elif time.monotonic() - self._said >= PLAIN_SECONDS:
             self._said = time.monotonic()
             sys.stderr.write(self._line(stage, done, total) + "\n")
 
+    def _rate(self, done: int) -> float:
+        return (done - self._first) / max(1e-9, time.monotonic() - self._started)
+
     def _line(self, stage: str, done: int, total: int) -> str:
-        rate = done / max(1e-9, time.monotonic() - self._started)
-        left = (total - done) / rate if rate else float("inf")
-        return f"{stage}: {done}/{total} {_unit(stage)}, {rate:.1f}/s, {left:.0f} s left"
+        rate = self._rate(done)
+        speed = f"{rate:.1f} {_unit(stage)}/s"
+        if not total:
+            return f"{stage}: {done}, {speed}"
+        left = f", {(total - done) / rate:.0f} s left" if rate else ""
+        return f"{stage}: {done} of {total}, {speed}{left}"
 
     def _start_bar(self, stage: str, total: int) -> None:
         from rich.console import Console
@@ -62,14 +99,15 @@ class ConsoleProgress:
             TextColumn("{task.description}"),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[unit]}"),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
+            TextColumn("left"),
             console=Console(stderr=True),
             transient=True,
+            redirect_stdout=False,  # what a command prints there belongs to another program
         )
         self._bar.start()
-        self._task = self._bar.add_task(stage, total=total, unit=_unit(stage), rate="")
+        self._task = self._bar.add_task(stage, total=total or None, rate="")
 
     def _stop(self) -> None:
         if self._bar is not None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import yaml
 
-from features.errors import BottleneckError, ConfigurationError, FormatVersionError, RunError
+from features.errors import BottleneckError, ConfigurationError, FormatVersionError, RunError, nearest
 from features.files import atomic_file, sync_folder
 from features.recipe import Recipe
 from pipeline.classifiers import CLASSIFIERS
@@ -275,7 +275,10 @@ def write_run(
     except OSError as problem:
         if isinstance(problem, BottleneckError):
             raise
-        raise RunError(f"{folder}: the run could not be written ({problem}); nothing was left behind") from problem
+        raise RunError(
+            f"{folder}: the run could not be written ({problem.strerror or problem}); nothing was left behind. Make room, or "
+            "give another folder with --runs"
+        ) from problem
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
@@ -345,7 +348,15 @@ def find_runs(root: str | Path) -> list[Run]:
     """
     root = Path(root)
     if not root.is_dir():
-        raise RunError(f"{root}: there is no such folder of runs; bottleneck train-head makes one")
+        if root.is_file():
+            raise RunError(
+                f"{root}: is a file, expected a run or a folder of runs. If it holds features, train a head on it first: "
+                f"bottleneck train-head {root}"
+            )
+        beside = os.listdir(root.parent) if root.parent.is_dir() else []
+        raise RunError(
+            f"{root}: there is no such folder of runs; bottleneck train-head makes one{nearest(root.name, beside)}"
+        )
     if (root / "config.yaml").is_file():
         return [Run.open(root)]
     found = []
@@ -385,8 +396,8 @@ def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
         runs = [run for run in runs if run.finetunable and not (several and run.config["stage"] == "finetune")]
         if not runs:
             raise RunError(
-                f"{path}: holds no run of a Keras head or a linear one, which fine-tuning starts from; "
-                "train one with bottleneck train-head --head dropout-linear"
+                f"{path}: holds no run of a Keras head or a linear one, which fine-tuning starts from (dense, dropout-linear, "
+                "mlp-256, logistic, ridge, linear-svm, sgd, lda); train one with bottleneck train-head --head dropout-linear"
             )
     return max(runs, key=lambda run: (str(run.environment.get("created", "")), run.run_id))
 

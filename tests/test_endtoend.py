@@ -22,10 +22,11 @@ from features.store import FeatureStore
 from pipeline.endtoend import network_of, probabilities_of, split_for_training, with_stored_statistics
 from pipeline.finetune import finetune
 from pipeline.heads import make_head
-from pipeline.predict import predict_csv
+from pipeline.predict import predict
 from pipeline.runs import Run
 from pipeline.train_head import RunResult, train_head
 from pipeline.training import Tail
+from pipeline.tuning import TuningSettings
 
 pytestmark = pytest.mark.slow
 CATS_DOGS = "images/cats_and_dogs_filtered"
@@ -245,9 +246,8 @@ def test_prediction_equals_the_cached_head_and_names_what_it_cannot_read(
     shutil.copytree(pictures / "validation" / "cats", tmp_path / "images")
     (tmp_path / "images" / "broken.jpg").write_bytes(b"no image")
     out = tmp_path / "predictions.csv"
-    said = predict_csv(trained.folder, tmp_path / "images", out=out)
-    assert "24 predictions" in said
-    assert "1 unreadable" in said
+    document = predict(trained.folder, tmp_path / "images", out=out)
+    assert (document["images"], document["predicted"], document["unreadable"]) == (25, 24, 1)
     rows = {row["file"]: row for row in csv.DictReader(out.read_text().splitlines())}
     assert list(rows) == sorted(rows)
     assert rows.pop("broken.jpg") == {
@@ -328,7 +328,7 @@ def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
     split = split_for_training(network, start.recipe, start.load_head(), unfreeze="2", bn=bn)
     before = split.statistics()
     assert len(before) == 2 * 53
-    tail = Tail(split, 1.0, 1e-3, 8)
+    tail = Tail(split, 1.0, TuningSettings(learning_rate=1e-3, batch_size=8))
     generator = np.random.default_rng(0)
     for _ in range(3):
         features = generator.normal(size=(8, *split.tail.input_shape[1:])).astype(np.float32)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 import shutil
 import subprocess
 import sys
 import zipfile
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,18 +25,17 @@ from features.errors import (
     HeadError,
     ParityError,
     RunError,
-    UnreadableImageError,
 )
 from features.extraction import prepare
 from features.images import resize_image
 from features.recipe import PixelRule
-from pipeline.artefacts import Card, full_pixels, open_artefact, predictions, read_card, write_card
+from pipeline.artefacts import Card, full_pixels, open_artefact, read_card, write_card
 from pipeline.assembled import assemble, folded
 from pipeline.endtoend import network_of
 from pipeline.export import Probe, export, predicted
 from pipeline.formats import FORMATS, convert, find_format
 from pipeline.heads import make_head
-from pipeline.predict import predict_csv
+from pipeline.predict import predict
 from pipeline.resizing import check_rule, longest_side, resized
 from pipeline.runs import Run
 from pipeline.train_head import train_head
@@ -177,7 +176,8 @@ def expected(runs: dict[str, Path], photos: Path) -> dict[str, np.ndarray]:
     """What ``predict`` says of the files, in the order of their names."""
     found = {}
     for head in ("dropout-linear", "logistic"):
-        rows = list(csv.DictReader(predict_csv(runs[head], photos).splitlines()))
+        predict(runs[head], photos, stream=(text := io.StringIO()))
+        rows = list(csv.DictReader(text.getvalue().splitlines()))
         assert [row["file"] for row in rows] == sorted(path.name for path in photos.iterdir())
         found[head] = np.array([[float(row["cats"]), float(row["dogs"])] for row in rows])
         assert np.ptp(found[head][:, 0]) > 0.5  # nothing passes because all is the same
@@ -219,14 +219,16 @@ def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(
     assert artefact.classes == ("cats", "dogs")
     pair = np.stack([probes[0].pixels, probes[0].pixels[::-1]])
     np.testing.assert_allclose(artefact(pair), np.concatenate([artefact(pair[:1]), artefact(pair[1:])]), atol=1e-6)
-    files = [*sorted(photos.iterdir())[:3], tmp_path / "broken.jpg"]
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with ThreadPoolExecutor(2) as pool:
-        found = dict(predictions(artefact, lambda row: files[row].read_bytes(), range(4), pool))
-    for row in range(3):
-        np.testing.assert_allclose(found[row], expected["logistic"][row], atol=1e-4)
-    assert isinstance(found[3], UnreadableImageError)
-    assert found[3].reason == "not-an-image"
+    Image.new("RGB", (30_000, 1)).save(tmp_path / "long.png")
+    files = [*sorted(photos.iterdir())[:3], tmp_path / "broken.jpg", tmp_path / "long.png"]
+    predict(tmp_path / "model.onnx", map(str, files), out=tmp_path / "rows.csv")
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    received = [[float(row["cats"]), float(row["dogs"])] for row in rows[:3]]
+    np.testing.assert_allclose(received, expected["logistic"][:3], atol=1e-4)
+    assert [row["error"] for row in rows] == ["", "", "", "not-an-image", "too-large"]
+    with pytest.raises(ConfigurationError, match=r"exported model, which takes an image as it is.*Give the run"):
+        predict(tmp_path / "model.onnx", photos, views=3, augment="flip")
     for wrong in (pair[0], pair.astype(np.float32), pair[..., :1], pair[:0]):
         with pytest.raises(ConfigurationError, match=r"expected uint8 \(n, height, width, 3\)"):
             artefact(wrong)

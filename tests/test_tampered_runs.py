@@ -20,7 +20,7 @@ from test_train_head import make_store
 from features.errors import BottleneckError
 from pipeline.board import leaderboard
 from pipeline.persistence import check_structures, load_estimator
-from pipeline.predict import predict_csv
+from pipeline.predict import predict
 from pipeline.runs import Run, choose_run, read_predictions
 from pipeline.train_head import train_head
 
@@ -192,7 +192,7 @@ def test_a_tampered_run_is_refused_by_name_and_executes_nothing(
     with pytest.raises(BottleneckError, match=message) as refused:
         Run.open(folder).load_head()
     assert str(folder) in str(refused.value)
-    for act in (lambda: choose_run(folder).load_head(), lambda: predict_csv(folder, tmp_path)):
+    for act in (lambda: choose_run(folder).load_head(), lambda: predict(folder, tmp_path)):
         with pytest.raises(BottleneckError):
             act()
     leaderboard(tmp_path / "runs")

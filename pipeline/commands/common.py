@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import errno
 import functools
+import inspect
 import json
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import typer
 
 from features.errors import BottleneckError, ConfigurationError
+from pipeline.progress import QUIET, set_quiet
 
 app = typer.Typer(
     name="bottleneck",
-    help="Compute the features of a frozen backbone once, train heads on them in seconds, fine-tune the last block.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
@@ -24,11 +26,18 @@ app = typer.Typer(
 )
 
 
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors: no progress, hints or warnings.")
+]
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn this project's errors and Ctrl-C into one line on stderr and the exit code that belongs to them."""
 
     @functools.wraps(command)
-    def wrapper(*args: Any, **kwargs: Any) -> None:
+    def wrapper(*args: Any, quiet: bool = False, **kwargs: Any) -> None:
+        if quiet:
+            set_quiet(quiet=True)
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -43,13 +52,28 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
             raise typer.Exit(1) from None
 
+    # Every command has --quiet, as the whole program does: people type it at either place.
+    wrapper.__annotations__ = {**command.__annotations__, "quiet": Quiet}
+    signature = inspect.signature(command, eval_str=True)
+    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
+    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return wrapper
+
+
+@app.callback()
+def whole_program(quiet: Quiet = False) -> None:
+    """Compute the features of a frozen backbone once, train heads on them in seconds, fine-tune the last block."""
+    if quiet:
+        set_quiet(quiet=True)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Runs = Annotated[Path, typer.Option(help="Folder of run folders.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
 Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+Cluster = Annotated[
+    str | None, typer.Option(help="local:N worker processes, or the address of a Dask scheduler: tcp://HOST:PORT.")
+]
 BatchSize = Annotated[int, typer.Option(help="Images of one forward pass.")]
 Workers = Annotated[int | None, typer.Option(help="Threads that read and decode. Default: the processors.")]
 Weights = Annotated[str, typer.Option(help="imagenet, random, or a weights file.")]
@@ -87,15 +111,35 @@ def parse_params(items: list[str]) -> dict[str, Any]:
     return values
 
 
+def listed_paths(stream: BinaryIO) -> Iterator[str]:
+    """Paths of a list, one per line, as they come; blank lines are passed over.
+
+    Raises
+    ------
+    ConfigurationError
+        For a list of another kind: one with NUL characters.
+    """
+    for line in stream:
+        if b"\0" in line:
+            raise ConfigurationError(
+                "standard input holds NUL characters; expected a list of paths, one per line, such as "
+                "find photos -name '*.jpg' gives (without -print0)"
+            )
+        path = os.fsdecode(line.rstrip(b"\r\n"))
+        if path.strip():
+            yield path
+
+
 def metrics_lines(metrics: dict[str, Any]) -> str:
     """One line per split that was measured."""
     lines = []
-    for split in ("validation", "test"):
+    for split in ("validation", "averaged", "test"):
         values = metrics.get(split)
         if values:
             low, high = values["accuracy_interval"]
+            name = f"validation, mean of {values['views']} views" if split == "averaged" else split
             lines.append(
-                f"  {split}: accuracy {values['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), "
+                f"  {name}: accuracy {values['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), "
                 f"log loss {values['log_loss']:.4f}, {values['n']} images"
             )
     return "\n".join(lines)
@@ -106,4 +150,5 @@ def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
 
 
 def print_next(command: str) -> None:
-    typer.echo(f"next: {command}", err=True)
+    if not QUIET.is_set():
+        typer.echo(f"next: {command}", err=True)

@@ -1,0 +1,185 @@
+"""Predictions as rows: CSV or JSON lines, all classes or the most probable ones, written as they come."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+from features.errors import ConfigurationError, check_range, nearest
+from features.files import atomic_file, writable_folder
+
+FORMATS = ("csv", "jsonl")
+_SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl"}
+_FIXED = ("file", "class", "probability", "error")
+
+
+class Prediction(NamedTuple):
+    """What is said of one image.
+
+    Parameters
+    ----------
+    file : str
+        Its name, as the source gave it.
+    probabilities : float64, (c,), 0-1, or None
+        Of every class; None where the image could not be read.
+    error : str
+        Why not, one of ``features.images.REASONS``; else empty.
+    """
+
+    file: str
+    probabilities: np.ndarray | None
+    error: str = ""
+
+
+def choose_format(name: str | None, out: Path | None) -> str:
+    """The format asked for, else the one that the file's name stands for, else CSV.
+
+    Raises
+    ------
+    ConfigurationError
+        For an unknown format, or a ``.json`` file: rows that are written as they come are no single JSON document.
+    """
+    if name is not None:
+        if name not in FORMATS:
+            raise ConfigurationError(f"--format: received {name!r}, expected csv or jsonl{nearest(name, FORMATS)}")
+        return name
+    if out is None:
+        return "csv"
+    if out.suffix.lower() == ".json":
+        raise ConfigurationError(
+            f"--out {out}: predictions are a line of JSON for each image, not one document; "
+            f"type --out {out.with_suffix('.jsonl')}"
+        )
+    return _SUFFIXES.get(out.suffix.lower(), "csv")
+
+
+class Rows:
+    """Turns predictions into text.
+
+    Parameters
+    ----------
+    format : {"csv", "jsonl"}
+        CSV with a header line, or one JSON object in each line.
+    classes : sequence of str
+        Names of the probabilities.
+    top : int, optional
+        Only so many classes, the most probable first; of equal ones the first in ``classes``.
+
+    Raises
+    ------
+    ConfigurationError
+        If there are fewer classes.
+    """
+
+    def __init__(self, format: str, classes: Sequence[str], top: int | None = None) -> None:
+        if top is not None:
+            check_range("--top", top, 1, len(classes))
+        self.classes = tuple(classes)
+        self.top = top
+        self.format = format
+
+    @property
+    def header(self) -> str:
+        """First line of the file; empty for JSON lines."""
+        if self.format == "jsonl":
+            return ""
+        if self.top:
+            numbered = [f"{name}_{place}" for place in range(1, self.top + 1) for name in ("class", "probability")]
+            return _csv_line(["file", *numbered, "error"])
+        return _csv_line([*_FIXED[:3], *(f"p:{name}" if name in _FIXED else name for name in self.classes), "error"])
+
+    def text(self, prediction: Prediction) -> str:
+        """One line, with its end. Probabilities have six significant digits."""
+        return self._json(prediction) if self.format == "jsonl" else self._csv(prediction)
+
+    def _csv(self, prediction: Prediction) -> str:
+        values = prediction.probabilities
+        if values is None:
+            blank = 2 * self.top if self.top else 2 + len(self.classes)
+            return _csv_line([prediction.file, *[""] * blank, prediction.error])
+        best = ranked(values)
+        if self.top:
+            pairs = [cell for index in best[: self.top] for cell in (self.classes[index], f"{values[index]:.6g}")]
+            return _csv_line([prediction.file, *pairs, ""])
+        shown = [f"{value:.6g}" for value in values]
+        return _csv_line([prediction.file, self.classes[best[0]], shown[best[0]], *shown, ""])
+
+    def _json(self, prediction: Prediction) -> str:
+        line: dict[str, Any] = {"file": prediction.file, "class": None, "probability": None}
+        key = "top" if self.top else "probabilities"
+        values = prediction.probabilities
+        if values is None:
+            line |= {key: None, "error": prediction.error}
+        else:
+            best, shown = ranked(values), [float(f"{value:.6g}") for value in values]
+            line |= {"class": self.classes[best[0]], "probability": shown[best[0]]}
+            if self.top:
+                line[key] = [{"class": self.classes[k], "probability": shown[k]} for k in best[: self.top]]
+            else:
+                line[key] = dict(zip(self.classes, shown, strict=True))
+            line["error"] = None
+        return json.dumps(line, ensure_ascii=False) + "\n"
+
+
+def ranked(probabilities: np.ndarray) -> list[int]:
+    """Class numbers, the most probable first; equal ones in their own order.
+
+    Examples
+    --------
+    >>> ranked(np.array([0.2, 0.4, 0.4]))
+    [1, 2, 0]
+    """
+    return np.argsort(-probabilities, kind="stable").tolist()
+
+
+@contextlib.contextmanager
+def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Callable[[str], None]]:
+    """Give a function that writes text: into a file that is there whole or not at all, or to a stream at once.
+
+    A name that is not UTF-8 stays what it is in a CSV file; elsewhere its odd bytes are escaped (in JSON as ``\\udcXX``,
+    which ``os.fsencode`` turns back).
+    """
+    if out is None:
+        codec = getattr(stream, "encoding", None) or "utf-8"
+
+        def write(text: str) -> None:
+            stream.write(text.encode(codec, "backslashreplace").decode(codec))
+            stream.flush()
+
+        yield write
+        return
+    errors = "surrogateescape" if format == "csv" else "backslashreplace"
+    with atomic_file(out) as temporary, open(temporary, "w", encoding="utf-8", errors=errors, newline="") as file:
+
+        def keep(text: str) -> None:
+            file.write(text)
+
+        yield keep
+
+
+def check_out(out: Path) -> None:
+    """Make sure, before any work, that the file can be written.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is a folder.
+    StoreError
+        If its folder cannot be written.
+    """
+    if out.is_dir():
+        raise ConfigurationError(f"--out {out}: is a folder; expected a file, such as {out / 'predictions.csv'}")
+    writable_folder(out.parent)
+
+
+def _csv_line(cells: Sequence[str]) -> str:
+    line = io.StringIO()
+    csv.writer(line, lineterminator="\n").writerow(cells)
+    return line.getvalue()
