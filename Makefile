@@ -16,7 +16,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard check test-fast test stress bench clean
+.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo check test-fast test stress bench tables clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -47,6 +47,21 @@ predict: setup  ## classes and probabilities of IMAGES by the best run in RUN, i
 
 leaderboard: setup  ## the table of runs, best first
 	$(RUNNER) leaderboard $(RUNS) $(ARGS)
+
+report: setup  ## one page about all runs: report.html
+	$(RUNNER) report $(RUNS) --out report.html $(ARGS)
+
+preview: setup  ## a picture of what the network will see of DATA: preview.png
+	$(RUNNER) preview $(DATA) --out preview.png $(ARGS)
+
+export: setup  ## the best run in RUN as one file from pixels to probabilities (ARGS="--format onnx --out model.onnx")
+	$(RUNNER) export $(RUN) $(ARGS)
+
+recipe: setup  ## a published recipe on DATA: make recipe NAME=mobilenetv2-cats-dogs DATA=my/photos
+	$(RUNNER) recipe $(NAME) $(DATA) $(ARGS)
+
+cluster-demo: setup  ## a scheduler and three workers on this machine, one of them killed half-way; the store is compared
+	$(BIN)/python tests/benchmarks/cluster_demo.py $(ARGS)
 
 check: setup  ## ruff, mypy and the architecture test
 	$(BIN)/ruff check .

@@ -5,33 +5,27 @@ run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut ten
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
-from features.backbones import feature_model, preprocess
+from features.backbones import build_backbone, feature_model, preprocess
+from features.backend import load_keras
 from features.engines import KerasEngine
-from features.errors import ConfigurationError, ParityError, RunError, UnreadableImageError, nearest
-from features.files import printable
-from features.graph import cut_at, nearest_earlier_cut
-from features.images import Decoded, decode_image
+from features.errors import ConfigurationError, RunError, nearest
+from features.graph import cut_at, layer_tensors, valid_cuts
 from features.networks import BOUNDARY, Network, resolve_network
-from features.recipe import PixelRule, Recipe
-from features.shards import ahead
+from features.recipe import Recipe
 from pipeline.head import Head
 from pipeline.metrics import softmax
 from pipeline.runs import Run
+from pipeline.tuning import ALL, HEAD, LAST_BLOCK
 
-BATCHNORM_MODES = ("frozen", "affine")
-LAST_BLOCK = "last-block"
-# In probability. Heads trained on float16 features were trained on rounded numbers, the network gives them unrounded.
-PARITY_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
+BATCHNORM_MODES = ("frozen", "affine", "train")
+PIXELS = "pixels"  # the cut of a network that is trained as a whole
 
 
 def network_of(run: Run, weights: str | None = None, *, device: str = "auto") -> Network:
@@ -95,31 +89,43 @@ class Split:
     original : keras.Model
         The backbone as it was loaded, of ordinary layers.
     backbone : keras.Model
-        The backbone that trunk and tail share their layers with: the original, or a copy with other BatchNorm layers.
-    trunk : keras.Model
-        Preprocessed pixels -> cut tensor. Never trained, never in training mode.
+        The backbone that the tail shares its layers with: the original, or a copy with other BatchNorm layers.
+    trunk : keras.Model or None
+        Preprocessed pixels -> cut tensor, the original's layers. Never trained, never in training mode. None where the cut is `PIXELS`.
     tail : keras.Model
-        Cut tensor -> logits, the head included.
+        Cut tensor -> logits, the head included; from `PIXELS` it is the whole network, preprocessing too.
+    head : keras.Model
+        The last part of the tail.
+    pool : str
+        Layer of the tail that gives the head its features.
     cut : str
-        Layer whose output is the cut tensor.
+        Layer whose output is the cut tensor, or `PIXELS`.
     """
 
     original: Any
     backbone: Any
     trunk: Any
     tail: Any
+    head: Any
+    pool: str
     cut: str
 
-    def statistics(self) -> list[np.ndarray]:
-        """Moving means and variances of every BatchNorm layer, nested ones too."""
-        import keras
-
+    def statistics_variables(self) -> list[Any]:
+        """Moving mean and variance of every BatchNorm layer, nested ones too."""
         layers = batch_normalizations(self.backbone)
-        return [
-            np.array(keras.ops.convert_to_numpy(item))
-            for layer in layers
-            for item in (layer.moving_mean, layer.moving_variance)
-        ]
+        return [item for layer in layers for item in (layer.moving_mean, layer.moving_variance)]
+
+    def statistics(self) -> list[np.ndarray]:
+        """Copies of their values."""
+        convert = load_keras().ops.convert_to_numpy
+        return [np.array(convert(item)) for item in self.statistics_variables()]
+
+    def layers_of_tail(self) -> list[Any]:
+        """The backbone's layers in the tail, nested ones too, without the head's."""
+        keras = load_keras()
+        head = {id(layer) for layer in self.head._flatten_layers()}
+        layers = self.tail._flatten_layers(include_self=False)
+        return [layer for layer in layers if id(layer) not in head and not isinstance(layer, keras.Model)]
 
     def trained_backbone(self) -> Any:
         """The original with the trained weights: it can be saved and opened without any class of ours."""
@@ -129,7 +135,14 @@ class Split:
 
 
 def split_for_training(
-    network: Network, recipe: Recipe, head: Head, *, unfreeze: str = LAST_BLOCK, bn: str = "frozen"
+    network: Network,
+    recipe: Recipe,
+    head: Head,
+    *,
+    unfreeze: str = LAST_BLOCK,
+    bn: str = "frozen",
+    scratch: bool = False,
+    cut_of: Callable[[list[str]], str] = lambda cuts: cuts[-1],
 ) -> Split:
     """Put a head on a backbone and make the layers from ``unfreeze`` on trainable.
 
@@ -142,11 +155,16 @@ def split_for_training(
     head : Head
         A head with a Keras network.
     unfreeze : str
-        ``"last-block"``, the name of the first layer to train, or its number in ``model.layers``.
-    bn : {"frozen", "affine"}
+        ``"last-block"``, ``"all"``, ``"head"``, the name of the first layer to train, or its number in ``model.layers``.
+    bn : {"frozen", "affine", "train"}
         ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are, in layers whose call
-        forces inference statistics. Moving statistics are never updated: ``base(x, training=False)`` alone does
-        not ensure that under ``fit`` in Keras 3.15.
+        forces inference statistics. In both, moving statistics are never updated: ``base(x, training=False)`` alone
+        does not ensure that under ``fit`` in Keras 3.15. ``train``: as Keras trains them, from scratch only.
+    scratch : bool
+        Draw the backbone's weights anew, by Keras's own initialisers and the global seed.
+    cut_of : callable
+        Chooses among the cuts before the first trained layer, in graph order, the first of which is `PIXELS`; the
+        last by default.
 
     Raises
     ------
@@ -158,17 +176,15 @@ def split_for_training(
             f"the head was trained on features computed in {recipe.precision.partition(':')[0]}; fine-tuning continues from "
             "float32 ones. Extract with --precision float32 into another file, and train the head on that."
         )
-    import keras
-
-    if bn not in BATCHNORM_MODES:
-        raise ConfigurationError(
-            f"bn: received {bn!r}, expected one of {', '.join(BATCHNORM_MODES)}{nearest(bn, BATCHNORM_MODES)}"
-        )
-    original = network.load()
+    modes = BATCHNORM_MODES if scratch else BATCHNORM_MODES[:2]
+    if bn not in modes:
+        raise ConfigurationError(f"bn: received {bn!r}, expected one of {', '.join(modes)}{nearest(bn, modes)}")
+    keras = load_keras()
+    original = untrained(network) if scratch else network.load()
     first = first_trainable(original, unfreeze, network)
     backbone = with_stored_statistics(original) if bn == "affine" else original
     names = [layer.name for layer in backbone.layers]
-    if names.index(recipe.layer) < first:
+    if names.index(recipe.layer) < first < len(names):
         raise ConfigurationError(
             f"unfreeze: {names[first]!r} lies behind the features, which are taken at {recipe.layer!r}; there is "
             "nothing to train. Extract a later --layer, or unfreeze an earlier one."
@@ -179,16 +195,43 @@ def split_for_training(
         for layer in batch_normalizations(backbone):
             layer.trainable = False
     features = feature_model(backbone, [(recipe.layer, recipe.pooling)])
-    output = features.outputs[0]
-    whole = keras.Model(features.inputs[0], head.network(output), name="end_to_end")
-    cut = nearest_earlier_cut(backbone, first)
-    trunk, tail = cut_at(whole, cut)
-    return Split(original, backbone, trunk, tail, cut)
+    whole = keras.Model(features.inputs[0], head.network(features.outputs[0]), name="end_to_end")
+    frozen = set(names[:first])
+    cut = cut_of([PIXELS, *(name for name in valid_cuts(whole) if name in frozen)])
+    parts = (head.network, features.layers[-1].name, cut)
+    if cut == PIXELS:
+        pixels = keras.Input(features.inputs[0].shape[1:], name=PIXELS)
+        tail = keras.Model(pixels, whole(preprocess(network.backbone)(pixels)), name="from_pixels")
+        return Split(original, backbone, None, tail, *parts)
+    _, tail = cut_at(whole, cut)
+    # Of the original's ordinary layers, whose BatchNorm can be folded: faster, and what a store's features went through.
+    trunk = keras.Model(original.inputs[0], layer_tensors(original)[cut], name="trunk")
+    trunk.trainable = False
+    return Split(original, backbone, trunk, tail, *parts)
+
+
+def untrained(network: Network) -> Any:
+    """The backbone's architecture with new weights, as Keras draws them."""
+    keras = load_keras()
+    if network.backbone.path is not None:
+        return keras.models.clone_model(network.load())
+    rule = network.recipes[0].pixels
+    return build_backbone(network.backbone, (rule.height, rule.width))
+
+
+def untrained_head(head: Head) -> Head:
+    """A head of the same layers with new weights, which standardises nothing: there are no features yet."""
+    new = head.fresh()
+    new.pool, new.input_shape = head.pool, head.input_shape
+    new.mean, new.std = np.zeros_like(head.mean), np.ones_like(head.std)
+    return new
 
 
 def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
-    """Number in ``backbone.layers`` of the first layer to train."""
+    """Number in ``backbone.layers`` of the first layer to train; the number of layers if none is."""
     names = [layer.name for layer in backbone.layers]
+    if unfreeze in (ALL, HEAD):
+        return 0 if unfreeze == ALL else len(names)
     if unfreeze == LAST_BLOCK:
         boundary = network.description.boundary
         if boundary is None:
@@ -206,7 +249,7 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
     if unfreeze not in names:
         raise ConfigurationError(
             f"unfreeze: {network.backbone.name} has no layer {unfreeze!r}{nearest(unfreeze, names)} "
-            f"Use {LAST_BLOCK}, a layer name, or a layer number; the last layers are {', '.join(names[-5:])}"
+            f"Use {LAST_BLOCK}, {ALL}, {HEAD}, a layer name, or a layer number; the last layers are {', '.join(names[-5:])}"
         )
     return names.index(unfreeze)
 
@@ -252,10 +295,15 @@ def batch_normalizations(model: Any) -> list[Any]:
     return found
 
 
-def trunk_engine(split: Split, network: Network, recipe: Recipe, *, batch_size: int, device: str) -> KerasEngine:
-    """The trunk as a compiled function of pixels; its one output is called by the cut."""
+def trunk_function(
+    split: Split, network: Network, recipe: Recipe, *, batch_size: int, device: str
+) -> Callable[[np.ndarray], np.ndarray]:
+    """The trunk as a compiled function of pixels, uint8 (n, h, w, 3) -> cut features; pixels themselves where there is none."""
+    if split.trunk is None:
+        return lambda pixels: pixels
     cut = dataclasses.replace(recipe, layer=split.cut, pooling="none", dtype="float32")
-    return KerasEngine(split.trunk, preprocess(network.backbone), [cut], batch_size=batch_size, device=device)
+    engine = KerasEngine(split.trunk, preprocess(network.backbone), [cut], batch_size=batch_size, device=device)
+    return lambda pixels: engine(pixels)[cut.name]
 
 
 def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
@@ -274,99 +322,3 @@ def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray
     """
     outputs = np.asarray(logits, dtype=np.float64) / temperature
     return softmax(np.hstack([np.zeros_like(outputs), outputs]) if outputs.shape[1] == 1 else outputs)
-
-
-def decoded_batches(
-    read: Callable[[int], bytes],
-    rows: Sequence[int],
-    rule: PixelRule,
-    pool: Executor,
-    batch_size: int,
-) -> Iterator[tuple[list[int], np.ndarray, dict[int, UnreadableImageError]]]:
-    """Batches of decoded images in the order of ``rows``.
-
-    Yields
-    ------
-    rows : list of int
-        Those that could be read.
-    pixels : uint8, (len(rows), h, w, 3)
-        Their pixels.
-    refused : dict of int to UnreadableImageError
-        The others met since the last batch.
-    """
-    good: list[int] = []
-    pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
-    refused: dict[int, UnreadableImageError] = {}
-
-    def load(row: int) -> Decoded | UnreadableImageError:
-        try:
-            return decode_image(read(row), rule)
-        except UnreadableImageError as error:
-            return error
-
-    for row, outcome in zip(rows, ahead(pool, load, rows, 2 * batch_size), strict=True):
-        if isinstance(outcome, UnreadableImageError):
-            refused[row] = outcome
-            continue
-        pixels[len(good)] = outcome.pixels
-        good.append(row)
-        if len(good) == batch_size:
-            yield good, pixels, refused
-            good, refused = [], {}
-    if good or refused:
-        yield good, pixels[: len(good)], refused
-
-
-def cached_predictions(run: Run, limit: int) -> tuple[list[bytes], np.ndarray]:
-    """What the run's head gave from cached features, evenly spread over validation.
-
-    Returns
-    -------
-    sha256 : list of bytes
-        Content of the images, at most ``limit``: they may have been renamed since.
-    probabilities : float64, (n, c)
-        One row per image.
-    """
-    path = Path(run.folder) / "predictions.csv"
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        rows = list(csv.reader(stream))[1:]
-    if not rows:
-        raise RunError(f"{path}: holds no predictions to compare with")
-    chosen = np.unique(np.linspace(0, len(rows) - 1, min(limit, len(rows))).astype(int))
-    count = len(run.classes)
-    try:
-        hashes = [bytes.fromhex(rows[index][1]) for index in chosen]
-        values = np.array([[float(value) for value in rows[index][-count:]] for index in chosen])
-    except (ValueError, IndexError) as error:
-        raise RunError(f"{path}: is damaged ({error}); train the head again") from error
-    return hashes, values
-
-
-def check_parity(received: np.ndarray, expected: np.ndarray, paths: Sequence[str], what: str, dtype: str) -> float:
-    """Largest difference in probability, or an error that names the image.
-
-    Parameters
-    ----------
-    received, expected : float64, (n, c)
-        Probabilities of the same images.
-    paths : sequence of str
-        Their names, for the message.
-    what : str
-        Where the comparison is made, for the message.
-    dtype : {"float32", "float16"}
-        How the features were stored, which decides the tolerance.
-
-    Raises
-    ------
-    ParityError
-        If it exceeds ``PARITY_TOLERANCE``.
-    """
-    gaps = np.abs(received - expected).max(axis=1)
-    worst = int(np.argmax(gaps))
-    if not gaps[worst] <= PARITY_TOLERANCE[dtype]:
-        raise ParityError(
-            f"{what}: probabilities of {printable(paths[worst])} differ by {gaps[worst]:.2e}, at most "
-            f"{PARITY_TOLERANCE[dtype]:.0e} is allowed for {dtype} features. The images or the weights are not those "
-            "that made the features: extract again, or give the right --images and --weights."
-        )
-    return float(gaps[worst])

@@ -1,11 +1,16 @@
 """Stage three: train the last block together with the head, from where the head already is.
 
-run + images -> split network -> trunk features -> parity gate -> train the tail -> run folder -> parity again
+run + images, or a store of cut features -> split network -> parity gate -> train -> run folder -> parity again
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
+import logging
+import shutil
 import time
+from collections.abc import Callable
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,155 +18,139 @@ from typing import Any
 import numpy as np
 
 from features.backend import load_keras
+from features.engines import choose_device
 from features.errors import ConfigurationError, ParityError, RunError, check_range
-from features.files import writable_folder
+from features.files import locked, printable, writable_folder
+from features.images import decode_image
 from features.machine import processors
-from features.recipe import digest_of
+from features.recipe import PixelRule, digest_of
 from features.sources import ImageSet, is_manifest, scan
 from features.splits import SplitRule
-from pipeline.endtoend import (
-    LAST_BLOCK,
-    cached_predictions,
-    check_parity,
-    decoded_batches,
-    network_of,
-    split_for_training,
-    trunk_engine,
-)
+from pipeline.cached import CachedCut, CachedFeatures, data_of, open_cut
+from pipeline.checkpoints import Checkpoint, checkpoint_path
+from pipeline.endtoend import network_of, split_for_training, trunk_function, untrained_head
+from pipeline.head import Progress
+from pipeline.inputs import Data, Inputs, KeptFeatures, LiveViews, Trunk, read_data
+from pipeline.parity import Gate, Job
 from pipeline.runs import Predictions, Run, is_finished, newest_run, write_run
-from pipeline.training import CutFeatures, Data, Progress, Tail, read_data, train
+from pipeline.training import Tail, train
+from pipeline.tuning import TuningSettings, settings_of
 
-PARITY_IMAGES = 64
+logger = logging.getLogger(__name__)
 
 
 def finetune(
     run: str | Path,
-    images: str | Path,
+    images: str | Path | None = None,
     *,
-    unfreeze: str = LAST_BLOCK,
-    bn: str = "frozen",
+    from_cache: str | Path | None = None,
     weights: str | None = None,
-    epochs: int = 5,
-    patience: int = 2,
-    learning_rate: float = 1e-5,
-    batch_size: int = 32,
     workers: int | None = None,
     device: str = "auto",
     runs: str | Path | None = None,
-    seed: int = 0,
+    tensorboard: str | Path | None = None,
     progress: Progress | None = None,
+    **settings: Any,
 ) -> dict[str, Any]:
-    """Fine-tune from a run of a Keras head.
+    """Fine-tune from a run of a Keras head, or of a linear one of scikit-learn.
+
+    Killed or interrupted, the same call goes on after the last finished epoch.
 
     Parameters
     ----------
     run : str or Path
-        Run folder, or a folder of runs, of which the newest one with a Keras head is taken.
-    images : str or Path
-        The images that the features were made of.
-    unfreeze, bn : str
-        See ``pipeline.endtoend.split_for_training``.
+        Run folder, or a folder of runs, of which the newest one that can be fine-tuned is taken.
+    images : str or Path, optional
+        The images that the features were made of. With ``from_cache`` they are only looked at to prove parity from
+        pixels, and may be left out.
+    from_cache : str or Path, optional
+        A store of the features before the first trained layer (``extract --layer boundary``): neither images nor the
+        layers before it are needed. Of several views each epoch sees one per image.
     weights : str, optional
         Where the backbone's weights are now, if not where the extraction found them.
-    epochs, patience : int
-        Most epochs; epochs without a lower validation log loss before stopping.
-    learning_rate : float
-        Of Adam, above 0, at most 1.
-    batch_size, workers, device, seed
+    workers, device
         As everywhere.
     runs : Path, optional
         Folder of the new run; that of the given one without it.
+    tensorboard : Path, optional
+        Folder for TensorBoard's event files.
     progress : callable, optional
         Called with ``(stage, done, total)``.
+    **settings
+        Fields of `pipeline.tuning.TuningSettings`: ``unfreeze``, ``bn``, ``epochs``, ``augment``, ...
 
     Returns
     -------
     dict
         ``run``, ``before`` and ``after`` (validation scores), ``parity_gap`` (largest difference in probability
-        before the first step), ``minutes``, ``trainable_variables``, ...
+        before the first step; None from new weights), ``minutes``, ``trainable_variables``, ``resumed``, ...
 
     Raises
     ------
+    ConfigurationError
+        For unknown or contradictory settings.
     ParityError
         If backbone and head together do not give the probabilities of the cached head; nothing is trained.
     RunError
-        If the run cannot be fine-tuned on these images.
+        If the run cannot be fine-tuned on these images or features.
+    HeadError
+        If its head is neither linear nor a network.
     """
-    if not 0 < learning_rate <= 1 or min(epochs, patience) < 1:
-        raise ConfigurationError(
-            f"finetune: received learning rate {learning_rate}, epochs {epochs}, patience {patience}; "
-            "expected a rate above 0 and at most 1, and at least 1 of the others"
-        )
-    check_range("batch size", batch_size, 1, 4096)
+    chosen = settings_of(settings)
     check_range("workers", 1 if workers is None else workers, 1, 1024)
-    check_range("seed", seed, 0, 2**32 - 1)
+    _check_sources(images, from_cache, chosen)
     started = time.monotonic()
     start = newest_run(run, finetunable=True)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
-    settings = {
-        "unfreeze": unfreeze,
-        "bn": bn,
-        "epochs": epochs,
-        "patience": patience,
-        "learning_rate": learning_rate,
-        "batch_size": batch_size,
-        "seed": seed,
-        "start": start.run_id,
-    }
-    source = scan(images, target=start.target if is_manifest(images) else None)
-    _check_classes(start, source)
-    load_keras().utils.set_random_seed(seed)
-    network, head = network_of(start, weights), start.load_head().as_dense()
-    split = split_for_training(network, start.recipe, head, unfreeze=unfreeze, bn=bn)
+    source = None if images is None else scan(images, target=start.target if is_manifest(images) else None)
+    if source is not None:
+        _check_classes(start, source)
+    log = _logger_of(tensorboard)
+    load_keras().utils.set_random_seed(chosen.seed)
+    if chosen.mixed_precision and choose_device(device) != "gpu":
+        raise ConfigurationError("mixed precision pays on a GPU, and Keras sees none: leave --mixed-precision out")
+    job = prepare(start, chosen, from_cache, weights)
     with ThreadPoolExecutor(workers or processors()) as pool:
-        data = read_data(source, SplitRule.parse(start.split_rule), pool)
-        identity = f"finetune-{head.name}-{digest_of([settings, start.recipe.fingerprint, data.digest])[:10]}"
-        if is_finished(runs / identity):
+        data = read_rows(job, source, pool)
+        identity = f"finetune-{job.head.name}-{digest_of([job.decided, start.recipe.fingerprint, data.digest])[:10]}"
+        decided = {**job.decided, "fingerprint": start.recipe.fingerprint, "data": data.digest}
+        checkpoint = Checkpoint(checkpoint_path(runs, identity), decided)
+        if is_finished(runs / identity) and not checkpoint.path.exists():
+            log(runs / identity)
             return _report(Run.open(runs / identity), cached=True)
-        trunk = trunk_engine(split, network, start.recipe, batch_size=batch_size, device=device)
-        cut = CutFeatures(data, trunk, start.recipe.pixels, pool, batch_size=batch_size, folder=runs, progress=progress)
-        tail = Tail(split, head.temperature, learning_rate, batch_size)
-        hashes, expected = cached_predictions(start, PARITY_IMAGES)
-        rows = _rows_of(hashes, data, start)
-        paths, dtype = [source.paths[row] for row in rows], start.recipe.dtype
-        gap = check_parity(tail.probabilities(cut, rows), expected, paths, "before fine-tuning", dtype)
-        statistics = split.statistics()
-        history, before, after = train(
-            tail, cut, data, classes=start.classes, epochs=epochs, patience=patience, seed=seed, progress=progress
-        )
-        if not all(map(np.array_equal, statistics, split.statistics())):
-            raise ParityError("BatchNorm statistics moved during fine-tuning, which must never happen; nothing is kept")
-        validation = cut.readable(data.rows("validation"))
-        folder = write_run(
-            runs,
-            identity,
-            head=head,
-            history=history,
-            scores=after,
-            predictions=Predictions(
-                [source.paths[row] for row in validation],
-                data.sha256[validation],
-                data.labels[validation],
-                tail.probabilities(cut, validation),
-            ),
-            seconds=time.monotonic() - started,
-            features={**start.config["features"], "data_digest": data.digest, "source": source.description},
-            start=start,
-            backbone=split.trained_backbone(),
-            settings={
-                **settings,
-                "cut": split.cut,
-                "trainable_variables": len(split.tail.trainable_variables),
-                "trainable_parameters": sum(int(np.prod(item.shape)) for item in split.tail.trainable_variables),
-                "parity_gap": gap,
-                "before": before,
-            },
-        )
-        finished = Run.open(folder)
-        again = _from_pixels(finished, source, rows, pool, batch_size, device)
-        check_parity(again, tail.probabilities(cut, rows), paths, f"{folder}, loaded again after fine-tuning", dtype)
-    return _report(finished, cached=False)
+        with locked(runs / identity):
+            _sweep(runs, identity, checkpoint)
+            trunk = trunk_function(job.split, job.network, start.recipe, batch_size=chosen.batch_size, device=device)
+            inputs = make_inputs(job, data, source, trunk, pool, folder=runs, progress=progress)
+            tail = Tail(job.split, job.head.temperature, chosen)
+            gate = Gate(job, data, inputs, tail)
+            pixels = None if source is None else _pixels(source, data, gate.rows, start.recipe.pixels, pool)
+            gap = None if chosen.scratch or chosen.new_head else gate.before()
+            if gap is not None and pixels is not None and job.cached is not None:
+                gate.before_from_pixels(pixels, trunk)
+            statistics = job.split.statistics()
+            outcome = train(tail, inputs, data, chosen, classes=start.classes, checkpoint=checkpoint, progress=progress)
+            if chosen.bn != "train" and not all(map(np.array_equal, statistics, job.split.statistics())):
+                raise ParityError("BatchNorm statistics moved, which must never happen; nothing is kept")
+            validation = inputs.readable(data.rows("validation"))
+            folder = write_run(
+                runs,
+                identity,
+                head=job.head,
+                history=outcome.history,
+                scores=outcome.after,
+                predictions=_predictions(data, validation, tail.probabilities(inputs, validation)),
+                seconds=time.monotonic() - started,
+                features=_features(job, data, source),
+                start=start,
+                backbone=job.split.trained_backbone(),
+                settings={**job.noted(), "parity_gap": gap, "before": outcome.before},
+            )
+            _prove(folder, gate, pixels, device)
+            checkpoint.remove()
+    log(folder)
+    return _report(Run.open(folder), cached=False, resumed=outcome.resumed)
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -169,34 +158,63 @@ def summary(document: dict[str, Any]) -> str:
     before, after = document["before"], document["after"]
     gained = (after["accuracy"] - before["accuracy"]) * after["n"]
     low, high = before["accuracy_interval"]
-    if after["accuracy"] > high:
-        verdict = "worth it: above the interval of the head alone"
-    elif gained > 0:
-        verdict = "within the interval of the head alone: perhaps chance"
+    if document["parity_gap"] is None:
+        verdict, proof = "begun with new weights", "no parity to prove"
     else:
-        verdict = "not worth it: no validation image more is right"
+        proof = f"parity gap before the first step {document['parity_gap']:.1e}"
+        if after["accuracy"] > high:
+            verdict = "worth it: above the interval of the head alone"
+        elif gained > 0:
+            verdict = "within the interval of the head alone: perhaps chance"
+        else:
+            verdict = "not worth it: no validation image more is right"
     lines = [
         f"{document['run']}{': already fine-tuned' if document['cached'] else ''}",
         f"  {document['trainable_variables']} variables, {document['trainable_parameters']:,} parameters trained behind "
-        f"{document['cut']}; parity gap before the first step {document['parity_gap']:.1e}",
+        f"{document['cut']}; {proof}",
         f"  before: accuracy {before['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), log loss {before['log_loss']:.4f}",
         f"  after:  accuracy {after['accuracy']:.4f}, log loss {after['log_loss']:.4f}, {document['minutes']:.1f} minutes",
         f"  {verdict} ({gained:+.0f} of {after['n']})",
     ]
+    if document["resumed"] is not None:
+        lines.insert(1, f"  went on after epoch {document['resumed']}, where it was interrupted")
     return "\n".join(lines)
 
 
-def _report(run: Run, *, cached: bool) -> dict[str, Any]:
+def _report(run: Run, *, cached: bool, resumed: int | None = None) -> dict[str, Any]:
     settings = run.config["finetune"]
     kept = ("start", "cut", "trainable_variables", "trainable_parameters", "parity_gap", "before")
     return {
         "format": 1,
         "run": str(run.folder),
         "cached": cached,
+        "resumed": resumed,
         **{name: settings[name] for name in kept},
         "after": run.metrics["validation"],
         "minutes": run.environment["fit_seconds"] / 60,
     }
+
+
+def _check_sources(images: str | Path | None, cache: str | Path | None, settings: TuningSettings) -> None:
+    if images is None and cache is None:
+        raise ConfigurationError("nothing to train on: give --images, or --from-cache with a store of cut features")
+    if cache is not None and settings.augmentation is not None:
+        raise ConfigurationError(
+            "augment: the views of a store were drawn when it was made (extract --layer boundary --views K --augment "
+            "PRESET), and each epoch sees one of them; leave --augment out"
+        )
+    if cache is not None and settings.scratch:
+        raise ConfigurationError("scratch: every layer is trained, from pixels; leave --from-cache out")
+
+
+def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
+    """What logs a run's history for TensorBoard; nothing where no folder is given. A missing package is said at once."""
+    if folder is None:
+        return lambda run_folder: None
+    from pipeline.tensorboard import log_run, require_tensorboard
+
+    require_tensorboard()
+    return functools.partial(log_run, Path(folder))
 
 
 def _check_classes(run: Run, source: ImageSet) -> None:
@@ -210,26 +228,110 @@ def _check_classes(run: Run, source: ImageSet) -> None:
     )
 
 
-def _rows_of(hashes: list[bytes], data: Data, run: Run) -> np.ndarray:
-    """Image numbers of the validation images that the run's predictions name, found by content."""
-    validation = {data.sha256[row].tobytes(): row for row in data.rows("validation").tolist()}
-    missing = sum(sha256 not in validation for sha256 in hashes)
-    if missing:
-        raise RunError(
-            f"{data.images.description}: {missing} of {len(hashes)} validation images of {run.run_id} are not here, "
-            "changed, or in another split. Extract and train the head again on these images."
+def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None) -> Job:
+    """Network and head as one, cut where the inputs come in."""
+    network, head = network_of(start, weights), start.load_head().as_dense()
+    head = untrained_head(head) if settings.scratch or settings.new_head else head
+    cached: list[CachedCut] = []
+
+    def cut_of(cuts: list[str]) -> str:
+        if cache is None:
+            return cuts[-1]
+        cached.append(open_cut(cache, start, cuts))
+        return cached[0].recipe.layer
+
+    split = split_for_training(
+        network,
+        start.recipe.plain,
+        head,
+        unfreeze=settings.unfreeze,
+        bn=settings.bn,
+        scratch=settings.scratch,
+        cut_of=cut_of,
+    )
+    return Job(start, settings, network, head, split, cached[0] if cached else None)
+
+
+def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
+    if job.cached is not None:
+        return data_of(job.cached.store)
+    assert source is not None
+    return read_data(source, SplitRule.parse(job.start.split_rule), pool)
+
+
+def make_inputs(
+    job: Job,
+    data: Data,
+    source: ImageSet | None,
+    trunk: Trunk,
+    pool: Executor,
+    *,
+    folder: Path,
+    progress: Progress | None,
+) -> Inputs:
+    """Where cut features come from: a store, images once, or images anew each epoch."""
+    settings, rule = job.settings, job.start.recipe.pixels
+    if job.cached is not None:
+        return CachedFeatures(job.cached, batch_size=settings.batch_size, seed=settings.seed)
+    assert source is not None
+    spec, plain = settings.augmentation, data.rows("validation")
+    if spec is None:
+        plain = np.concatenate([data.rows("train"), plain])
+    size = settings.batch_size
+    kept = KeptFeatures(source, plain, trunk, rule, pool, batch_size=size, folder=folder, progress=progress)
+    if spec is None:
+        return kept
+    return LiveViews(source, data, trunk, rule, pool, batch_size=size, spec=spec, seed=settings.seed, plain=kept)
+
+
+def _sweep(runs: Path, identity: str, checkpoint: Checkpoint) -> None:
+    """Remove what a killed process left, but for its checkpoint; say what other trainings left."""
+    for leftover in runs.glob(f".{identity}.*.tmp"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if (runs / identity).exists() and checkpoint.path.exists():  # written, but killed before it was proven
+        shutil.rmtree(runs / identity)
+    for other in checkpoint.others():
+        logger.warning(
+            "an interrupted training with other settings is not used: %s. Remove it if it is not wanted", other
         )
-    return np.array([validation[sha256] for sha256 in hashes], dtype=np.int64)
 
 
-def _from_pixels(
-    run: Run, images: ImageSet, rows: np.ndarray, pool: Executor, batch_size: int, device: str
-) -> np.ndarray:
-    """Probabilities of some images by a finished run, as ``predict`` computes them."""
-    network, head = network_of(run), run.load_head()
-    engine = network.engine(network.recipes, batch_size=batch_size, device=device)
-    parts = []
-    for _, pixels, _ in decoded_batches(images.read, rows.tolist(), run.recipe.pixels, pool, batch_size):
-        (features,) = engine(pixels).values()
-        parts.append(head.predict_proba(features))
-    return np.concatenate(parts)
+def _predictions(data: Data, rows: np.ndarray, probabilities: np.ndarray) -> Predictions:
+    return Predictions([data.paths[row] for row in rows], data.sha256[rows], data.labels[rows], probabilities)
+
+
+def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
+    """What the new run says of its features: those of the run it began from, on the data of now."""
+    about = {**job.start.config["features"], "data_digest": data.digest}
+    return about if source is None else {**about, "source": source.description}
+
+
+def _prove(folder: Path, gate: Gate, pixels: np.ndarray | None, device: str) -> None:
+    """Keep the run only if it predicts as the network in memory does."""
+    try:
+        gate.after(Run.open(folder), pixels, device)
+    except ParityError:
+        shutil.rmtree(folder)
+        raise
+
+
+def _pixels(source: ImageSet, data: Data, rows: np.ndarray, rule: PixelRule, pool: Executor) -> np.ndarray:
+    """Pixels of some rows, found in the source by path and checked by content: uint8, (n, h, w, 3).
+
+    Raises
+    ------
+    RunError
+        If one is not there, or not the image that it was.
+    """
+    places = {path: number for number, path in enumerate(source.paths)}
+
+    def load(row: int) -> np.ndarray:
+        path = data.paths[row]
+        if path not in places:
+            raise RunError(f"{source.description}: {printable(path)} is not there, which the features were made of")
+        content = source.read(places[path])
+        if hashlib.sha256(content).digest() != data.sha256[row].tobytes():
+            raise RunError(f"{source.description}: {printable(path)} is not the image that the features were made of")
+        return decode_image(content, rule).pixels
+
+    return np.stack(list(pool.map(load, rows.tolist())))

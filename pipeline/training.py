@@ -1,285 +1,242 @@
-"""Training the end of a network: images with their splits, trunk features computed once, the tail's training loop.
+"""The training loop of the end of a network, the same for images, augmented images and cached features.
 
-images -> Data -> trunk -> CutFeatures -> train(Tail) -> best epoch
+Inputs ─ batches(rows, epoch) ─▶ Tail.step ─▶ scores on validation ─▶ checkpoint ─▶ best epoch
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
 import logging
-import shutil
-import tempfile
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
-from pathlib import Path
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 
-from features.engines import compiled
-from features.errors import RunError, StoreError, UnreadableImageError
-from features.files import printable
-from features.layout import data_digest
-from features.recipe import PixelRule
-from features.sources import ImageSet
-from features.splits import SPLITS, SplitRule, assign_splits
-from pipeline.endtoend import Split, decoded_batches, probabilities_of
-from pipeline.metrics import evaluate
+from features.backend import load_keras
+from features.errors import RunError
+from pipeline.checkpoints import Checkpoint, State
+from pipeline.endtoend import Split, probabilities_of
+from pipeline.head import History, Progress
+from pipeline.inputs import PLAIN, Data, Inputs
+from pipeline.metrics import balanced_weights, evaluate
+from pipeline.tuning import TuningSettings, learning_rate, make_optimizer
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
-KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
-
-
-@dataclasses.dataclass(frozen=True)
-class Data:
-    """Images of a source with the splits that extraction gave them.
-
-    Parameters
-    ----------
-    images : ImageSet
-        The source.
-    splits : int8, (images,)
-        Index into ``SPLITS``; images that could not be read are in ``unlabelled``.
-    sha256 : uint8, (images, 32)
-        Content; zeros where it could not be read.
-    digest : str
-        ``features.layout.data_digest`` of those that could, as a feature store of them would have it.
-    """
-
-    images: ImageSet
-    splits: np.ndarray
-    sha256: np.ndarray
-    digest: str
-
-    @property
-    def labels(self) -> np.ndarray:
-        """int32, (images,)."""
-        return self.images.labels
-
-    def rows(self, split: str) -> np.ndarray:
-        """Image numbers of one split, ascending."""
-        return np.flatnonzero(self.splits == SPLITS.index(split))
-
-
-def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
-    """Hash every image and give it its split.
-
-    Raises
-    ------
-    RunError
-        If none could be read.
-    """
-
-    def digest(row: int) -> bytes:
-        try:
-            return hashlib.sha256(images.read(row)).digest()
-        except UnreadableImageError as error:
-            logger.warning("%s is unreadable (%s); left out", printable(images.paths[row]), error)
-            return b""
-
-    hashes = list(pool.map(digest, range(len(images))))
-    readable = np.array([row for row, value in enumerate(hashes) if value], dtype=np.int64)
-    if not len(readable):
-        raise RunError(f"{images.description}: none of {len(images)} images could be read")
-    sha256 = np.zeros((len(images), 32), np.uint8)
-    sha256[readable] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
-    groups = None if images.groups is None else [images.groups[row] for row in readable]
-    splits = np.full(len(images), SPLITS.index("unlabelled"), np.int8)
-    labels, given = images.labels[readable], images.given_splits[readable]
-    splits[readable], _ = assign_splits(labels, given, groups, sha256[readable], rule)
-    return Data(images, splits, sha256, data_digest(images.classes, sha256[readable], labels, splits[readable]))
-
-
-class CutFeatures:
-    """Trunk features of the images that are trained on and measured, computed once.
-
-    The trunk is frozen and the images are plain, so an image's features are the same in every epoch. They are kept
-    in memory up to 1 GiB, above that in a file that is removed afterwards.
-
-    Parameters
-    ----------
-    data : Data
-        Train and validation images are taken.
-    trunk : callable
-        ``uint8, (n, h, w, 3)`` -> dict with one array, ``float32, (n, ...)``.
-    rule : PixelRule
-        How the images are decoded.
-    pool : Executor
-        Threads that read and decode.
-    batch_size : int
-        Images of one forward pass.
-    folder : Path
-        Where the file goes, if one is needed.
-    progress : callable, optional
-        Called with ``(stage, done, total)``.
-    """
-
-    def __init__(
-        self,
-        data: Data,
-        trunk: Callable[[np.ndarray], Any],
-        rule: PixelRule,
-        pool: Executor,
-        *,
-        batch_size: int,
-        folder: Path,
-        progress: Progress | None,
-    ) -> None:
-        wanted = np.concatenate([data.rows("train"), data.rows("validation")]).tolist()
-        self._place: dict[int, int] = {}
-        self._array: np.ndarray = np.zeros((0,), np.float32)
-        for rows, pixels, refused in decoded_batches(data.images.read, wanted, rule, pool, batch_size):
-            for row, error in refused.items():
-                logger.warning("%s is unreadable (%s); left out", printable(data.images.paths[row]), error)
-            if not rows:
-                continue
-            (features,) = trunk(pixels).values()
-            start = len(self._place)
-            if not start:
-                self._array = _room((len(wanted), *features.shape[1:]), folder)
-            self._array[start : start + len(rows)] = features
-            self._place |= {row: start + offset for offset, row in enumerate(rows)}
-            if progress:
-                progress("trunk", len(self._place), len(wanted))
-
-    def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows that have features."""
-        return np.array([row for row in rows.tolist() if row in self._place], dtype=np.int64)
-
-    def of(self, rows: np.ndarray) -> np.ndarray:
-        """Features of some rows, float32, (k, ...)."""
-        return self._array[[self._place[int(row)] for row in rows]]
-
-
-def _room(shape: tuple[int, ...], folder: Path) -> np.ndarray:
-    needed = 4 * int(np.prod(shape, dtype=np.int64))
-    if needed <= KEPT_BYTES:
-        return np.empty(shape, np.float32)
-    free = shutil.disk_usage(folder).free
-    if needed > 0.9 * free:
-        raise StoreError(
-            f"{folder}: the features before the trained layers need {needed >> 20} MiB there, {free >> 20} MiB are "
-            "free. Free some space, give another --runs folder, or unfreeze from a later layer."
-        )
-    with tempfile.TemporaryFile(dir=folder, prefix=".finetune-") as file:  # without a name: gone once unmapped
-        return np.memmap(file, np.float32, "w+", shape=shape)
 
 
 class Tail:
-    """The trainable end of a network: compiled training step, compiled inference, snapshots."""
+    """The trained layers and the head: trained a batch at a time, measured at inference.
 
-    def __init__(self, split: Split, temperature: float, learning_rate: float, batch_size: int) -> None:
-        import keras
+    Parameters
+    ----------
+    split : Split
+        Its ``tail`` is trained.
+    temperature : float
+        Logits are divided by it.
+    settings : TuningSettings
+        Optimizer, batch size and the rest.
+    """
 
-        self.model, self._temperature, self.batch_size = split.tail, temperature, batch_size
+    def __init__(self, split: Split, temperature: float, settings: TuningSettings) -> None:
+        keras = load_keras()
+        self.model, self._temperature, self.batch_size = split.tail, temperature, settings.batch_size
         self._binary = split.tail.output_shape[-1] == 1
+        self._half = split.layers_of_tail() if settings.mixed_precision else []
         loss = (
             keras.losses.BinaryCrossentropy(from_logits=True)
             if self._binary
             else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
         # Compiled after `trainable` was set: Keras looks at it when it compiles.
-        self.model.compile(optimizer=keras.optimizers.Adam(learning_rate), loss=loss)
-        self._forward = compiled(lambda features: split.tail(features, training=False))
+        self.model.compile(optimizer=make_optimizer(settings), loss=loss)
+        self.model.optimizer.build(self.model.trainable_variables)
+        statistics = split.statistics_variables() if settings.bn == "train" else []
+        self._variables = [*self.model.trainable_variables, *statistics]
+        self._generators = [
+            variable for variable in self.model.variables if variable.path.endswith("seed_generator_state")
+        ]
 
-    def step(self, features: np.ndarray, labels: np.ndarray) -> float:
-        """Train on one batch; its mean loss."""
+    def step(
+        self, features: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None, rate: float | None = None
+    ) -> float:
+        """Train on one batch; its mean loss.
+
+        Parameters
+        ----------
+        features : (n, ...)
+            Cut features.
+        labels : int32, (n,)
+            Classes.
+        weights : float, (n,), optional
+            Of the rows in the loss.
+        rate : float, optional
+            Learning rate from now on.
+        """
         targets = labels[:, None].astype(np.float32) if self._binary else labels
+        if rate is not None:
+            self.model.optimizer.learning_rate = rate
         self.model.reset_metrics()  # else Keras gives the mean over all batches so far
-        return float(self.model.train_on_batch(features, targets))
+        values = np.asarray(features, np.float32)
+        weights = None if weights is None else weights.astype(np.float32)
+        return float(self.model.train_on_batch(values, targets, sample_weight=weights))
 
-    def probabilities(self, cut: CutFeatures, rows: np.ndarray) -> np.ndarray:
-        """Class probabilities of rows, float64, (n, c)."""
-        import keras
+    def probabilities(self, inputs: Inputs, rows: np.ndarray) -> np.ndarray:
+        """Class probabilities of rows in their plain view, float64, (n, c)."""
+        return self.probabilities_of(features for _, features in inputs.batches(rows, PLAIN))
 
+    def probabilities_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
+        """Class probabilities of batches of cut features, float64, (n, c)."""
         parts = []
-        for start in range(0, len(rows), self.batch_size):
-            batch = cut.of(rows[start : start + self.batch_size])
-            count = len(batch)
-            if count < self.batch_size:  # one shape, compiled once
-                batch = np.concatenate([batch, np.zeros((self.batch_size - count, *batch.shape[1:]), np.float32)])
-            logits = keras.ops.convert_to_numpy(self._forward(keras.ops.convert_to_tensor(batch)))[:count]
-            parts.append(probabilities_of(logits, self._temperature))
-        return np.concatenate(parts)
+        for features in batches:
+            count = len(features)
+            batch = np.zeros((self.batch_size, *features.shape[1:]), np.float32)  # one shape, compiled once
+            batch[:count] = features
+            parts.append(self.model.predict_on_batch(batch)[:count])  # compiled once, sees the variables of now
+        return probabilities_of(np.concatenate(parts), self._temperature)
+
+    @contextlib.contextmanager
+    def training(self, seed: int, epoch: int) -> Iterator[None]:
+        """One epoch's steps: dropout starts from seed and epoch, whatever came before; half precision if asked for.
+
+        What is measured is compiled apart, in float32, before the first step; a backend that compiles nothing looks
+        at the layers each time.
+        """
+        for number, generator in enumerate(self._generators):
+            words = np.random.SeedSequence([seed, epoch, number]).generate_state(2) >> 1
+            generator.assign(words.astype(generator.dtype).reshape(generator.shape))
+        for layer in self._half:
+            layer.dtype_policy = "mixed_bfloat16"
+        try:
+            yield
+        finally:
+            for layer in self._half:
+                layer.dtype_policy = "float32"
 
     def snapshot(self) -> list[np.ndarray]:
-        """Copies of all trainable variables."""
-        import keras
-
-        return [np.array(keras.ops.convert_to_numpy(variable)) for variable in self.model.trainable_variables]
+        """Copies of all variables that training changes."""
+        return _values(self._variables)
 
     def restore(self, values: Sequence[np.ndarray]) -> None:
-        """Set all trainable variables."""
-        for variable, value in zip(self.model.trainable_variables, values, strict=True):
-            variable.assign(value)
+        """Set them."""
+        _assign(self._variables, values)
+
+    def optimizer_snapshot(self) -> list[np.ndarray]:
+        """Copies of the optimizer's variables."""
+        return _values(self.model.optimizer.variables)
+
+    def restore_optimizer(self, values: Sequence[np.ndarray]) -> None:
+        """Set them."""
+        _assign(self.model.optimizer.variables, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What `train` did: columns of ``history.csv``, validation scores before and of the best epoch, and the epoch after
+    which it went on where an earlier process was interrupted (None: it began anew)."""
+
+    history: History
+    before: dict[str, Any]
+    after: dict[str, Any]
+    resumed: int | None
 
 
 def train(
     tail: Tail,
-    cut: CutFeatures,
+    inputs: Inputs,
     data: Data,
+    settings: TuningSettings,
     *,
     classes: Sequence[str],
-    epochs: int,
-    patience: int,
-    seed: int,
-    progress: Progress | None,
-) -> tuple[dict[str, list[float]], dict[str, Any], dict[str, Any]]:
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
     """Train, and end with the best epoch: the highest validation accuracy, then the lowest log loss.
 
-    The head as it came counts as epoch 0, so the result is never worse than that on validation.
-
-    Returns
-    -------
-    history : dict of str to list of float
-        One entry per epoch, epoch 0 first (its loss is that of validation, as no step was taken).
-    before, after : dict
-        Validation scores.
+    The head as it came counts as epoch 0, so the result is never worse than that on validation. Where an earlier
+    process was killed, its last finished epoch is taken up.
 
     Raises
     ------
     RunError
-        If train or validation is empty.
+        If train or validation is empty, or training diverges.
     """
-    rows, validation = cut.readable(data.rows("train")), cut.readable(data.rows("validation"))
+    rows = inputs.readable(data.by_content(data.rows("train")))
+    validation = inputs.readable(data.rows("validation"))
     if not len(rows) or not len(validation):
         raise RunError(
             f"fine-tuning needs train and validation images, received {len(rows)} and {len(validation)}. "
             "Extract with another --split."
         )
+    weights = np.zeros(len(data.labels))
+    weights[rows] = balanced_weights(data.labels[rows]) if settings.class_weight else 1.0
 
     def measure() -> dict[str, Any]:
-        return evaluate(tail.probabilities(cut, validation), data.labels[validation], classes)
+        return evaluate(tail.probabilities(inputs, validation), data.labels[validation], classes)
 
-    before = best = measure()
-    kept, waited, lowest = tail.snapshot(), 0, before["log_loss"]
-    history: dict[str, list[float]] = {
-        "epoch": [0],
-        "loss": [before["log_loss"]],
-        "val_loss": [before["log_loss"]],
-        "val_accuracy": [before["accuracy"]],
+    state = _first_state(tail, measure(), settings.initial_epoch)
+    found = checkpoint.load(state) if checkpoint else None
+    resumed = None if found is None else found.epoch
+    if found is not None:
+        state = found
+        tail.restore(state.variables)
+        tail.restore_optimizer(state.optimizer)
+        logger.info("%s: goes on after epoch %d", checkpoint.path if checkpoint else "", state.epoch)
+    steps, last = -(-len(rows) // tail.batch_size), settings.initial_epoch + settings.epochs
+    while state.epoch < last and not (settings.patience and state.waited >= settings.patience):
+        epoch = state.epoch + 1
+        # The order depends on seed, epoch and the images' content only, whatever their order and kind of source.
+        order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
+        total, seen = 0.0, 0
+        with tail.training(settings.seed, epoch):
+            for number, (batch, features) in enumerate(inputs.batches(order, epoch)):
+                loss = tail.step(
+                    features,
+                    data.labels[batch],
+                    weights=weights[batch] if settings.class_weight else None,
+                    rate=learning_rate(settings, (epoch - settings.initial_epoch - 1) * steps + number, steps),
+                )
+                total, seen = total + loss * len(batch), seen + len(batch)
+                if progress:
+                    progress(f"epoch {epoch}/{last}", seen, len(order))
+        if not seen or not np.isfinite(total):
+            why = "none of its images could be read" if not seen else "training diverged; lower the learning rate"
+            raise RunError(f"epoch {epoch}: {why} (now {settings.learning_rate:g})")
+        _close_epoch(state, tail, epoch, total / seen, measure())
+        if checkpoint:
+            checkpoint.save(state)
+    tail.restore(state.kept)
+    return Outcome(state.history, state.before, state.best, resumed)
+
+
+def _first_state(tail: Tail, scores: dict[str, Any], epoch: int) -> State:
+    # No step was taken, so the loss of epoch 0 is that of validation.
+    losses = [scores["log_loss"]]
+    history: History = {
+        "epoch": [epoch],
+        "loss": losses,
+        "val_loss": list(losses),
+        "val_accuracy": [scores["accuracy"]],
     }
-    for epoch in range(1, epochs + 1):
-        # The order depends on seed and epoch only, whatever the rows' order in the source.
-        order = np.random.default_rng([seed, epoch]).permutation(rows)
-        total = 0.0
-        for start in range(0, len(order), tail.batch_size):
-            batch = order[start : start + tail.batch_size]
-            total += tail.step(cut.of(batch), data.labels[batch]) * len(batch)
-            if progress:
-                progress(f"epoch {epoch}/{epochs}", start + len(batch), len(order))
-        scores = measure()
-        for name, value in zip(
-            history, (epoch, total / len(order), scores["log_loss"], scores["accuracy"]), strict=True
-        ):
-            history[name].append(value)
-        if (scores["accuracy"], -scores["log_loss"]) > (best["accuracy"], -best["log_loss"]):
-            best, kept = scores, tail.snapshot()
-        waited = 0 if scores["log_loss"] < lowest else waited + 1
-        lowest = min(lowest, scores["log_loss"])
-        if waited >= patience:
-            break
-    tail.restore(kept)
-    return history, before, best
+    variables = tail.snapshot()
+    return State(epoch, history, scores, scores, 0, losses[0], variables, tail.optimizer_snapshot(), variables)
+
+
+def _close_epoch(state: State, tail: Tail, epoch: int, loss: float, scores: dict[str, Any]) -> None:
+    for name, value in zip(state.history, (epoch, loss, scores["log_loss"], scores["accuracy"]), strict=True):
+        state.history[name].append(value)
+    state.epoch, state.variables, state.optimizer = epoch, tail.snapshot(), tail.optimizer_snapshot()
+    if (scores["accuracy"], -scores["log_loss"]) > (state.best["accuracy"], -state.best["log_loss"]):
+        state.best, state.kept = scores, state.variables
+    state.waited = 0 if scores["log_loss"] < state.lowest else state.waited + 1
+    state.lowest = min(state.lowest, scores["log_loss"])
+
+
+def _values(variables: Sequence[Any]) -> list[np.ndarray]:
+    convert = load_keras().ops.convert_to_numpy
+    return [np.array(convert(variable)) for variable in variables]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)

@@ -25,7 +25,9 @@ LATE = {
     "tf2onnx",
     "ai_edge_litert",
     "dask",
+    "distributed",
     "scipy",
+    "tensorboard",
 }
 # Module -> what it may import of the package: nothing that lies above it.
 INSIDE_FEATURES = {
@@ -80,6 +82,7 @@ INSIDE_FEATURES = {
     "planning": {"errors", "recipe", "shards", "sources", "store"},
     "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store", "writer"},
     "forecast": {"errors", "planning", "shards"},
+    "running": {"errors", "files", "recipe", "shards", "sources", "store"},
     "precision": {"errors", "images", "networks", "sources"},
     "extraction": {
         "augmentation",
@@ -89,6 +92,7 @@ INSIDE_FEATURES = {
         "errors",
         "files",
         "recipe",
+        "running",
         "assembly",
         "networks",
         "planning",
@@ -104,7 +108,7 @@ INSIDE_FEATURES["transformer"] = {
 }
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}
-STAGES = {"extract", "train_head", "finetune", "predict", "export"}
+STAGES = {"extract", "train_head", "finetune", "predict", "export", "report", "preview"}
 
 
 def imports(path: Path, *, top_only: bool) -> set[str]:
@@ -204,5 +208,6 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = run_pipeline("--help")
     assert result.returncode == 0
-    for command in ("extract", "inspect", "verify", "train-head", "leaderboard", "finetune", "predict"):
+    commands = "extract inspect verify train-head leaderboard finetune predict report preview"
+    for command in commands.split():
         assert command in result.stdout

@@ -202,7 +202,12 @@ def test_pain_06_a_head_goes_on_vgg16_and_its_weights_fit(assets: Path, unfreeze
     (features,) = network.engine(network.recipes, batch_size=4)(pixels).values()
     import keras
 
-    tensor = split.trunk(keras.applications.vgg16.preprocess_input(pixels.astype(np.float32)), training=False)
+    prepared = keras.applications.vgg16.preprocess_input(pixels.astype(np.float32))
+    tensor = split.trunk(prepared, training=False)
+    assert {id(item) for item in split.trunk.weights}.isdisjoint(id(item) for item in split.tail.weights)
+    composed = split.tail(tensor, training=False)
+    whole = head.network(network.load()(prepared, training=False), training=False)
+    assert relative_difference(np.asarray(composed), np.asarray(whole)) <= 1e-6
     received = probabilities_of(np.asarray(split.tail(tensor, training=False)), head.temperature)
     np.testing.assert_allclose(received, head.predict_proba(features), atol=1e-5)
 
