@@ -16,7 +16,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo check test-fast test stress bench tables clean
+.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test stress bench clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ recipe: setup  ## a published recipe on DATA: make recipe NAME=mobilenetv2-cats-
 cluster-demo: setup  ## a scheduler and three workers on this machine, one of them killed half-way; the store is compared
 	$(BIN)/python tests/benchmarks/cluster_demo.py $(ARGS)
 
+stress-cluster: setup  ## 20 SIGKILLs of workers, 3 of the scheduler (minutes)
+	$(BIN)/python tests/benchmarks/stress_cluster.py $(ARGS)
+
 check: setup  ## ruff, mypy and the architecture test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -82,6 +85,8 @@ bench: setup  ## benchmarks: ratios measured side by side in one run (half an ho
 	$(BIN)/python tests/benchmarks/bench_reuse.py
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-mobilenetv2.json
 	$(BIN)/python tests/benchmarks/bench_bank.py
+	$(BIN)/python tests/benchmarks/bench_finetune.py --json bench-finetune.json
+	$(BIN)/python tests/benchmarks/bench_cluster.py bench-cluster.json
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-vgg16.json --backbone vgg16 --size 224 --limit 200 --rounds 3
 
 clean:  ## remove the virtual environment and caches (features and runs are kept)

@@ -10,12 +10,10 @@ import dataclasses
 import logging
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from features.assembly import assemble, is_current, pack, table_of
 from features.augmentation import PRESETS, AugmentSpec
@@ -25,8 +23,8 @@ from features.forecast import Forecast, forecast
 from features.machine import processors
 from features.planning import Identity, Plan, make_plan
 from features.precision import check_precision, some_rows
-from features.recipe import Recipe
-from features.shards import Infer, PartsFolder, ShardRecord, ShardSpec, extract_shard, rows_per_shard
+from features.running import SHARDS_IN_FLIGHT, MadeShard, Reconciliation, ShardRunner, Work, run_here
+from features.shards import PartsFolder, rows_per_shard
 from features.sources import ImageSet, scan
 from features.splits import SplitRule
 from features.store import FeatureStore, Progress, parts_folder, shard_path
@@ -35,7 +33,6 @@ if TYPE_CHECKING:
     from features.networks import Network
 
 logger = logging.getLogger(__name__)
-SHARDS_IN_FLIGHT = 2  # one is inferred while the other is read
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +43,18 @@ class ExtractionResult:
     counts: Counter[str]
     inferred: int
     written: bool
+
+
+@dataclasses.dataclass
+class _Done:
+    """What this run has made so far."""
+
+    inferred: int = 0
+    engines: set[str] = dataclasses.field(default_factory=set)
+
+    def add(self, made: MadeShard, shard: FeatureStore) -> None:
+        self.inferred += len(shard) * len(made.record.views)
+        self.engines |= {made.engine} - {""}  # no engine was needed where no image could be read
 
 
 class Extraction:
@@ -89,6 +98,8 @@ class Extraction:
         One file, or an index of shards that stay where they were made; a store keeps its own without it.
     check_precision : int
         Compare so many images with float32, and keep what was found in the store; see ``features.precision``.
+    run_shards : callable, optional
+        What makes the shards; this process without it. See ``features.running.ShardRunner``.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class Extraction:
         target: str | None = None,
         layout: str | None = None,
         check_precision: int = 0,
+        run_shards: ShardRunner = run_here,
     ) -> None:
         _check_views(views, augmentation)
         check_range("batch size", batch_size, 1, 4096)
@@ -127,6 +139,7 @@ class Extraction:
         check_range("check precision", check_precision, 0, 100_000)
         self.check_precision = check_precision
         self._checked: dict[str, Any] | None = None
+        self.run_shards = run_shards
         self.workers = workers or processors()
         check_range("shard rows", 1 if shard_rows is None else shard_rows, 1, 1 << 20)
         self.shard_rows = shard_rows
@@ -154,13 +167,13 @@ class Extraction:
         """What a plan will take, from a measurement of a few batches; None if there is nothing to infer."""
         if not plan.specs:
             return None
-        spec = plan.specs[0]
-        engine = self._engine(spec.recipes)
+        work = self._work(plan)
+        engine = work.engine(plan.specs[0].recipes)
         with ThreadPoolExecutor(self.workers) as decoders:
             return forecast(
                 plan,
                 engine,
-                self._reader(),
+                work.reader(),
                 decoders,
                 batch_size=self.batch_size,
                 row_bytes=self.network.row_bytes,
@@ -168,9 +181,8 @@ class Extraction:
                 separate_device=getattr(engine, "device", "cpu") != "cpu",
             )
 
-    def _engine(self, recipes: Sequence[Recipe]) -> Any:
-        plain = tuple(recipe.plain for recipe in recipes)  # an engine knows nothing of views
-        return self.network.engine(plain, batch_size=self.batch_size, device=self.device)
+    def _work(self, plan: Plan) -> Work:
+        return Work(plan.specs, self.parts.path, self.images, self.network, self.batch_size, self.device, self.workers)
 
     def run(self, progress: Progress | None = None) -> ExtractionResult:
         """Compute what is missing and bring the store up to date.
@@ -193,14 +205,14 @@ class Extraction:
         with locked(self.out):
             sweep(self.out)
             plan = self.plan()
-            engine = _LazyEngine(self)
+            done = _Done()
             try:
                 if plan.layout == "packed" or plan.old is None:
                     self.parts.drop(plan.superseded)
                 if plan.specs:
                     self.parts.open()
-                    self._run_shards(plan, engine, progress)
-                result = self._finish(plan, engine, progress)
+                    self._run_shards(plan, done, progress)
+                result = self._finish(plan, done, progress)
             finally:
                 if self.parts.path.exists() and not self.parts.records and not self.parts.any_shard():
                     self.parts.remove()  # nothing was computed: leave nothing behind
@@ -214,49 +226,28 @@ class Extraction:
         self._check_unreadable(reasons, f"the {len(result.store)} good rows are in {self.out}")
         return result
 
-    def _run_shards(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> None:
-        read = self._reader()
-        done, total, lock = 0, sum(map(len, plan.specs)), threading.Lock()
+    def _run_shards(self, plan: Plan, done: _Done, progress: Progress | None) -> None:
+        count, total, lock = 0, sum(map(len, plan.specs)), threading.Lock()
 
-        def advance(count: int) -> None:
-            nonlocal done
+        def advance(more: int) -> None:
+            nonlocal count
             with lock:
-                done += count
+                count += more
                 if progress:
-                    progress("extract", done, total)
+                    progress("extract", count, total)
 
-        def make(spec: ShardSpec) -> ShardRecord:
-            return extract_shard(
-                spec,
-                self.parts.path,
-                read=read,
-                infer=engine.for_recipes(spec.recipes),
-                decoders=decoders,
-                batch_size=self.batch_size,
-                advance=advance,
-            )
-
-        with (
-            ThreadPoolExecutor(self.workers, "decode") as decoders,
-            ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
-        ):
-            try:
-                for record in _bounded(runners, make, plan.specs):
+        planned = Reconciliation(plan.specs)
+        with contextlib.closing(self.run_shards(self._work(plan), advance)) as shards:
+            for made in shards:
+                record = made.record
+                shard = FeatureStore.open_shard(shard_path(self.parts.path, record.identity))
+                if planned.enter(made, shard):
                     self.parts.commit(record)
-                    plan.known.add(
-                        FeatureStore.open_shard(shard_path(self.parts.path, record.identity)),
-                        record.views,
-                        root=str(self.images.root),
-                        fresh=True,
-                    )
-            finally:
-                engine.stop.set()  # after a second Ctrl-C the shards in flight end at their next batch
+                    plan.known.add(shard, record.views, root=str(self.images.root), fresh=True)
+                    done.add(made, shard)
+        planned.finish()
 
-    def _reader(self) -> Callable[[str], bytes]:
-        index_of = {path: index for index, path in enumerate(self.images.paths)}
-        return lambda path: self.images.read(index_of[path])
-
-    def _finish(self, plan: Plan, engine: _LazyEngine, progress: Progress | None) -> ExtractionResult:
+    def _finish(self, plan: Plan, done: _Done, progress: Progress | None) -> ExtractionResult:
         identities = _settled(plan)
         if self.check_precision:
             readable = [row for row, identity in enumerate(identities) if identity.reason is None]
@@ -264,7 +255,7 @@ class Extraction:
         if plan.old is not None and not self.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
         table, quarantine = table_of(self.images, identities, self.rule, strict=self.strict)
-        provenance = self._provenance(plan, engine)
+        provenance = self._provenance(plan, done)
         current = plan.old is not None and is_current(
             plan.old,
             self.images,
@@ -291,15 +282,16 @@ class Extraction:
                 progress=progress,
             )
         plan.counts["unreadable"] = len(quarantine)
-        return ExtractionResult(FeatureStore.open(self.out), plan.counts, engine.inferred, written=not current)
+        return ExtractionResult(FeatureStore.open(self.out), plan.counts, done.inferred, written=not current)
 
-    def _provenance(self, plan: Plan, engine: _LazyEngine) -> dict[str, object]:
+    def _provenance(self, plan: Plan, done: _Done) -> dict[str, object]:
         before = plan.old.provenance if plan.old is not None else {}
         checked = {**before.get("precision_check", {}), **(self._checked or {})}
+        engine = ", ".join(sorted(done.engines))
         return {
             **({"precision_check": checked} if checked else {}),
-            "engine": engine.name or before.get("engine", ""),
-            "batch_size": self.batch_size if engine.name else before.get("batch_size", self.batch_size),
+            "engine": engine or before.get("engine", ""),
+            "batch_size": self.batch_size if engine else before.get("batch_size", self.batch_size),
             "backbone": self.network.backbone_argument,
             "weights": self.network.weights_argument,
             "target": self.target or "",
@@ -367,7 +359,7 @@ def prepare(
     split : str
         ``"hash"`` or ``"stratified"``, with fractions behind a colon, and ``seed``; see ``SplitRule``.
     **options
-        ``batch_size``, ``shard_rows``, ``workers``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict``, ``layout``, ``check_precision`` of ``Extraction``.
+        ``batch_size``, ``shard_rows``, ``workers``, ``max_unreadable``, ``overwrite``, ``rehash``, ``strict``, ``layout``, ``check_precision``, ``run_shards`` of ``Extraction``.
 
     Raises
     ------
@@ -486,65 +478,6 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
             if not parts.records:
                 parts.remove()
     return FeatureStore.open(target)
-
-
-class _LazyEngine:
-    """Build an engine per group of data sets when it is first needed; forward passes overlap only where it allows."""
-
-    def __init__(self, extraction: Extraction) -> None:
-        self._extraction = extraction
-        self._engines: dict[tuple[str, ...], Infer] = {}
-        self._lock = threading.Lock()
-        self.name, self.inferred = "", 0
-        self.stop = threading.Event()
-
-    def for_recipes(self, recipes: tuple[Recipe, ...]) -> Infer:
-        names = tuple(recipe.name for recipe in recipes)
-
-        def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
-            if self.stop.is_set():
-                raise KeyboardInterrupt
-            with self._lock:
-                if names not in self._engines:
-                    self._engines[names] = self._extraction._engine(recipes)
-                    self.name = getattr(self._engines[names], "name", "function")
-                self.inferred += len(batch)
-                engine = self._engines[names]
-                if not getattr(engine, "concurrent", False):
-                    return engine(batch)
-            return engine(batch)
-
-        return infer
-
-
-def _bounded(
-    pool: ThreadPoolExecutor, function: Callable[[ShardSpec], ShardRecord], specs: Sequence[ShardSpec]
-) -> Iterator[ShardRecord]:
-    """Run with few in flight. On an error or Ctrl-C start no more, and hand out what was in flight first."""
-    pending: set[Future[ShardRecord]] = set()
-    queue = iter(specs)
-    failure: BaseException | None = None
-    while True:
-        try:
-            while failure is None and len(pending) < SHARDS_IN_FLIGHT and (spec := next(queue, None)) is not None:
-                pending.add(pool.submit(function, spec))
-            if not pending:
-                break
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-        except KeyboardInterrupt as interrupt:
-            if failure is not None:
-                raise
-            logger.warning("stopping after the shards in flight; press Ctrl-C again to drop them")
-            failure = interrupt
-            continue
-        for future in finished:
-            error = future.exception()
-            if error is None:
-                yield future.result()
-            else:
-                failure = failure or error
-    if failure is not None:
-        raise failure
 
 
 def _settled(plan: Plan) -> list[Identity]:

@@ -189,7 +189,11 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
     elif target is not None:
         _refuse_line(manifest, 1, f"no column {target!r} for the target, received {shown}{nearest(target, header)}")
     elif set(names) - {*found, ""}:
-        _refuse_line(manifest, 1, f"no column 'label', received {shown}; name the column of classes as the target")
+        _refuse_line(
+            manifest,
+            1,
+            f"no column 'label', received {shown}; name the column of classes as the target (--target), or rename it",
+        )
     return found
 
 

@@ -16,7 +16,7 @@ import json
 import logging
 import os
 from collections import deque
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from pathlib import Path
 from typing import TypeVar
@@ -36,6 +36,7 @@ SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
 SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
 WINDOW_MIN = 8  # images read ahead, however many views each has
 JOURNAL_VERSION = 1
+KILLS_WORKER = "kills-worker"  # reason for an image that was never decoded, because the process that reads it dies
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 Infer = Callable[[np.ndarray], Mapping[str, np.ndarray]]
@@ -72,6 +73,11 @@ class ShardSpec:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def part(self, start: int, stop: int) -> ShardSpec:
+        """The spec of some of its rows, which has an identity of its own."""
+        columns = {name: getattr(self, name)[start:stop] for name in ("paths", "sizes", "mtimes_ns")}
+        return dataclasses.replace(self, **columns)
 
     @functools.cached_property
     def identity(self) -> str:
@@ -185,6 +191,15 @@ def extract_shard(
     return _write(spec, folder, good, refused, kept)
 
 
+def refuse_image(spec: ShardSpec, folder: Path, *, read: Callable[[str], bytes], reason: str) -> ShardRecord:
+    """Make the shard of a single image that is set aside without being decoded: its bytes are hashed and that is all."""
+    try:
+        sha256 = hashlib.sha256(read(spec.paths[0])).digest()
+    except UnreadableImageError as error:
+        sha256, reason = bytes(32), error.reason
+    return _write(spec, folder, [], [(0, sha256, reason)], {})
+
+
 def load_views(
     read: Callable[[str], bytes], spec: ShardSpec, path: str
 ) -> tuple[bytes, DecodedViews | UnreadableImageError]:
@@ -200,7 +215,7 @@ def load_views(
         return sha256, error
 
 
-def ahead(pool: Executor, function: Callable[[Item], Result], items: Sequence[Item], window: int) -> Iterator[Result]:
+def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
     """Map in order with at most ``window`` results waiting, so that memory stays constant."""
     waiting: deque[Future[Result]] = deque()
     try:
@@ -295,15 +310,14 @@ class PartsFolder:
             if shard_path(self.path, record.identity).is_file():
                 self.records[record.identity] = record
         for path in self._files():
-            if path.stem not in self.records and (found := _orphan(path)) is not None:
+            if path.stem not in self.records and (found := find_shard(path)) is not None:
                 self.records[found.identity] = found
 
     def open(self) -> None:
         """Make the folder ready for new shards: left-over temporary files go, what was found is in the journal."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for leftover in self.path.glob(".*.tmp"):
-                leftover.unlink(missing_ok=True)
+            self._sweep()
         self._rewrite()
 
     def commit(self, record: ShardRecord) -> None:
@@ -343,6 +357,7 @@ class PartsFolder:
 
     def keep(self, identities: Collection[str]) -> None:
         """Remove every shard but these, and note that a sharded store needs them."""
+        self._sweep()  # other machines may have died while this one was at work
         if set(self.records) == set(identities) and all(record.kept for record in self.records.values()):
             return
         self.drop([path.stem for path in self._files() if path.stem not in identities])
@@ -365,13 +380,17 @@ class PartsFolder:
     def _files(self) -> list[Path]:
         return [path for path in sorted(self.path.glob("*.h5")) if is_shard_name(path.stem) and path.is_file()]
 
+    def _sweep(self) -> None:
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
     def _rewrite(self) -> None:
         with atomic_file(self.journal) as temporary:
             temporary.write_bytes(b"".join(map(_record_line, self.records.values())))
 
 
-def _orphan(path: Path) -> ShardRecord | None:
-    """The record of a shard that is not in the journal; None, with a warning, if it cannot be used."""
+def find_shard(path: Path) -> ShardRecord | None:
+    """The record of a shard file that is not in the journal; None, with a warning, if it cannot be used."""
     try:
         shard = FeatureStore.open_shard(path)
         shard.verify()

@@ -339,7 +339,7 @@ def _sample(source: str, folder: Path, classes: Sequence[str], limit: int | None
         rows = rows[images.given_splits[rows] == SPLITS.index(split)]
     if limit is not None:
         rows = _evenly(images, rows, limit)
-    return str(_copied(images, rows, folder / "images"))
+    return str(_copied(images, rows, folder / "images", splits=split is None))
 
 
 def _evenly(images: ImageSet, rows: np.ndarray, limit: int) -> np.ndarray:
@@ -352,7 +352,7 @@ def _evenly(images: ImageSet, rows: np.ndarray, limit: int) -> np.ndarray:
     return np.sort(rows[np.lexsort((rows, place))[:limit]])
 
 
-def _copied(images: ImageSet, rows: np.ndarray, folder: Path) -> Path:
+def _copied(images: ImageSet, rows: np.ndarray, folder: Path, *, splits: bool) -> Path:
     """Files of some images, and a manifest of them; files that are there already stay as they are."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = []
@@ -363,7 +363,7 @@ def _copied(images: ImageSet, rows: np.ndarray, folder: Path) -> Path:
         if not path.exists() or path.read_bytes() != data:
             path.write_bytes(data)
         label = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
-        given = SPLITS[images.given_splits[row]] if images.given_splits[row] >= 0 else ""
+        given = SPLITS[images.given_splits[row]] if splits and images.given_splits[row] >= 0 else ""
         lines.append([path.name, label, given, images.groups[row] if images.groups else ""])
     manifest = folder / "images.csv"
     with open(manifest, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:

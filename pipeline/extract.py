@@ -61,8 +61,15 @@ def _duration(seconds: float) -> str:
     )
 
 
-def run(images: str, out: Path, *, progress: Progress | None = None, **options: Any) -> dict[str, Any]:
-    """Bring a store up to date and describe it, as one document."""
+def run(
+    images: str, out: Path, *, progress: Progress | None = None, cluster: str | None = None, **options: Any
+) -> dict[str, Any]:
+    """Bring a store up to date and describe it, as one document; ``cluster`` says which workers make its shards."""
+    if cluster is not None:
+        from pipeline.cluster import ClusterShards
+
+        engine, threads = options.get("engine", "auto"), options.get("workers")
+        options["run_shards"] = ClusterShards(cluster, engine=engine, threads=threads)
     result = prepare(images, out, **options).run(progress)
     return {
         **describe(result.store),

@@ -136,8 +136,10 @@ def _stall_clean_up(note: Any) -> None:
     Path.unlink = unlink  # type: ignore[method-assign]
 
 
-def start(log: Path, *command: object, options: Sequence[object] = (), quiet: bool = False) -> subprocess.Popen[str]:
-    """The process; its output is a pipe, or nowhere."""
+def start(
+    log: Path, *command: object, options: Sequence[object] = (), quiet: bool = False, session: bool = False
+) -> subprocess.Popen[str]:
+    """The process; its output is a pipe, or nowhere. With ``session`` it leads a group of its own, as in a terminal."""
     arguments = [sys.executable, __file__, log, *options, "--", *command]
     return subprocess.Popen(
         list(map(str, arguments)),
@@ -145,6 +147,7 @@ def start(log: Path, *command: object, options: Sequence[object] = (), quiet: bo
         stdout=subprocess.DEVNULL if quiet else subprocess.PIPE,
         stderr=subprocess.DEVNULL if quiet else subprocess.PIPE,
         text=True,
+        start_new_session=session,
     )
 
 

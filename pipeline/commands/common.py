@@ -7,6 +7,7 @@ import functools
 import inspect
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 from features.errors import BottleneckError, ConfigurationError
+from features.files import printable
 from pipeline.progress import QUIET, set_quiet
 
 app = typer.Typer(
@@ -149,6 +151,7 @@ def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(document, indent=2) if as_json else text)
 
 
-def print_next(command: str) -> None:
+def print_next(*words: object) -> None:
+    """The next command to type, its words quoted for a POSIX shell."""
     if not QUIET.is_set():
-        typer.echo(f"next: {command}", err=True)
+        typer.echo(f"next: {printable(shlex.join(map(str, words)))}", err=True)

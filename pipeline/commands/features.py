@@ -10,6 +10,7 @@ import typer
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
     BatchSize,
+    Cluster,
     Device,
     Json,
     Seed,
@@ -89,6 +90,7 @@ def extract(
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")
     ] = False,
+    cluster: Cluster = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -129,9 +131,10 @@ def extract(
         print_document(document, as_json, stage.plan_summary(document))
         return
     with ConsoleProgress() as progress:
-        document = stage.run(images, out, progress=progress, **options)
+        document = stage.run(images, out, progress=progress, cluster=cluster, **options)
     print_document(document, as_json, stage.summary(document))
-    print_next(f"bottleneck train-head {out} --head logistic")
+    if len(document["classes"]) > 1:
+        print_next("bottleneck", "train-head", out, "--head", "logistic")
 
 
 def _with_moves(split: str, validation_from_train: float, test_from_validation: float) -> str:
