@@ -1,10 +1,10 @@
 """Many dense heads trained at once: heads that share rows and batches, side by side in one compiled pass.
 
 Heads of one bank have the same shape and see the same batches; they differ in learning rate, weight decay, dropout,
-seed, label smoothing and feature noise. Side by side their kernels are one wide matrix: a step is one matrix product
+seed, label smoothing, feature noise, and in whether they see views. Side by side their kernels are one wide matrix: a step is one matrix product
 forward, one back and one Adam update, and an epoch of steps is one compiled call. What is random comes from (head seed,
-step, row, column) alone, so a head does not depend on its neighbours but for the rounding of the products. A head alone
-is a bank of one; without dropout and noise it is Keras's ``fit`` on the same batches.
+step, row, column) alone, so a head does not depend on its neighbours but for the rounding of the products; which views
+are drawn belongs to the batches, as their order does. A head alone is a bank of one; without dropout and noise it is Keras's ``fit`` on the same batches.
 
 The mathematics is in `pipeline.bank_math`; here is who is trained beside whom, and for how long.
 """
@@ -27,6 +27,7 @@ from pipeline.bank_math import BankSpec, check_given, forward, ops, programs, sp
 from pipeline.head import History, Progress, two_columns
 from pipeline.metrics import softmax
 from pipeline.pooling import chunks
+from pipeline.prepared import ArrayRows, Rows
 
 CACHE_BYTES = 8 << 20  # kernels and moments of one chunk on a CPU: what stays in its cache from step to step
 ROWS_BYTES = 32 << 20  # rows that go to the device at once
@@ -49,6 +50,8 @@ class BankHead:
         Share of the target that is spread evenly over all classes.
     feature_noise : float
         Standard deviation of Gaussian noise on the features, in their unit, before dropout.
+    draws : bool
+        Each epoch shows one view of each row, drawn with the order; else view 0.
     """
 
     learning_rate: float = 1e-3
@@ -57,6 +60,7 @@ class BankHead:
     seed: int = 0
     label_smoothing: float = 0.0
     feature_noise: float = 0.0
+    draws: bool = False
 
     def __post_init__(self) -> None:
         check_given("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number above 0")
@@ -100,7 +104,7 @@ def train_bank(
     memory_bytes: int = 1 << 30,
     progress: Progress | None = None,
 ) -> list[BankResult]:
-    """Train heads side by side.
+    """`train_rows` on arrays, which are checked first.
 
     Parameters
     ----------
@@ -112,6 +116,44 @@ def train_bank(
         Labels.
     X_validation, y_validation : optional
         For early stopping and the choice of the epoch.
+    memory_bytes, progress
+        See `train_rows`.
+
+    Raises
+    ------
+    ConfigurationError
+        No heads, a number of dropout rates that does not fit, less memory than one head takes.
+    HeadError
+        Rows that are not finite or not of one width, labels out of range.
+    """
+    y, width = np.asarray(y), _check_rows("training", X, y, spec)
+    held_out = None
+    if X_validation is not None and y_validation is not None and len(y_validation):
+        held_out = ArrayRows(X_validation, np.asarray(y_validation))
+        columns = _check_rows("validation", X_validation, held_out.labels, spec)
+        if columns != width:
+            raise HeadError(f"validation rows: received {columns} columns, expected {width} as in training")
+    return train_rows(spec, heads, ArrayRows(X, y), held_out, memory_bytes=memory_bytes, progress=progress)
+
+
+def train_rows(
+    spec: BankSpec,
+    heads: Sequence[BankHead],
+    train: Rows,
+    held_out: Rows | None = None,
+    *,
+    memory_bytes: int = 1 << 30,
+    progress: Progress | None = None,
+) -> list[BankResult]:
+    """Train heads side by side.
+
+    Parameters
+    ----------
+    spec, heads : BankSpec, sequence of BankHead
+        What they share, and what not.
+    train, held_out : Rows
+        Standardised training and validation rows, finite, with labels from 0 to classes - 1. Validation is for early
+        stopping and the choice of the epoch.
     memory_bytes : int
         For kernels, moments and intermediate values. Heads that do not fit beside each other are trained in turn.
     progress : callable, optional
@@ -126,21 +168,15 @@ def train_bank(
     ------
     ConfigurationError
         No heads, a number of dropout rates that does not fit, less memory than one head takes.
-    HeadError
-        Rows that are not finite or not of one width, labels out of range.
     """
     check_given("heads", "none", bool(heads), "at least one")
-    y, width = np.asarray(y), _check_rows("training", X, y, spec)
-    held_out = None
-    if X_validation is not None and y_validation is not None and len(y_validation):
-        held_out = X_validation, np.asarray(y_validation)
-        columns = _check_rows("validation", *held_out, spec)
-        if columns != width:
-            raise HeadError(f"validation rows: received {columns} columns, expected {width} as in training")
+    if train.views == 1:
+        heads = [dataclasses.replace(head, draws=False) for head in heads]
+    width = train.width
     rates = np.array([_dropout_rates(spec, head) for head in heads], np.float32)
     numbers = sum(rows * columns for rows, columns in _shapes(spec, width))
     # Kept: kernels, two moments, the best so far. As much again while a step makes new ones or chunks are packed anew.
-    need = 4 * (8 * numbers + 4 * min(spec.batch_size, len(X)) * (width + 4 * spec.hidden + 4 * spec.outputs))
+    need = 4 * (8 * numbers + 4 * min(spec.batch_size, len(train)) * (width + 4 * spec.hidden + 4 * spec.outputs))
     check_given("memory_bytes", memory_bytes, need <= memory_bytes, f"at least {need}, which one head takes")
     at_once = memory_bytes // need
     load_keras()
@@ -157,7 +193,7 @@ def train_bank(
                 progress("train-head", before + epoch, len(turns) * spec.epochs)
 
         bank = _Bank(spec, [heads[k] for k in turn], rates[turn], width, many)
-        results.update(zip(turn, bank.train(X, y, held_out, tell), strict=True))
+        results.update(zip(turn, bank.train(train, held_out, tell), strict=True))
     return [results[k] for k in range(len(heads))]
 
 
@@ -170,11 +206,6 @@ def predict(spec: BankSpec, result: BankResult, X: np.ndarray) -> np.ndarray:
         logits, _ = forward(spec, kernels, ops.convert_to_tensor(X[rows], "float32")[None], 1)
         parts.append(ops.convert_to_numpy(logits)[0, 0].astype(np.float64))
     return softmax(two_columns(np.concatenate(parts)))
-
-
-def row_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """Order of the training rows in an epoch, counted from 0: int64, (rows,)."""
-    return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
 
 
 def initial_weights(spec: BankSpec, seed: int, width: int) -> tuple[np.ndarray, ...]:
@@ -212,24 +243,26 @@ class _Bank:
         self.groups = -(-pieces(self.members) // -(-pieces(self.members) // groups))
         shared = dataclasses.replace(spec, epochs=1, patience=0, order_seed=0, class_weights=None)
         drops = tuple(bool(column.any()) for column in rates.T)
-        self.run, self.score = programs(shared, drops=drops, noisy=any(head.feature_noise for head in heads))
+        self.draws = tuple(sorted({head.draws for head in heads}))
+        noisy, mixed = any(head.feature_noise for head in heads), len(self.draws) > 1
+        self.run, self.score = programs(shared, drops=drops, noisy=noisy, mixed=mixed)
         kernels = {k: _initial_kernels(spec, head.seed, width) for k, head in enumerate(heads)}
         self.chunks = [self._chunk(slots, [kernels]) for slots in self._slots(range(len(heads)))]
         for chunk in self.chunks:
             zeros = [ops.zeros_like(kernel) for kernel in chunk.tensors[0]]
             chunk.tensors += [zeros, zeros, list(chunk.tensors[0])]
 
-    def train(self, X: np.ndarray, y: np.ndarray, held_out: Any, tell: Callable[[int], None]) -> list[BankResult]:
+    def train(self, train: Rows, held_out: Rows | None, tell: Callable[[int], None]) -> list[BankResult]:
         count = len(self.heads)
         alive, lowest = np.ones(count, bool), np.full(count, np.inf)
         best_epoch, waited = np.zeros(count, int), np.zeros(count, int)
         logs: list[History] = [{} for _ in self.heads]
         kernels: dict[int, list[np.ndarray]] = {}
         for epoch in range(self.spec.epochs):
-            scores = {"epoch": np.full(count, epoch + 1.0), "loss": self._run_epoch(X, y, epoch)}
+            scores = {"epoch": np.full(count, epoch + 1.0), "loss": self._run_epoch(train, epoch)}
             better = alive & np.isfinite(scores["loss"])
             if held_out is not None:
-                scores["val_loss"], scores["val_accuracy"] = self._score_rows(*held_out)
+                scores["val_loss"], scores["val_accuracy"] = self._score_rows(held_out)
                 better &= scores["val_loss"] < lowest
                 lowest[better] = scores["val_loss"][better]
             for k, name in itertools.product(np.flatnonzero(alive), scores):
@@ -245,55 +278,53 @@ class _Bank:
         self._drop(np.zeros(count, bool), kernels)
         return [BankResult(_parted(kernels[k]), logs[k], int(best_epoch[k])) for k in range(count)]
 
-    def _run_epoch(self, X: np.ndarray, y: np.ndarray, epoch: int) -> np.ndarray:
+    def _run_epoch(self, train: Rows, epoch: int) -> np.ndarray:
         """Mean training loss of each head."""
-        order = row_order(self.spec.order_seed, epoch, len(X))
-        batch = min(self.spec.batch_size, len(X))
-        steps = -(-len(X) // batch)
-        span = min(steps, max(1, ROWS_BYTES // (4 * batch * X.shape[1])))
+        batch = min(self.spec.batch_size, len(train))
+        steps = -(-len(train) // batch)
+        span = min(steps, max(1, min(ROWS_BYTES // (4 * batch * train.width), train.at_once // batch)))
         losses: list[list[Any]] = [[] for _ in self.chunks]
-        for start in range(0, steps, span):
-            chosen = order[start * batch : (start + span) * batch]
-            shares = 1 / np.clip(len(chosen) - batch * np.arange(span), 1, batch)
-            data = [
-                *(
-                    values.reshape(span, batch, *values.shape[1:])
-                    for values in self._padded(X, y, chosen, span * batch)
-                ),
-                shares.astype(np.float32),
-                np.int32(epoch * steps + start),
-                np.int32(min(span, steps - start)),
-            ]
+        pieces = train.epoch(epoch, size=span * batch, seed=self.spec.order_seed, draws=self.draws)
+        for start, (X, y) in zip(range(0, steps, span), pieces, strict=True):
+            shares = 1 / np.clip(len(y) - batch * np.arange(span), 1, batch)
+            rows, labels, weights = (
+                values.reshape(span, batch, *values.shape[1:]) for values in self._padded(X, y, span * batch)
+            )
+            first, count = np.int32(epoch * steps + start), np.int32(min(span, steps - start))
+            data = [rows.swapaxes(1, 2), labels, weights, shares.astype(np.float32), first, count]
             tensors = [ops.convert_to_tensor(values) for values in data]
             for chunk, sums in zip(self.chunks, losses, strict=True):
                 *state, loss = self.run(chunk.tensors[:3], chunk.settings, *tensors)
                 chunk.tensors[:3] = map(list, state)
                 sums.append(loss)
-        return self._by_head(losses, len(X))
+        return self._by_head(losses, len(train))
 
-    def _score_rows(self, X: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _score_rows(self, held_out: Rows) -> tuple[np.ndarray, np.ndarray]:
         """Log loss and accuracy of each head."""
-        size = min(len(X), VALIDATION_ROWS)
+        size = min(len(held_out), VALIDATION_ROWS)
         losses: list[list[Any]] = [[] for _ in self.chunks]
         rights: list[list[Any]] = [[] for _ in self.chunks]
-        for start in range(0, len(X), size):
-            rows = np.arange(start, min(start + size, len(X)))
-            tensors = [ops.convert_to_tensor(values) for values in self._padded(X, y, rows, size, weigh=False)]
+        for piece, Z in held_out.pieces(size):
+            padded = self._padded(Z, held_out.labels[piece], size, weigh=False)
+            tensors = [ops.convert_to_tensor(values) for values in padded]
             for number, chunk in enumerate(self.chunks):
                 loss, right = self.score(chunk.tensors[0], chunk.settings, *tensors)
                 losses[number].append(loss)
                 rights[number].append(right)
-        return self._by_head(losses, len(X)), self._by_head(rights, len(X))
+        return self._by_head(losses, len(held_out)), self._by_head(rights, len(held_out))
 
     def _padded(
-        self, X: np.ndarray, y: np.ndarray, chosen: np.ndarray, rows: int, *, weigh: bool = True
+        self, X: np.ndarray, y: np.ndarray, rows: int, *, weigh: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Rows, labels and weights; rows that are added weigh nothing."""
-        out = np.zeros((rows, X.shape[1]), np.float32), np.zeros(rows, np.int32), np.zeros(rows, np.float32)
-        out[0][: len(chosen)], out[1][: len(chosen)] = X[chosen], y[chosen]
-        weights = self.spec.class_weights if weigh else None
-        out[2][: len(chosen)] = 1 if weights is None else np.array(weights)[y[chosen]]
-        return out
+        features, labels, weights = X, np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+        if len(y) < rows or X.dtype != np.float32:
+            features = np.zeros((rows, *X.shape[1:]), np.float32)
+            features[: len(y)] = X
+        labels[: len(y)] = y
+        by_class = self.spec.class_weights if weigh else None
+        weights[: len(y)] = 1 if by_class is None else np.array(by_class)[y]
+        return features, labels, weights
 
     def _by_head(self, sums: Sequence[Sequence[Any]], rows: int) -> np.ndarray:
         """Means over rows, NaN for heads that are gone."""
@@ -341,8 +372,10 @@ class _Bank:
         columns |= {"feature_dropout": [*self.rates[:, 0], 0], "dropout": [*self.rates[:, -1], 0]}
         values = {name: np.array(column, np.float32)[slots] for name, column in columns.items()}
         values["seed"] = np.array([*(head.seed for head in self.heads), 0], np.uint32).view(np.int32)[slots]
+        variants = [*(self.draws.index(head.draws) for head in self.heads), 0]
+        values["variant"] = np.array(variants, np.int32)[slots]  # of the rows that go to the device
         values |= {"group_seed": values["seed"][:, 0]}
-        values |= {name: values[name][:, 0] for name in ("feature_noise", "feature_dropout")}
+        values |= {name: values[name][:, 0] for name in ("variant", "feature_noise", "feature_dropout")}
         settings = {name: ops.convert_to_tensor(value) for name, value in values.items()}
         return _Chunk(slots, settings, [self._packed(slots, found) for found in kinds])
 
@@ -406,7 +439,8 @@ def _dropout_rates(spec: BankSpec, head: BankHead) -> list[float]:
 def _inputs(head: BankHead, rates: np.ndarray) -> tuple[float, ...]:
     """Heads for which this is equal see equal features."""
     varied = rates[0] or head.feature_noise
-    return (head.seed, float(rates[0]), head.feature_noise) if varied else (-1.0, 0.0, 0.0)
+    noise = (head.seed, float(rates[0]), head.feature_noise) if varied else (-1.0, 0.0, 0.0)
+    return (float(head.draws), *noise)
 
 
 def _check_rows(name: str, X: np.ndarray, y: np.ndarray, spec: BankSpec) -> int:

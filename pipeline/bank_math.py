@@ -1,7 +1,7 @@
 """The mathematics of the bank: random numbers by position, forward, slopes, Adam, as compiled passes over chunks of heads.
 
-A chunk holds G groups of M heads. Heads of a group have the same inputs (seed, dropout and noise on the features are
-equal, or there is none), so that their first kernels are one matrix: ``(G, d + 1, M * units)``. Second kernels are
+A chunk holds G groups of M heads. Heads of a group have the same inputs (views, seed, dropout and noise on the features
+are equal, or there is none), so that their first kernels are one matrix: ``(G, d + 1, M * units)``. Second kernels are
 ``(G, M, units + 1, outputs)``. The last row of a kernel is its bias, and a slot without a head has learning rate 0.
 """
 
@@ -188,19 +188,25 @@ def spread(values: Any, kernels: Sequence[Any]) -> list[Any]:
 
 
 @functools.lru_cache(maxsize=8)
-def programs(spec: BankSpec, *, drops: tuple[bool, ...], noisy: bool) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Compiled functions: train a chunk for some steps; score it on some rows."""
+def programs(
+    spec: BankSpec, *, drops: tuple[bool, ...], noisy: bool, mixed: bool
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Compiled functions: train a chunk for some steps; score it on some rows.
+
+    Rows are (steps, V, b, d): of each the variants that heads ask for, with ``mixed`` more than one.
+    """
 
     def train(state: Any, per: Any, rows: Any, labels: Any, weights: Any, shares: Any, first: Any, steps: Any) -> Any:
         smoothing = per["label_smoothing"][..., None, None]
         # Spread here, not in the loop, where the arithmetic on indices would keep the update from being vectorised.
         paces, decays = spread(per["learning_rate"], state[0]), spread(per["weight_decay"], state[0])
         shrinks = [1 - pace * decay for pace, decay in zip(paces, decays, strict=True)]
-        batch, width = rows.shape[1:]
+        batch, width = rows.shape[2:]
 
         def step(i: Any, carry: Any) -> Any:
             kernels, means, squares, losses = carry
-            now, x, mask = first + i, rows[i][None], 1.0
+            now, mask = first + i, 1.0
+            x = ops.take(rows[i], per["variant"], axis=0) if mixed else rows[i]
             if noisy:
                 x = x + per["feature_noise"][:, None, None] * _normal(per["group_seed"], now, batch, width)
             if drops[0]:

@@ -18,13 +18,15 @@ from pipeline.head import Head, History, Progress, check_finite, two_columns
 from pipeline.metrics import balanced_weights, brier_score, confusion, fit_temperature, log_loss, softmax
 from pipeline.persistence import load_estimator, save_estimator
 from pipeline.pooling import CHUNK_BYTES
-from pipeline.prepared import Prepared
-from pipeline.selection import stratified_folds
+from pipeline.prepared import ArrayRows, Prepared
+from pipeline.selection import SEARCH_ROWS, stratified_folds
+from pipeline.streaming import FeatureStream, fit_sgd_streaming
 
 SMALL = 1 << 24  # numbers in a feature matrix that is worth a float64 copy, and not worth threads
 # What scikit-learn raises for rows or parameters that a classifier cannot cope with.
 REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
+STREAMED = "sklearn.linear_model.SGDClassifier"  # what can be fitted piece by piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,21 +130,29 @@ class SklearnHead(Head):
         """Whether this head has something that cross-validation can choose."""
         return bool(self.row.parameter) and not isinstance(self.parameters, EstimatorParameters)
 
+    @property
+    def streams(self) -> bool:
+        return self.kind == STREAMED and self.parameters.pca is None
+
     def _train(self, data: Prepared, progress: Progress) -> History:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
         # Below some 100 MB, handing out threads for each step takes longer than the step: five times on a busy machine.
-        with threadpool_limits(limits=1 if data.Z.size < SMALL else None):
+        small = len(data.train) * data.train.views * data.train.width < SMALL
+        with threadpool_limits(limits=1 if small else None):
             try:
-                return self._fit(data, progress)
+                if isinstance(data.train, FeatureStream):
+                    return self._fit_streamed(data.train, data, progress)
+                assert isinstance(data.train, ArrayRows)
+                return self._fit(data.train, data.groups, progress)
             except REFUSALS as problem:
                 if isinstance(problem, HeadError):
                     raise
                 text = (str(problem).strip() or repr(problem)).splitlines()[0]
                 raise HeadError(f"head {self.name!r}: scikit-learn cannot fit it to these rows: {text}") from problem
 
-    def _fit(self, data: Prepared, progress: Progress) -> History:
-        Z, y = data.Z, data.y
+    def _fit(self, train: ArrayRows, groups: np.ndarray | None, progress: Progress) -> History:
+        Z, y = train.flat, np.repeat(train.labels, train.views)
         if self.parameters.pca is not None:
             Z = self._project(Z)
         rows, combination = Z, None
@@ -150,7 +160,7 @@ class SklearnHead(Head):
             rows, combination = row_space(Z)  # with fewer rows than columns nothing is lost
         elif self.row.linear and Z.size < SMALL:
             rows = Z.astype(np.float64)
-        value, history = self._search(rows, y, data.groups, progress)
+        value, history = self._search(rows, train, groups, progress)
         self.estimator = self._new(value).fit(rows, y)
         if combination is not None:
             self.estimator.coef_ = _times(self.estimator.coef_ @ combination, Z)
@@ -158,6 +168,38 @@ class SklearnHead(Head):
         for name in _LEFT_BEHIND:
             vars(self.estimator).pop(name, None)
         return history
+
+    def _fit_streamed(self, train: FeatureStream, data: Prepared, progress: Progress) -> History:
+        """Partial fits; what has to be searched is searched on some rows."""
+        value = self.given
+        if self.searchable and value is None:
+            some, groups = self._sample(train, data.groups)
+            value, _ = self._search(some.flat, some, groups, lambda stage, done, total: None)
+        estimator = self._new(value)
+        if estimator.class_weight == "balanced":
+            weights = len(data.y) / (len(self.classes) * np.bincount(data.y, minlength=len(self.classes)))
+            estimator.set_params(class_weight=dict(enumerate(weights.tolist())))
+        fitted = fit_sgd_streaming(
+            estimator,
+            data.train,
+            data.held_out,
+            classes=len(self.classes),
+            patience=2,
+            seed=self.seed,
+            progress=progress,
+        )
+        self.estimator, self.temperature, self.out_of_fold = fitted.estimator, fitted.temperature, None
+        return fitted.history
+
+    def _sample(self, train: FeatureStream, groups: np.ndarray | None) -> tuple[ArrayRows, np.ndarray | None]:
+        """View 0 of as many rows of each class as take part in a search, or as there is room for."""
+        share = min(SEARCH_ROWS, train.memory_bytes // (16 * train.width)) / len(train)
+        generator, y = np.random.default_rng(self.seed), train.labels
+        by_class = [generator.permutation(np.flatnonzero(y == k)) for k in range(len(self.classes))]
+        chosen = np.sort(np.concatenate([rows[: max(2, round(share * len(rows)))] for rows in by_class]))
+        part = train.take(chosen)
+        Z = np.concatenate([piece for _, piece in part.pieces()])
+        return ArrayRows(Z, part.labels), None if groups is None else groups[chosen]
 
     def _project(self, Z: np.ndarray) -> np.ndarray:
         from sklearn.decomposition import PCA
@@ -179,10 +221,14 @@ class SklearnHead(Head):
         return make_estimator(self.kind, values, self.seed)
 
     def _search(
-        self, Z: np.ndarray, y: np.ndarray, groups: np.ndarray | None, progress: Progress
+        self, Z: np.ndarray, rows: ArrayRows, groups: np.ndarray | None, progress: Progress
     ) -> tuple[Any, History]:
-        """Choose the parameter by out-of-fold score, and keep the temperature that goes with it."""
-        folds = stratified_folds(y, self.parameters.folds, self.seed, groups)
+        """Choose the parameter by out-of-fold score, and keep the temperature that goes with it.
+
+        ``Z`` are all views of the rows, perhaps in other coordinates; those of one image are in one fold.
+        """
+        views, y = rows.views, np.repeat(rows.labels, rows.views)
+        folds = np.repeat(stratified_folds(rows.labels, self.parameters.folds, self.seed, groups), views)
         searched = self.searchable and self.given is None
         kept = not searched and self.folds == self.parameters.folds  # what is searched is not judged by its own search
         values = self._values(y, folds)
@@ -201,6 +247,7 @@ class SklearnHead(Head):
             if kept:
                 self.out_of_fold = np.full((len(y), len(self.classes)), np.nan)
                 self.out_of_fold[tested] = softmax(outputs / temperatures[value]) if self._soft else outputs
+                self.out_of_fold = self.out_of_fold[::views]
             progress("train-head", len(temperatures), max(len(temperatures), len(values)))
             return found
 
@@ -308,6 +355,7 @@ class SklearnHead(Head):
         from sklearn.pipeline import Pipeline
 
         whole = self.estimator
+        _not_mapped(whole)
         if self.projection is not None:
             whole = Pipeline([("pca", self.projection), ("classifier", self.estimator)])
         save_estimator(whole, folder / "head.skops")
@@ -341,6 +389,17 @@ class SklearnHead(Head):
         if self.row.linear:
             check_finite(path, [estimator.coef_, estimator.intercept_])
         self.estimator = estimator
+
+
+def _not_mapped(found: Any) -> None:
+    """Neighbours keep the rows they were fitted to. From a worker these come back as a map of its file, a type that is
+    not loaded from a run; as an array they are the same bytes."""
+    for name, value in vars(found).items():
+        if isinstance(value, np.memmap):
+            setattr(found, name, np.asarray(value))
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if hasattr(inner, "get_params") and hasattr(inner, "__dict__"):
+                _not_mapped(inner)
 
 
 # ------------------------------------------------------------------------------------------------- search

@@ -404,6 +404,7 @@ def _describe(model_class: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"the key {dotted!r} is missing"
     expected = problem["msg"].replace("Input should be ", "expected ").replace("Input should ", "expected to ")
+    expected = expected.removeprefix("Value error, ")  # of our own validators, which say what they expected
     return f"{dotted or 'value'}: received {_shown(problem['input'])}, {expected}"
 
 
@@ -412,15 +413,18 @@ def _known_keys(model_class: type[BaseModel], location: Iterable[Any]) -> tuple[
     known: list[str] = list(model_class.model_fields)
     path: list[str] = []
     inner: type[BaseModel] | None = model_class
+    any_key = False  # the next word is a key of a mapping, which may be any
     for word in location:
-        if isinstance(word, int):
+        if isinstance(word, int) or any_key:
             path.append(str(word))
+            any_key = False
             continue
         fields = inner.model_fields if inner else {}
         if inner is None and path:
             continue  # the tag of one branch of a union, such as "float" or "tuple[float, ...]"
         known, path = list(fields), [*path, word]
         inner = _inner_model(fields[word].annotation) if word in fields else None
+        any_key = inner is not None and typing.get_origin(fields[word].annotation) is dict
     return known, path
 
 

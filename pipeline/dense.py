@@ -11,7 +11,7 @@ import numpy as np
 
 from features.backend import load_keras
 from features.errors import HeadError
-from pipeline.bank import BankHead, BankResult, BankSpec, train_bank
+from pipeline.bank import BankHead, BankResult, BankSpec, train_rows
 from pipeline.config import DenseParameters
 from pipeline.head import Head, History, Progress, check_finite, two_columns
 from pipeline.keras_fit import dropout_rates, fit_dense
@@ -76,7 +76,15 @@ class KerasHead(Head):
             self.seed,
             settings.label_smoothing,
             settings.feature_noise,
+            settings.views == "draw",
         )
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    def views_used(self, stored: int) -> int:
+        return stored if self.parameters.views == "draw" else 1
 
     def class_weights(self, y: np.ndarray) -> tuple[float, ...] | None:
         """Weight of a row by its class: n / (c x rows of the class), as scikit-learn's "balanced"."""
@@ -98,7 +106,7 @@ class KerasHead(Head):
             )
             return self._finish(weights, history, data)
         spec = spec.weighted(self.class_weights(data.y))
-        (result,) = train_bank(spec, [self.bank_head], data.Z, data.y, *(data.held_out or ()), progress=progress)
+        (result,) = train_rows(spec, [self.bank_head], data.train, data.held_out, progress=progress)
         return self.take(result, data)
 
     def take(self, result: BankResult, data: Prepared) -> History:
@@ -120,7 +128,8 @@ class KerasHead(Head):
             )
         self.weights = list(weights)
         if self.parameters.calibrate and data.held_out is not None:
-            self.temperature, _ = fit_temperature(two_columns(self._logits(data.held_out[0])), data.held_out[1])
+            logits = np.concatenate([self._logits(Z) for _, Z in data.held_out.pieces()])
+            self.temperature, _ = fit_temperature(two_columns(logits), data.held_out.labels)
         return history
 
     def _logits(self, Z: np.ndarray) -> np.ndarray:

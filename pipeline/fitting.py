@@ -1,4 +1,7 @@
-"""Heads trained and judged on prepared rows, one by one or as a bank; failures come back as text."""
+"""Heads trained and judged on prepared rows, one by one or as a bank; failures come back as text.
+
+heads, `Prepared` --fit, folds--> `Fitted`: history, probabilities of validation and of held-out training rows
+"""
 
 from __future__ import annotations
 
@@ -10,10 +13,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from features.errors import BottleneckError, HeadError
-from pipeline.bank import train_bank
+from pipeline.bank import train_rows
 from pipeline.dense import KerasHead
-from pipeline.head import Head, History
-from pipeline.prepared import Prepared, Subset
+from pipeline.head import Head, History, Progress
+from pipeline.prepared import Prepared
 from pipeline.selection import stratified_folds
 
 # What numerical code raises for data or parameters that it cannot cope with.
@@ -22,36 +25,40 @@ FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, L
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training gave: the head, its history, seconds, probabilities of validation rows and of held-out ones."""
+    """What training gave: the head, its history, seconds, probabilities of validation rows and of held-out ones, and
+    whether the rows came piece by piece."""
 
     head: Head
     history: History
     seconds: float
     probabilities: np.ndarray
     out_of_fold: np.ndarray | None = None
+    streamed: bool = False
 
 
 def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[int, Fitted | str]:
-    """Train and judge one head; in a worker."""
+    """`fit_head` in a worker."""
     try:
-        return number, _fit(head, prepared, folds)
+        return number, fit_head(head, prepared, folds)
     except FAILURES as problem:
         return number, reason_of(problem)
 
 
-def _fit(head: Head, prepared: Prepared, folds: int) -> Fitted:
+def fit_head(head: Head, prepared: Prepared, folds: int = 0, progress: Progress | None = None) -> Fitted:
+    """Train and judge one head."""
     head.warm_up()
     fresh = head.fresh()
     head.folds = folds
     started = time.perf_counter()
-    history = head.fit_prepared(prepared)
+    history = head.fit_prepared(prepared, progress)
     seconds = time.perf_counter() - started
     assert prepared.held_out is not None
     out_of_fold = head.out_of_fold
     if folds and out_of_fold is None:
         out_of_fold = cross_validate(fresh, prepared, folds)
     head.out_of_fold = None
-    return Fitted(head, history, seconds, head.predict_prepared(prepared.held_out[0]), out_of_fold)
+    probabilities = head.predict_rows(prepared.held_out)
+    return Fitted(head, history, seconds, probabilities, out_of_fold, prepared.streamed)
 
 
 def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
@@ -69,20 +76,9 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
     for fold in range(numbers.max() + 1):
         rows, tested = (numbers != -2) & (numbers != fold), numbers == fold
         one = head.fresh()
-        one.fit_prepared(_part(prepared, np.flatnonzero(rows), copy=True))
-        found[tested] = one.predict_prepared(prepared.Z[tested])
+        one.fit_prepared(prepared.part(np.flatnonzero(rows)))
+        found[tested] = one.predict_rows(prepared.train.take(tested))
     return found
-
-
-def _part(prepared: Prepared, rows: np.ndarray, *, copy: bool) -> Prepared:
-    """Some of the training rows."""
-    return dataclasses.replace(
-        prepared,
-        Z=prepared.Z[rows] if copy else Subset(prepared.Z, rows),  # type: ignore[arg-type]
-        y=prepared.y[rows],
-        groups=None if prepared.groups is None else prepared.groups[rows],
-        folder=None,
-    )
 
 
 def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory: int) -> list[Fitted | str]:
@@ -99,7 +95,7 @@ def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory:
     return [
         history
         if isinstance(history, str)
-        else Fitted(head, history, seconds, head.predict_prepared(prepared.held_out[0]), held_out)
+        else Fitted(head, history, seconds, head.predict_rows(prepared.held_out), held_out, prepared.streamed)
         for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
     ]
 
@@ -110,12 +106,11 @@ def fit_together(heads: Sequence[KerasHead], prepared: Prepared, memory: int) ->
         head.adopt(prepared)
     spec = heads[0].bank_spec
     assert spec is not None
-    results = train_bank(
+    results = train_rows(
         spec.weighted(heads[0].class_weights(prepared.y)),
         [head.bank_head for head in heads],
-        prepared.Z,
-        prepared.y,
-        *(prepared.held_out or ()),
+        prepared.train,
+        prepared.held_out,
         memory_bytes=memory,
     )
     histories: list[History | str] = []
@@ -140,13 +135,13 @@ def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memo
         diverged: set[int] = set()
         for fold in range(dealt.max() + 1):
             rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
-            histories = fit_together(fresh, _part(prepared, rows, copy=False), memory)
-            Z = prepared.Z[tested]
+            histories = fit_together(fresh, prepared.part(rows), memory)
+            held_back = prepared.train.take(tested)
             for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
                 if isinstance(history, str):
                     diverged.add(k)
                 else:
-                    columns[k][tested] = head.predict_prepared(Z)
+                    columns[k][tested] = head.predict_rows(held_back)
         for k, number in enumerate(numbers):
             found[number] = None if k in diverged else columns[k]
     return found

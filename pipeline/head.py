@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -17,7 +17,7 @@ import numpy as np
 from features.errors import HeadError
 from pipeline.config import FORMAT_VERSION, Settings
 from pipeline.pooling import check_rows, choose_pool, chunks, pool_features
-from pipeline.prepared import Prepared, prepare, standardise
+from pipeline.prepared import Prepared, Rows, prepare, standardise
 
 Progress = Callable[[str, int, int], None]
 History = dict[str, list[float]]
@@ -114,7 +114,7 @@ class Head(abc.ABC):
             Features that are not finite or cannot be pooled so, a class without rows, diverging training.
         """
         y = np.asarray(y)
-        self._check_labels(y, len(X))
+        self.check_labels(y, len(X))
         prepared = prepare(
             X,
             y,
@@ -139,7 +139,7 @@ class Head(abc.ABC):
         HeadError
             For labels that cannot be trained on.
         """
-        self._check_labels(prepared.y, len(prepared.Z))
+        self.check_labels(prepared.y, len(prepared.train))
         self.pool, self.input_shape = prepared.pool, prepared.input_shape
         self.mean, self.std = prepared.mean, prepared.std
 
@@ -155,6 +155,15 @@ class Head(abc.ABC):
     def scale(self) -> bool:
         """Whether columns are standardised."""
         return getattr(self.parameters, "scale", True)
+
+    @property
+    def streams(self) -> bool:
+        """Whether it can be trained on rows that come piece by piece."""
+        return False
+
+    def views_used(self, stored: int) -> int:
+        """How many views of each image training looks at, of so many that there are."""
+        return stored
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
         """Class probabilities.
@@ -172,10 +181,18 @@ class Head(abc.ABC):
         parts = [self._probabilities(self._prepare(X[rows])) for rows in chunks(X)]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
 
-    def predict_prepared(self, Z: np.ndarray) -> np.ndarray:
+    def predict_rows(self, rows: Rows) -> np.ndarray:
         """Class probabilities of rows that are pooled and standardised as those of `fit_prepared`: float64, (n, c)."""
-        parts = [self._probabilities(np.asarray(Z[rows])) for rows in chunks(Z)]
+        parts = [self._probabilities(Z) for _, Z in rows.pieces()]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
+
+    def predict_views(self, pieces: Iterable[tuple[slice, np.ndarray]]) -> np.ndarray:
+        """Class probabilities averaged over views: of pieces of rows (k, K, d) as of `predict_rows`, float64, (n, c)."""
+        parts = [np.zeros((0, len(self.classes)))]
+        for _, Z in pieces:
+            values = self._probabilities(Z.reshape(-1, Z.shape[2]))
+            parts.append(values.reshape(*Z.shape[:2], -1).mean(axis=1))
+        return np.concatenate(parts)
 
     def save(self, folder: Path) -> None:
         """Write ``head.json`` and the weights into an existing folder."""
@@ -240,7 +257,14 @@ class Head(abc.ABC):
         if not self.input_shape:
             raise HeadError(f"head {self.name!r} is not trained yet; call fit first")
 
-    def _check_labels(self, y: np.ndarray, rows: int) -> None:
+    def check_labels(self, y: np.ndarray, rows: int) -> None:
+        """Refuse labels that cannot be trained on.
+
+        Raises
+        ------
+        HeadError
+            Unlabelled rows, labels outside the classes, a class without rows, one class.
+        """
         if y.shape != (rows,) or not rows:
             raise HeadError(f"labels: received shape {y.shape} for {rows} rows of features")
         if y.min() < 0:
@@ -256,7 +280,10 @@ class Head(abc.ABC):
                 "give the class more images or another split (--split), or leave it out"
             )
         if len(self.classes) < 2:
-            raise HeadError(f"all training rows are of one class ({self.classes[0]!r}); a classifier needs two")
+            raise HeadError(
+                f"all training rows are of one class ({self.classes[0]!r}); a classifier needs two. Add images of another "
+                "class and extract again (features are kept)"
+            )
 
     def _description(self) -> dict[str, Any]:
         """Content of ``head.json``."""

@@ -1,18 +1,21 @@
-"""Training of dense heads by Keras's ``fit``, for what the bank does not do: deep heads, SGD, BatchNorm, mixup."""
+"""Training of dense heads by Keras, batch by batch, for what the bank does not do: deep heads, SGD, BatchNorm, mixup.
+
+rows --an epoch in random order, a view of each--> batches --mixup--> train_on_batch --> plain dense layers
+"""
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
 from features.backend import load_keras
-from features.errors import ConfigurationError
-from pipeline.bank import row_order
+from features.errors import ConfigurationError, HeadError
 from pipeline.config import DenseParameters
-from pipeline.head import History, Progress
+from pipeline.epochs import train_epochs
+from pipeline.head import History, Progress, two_columns
+from pipeline.metrics import log_loss, softmax
 from pipeline.prepared import Prepared
 
 
@@ -32,7 +35,7 @@ def fit_dense(
     settings : DenseParameters
         What and how.
     data : Prepared
-        Rows; a read-only memory map will do, a batch is read at a time.
+        Rows, wherever they are: a batch is read at a time.
     classes : int
         Two classes have one logit.
     seed : int
@@ -48,49 +51,63 @@ def fit_dense(
         Kernel and bias of each dense layer, BatchNorm folded in.
     history : dict of str to list of float
         ``epoch loss``, with validation rows ``val_loss val_accuracy``.
+
+    Raises
+    ------
+    HeadError
+        If training diverges.
     """
     keras = load_keras()
     keras.utils.set_random_seed(seed)
     outputs = 1 if classes == 2 else classes
-    body, folded = _training_body(settings, data.Z.shape[1], outputs)
-    steps = -(-len(data.Z) // settings.batch_size)
-    crossed, right = _measures(outputs)
-    body.compile(optimizer=_optimizer(settings, steps), loss=_loss(outputs), metrics=[crossed, right])
-    callbacks = [
-        keras.callbacks.LambdaCallback(
-            on_epoch_end=lambda epoch, logs: progress("train-head", epoch + 1, settings.epochs)
-        )
-    ]
-    validation = None
-    if data.held_out is not None:
-        rows, labels = data.held_out
-        validation = _batches()(rows, _targets(labels, outputs, classes), np.ones(len(labels)), 1024)
-        callbacks.append(
-            keras.callbacks.EarlyStopping(
-                monitor="val_log_loss",  # not val_loss, which has the penalty of l2 in it
-                mode="min",
-                patience=settings.patience or settings.epochs,
-                restore_best_weights=True,
-            )
-        )
-    targets = _targets(data.y, outputs, classes)
+    train, held_out = data.train, data.held_out
+    body, folded = _training_body(settings, train.width, outputs)
+    steps = -(-len(train) // settings.batch_size)
+    body.compile(optimizer=_optimizer(settings, steps), loss=_loss(outputs))
+    targets = np.arange(2, dtype=np.float32)[:, None] if outputs == 1 else np.eye(classes, dtype=np.float32)
     targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / classes
-    weights = np.ones(len(data.y)) if class_weights is None else np.asarray(class_weights)[data.y]
-    batches = _batches()(
-        data.Z,
-        targets,
-        weights,
-        settings.batch_size,
-        order_seed=settings.order_seed,
-        mixup=settings.mixup,
-        seed=seed,
+    weights = np.ones(classes, np.float32) if class_weights is None else np.asarray(class_weights, np.float32)
+
+    def pass_over(epoch: int) -> dict[str, float]:
+        total = 0.0
+        batches = train.epoch(
+            epoch - 1, size=settings.batch_size, seed=settings.order_seed, draws=(settings.views == "draw",)
+        )
+        for number, (X, y) in enumerate(batches):
+            batch: tuple[np.ndarray, ...] = X[:, 0], targets[y], weights[y]
+            if settings.mixup:
+                batch = _mixed(batch, settings.mixup, seed, (epoch - 1) * steps + number)
+            body.reset_metrics()  # else Keras gives the mean over all batches so far
+            total += len(y) * float(body.train_on_batch(*batch, return_dict=True)["loss"])
+        if not np.isfinite(total):
+            raise HeadError(f"training diverged in epoch {epoch}: lower learning_rate (now {settings.learning_rate:g})")
+        return {"loss": total / len(train)}
+
+    def measure() -> tuple[float, float]:
+        assert held_out is not None
+        parts = [keras.ops.convert_to_numpy(body(Z, training=False)) for _, Z in held_out.pieces()]
+        logits = two_columns(np.concatenate(parts).astype(np.float64))
+        right = float(np.mean(logits.argmax(axis=1) == held_out.labels))
+        return log_loss(softmax(logits), held_out.labels), right  # without the penalty of l2
+
+    history, best = train_epochs(
+        pass_over,
+        measure if held_out is not None else None,
+        body.get_weights,
+        epochs=settings.epochs,
+        patience=settings.patience,
+        progress=progress,
     )
-    log = body.fit(
-        batches, epochs=settings.epochs, shuffle=False, validation_data=validation, callbacks=callbacks, verbose=0
-    ).history
-    names = {"loss": "loss", "val_log_loss": "val_loss", "val_accuracy": "val_accuracy"}
-    history = {to: [float(value) for value in log[name]] for name, to in names.items() if name in log}
-    return folded(), {"epoch": [float(epoch + 1) for epoch in range(len(log["loss"]))], **history}
+    body.set_weights(best)
+    return folded(), history
+
+
+def _mixed(batch: tuple[np.ndarray, ...], mixup: float, seed: int, step: int) -> tuple[np.ndarray, ...]:
+    """Rows, targets and weights of a batch, mixed in pairs with one share."""
+    generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
+    share = np.float32(generator.beta(mixup, mixup))
+    other = generator.permutation(len(batch[0]))
+    return tuple(share * part + (1 - share) * part[other] for part in batch)
 
 
 def dropout_rates(settings: DenseParameters) -> list[float]:
@@ -149,27 +166,10 @@ def _training_body(settings: DenseParameters, width: int, outputs: int) -> tuple
     return keras.Model(start, tensor), folded
 
 
-def _targets(y: np.ndarray, outputs: int, classes: int) -> np.ndarray:
-    return y.astype(np.float32)[:, None] if outputs == 1 else np.eye(classes, dtype=np.float32)[y]
-
-
 def _loss(outputs: int) -> Any:
     losses = load_keras().losses
     kind = losses.BinaryCrossentropy if outputs == 1 else losses.CategoricalCrossentropy
     return kind(from_logits=True)
-
-
-def _measures(outputs: int) -> tuple[Any, Any]:
-    metrics = load_keras().metrics
-    if outputs == 1:
-        return (
-            metrics.BinaryCrossentropy(from_logits=True, name="log_loss"),
-            metrics.BinaryAccuracy(threshold=0.0, name="accuracy"),
-        )
-    return (
-        metrics.CategoricalCrossentropy(from_logits=True, name="log_loss"),
-        metrics.CategoricalAccuracy(name="accuracy"),
-    )
 
 
 def _optimizer(settings: DenseParameters, steps: int) -> Any:
@@ -183,55 +183,3 @@ def _optimizer(settings: DenseParameters, steps: int) -> Any:
     if settings.optimizer == "rmsprop":
         return optimizers.RMSprop(momentum=settings.momentum, **common)
     return optimizers.Adam(**common)
-
-
-@functools.cache
-def _batches() -> Any:
-    """The class of what ``fit`` reads batches from. Made late, as Keras is slow to import."""
-    base: Any = load_keras().utils.PyDataset
-
-    class Batches(base):
-        """Rows in batches; in the order of `pipeline.bank.row_order` with ``order_seed``, else as they stand."""
-
-        def __init__(
-            self,
-            Z: np.ndarray,
-            targets: np.ndarray,
-            weights: np.ndarray,
-            size: int,
-            *,
-            order_seed: int | None = None,
-            mixup: float = 0.0,
-            seed: int = 0,
-        ) -> None:
-            super().__init__()
-            self._Z, self._targets, self._weights, self._size = Z, targets, weights.astype(np.float32), size
-            self._order_seed, self._mixup, self._seed, self._epoch = order_seed, mixup, seed, 0
-            self._sort()
-
-        def __len__(self) -> int:
-            return -(-len(self._Z) // self._size)
-
-        def on_epoch_end(self) -> None:
-            self._epoch += 1
-            self._sort()
-
-        def _sort(self) -> None:
-            count = len(self._Z)
-            self._order = (
-                np.arange(count) if self._order_seed is None else row_order(self._order_seed, self._epoch, count)
-            )
-
-        def __getitem__(self, number: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-            rows = self._order[number * self._size : (number + 1) * self._size]
-            batch = self._Z[rows], self._targets[rows], self._weights[rows]
-            if not self._mixup:
-                return batch
-            key = np.array([self._seed, self._epoch * len(self) + number], np.uint64)
-            generator = np.random.Generator(np.random.Philox(key=key))
-            share = np.float32(generator.beta(self._mixup, self._mixup))
-            other = generator.permutation(len(rows))
-            x, target, weight = (share * part + (1 - share) * part[other] for part in batch)
-            return x, target, weight
-
-    return Batches

@@ -32,6 +32,7 @@ logger = logging.getLogger(__name__)
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
+LARGEST = 1e15  # seconds and parameters
 
 
 class Predictions(NamedTuple):
@@ -88,6 +89,12 @@ class Run:
         environment = _read_json(folder / "environment.json")
         if not isinstance(environment, dict):
             raise RunError(f"{folder / 'environment.json'}: expected a mapping")
+        for name, kinds in (("fit_seconds", (int, float)), ("parameters", (int,))):
+            value = environment.get(name)
+            if value is not None and not (type(value) in kinds and 0 <= value <= LARGEST):
+                raise RunError(
+                    f"{folder / 'environment.json'}: {name}: received {str(value)[:40]!r}, expected a number"
+                )
         return cls(folder, config.model_dump(mode="json"), metrics.model_dump(mode="json"), environment)
 
     @property
@@ -319,12 +326,12 @@ def read_predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
         If the file is not what a run writes.
     """
     path, numbers = run.folder / "predictions.csv", {name: k for k, name in enumerate(run.classes)}
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        lines = list(csv.reader(stream))[1:]
     try:
+        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
+            lines = list(csv.reader(stream))[1:]
         labels = np.array([numbers[line[2]] for line in lines], np.int32)
         probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
-    except (KeyError, ValueError, IndexError) as problem:
+    except (KeyError, ValueError, IndexError, csv.Error) as problem:
         raise RunError(f"{path}: is not what a run of {len(numbers)} classes writes: {problem!r}") from problem
     return labels, probabilities
 
@@ -353,7 +360,7 @@ def find_runs(root: str | Path) -> list[Run]:
                 f"{root}: is a file, expected a run or a folder of runs. If it holds features, train a head on it first: "
                 f"bottleneck train-head {root}"
             )
-        beside = os.listdir(root.parent) if root.parent.is_dir() else []
+        beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         raise RunError(
             f"{root}: there is no such folder of runs; bottleneck train-head makes one{nearest(root.name, beside)}"
         )

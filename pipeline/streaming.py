@@ -1,6 +1,6 @@
 """Training from a store that does not fit into memory: rows read piece by piece, shuffled, standardised.
 
-    store --read runs of rows in random order--> window --shuffle--> batches --> partial_fit | train_on_batch
+    store --read runs of rows in random order--> window --shuffle--> pieces --> bank | Keras | partial_fit
 
 A window is as many rows as half of the memory budget holds, and is filled from hundreds of short runs from all over
 the store, so that a store sorted by class gives mixed batches. What is not asked for at the moment is not in memory:
@@ -12,27 +12,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError, check_range
+from pipeline.epochs import train_epochs
 from pipeline.head import History, Progress, two_columns
-from pipeline.metrics import fit_temperature, log_loss, softmax
+from pipeline.metrics import fit_temperature
 from pipeline.pooling import LEAST_DEVIATION, pool_features, pooled_width
+from pipeline.prepared import PLAIN, Batch, Rows, chosen_views, drawn_views
 
 if TYPE_CHECKING:
     from features.store import FeatureStore
 
 READ_BYTES = 4 << 20  # of one read, as stored
 RUNS_OF_A_WINDOW = 512  # the shares of 10 sorted classes in a window of that many runs vary by 0.013 around 0.1
-Batch = tuple[np.ndarray, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureStream:
-    """Rows of one data set, view 0, as pooled and standardised vectors; at no time all of them.
+    """Rows of one data set as pooled and standardised vectors; at no time all of them. See `pipeline.prepared.Rows`.
 
     Parameters
     ----------
@@ -50,7 +51,7 @@ class FeatureStream:
     pool : {"none", "avg", "max", "flatten"}
         Pooling of spatial features.
     mean, std : float32, (d,), optional
-        Taken off and divided by; see `standardised`.
+        Taken off and divided by; see `statistics`.
 
     Raises
     ------
@@ -81,13 +82,23 @@ class FeatureStream:
         """Columns of a pooled row."""
         return pooled_width(self.store.shape(self.name)[2:], self.pool)
 
+    @functools.cached_property
+    def views(self) -> int:
+        """Views of each row."""
+        return self.store.shape(self.name)[1]
+
     @property
     def nbytes(self) -> int:
-        """What all rows would take in memory, pooled, as float32."""
+        """What one view of all rows would take in memory, pooled, as float32."""
         return 4 * self.width * len(self.rows)
 
-    def standardised(self) -> FeatureStream:
-        """The same rows, standardised with their own mean and deviation, found in one pass.
+    @property
+    def at_once(self) -> int:
+        """Rows that may be asked for at once: whoever takes them makes several copies on their way to a device."""
+        return max(1, self._window // 8)
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each column (of view 0), float32, (d,), found in one pass.
 
         Pieces are put together as Chan, Golub and LeVeque do (The American Statistician 37, 1983,
         equation 1.5); the least deviation is that of `pipeline.pooling.column_statistics`.
@@ -95,7 +106,7 @@ class FeatureStream:
         count = 0
         mean, squares = np.zeros(self.width), np.zeros(self.width)
         low, high = np.full(self.width, np.inf, np.float32), np.full(self.width, -np.inf, np.float32)
-        for _, Z in self.in_order():
+        for _, Z in self.pieces():
             low, high = np.minimum(low, Z.min(axis=0)), np.maximum(high, Z.max(axis=0))
             here = Z.mean(axis=0, dtype=np.float64)
             total, shift = count + len(Z), here - mean
@@ -105,46 +116,78 @@ class FeatureStream:
         std = np.sqrt(squares / max(count, 1)).astype(np.float32)
         std[low == high] = 0
         least = np.float32(LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64))))
-        std = np.maximum(std, least) if least else np.ones_like(std)
-        return dataclasses.replace(self, mean=mean.astype(np.float32), std=std)
+        return mean.astype(np.float32), np.maximum(std, least) if least else np.ones_like(std)
 
-    def in_order(self) -> Iterator[tuple[slice, np.ndarray]]:
-        """All rows in their order, in pieces: where they stand among the rows, and float32, (k, d)."""
+    def take(self, chosen: np.ndarray) -> FeatureStream:
+        """Some of the rows, by their ascending numbers or as a mask."""
+        return dataclasses.replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
+    def pieces(self, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """View 0 of all rows in their order: where a piece stands, and float32, (k, d), ``size`` rows but for the last."""
+        read = ((piece, self._read(piece)[:, 0]) for piece in self._runs(READ_BYTES))
+        if size is None:
+            yield from read
+            return
+        done, waiting = 0, np.empty((0, self.width), np.float32)
+        for _, Z in read:
+            waiting = np.concatenate([waiting, Z])
+            while len(waiting) >= size:
+                yield slice(done, done + size), waiting[:size]
+                done, waiting = done + size, waiting[size:]
+        if len(waiting):
+            yield slice(done, done + len(waiting)), waiting
+
+    def all_views(self, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The first so many views of all rows in their order: where a piece stands, and float32, (k, count, d)."""
         for piece in self._runs(READ_BYTES):
-            yield piece, self._read(piece)
+            yield piece, self._read(piece, np.tile(np.arange(count), (piece.stop - piece.start, 1)))
 
-    def batches(self, *, batch_size: int, seed: int | tuple[int, ...]) -> Iterator[Batch]:
+    def epoch(self, number: int, *, size: int, seed: int, draws: Sequence[bool] = PLAIN) -> Iterator[Batch]:
         """Every row once, in random order, in batches; only the last one is smaller.
 
-        The order depends on ``seed``, ``batch_size`` and the memory budget. Give each epoch its own seed.
+        The order depends on ``seed``, ``number``, ``size`` and the memory budget.
+
+        Parameters
+        ----------
+        number : int
+            Of the epoch, from 0.
+        size : int
+            Rows of a batch.
+        seed : int
+            Of the order, and of the views.
+        draws : sequence of bool
+            See `pipeline.prepared.Rows.epoch`.
 
         Returns
         -------
-        iterator of (float32, (k, d)) and (int32, (k,))
+        iterator of (float32, (k, len(draws), d)) and (int32, (k,))
             Features and labels; they stay as they are when the next batch is made.
 
         Raises
         ------
         ConfigurationError
-            If the memory does not hold two batches.
+            If the memory does not hold four batches, two of them in the window.
         HeadError
             If a row has no label.
         """
-        check_range("batch size", batch_size, 1, 1 << 20)
+        check_range("batch size", size, 1, 1 << 20)
         if (self.labels < 0).any():
             raise HeadError(f"labels: {int((self.labels < 0).sum())} training rows are unlabelled (-1)")
-        least = 4 * self.width * batch_size * 4
+        least = 4 * size * self._row_bytes
         if self.memory_bytes < least:
             raise ConfigurationError(
-                f"memory: batches of {batch_size} rows of {self.width} columns need at least {-(-least >> 20)} MB; "
+                f"memory: batches of {size} rows of {self.width} columns need at least {-(-least >> 20)} MB; "
                 f"received {self.memory_bytes >> 20} MB. Give more, a smaller batch size, or pool the features."
             )
-        generator = np.random.default_rng(seed)
-        window = min(len(self), self.memory_bytes // (2 * 4 * self.width))
-        features, labels, filled = np.empty((window, self.width), np.float32), np.empty(window, np.int32), 0
+        generator = np.random.default_rng([seed, number])
+        drawn = drawn_views(seed, number, len(self.store), self.views) if any(draws) else None
+        window = min(len(self), self._window)
+        features, labels = np.empty((window, len(draws), self.width), np.float32), np.empty(window, np.int32)
+        filled = 0
         runs = self._runs(min(READ_BYTES, window * self._stored_bytes // RUNS_OF_A_WINDOW))
-        for number in generator.permutation(len(runs)):
-            run, values = runs[number], self._read(runs[number])
+        for place in generator.permutation(len(runs)):
+            run = runs[place]
+            values = self._read(run, chosen_views(drawn, self.rows[run], draws))
             done = 0
             while done < len(values):
                 count = min(len(values) - done, window - filled)
@@ -153,12 +196,21 @@ class FeatureStream:
                 filled, done = filled + count, done + count
                 if filled == window:
                     order = generator.permutation(window)
-                    whole = window - window % batch_size
-                    yield from _cut(features, labels, order[:whole], batch_size)
+                    whole = window - window % size
+                    yield from _cut(features, labels, order[:whole], size)
                     # What makes no whole batch goes on to the next window.
                     filled = window - whole
                     features[:filled], labels[:filled] = features[order[whole:]], labels[order[whole:]]
-        yield from _cut(features, labels, generator.permutation(filled), batch_size)
+        yield from _cut(features, labels, generator.permutation(filled), size)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of a row in the window. Of stores with views two are counted, so that the order is the same for any draws."""
+        return 4 * self.width * min(2, self.views)
+
+    @property
+    def _window(self) -> int:
+        return self.memory_bytes // (2 * self._row_bytes)
 
     @property
     def _stored_bytes(self) -> int:
@@ -172,29 +224,18 @@ class FeatureStream:
         bounds = [0, *edges.tolist(), len(self.rows)]
         return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
-    def _read(self, piece: slice) -> np.ndarray:
+    def _read(self, piece: slice, views: np.ndarray | None = None) -> np.ndarray:
+        """Float32, (k, V, d), of so many views (k, V) of each row; without them of view 0."""
         rows = self.rows[piece]
         stored = self.store.read(self.name, int(rows[0]), int(rows[-1]) + 1)
-        Z = pool_features(stored[rows - rows[0], 0], self.pool)
+        if views is None:
+            views = np.zeros((len(rows), 1), np.int64)
+        chosen = stored[(rows - rows[0])[:, None], views]
+        Z = pool_features(chosen.reshape(-1, *chosen.shape[2:]), self.pool).reshape(*views.shape, -1)
         if self.mean is not None and self.std is not None:
             Z -= self.mean
             Z /= self.std
         return Z
-
-
-def stream_batches(
-    store: FeatureStore,
-    name: str,
-    rows: np.ndarray,
-    labels: np.ndarray,
-    *,
-    batch_size: int,
-    seed: int | tuple[int, ...],
-    memory_bytes: int,
-    pool: str = "none",
-) -> Iterator[Batch]:
-    """One epoch of shuffled batches from a store; see `FeatureStream.batches`."""
-    return FeatureStream(store, name, rows, labels, memory_bytes, pool).batches(batch_size=batch_size, seed=seed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,10 +248,10 @@ class StreamedFit:
 
 
 def fit_sgd_streaming(
-    train: FeatureStream,
-    validation: FeatureStream | None = None,
+    estimator: Any,
+    train: Rows,
+    held_out: Rows | None = None,
     *,
-    parameters: Mapping[str, Any] | None = None,
     classes: int,
     epochs: int = 20,
     patience: int = 5,
@@ -218,161 +259,79 @@ def fit_sgd_streaming(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> StreamedFit:
-    """Train a ``sklearn.linear_model.SGDClassifier`` by partial fits.
+    """Train a ``sklearn.linear_model.SGDClassifier`` by partial fits. Of images with views each pass draws one.
+
+    Averaging is done here, over what each partial fit leaves: across them scikit-learn mixes up the averaged intercept
+    and the one that is trained (seen in 1.9).
 
     Parameters
     ----------
-    train, validation : FeatureStream
-        Standardised alike. Validation is what early stopping looks at, by log loss at the best temperature.
-    parameters : mapping, optional
-        Of the classifier, such as ``{"loss": "log_loss", "alpha": 1e-4}``; class weights as a mapping of numbers.
+    estimator : SGDClassifier
+        Not fitted; class weights as a mapping of numbers.
+    train, held_out : Rows
+        Standardised alike. Held-out rows are what early stopping looks at, by log loss at the best temperature, which
+        is that of the probabilities then.
     classes : int
         Number of classes, also of those that a batch lacks.
     epochs, patience : int
         Upper limit of passes; epochs without a lower loss before training stops, 0: never. The best epoch is kept.
     batch_size : int
-        Rows of one partial fit. It takes one row after the other, so this decides the speed only.
+        Rows of one partial fit. It takes one row after the other, so this decides speed, and how fine an average is.
     seed : int
         Of the order.
     progress : callable, optional
         Called with ("train-head", epochs done, epochs).
-    """
-    from sklearn.linear_model import SGDClassifier
-
-    estimator = SGDClassifier(random_state=seed, **(parameters or {}))
-    temperature = 1.0
-    batch_size = min(batch_size, max(1, train.memory_bytes // (16 * train.width)))
-
-    def pass_over(epoch: int) -> dict[str, float]:
-        for X, y in train.batches(batch_size=batch_size, seed=(seed, epoch)):
-            estimator.partial_fit(X, y, classes=np.arange(classes))
-        if not np.isfinite(estimator.coef_).all():
-            raise HeadError(f"training diverged in epoch {epoch}: give a larger alpha, or a smaller learning rate")
-        return {}
-
-    def margins(Z: np.ndarray) -> np.ndarray:
-        return two_columns(estimator.decision_function(Z).reshape(len(Z), -1))
-
-    def snapshot() -> tuple[np.ndarray, np.ndarray, float]:
-        return estimator.coef_.copy(), estimator.intercept_.copy(), temperature
-
-    def measure() -> tuple[float, float]:
-        nonlocal temperature
-        assert validation is not None
-        outputs = over_pieces(margins, validation)
-        temperature, loss = fit_temperature(outputs, validation.labels)
-        return loss, float(np.mean(outputs.argmax(axis=1) == validation.labels))
-
-    history, best = _early_stopping(
-        pass_over, measure if validation is not None and len(validation) else None, snapshot, epochs, patience, progress
-    )
-    estimator.coef_, estimator.intercept_, temperature = best
-    return StreamedFit(estimator, temperature, history)
-
-
-def fit_keras_streaming(
-    model: Any,
-    train: FeatureStream,
-    validation: FeatureStream | None = None,
-    *,
-    epochs: int,
-    patience: int,
-    batch_size: int,
-    seed: int = 0,
-    class_weight: Mapping[int, float] | None = None,
-    progress: Progress | None = None,
-) -> History:
-    """Train a compiled Keras model from vectors to logits; it ends with the weights of its best epoch.
-
-    Parameters
-    ----------
-    model : keras.Model
-        Compiled; input (n, d), output (n, c), or (n, 1) for two classes.
-    train, validation : FeatureStream
-        Standardised alike. Validation is what early stopping looks at, by log loss.
-    epochs, patience, batch_size : int
-        As of `pipeline.config.DenseParameters`.
-    seed : int
-        Of the order.
-    class_weight : mapping of int to float, optional
-        Weight of each label in the loss.
-    progress : callable, optional
-        Called with ("train-head", epochs done, epochs).
-
-    Returns
-    -------
-    dict of str to list of float
-        ``epoch loss``, and with validation ``val_loss val_accuracy``.
 
     Raises
     ------
     HeadError
         If training diverges.
     """
-    import keras
+    temperature, size = 1.0, min(batch_size, train.at_once)
+    averaged = bool(estimator.average)
+    estimator.set_params(average=False)
+    sums = [np.zeros(()), np.zeros(())]  # of coefficients and intercepts, by the rows they were trained on
+    seen = 0
 
-    binary = model.output_shape[-1] == 1
+    def solution() -> tuple[np.ndarray, np.ndarray]:
+        if averaged:
+            return sums[0] / seen, sums[1] / seen
+        return estimator.coef_.copy(), estimator.intercept_.copy()
 
     def pass_over(epoch: int) -> dict[str, float]:
-        total = 0.0
-        for X, y in train.batches(batch_size=batch_size, seed=(seed, epoch)):
-            targets = y[:, None].astype(np.float32) if binary else y
-            model.reset_metrics()  # else Keras gives the mean over all batches so far
-            total += len(y) * model.train_on_batch(X, targets, class_weight=class_weight, return_dict=True)["loss"]
-        if not np.isfinite(total):
-            raise HeadError(f"training diverged in epoch {epoch}: lower the learning rate")
-        return {"loss": float(total / len(train))}
-
-    def logits(Z: np.ndarray) -> np.ndarray:
-        return two_columns(keras.ops.convert_to_numpy(model(Z, training=False)).astype(np.float64))
+        nonlocal seen
+        for X, y in train.epoch(epoch - 1, size=size, seed=seed, draws=(train.views > 1,)):
+            estimator.partial_fit(X[:, 0], y, classes=np.arange(classes))
+            seen += len(y)
+            for k, values in enumerate((estimator.coef_, estimator.intercept_)):
+                sums[k] = sums[k] + len(y) * values
+        if not np.isfinite(estimator.coef_).all():
+            raise HeadError(f"training diverged in epoch {epoch}: give a larger alpha, or a smaller learning rate")
+        return {}
 
     def measure() -> tuple[float, float]:
-        assert validation is not None
-        outputs = over_pieces(logits, validation)
-        accuracy = float(np.mean(outputs.argmax(axis=1) == validation.labels))
-        return log_loss(softmax(outputs), validation.labels), accuracy
+        nonlocal temperature
+        assert held_out is not None
+        coefficients, intercepts = solution()
+        margins = [Z @ coefficients.T + intercepts for _, Z in held_out.pieces()]
+        outputs = two_columns(np.concatenate(margins))
+        temperature, loss = fit_temperature(outputs, held_out.labels)
+        return loss, float(np.mean(outputs.argmax(axis=1) == held_out.labels))
 
-    has_validation = validation is not None and len(validation)
-    history, best = _early_stopping(
-        pass_over, measure if has_validation else None, model.get_weights, epochs, patience, progress
+    history, best = train_epochs(
+        pass_over,
+        measure if held_out is not None and len(held_out) else None,
+        lambda: (*solution(), temperature),
+        epochs=epochs,
+        patience=patience,
+        progress=progress,
     )
-    model.set_weights(best)
-    return history
+    estimator.coef_, estimator.intercept_, temperature = best
+    estimator.set_params(average=averaged)
+    return StreamedFit(estimator, temperature, history)
 
 
-def over_pieces(function: Callable[[np.ndarray], np.ndarray], stream: FeatureStream) -> np.ndarray:
-    """A function of float32, (k, d) -> (k, ...) applied to all rows, piece by piece; its results, in row order."""
-    return np.concatenate([function(Z) for _, Z in stream.in_order()])
-
-
-def _cut(features: np.ndarray, labels: np.ndarray, order: np.ndarray, batch_size: int) -> Iterator[Batch]:
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
+def _cut(features: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int) -> Iterator[Batch]:
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
         yield features[chosen], labels[chosen]
-
-
-def _early_stopping(
-    pass_over: Callable[[int], dict[str, float]],
-    measure: Callable[[], tuple[float, float]] | None,
-    snapshot: Callable[[], Any],
-    epochs: int,
-    patience: int,
-    progress: Progress | None,
-) -> tuple[History, Any]:
-    """Epochs until validation gets no better; the history, and the snapshot of the best epoch (the last without it)."""
-    history: History = {"epoch": []}
-    lowest, waited, best = np.inf, 0, None
-    for epoch in range(1, epochs + 1):
-        row = {"epoch": float(epoch), **pass_over(epoch)}
-        if measure is not None:
-            row["val_loss"], row["val_accuracy"] = measure()
-        for name, value in row.items():
-            history.setdefault(name, []).append(value)
-        if progress:
-            progress("train-head", epoch, epochs)
-        waited += 1
-        if measure is None or row["val_loss"] < lowest:
-            lowest, waited, best = row.get("val_loss", np.inf), 0, snapshot()
-        if measure is not None and patience and waited >= patience:
-            break
-    return history, best

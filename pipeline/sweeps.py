@@ -22,18 +22,18 @@ from features.files import writable_folder
 from features.machine import processors
 from pipeline.board import leaderboard
 from pipeline.classifiers import SklearnHead
-from pipeline.costs import check_bytes, shown, usable_memory
+from pipeline.costs import check_bytes, usable_memory
 from pipeline.dense import KerasHead
 from pipeline.fitting import Fitted, fit_bank, fit_one, reason_of
+from pipeline.gather import Source
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
-from pipeline.pooling import pooled_width
-from pipeline.prepared import Prepared, prepare
-from pipeline.runs import Predictions, Run, add_plots, add_scores, is_finished, write_run
+from pipeline.prepared import Prepared
+from pipeline.runs import Run, add_plots, add_scores, is_finished
 from pipeline.sweep_file import SweepFile, Trial, expand
 from pipeline.tables import board_text
-from pipeline.train_head import data_set, describe_features, identity, needs_rows, test_scores
+from pipeline.train_head import data_set, identity, needs_rows, test_scores, views_seen, write_fitted
 from pipeline.workers import in_parallel
 
 logger = logging.getLogger(__name__)
@@ -132,7 +132,8 @@ def run_sweep(
         Score each head by stratified cross-validation on the training rows too, groups kept together, and choose by
         it; 0: by the validation split.
     memory : int, optional
-        Bytes that training may take beside the rows, which lie in a file; default: half of what is free.
+        Bytes that training may take; default: half of what is free. Rows that do not fit are left in the store, and
+        heads that cannot be trained on pieces of them fail.
     choose : {"accuracy", "balanced_accuracy"}, optional
         Default: what the sweep says.
     test : bool
@@ -176,7 +177,7 @@ def run_sweep(
             failed.append({"head": str(job), "reason": outcome})
             logger.warning("%s failed: %s", job, outcome)
         else:
-            _write(job, outcome, runs, folds)
+            _write(job, outcome, runs, folds, memory)
             trained += 1
         tell("heads", trained + len(failed), len(missing))
     lost = {item["head"] for item in failed}
@@ -236,7 +237,7 @@ def _plan(
                 except HeadError as problem:
                     failed.append({"head": f"{trial} on {name}", "reason": str(problem)})
                     continue
-                run_id = identity(head, store.data_digest)
+                run_id = identity(head, store, name)
                 jobs.setdefault((id(store), run_id), Job(trial, head, store, name, run_id))
     return list({job.run_id: job for job in jobs.values()}.values()), failed
 
@@ -256,51 +257,47 @@ def _train_all(
     for job in missing:
         together[job.rows].append(job)
     for alike in together.values():
-        folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=runs))
-        try:
-            prepared = _prepare(alike[0], folder)
-        except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
-            yield from ((job, reason_of(problem)) for job in alike)
-        else:
-            others = [job for job in alike if isinstance(job.head, SklearnHead)]
-            yield from _by_workers(others, prepared, jobs, folds, memory)
-            yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds, memory)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        source = source_of(alike, memory)
+        left = []
+        for job in alike:
+            try:
+                source.check(job.head)
+            except HeadError as problem:
+                yield job, str(problem)
+            else:
+                left.append(job)
+        if left:
+            yield from _train_alike(left, source, runs, jobs, folds)
 
 
-def _prepare(job: Job, folder: Path) -> Prepared:
-    store, head = job.store, job.head
-    X, y = store.load("train", job.name)
-    X_validation, y_validation = store.load("validation", job.name)
-    rows = len(y) + len(y_validation)
-    need, free = 4 * rows * pooled_width(X.shape[1:], head.pool or "none"), shutil.disk_usage(folder).free
-    if need > 0.9 * free:
-        raise HeadError(
-            f"{folder.parent}: the standardised rows take {shown(need)} there while the sweep runs, {shown(free)} are "
-            "free. Free some space, or give another --runs folder"
-        )
-    return prepare(
-        X,
-        y,
-        pool=head.pool or "none",
-        scale=head.scale,
-        X_validation=X_validation,
-        y_validation=y_validation,
-        groups=groups_of(store, "train"),
-        folder=folder,
-    )
+def _train_alike(
+    alike: Sequence[Job], source: Source, runs: Path, jobs: int, folds: int
+) -> Iterator[tuple[Job, Fitted | str]]:
+    """Jobs that share their rows."""
+    folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=runs))
+    try:
+        prepared = source.prepare(scale=alike[0].head.scale, folder=folder)
+    except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
+        yield from ((job, reason_of(problem)) for job in alike)
+    else:
+        others = [job for job in alike if isinstance(job.head, SklearnHead)]
+        yield from _by_workers(others, prepared, source, jobs, folds)
+        memory = source.memory // 4 if source.streamed else source.memory  # half of it is the stream's
+        yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds, memory)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
-def groups_of(store: Any, split: str) -> list[str] | None:
-    """Group of each row of a split, where the store has groups."""
-    groups = getattr(store.images, "groups", None)
-    return None if groups is None else [groups[row] for row in store.rows(split)]
+def source_of(alike: Sequence[Job], memory: int) -> Source:
+    """Where the rows of jobs that share them come from, with as many views as any of them looks at."""
+    store, name, head = alike[0].store, alike[0].name, alike[0].head
+    views = max(views_seen(job.head, store, name) for job in alike)
+    return Source(store, name, head.pool or "none", views, memory)
 
 
 # ------------------------------------------------------------------------------------------- scikit-learn
 def _by_workers(
-    jobs: Sequence[Job], prepared: Prepared, count: int, folds: int, memory: int
+    jobs: Sequence[Job], prepared: Prepared, source: Source, count: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
     """The most that memory allows side by side; heads that take more of it with fewer beside them."""
     turns: dict[int, list[int]] = collections.defaultdict(list)
@@ -308,11 +305,14 @@ def _by_workers(
         assert isinstance(job.head, SklearnHead)
         job.head.folds = folds
         try:
-            need = check_bytes(job.head, len(prepared.Z), prepared.Z.shape[1], memory)
+            need = source.memory
+            if not source.streamed:
+                train = prepared.train
+                need = check_bytes(job.head, len(train), train.width, source.memory, train.views)
         except HeadError as problem:
             yield job, str(problem)
         else:
-            turns[min(count, memory // max(1, need))].append(number)
+            turns[min(count, source.memory // max(1, need))].append(number)
     for workers in sorted(turns, reverse=True):
         calls = [(number, jobs[number].head, prepared, folds) for number in turns[workers]]
         for number, outcome in in_parallel(fit_one, calls, workers):
@@ -338,31 +338,12 @@ def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int, memory: int) -
 
 
 # ------------------------------------------------------------------------------------------------- runs
-def _write(job: Job, fitted: Fitted, runs: Path, folds: int) -> None:
-    store, head = job.store, fitted.head
-    y = store.images.labels[store.rows("validation")]
+def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> None:
     held_out = _fold_scores(job, fitted.out_of_fold, folds)
-    if is_finished(runs / job.run_id):
-        if held_out is not None:
-            add_scores(Run.open(runs / job.run_id), cv=held_out)
-        return
-    write_run(
-        runs,
-        job.run_id,
-        head=head,
-        features=describe_features(store, job.name),
-        history=fitted.history,
-        scores=evaluate(fitted.probabilities, y, store.classes, head.seed),
-        cv=held_out,
-        predictions=Predictions(*_described_rows(store), y, fitted.probabilities),
-        seconds=fitted.seconds,
-        plots=False,
-    )
-
-
-def _described_rows(store: Any) -> tuple[list[str], np.ndarray]:
-    rows = store.rows("validation")
-    return [store.images.paths[row] for row in rows], store.images.sha256[rows]
+    if not is_finished(runs / job.run_id):
+        write_fitted(runs, job.run_id, job.store, job.name, fitted, memory=memory, cv=held_out, plots=False)
+    elif held_out is not None:
+        add_scores(Run.open(runs / job.run_id), cv=held_out)
 
 
 def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[str, Any] | None:

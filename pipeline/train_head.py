@@ -1,19 +1,25 @@
-"""Stage two: one head on cached features -> one run folder."""
+"""Stage two: one head on cached features -> one run folder.
+
+store --`pipeline.gather`--> rows --`pipeline.fitting`--> head, probabilities --scores--> run folder
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 import shutil
-import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
+from features.files import atomic_file
 from features.recipe import digest_of
 from pipeline.classifiers import SklearnHead
 from pipeline.costs import check_bytes, usable_memory
+from pipeline.fitting import Fitted, fit_head
+from pipeline.gather import Source, rows_for
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
@@ -39,6 +45,8 @@ class RunResult:
         Time the training took, now or when it was done.
     cached : bool
         The run was there already; nothing was trained.
+    streamed : bool
+        Rows were read piece by piece, as they did not fit into memory.
     """
 
     run_id: str
@@ -46,6 +54,7 @@ class RunResult:
     metrics: dict[str, Any]
     fit_seconds: float
     cached: bool
+    streamed: bool = False
 
 
 def train_head(
@@ -80,7 +89,8 @@ def train_head(
     params : dict, optional
         Parameters of the head.
     memory : int, optional
-        Bytes that a scikit-learn solver may take; default: half of what is free.
+        Bytes that training may take; default: half of what is free. Rows that do not fit are read piece by piece, by
+        heads that can be trained so. It does not decide the run id, though the order of rows then is another.
     test : bool
         Score the test split too. It takes no part in any choice.
     progress : callable, optional
@@ -111,43 +121,57 @@ def train_head(
         **_checked(params or {}),
     )
     head.pool = resolve_pool(head_name, pool, store.shape(name)[2:])
-    run_id = identity(head, store.data_digest)
+    run_id = identity(head, store, name)
     folder = Path(runs) / run_id
     if test:
         needs_rows(store, "test")
     if is_finished(folder) and _loads(Run.open(folder)):
         return _finished(store, name, Run.open(folder), test=test)
     needs_rows(store, "train", "validation")
-    X, y = store.load("train", name)
-    X_validation, y_validation = store.load("validation", name)
-    if isinstance(head, SklearnHead):
-        width = pooled_width(X.shape[1:], head.pool)
-        check_bytes(head, len(y), width, memory or usable_memory())
-    groups = getattr(store.images, "groups", None)
-    if groups is not None:
-        groups = [groups[row] for row in store.rows("train")]
-    head.warm_up()
-    started = time.perf_counter()
-    history = head.fit(X, y, X_validation=X_validation, y_validation=y_validation, groups=groups, progress=progress)
-    seconds = time.perf_counter() - started
-    probabilities = head.predict_proba(X_validation)
-    write_run(
+    memory = memory or usable_memory()
+    source = Source(store, name, head.pool, views_seen(head, store, name), memory)
+    source.check(head)
+    if isinstance(head, SklearnHead) and not source.streamed:
+        width = pooled_width(store.shape(name)[2:], head.pool)
+        check_bytes(head, len(store.rows("train")), width, memory, source.views)
+    fitted = fit_head(head, source.prepare(scale=head.scale), progress=progress)
+    scores = test_scores(store, name, head, seed) if test else None
+    write_fitted(runs, run_id, store, name, fitted, memory=memory, test=scores)
+    return RunResult(run_id, folder, Run.open(folder).metrics, fitted.seconds, cached=False, streamed=fitted.streamed)
+
+
+def write_fitted(
+    runs: str | Path,
+    run_id: str,
+    store: Any,
+    name: str,
+    fitted: Fitted,
+    *,
+    memory: int,
+    test: Mapping[str, Any] | None = None,
+    cv: Mapping[str, Any] | None = None,
+    plots: bool = True,
+) -> None:
+    """Score a trained head on validation and write its run folder; see `pipeline.runs.write_run`."""
+    head, rows = fitted.head, store.rows("validation")
+    y = store.images.labels[rows]
+    folder = write_run(
         runs,
         run_id,
         head=head,
-        features=describe_features(store, name),
-        history=history,
-        scores=evaluate(probabilities, y_validation, store.classes, seed),
-        test=test_scores(store, name, head, seed) if test else None,
+        features=describe_features(store, name, views_seen(head, store, name)),
+        history=fitted.history,
+        scores=evaluate(fitted.probabilities, y, store.classes, head.seed),
+        test=test,
+        cv=cv,
         predictions=Predictions(
-            [store.images.paths[row] for row in store.rows("validation")],
-            store.images.sha256[store.rows("validation")],
-            y_validation,
-            probabilities,
+            [store.images.paths[row] for row in rows], store.images.sha256[rows], y, fitted.probabilities
         ),
-        seconds=seconds,
+        seconds=fitted.seconds,
+        plots=plots,
     )
-    return RunResult(run_id, folder, Run.open(folder).metrics, seconds, cached=False)
+    if fitted.streamed:
+        _note_streamed(folder, memory)
 
 
 def needs_rows(store: Any, *splits: str) -> None:
@@ -158,24 +182,51 @@ def needs_rows(store: Any, *splits: str) -> None:
     HeadError
         With the way out.
     """
+    if not store.classes:
+        raise HeadError(
+            f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into a "
+            "folder of its name, or write a CSV manifest path,label, and extract again (features are kept)"
+        )
     for split in splits:
         if not len(store.rows(split)):
             out = ", or leave --test out" if split == "test" else ""
             raise HeadError(
-                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1 "
-                f"(features are kept, only the splits change){out}"
+                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1, or, where the "
+                f"images bring their own splits, --validation-from-train 0.1 (features are kept){out}"
             )
 
 
-def identity(head: Head, data_digest: str) -> str:
-    """Run id: the same id means the same head configuration, features, data and seed."""
+def identity(head: Head, store: Any, name: str) -> str:
+    """Run id: the same id means the same head configuration, features, views, data and seed."""
+    parameters = head.parameters.described()
+    parameters.pop("views", None)  # what it comes to is said below
     decided = {
-        "head": {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()},
+        "head": {"name": head.name, "pool": head.pool, "parameters": parameters},
         "fingerprint": head.fingerprint,
-        "data": data_digest,
+        "data": store.data_digest,
         "seed": head.seed,
+        **_several(views_seen(head, store, name)),
     }
     return f"{head.name}-{digest_of(decided)[:10]}"
+
+
+def views_seen(head: Head, store: Any, name: str) -> int:
+    """Views of each image that a head is trained on."""
+    return head.views_used(store.shape(name)[1])
+
+
+def _several(views: int) -> dict[str, int]:
+    """Said only of more than one, so that older run ids hold."""
+    return {"views": views} if views > 1 else {}
+
+
+def _note_streamed(folder: Path, memory: int) -> None:
+    """Say in ``environment.json`` of a run that its rows came piece by piece."""
+    path = folder / "environment.json"
+    values = json.loads(path.read_text(encoding="utf-8"))
+    with atomic_file(path) as temporary:
+        text = json.dumps({**values, "streamed": True, "memory": memory}, indent=2)
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _loads(run: Run) -> bool:
@@ -198,8 +249,47 @@ def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
 
 def test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
     """Scores of a head on the test split."""
-    X, y = store.load("test", name)
-    return evaluate(head.predict_proba(X), y, store.classes, seed)
+    rows = rows_for(head, store, name, "test")
+    return evaluate(head.predict_rows(rows), rows.labels, store.classes, seed)
+
+
+def needs_views(store: Any, names: Sequence[str] = ()) -> None:
+    """Refuse a store that has one view of each image.
+
+    Raises
+    ------
+    ConfigurationError
+        With the way out.
+    """
+    for name in names or store.names:
+        if name in store.names and store.shape(name)[1] == 1:
+            raise ConfigurationError(
+                f"--average-views: {store.path} has one view of each image in {name}; extract again with --views 4 "
+                "--augment flip-rotation (only the new views are computed)"
+            )
+
+
+def add_averaged(run: Run, stores: Sequence[Any]) -> Run:
+    """Put into ``metrics.json`` of a run what averaging probabilities over the views of each validation image scores.
+
+    Parameters
+    ----------
+    run : Run
+        Finished.
+    stores : sequence of FeatureStore
+        One of them is what it was trained on; see `needs_views`.
+    """
+    features = run.config["features"]
+    name, decided = features["name"], (features["data_digest"], features["fingerprint"])
+    store = next(
+        store
+        for store in stores
+        if name in store.names and (store.data_digest, store.recipes[name].fingerprint) == decided
+    )
+    head, views = run.load_head(), store.shape(name)[1]
+    rows = rows_for(head, store, name, "validation")
+    scores = evaluate(head.predict_views(rows.all_views(views)), rows.labels, store.classes, run.config["seed"])
+    return add_scores(run, averaged={**scores, "views": views})
 
 
 def data_set(store: Any, name: str | None) -> str:
@@ -229,8 +319,8 @@ def _checked(params: Mapping[str, Any]) -> Mapping[str, Any]:
     return params
 
 
-def describe_features(store: Any, name: str) -> dict[str, Any]:
-    """Fields of `pipeline.config.RunFeatures`."""
+def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
+    """Fields of `pipeline.config.RunFeatures`, of a head that was trained on so many views."""
     recipe = store.recipes[name]
     provenance = getattr(store, "provenance", {})
     return {
@@ -244,4 +334,5 @@ def describe_features(store: Any, name: str) -> dict[str, Any]:
         "backbone": str(provenance.get("backbone", recipe.backbone)),
         "weights": str(provenance.get("weights", "imagenet")),
         "target": str(provenance.get("target", "")),
+        **_several(views),
     }

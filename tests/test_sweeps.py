@@ -24,7 +24,7 @@ from pipeline.classifiers import SklearnHead
 from pipeline.costs import fit_bytes, parse_memory, shown
 from pipeline.fitting import cross_validate, fit_one
 from pipeline.heads import make_head
-from pipeline.prepared import Subset, prepare
+from pipeline.prepared import ArrayRows, Prepared, prepare
 from pipeline.runs import Run, add_plots
 from pipeline.sweep_file import SweepFile, Trial, expand, read_sweep, single
 from pipeline.sweeps import run_sweep
@@ -349,16 +349,20 @@ def test_workers_are_as_many_as_memory_allows(tmp_path: Path, monkeypatch: pytes
         return in_parallel(function, calls, 1)
 
     monkeypatch.setattr("pipeline.sweeps.in_parallel", recorded)
-    needs = {"knn": 100, "ridge": 400, "lda": 2000}
+    needs = {"knn": 1000, "ridge": 4000, "lda": 20000}
     monkeypatch.setattr("pipeline.costs.fit_bytes", lambda head, *_: needs[head.name])
     heads = sweep(*({"head": name} for name in needs))
-    result = run_sweep([make_store()], heads, runs=tmp_path, jobs=4, memory=1000)
+    result = run_sweep([make_store()], heads, runs=tmp_path, jobs=4, memory=10_000)
     assert turns == [(4, ["knn"]), (2, ["ridge"])]
     assert [item["head"] for item in result.failed] == ["lda on last.avg"]
 
 
-def test_prepared_rows_in_files_are_those_in_memory(tmp_path: Path) -> None:
+def values(prepared: Prepared) -> np.ndarray:
+    assert isinstance(prepared.train, ArrayRows)
+    return prepared.train.values
 
+
+def test_prepared_rows_in_files_are_those_in_memory(tmp_path: Path) -> None:
     X = np.random.default_rng(0).normal(size=(50, 2, 2, 3)).astype(np.float16)
     y = np.arange(50, dtype=np.int32) % 2
     plain = prepare(X, y, pool="avg", X_validation=X[:9], y_validation=y[:9], groups=["a"] * 20 + [""] * 30)
@@ -366,21 +370,24 @@ def test_prepared_rows_in_files_are_those_in_memory(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["train.npy", "validation.npy"]
     assert plain.held_out is not None
     assert filed.held_out is not None
-    assert (filed.Z == plain.Z).all()
-    assert (filed.held_out[0] == plain.held_out[0]).all()
-    assert plain.Z.mean(axis=0) == pytest.approx(np.zeros(3), abs=1e-6)
-    assert not filed.Z.flags.writeable
+    assert (values(filed) == values(plain)).all()
+    assert [(Z == V).all() for (_, Z), (_, V) in zip(filed.held_out.pieces(), plain.held_out.pieces(), strict=True)]
+    assert values(plain).mean(axis=0) == pytest.approx(np.zeros((1, 3)), abs=1e-6)
+    assert not values(filed).flags.writeable
     make, (fields,) = filed.__reduce__()
-    assert fields["Z"] is None  # what goes to a worker has no rows in it
-    assert (make(fields).Z == plain.Z).all()
+    assert fields["train"].shape == (50,)  # what goes to a worker has labels in it, but no rows
+    assert (values(make(fields)) == values(plain)).all()
 
 
 def test_some_rows_of_an_array() -> None:
     array = np.arange(12, dtype=np.float32).reshape(6, 2)
-    part = Subset(array, np.array([5, 0, 2]))
-    assert (len(part), part.shape, part.size, part.ndim, part.dtype) == (3, (3, 2), 6, 2, np.float32)
-    assert part[1:].tolist() == [[0, 1], [4, 5]]
-    assert part[np.array([0])].tolist() == [[10, 11]]
+    part = ArrayRows(array, np.arange(6)).take(np.array([0, 2, 5]))
+    assert (len(part), part.width, part.views, part.labels.tolist()) == (3, 2, 1, [0, 2, 5])
+    assert part.flat.tolist() == [[0, 1], [4, 5], [10, 11]]
+    assert [Z.tolist() for _, Z in part.pieces(2)] == [[[0, 1], [4, 5]], [[10, 11]]]
+    again = part.take(np.array([False, True, True]))
+    assert [piece for piece, _ in again.pieces()] == [slice(0, 2)]
+    assert sorted(y for _, labels in again.epoch(0, size=1, seed=0) for y in labels) == [2, 5]
 
 
 # -------------------------------------------------------------------------------------------------- Keras
@@ -389,15 +396,15 @@ def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pipeline import fitting
-    from pipeline.bank import train_bank
+    from pipeline.bank import train_rows
 
     banks = []
 
     def recorded(spec: Any, heads: Any, *args: Any, **keywords: Any) -> Any:
         banks.append((spec.hidden, spec.class_weights is not None, len(heads)))
-        return train_bank(spec, heads, *args, **keywords)
+        return train_rows(spec, heads, *args, **keywords)
 
-    monkeypatch.setattr(fitting, "train_bank", recorded)
+    monkeypatch.setattr(fitting, "train_rows", recorded)
     store = make_store(classes=("cat", "dog", "eel"), shift=0.7)
     heads = sweep(
         {"head": "dense", "grid": {**FAST, "dropout": [0, 0.3], "label_smoothing": [0, 0.1]}},

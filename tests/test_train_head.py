@@ -68,6 +68,12 @@ class Store:
     def rows(self, split: str) -> np.ndarray:
         return np.flatnonzero(self.images.splits == SPLITS.index(split))
 
+    def __len__(self) -> int:
+        return len(self.images.labels)
+
+    def read(self, name: str, start: int, stop: int) -> np.ndarray:
+        return self.arrays[name][start:stop, None]
+
     def load(self, split: str, name: str) -> tuple[np.ndarray, np.ndarray]:
         rows = self.rows(split)
         return self.arrays[name][rows], self.images.labels[rows]
@@ -322,7 +328,7 @@ def test_a_run_tells_what_the_next_stage_needs(tmp_path: Path) -> None:
     ("name", "edit", "message"),
     [
         ("config.yaml", lambda text: text + "sead: 1\n", r"config\.yaml: unknown key 'sead'; did you mean 'seed'"),
-        ("config.yaml", lambda text: text + "seed: 1\n", r"config\.yaml: not valid YAML: .*'seed' is given twice"),
+        ("config.yaml", lambda text: text + "seed: 1\n", r"config\.yaml: not valid YAML.*'seed' is given twice"),
         ("config.yaml", lambda text: text.replace("head.skops", "../x"), r"model\.1: received '\.\./x'"),
         ("config.yaml", lambda text: "- 1\n", r"config\.yaml: expected a mapping of keys to values"),
         ("metrics.json", lambda text: text.replace("ece", "ecc"), r"metrics\.json: unknown key 'validation\.ecc'"),

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 from features.errors import ConfigurationError
+from features.files import creatable_folder
 from pipeline.commands.common import (
+    Cluster,
     Json,
     Runs,
     app,
@@ -44,12 +47,20 @@ def train_head(
         int, typer.Option(help="Judge each head by that many folds of the training rows too; 0: by validation only.")
     ] = 0,
     memory: Annotated[
-        str | None, typer.Option(help="What training may take, such as 2GB. Default: half of what is free.")
+        str | None,
+        typer.Option(help="Of training, such as 2GB; rows beyond it stay in the store. Default: half of what is free."),
     ] = None,
     choose: Annotated[str | None, typer.Option(help="accuracy or balanced_accuracy.")] = None,
     test: Annotated[
         bool, typer.Option("--test", help="Also measure on the test split; of a sweep only the chosen head.")
     ] = False,
+    average_views: Annotated[
+        bool, typer.Option("--average-views", help="Also score validation by the mean over the views of each image.")
+    ] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the history of each run for TensorBoard.")
+    ] = None,
+    cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Stage two: train a head, or a sweep of heads, on cached features."""
@@ -58,13 +69,29 @@ def train_head(
     from pipeline.costs import parse_memory
     from pipeline.leakage import warn_near_duplicates
     from pipeline.progress import ConsoleProgress
+    from pipeline.runs import Run
+    from pipeline.tensorboard import log_run, require_tensorboard
+
+    def finish(run: Path) -> dict[str, Any]:
+        """What is asked for beside training; the metrics then."""
+        if tensorboard is not None:
+            log_run(tensorboard, run)
+        return stage.add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
 
     budget = None if memory is None else parse_memory(memory)
     stores = [FeatureStore.open(file) for file in files]
     names = data_set or []
+    _refuse_slips(head, heads, pool, parse_params(param or []))
+    for store in stores:
+        stage.needs_rows(store, "train", "validation")
+        if average_views:
+            stage.needs_views(store, names)
+    creatable_folder(runs)
+    if tensorboard is not None:
+        require_tensorboard()
     for store in stores:
         warn_near_duplicates(store, names)
-    if heads is None and len(stores) == 1 and len(names) < 2 and not folds:
+    if heads is None and len(stores) == 1 and len(names) < 2 and not folds and cluster is None:
         with ConsoleProgress() as progress:
             result = stage.train_head(
                 stores[0],
@@ -78,16 +105,18 @@ def train_head(
                 test=test,
                 progress=progress,
             )
+        metrics = finish(result.folder)
         document = {
             "format": 1,
             "run": str(result.folder),
             "cached": result.cached,
             "fit_seconds": result.fit_seconds,
-            "metrics": result.metrics,
+            "metrics": metrics,
         }
         done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
-        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_lines(result.metrics)}")
-        print_next(f"bottleneck leaderboard {runs}")
+        done += ", from rows read piece by piece" if result.streamed else ""
+        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_lines(metrics)}")
+        print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweep_file import read_sweep, single
     from pipeline.sweeps import result_document, run_sweep, summary
@@ -97,11 +126,16 @@ def train_head(
     sweep = read_sweep(heads) if heads else single(head or "logistic", parse_params(param or []), pool)
     if seed is not None:
         sweep = sweep.model_copy(update={"seed": seed})
-    with ConsoleProgress() as progress:
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ConsoleProgress())
+        if cluster is not None:
+            from pipeline.cluster_connection import sweeping
+
+            stack.enter_context(sweeping(cluster, runs))
         swept = run_sweep(
             stores,
             sweep,
-            runs=runs,
+            runs=runs if cluster is None else runs.absolute(),  # workers have folders of their own
             names=names,
             jobs=n_jobs,
             folds=folds,
@@ -111,10 +145,23 @@ def train_head(
             where=str(heads or "--head"),
             progress=progress,
         )
+    for run_id in swept.runs if tensorboard is not None or average_views else ():
+        finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs))
     if not swept.runs:
         raise typer.Exit(1)
-    print_next(f"bottleneck leaderboard {runs}{' --folds' if folds else ''}")
+    print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
+
+
+def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params: dict[str, Any]) -> None:
+    """Say that a name or value is wrong before features are read, which may take a while."""
+    from pipeline.heads import make_head
+    from pipeline.sweep_file import expand, read_sweep
+
+    if heads is not None:
+        expand(read_sweep(heads), str(heads))
+    elif not {"pool", "seed", "classes", "layer", "fingerprint"} & set(params):  # these are refused with a reason later
+        make_head(head or "logistic", pool=pool, **params)
 
 
 @app.command()
@@ -135,3 +182,5 @@ def leaderboard(
         typer.echo(json.dumps(rows, indent=2))
     else:
         typer.echo(csv_text(rows) if as_csv else board_text(rows), nl=not as_csv)
+    if not as_json and not as_csv:
+        print_next("bottleneck", *(["report", runs] if rows else ["train-head", "FEATURES", "--runs", runs]))
