@@ -35,8 +35,7 @@ def leaderboard(
         such scores do not measure the same thing. ``chosen`` marks one of the comparable ones, see
         `pipeline.selection.choose`.
     """
-    if by not in CHOICES:
-        raise ConfigurationError(f"choose: received {by!r}, expected one of {', '.join(CHOICES)}{nearest(by, CHOICES)}")
+    check_choice(by)
     runs = [run for run in find_runs(root) if only is None or run.run_id in only]
     runs.sort(key=functools.partial(rank, by=by, folds=folds))
     rows = [_row(run, runs[0]) for run in runs]
@@ -44,6 +43,12 @@ def leaderboard(
         like = [number for number, row in enumerate(rows) if row["comparable"]]
         rows[like[_choose([runs[number] for number in like], by, folds)]]["chosen"] = True
     return rows
+
+
+def check_choice(by: str) -> None:
+    """Raise ``ConfigurationError`` unless runs can be compared by it."""
+    if by not in CHOICES:
+        raise ConfigurationError(f"choose: received {by!r}, expected one of {', '.join(CHOICES)}{nearest(by, CHOICES)}")
 
 
 def _row(run: Run, first: Run) -> dict[str, Any]:

@@ -12,219 +12,44 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import errno
-import importlib.util
 import itertools
 import logging
 import os
 import queue
-import re
-import secrets
-import tempfile
+import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
-from pathlib import Path
+from collections.abc import Generator
 from typing import Any
 
-from features.errors import BottleneckError, ConfigurationError, StoreError
-from features.files import printable, writable_folder, writing
+from features.errors import BottleneckError, ClusterError, ConfigurationError, StoreError
+from features.files import printable
 from features.running import Advance, MadeShard, Work
 from features.shards import KILLS_WORKER, ShardRecord, refuse_image
 from features.store import shard_path
-from pipeline.cluster_plan import ClusterError, PlanFile, Setting, ShardTask, versions
-from pipeline.cluster_worker import PROCESSORS, make_shard, probe, topic_of
-from pipeline.workers import on_cluster
+from pipeline.cluster_connection import (
+    CONNECT_SECONDS,
+    PATIENCE_SECONDS,
+    check_workers,
+    connected,
+    first_line,
+    no_workers,
+    parse_cluster,
+)
+from pipeline.cluster_plan import PlanFile, Setting, ShardTask
+from pipeline.cluster_worker import make_shard, topic_of
 
 logger = logging.getLogger(__name__)
 
-CONNECT_SECONDS = 10.0
-PATIENCE_SECONDS = 300.0  # without any worker: batch systems start them late, nannies start them again
-DEATHS = 3  # workers that a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
-PARTS = 8  # into which it is split: of 2048 images the one that kills is found in four steps
+PARTS = 8  # into which a shard that kills is split: of 2048 images the one that does is found in four steps
 RETRIES = 2  # after an error that may pass
 AHEAD = 2  # shards in flight for each thread of the workers: one is made, one waits there
 TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between looks at which workers there are
-MAX_LOCAL = 256
+STUCK_SECONDS = 600.0  # a worker that says nothing for so long, and for
+STUCK_TIMES = 10  # times what such a shard takes, is taken to be stuck (it tells of every eighth of a shard)
 GPU = "GPU"  # the resource that workers announce with `dask worker --resources GPU=1`
-
-
-def parse_cluster(text: str) -> int | str:
-    """``"local:3"`` -> 3 worker processes here; ``"tcp://HOST:PORT"`` (or ``tls://``) as it is.
-
-    Raises
-    ------
-    ConfigurationError
-        For anything else, or where Dask is not installed.
-
-    Examples
-    --------
-    >>> parse_cluster("local:3"), parse_cluster("tcp://node1:8786")
-    (3, 'tcp://node1:8786')
-    """
-    local = re.fullmatch(r"local:(\d{1,3})", text)
-    if not (local and 1 <= int(local[1]) <= MAX_LOCAL) and not re.fullmatch(r"(tcp|tls)://[^/\s]+:\d{1,5}", text):
-        raise ConfigurationError(
-            f"--cluster: received {text!r}, expected local:N for N worker processes on this machine (1 to {MAX_LOCAL}), or "
-            "the address of a Dask scheduler such as tcp://node1:8786"
-        )
-    if importlib.util.find_spec("distributed") is None:
-        raise ConfigurationError("--cluster needs Dask: pip install 'bottleneck-features[cluster]'")
-    return int(local[1]) if local else text
-
-
-@contextlib.contextmanager
-def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]:
-    """A Dask client of a cluster that has a worker; worker processes on this machine are stopped in the end.
-
-    Parameters
-    ----------
-    cluster : str
-        As for `parse_cluster`.
-    patience : float
-        Seconds to wait for the first worker.
-
-    Raises
-    ------
-    ClusterError
-        If no scheduler answers, or no worker comes.
-    """
-    address = parse_cluster(cluster)
-    import distributed
-
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(_quiet())
-        if isinstance(address, int):
-            target: Any = stack.enter_context(_local(address))
-        else:
-            target = address
-        try:
-            client = distributed.Client(target, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, ImportError) as error:
-            raise ClusterError(
-                f"{cluster}: no Dask scheduler answers there ({_first_line(error)}). Start one with "
-                "`dask scheduler --port 8786`, and give the address that it prints; check name, port and firewall."
-            ) from error
-        stack.enter_context(client)
-        try:
-            client.wait_for_workers(1, timeout=patience)
-        except TimeoutError as error:
-            raise ClusterError(_no_workers(cluster, patience)) from error
-        yield client
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Dask speaks of every worker that is lost, and twice; we say once what becomes of its shard."""
-    known = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("distributed")]
-    before = [(chatter, chatter.level) for chatter in known]
-    for chatter in known:
-        chatter.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for chatter, level in before:
-            chatter.setLevel(level)
-
-
-@contextlib.contextmanager
-def _local(count: int) -> Iterator[Any]:
-    """Scheduler in this process, ``count`` worker processes, each with its share of the processors and of memory."""
-    import dask
-    import distributed
-    from distributed.system import MEMORY_LIMIT
-
-    preload = dask.config.get("distributed.worker.preload")
-    preload = [*([preload] if isinstance(preload, str) else preload), "pipeline.cluster_worker"]
-    environ = dask.config.get("distributed.nanny.pre-spawn-environ")
-    common = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard": False}
-    with tempfile.TemporaryDirectory(prefix="bottleneck-cluster-") as folder:
-        options = {
-            **common,
-            "nthreads": 1,
-            "memory_limit": MEMORY_LIMIT // count,
-            "preload": preload,
-            "silence_logs": logging.CRITICAL,
-        }
-        workers = {
-            number: {
-                "cls": distributed.Nanny,
-                "options": {**options, "env": {PROCESSORS: ",".join(map(str, share))} if share else {}},
-            }
-            for number, share in enumerate(shares(count))
-        }
-        scheduler = {"cls": distributed.Scheduler, "options": {**common, "port": 0, "dashboard_address": "127.0.0.1:0"}}
-        settings = {
-            "distributed.scheduler.allowed-failures": DEATHS - 1,
-            "temporary-directory": folder,
-            # Dask's value has glibc map and unmap the memory of every image: 8 % of an extraction.
-            "distributed.nanny.pre-spawn-environ": {**environ, "MALLOC_TRIM_THRESHOLD_": None},
-        }
-        with (
-            dask.config.set(settings),
-            distributed.SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
-        ):
-            yield cluster
-
-
-def shares(count: int) -> list[list[int]]:
-    """Processors of this process, divided among ``count`` workers; where there are too few, some share one."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [[] for _ in range(count)]
-    mine = sorted(os.sched_getaffinity(0))
-    bounds = [number * len(mine) // count for number in range(count + 1)]
-    return [mine[low : max(high, low + 1)] for low, high in itertools.pairwise(bounds)]
-
-
-def check_workers(client: Any, path: Path, token: str, image: str | None = None) -> None:
-    """Have every worker show that it has our versions, sees the shared path, and may write there.
-
-    Parameters
-    ----------
-    client : distributed.Client
-    path, token : Path, str
-        A file in the folder of results, and what stands in it.
-    image : str, optional
-        A file that has to be there too.
-
-    Raises
-    ------
-    ClusterError
-        Naming each worker that cannot do the work, and why.
-    """
-    answers = client.run(probe, str(path), token, versions(), image, on_error="return")
-    problems = []
-    for worker, answer in sorted(answers.items()):
-        if isinstance(answer, ImportError | AttributeError):
-            problems.append(f"{worker} has no pipeline like this one ({_first_line(answer)}). Install the same version")
-        elif isinstance(answer, list):  # any other error: it is being lost, and is checked when it comes again
-            problems += [f"{worker} {problem}" for problem in answer]
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ClusterError(f"workers cannot do this work: {'; '.join(problems[:5])}{more}.")
-
-
-@contextlib.contextmanager
-def shared_folder(client: Any, folder: Path) -> Iterator[None]:
-    """Make sure that all workers see a folder, before anything is done with it."""
-    token = secrets.token_hex(8)
-    path = Path(os.path.abspath(folder)) / f".cluster-{token}.tmp"
-    try:
-        with writing(path):
-            path.write_text(token)
-        check_workers(client, path, token)
-    finally:
-        path.unlink(missing_ok=True)
-    yield
-
-
-@contextlib.contextmanager
-def sweeping(cluster: str, runs: Path, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Train the heads of a sweep on a cluster, whose workers map the prepared rows that lie under ``runs``."""
-    writable_folder(runs)
-    with connected(cluster, patience) as client, shared_folder(client, runs), on_cluster(client):
-        yield
 
 
 class ClusterShards:
@@ -268,12 +93,28 @@ class ClusterShards:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Rows of a planned shard, and how often making them went wrong."""
+    """Rows of a planned shard, how often making them went wrong, and whether nothing else is made meanwhile."""
 
     number: int
     start: int
     stop: int
     failures: int = 0
+    alone: bool = False
+
+    def __len__(self) -> int:
+        return self.stop - self.start
+
+
+@dataclasses.dataclass
+class _Flight:
+    """A piece that was submitted, and what was heard of it: how many images are done, by whom, since when."""
+
+    piece: _Piece
+    future: Any
+    done: int = 0
+    worker: str = ""
+    begun: float = 0.0
+    heard: float = 0.0
 
 
 class _Run:
@@ -282,12 +123,15 @@ class _Run:
     def __init__(self, runner: ClusterShards, client: Any, plan: PlanFile, work: Work, advance: Advance) -> None:
         self._runner, self._client, self._plan, self._work, self._advance = runner, client, plan, work, advance
         self._waiting = deque(_Piece(number, 0, len(spec)) for number, spec in enumerate(work.specs))
-        self._flying: dict[str, tuple[_Piece, Any]] = {}
+        self._flying: dict[str, _Flight] = {}
+        self._left: list[Any] = []  # futures of workers that are stuck: as long as they live, those get no other task
+        self._stuck: set[str] = set()
         self._finished: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self._heard: dict[str, int] = {}  # images that are done of the shards that were begun
+        self._image_seconds: deque[float] = deque(maxlen=101)  # of shards that are finished
         self._lock = threading.Lock()
         self._submitted = 0
         self._resources: dict[str, float] = {}
+        self._useful: list[str] = []  # addresses of workers
         self._window = AHEAD
         self._looked = self._alive = time.monotonic()
 
@@ -329,23 +173,36 @@ class _Run:
             if failure is not None:
                 raise failure
         finally:
-            for _, future in self._flying.values():
+            for future in [*(flight.future for flight in self._flying.values()), *self._left]:
                 future.cancel()
             if self._client.status == "running":
                 self._client.unsubscribe_topic(topic)
 
     def _submit(self) -> None:
-        while self._waiting and len(self._flying) < self._window and self._client.status == "running":
+        while self._waiting and self._client.status == "running" and self._has_room(self._waiting[0]):
             piece = self._waiting.popleft()
             self._submitted += 1
-            key = f"{self._plan.token}/{self._submitted}"
+            key = f"shard-{self._plan.token}-{self._submitted}"  # Dask learns what tasks cost that are called alike
             offset, length = self._plan.places[piece.number]
             task = ShardTask(str(self._plan.path), self._plan.token, offset, length, piece.start, piece.stop, key)
+            others = [address for address in self._useful if address not in self._stuck]
             future = self._client.submit(
-                make_shard, task, key=key, pure=False, resources=self._resources or None, priority=-piece.number
+                make_shard,
+                task,
+                key=key,
+                pure=False,
+                resources=self._resources or None,
+                workers=others or None if self._stuck else None,
+                allow_other_workers=bool(self._stuck),  # those that come later
+                priority=-piece.number,
             )
-            self._flying[key] = piece, future
+            self._flying[key] = _Flight(piece, future)
             future.add_done_callback(lambda future: self._finished.put(future.key))
+
+    def _has_room(self, piece: _Piece) -> bool:
+        if piece.alone or any(flight.piece.alone for flight in self._flying.values()):
+            return not self._flying
+        return len(self._flying) < self._window
 
     def _outcome(self, key: str) -> MadeShard | BaseException | None:
         """What came of a task: a shard, an error that ends the run, or nothing, where it is tried again."""
@@ -353,25 +210,26 @@ class _Run:
 
         if key not in self._flying:
             return None
-        piece, future = self._flying[key]
-        status = future.status
-        error: BaseException | None = None
-        if status == "error":
-            error = future.exception()
-        elif status == "finished":
+        future = self._flying[key].future
+        error, answer = None, None
+        if future.status == "finished":
             try:
-                record, engine = future.result(timeout=CONNECT_SECONDS)
-            except (TimeoutError, OSError, distributed.client.FutureCancelledError):
-                status = "cancelled"  # the worker that held the record is lost; the shard is there
-        del self._flying[key]
+                answer = future.result(timeout=CONNECT_SECONDS)
+            except Exception as problem:  # noqa: BLE001  the worker that held the record is lost; the shard is there
+                logger.debug("%s: %s", key, first_line(problem))
+        if answer is None and future.status == "error":  # of the task, or of the one that made the record again
+            error = future.exception()
         with self._lock:
-            heard = self._heard.pop(key, 0)
-        if status == "finished":
-            made = self._made(piece, record, engine)
+            flight = self._flying.pop(key)
+        piece = flight.piece
+        if answer is not None:
+            made = self._made(piece, *answer)
             if isinstance(made, MadeShard):
-                self._advance(piece.stop - piece.start - heard)
+                self._advance(len(piece) - flight.done)
+                if flight.begun:
+                    self._image_seconds.append((time.monotonic() - flight.begun) / len(piece))
             return made
-        self._advance(-heard)
+        self._advance(-flight.done)
         if isinstance(error, distributed.scheduler.KilledWorker):
             return self._split(piece)
         if error is None:  # the scheduler was lost, and all it knew
@@ -395,6 +253,10 @@ class _Run:
         """A shard that killed its workers: it is made in parts, until one image is left, which is set aside."""
         spec = self._work.specs[piece.number].part(piece.start, piece.stop)
         count = len(spec)
+        if count == 1 and not piece.alone:
+            # Dask blames every task that waits at a worker that dies: it may be that of another one, so try it alone.
+            self._waiting.appendleft(dataclasses.replace(piece, alone=True))
+            return None
         if count == 1:
             logger.warning("%s kills the worker that reads it, each time; set aside", printable(spec.paths[0]))
             record = refuse_image(spec, self._work.folder, read=self._work.reader(), reason=KILLS_WORKER)
@@ -414,34 +276,39 @@ class _Run:
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
         lasting = full or (isinstance(error, BottleneckError) and not isinstance(error, StoreError))
         if not lasting and piece.failures < RETRIES:
-            logger.warning("a shard failed (%s); it is tried again", _first_line(error))
+            logger.warning("a shard failed (%s); it is tried again", first_line(error))
             self._waiting.appendleft(dataclasses.replace(piece, failures=piece.failures + 1))
             return None
         if isinstance(error, BottleneckError):
             return error
         return ClusterError(
-            f"a shard failed {piece.failures + 1} times on the workers ({type(error).__name__}: {_first_line(error)}). "
+            f"a shard failed {piece.failures + 1} times on the workers ({type(error).__name__}: {first_line(error)}). "
             "Their logs say more; what was finished is kept. Run the same command again."
         )
 
     def _drop_unbegun(self) -> None:
+        for flight in self._take_unbegun():
+            flight.future.cancel()
+
+    def _take_unbegun(self) -> list[_Flight]:
         with self._lock:
-            begun = set(self._heard)
-        for key in [key for key in self._flying if key not in begun]:
-            _, future = self._flying.pop(key)
-            future.cancel()
+            return [self._flying.pop(key) for key in [key for key, item in self._flying.items() if not item.begun]]
 
     def _hear(self, event: tuple[Any, dict[str, Any]]) -> None:
         """Progress of one shard. Where it begins anew because its worker was lost, the count goes back."""
-        key, done = event[1]["key"], event[1]["done"]
+        said, now = event[1], time.monotonic()
         with self._lock:
-            if key not in self._flying:
+            flight = self._flying.get(said["key"])
+            if flight is None:
                 return
-            before = self._heard.get(key)
-            self._heard[key] = done
-        if before is not None and done == 0:
+            again = flight.begun and said["done"] == 0
+            if said["done"] == 0:
+                flight.begun = now
+            more = said["done"] - flight.done
+            flight.done, flight.worker, flight.heard = said["done"], said["worker"], now
+        if again:
             logger.warning("a worker was lost; its shard is made by another")
-        self._advance(done - (before or 0))
+        self._advance(more)
 
     def _watch(self) -> None:
         """Notice that the scheduler or all workers are lost."""
@@ -452,14 +319,35 @@ class _Run:
             )
         if self._client.status == "running" and time.monotonic() - self._looked > LOOK_SECONDS:
             self._look()
+            self._leave_stuck()
+
+    def _leave_stuck(self) -> None:
+        """Have others make what a worker does not get done that is alive: of its disk, its device or a library hangs."""
+        if not self._image_seconds:
+            return
+        usual, now = statistics.median(self._image_seconds), time.monotonic()
+        for key, flight in list(self._flying.items()):
+            limit = max(STUCK_SECONDS, STUCK_TIMES * usual * len(flight.piece))
+            if not flight.begun or now - flight.heard < limit or not {*self._useful} - {*self._stuck, flight.worker}:
+                continue
+            logger.warning("%s has said nothing for %.0f s; others make its shard", flight.worker, now - flight.heard)
+            self._stuck.add(flight.worker)
+            with self._lock:
+                del self._flying[key]
+            self._left.append(flight.future)
+            self._advance(-flight.done)
+            self._waiting.appendleft(flight.piece)
+            for waiting in self._take_unbegun():  # some of them at that worker
+                waiting.future.cancel()
+                self._waiting.append(waiting.piece)
 
     def _look(self) -> None:
         try:
-            workers = self._client.scheduler_info(n_workers=-1)["workers"].values()
+            workers = self._client.scheduler_info(n_workers=-1)["workers"]
         except (OSError, KeyError):  # the connection is being lost, which is noticed elsewhere
             return
         self._looked = now = time.monotonic()
-        with_gpu = [worker for worker in workers if worker.get("resources", {}).get(GPU)]
+        with_gpu = {address: worker for address, worker in workers.items() if worker.get("resources", {}).get(GPU)}
         if self._work.device == "gpu" and workers and not with_gpu and not self._resources:
             raise ConfigurationError(
                 "device: a GPU was asked for, but no worker announces one. Start workers with "
@@ -467,20 +355,13 @@ class _Run:
             )
         if with_gpu and self._work.device != "cpu":
             self._resources = {GPU: 1}
-        useful = with_gpu if self._resources else list(workers)
+        useful = with_gpu if self._resources else workers
+        self._useful = list(useful)
         if useful:
             self._alive = now
-            self._window = max(AHEAD, AHEAD * sum(worker["nthreads"] for worker in useful))
+            self._window = max(AHEAD, AHEAD * sum(worker["nthreads"] for worker in useful.values()))
         elif now - self._alive > self._runner.patience:
-            raise ClusterError(_no_workers(self._runner.cluster, self._runner.patience))
-
-
-def _no_workers(cluster: str, patience: float) -> str:
-    address = "ADDRESS" if cluster.startswith("local") else cluster
-    return (
-        f"{cluster}: no worker for {patience:.0f} s. What was finished is kept: start workers with "
-        f"`dask worker {address} --nthreads 1`, and run the same command again."
-    )
+            raise ClusterError(no_workers(self._runner.cluster, self._runner.patience))
 
 
 def _first_image(work: Work) -> str | None:
@@ -491,7 +372,3 @@ def _first_image(work: Work) -> str | None:
     spec = work.specs[0]
     there = (path for path, size in zip(spec.paths, spec.sizes, strict=True) if size >= 0)
     return next((os.path.join(root, path) for path in there), None)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

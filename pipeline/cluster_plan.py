@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from features.assembly import software_versions
-from features.errors import BottleneckError
+from features.errors import ClusterError
 from features.files import writing
 from features.layout import FORMAT_VERSION
 from features.recipe import Recipe, canonical_json
@@ -28,10 +28,6 @@ from features.shards import ShardSpec
 PLAN_FORMAT = 1
 # Compared only where both sides have them: a GPU node has no use for OpenVINO, nor one without Keras's TensorFlow for it.
 OPTIONAL = ("openvino", "tensorflow")
-
-
-class ClusterError(BottleneckError, RuntimeError):
-    """A cluster that cannot be reached, or workers that cannot do the work; the message names the way out."""
 
 
 @dataclasses.dataclass(frozen=True)

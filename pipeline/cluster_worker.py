@@ -23,12 +23,12 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import BottleneckError
+from features.errors import BottleneckError, ClusterError
 from features.machine import processors
 from features.recipe import Recipe
 from features.shards import Infer, ShardRecord, ShardSpec, extract_shard, find_shard
 from features.store import shard_path
-from pipeline.cluster_plan import ClusterError, OpenPlan, Setting, ShardTask, differences, versions
+from pipeline.cluster_plan import OpenPlan, Setting, ShardTask, differences, versions
 
 PROCESSORS = "BOTTLENECK_PROCESSORS"  # of a worker of `--cluster local:N`: numbers with commas
 VISIBLE_SECONDS = 5.0  # a network file system may show a new file late
@@ -95,7 +95,7 @@ def make_shard(task: ShardTask) -> tuple[ShardRecord, str]:
     plan = _plan(task.plan, task.token)
     spec, folder = plan.spec(task), plan.path.parent
     path = shard_path(folder, spec.identity)
-    tell = _Teller(task.key)
+    tell = _Teller(task.token, task.key)
     if path.is_file() and (record := find_shard(path)) is not None:
         return record, ""
     setting = plan.setting
@@ -197,8 +197,8 @@ def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threa
 class _Teller:
     """Tells the client how far a shard is: when it begins, and a few times while it is made."""
 
-    def __init__(self, key: str) -> None:
-        self._key, self._done, self._said, self._when = key, 0, 0, time.monotonic()
+    def __init__(self, token: str, key: str) -> None:
+        self._topic, self._key, self._done, self._said, self._when = topic_of(token), key, 0, 0, time.monotonic()
         self._lock = threading.Lock()
         self._send()
 
@@ -213,9 +213,10 @@ class _Teller:
         from distributed import get_worker
 
         self._said, self._when = self._done, time.monotonic()
-        get_worker().log_event(topic_of(self._key), {"key": self._key, "done": self._done})
+        worker = get_worker()
+        worker.log_event(self._topic, {"key": self._key, "done": self._done, "worker": worker.address})
 
 
-def topic_of(key: str) -> str:
-    """Where progress of a run is told: the token that its keys begin with."""
-    return "bottleneck-" + key.partition("/")[0]
+def topic_of(token: str) -> str:
+    """Where progress of a run is told."""
+    return "bottleneck-" + token

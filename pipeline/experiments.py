@@ -8,7 +8,6 @@ Ways share a folder: equal extractions and equal heads are computed once.
 from __future__ import annotations
 
 import csv
-import inspect
 import logging
 import time
 from collections.abc import Callable, Sequence
@@ -16,26 +15,49 @@ from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
 import numpy as np
-import yaml
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from features.errors import ConfigurationError, HeadError, SourceError, nearest
-from features.extraction import prepare
-from features.files import printable, writable_folder
+from features.files import atomic_file, printable, writable_folder
 from features.recipe import digest_of
 from features.sources import ImageSet, scan
 from features.splits import SPLITS
 from features.store import FeatureStore
 from pipeline import extract, finetune, predict
-from pipeline.config import Settings, parse
+from pipeline.config import Settings, Share, load_yaml, parse
+from pipeline.heads import find_preset
 from pipeline.runs import Run
-from pipeline.sweep_file import single
+from pipeline.sweep_file import expand, single
 from pipeline.sweeps import run_sweep
 from pipeline.tables import table_text
+from pipeline.tuning import settings_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
 FOLDER = Path(__file__).parent / "recipes"
+
+
+class ExtractStep(Settings):
+    """Stage one: options of ``features.extraction.prepare``, as it has them where they are not given."""
+
+    backbone: str = ""
+    weights: str = ""
+    layers: tuple[str, ...] = ()
+    pooling: str | None = None
+    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
+    resize: str = ""
+    fit: str = ""
+    dtype: str = ""
+    decode: str = ""
+    engine: str = ""
+    precision: str = ""
+    views: PositiveInt = 1
+    augment: str = ""
+    split: str = ""
+    seed: NonNegativeInt = 0
+    batch_size: PositiveInt = 1
+    shard_rows: PositiveInt | None = None
+    max_unreadable: Share = 0
 
 
 class HeadStep(Settings):
@@ -45,7 +67,21 @@ class HeadStep(Settings):
     params: dict[str, Any] = Field(default_factory=dict)
     pool: str | None = None
     features: str | None = None
-    folds: Annotated[int, Field(ge=0)] = 0
+    folds: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _known(self) -> HeadStep:
+        expand(single(self.head, self.params, self.pool), "train_head")
+        return self
+
+
+def _tunable(options: dict[str, Any]) -> dict[str, Any]:
+    """Options of stage three, refused before anything is computed."""
+    settings = {name: value for name, value in options.items() if name != "from_cache"}
+    settings_of(settings)
+    if not isinstance(options.get("from_cache", False), bool):
+        raise ConfigurationError("from_cache: expected true (the features of the last extract step) or false")
+    return options
 
 
 class PredictStep(Settings):
@@ -57,16 +93,21 @@ class PredictStep(Settings):
 class Step(Settings):
     """One of them."""
 
-    extract: dict[str, Any] | None = None
+    extract: ExtractStep | None = None
     train_head: HeadStep | None = None
-    finetune: dict[str, Any] | None = None
+    finetune: Annotated[dict[str, Any], AfterValidator(_tunable)] | None = None
     predict: PredictStep | None = None
 
     @model_validator(mode="after")
     def _one(self) -> Step:
-        if len(self.model_fields_set) != 1:
-            raise ValueError(f"a step is one of {', '.join(type(self).model_fields)}")
+        if len(self.model_fields_set) != 1 or getattr(self, self.kind) is None:
+            raise ValueError(f"expected one of {', '.join(type(self).model_fields)}, with its options behind the colon")
         return self
+
+    @property
+    def kind(self) -> str:
+        """Name of the one that it is."""
+        return next(iter(self.model_fields_set))
 
 
 class Way(Settings):
@@ -74,6 +115,15 @@ class Way(Settings):
 
     about: str = ""
     steps: Annotated[list[Step], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Way:
+        kinds = [step.kind for step in self.steps]
+        for number, kind in enumerate(kinds):
+            needed = {"extract": None, "train_head": "extract"}.get(kind, "train_head")
+            if needed and needed not in kinds[:number]:
+                raise ValueError(f"expected {needed} in a step before {kind}, which is step {number + 1}")
+        return self
 
 
 class Experiment(Settings):
@@ -120,11 +170,7 @@ def read_experiment(name: str | Path) -> Experiment:
         raise ConfigurationError(
             f"recipe: received {str(name)!r}, expected one of {', '.join(known)}, or a .yaml file{nearest(str(name), known)}"
         )
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError, RecursionError) as problem:
-        raise ConfigurationError(f"{path}: cannot be read as YAML: {problem}") from problem
-    return parse(Experiment, values, str(path))
+    return parse(Experiment, load_yaml(path), str(path))
 
 
 def run_experiment(
@@ -182,20 +228,14 @@ def run_experiment(
             raise ConfigurationError(
                 f"recipe: no way {name!r}, there are {', '.join(experiment.ways)}{nearest(name, experiment.ways)}"
             )
-    for name in chosen:
-        _check(experiment.ways[name], name)
     writable_folder(Path(folder))
-    given = {
-        "image_size": image_size,
-        "backbone": backbone,
-        "weights": weights,
-        "device": device if device != "auto" else None,
-    }
+    given = {"image_size": image_size, "backbone": backbone, "weights": weights}
     kitchen = _Kitchen(
         Path(folder),
         _sample(images, Path(folder), experiment.classes, limit),
         epochs,
         {name: value for name, value in given.items() if value is not None},
+        device,
         progress,
     )
     return [line for name in chosen for line in kitchen.cook(name, experiment.ways[name])]
@@ -212,18 +252,25 @@ class _Kitchen:
     """Carries out steps; knows the way's latest store and run."""
 
     def __init__(
-        self, folder: Path, images: str, epochs: int | None, given: dict[str, Any], progress: Progress | None
+        self,
+        folder: Path,
+        images: str,
+        epochs: int | None,
+        given: dict[str, Any],
+        device: str,
+        progress: Progress | None,
     ) -> None:
-        self.folder, self.images, self.epochs, self.given, self.progress = folder, images, epochs, given, progress
+        self.folder, self.images, self.epochs, self.given = folder, images, epochs, given
+        self.device, self.progress = device, progress
         self.runs = folder / "runs"
-        self.store: Path | None = None
+        self.store: Path
         self.run: Path | None = None
 
     def cook(self, name: str, way: Way) -> list[dict[str, Any]]:
-        self.store = self.run = None
+        self.run = None
         results = []
         for number, step in enumerate(way.steps, start=1):
-            (kind,) = step.model_fields_set
+            kind = step.kind
             logger.info("%s, step %d: %s", name, number, kind)
             started = time.monotonic()
             document = getattr(self, f"_{kind}")(getattr(step, kind))
@@ -239,20 +286,17 @@ class _Kitchen:
         made = Path(document.get("run") or document.get("file") or document["out"]).name
         return {"way": way, "step": step, "made": made, **scores, "seconds": round(seconds, 1), "document": document}
 
-    def _extract(self, options: dict[str, Any]) -> dict[str, Any]:
-        options = {**options, **self.given}
-        if "layers" in options:
-            options["layers"] = tuple(options["layers"])
+    def _extract(self, step: ExtractStep) -> dict[str, Any]:
+        options = {**step.model_dump(exclude_unset=True), **self.given}
         self.store = self.folder / f"features-{digest_of([str(self.images), options])[:10]}.h5"
-        return {**extract.run(self.images, self.store, progress=self.progress, **options), "file": str(self.store)}
+        return extract.run(self.images, self.store, device=self.device, progress=self.progress, **options)
 
     def _train_head(self, step: HeadStep) -> dict[str, Any]:
-        store = FeatureStore.open(self._held(self.store, "train_head", "an extract step"))
         params = dict(step.params)
-        if self.epochs is not None and "epochs" in self._parameters(step.head):
+        if self.epochs is not None and "epochs" in type(find_preset(step.head).parameters).model_fields:
             params["epochs"] = min(self.epochs, params.get("epochs", self.epochs))
         swept = run_sweep(
-            [store],
+            [FeatureStore.open(self.store)],
             single(step.head, params, step.pool),
             runs=self.runs,
             names=[step.features] if step.features else [],
@@ -270,59 +314,26 @@ class _Kitchen:
         if self.epochs is not None:
             options["epochs"] = min(self.epochs, options.get("epochs", self.epochs))
         if options.pop("from_cache", False):
-            options["from_cache"] = self._held(self.store, "finetune", "an extract step")
+            options["from_cache"] = self.store
         else:
             options["images"] = self.images
-        start = self._held(self.run, "finetune", "a train_head step")
-        document = finetune.finetune(
-            start, runs=self.runs, device=self.given.get("device", "auto"), progress=self.progress, **options
-        )
+        assert self.run is not None  # `Way` saw to it
+        document = finetune.finetune(self.run, runs=self.runs, device=self.device, progress=self.progress, **options)
         self.run = Path(document["run"])
         return document
 
     def _predict(self, step: PredictStep) -> dict[str, Any]:
-        run = Run.open(self._held(self.run, "predict", "a train_head or finetune step"))
-        some = _sample(self.images, self.folder / "predict", [], step.images, split="validation")
-        out = self.folder / f"predictions-{run.run_id}.csv"
-        predict.predict(run.folder, some, out=out, progress=self.progress)
+        assert self.run is not None
+        table, images = FeatureStore.open(self.store).images, scan(self.images)
+        held_out = {table.paths[row] for row in np.flatnonzero(table.splits == SPLITS.index("validation"))}
+        rows = np.flatnonzero([path in held_out for path in images.paths])
+        some = _copied(images, _evenly(images, rows, step.images), self.folder / "predict", splits=False)
+        out = self.folder / f"predictions-{self.run.name}.csv"
+        predict.predict(self.run, some, out=out, device=self.device, progress=self.progress)
         return {"out": str(out)}
 
-    @staticmethod
-    def _parameters(head: str) -> set[str]:
-        from pipeline.heads import find_preset
 
-        return set(type(find_preset(head).parameters).model_fields)
-
-    @staticmethod
-    def _held(path: Path | None, step: str, needed: str) -> Path:
-        if path is None:
-            raise ConfigurationError(f"recipe: {step} has to come after {needed}")
-        return path
-
-
-def _check(way: Way, name: str) -> None:
-    """Refuse unknown options before anything is computed."""
-    known = {
-        "extract": set(inspect.signature(prepare).parameters) - {"images", "out", "options"}
-        | {"batch_size", "shard_rows", "max_unreadable"},
-        "finetune": {"from_cache", *_tuning_fields()},
-    }
-    for number, step in enumerate(way.steps, start=1):
-        (kind,) = step.model_fields_set
-        for option in getattr(step, kind) if kind in known else ():
-            if option not in known[kind]:
-                raise ConfigurationError(
-                    f"recipe: {name}, step {number}: {kind} has no option {option!r}{nearest(option, known[kind])}"
-                )
-
-
-def _tuning_fields() -> set[str]:
-    from pipeline.tuning import TuningSettings
-
-    return set(TuningSettings.model_fields)
-
-
-def _sample(source: str, folder: Path, classes: Sequence[str], limit: int | None, split: str | None = None) -> str:
+def _sample(source: str, folder: Path, classes: Sequence[str], limit: int | None) -> str:
     """The source itself, or a manifest of copies of some of its images."""
     images = scan(source)
     only = [images.classes.index(name) for name in classes if name in images.classes]
@@ -332,14 +343,12 @@ def _sample(source: str, folder: Path, classes: Sequence[str], limit: int | None
             f"{' and '.join(classes)}, or any {len(classes)} classes of your own"
         )
     some_classes = 0 < len(only) < len(images.classes)
-    if not some_classes and limit is None and split is None:
+    if not some_classes and limit is None:
         return source
     rows = np.flatnonzero(np.isin(images.labels, only) if some_classes else np.ones(len(images), bool))
-    if split is not None and (images.given_splits == SPLITS.index(split)).any():
-        rows = rows[images.given_splits[rows] == SPLITS.index(split)]
     if limit is not None:
         rows = _evenly(images, rows, limit)
-    return str(_copied(images, rows, folder / "images", splits=split is None))
+    return str(_copied(images, rows, folder / "images", splits=True))
 
 
 def _evenly(images: ImageSet, rows: np.ndarray, limit: int) -> np.ndarray:
@@ -353,22 +362,32 @@ def _evenly(images: ImageSet, rows: np.ndarray, limit: int) -> np.ndarray:
 
 
 def _copied(images: ImageSet, rows: np.ndarray, folder: Path, *, splits: bool) -> Path:
-    """Files of some images, and a manifest of them; files that are there already stay as they are."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Files of some images under their own names, and a manifest of them; files that are there already stay as they are."""
     lines = []
     for row in rows.tolist():
-        suffix = PurePosixPath(images.paths[row]).suffix or ".png"
-        data = images.read(row)
-        path = folder / f"{digest_of(images.paths[row])[:16]}{suffix}"
-        if not path.exists() or path.read_bytes() != data:
+        name = _name_in_a_folder(images.paths[row])
+        data, path = images.read(row), folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.is_file() or path.read_bytes() != data:
             path.write_bytes(data)
         label = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
         given = SPLITS[images.given_splits[row]] if splits and images.given_splits[row] >= 0 else ""
-        lines.append([path.name, label, given, images.groups[row] if images.groups else ""])
+        lines.append([name, label, given, images.groups[row] if images.groups else ""])
     manifest = folder / "images.csv"
-    with open(manifest, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+    with (
+        atomic_file(manifest) as temporary,
+        open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream,
+    ):
         writer = csv.writer(stream)
         writer.writerow(["path", "label", "split", "group"])
         writer.writerows(lines)
     logger.info("%s: %d of %d images", printable(str(manifest)), len(lines), len(images))
     return manifest
+
+
+def _name_in_a_folder(name: str) -> str:
+    """The name itself, where it leads to no place outside; images from arrays get the suffix of what they are read as."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or ".." in path.parts:
+        path = PurePosixPath(digest_of(name)[:16], path.name)
+    return str(path if path.suffix else path.with_suffix(".png"))

@@ -11,20 +11,22 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, UnreadableImageError
 from features.files import atomic_file, printable
-from features.recipe import PixelRule
+from pipeline.thumbnails import whole_image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
 LEAST_SIDE = 112  # pixels; smaller images are enlarged by whole steps, so that a caption fits under them
 GAP, FRAME, MARGIN = 12, 4, 20
 TEXT, SMALL, TITLE = 14, 12, 18  # pixels of type
-INK, MUTED, PAPER, SOFT = (27, 33, 41), (87, 96, 108), (255, 255, 255), (225, 229, 234)
+INK, MUTED, PAPER, SOFT, EMPTY = (27, 33, 41), (87, 96, 108), (255, 255, 255), (225, 229, 234), (238, 241, 244)
 RIGHT, WRONG = (
     (0, 110, 80),
     (176, 72, 0),
 )  # green and vermillion of Okabe and Ito, darkened for text; told apart by marks
 COLUMNS = 6
+TITLE_WIDTH = 560  # pixels; a page is at least as wide as its title, up to this
+LONGEST_SIDE, MOST_PIXELS = 65_000, 250_000_000  # what a JPEG file can hold, and 750 MB of memory
 TILE = 160  # pixels of a prediction's picture
 
 
@@ -90,16 +92,15 @@ def prediction_grid(items: Sequence[PredictedImage], path: str | Path, *, title:
     ConfigurationError
         Nothing to draw, or a file name that stands for no image.
     """
-    from features.errors import UnreadableImageError
-    from features.images import decode_image
-
-    rule = PixelRule(TILE, TILE, fit="pad", decode="fast")
     cells = []
     for item in items:
         try:
-            pixels = decode_image(item.data, rule).pixels
+            image = whole_image(item.data, TILE)
         except UnreadableImageError:  # predict has said so
             continue
+        square = Image.new("RGB", (TILE, TILE), EMPTY)
+        square.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
+        pixels = np.asarray(square)
         right = None if not item.label else item.label == item.predicted
         second = f"is {item.label}" if right is False else ""
         cells.append(Cell(pixels, f"{item.predicted} {item.probability:.2f}", second, right))
@@ -140,13 +141,14 @@ def draw_grid(
     if not any(rows):
         raise ConfigurationError(f"{path}: there is no image to draw")
     height, width = rows[0][0].pixels.shape[:2]
-    scale = max(1, -(-LEAST_SIDE // max(height, width)))
-    height, width = scale * height, scale * width
+    scale = _scale(height, width)
     lines = 2 if any(cell.second for row in rows for cell in row) else 1
-    step_x, step_y = width + 2 * FRAME + GAP, height + 2 * FRAME + 6 + lines * (TEXT + 4) + GAP
+    step_x, step_y = _step(height, width, lines)
+    height, width = scale * height, scale * width
     top = MARGIN + (TITLE + 14 if title else 0) + (SMALL + 8 if headings else 0)
     columns = max(len(row) for row in rows)
-    size = (2 * MARGIN + columns * step_x - GAP, top + len(rows) * step_y - GAP + MARGIN)
+    titled = min(TITLE_WIDTH, int(font(TITLE).getlength(printable(title)[:500])) + 1)
+    size = (2 * MARGIN + max(columns * step_x - GAP, titled), top + len(rows) * step_y - GAP + MARGIN)
     page = Image.new("RGB", size, PAPER)
     pen = ImageDraw.Draw(page)
     if title:
@@ -170,11 +172,40 @@ def check_picture(path: Path) -> str:
         If it stands for none that is written here.
     """
     kind = FORMATS.get(path.suffix.lower())
-    if kind is None or path.is_dir():
+    if kind is None:
         raise ConfigurationError(
             f"{path}: received {path.suffix or 'no suffix'!r}, expected the name of an image file: {', '.join(FORMATS)}"
         )
     return kind
+
+
+def check_page(rows: int, columns: int, height: int, width: int) -> None:
+    """Make sure, before any image is decoded, that a page of so many of this size can be drawn.
+
+    Raises
+    ------
+    ConfigurationError
+        If it would be too large.
+    """
+    step_x, step_y = _step(height, width, 2)
+    size = columns * step_x + 2 * MARGIN, rows * step_y + 3 * MARGIN
+    if max(size) > LONGEST_SIDE or size[0] * size[1] > MOST_PIXELS:
+        raise ConfigurationError(
+            f"{columns} pictures of {height}x{width} in each of {rows:,} rows make a page of {size[0]:,}x{size[1]:,} pixels, "
+            f"expected at most {MOST_PIXELS:,} in all and {LONGEST_SIDE:,} to a side; type a smaller --count, --views or "
+            "--image-size"
+        )
+
+
+def _scale(height: int, width: int) -> int:
+    """By how much small pictures are enlarged."""
+    return max(1, -(-LEAST_SIDE // max(height, width)))
+
+
+def _step(height: int, width: int, lines: int) -> tuple[int, int]:
+    """Pixels from one cell to the next, across and down."""
+    scale = _scale(height, width)
+    return scale * width + 2 * FRAME + GAP, scale * height + 2 * FRAME + 6 + lines * (TEXT + 4) + GAP
 
 
 def _draw_cell(page: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, x: int, y: int, scale: int) -> None:

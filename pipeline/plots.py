@@ -15,6 +15,7 @@ import numpy as np
 
 from pipeline.head import History
 from pipeline.metrics import confusion
+from pipeline.tables import shortened
 
 LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names
 COLUMN, PAGE = 3.5, 7.0  # inches
@@ -99,7 +100,7 @@ def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
     axes.set(xlabel="predicted", ylabel="true", title=title)
     axes.spines[:].set_visible(False)
     if named:
-        names = [name if len(name) <= LABEL_LENGTH else name[: LABEL_LENGTH - 1] + "…" for name in classes]
+        names = [shortened(name, LABEL_LENGTH) for name in classes]
         across = 0 if count <= 3 and max(map(len, names)) <= 10 else 90
         axes.set_xticks(range(count), names, rotation=across, parse_math=False)
         axes.set_yticks(range(count), names, parse_math=False)

@@ -6,12 +6,13 @@ images, or a list of paths -> read, decode (threads) -> engine -> head ───
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -27,17 +28,18 @@ from features.errors import (
     UnreadableImageError,
     check_range,
 )
-from features.files import printable, writable_folder
+from features.files import printable
 from features.images import read_bytes
 from features.machine import processors
 from features.shards import ahead
 from features.sources import scan
 from pipeline.artefacts import is_artefact, open_artefact
 from pipeline.grids import PredictedImage, check_picture, prediction_grid
-from pipeline.prediction_files import Prediction, Rows, check_out, choose_format, destination
+from pipeline.outputs import files_of, output_file, refuse_overwriting
+from pipeline.prediction_files import Prediction, Rows, choose_format, destination
 from pipeline.predictors import ArtefactModel, Model, RunModel
-from pipeline.runs import Run, choose_run
-from pipeline.tables import table_text
+from pipeline.runs import FILES, Run, choose_run
+from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -118,7 +120,7 @@ def predict(
     Raises
     ------
     ConfigurationError
-        A wrong option; views of an exported model.
+        A wrong option; views of an exported model; a file to write that is one of those that are read.
     SourceError
         No such images, or an empty list.
     RunError
@@ -129,18 +131,19 @@ def predict(
     check_range("batch size", batch_size, 1, 4096)
     check_range("workers", 1 if workers is None else workers, 1, 1024)
     check_range("views", views, 1, MOST_VIEWS)
-    out = None if out is None else Path(out)
-    kind = choose_format(format, out)
+    kind = choose_format(format, None if out is None else Path(out))
+    written: dict[str, Path] = {}
     if out is not None:
-        check_out(out)
+        written["--out"] = output_file(out, "--out", "predictions.csv")
     if grid is not None:
-        grid = Path(grid)
-        check_picture(grid)
-        writable_folder(grid.parent)
-    items, total = _items(images)
+        check_picture(Path(grid))
+        written["--grid"] = output_file(grid, "--grid", "grid.png")
+    items, total = _items(images, written)
     chosen = None if is_artefact(run) else choose_run(run)
     augmentation = _augmentation(chosen, run, views, augment)
     if chosen is not None:
+        for option, path in written.items():
+            refuse_overwriting(path, option, [os.path.realpath(chosen.folder / name) for name in FILES])
         rows = Rows(kind, chosen.classes, top)  # before the network is loaded
         model: Model = RunModel(
             chosen, weights=weights, batch_size=batch_size, device=device, views=views, augment=augmentation
@@ -152,7 +155,7 @@ def predict(
     counts: Counter[int] = Counter()  # -1 for an unreadable image
     with (
         ThreadPoolExecutor(workers or processors()) as pool,
-        destination(out, stream or sys.stdout, kind) as write,
+        destination(written.get("--out"), stream or sys.stdout, kind) as write,
     ):
         for batch in predictions(model, items, pool):
             write("".join(["" if counts else rows.header, *(rows.text(prediction) for _, prediction in batch)]))
@@ -164,11 +167,11 @@ def predict(
         if not counts:
             raise SourceError("the list of images is empty; expected one path in each line, relative to this folder")
         if counts[-1] == counts.total():
-            written = "" if out is None else "; nothing was written"
+            nothing = "" if out is None else "; nothing was written"
             what = images if isinstance(images, str | Path) else "the list"
-            raise TooManyUnreadableError(f"{what}: none of {counts[-1]} images could be read{written}")
+            raise TooManyUnreadableError(f"{what}: none of {counts[-1]} images could be read{nothing}")
     if grid is not None:
-        prediction_grid(gallery.pictures, grid, title=model.name)
+        prediction_grid(gallery.pictures, written["--grid"], title=model.name)
     if counts[-1] > WARNED:
         logger.warning("%d more images are unreadable; their rows say why", counts[-1] - WARNED)
     return {
@@ -188,7 +191,7 @@ def summary(document: dict[str, Any]) -> str:
     """How many images were given which class, for a person."""
     unread = f", {document['unreadable']} unreadable" if document["unreadable"] else ""
     classes = sorted(document["classes"].items(), key=lambda pair: -pair[1])
-    table = table_text([{"class": name, "images": count} for name, count in classes[:SHOWN]])
+    table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]])
     rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
     indented = "\n".join(f"  {line}" for line in table.splitlines())
     drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
@@ -212,16 +215,23 @@ class Gallery:
         self._classes = classes
         self._chosen = frozenset(np.linspace(0, total - 1, PICTURES).astype(int).tolist()) if total else None
         self._most = 0 if total is None else PICTURES
+        self._owed = 0  # to be drawn, but could not be read: the next one takes the place
         self._pictures: list[PredictedImage] = []
 
     def look(self, position: int, item: Item, prediction: Prediction) -> None:
         """Keep the image if it is to be drawn."""
-        if prediction.probabilities is None or len(self._pictures) >= self._most:
+        if len(self._pictures) >= self._most:
             return
-        if self._chosen is None or position in self._chosen:
-            best = int(prediction.probabilities.argmax())
-            probability = float(prediction.probabilities[best])
-            self._pictures.append(PredictedImage(item.read(), self._classes[best], probability, item.label))
+        self._owed += self._chosen is None or position in self._chosen
+        if prediction.probabilities is None or not self._owed:
+            return
+        best = int(prediction.probabilities.argmax())
+        with contextlib.suppress(UnreadableImageError):  # gone since
+            data = item.read()
+            self._pictures.append(
+                PredictedImage(data, self._classes[best], float(prediction.probabilities[best]), item.label)
+            )
+            self._owed -= 1
 
     @property
     def pictures(self) -> list[PredictedImage]:
@@ -267,15 +277,25 @@ def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator
         yield answers
 
 
-def _items(images: str | Path | Iterable[str]) -> tuple[Iterator[Item], int]:
-    """Images to come, and how many, 0 if that is not known."""
+def _items(images: str | Path | Iterable[str], written: Mapping[str, Path]) -> tuple[Iterator[Item], int]:
+    """Images to come, and how many, 0 if that is not known; none of them is a file that is written."""
     if isinstance(images, str | Path):
         source = scan(images, labelled=False)
+        for option, path in written.items():
+            refuse_overwriting(path, option, files_of(source))
         names = (*source.classes, "")  # -1 for an image without a label
         triples = zip(source.paths, source.labels.tolist(), strict=True)
         items = (Item(path, partial(source.read, row), names[label]) for row, (path, label) in enumerate(triples))
         return items, len(source)
-    return (Item(os.fspath(path), partial(read_bytes, path)) for path in images), 0
+
+    def listed() -> Iterator[Item]:
+        old = {option: path for option, path in written.items() if path.exists()}
+        for path in images:
+            for option, place in old.items():
+                refuse_overwriting(place, option, [os.path.realpath(path)])
+            yield Item(os.fspath(path), partial(read_bytes, path))
+
+    return listed(), 0
 
 
 def _augmentation(run: Run | None, given: str | Path, views: int, augment: str | None) -> AugmentSpec | None:

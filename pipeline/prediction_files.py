@@ -1,4 +1,8 @@
-"""Predictions as rows: CSV or JSON lines, all classes or the most probable ones, written as they come."""
+"""Predictions as rows: CSV or JSON lines, all classes or the most probable ones, written as they come.
+
+Names are written as they are, so that a program gets them back: one that begins with ``=``, ``+``, ``-`` or ``@`` too,
+which a spreadsheet takes for a formula unless the column is imported as text.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +17,11 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from features.errors import ConfigurationError, check_range, nearest
-from features.files import atomic_file, writable_folder
+from features.files import atomic_file, printable
 
 FORMATS = ("csv", "jsonl")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl"}
+_OTHERS = (".png", ".jpg", ".jpeg", ".h5", ".hdf5", ".npz", ".zip", ".parquet", ".xlsx")  # no rows of text are meant
 _FIXED = ("file", "class", "probability", "error")
 
 
@@ -44,8 +49,14 @@ def choose_format(name: str | None, out: Path | None) -> str:
     Raises
     ------
     ConfigurationError
-        For an unknown format, or a ``.json`` file: rows that are written as they come are no single JSON document.
+        For an unknown format, a ``.json`` file (rows that are written as they come are no single JSON document), or a
+        file of another kind by its name.
     """
+    if out is not None and out.suffix.lower() in _OTHERS:
+        picture = "; --grid draws a picture" if out.suffix.lower() in _OTHERS[:3] else ""
+        raise ConfigurationError(
+            f"--out {out}: predictions are lines of text; type --out {out.with_suffix('.csv')}{picture}"
+        )
     if name is not None:
         if name not in FORMATS:
             raise ConfigurationError(f"--format: received {name!r}, expected csv or jsonl{nearest(name, FORMATS)}")
@@ -144,12 +155,15 @@ def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Calla
     """Give a function that writes text: into a file that is there whole or not at all, or to a stream at once.
 
     A name that is not UTF-8 stays what it is in a CSV file; elsewhere its odd bytes are escaped (in JSON as ``\\udcXX``,
-    which ``os.fsencode`` turns back).
+    which ``os.fsencode`` turns back). On a terminal control characters are escaped too: names must not steer it.
     """
     if out is None:
         codec = getattr(stream, "encoding", None) or "utf-8"
+        on_screen = stream.isatty()
 
         def write(text: str) -> None:
+            if on_screen:
+                text = "".join(f"{printable(line)}\n" for line in text.split("\n")[:-1])
             stream.write(text.encode(codec, "backslashreplace").decode(codec))
             stream.flush()
 
@@ -162,21 +176,6 @@ def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Calla
             file.write(text)
 
         yield keep
-
-
-def check_out(out: Path) -> None:
-    """Make sure, before any work, that the file can be written.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is a folder.
-    StoreError
-        If its folder cannot be written.
-    """
-    if out.is_dir():
-        raise ConfigurationError(f"--out {out}: is a folder; expected a file, such as {out / 'predictions.csv'}")
-    writable_folder(out.parent)
 
 
 def _csv_line(cells: Sequence[str]) -> str:

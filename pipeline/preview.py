@@ -13,11 +13,13 @@ import numpy as np
 from features.augmentation import AugmentSpec
 from features.backbones import find_backbone
 from features.errors import ConfigurationError, TooManyUnreadableError, UnreadableImageError, check_range
-from features.files import printable, writable_folder
+from features.files import printable
 from features.recipe import PixelRule
 from features.sources import ImageSet, scan
 from features.views import decode_views
-from pipeline.grids import Cell, check_picture, draw_grid, rows_of
+from pipeline.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
+from pipeline.outputs import files_of, output_file, refuse_overwriting
+from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
 IMAGES, AUGMENTED_IMAGES, VIEWS = 24, 5, 6
@@ -72,14 +74,14 @@ def preview(
     Raises
     ------
     ConfigurationError
-        An option that does not exist, or views of nothing.
+        An option that does not exist, views of nothing, a page that would be too large, or one of the images as ``out``.
     SourceError
         If there are no images.
     TooManyUnreadableError
         If none of those looked at can be read.
     """
     spec = AugmentSpec.parse(augment)
-    if views is not None and spec.is_plain:
+    if views is not None and views > 1 and spec.is_plain:
         raise ConfigurationError(
             f"--views {views} needs --augment: without it all views are the plain image; type --augment flip-rotation"
         )
@@ -89,10 +91,15 @@ def preview(
     check_range("count", wanted, 1, MOST_IMAGES)
     size = image_size or find_backbone(backbone).default_size
     rule = PixelRule(*size, resize=resize, fit=fit, decode=decode)
-    out = Path(out)
-    check_picture(out)
+    check_picture(Path(out))
     source = scan(images, target=target)
-    writable_folder(out.parent)
+    drawn_most = min(wanted, len(source))
+    if spec.is_plain:
+        check_page(-(-drawn_most // COLUMNS), min(COLUMNS, drawn_most), *size)
+    else:
+        check_page(drawn_most, shown, *size)
+    path = output_file(out, "--out", "preview.png")
+    refuse_overwriting(path, "--out", files_of(source))
     rows: list[tuple[int, list[Cell]]] = []
     unreadable = 0
     for row in sample_images(source, len(source), seed):
@@ -108,12 +115,12 @@ def preview(
     rows.sort(key=lambda item: (source.labels[item[0]], item[0]))  # images of a class beside each other
     cells = [drawn for _, drawn in rows]
     classes = f", {len(source.classes)} classes" if source.classes else ""
-    title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {len(source):,} images{classes}, {size[0]}x{size[1]} {fit}"
+    title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {counted(len(source), 'image')}{classes}, {size[0]}x{size[1]} {fit}"
     if spec.is_plain:
-        draw_grid(rows_of([drawn[0] for drawn in cells]), out, title=title)
+        draw_grid(rows_of([drawn[0] for drawn in cells]), path, title=title)
     else:
         headings = ["view 0, plain", *(f"view {view}" for view in range(1, shown))]
-        draw_grid(cells, out, title=f"{title}, {augment}, seed {seed}", headings=headings)
+        draw_grid(cells, path, title=f"{title}, {augment}, seed {seed}", headings=headings)
     return {
         "format": 1,
         "out": str(out),
@@ -130,7 +137,7 @@ def summary(document: dict[str, Any]) -> str:
     views = f", {document['views']} views of each ({document['augment']})" if document["views"] > 1 else ""
     skipped = f"; {document['unreadable']} unreadable ones passed over" if document["unreadable"] else ""
     height, width = document["image_size"]
-    return f"{document['out']}: {len(document['images'])} images at {height}x{width}{views}{skipped}"
+    return f"{document['out']}: {counted(len(document['images']), 'image')} at {height}x{width}{views}{skipped}"
 
 
 def sample_images(source: ImageSet, count: int, seed: int = 0) -> list[int]:

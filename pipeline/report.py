@@ -18,12 +18,14 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RunError
-from features.files import atomic_file, printable, writable_folder
+from features.files import atomic_file, printable
 from features.store import FeatureStore
-from pipeline.board import leaderboard
+from pipeline.board import check_choice, leaderboard
 from pipeline.charts import interval_bar
+from pipeline.outputs import output_file
 from pipeline.report_run import Detail, describe_run
 from pipeline.runs import Run, find_runs, rank
+from pipeline.tables import counted, shortened
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -88,15 +90,15 @@ def make_report(
     RunError
         No finished run, or a file of the chosen one is malformed.
     ConfigurationError
-        ``out`` is a folder, or an option that does not exist.
+        ``out`` is a folder, a device or a file of another kind, or an option that does not exist.
     """
-    out = Path(out)
-    if out.is_dir():
-        raise ConfigurationError(f"--out: {out} is a folder, expected a file to write, such as {out / 'report.html'}")
+    check_choice(by)
     runs = find_runs(root)
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
-    writable_folder(out.parent)
+    given, out = out, output_file(out, "--out", "report.html")
+    if out.exists() and not _is_page(out):
+        raise ConfigurationError(f"--out {given}: exists and is no HTML page; give another name, or remove it")
     opened = [FeatureStore.open(path) for path in stores]
     members: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: rank(run, by, folds=folds)):
@@ -127,16 +129,23 @@ def make_report(
         if isinstance(problem, BottleneckError):
             raise
         raise RunError(f"{out}: the report could not be written ({problem}); nothing was left behind") from problem
-    return {"format": 1, "out": str(out), "bytes": len(page), "runs": len(runs), "groups": summary}
+    return {"format": 1, "out": str(given), "bytes": len(page), "runs": len(runs), "groups": summary}
 
 
 def summary(document: dict[str, Any]) -> str:
     """The result for a person."""
-    lines = [f"{document['out']}: {document['runs']} runs, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
+    runs = counted(document["runs"], "run")
+    lines = [f"{document['out']}: {runs}, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
     for group in document["groups"]:
-        pictures = f"{group['pictures']} thumbnails" if group["pictures"] else "no thumbnails"
-        lines.append(f"  {group['name']}: {group['runs']} runs, chosen {group['chosen']}, {pictures}")
+        pictures = counted(group["pictures"], "thumbnail") if group["pictures"] else "no thumbnails"
+        lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
     return "\n".join(lines)
+
+
+def _is_page(path: Path) -> bool:
+    with open(path, "rb") as stream:
+        start = stream.read(512).lstrip().lower()
+    return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
 def _name(run: Run) -> str:
@@ -233,6 +242,7 @@ def _render(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["short"] = shortened
     style, script = ((TEMPLATES / name).read_text(encoding="utf-8") for name in ("report.css", "report.js"))
     try:
         version = importlib.metadata.version("bottleneck-features")

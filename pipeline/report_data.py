@@ -20,6 +20,8 @@ from pipeline.runs import Run, read_predictions
 MATRIX_CLASSES = 30  # above this a confusion matrix cannot be read, and the most confused pairs are listed
 PAIRS = 40
 CARDS = 12
+ROUNDING = 1e-6  # of float32 probabilities
+LARGEST = 1e100  # numbers that a chart can be scaled to
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Rows:
         Raises
         ------
         RunError
-            If it is not what a run writes.
+            If it is not what a run writes, or not about the images that ``metrics.json`` is about.
         """
         labels, probabilities = read_predictions(run)
         path = run.folder / "predictions.csv"
@@ -85,8 +87,13 @@ class Rows:
                 named = [(line[0], bytes.fromhex(line[1])) for line in csv.reader(stream) if line[1] != "sha256"]
         except (ValueError, IndexError) as problem:
             raise RunError(f"{path}: is not what a run writes: {problem}") from problem
-        if not named or not np.isfinite(probabilities).all():
-            raise RunError(f"{path}: holds no rows, or probabilities that are not finite; train the head again")
+        if len(named) != run.metrics["validation"]["n"]:
+            raise RunError(
+                f"{path}: holds {len(named)} images, metrics.json is about {run.metrics['validation']['n']}; "
+                "one of them was edited or cut off; train the head again"
+            )
+        if not ((probabilities >= -ROUNDING) & (probabilities <= 1 + ROUNDING)).all():
+            raise RunError(f"{path}: holds probabilities that are not from 0 to 1; train the head again")
         paths, digests = zip(*named, strict=True)
         return cls(paths, digests, labels, probabilities, run.classes)
 
@@ -94,15 +101,18 @@ class Rows:
 def read_history(run: Run) -> History:
     """Columns of ``history.csv``, those that are numbers throughout."""
     path = run.folder / "history.csv"
-    with open(path, newline="", encoding="utf-8") as stream:
-        lines = list(csv.DictReader(stream))
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            lines = list(csv.DictReader(stream))
+    except (UnicodeDecodeError, csv.Error) as problem:
+        raise RunError(f"{path}: is not what a run writes: {problem}") from problem
     history: History = {}
     for name in lines[0] if lines else ():
         try:
             values = [float(line[name]) for line in lines]
         except (TypeError, ValueError) as problem:
             raise RunError(f"{path}: column {name!r} holds what is no number: {problem}") from problem
-        if all(map(math.isfinite, values)):
+        if all(abs(value) <= LARGEST for value in values):  # NaN is not
             history[name] = values
     return history
 

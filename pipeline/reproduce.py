@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import PurePath
 from typing import Any
 
+from features.augmentation import PRESETS as PRESETS_OF_VIEWS
 from features.augmentation import AugmentSpec
 from features.files import printable
 from features.recipe import Recipe
@@ -47,7 +48,7 @@ def commands(run: Run, *, start: Run | None = None, views: int | None = None, ro
     else:
         lines += [*_extract(head, _source(head, root), views), _train(head)]
     if run.config["stage"] == "finetune":
-        lines.append(_finetune(run, _source(run, root)))
+        lines += _finetune(run, _source(run, root))
     return lines
 
 
@@ -78,9 +79,11 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         words += ["--target", features["target"]]
     notes = []
     if recipe.augmentation is not None:
-        words += ["--views", str(views or "VIEWS"), "--augment", recipe.augmentation.name, "--seed", str(recipe.seed)]
+        preset, note = _preset(recipe.augmentation)
+        words += ["--views", str(views or "VIEWS"), "--augment", preset, "--seed", str(recipe.seed)]
         if views is None:
             notes.append("# VIEWS: as many as the store has, which is not at hand")
+        notes += note
     return [*notes, _line(words)]
 
 
@@ -101,7 +104,7 @@ def _train(run: Run) -> str:
     return _line([*words, "--runs", str(run.folder.resolve().parent)])
 
 
-def _finetune(run: Run, source: str) -> str:
+def _finetune(run: Run, source: str) -> list[str]:
     settings, root = run.config["finetune"] or {}, run.folder.resolve().parent
     usual = TuningSettings().model_dump(mode="json")
     words = ["bottleneck", "finetune", str(root / str(settings.get("start", "RUN")))]
@@ -109,14 +112,25 @@ def _finetune(run: Run, source: str) -> str:
     words += ["--from-cache", cache["path"]] if cache else ["--images", source]
     given = {name: value for name, value in settings.items() if name in usual and value != usual[name]}
     augment = given.pop("augment", None)
+    notes: list[str] = []
     if augment is not None:
-        words += ["--augment", augment if isinstance(augment, str) else AugmentSpec.from_dict(augment).name]
+        preset, notes = (augment, []) if isinstance(augment, str) else _preset(AugmentSpec.from_dict(augment))
+        words += ["--augment", preset]
     for name, value in given.items():
         if name in PARAMETERS:
             words += ["--param", f"{name}={_value(value)}"]
         else:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return _line([*words, "--runs", str(root)])
+    return [*notes, _line([*words, "--runs", str(root)])]
+
+
+def _preset(spec: AugmentSpec) -> tuple[str, list[str]]:
+    """What ``--augment`` takes, and for an augmentation of one's own, which it does not take, a line that says so."""
+    if spec.name in PRESETS_OF_VIEWS:
+        return spec.name, []
+    usual = AugmentSpec().to_dict()
+    own = ", ".join(f"{name}={value!r}" for name, value in spec.to_dict().items() if usual[name] != value)
+    return "AUGMENT", [f"# AUGMENT: AugmentSpec({own}) is none of the presets; only Python takes it (augment=...)"]
 
 
 def _value(value: Any) -> str:

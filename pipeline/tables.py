@@ -73,6 +73,28 @@ def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> st
     return table_text(lines)
 
 
+def counted(count: int, noun: str) -> str:
+    """A number of things, in words.
+
+    Examples
+    --------
+    >>> counted(1, "run"), counted(1500, "image")
+    ('1 run', '1,500 images')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def shortened(text: str, most: int = 60) -> str:
+    """A name for a column: the middle of a long one goes, as names differ at both ends.
+
+    Examples
+    --------
+    >>> shortened("a name of many characters", 11)
+    'a nam…cters'
+    """
+    return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
+
+
 def _cell(value: Any) -> str:
     if value is None:
         return "-"

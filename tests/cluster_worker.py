@@ -8,8 +8,10 @@
     delay      seconds before each batch
     log        file to which each batch appends its number of images
     poison     part of the path of an image; whoever reads it dies
+    stall_once file; a worker that begins a shard makes it and is stuck for ever, if it is not there yet
     die_once   file; a worker that has written a shard makes it and dies, if it is not there yet
     versions   what the worker says it has installed, beside the truth
+    visible    seconds that it waits for a file to be seen
     blind      a worker of this name cannot see files of which the name begins with a dot
     stranger   whether the worker finds other weights
     error      file; as long as it is there, every shard fails with what stands in it
@@ -35,6 +37,13 @@ def fault(name: str) -> Any:
         return json.loads(Path(os.environ["CLUSTER_FAULTS"]).read_text()).get(name)
     except (OSError, ValueError):  # it is being written
         return None
+
+
+def first(file: str) -> bool:
+    with contextlib.suppress(FileExistsError):
+        Path(file).touch(exist_ok=False)
+        return True
+    return False
 
 
 def die() -> None:
@@ -65,15 +74,16 @@ def dask_setup(worker: Any) -> None:
     def extract(*arguments: Any, **settings: Any) -> Any:
         if fault("error") and Path(fault("error")).exists():
             raise RuntimeError(Path(fault("error")).read_text())
+        if fault("stall_once") and first(fault("stall_once")):
+            time.sleep(10**6)
         record = extract_shard(*arguments, **settings)
-        if fault("die_once"):
-            with contextlib.suppress(FileExistsError):
-                Path(fault("die_once")).touch(exist_ok=False)
-                die()
+        if fault("die_once") and first(fault("die_once")):
+            die()
         return record
 
     images.read_bytes = read  # type: ignore[assignment]
     cluster_worker.extract_shard = extract
+    cluster_worker.VISIBLE_SECONDS = fault("visible") or cluster_worker.VISIBLE_SECONDS
     cluster_plan.software_versions = lambda: {**software(), **(fault("versions") or {})}
     _make_blind(str(worker.name))
 

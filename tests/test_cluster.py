@@ -20,14 +20,16 @@ from clusters import WIDTH, Faults, Processes, Traffic, extract, extraction, pro
 from faults import differences, finish, inferred, start
 from helpers import listing, paint_folder, recipe, run_pipeline
 
-from features.errors import ConfigurationError, IntegrityError, StoreError
+from features.errors import ClusterError, ConfigurationError, IntegrityError, StoreError
 from features.running import MadeShard, Reconciliation
 from features.shards import KILLS_WORKER, PartsFolder, ShardRecord, ShardSpec
 from features.store import FeatureStore, parts_folder
 from pipeline import cluster as module
-from pipeline.cluster import ClusterShards, check_workers, connected, parse_cluster, shares
+from pipeline import cluster_connection as connection
+from pipeline.cluster import ClusterShards
+from pipeline.cluster_connection import check_workers, connected, parse_cluster, shares
 from pipeline.cluster_model import Worker, forecast_cluster
-from pipeline.cluster_plan import ClusterError, OpenPlan, PlanFile, Setting, ShardTask
+from pipeline.cluster_plan import OpenPlan, PlanFile, Setting, ShardTask
 from pipeline.cluster_plan import differences as version_differences
 
 SHARD = 32
@@ -248,7 +250,7 @@ def test_killed_workers_and_schedulers_cost_time_and_nothing_else(
     source: Path, cluster: Processes, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     extract(source, tmp_path / "local.h5")
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 2)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 2)
     out, log = tmp_path / "out" / "f.h5", tmp_path / "log"
     faults.set(numpy=WIDTH, log=str(log), delay=0.4)
     scheduler = cluster.scheduler()
@@ -319,7 +321,7 @@ def test_a_scheduler_that_comes_again_is_used_again_and_gpu_workers_alone_do_the
 def test_workers_that_cannot_do_the_work_are_named_with_the_way_out(
     source: Path, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "CONNECT_SECONDS", 1)
+    monkeypatch.setattr(connection, "CONNECT_SECONDS", 1)
     begun = time.monotonic()
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers there .*dask scheduler --port 8786"):
         extract(source, tmp_path / "f.h5", ClusterShards("tcp://127.0.0.1:1"))

@@ -13,6 +13,7 @@ import tracemalloc
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -27,13 +28,13 @@ import pipeline.predict
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
 from features.extraction import prepare
-from features.images import decode_image
+from features.images import decode_image, read_bytes
 from features.recipe import PixelRule
 from features.views import decode_views
 from pipeline.cli import main
 from pipeline.endtoend import network_of
 from pipeline.grids import PredictedImage, prediction_grid
-from pipeline.predict import Item, predict, predictions
+from pipeline.predict import Gallery, Item, predict, predictions, summary
 from pipeline.prediction_files import Prediction, Rows
 from pipeline.runs import Run
 from pipeline.train_head import train_head
@@ -63,8 +64,8 @@ class Colours:
 
 
 @pytest.fixture
-def colours(monkeypatch: pytest.MonkeyPatch) -> None:
-    run = SimpleNamespace(classes=CLASSES, recipe=SimpleNamespace(augmentation=None))
+def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run = SimpleNamespace(classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run")
     monkeypatch.setattr(pipeline.predict, "choose_run", lambda path: run)
     monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())
 
@@ -289,6 +290,38 @@ def test_a_grid_marks_right_and_wrong_where_folders_say_what_images_are(
     assert len(drawn) == 3
 
 
+def test_another_image_takes_the_place_of_one_that_cannot_be_drawn(colours: None, images: Path, tmp_path: Path) -> None:
+    gallery = Gallery(CLASSES, 100)  # draws 36, evenly
+    for position in range(100):
+        broken = position < 60  # 21 of those 36
+        values = None if broken else np.array([0.2, 0.7, 0.1])
+        name = "none" if position in (60, 62) else "green"  # gone since it was predicted
+        item = Item(str(position), partial(read_bytes, images / f"{name}.png"))
+        gallery.look(position, item, Prediction(str(position), values))
+    assert len(gallery.pictures) == 36
+
+
+def test_a_terminal_is_not_steered_by_a_name(colours: None, images: Path) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shutil.copy(images / "green.png", images / "\x1b[2Jgr\x9b1me\u202een.png")
+    predict("run", images, stream=(screen := Terminal()))
+    assert "\\x1b[2Jgr\\x9b1me\\u202een.png,bee,1,0,1,0,\n" in screen.getvalue()
+    assert written(images).count("\x1b[2Jgr\x9b1me\u202een.png,bee") == 1  # a program gets the name back
+
+
+def test_a_summary_stays_narrow_and_every_line_of_json_parses(colours: None, images: Path) -> None:
+    document = {"out": "a.csv", "predicted": 1, "unreadable": 0, "run": "r", "grid": None, "classes": {"x" * 200: 1}}
+    assert max(map(len, summary(document).splitlines())) < 80
+    shutil.copy(images / "green.png", images / '\u2028 "\n\t=1.png')
+    lines = written(images, format="jsonl").split("\n")
+    names = [json.loads(line, parse_constant=pytest.fail)["file"] for line in lines[:-1]]
+    assert names == sorted(path.name for path in images.iterdir())
+    assert lines[-1] == ""
+
+
 # ------------------------------------------------------------------------------------------------ refusals
 def test_wrong_options_are_refused_and_an_older_file_is_kept(colours: None, images: Path, tmp_path: Path) -> None:
     out = tmp_path / "rows.csv"
@@ -314,6 +347,27 @@ def test_wrong_options_are_refused_and_an_older_file_is_kept(colours: None, imag
         predict("run", images / "broken.png", out=out)
     with pytest.raises(SourceError, match=r"does not exist: no .imgaes. in .*; did you mean 'images'"):
         predict("run", images.parent / "imgaes", out=out)
+
+    refuse: list[tuple[dict[str, Any], str]] = [
+        (
+            {"out": tmp_path / "rows.png"},
+            r"predictions are lines of text; type --out .*rows\.csv; --grid draws a picture",
+        ),
+        ({"out": tmp_path / "features.h5"}, r"type --out .*features\.csv$"),
+        ({"out": tmp_path / "run" / "predictions.csv"}, r"predictions\.csv: is itself one of the files that are read"),
+        ({"grid": images / "red.png"}, r"--grid .*red\.png: is itself one of the files that are read"),
+    ]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "predictions.csv").write_text("the run's own")
+    (tmp_path / "list.csv").write_text("path\nimages/red.png\n")
+    before, red = listing(tmp_path), (images / "red.png").read_bytes()
+    for options, message in refuse:
+        for given in (images, [str(images / "green.png"), str(images / "red.png")]):
+            with pytest.raises(ConfigurationError, match=message):
+                predict("run", given, stream=io.StringIO(), **options)
+    with pytest.raises(ConfigurationError, match=r"--out .*list\.csv: is itself one"):
+        predict("run", tmp_path / "list.csv", out=tmp_path / "list.csv")
+    assert (images / "red.png").read_bytes() == red
 
     def stopped() -> Iterator[str]:
         yield str(images / "red.png")

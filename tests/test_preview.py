@@ -17,7 +17,18 @@ from features.images import decode_image
 from features.recipe import PixelRule
 from features.sources import scan
 from features.views import decode_views
-from pipeline.grids import FRAME, GAP, LEAST_SIDE, MARGIN, RIGHT, WRONG, PredictedImage, prediction_grid, shortened
+from pipeline.grids import (
+    FRAME,
+    GAP,
+    LEAST_SIDE,
+    MARGIN,
+    RIGHT,
+    WRONG,
+    PredictedImage,
+    check_page,
+    prediction_grid,
+    shortened,
+)
 from pipeline.preview import preview, sample_images, summary
 
 SIZE = 120
@@ -116,7 +127,41 @@ def test_what_cannot_be_drawn_is_refused_first(source: Path, tmp_path: Path) -> 
         preview(source, tmp_path / "a.png", augment="flipp")
     with pytest.raises(ConfigurationError, match="there is no image to draw"):
         prediction_grid([], tmp_path / "a.png")
+    with pytest.raises(
+        ConfigurationError, match=r"6 pictures of 4000x4000 in each of 3 rows .* type a smaller --count"
+    ):
+        preview(source, tmp_path / "a.png", image_size=(4000, 4000))
+    with pytest.raises(ConfigurationError, match=r"expected at most .* 65,000 to a side"):
+        check_page(200, 1, 400, 8)
     assert list(tmp_path.iterdir()) == []
+    (folder := tmp_path / "folder.png").mkdir()
+    with pytest.raises(ConfigurationError, match=r"--out .*: is a folder; expected a file, such as .*preview\.png"):
+        preview(source, folder)
+    mine = (source / "bee" / "1.png").read_bytes()
+    for images in (source, source / "bee", source / "bee" / "1.png"):
+        with pytest.raises(ConfigurationError, match=r"1\.png: is itself one of the files that are read"):
+            preview(images, source / "bee" / "1.png")
+    assert (source / "bee" / "1.png").read_bytes() == mine
+
+
+def test_one_view_is_the_plain_image_and_a_narrow_page_has_room_for_its_title(source: Path, tmp_path: Path) -> None:
+    for augment in ("none", "flip"):
+        document = preview(source / "bee" / "1.png", tmp_path / "one.png", views=1, augment=augment)
+        assert document["views"] == 1
+        assert summary(document).endswith("one.png: 1 image at 224x224")
+        with Image.open(tmp_path / "one.png") as image:
+            assert image.width > 2 * MARGIN + 224 + 2 * FRAME  # of the tile alone
+
+
+def test_what_is_beside_a_predicted_image_is_pale(tmp_path: Path) -> None:
+    Image.new("RGB", (200, 100), (200, 0, 0)).save(tmp_path / "wide.png")
+    item = PredictedImage((tmp_path / "wide.png").read_bytes(), "bee", 0.9)
+    prediction_grid([item], tmp_path / "grid.png")
+    with Image.open(tmp_path / "grid.png") as image:
+        tile = np.asarray(image.convert("RGB"))[MARGIN + FRAME :, MARGIN + FRAME : MARGIN + FRAME + 160][:160]
+    assert tile[0].min() > 230
+    assert tile[159].min() > 230
+    assert tile[80].tolist() == [[200, 0, 0]] * 160
 
 
 def test_classes_take_turns(source: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shlex
 import shutil
@@ -417,9 +418,68 @@ def test_no_runs_and_a_folder_as_a_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").mkdir()
     with pytest.raises(RunError, match=r"runs: holds no finished run to report on; bottleneck train-head makes one"):
         make_report(tmp_path / "runs", tmp_path / "report.html")
-    with pytest.raises(ConfigurationError, match="is a folder, expected a file to write"):
-        make_report(tmp_path / "runs", tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["runs"]
+    (tmp_path / "ruins").write_text("a file, which is no folder of runs")
+    with pytest.raises(RunError, match=r"rums: there is no such folder of runs.*; did you mean 'runs'\?$"):
+        make_report(tmp_path / "rums", tmp_path / "report.html")
+    with pytest.raises(ConfigurationError, match="choose: received 'acuracy'"):
+        make_report(tmp_path / "runs", tmp_path / "report.html", by="acuracy")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["ruins", "runs"]
+
+
+def test_what_a_report_would_destroy_is_kept(tmp_path: Path) -> None:
+    labels = np.array([0, 1], np.int32)
+    run = run_folder(tmp_path / "runs", "logistic-1", ("a", "b"), ["a/0.png", "b/1.png"], labels, np.eye(2))
+    config, pipe, link = run.folder / "config.yaml", tmp_path / "pipe", tmp_path / "link.html"
+    os.mkfifo(pipe)
+    for out, message in (
+        (tmp_path, r"--out .*: is a folder; expected a file, such as .*report\.html"),
+        (config, r"config\.yaml: exists and is no HTML page"),
+        (pipe, "is a device or a pipe"),
+    ):
+        with pytest.raises(ConfigurationError, match=message):
+            make_report(tmp_path / "runs", out)
+    assert pipe.is_fifo()
+    assert Run.open(run.folder).run_id == "logistic-1"
+    link.symlink_to("real.html")
+    for _ in range(2):  # a page may replace a page
+        assert make_report(tmp_path / "runs", link)["out"] == str(link)
+    assert link.is_symlink()
+    assert (tmp_path / "real.html").stat().st_size > 10_000
+
+
+def test_an_edited_run_is_named_and_never_a_crash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    labels = np.array([0, 1, 1], np.int32)
+    folder = run_folder(
+        *(tmp_path / "runs", "logistic-1", ("a", "b"), ["a/0.png", "b/1.png", "b/2.png"], labels),
+        np.array([[0.9, 0.1], [0.3, 0.7], [0.2, 0.8]]),
+    ).folder
+    left_out = (  # before anything is said of it
+        ("environment.json", '{"fit_seconds": "long"}', "fit_seconds: received 'long', expected a number"),
+        ("environment.json", '{"fit_seconds": NaN}', "fit_seconds: received 'nan'"),
+        ("environment.json", '{"parameters": [7]}', "parameters: received '[7]'"),
+        ("environment.json", '{"parameters": true}', "parameters: received 'True'"),
+        ("metrics.json", "{}", "metrics.json"),
+    )
+    lines = (folder / "predictions.csv").read_text().splitlines(keepends=True)
+    refused = (
+        ("predictions.csv", "".join(lines[:-1]), r"holds 2 images, metrics\.json is about 3"),
+        ("predictions.csv", "".join(lines).replace("0.9,0.1", "1e300,0"), "probabilities that are not from 0 to 1"),
+        ("predictions.csv", "".join(lines).replace("0.9,0.1", "nan,0"), "probabilities that are not from 0 to 1"),
+        ("predictions.csv", "".join(lines) + "x" * 200_000, "is not what a run of 2 classes writes"),
+        ("history.csv", "epoch,loss\n1,low\n", "column 'loss' holds what is no number"),
+        ("history.csv", "\udcff", "history.csv: is not what a run writes"),
+    )
+    for name, text, message in (*left_out, *refused):
+        before = (folder / name).read_bytes()
+        (folder / name).write_text(text, encoding="utf-8", errors="surrogateescape")
+        with pytest.raises(RunError, match=message if (name, text, message) in refused else "holds no finished run"):
+            make_report(tmp_path / "runs", tmp_path / "report.html")
+        assert (name, text, message) in refused or message in caplog.text
+        (folder / name).write_bytes(before)
+    # a loss that exploded is no curve, and no failure
+    (folder / "history.csv").write_text("epoch,loss,val_loss\n1,1e308,0.5\n2,-1e308,0.4\n3,inf,0.6\n")
+    make_report(tmp_path / "runs", tmp_path / "report.html")
+    assert "log loss by epoch: validation from 0.5 to 0.6" in (tmp_path / "report.html").read_text()
 
 
 def test_a_finetuned_run_is_made_again_by_three_commands(tmp_path: Path) -> None:
@@ -448,6 +508,15 @@ def test_a_finetuned_run_is_made_again_by_three_commands(tmp_path: Path) -> None
         *("--runs", str(tmp_path)),
     ]
     assert commands(run)[0] == "# the run that it began with, logistic-1, is not here"
+    run.config["finetune"]["augment"] = AugmentSpec(zoom=0.2).to_dict()  # of no preset, which no option names
+    *before, note, last = commands(run, start=start)
+    assert before == commands(start)
+    assert note == "# AUGMENT: AugmentSpec(zoom=0.2) is none of the presets; only Python takes it (augment=...)"
+    assert "--augment AUGMENT --unfreeze 15" in last
+    start.config["features"]["recipe"] = recipe(augmentation=AugmentSpec(zoom=0.2)).to_dict()
+    note, line = commands(start, views=4)[:2]
+    assert note.startswith("# AUGMENT: AugmentSpec(zoom=0.2) is none")
+    assert "--views 4 --augment AUGMENT --seed 0" in line
 
 
 def test_a_relative_source_becomes_absolute_where_the_store_knows(tmp_path: Path) -> None:

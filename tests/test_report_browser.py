@@ -93,6 +93,31 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_without_script_it_says_nothing_of_what_would_not_work(browser: Any, made: dict[str, Any]) -> None:
+    context = browser.new_context(viewport={"width": 320, "height": 800}, java_script_enabled=False)
+    page = context.new_page()
+    page.goto((made["folder"] / "report.html").as_uri())
+    text = page.inner_text("main")
+    assert "Click a heading" not in text
+    assert "use the arrow keys" not in text
+    assert page.locator(".board tbody tr").count() == 5
+    assert page.locator(".card img").first.bounding_box()["width"] > 100  # two to a row
+    context.close()
+
+
+def test_on_paper_it_is_pale_and_nothing_is_cut_off(browser: Any, made: dict[str, Any], screenshots: Path) -> None:
+    page = browser.new_page(viewport={"width": 760, "height": 1000}, color_scheme="dark")
+    page.goto((made["folder"] / "report.html").as_uri())
+    page.emulate_media(media="print")
+    page.screenshot(path=screenshots / "report-print.png", full_page=True)
+    colour = page.evaluate("getComputedStyle(document.querySelector('h1')).color")
+    assert max(map(int, re.findall(r"\d+", colour)[:3])) < 90
+    assert page.evaluate("document.documentElement.scrollWidth") <= 760
+    # white numbers on blue would vanish where the browser leaves backgrounds out
+    assert page.evaluate("getComputedStyle(document.querySelector('.matrix td')).printColorAdjust") == "exact"
+    page.close()
+
+
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [400, 1600])
 def test_it_reads_well_and_is_quiet(

@@ -20,7 +20,7 @@ from pipeline.progress import QUIET, ConsoleProgress, set_quiet
 
 # predict with a model that needs no network, slowly enough for a bar to be drawn
 CHILD = """
-import sys, time
+import pathlib, sys, time
 from types import SimpleNamespace
 import numpy as np
 import pipeline.predict, pipeline.progress
@@ -35,7 +35,7 @@ class Slow:
         return np.full((len(images), 2), 0.5)
 
 pipeline.predict.choose_run = lambda path: SimpleNamespace(
-    classes=Slow.classes, recipe=SimpleNamespace(augmentation=None)
+    classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run")
 )
 pipeline.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15

@@ -110,7 +110,7 @@ def finetune(
             **further,
         )
     print_document(document, as_json, stage.summary(document))
-    print_next(f"bottleneck predict {document['run']} IMAGES")
+    print_next("bottleneck", "predict", document["run"], "IMAGES")
 
 
 @app.command()
@@ -191,4 +191,4 @@ def export(
     with ConsoleProgress() as progress:
         document = stage.export(run, format=format, out=out, images=images, weights=weights, progress=progress)
     print_document(document, as_json, stage.summary(document))
-    print_next(f"bottleneck predict {out} IMAGES")
+    print_next("bottleneck", "predict", out, "IMAGES")

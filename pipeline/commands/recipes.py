@@ -60,7 +60,7 @@ def recipe(
         )
     document = {"format": 1, "recipe": name, "folder": str(folder), "steps": results}
     print_document(document, as_json, experiments.summary(results, experiment))
-    print_next(f"bottleneck leaderboard {folder / 'runs'}")
+    print_next("bottleneck", "leaderboard", folder / "runs")
 
 
 def _described(row: dict[str, str]) -> str:

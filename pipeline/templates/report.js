@@ -1,5 +1,6 @@
 "use strict";
 (() => {
+  document.documentElement.classList.add("js"); // shows what only works by script
   const announce = document.getElementById("announce");
 
   // Tables: sorted by the buttons in their headings, long ones cut until the button under them is pressed.
