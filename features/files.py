@@ -66,6 +66,8 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 @contextlib.contextmanager
 def _replacement(path: Path) -> Iterator[Path]:
     """What both have in common; OSError passes through."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "is no regular file; give another name", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
