@@ -73,7 +73,7 @@ check: setup  ## ruff, mypy and the architecture test
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
 test-fast: setup  ## tests without TensorFlow, under 20 s
-	$(BIN)/python -m pytest -q -m "not slow" $(ARGS)
+	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
 test: setup  ## all tests
 	$(BIN)/python -m pytest $(ARGS)
