@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import re
 import sys
@@ -24,6 +25,7 @@ def load_keras() -> Any:
     if "keras" in sys.modules:
         return sys.modules["keras"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.getLogger("tensorflow").addFilter(_is_news)
     with _without_chatter():
         try:
             import keras
@@ -35,6 +37,11 @@ def load_keras() -> Any:
                 "Install that backend (pip install jax, or torch), or unset KERAS_BACKEND."
             ) from error
     return keras
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """TensorFlow counts compilations of a function by its address, which the next model's function may have again."""
+    return "triggered tf.function retracing" not in str(record.msg)
 
 
 @contextlib.contextmanager

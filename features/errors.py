@@ -80,6 +80,10 @@ class ExtractionError(BottleneckError, RuntimeError):
     """A forward pass whose result cannot be stored, such as a value that is not finite."""
 
 
+class ClusterError(BottleneckError, RuntimeError):
+    """A cluster that cannot be reached, or workers that cannot do the work; the message names the way out."""
+
+
 class OpenVinoError(BottleneckError, RuntimeError):
     """OpenVINO cannot run this network here, or not correctly; Keras can."""
 

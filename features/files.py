@@ -19,15 +19,17 @@ from features.errors import BottleneckError, LockedError, StoreError
 
 
 @contextlib.contextmanager
-def atomic_file(path: Path) -> Iterator[Path]:
+def atomic_file(path: Path, *, once: bool = False) -> Iterator[Path]:
     """Give a temporary name beside ``path``; on a clean exit make it durable and rename it, else remove it.
+
+    With ``once`` a file that has come there meanwhile stays, and this one goes.
 
     Raises
     ------
     StoreError
         If the folder cannot be written or the disk is full; ``path`` is then as it was before.
     """
-    with writing(path), _replacement(path) as temporary:
+    with writing(path), _replacement(path, once=once) as temporary:
         yield temporary
 
 
@@ -64,7 +66,7 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextlib.contextmanager
-def _replacement(path: Path) -> Iterator[Path]:
+def _replacement(path: Path, *, once: bool = False) -> Iterator[Path]:
     """What both have in common; OSError passes through."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "is no regular file; give another name", str(path))
@@ -73,8 +75,9 @@ def _replacement(path: Path) -> Iterator[Path]:
         yield temporary
         with open(temporary, "rb") as stream:
             os.fsync(stream.fileno())
-        os.replace(temporary, path)
-        sync_folder(path.parent)
+        if not (once and path.exists()):
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

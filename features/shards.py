@@ -254,7 +254,11 @@ def _write(
     arrays: Mapping[str, np.ndarray],
 ) -> ShardRecord:
     path = shard_path(folder, spec.identity)
-    with atomic_file(path) as temporary:
+    there = find_shard(path) if path.is_file() else None
+    if there is not None:  # another worker has made it, as this one was thought to be lost: its checksum may be noted
+        return there
+    path.unlink(missing_ok=True)  # damaged
+    with atomic_file(path, once=True) as temporary:
         features = {}
         for recipe in spec.recipes:
             shape = arrays[recipe.name].shape[2:] if arrays else (0,)

@@ -12,19 +12,18 @@ from PIL import Image
 from features.backbones import feature_model, preprocess
 from features.backend import load_keras
 from features.errors import HeadError
-from features.graph import layer_tensors
 from features.images import resize_image
 from features.networks import Network
-from features.openvino_engine import relative_difference
 from features.recipe import Recipe
+from features.reference import relative_difference
 from pipeline.dense import KerasHead
 from pipeline.formats import INPUT
 from pipeline.head import Head
+from pipeline.parity import LAYER_TOLERANCE, first_difference
 from pipeline.resizing import check_rule, resized
 from pipeline.runs import Run
 
 logger = logging.getLogger(__name__)
-_LAYER_TOLERANCE = 1e-3  # relative L2, of a layer that is named as the first to differ
 
 
 def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
@@ -115,7 +114,7 @@ def exact_recipe(run: Run) -> Recipe:
     return dataclasses.replace(recipe, precision="float32")
 
 
-def first_difference(model: Any, network: Network, recipe: Recipe, pixels: np.ndarray) -> str:
+def first_stage_that_differs(model: Any, network: Network, recipe: Recipe, pixels: np.ndarray) -> str:
     """Name of the first layer of an assembled model whose output differs from that of the run's own network.
 
     Parameters
@@ -131,19 +130,14 @@ def first_difference(model: Any, network: Network, recipe: Recipe, pixels: np.nd
     stages = keras.Model(model.inputs[0], [model.get_layer(name).output for name in ("resized", "preprocessed")])
     grey, prepared = (keras.ops.convert_to_numpy(value) for value in outputs_of(stages, pixels[None]))
     expected = resize_image(Image.fromarray(pixels), recipe.pixels)[None].astype(np.float32)
-    if relative_difference(grey, expected) > _LAYER_TOLERANCE:
+    if relative_difference(grey, expected) > LAYER_TOLERANCE:
         return "resized"
     reference = keras.ops.convert_to_numpy(preprocess(network.backbone)(expected))
-    if relative_difference(prepared, reference) > _LAYER_TOLERANCE:
+    if relative_difference(prepared, reference) > LAYER_TOLERANCE:
         return "preprocessed"
-    outputs = []
-    for backbone in (model.get_layer("backbone"), _features(network, recipe)):
-        tensors = layer_tensors(backbone)
-        outputs.append((list(tensors), outputs_of(keras.Model(backbone.inputs[0], list(tensors.values())), reference)))
-    (names, ours), (_, theirs) = outputs
-    for name, one, other in zip(names, ours, theirs, strict=True):
-        if relative_difference(*(keras.ops.convert_to_numpy(value) for value in (one, other))) > _LAYER_TOLERANCE:
-            return name
+    found = first_difference(model.get_layer("backbone"), _features(network, recipe), reference)
+    if found:
+        return found[0]
     return next(layer.name for layer in model.layers if isinstance(layer, keras.layers.Dense))
 
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from features.backend import load_keras
 from features.engines import choose_device
-from features.errors import HeadError
+from features.errors import ConfigurationError, HeadError
 from pipeline.bank_math import BankSpec, check_given, forward, ops, programs, spread
 from pipeline.head import History, Progress, two_columns
 from pipeline.metrics import softmax
@@ -177,7 +177,11 @@ def train_rows(
     numbers = sum(rows * columns for rows, columns in _shapes(spec, width))
     # Kept: kernels, two moments, the best so far. As much again while a step makes new ones or chunks are packed anew.
     need = 4 * (8 * numbers + 4 * min(spec.batch_size, len(train)) * (width + 4 * spec.hidden + 4 * spec.outputs))
-    check_given("memory_bytes", memory_bytes, need <= memory_bytes, f"at least {need}, which one head takes")
+    if need > memory_bytes:
+        raise ConfigurationError(
+            f"memory: {memory_bytes / 1e6:.3g} MB are left for training, one such head takes {need / 1e6:.3g} MB; "
+            "give more (--memory), a smaller batch_size, or another pooling"
+        )
     at_once = memory_bytes // need
     load_keras()
     # A GPU is fastest with everything in one chunk.

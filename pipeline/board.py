@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, nearest
+from features.errors import ConfigurationError, RunError, nearest
 from pipeline.runs import Run, find_runs, rank, read_predictions
 from pipeline.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
+
+logger = logging.getLogger(__name__)
 
 
 def leaderboard(
@@ -87,8 +90,11 @@ def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
         # Recall is the mean over classes; the interval of the accuracy is as wide about.
         low += best["balanced_accuracy"] - best["accuracy"]
         if judged == "validation":
-            labels, probabilities = read_predictions(runs[0])
-            low = balanced_accuracy_interval(labels, probabilities.argmax(axis=1))[0]
+            try:
+                labels, probabilities = read_predictions(runs[0])
+                low = balanced_accuracy_interval(labels, probabilities.argmax(axis=1))[0]
+            except RunError as problem:
+                logger.warning("%s; the interval of its accuracy is taken", problem)
     candidates = [
         Candidate(
             run.metrics[judged][by], run.environment.get("parameters"), float(run.environment.get("fit_seconds") or 0)

@@ -20,7 +20,10 @@ from features.recipe import canonical_json
 logger = logging.getLogger(__name__)
 CHECKPOINT_VERSION = 1
 _ABOUT = "about"
-_DAMAGED = (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError)
+_DAMAGED = (
+    *(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError),
+    *(MemoryError, RecursionError),  # of shapes and brackets that nobody saved
+)
 
 
 @dataclasses.dataclass
@@ -95,10 +98,13 @@ class Checkpoint:
                 for name in _ARRAYS:
                     fields[name] = [file[f"{name}_{number}"] for number in range(about["arrays"][name])]
                 state = State(**fields)
+            theirs = dict(about["configuration"])
+            if theirs == self._configuration:
+                _check_values(state, like)
         except _DAMAGED as error:
             logger.warning("%s is damaged (%s); training begins anew", self.path, error)
             return None
-        _check_same(self.path, about["configuration"], self._configuration)
+        _check_same(self.path, theirs, self._configuration)
         for name in _ARRAYS:
             shapes = [[value.shape for value in getattr(item, name)] for item in (state, like)]
             if shapes[0] != shapes[1]:
@@ -157,6 +163,28 @@ def _plain(configuration: Mapping[str, Any]) -> dict[str, Any]:
 
 def _about(file: Any) -> dict[str, Any]:
     return json.loads(file[_ABOUT].tobytes())
+
+
+def _check_values(state: State, like: State) -> None:
+    """Refuse, with ValueError, what no training of the same configuration has saved."""
+    if not (type(state.epoch) is int and state.epoch >= like.epoch and type(state.waited) is int):
+        raise ValueError(f"epoch {state.epoch!r}, waited {state.waited!r}")
+    lengths = {name: len(values) for name, values in dict(state.history).items()}
+    if lengths != dict.fromkeys(like.history, state.epoch - like.epoch + 1):
+        raise ValueError(f"{state.epoch} epochs, history {lengths}")
+    for name, scores in (("before", state.before), ("best", state.best)):
+        if set(scores) != set(like.before):
+            raise ValueError(f"{name} holds other scores")
+    numbers = [
+        state.lowest,
+        *(scores[key] for scores in (state.before, state.best) for key in ("accuracy", "log_loss")),
+    ]
+    if not np.isfinite(np.array([*numbers, *(value for values in state.history.values() for value in values)])).all():
+        raise ValueError("it holds scores that are not finite")
+    for name in _ARRAYS:
+        for value, own in zip(getattr(state, name), getattr(like, name), strict=False):
+            if value.dtype != own.dtype or not np.isfinite(value).all():
+                raise ValueError(f"{name} hold {value.dtype}, or numbers that are not finite")
 
 
 def _check_same(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:

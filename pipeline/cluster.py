@@ -26,8 +26,8 @@ from typing import Any
 from features.errors import BottleneckError, ClusterError, ConfigurationError, StoreError
 from features.files import printable
 from features.running import Advance, MadeShard, Work
-from features.shards import KILLS_WORKER, ShardRecord, refuse_image
-from features.store import shard_path
+from features.shards import KILLS_WORKER, ShardRecord, find_shard, refuse_image
+from features.store import FeatureStore, shard_path
 from pipeline.cluster_connection import (
     CONNECT_SECONDS,
     PATIENCE_SECONDS,
@@ -83,11 +83,12 @@ class ClusterShards:
             batch_size=work.batch_size,
             threads=self.threads,
         )
+        image = _first_image(work)
         with (
             connected(self.cluster, self.patience) as client,
-            PlanFile.written(work.folder, work.specs, setting) as plan,
+            PlanFile.written(work.folder, work.specs, setting, image) as plan,
         ):
-            check_workers(client, plan.path, plan.token, _first_image(work))
+            check_workers(client, plan.path, plan.token, image)
             yield from _Run(self, client, plan, work, advance).shards()
 
 
@@ -247,12 +248,18 @@ class _Run:
                     "every machine, and run the same command again."
                 )
             time.sleep(0.1)
+        refused = FeatureStore.open_shard(path).quarantine
+        for name, reason in zip(refused.paths, refused.reasons, strict=True):
+            logger.warning("%s is unreadable (%s); set aside", printable(name), reason)
         return MadeShard(self._work.specs[piece.number], record, engine)
 
     def _split(self, piece: _Piece) -> MadeShard | None:
         """A shard that killed its workers: it is made in parts, until one image is left, which is set aside."""
         spec = self._work.specs[piece.number].part(piece.start, piece.stop)
-        count = len(spec)
+        count, path = len(spec), shard_path(self._work.folder, spec.identity)
+        if path.is_file() and (record := find_shard(path)) is not None:  # one that did not die of it had written it
+            self._advance(count)
+            return MadeShard(self._work.specs[piece.number], record, "")
         if count == 1 and not piece.alone:
             # Dask blames every task that waits at a worker that dies: it may be that of another one, so try it alone.
             self._waiting.appendleft(dataclasses.replace(piece, alone=True))

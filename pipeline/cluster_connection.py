@@ -24,6 +24,8 @@ from pipeline.cluster_plan import versions
 from pipeline.cluster_worker import PROCESSORS, probe
 from pipeline.workers import on_cluster
 
+logger = logging.getLogger(__name__)
+
 CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 300.0  # without any worker: batch systems start them late, nannies start them again
 DEATHS = 3  # workers that a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
@@ -81,13 +83,17 @@ def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]
         else:
             target = address
         try:
+            if isinstance(target, str):
+                _check_answer(target)
             client = distributed.Client(target, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, ImportError) as error:
+        except (OSError, ValueError, ImportError, MemoryError) as error:  # the last is what other protocols read like
             raise ClusterError(
                 f"{cluster}: no Dask scheduler answers there ({first_line(error)}). Start one with "
                 "`dask scheduler --port 8786`, and give the address that it prints; check name, port and firewall."
             ) from error
         stack.enter_context(client)
+        if not client.scheduler_info()["workers"]:
+            logger.warning("%s: no worker is there yet; waiting for one", cluster)
         try:
             client.wait_for_workers(1, timeout=patience)
         except TimeoutError as error:
@@ -96,6 +102,22 @@ def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]
         if isinstance(address, int):
             with contextlib.suppress(TimeoutError):  # one that is just coming again would complain of being stopped
                 client.wait_for_workers(address, timeout=CONNECT_SECONDS)
+
+
+def _check_answer(address: str) -> None:
+    """Raise OSError, or what its words lead to, unless Dask is what listens there; a client would wait for ever."""
+    from distributed import Security
+    from distributed.comm import connect
+    from distributed.utils import LoopRunner, sync
+
+    runner = LoopRunner()
+    runner.start()
+    try:
+        options = Security().get_connection_args("client")
+        wait = {"timeout": CONNECT_SECONDS, "callback_timeout": CONNECT_SECONDS + 1}
+        sync(runner.loop, connect, address, **wait, **options).abort()
+    finally:
+        runner.stop()
 
 
 @contextlib.contextmanager
@@ -142,6 +164,8 @@ def _local(count: int) -> Iterator[Any]:
         settings = {
             "distributed.scheduler.allowed-failures": DEATHS - 1,
             "temporary-directory": folder,
+            # Dask's 15 s after a death it gives a worker up that has just died again, as where one image kills it.
+            "distributed.deploy.lost-worker-timeout": "1000 days",
             # Dask's value has glibc map and unmap the memory of every image: 8 % of an extraction.
             "distributed.nanny.pre-spawn-environ": {**environ, "MALLOC_TRIM_THRESHOLD_": None},
         }

@@ -22,6 +22,7 @@ from features.assembly import software_versions
 from features.errors import ClusterError
 from features.files import writing
 from features.layout import FORMAT_VERSION
+from features.machine import keras_backend
 from features.recipe import Recipe, canonical_json
 from features.shards import ShardSpec
 
@@ -89,8 +90,19 @@ class PlanFile:
 
     @classmethod
     @contextlib.contextmanager
-    def written(cls, folder: Path, specs: Sequence[ShardSpec], setting: Setting) -> Iterator[PlanFile]:
+    def written(
+        cls, folder: Path, specs: Sequence[ShardSpec], setting: Setting, image: str | None = None
+    ) -> Iterator[PlanFile]:
         """Write a plan, and remove it in the end. Its name is that of a temporary file: a killed run's one is swept.
+
+        Parameters
+        ----------
+        folder : Path
+            Where results go.
+        specs, setting
+            What to make.
+        image : str, optional
+            A file that every worker has to see.
 
         Raises
         ------
@@ -107,6 +119,7 @@ class PlanFile:
                     "token": token,
                     "setting": dataclasses.asdict(setting),
                     "versions": versions(),
+                    "image": image,
                 }
                 stream.write(canonical_json(header).encode("ascii") + b"\n")
                 for spec in specs:
@@ -127,6 +140,7 @@ class OpenPlan:
     path: Path
     setting: Setting
     versions: Mapping[str, str]
+    image: str | None
 
     @classmethod
     def open(cls, path: Path, token: str) -> OpenPlan:
@@ -143,7 +157,7 @@ class OpenPlan:
             header = json.loads(stream.readline())
         if header.get("token") != token or header.get("format") != PLAN_FORMAT:
             raise ClusterError(f"{path}: is another file than the one that was written")
-        return cls(path, Setting(**header["setting"]), header["versions"])
+        return cls(path, Setting(**header["setting"]), header["versions"], header["image"])
 
     def spec(self, task: ShardTask) -> ShardSpec:
         """The spec of a task."""
@@ -156,7 +170,7 @@ class OpenPlan:
 def versions() -> dict[str, str]:
     """What has to be alike on all machines, read without importing it."""
     found = {**software_versions(), "feature format": str(FORMAT_VERSION)}
-    return {**found, "python": ".".join(platform.python_version_tuple()[:2])}
+    return {**found, "keras backend": keras_backend(), "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:

@@ -119,7 +119,7 @@ def _plan(path: str, token: str) -> OpenPlan:
     if not _seen(path, token):
         raise ClusterError(f"worker on {socket.gethostname()} {probe(path, token, versions(), None)[0]}.")
     plan = OpenPlan.open(Path(path), token)
-    wrong = probe(path, token, plan.versions, None)
+    wrong = probe(path, token, plan.versions, plan.image)
     if wrong:
         raise ClusterError(f"worker on {socket.gethostname()} {wrong[0]}.")
     logging.getLogger("features.shards").setLevel(logging.ERROR)  # who asked for the work names unreadable images

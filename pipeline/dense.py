@@ -106,7 +106,9 @@ class KerasHead(Head):
             )
             return self._finish(weights, history, data)
         spec = spec.weighted(self.class_weights(data.y))
-        (result,) = train_rows(spec, [self.bank_head], data.train, data.held_out, progress=progress)
+        (result,) = train_rows(
+            spec, [self.bank_head], data.train, data.held_out, memory_bytes=data.memory, progress=progress
+        )
         return self.take(result, data)
 
     def take(self, result: BankResult, data: Prepared) -> History:

@@ -236,7 +236,8 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
         boundary = network.description.boundary
         if boundary is None:
             raise ConfigurationError(
-                f"{network.backbone.name} has no {BOUNDARY}: no single tensor separates its last block"
+                f"unfreeze: {network.backbone.name} has no {BOUNDARY}: no single tensor separates its last block. Give the "
+                f"first layer to train, or its number; the last layers are {', '.join(names[-5:])}"
             )
         return names.index(boundary) + 1
     if unfreeze.lstrip("-").isdecimal():
@@ -248,7 +249,7 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
         return number % len(names)
     if unfreeze not in names:
         raise ConfigurationError(
-            f"unfreeze: {network.backbone.name} has no layer {unfreeze!r}{nearest(unfreeze, names)} "
+            f"unfreeze: {network.backbone.name} has no layer {unfreeze!r}{nearest(unfreeze, names) or '.'} "
             f"Use {LAST_BLOCK}, {ALL}, {HEAD}, a layer name, or a layer number; the last layers are {', '.join(names[-5:])}"
         )
     return names.index(unfreeze)

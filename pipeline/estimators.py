@@ -100,6 +100,8 @@ def check_estimator(path: str, params: Mapping[str, Any], classes: int = 3) -> N
 
 @functools.lru_cache(maxsize=256)
 def _tried(path: str, params: str, classes: int) -> None:
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     values = json.loads(params)
     made = make_estimator(path, values, 0)
     small = {
@@ -109,7 +111,7 @@ def _tried(path: str, params: str, classes: int) -> None:
     }
     labels = np.repeat(np.arange(classes), TRIAL_ROWS)
     rows = np.random.default_rng(0).normal(size=(len(labels), TRIAL_COLUMNS)).astype(np.float32) + labels[:, None]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), threadpool_limits(limits=1):
         warnings.simplefilter("ignore")  # about convergence; real rows will tell
         try:
             made.set_params(**small).fit(rows, labels)

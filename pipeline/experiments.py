@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from features.errors import ConfigurationError, HeadError, SourceError, nearest
-from features.files import atomic_file, printable, writable_folder
+from features.files import atomic_file, printable, writable_folder, writing
 from features.recipe import digest_of
 from features.sources import ImageSet, scan
 from features.splits import SPLITS
@@ -367,9 +367,10 @@ def _copied(images: ImageSet, rows: np.ndarray, folder: Path, *, splits: bool) -
     for row in rows.tolist():
         name = _name_in_a_folder(images.paths[row])
         data, path = images.read(row), folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.is_file() or path.read_bytes() != data:
-            path.write_bytes(data)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or path.read_bytes() != data:
+                path.write_bytes(data)
         label = images.classes[images.labels[row]] if images.labels[row] >= 0 else ""
         given = SPLITS[images.given_splits[row]] if splits and images.given_splits[row] >= 0 else ""
         lines.append([name, label, given, images.groups[row] if images.groups else ""])

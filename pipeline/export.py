@@ -37,11 +37,12 @@ from features.openvino_engine import reference_images
 from features.recipe import Recipe
 from features.sources import scan
 from pipeline.artefacts import Card, full_pixels, write_card
-from pipeline.assembled import as_network, assemble, exact_recipe, first_difference, outputs_of
+from pipeline.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
 from pipeline.endtoend import network_of
 from pipeline.formats import INPUT, Format, convert, find_format
 from pipeline.head import Head
 from pipeline.notes import environment
+from pipeline.parity import largest_gap
 from pipeline.resizing import longest_side
 from pipeline.runs import choose_run
 
@@ -282,16 +283,15 @@ class Gate:
         ParityError
             If it exceeds the tolerance, or is not finite.
         """
-        gaps = np.abs(received - self.expected).max(axis=1)
-        worst = int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
-        if gaps[worst] <= tolerance:
-            return float(gaps[worst])
+        worst, gap = largest_gap(received, self.expected)
+        if gap <= tolerance:
+            return gap
         probe, where = self.probes[worst], ""
         if opened is not None:
-            layer = first_difference(opened(), self.network, self.recipe, probe.pixels)
+            layer = first_stage_that_differs(opened(), self.network, self.recipe, probe.pixels)
             where = f" The first layer that differs is {layer!r}."
         raise ParityError(
-            f"{what}: probabilities of {printable(probe.name)} differ by {gaps[worst]:.2e} from those of predict, at most "
+            f"{what}: probabilities of {printable(probe.name)} differ by {gap:.2e} from those of predict, at most "
             f"{tolerance:.0e} is allowed.{where} The artefact is not kept."
         )
 

@@ -16,8 +16,12 @@ DOCUMENT_FORMAT = 1
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
 
 
-def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
-    """What an extraction would do, as one document. Writes nothing."""
+def plan(images: str, out: Path, *, cluster: str | None = None, **options: Any) -> dict[str, Any]:
+    """What an extraction would do, as one document. Writes nothing; no cluster is asked, and the forecast is of this machine."""
+    if cluster is not None:
+        from pipeline.cluster_connection import parse_cluster
+
+        parse_cluster(cluster)
     extraction = prepare(images, out, **options)
     decided = extraction.plan()
     cost = extraction.forecast(decided)
@@ -29,6 +33,7 @@ def plan(images: str, out: Path, **options: Any) -> dict[str, Any]:
         "passes": decided.passes,
         "views": decided.views,
         "shards": len(decided.specs),
+        "cluster": cluster,
         "data_sets": [recipe.name for recipe in decided.recipes],
         **{name: decided.counts[name] for name in sorted(decided.counts)},
         "forecast": None if cost is None else dataclasses.asdict(cost),
@@ -45,7 +50,7 @@ def plan_summary(document: dict[str, Any]) -> str:
     cost = document["forecast"]
     if cost:
         lines.append(
-            f"  about {_duration(cost['seconds'])} at {cost['images_per_second']:.0f} images/s, "
+            f"  about {_duration(cost['seconds'])}{' on this machine alone' if document['cluster'] else ''} at {cost['images_per_second']:.0f} images/s, "
             f"{cost['disk_bytes'] / 2**20:.0f} MiB of disk at most, {cost['memory_bytes'] / 2**30:.1f} GiB of memory"
         )
     return "\n".join(lines)

@@ -116,7 +116,10 @@ def finetune(
         identity = f"finetune-{job.head.name}-{digest_of([job.decided, start.recipe.fingerprint, data.digest])[:10]}"
         decided = {**job.decided, "fingerprint": start.recipe.fingerprint, "data": data.digest}
         checkpoint = Checkpoint(checkpoint_path(runs, identity), decided)
-        if is_finished(runs / identity) and not checkpoint.path.exists():
+        if is_finished(runs / identity):
+            if checkpoint.path.exists():  # of a process that was killed before it removed it
+                with locked(runs / identity):
+                    checkpoint.remove()
             log(runs / identity)
             return _report(Run.open(runs / identity), cached=True)
         with locked(runs / identity):
@@ -146,8 +149,8 @@ def finetune(
                 start=start,
                 backbone=job.split.trained_backbone(),
                 settings={**job.noted(), "parity_gap": gap, "before": outcome.before},
+                prove=lambda written: gate.after(Run.open(written), pixels, device),
             )
-            _prove(folder, gate, pixels, device)
             checkpoint.remove()
     log(folder)
     return _report(Run.open(folder), cached=False, resumed=outcome.resumed)
@@ -288,8 +291,6 @@ def _sweep(runs: Path, identity: str, checkpoint: Checkpoint) -> None:
     """Remove what a killed process left, but for its checkpoint; say what other trainings left."""
     for leftover in runs.glob(f".{identity}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
-    if (runs / identity).exists() and checkpoint.path.exists():  # written, but killed before it was proven
-        shutil.rmtree(runs / identity)
     for other in checkpoint.others():
         logger.warning(
             "an interrupted training with other settings is not used: %s. Remove it if it is not wanted", other
@@ -304,15 +305,6 @@ def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
     """What the new run says of its features: those of the run it began from, on the data of now."""
     about = {**job.start.config["features"], "data_digest": data.digest}
     return about if source is None else {**about, "source": source.description}
-
-
-def _prove(folder: Path, gate: Gate, pixels: np.ndarray | None, device: str) -> None:
-    """Keep the run only if it predicts as the network in memory does."""
-    try:
-        gate.after(Run.open(folder), pixels, device)
-    except ParityError:
-        shutil.rmtree(folder)
-        raise
 
 
 def _pixels(source: ImageSet, data: Data, rows: np.ndarray, rule: PixelRule, pool: Executor) -> np.ndarray:

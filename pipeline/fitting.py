@@ -81,14 +81,14 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
     return found
 
 
-def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory: int) -> list[Fitted | str]:
+def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[Fitted | str]:
     """Train heads of one bank and judge them; a text says why there is nothing."""
     heads[0].warm_up()
     started = time.perf_counter()
     try:
-        histories = fit_together(heads, prepared, memory)
+        histories = fit_together(heads, prepared)
         seconds = (time.perf_counter() - started) / len(heads)
-        out_of_fold = _bank_folds(heads, prepared, folds, memory) if folds else [None] * len(heads)
+        out_of_fold = _bank_folds(heads, prepared, folds) if folds else [None] * len(heads)
     except FAILURES as problem:
         return [reason_of(problem)] * len(heads)
     assert prepared.held_out is not None
@@ -100,7 +100,7 @@ def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory:
     ]
 
 
-def fit_together(heads: Sequence[KerasHead], prepared: Prepared, memory: int) -> list[History | str]:
+def fit_together(heads: Sequence[KerasHead], prepared: Prepared) -> list[History | str]:
     """Train heads of one bank; the history of each, or why there is none."""
     for head in heads:
         head.adopt(prepared)
@@ -111,7 +111,7 @@ def fit_together(heads: Sequence[KerasHead], prepared: Prepared, memory: int) ->
         [head.bank_head for head in heads],
         prepared.train,
         prepared.held_out,
-        memory_bytes=memory,
+        memory_bytes=prepared.memory,
     )
     histories: list[History | str] = []
     for head, result in zip(heads, results, strict=True):
@@ -122,7 +122,7 @@ def fit_together(heads: Sequence[KerasHead], prepared: Prepared, memory: int) ->
     return histories
 
 
-def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memory: int) -> list[np.ndarray | None]:
+def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
     """`cross_validate` for heads of one bank; None where training diverged in a fold."""
     found: list[np.ndarray | None] = [None] * len(heads)
     by_seed = collections.defaultdict(list)
@@ -135,7 +135,7 @@ def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int, memo
         diverged: set[int] = set()
         for fold in range(dealt.max() + 1):
             rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
-            histories = fit_together(fresh, prepared.part(rows), memory)
+            histories = fit_together(fresh, prepared.part(rows))
             held_back = prepared.train.take(tested)
             for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
                 if isinstance(history, str):

@@ -103,6 +103,8 @@ def convert(model: Any, row: Format, path: Path) -> None:
         for item in loggers:  # they tell of their own old interfaces; what cannot be converted is raised
             item.setLevel(logging.CRITICAL)
         row.write(model, path)
+    except OSError:  # such as a full disk, of which the network is innocent
+        raise
     except Exception as error:  # the converters raise whatever they meet, plain Exception too
         reason = " ".join(str(error).split())[:300] or repr(error)
         raise RunError(f"{row.name}: this network cannot be converted ({reason}); give another --format") from error

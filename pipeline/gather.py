@@ -89,20 +89,26 @@ class Source:
             If they do not fit on the disk.
         """
         train, held_out = self.stream("train"), self.stream("validation")
-        groups = getattr(self.store.images, "groups", None)
-        if groups is not None:
-            groups = [groups[row] for row in train.rows]
+        groups = train_groups(self.store)
         if not self.streamed:
             if folder is not None:
                 _check_disk(folder, self.views * train.nbytes + held_out.nbytes)
-            return prepare_stream(train, held_out, views=self.views, scale=scale, groups=groups, folder=folder)
+            prepared = prepare_stream(train, held_out, views=self.views, scale=scale, groups=groups, folder=folder)
+            return dataclasses.replace(prepared, memory=self.memory)
         mean, std = (
             train.statistics() if scale else (np.zeros(train.width, np.float32), np.ones(train.width, np.float32))
         )
         train, held_out = (dataclasses.replace(rows, mean=mean, std=std) for rows in (train, held_out))
         shape = tuple(self.store.shape(self.name)[2:])
         codes = None if groups is None else group_codes(groups)
-        return Prepared(self.pool, shape, mean, std, train, held_out, codes)
+        left = self.memory // 4  # half of it is the stream's
+        return Prepared(self.pool, shape, mean, std, train, held_out, codes, memory=left)
+
+
+def train_groups(store: Any) -> list[str] | None:
+    """Group of each training row, where there are groups."""
+    groups = getattr(store.images, "groups", None)
+    return None if groups is None else [groups[row] for row in store.rows("train")]
 
 
 def rows_for(head: Head, store: Any, name: str, split: str) -> FeatureStream:

@@ -33,7 +33,7 @@ from pipeline.tuning import TuningSettings
 PARITY_IMAGES = 64
 # In probability. Heads trained on float16 features were trained on rounded numbers, the network gives them unrounded.
 PARITY_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-_LAYER_TOLERANCE = 1e-3  # relative difference of a layer that is named as the first to differ
+LAYER_TOLERANCE = 1e-3  # relative difference of a layer that is named as the first to differ
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,18 +74,24 @@ class Reference:
         ParityError
             If it exceeds the tolerance, or is not finite.
         """
-        gaps = np.abs(received - self.probabilities).max(axis=1)
-        worst = int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
-        if gaps[worst] <= self.tolerance:
-            return float(gaps[worst])
+        worst, gap = largest_gap(received, self.probabilities)
+        if gap <= self.tolerance:
+            return gap
         raise ParityError(
-            f"{what}: probabilities of {printable(self.paths[worst])} differ by {gaps[worst]:.2e}, at most "
+            f"{what}: probabilities of {printable(self.paths[worst])} differ by {gap:.2e}, at most "
             f"{self.tolerance:.0e} is allowed. {explain(int(self.rows[worst]))}"
         )
 
     def to_meet(self, probabilities: np.ndarray) -> Reference:
         """The same rows with other probabilities to be met."""
         return dataclasses.replace(self, probabilities=probabilities)
+
+
+def largest_gap(received: np.ndarray, expected: np.ndarray) -> tuple[int, float]:
+    """Row and size of the largest difference between probabilities (n, c); where one is not finite, that row."""
+    gaps = np.abs(received - expected).max(axis=1)
+    worst = int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
+    return worst, float(gaps[worst])
 
 
 def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
@@ -261,7 +267,7 @@ class Gate:
             parts = (engine(pixels[start : start + size]) for start in range(0, len(pixels), size))
             received = np.concatenate([head.predict_proba(*part.values()) for part in parts])
         reference = self._reference.to_meet(self._tail.probabilities(self._inputs, self.rows))
-        return reference.check(received, f"{finished.folder}, loaded again after fine-tuning", explain)
+        return reference.check(received, f"{finished.run_id}, loaded again after fine-tuning", explain)
 
     def _features(self, row: int) -> np.ndarray:
         _, features = next(iter(self._inputs.batches(np.array([row]), PLAIN)))
@@ -299,7 +305,7 @@ def first_difference(received: Any, expected: Any, inputs: np.ndarray) -> tuple[
     ]
     for name, one, other in zip(names, *values, strict=True):
         difference = relative_difference(*(keras.ops.convert_to_numpy(value) for value in (one, other)))
-        if not difference <= _LAYER_TOLERANCE:
+        if not difference <= LAYER_TOLERANCE:
             return name, difference
     return None
 
@@ -346,7 +352,7 @@ def cached_difference(run: Run, sha256: bytes, split: Split, features: np.ndarra
     model, values = _opened(split, features, network)
     pooled = keras.Model(model.inputs[0], layer_tensors(model)[split.pool])(values, training=False)
     difference = relative_difference(keras.ops.convert_to_numpy(pooled), cached)
-    if difference > _LAYER_TOLERANCE:
+    if difference > LAYER_TOLERANCE:
         return (
             f"The first layer that differs is {run.recipe.layer!r}: its features in {about['store']} differ by "
             f"{difference:.1e} relative from those of now. The images, or what computed them, changed: extract again and "

@@ -10,6 +10,7 @@ own; what is scored is view 0.
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, Self
@@ -152,6 +153,8 @@ class Prepared:
         Rows of one group stay together in folds.
     folder : Path, optional
         Where the arrays lie: another process opens them there instead of receiving a copy.
+    memory : int
+        Bytes that training may take beside them.
     """
 
     pool: str
@@ -162,6 +165,7 @@ class Prepared:
     held_out: Rows | None = None
     groups: np.ndarray | None = None
     folder: Path | None = None
+    memory: int = sys.maxsize
 
     @property
     def y(self) -> np.ndarray:

@@ -10,7 +10,7 @@ import logging
 import os
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +26,7 @@ from pipeline.head import Head, History
 from pipeline.heads import PRESETS, load_head
 from pipeline.notes import environment, readme
 from pipeline.plots import plot_run
+from pipeline.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -200,6 +201,8 @@ def write_run(
     test: Mapping[str, Any] | None = None,
     cv: Mapping[str, Any] | None = None,
     plots: bool = True,
+    notes: Mapping[str, Any] | None = None,
+    prove: Callable[[Path], object] | None = None,
 ) -> Path:
     """Write a run folder under a temporary name and rename it.
 
@@ -219,6 +222,10 @@ def write_run(
         The same for held-out training rows, and ``folds``.
     plots : bool
         Draw them, which takes longer than everything else; `add_plots` does it later.
+    notes : dict, optional
+        More for ``environment.json``: how it was trained, where that decides nothing.
+    prove : callable, optional
+        Called with the folder while it has its temporary name; what it raises leaves nothing.
     predictions : Predictions
         Validation rows.
     seconds : float
@@ -240,10 +247,10 @@ def write_run(
     """
     root = Path(root)
     folder = root / run_id
-    temporary = root / f".{run_id}.{secrets.token_hex(4)}.tmp"
+    temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary.mkdir()
+        temporary = scratch_folder(root, run_id)
         if start is not None and features is None:
             features = start.config["features"]
         if features is None:
@@ -272,12 +279,15 @@ def write_run(
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
         (temporary / "config.yaml").write_text(text, encoding="utf-8")
         _write_json(temporary / "metrics.json", metrics)
-        _write_json(temporary / "environment.json", {**environment(), "fit_seconds": seconds, "parameters": count})
+        noted = {**environment(), "fit_seconds": seconds, "parameters": count, **(notes or {})}
+        _write_json(temporary / "environment.json", noted)
         _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
         _write_predictions(temporary / "predictions.csv", predictions, head.classes)
         (temporary / "README.md").write_text(readme(config, metrics, seconds), encoding="utf-8")
         if plots:
             plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
+        if prove:
+            prove(temporary)
         _publish(temporary, folder)
     except OSError as problem:
         if isinstance(problem, BottleneckError):
@@ -287,7 +297,8 @@ def write_run(
             "give another folder with --runs"
         ) from problem
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
@@ -304,11 +315,7 @@ def add_plots(run: Run) -> None:
     if (run.folder / "plots").exists():
         return
     labels, probabilities = read_predictions(run)
-    history: History = {}
-    with open(run.folder / "history.csv", newline="", encoding="utf-8") as stream:
-        for line in csv.DictReader(stream):
-            for name, value in line.items():
-                history.setdefault(name, []).append(float(value))
+    history = read_history(run.folder)
     temporary = run.folder / f".plots.{secrets.token_hex(4)}.tmp"
     try:
         plot_run(temporary, history, labels, probabilities, run.classes)
@@ -334,6 +341,23 @@ def read_predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
     except (KeyError, ValueError, IndexError, csv.Error) as problem:
         raise RunError(f"{path}: is not what a run of {len(numbers)} classes writes: {problem!r}") from problem
     return labels, probabilities
+
+
+def read_history(folder: Path) -> History:
+    """Columns of ``history.csv`` of a run.
+
+    Raises
+    ------
+    RunError
+        If the file is not what a run writes.
+    """
+    path = folder / "history.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as stream:
+            header, *lines = csv.reader(stream)
+        return {name: [float(line[k]) for line in lines] for k, name in enumerate(header)}
+    except (ValueError, IndexError, csv.Error) as problem:
+        raise RunError(f"{path}: is not what a run writes: {problem!r}") from problem
 
 
 def is_finished(folder: str | Path) -> bool:

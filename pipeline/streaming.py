@@ -176,8 +176,8 @@ class FeatureStream:
         least = 4 * size * self._row_bytes
         if self.memory_bytes < least:
             raise ConfigurationError(
-                f"memory: batches of {size} rows of {self.width} columns need at least {-(-least >> 20)} MB; "
-                f"received {self.memory_bytes >> 20} MB. Give more, a smaller batch size, or pool the features."
+                f"memory: batches of {size} rows of {self.width} columns need at least {least / 1e6:.3g} MB; "
+                f"received {self.memory_bytes / 1e6:.3g} MB. Give more, a smaller batch size, or pool the features."
             )
         generator = np.random.default_rng([seed, number])
         drawn = drawn_views(seed, number, len(self.store), self.views) if any(draws) else None

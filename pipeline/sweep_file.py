@@ -38,7 +38,9 @@ class SweepHead(Settings):
 
     head: str
     grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default_factory=dict)
-    log: dict[str, tuple[PositiveFloat, PositiveFloat, PositiveInt]] = Field(default_factory=dict)
+    log: dict[str, tuple[PositiveFloat, PositiveFloat, Annotated[PositiveInt, Field(le=MOST_TRIALS)]]] = Field(
+        default_factory=dict
+    )
     random: PositiveInt | None = None
 
 
@@ -101,6 +103,10 @@ def expand(sweep: SweepFile, where: str = "sweep") -> list[Trial]:
         count = math.prod(map(len, values.values()))
         chosen = range(count)
         if entry.random is not None and entry.random < count:
+            if count >= 1 << 63:
+                raise ConfigurationError(
+                    f"{place}: {count:.0e} combinations are too many to draw from; give fewer values"
+                )
             generator = np.random.default_rng([sweep.seed, number])
             chosen = sorted(generator.choice(count, entry.random, replace=False).tolist())  # type: ignore[assignment]
         if len(trials) + len(chosen) > MOST_TRIALS:

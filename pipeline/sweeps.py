@@ -9,18 +9,17 @@ import collections
 import dataclasses
 import logging
 import shutil
-import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError, HeadError
+from features.errors import ConfigurationError, HeadError, RunError
 from features.files import writable_folder
 from features.machine import processors
-from pipeline.board import leaderboard
+from pipeline.board import check_choice, leaderboard
 from pipeline.classifiers import SklearnHead
 from pipeline.costs import check_bytes, usable_memory
 from pipeline.dense import KerasHead
@@ -31,9 +30,10 @@ from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
 from pipeline.prepared import Prepared
 from pipeline.runs import Run, add_plots, add_scores, is_finished
+from pipeline.scratch import scratch_folder
 from pipeline.sweep_file import SweepFile, Trial, expand
 from pipeline.tables import board_text
-from pipeline.train_head import data_set, identity, needs_rows, test_scores, views_seen, write_fitted
+from pipeline.train_head import data_set, identity, needs_folds, needs_rows, test_scores, views_seen, write_fitted
 from pipeline.workers import in_parallel
 
 logger = logging.getLogger(__name__)
@@ -112,6 +112,7 @@ def run_sweep(
     choose: str | None = None,
     test: bool = False,
     where: str = "sweep",
+    ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
     """Train what is missing of a sweep.
@@ -140,6 +141,8 @@ def run_sweep(
         Score the chosen head, and no other, on the test split.
     where : str
         What messages call the sweep.
+    ready : callable, optional
+        Called when there is something to train and nothing speaks against it, before rows are read.
     progress : callable, optional
         Called with ("heads", done, total).
 
@@ -160,33 +163,38 @@ def run_sweep(
         raise ConfigurationError(f"--folds: received {folds}, expected 2 or more, or 0 for none")
     if jobs is not None and jobs < 1:
         raise ConfigurationError(f"--n-jobs: received {jobs}, expected 1 or more")
-    runs = Path(runs)
+    by, runs = choose or sweep.choose, Path(runs)
+    check_choice(by)
     every, failed = _plan(stores, sweep, names, where)
     missing = [job for job in every if not _is_done(runs / job.run_id, folds)]
     for store in {id(job.store): job.store for job in missing}.values():
         needs_rows(store, "train", "validation")
+        if folds:
+            needs_folds(store)
     if test:
         for store in stores:
             needs_rows(store, "test")
     writable_folder(runs)
     tell = progress or (lambda stage, done, total: None)
     memory = memory or usable_memory()
-    trained = 0
-    for job, outcome in _train_all(missing, runs, jobs or processors(), folds, memory):
+    trained, lost = 0, set()
+    for job, outcome in _train_all(missing, runs, jobs or processors(), folds, memory, ready):
         if isinstance(outcome, str):
             failed.append({"head": str(job), "reason": outcome})
+            lost.add(job.run_id)
             logger.warning("%s failed: %s", job, outcome)
         else:
             _write(job, outcome, runs, folds, memory)
             trained += 1
-        tell("heads", trained + len(failed), len(missing))
-    lost = {item["head"] for item in failed}
-    made = [job.run_id for job in every if str(job) not in lost]
-    by = choose or sweep.choose
+        tell("heads", trained + len(lost), len(missing))
+    made = [job.run_id for job in every if job.run_id not in lost]
     board = leaderboard(runs, by=by, folds=bool(folds), only=set(made)) if made else []
     if trained:
         for row in board[:PLOTTED]:
-            add_plots(Run.open(runs / row["run_id"]))
+            try:
+                add_plots(Run.open(runs / row["run_id"]))
+            except (RunError, OSError) as problem:  # of a run that was there and has been damaged since; of a full disk
+                logger.warning("no plots of %s: %s", row["run_id"], problem)
     if test and board:
         _test_chosen(every, board, runs)
     return SweepResult(made, trained, len(every) - len(missing), failed, board, time.monotonic() - started)
@@ -250,15 +258,15 @@ def _is_done(folder: Path, folds: int) -> bool:
 
 
 def _train_all(
-    missing: Sequence[Job], runs: Path, jobs: int, folds: int, memory: int
+    missing: Sequence[Job], runs: Path, jobs: int, folds: int, memory: int, ready: Callable[[], None] | None
 ) -> Iterator[tuple[Job, Fitted | str]]:
     """Outcomes as they come; a text says why there is none."""
     together = collections.defaultdict(list)
     for job in missing:
         together[job.rows].append(job)
+    turns = []
     for alike in together.values():
-        source = source_of(alike, memory)
-        left = []
+        source, left = source_of(alike, memory), []
         for job in alike:
             try:
                 source.check(job.head)
@@ -267,14 +275,18 @@ def _train_all(
             else:
                 left.append(job)
         if left:
-            yield from _train_alike(left, source, runs, jobs, folds)
+            turns.append((left, source))
+    if turns and ready:
+        ready()
+    for left, source in turns:
+        yield from _train_alike(left, source, runs, jobs, folds)
 
 
 def _train_alike(
     alike: Sequence[Job], source: Source, runs: Path, jobs: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
     """Jobs that share their rows."""
-    folder = Path(tempfile.mkdtemp(prefix=".sweep-", dir=runs))
+    folder = scratch_folder(runs, "sweep")
     try:
         prepared = source.prepare(scale=alike[0].head.scale, folder=folder)
     except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
@@ -282,8 +294,7 @@ def _train_alike(
     else:
         others = [job for job in alike if isinstance(job.head, SklearnHead)]
         yield from _by_workers(others, prepared, source, jobs, folds)
-        memory = source.memory // 4 if source.streamed else source.memory  # half of it is the stream's
-        yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds, memory)
+        yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -320,7 +331,7 @@ def _by_workers(
 
 
 # ------------------------------------------------------------------------------------------------- Keras
-def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int, memory: int) -> Iterator[tuple[Job, Fitted | str]]:
+def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
     """Heads that can be are trained together, the others one by one."""
     banks = collections.defaultdict(list)
     for job in jobs:
@@ -334,7 +345,7 @@ def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int, memory: int) -
         for start in range(0, len(group), BANK_HEADS):
             part = group[start : start + BANK_HEADS]
             heads = [job.head for job in part if isinstance(job.head, KerasHead)]
-            yield from zip(part, fit_bank(heads, prepared, folds, memory), strict=True)
+            yield from zip(part, fit_bank(heads, prepared, folds), strict=True)
 
 
 # ------------------------------------------------------------------------------------------------- runs

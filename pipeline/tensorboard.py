@@ -7,7 +7,6 @@ Written with TensorBoard's own records, without TensorFlow.
 
 from __future__ import annotations
 
-import csv
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 
 from features.errors import ConfigurationError, RunError
 from features.files import atomic_file
+from pipeline.runs import read_history
 
 NAME = "events.out.tfevents.0.bottleneck"  # one per run: writing again replaces
 
@@ -83,9 +83,4 @@ def write_history(folder: Path, run_id: str, history: Mapping[str, Sequence[floa
 
 def log_run(folder: Path, run_folder: Path) -> Path:
     """`write_history` of a finished run, from its ``history.csv``."""
-    history: dict[str, list[float]] = {}
-    with open(run_folder / "history.csv", newline="", encoding="utf-8") as stream:
-        for line in csv.DictReader(stream):
-            for name, value in line.items():
-                history.setdefault(name, []).append(float(value))
-    return write_history(folder, run_folder.name, history)
+    return write_history(folder, run_folder.name, read_history(run_folder))

@@ -6,25 +6,25 @@ store --`pipeline.gather`--> rows --`pipeline.fitting`--> head, probabilities --
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
-from features.files import atomic_file
 from features.recipe import digest_of
 from pipeline.classifiers import SklearnHead
 from pipeline.costs import check_bytes, usable_memory
 from pipeline.fitting import Fitted, fit_head
-from pipeline.gather import Source, rows_for
+from pipeline.gather import Source, rows_for, train_groups
 from pipeline.head import Head, Progress
 from pipeline.heads import make_head, resolve_pool
 from pipeline.metrics import evaluate
 from pipeline.pooling import pooled_width
+from pipeline.prepared import group_codes
 from pipeline.runs import Predictions, Run, add_scores, is_finished, write_run
+from pipeline.selection import stratified_folds
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,7 @@ def train_head(
     params: Mapping[str, Any] | None = None,
     memory: int | None = None,
     test: bool = False,
+    ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
     """Train a head, score it on validation and write its run folder.
@@ -93,6 +94,8 @@ def train_head(
         heads that can be trained so. It does not decide the run id, though the order of rows then is another.
     test : bool
         Score the test split too. It takes no part in any choice.
+    ready : callable, optional
+        Called when there is something to train and nothing speaks against it, before rows are read.
     progress : callable, optional
         Called with ("train-head", done, total).
 
@@ -134,6 +137,8 @@ def train_head(
     if isinstance(head, SklearnHead) and not source.streamed:
         width = pooled_width(store.shape(name)[2:], head.pool)
         check_bytes(head, len(store.rows("train")), width, memory, source.views)
+    if ready:
+        ready()
     fitted = fit_head(head, source.prepare(scale=head.scale), progress=progress)
     scores = test_scores(store, name, head, seed) if test else None
     write_fitted(runs, run_id, store, name, fitted, memory=memory, test=scores)
@@ -155,7 +160,7 @@ def write_fitted(
     """Score a trained head on validation and write its run folder; see `pipeline.runs.write_run`."""
     head, rows = fitted.head, store.rows("validation")
     y = store.images.labels[rows]
-    folder = write_run(
+    write_run(
         runs,
         run_id,
         head=head,
@@ -169,9 +174,8 @@ def write_fitted(
         ),
         seconds=fitted.seconds,
         plots=plots,
+        notes={"streamed": True, "memory": memory} if fitted.streamed else None,
     )
-    if fitted.streamed:
-        _note_streamed(folder, memory)
 
 
 def needs_rows(store: Any, *splits: str) -> None:
@@ -196,6 +200,23 @@ def needs_rows(store: Any, *splits: str) -> None:
             )
 
 
+def needs_folds(store: Any) -> None:
+    """Refuse a store of whose training rows none can be held out for the others.
+
+    Raises
+    ------
+    HeadError
+        With the way out.
+    """
+    names = train_groups(store)
+    y = store.images.labels[store.rows("train")]
+    if stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() < 0:
+        raise HeadError(
+            f"--folds: {store.path}: no class has two training rows, of two groups where there are groups, so that one could "
+            "be held out; leave --folds out"
+        )
+
+
 def identity(head: Head, store: Any, name: str) -> str:
     """Run id: the same id means the same head configuration, features, views, data and seed."""
     parameters = head.parameters.described()
@@ -218,15 +239,6 @@ def views_seen(head: Head, store: Any, name: str) -> int:
 def _several(views: int) -> dict[str, int]:
     """Said only of more than one, so that older run ids hold."""
     return {"views": views} if views > 1 else {}
-
-
-def _note_streamed(folder: Path, memory: int) -> None:
-    """Say in ``environment.json`` of a run that its rows came piece by piece."""
-    path = folder / "environment.json"
-    values = json.loads(path.read_text(encoding="utf-8"))
-    with atomic_file(path) as temporary:
-        text = json.dumps({**values, "streamed": True, "memory": memory}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 def _loads(run: Run) -> bool:

@@ -25,6 +25,12 @@ def assets() -> Path:
     return path
 
 
+@pytest.fixture
+def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs without pictures, which take longer to draw than small heads to train."""
+    monkeypatch.setattr("pipeline.runs.plot_run", lambda folder, *_: folder.mkdir())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Tests neither read nor fill the user's cache; the sample and the memos are made once a session."""

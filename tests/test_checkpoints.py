@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import subprocess
@@ -24,7 +25,7 @@ CONFIGURATION = {"start": "dense-0123456789", "epochs": 3, "seed": 0}
 def a_state(epoch: int = 2) -> State:
     arrays = [np.arange(6, dtype=np.float32).reshape(2, 3) + epoch, np.array(7, np.int64)]
     scores = {"accuracy": 0.9, "accuracy_interval": [0.8, 1.0], "roc_auc": None, "log_loss": 1 / 3}
-    history = {"epoch": [0, 1, 2], "loss": [0.7, 0.1 + 0.2, 0.5]}
+    history = {"epoch": [0, 1, 2][: epoch + 1], "loss": [0.7, 0.1 + 0.2, 0.5][: epoch + 1]}
     return State(epoch, history, scores, scores, 1, 0.25, arrays, arrays[1:], arrays)
 
 
@@ -52,7 +53,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_what_differs(tmp_
     other = Checkpoint(path, {**CONFIGURATION, "epochs": 5, "optimizer": "sgd"})
     with pytest.raises(RunError, match=r"configuration \(epochs: 3 -> 5; optimizer: as usual -> sgd\).*remove it"):
         other.load(a_state())
-    shorter = a_state()
+    shorter = a_state(0)
     shorter.variables = shorter.variables[:1]
     with pytest.raises(RunError, match="network with other variables"):
         Checkpoint(path, CONFIGURATION).load(shorter)
@@ -67,13 +68,39 @@ def test_a_damaged_checkpoint_is_said_and_training_begins_anew(
     checkpoint = Checkpoint(checkpoint_path(tmp_path, "a"), CONFIGURATION)
     checkpoint.save(a_state())
     whole = checkpoint.path.read_bytes()
+    with np.load(checkpoint.path) as file:
+        arrays = {name: file[name] for name in file.files}
     flipped = bytearray(whole)
     flipped[whole.index(b"variables_0.npy") + 180] ^= 1
     for content in (b"", b"no archive", whole[: len(whole) // 2], bytes(flipped)):
         checkpoint.path.write_bytes(content)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
-            assert checkpoint.load(a_state()) is None
+            assert checkpoint.load(a_state(0)) is None
+        assert "is damaged" in caplog.text
+
+    def changed(**values: Any) -> np.ndarray:
+        about = json.loads(arrays["about"].tobytes())
+        about["state"] |= values
+        return np.frombuffer(json.dumps(about).encode(), np.uint8)
+
+    first = arrays["variables_0"]
+    for tampered in (
+        {"variables_0": np.full_like(first, np.nan)},
+        {"kept_0": np.full_like(first, np.inf)},
+        {"variables_0": first.astype(complex)},
+        {"variables_0": np.full(first.shape, "x")},
+        {"variables_0": np.full(first.shape, {}, object)},
+        {"about": np.frombuffer(b"[" * 100_000, np.uint8)},
+        {"about": np.frombuffer(json.dumps({"state": {}, "arrays": {}}).encode(), np.uint8)},
+        *({"about": changed(epoch=epoch)} for epoch in ("2", -1, 1.5, 99)),
+        *({"about": changed(best=best)} for best in ({}, [], {**a_state().best, "accuracy": "high"})),
+        *({"about": changed(history=history)} for history in ({}, [1], {"epoch": [0, 1, 2], "loss": ["a", "b", "c"]})),
+        *({"about": changed(**{name: None})} for name in ("before", "lowest", "waited", "further")),
+    ):
+        np.savez(checkpoint.path.open("wb"), **{**arrays, **tampered})  # type: ignore[arg-type]
+        caplog.clear()
+        assert checkpoint.load(a_state(0)) is None, tampered
         assert "is damaged" in caplog.text
 
 
@@ -90,11 +117,11 @@ def test_a_write_that_fails_leaves_the_checkpoint_before(tmp_path: Path, monkeyp
         checkpoint.save(a_state(2))
     monkeypatch.undo()
     assert listing(tmp_path) == [".a.checkpoint"]
-    found = checkpoint.load(a_state())
+    found = checkpoint.load(a_state(0))
     assert found is not None
     assert found.epoch == 1
     (tmp_path / "..a.checkpoint.0123abcd.tmp").write_bytes(b"of a killed process")
-    assert checkpoint.load(a_state()) is not None
+    assert checkpoint.load(a_state(0)) is not None
     assert listing(tmp_path) == [".a.checkpoint"]
 
 
@@ -194,4 +221,7 @@ def test_ctrl_c_leaves_a_training_that_goes_on_and_another_one_is_said(
     assert "(epochs: 4 -> 1)" in caplog.text
     assert tiny.finetune(**settings)["resumed"] == 2
     assert len(listing_of_runs(tmp_path)) == 2
+    done = next(path for path in tmp_path.iterdir() if (path / "history.csv").read_text().count("\n") == 6)
+    checkpoint_path(tmp_path, done.name).write_bytes(b"of a process that was killed before it removed it")
     assert tiny.finetune(**settings)["cached"]
+    assert len(listing_of_runs(tmp_path)) == 2

@@ -9,10 +9,15 @@ import math
 import os
 import shutil
 import signal
+import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -21,11 +26,13 @@ from faults import differences, finish, inferred, start
 from helpers import listing, paint_folder, recipe, run_pipeline
 
 from features.errors import ClusterError, ConfigurationError, IntegrityError, StoreError
+from features.files import atomic_file, file_digest
 from features.running import MadeShard, Reconciliation
-from features.shards import KILLS_WORKER, PartsFolder, ShardRecord, ShardSpec
+from features.shards import KILLS_WORKER, PartsFolder, ShardRecord, ShardSpec, extract_shard
 from features.store import FeatureStore, parts_folder
 from pipeline import cluster as module
 from pipeline import cluster_connection as connection
+from pipeline import cluster_worker
 from pipeline.cluster import ClusterShards
 from pipeline.cluster_connection import check_workers, connected, parse_cluster, shares
 from pipeline.cluster_model import Worker, forecast_cluster
@@ -126,6 +133,39 @@ def test_every_planned_row_comes_once_or_is_named(tmp_path: Path) -> None:
         Reconciliation([other]).enter(MadeShard(other, made[first.identity].record, ""), stores[first.identity])
 
 
+def test_of_two_writers_of_a_shard_the_first_one_counts(tmp_path: Path) -> None:
+    """As where a worker that was taken for lost, or stuck, comes to its end after all; a damaged shard is no shard."""
+    source = paint_folder(tmp_path / "images", {"cat": 3})
+    work = extraction(source, tmp_path / "f.h5")
+    (one,) = work.plan().specs
+    folder = tmp_path / "shards"
+    folder.mkdir()
+
+    def write(value: float) -> tuple[ShardRecord, float]:
+        with ThreadPoolExecutor(1) as pool:
+            record = extract_shard(
+                one,
+                folder,
+                read=lambda path: (source / path).read_bytes(),
+                infer=lambda batch: {"last.avg": np.full((len(batch), WIDTH), value, np.float32)},
+                decoders=pool,
+                batch_size=4,
+            )
+        (name,) = listing(folder)
+        assert record.sha256 == file_digest(folder / name)
+        return record, float(FeatureStore.open_shard(folder / name).array().max())
+
+    first = write(1)
+    assert write(2) == first == (first[0], 1)
+    path = folder / f"{one.identity}.h5"
+    path.write_bytes(path.read_bytes()[:-100])
+    assert write(3)[1] == 3
+    with atomic_file(tmp_path / "a", once=True) as temporary:  # the other was quicker by a moment
+        temporary.write_text("second")
+        (tmp_path / "a").write_text("first")
+    assert ((tmp_path / "a").read_text(), temporary.exists()) == ("first", False)
+
+
 def test_the_model_counts_turns_losses_links_and_assembly() -> None:
     worker = Worker(decode_seconds=0.002, network_seconds=0.008, processors=2)
     assert worker.images_per_second == pytest.approx(200)
@@ -172,12 +212,13 @@ def cluster(tmp_path: Path, faults: Faults) -> Iterator[Processes]:
 
 @pytest.mark.slow
 def test_one_two_and_three_workers_make_the_local_store(
-    source: Path, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     (source / "cat" / "0007.png").write_bytes(b"no image")
     extract(source, tmp_path / "local" / "f.h5")
     sharded = extract(source, tmp_path / "index" / "f.h5", layout="sharded").store
     told: list[int] = []
+    caplog.clear()
     for count, clock in ((1, 0), (2, -86400 * 365), (3, 7200)):
         faults.set(numpy=WIDTH, log=str(tmp_path / f"log{count}"))
         for name, value in wrong_clock(tmp_path, clock).items():
@@ -199,6 +240,7 @@ def test_one_two_and_three_workers_make_the_local_store(
             assert differences(tmp_path / "local" / "f.h5", out) == []
             assert listing(out.parent) == ["f.h5"]
         assert (tmp_path / "skewed").exists()
+    assert caplog.text.count("cat/0007.png is unreadable (not-an-image); set aside") == 3
     monkeypatch.setattr(module, "connected", None)  # nothing to do: no worker is asked
     assert not extraction(source, tmp_path / "by1" / "f.h5", ClusterShards("local:1")).run().written
 
@@ -225,24 +267,74 @@ def test_messages_of_a_shard_are_small(tmp_path: Path, faults: Faults) -> None:
 def test_a_poisonous_image_is_found_named_and_set_aside(
     tmp_path: Path, faults: Faults, caplog: pytest.LogCaptureFixture
 ) -> None:
-    source = paint_folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    """On one worker, where the image behind it waits each time that the worker dies, and is not to be blamed for it."""
+    source = paint_folder(tmp_path / "images", {"cat": 6, "dog": 10})
     extract(source, tmp_path / "local.h5")
-    faults.set(numpy=WIDTH, poison="dog/0003", die_once=str(tmp_path / "died"), log=str(tmp_path / "log"))
+    faults.set(numpy=WIDTH, poison="cat/0004", die_once=str(tmp_path / "died"), log=str(tmp_path / "log"))
     out = tmp_path / "out" / "f.h5"
-    store = extract(source, out, ClusterShards("local:2"), shard_rows=8).store
-    assert (store.quarantine.paths, store.quarantine.reasons) == (("dog/0003.png",), (KILLS_WORKER,))
-    assert "dog/0003.png kills the worker that reads it, each time; set aside" in caplog.text
-    assert "a shard of 8 images (cat/0016.png to dog/0003.png) has killed its workers" in caplog.text
+    store = extract(source, out, ClusterShards("local:1"), shard_rows=4, max_unreadable=1.0).store
+    assert (store.quarantine.paths, store.quarantine.reasons) == (("cat/0004.png",), (KILLS_WORKER,))
+    assert "cat/0004.png kills the worker that reads it, each time; set aside" in caplog.text
+    assert "a shard of 4 images (cat/0004.png to dog/0001.png) has killed its workers" in caplog.text
     whole = FeatureStore.open(tmp_path / "local.h5")
-    rows = [row for row, path in enumerate(whole.images.paths) if path != "dog/0003.png"]
+    rows = [row for row, path in enumerate(whole.images.paths) if path != "cat/0004.png"]
     assert store.images.paths == tuple(whole.images.paths[row] for row in rows)
     np.testing.assert_array_equal(store.array(), whole.array()[rows])
     assert listing(out.parent) == ["f.h5"]
-    # One worker also wrote a shard and died before it could say so: nothing was inferred again for it.
+    # The worker also wrote a shard and died before it could say so: nothing was inferred again for it.
     assert (tmp_path / "died").exists()
-    assert inferred(tmp_path / "log") == 39
-    again = extraction(source, out, ClusterShards("local:2"))
+    assert inferred(tmp_path / "log") == 15
+    again = extraction(source, out, ClusterShards("local:1"), max_unreadable=1.0)
     assert not again.plan().specs  # it is remembered, and kills no more
+    assert len(extraction(source, out, rehash=True).plan().specs) == 1  # unless asked to
+
+
+def test_a_record_that_is_lost_with_its_worker_is_asked_for_again(tmp_path: Path) -> None:
+    """Dask makes a task again when the worker that held its result dies, and that may fail: here, by killing too."""
+    from distributed.scheduler import KilledWorker
+
+    source = paint_folder(tmp_path / "images", {"cat": 4})
+    work = extraction(source, tmp_path / "f.h5")
+    run = module._Run(ClusterShards("local:1"), None, None, work._work(work.plan()), lambda _: None)  # type: ignore
+    for status, pieces in (("pending", [4]), ("error", [1] * 4)):
+        problem = KilledWorker("key", SimpleNamespace(address="tcp://a:1"), 2)  # type: ignore[arg-type]
+        future = SimpleNamespace(status="finished", exception=lambda problem=problem: problem)
+
+        def result(timeout: float, status: str = status, future: Any = future, problem: Exception = problem) -> None:
+            future.status = status
+            raise problem if status == "error" else TimeoutError
+
+        future.result = result
+        piece = run._waiting.popleft()
+        run._flying["key"] = module._Flight(piece, future)
+        assert run._outcome("key") is None
+        assert [len(piece) for piece in run._waiting] == pieces
+
+
+@pytest.mark.slow
+def test_a_worker_that_is_stuck_is_noticed_and_what_a_killed_command_left_goes(
+    source: Path, faults: Faults, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    extract(source, tmp_path / "local.h5")
+    monkeypatch.setattr(module, "STUCK_SECONDS", 1)
+    monkeypatch.setattr(module, "LOOK_SECONDS", 0.2)
+    temporary = tmp_path / "tmp"
+    left = temporary / f"{connection.SCRATCH}left"
+    left.mkdir(parents=True)
+    (left / "lock").touch()
+    monkeypatch.setattr(tempfile, "tempdir", str(temporary))
+    faults.set(numpy=WIDTH, log=str(tmp_path / "log"), stall_once=str(tmp_path / "stuck"))
+    out, told = tmp_path / "out" / "f.h5", list[int]()
+    with connection._scratch() as used:  # by another command: it stays
+        result = extraction(source, out, ClusterShards("local:2")).run(
+            lambda stage, done, total: told.append(done) if stage == "extract" else None
+        )
+        assert listing(temporary) == [Path(used).name, f"{Path(used).name}/lock"]
+    assert (tmp_path / "stuck").exists()
+    assert "has said nothing for" in caplog.text
+    assert (result.inferred, inferred(tmp_path / "log"), told[-1]) == (300, 300, 300)
+    assert differences(tmp_path / "local.h5", out) == []
+    assert (listing(out.parent), listing(temporary)) == (["f.h5"], [])
 
 
 @pytest.mark.slow
@@ -325,12 +417,20 @@ def test_workers_that_cannot_do_the_work_are_named_with_the_way_out(
     begun = time.monotonic()
     with pytest.raises(ClusterError, match=r"no Dask scheduler answers there .*dask scheduler --port 8786"):
         extract(source, tmp_path / "f.h5", ClusterShards("tcp://127.0.0.1:1"))
+    for words in (b"", b"SSH-2.0-OpenSSH_9.6\r\n"):  # what speaks another protocol, or waits to be spoken to
+        with socket.create_server(("127.0.0.1", 0)) as server, ThreadPoolExecutor(1) as pool:
+            heard = pool.submit(lambda server, words: server.accept()[0].sendall(words), server, words)
+            address = "tcp://{}:{}".format(*server.getsockname())
+            with pytest.raises(ClusterError, match="no Dask scheduler answers there"), connected(address):
+                pass
+            heard.result()
     assert time.monotonic() - begun < 10
     token = tmp_path / ".token"
     token.write_text("right\n")
+    faults.set(numpy=WIDTH, visible=0.2)
     with connected("local:2") as client:
         check_workers(client, token, "right", str(source / "cat" / "0000.png"))
-        faults.set(numpy=WIDTH, versions={"keras": "3.0.0", "pillow": "9.0"}, blind=1)
+        faults.set(numpy=WIDTH, visible=0.2, versions={"keras": "3.0.0", "pillow": "9.0"}, blind=1)
         with pytest.raises(ClusterError) as problem:
             check_workers(client, token, "right", str(source / "lost.png"))
         said = str(problem.value)
@@ -341,6 +441,9 @@ def test_workers_that_cannot_do_the_work_are_named_with_the_way_out(
         with pytest.raises(ClusterError, match="cannot see"):  # another disk at the same path
             check_workers(client, token, "wrong")
 
+    plan = PlanFile.written(tmp_path, [], SETTING, str(source / "lost.png"))
+    with plan as written, pytest.raises(ClusterError, match=r"cannot see the image .*lost\.png\. Mount the images"):
+        cluster_worker._plan(str(written.path), written.token)  # what a worker does that comes late
     faults.set(numpy=WIDTH, stranger=True)
     out = tmp_path / "out" / "g.h5"
     with pytest.raises(
@@ -434,28 +537,32 @@ heads:
 
 
 @pytest.mark.slow
-def test_the_command_line_extracts_and_sweeps_on_workers(
-    tmp_path: Path, source: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A real network of Keras, found by each worker by its name."""
+def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path, source: Path) -> None:
+    """A real network of Keras, found by the worker by its name; sweeps here and there at the same time."""
     network = ["--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32]
-    on = ["--cluster", "local:2"]
     here, there = tmp_path / "here.h5", tmp_path / "there.h5"
-    for out, more in ((here, []), (there, on)):
-        done = run_pipeline("extract", source, "--out", out, "--shard-rows", 64, *network, *more, "--json")
+
+    def run(*command: object) -> dict[str, Any]:
+        done = run_pipeline(*command, "--json", cwd=tmp_path)
         assert done.returncode == 0, done.stderr
-        assert json.loads(done.stdout)["inferred"] == 300
+        document: dict[str, Any] = json.loads(done.stdout)
+        return document
+
+    extract = ["extract", source, "--shard-rows", 64, *network, "--out"]
+    for command in ([here], [there, "--cluster", "local:1"]):  # the first converts the network, the others use that
+        assert run(*extract, *command)["inferred"] == 300
     assert differences(here, there) == []
     (tmp_path / "sweep.yaml").write_text(SWEEP)
+    train = ["train-head", here, "--heads", tmp_path / "sweep.yaml", "--runs"]
     boards = []
-    for name, more in (("one", ["--n-jobs", 1]), ("two", on)):
-        command = ["train-head", here, "--heads", tmp_path / "sweep.yaml", "--runs", name, *more, "--json"]
-        done = run_pipeline(*command, cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        document = json.loads(done.stdout)
+    with ThreadPoolExecutor(2) as pool:
+        commands = [*train, "one", "--n-jobs", 1], [*train, "two", "--cluster", "local:2"]
+        documents = list(pool.map(lambda command: run(*command), commands))
+    for document in documents:
         assert (document["trained"], document["failed"]) == (7, [])
         timed = {"fit_seconds", "chosen"}
         rows = [{key: value for key, value in row.items() if key not in timed} for row in document["board"]]
-        boards.append(sorted(rows, key=lambda row: row["run_id"]))
-        assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]
+        boards.append(sorted(rows, key=lambda row: str(row["run_id"])))
     assert boards[0] == boards[1]
+    for name in ("one", "two"):
+        assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
 import shutil
@@ -25,6 +26,7 @@ from features.errors import (
     HeadError,
     ParityError,
     RunError,
+    StoreError,
 )
 from features.extraction import prepare
 from features.images import resize_image
@@ -262,6 +264,19 @@ def disturbed(layer: str) -> Any:
         return model
 
     return assemble_wrongly
+
+
+def test_a_full_disk_is_not_blamed_on_the_network(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(model: Any, path: Path) -> None:
+        path.write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
+    with pytest.raises(StoreError, match=r"model\.onnx: could not be written \(No space left on device.*Make room"):
+        export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_other_probabilities_name_the_layer_and_leave_nothing(

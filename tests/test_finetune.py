@@ -11,6 +11,8 @@ import pytest
 from finetuning import SIZE, TRAIN, TinyWorld, tiny_world, weights_of_run
 from helpers import listing
 
+import pipeline.runs
+from features.backend import _is_news
 from features.errors import ConfigurationError, ParityError, RunError
 from features.recipe import digest_of
 from features.store import FeatureStore
@@ -92,6 +94,12 @@ def test_the_learning_rate_warms_up_and_falls() -> None:
     assert 0 < rates[-1] < 0.01
     flat = TuningSettings(learning_rate=0.1, epochs=3)
     assert {learning_rate(flat, step, 4) for step in range(12)} == {0.1}
+
+
+def test_of_what_tensorflow_logs_only_its_counting_of_compilations_is_held_back() -> None:
+    said = "5 out of the last 9 calls to %s triggered tf.function retracing. Tracing is expensive and ..."
+    assert not _is_news(logging.makeLogRecord({"name": "tensorflow", "msg": said}))
+    assert _is_news(logging.makeLogRecord({"name": "tensorflow", "msg": "the disk is full"}))
 
 
 # ------------------------------------------------------------------------------------------------ on the fly
@@ -304,14 +312,14 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
     monkeypatch.undo()
     assert listing(tmp_path / "runs") == []
 
-    def saved_wrongly(*arguments: Any, **options: Any) -> Path:
-        folder = stage_write(*arguments, **options)
-        layer = options["backbone"].get_layer("conv_3")
+    def saved_wrongly(folder: Path, backbone: Any, recipe: Any) -> Any:
+        saved = save_backbone(folder, backbone, recipe)
+        layer = backbone.get_layer("conv_3")
         layer.set_weights([value * 1.5 for value in layer.get_weights()])
-        return folder
+        return saved
 
-    stage_write = stage.write_run
-    monkeypatch.setattr(stage, "write_run", saved_wrongly)
+    save_backbone = pipeline.runs._save_backbone
+    monkeypatch.setattr(pipeline.runs, "_save_backbone", saved_wrongly)
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'")
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'", from_cache=cache)
     assert all(name.endswith(".checkpoint") for name in listing(tmp_path / "runs"))

@@ -16,7 +16,8 @@ from test_streaming import write_store
 from pipeline.cli import main
 from pipeline.tensorboard import write_history
 
-pytestmark = pytest.mark.slow  # trains, and reads event files with TensorBoard
+# Trains, and reads event files with TensorBoard.
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 
 
 @pytest.fixture(scope="module")

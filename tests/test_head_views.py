@@ -140,6 +140,12 @@ def test_columns_are_standardised_with_view_0_of_the_training_rows() -> None:
     assert left.std == pytest.approx(data.std, rel=1e-5)
 
 
+def test_what_training_may_take_goes_with_the_rows() -> None:
+    store = make_views()
+    assert [prepared(store, memory=memory).memory for memory in (1 << 20, 1000)] == [1 << 20, 250]
+    assert prepared(store, memory=1 << 20).part(np.arange(9)).memory == 1 << 20
+
+
 def test_views_lie_in_files_too(tmp_path: Path) -> None:
     store = make_views()
     filed = Source(store, "last.avg", "none", 4, 1 << 30).prepare(scale=True, folder=tmp_path)
@@ -232,6 +238,7 @@ def test_the_run_id_says_how_many_views_were_seen() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_a_run_says_its_views_and_what_averaging_them_scores(tmp_path: Path) -> None:
     store = make_views()
     result = train_head(store, "logistic", runs=tmp_path, params={"C": 0.3})
@@ -254,8 +261,7 @@ def test_a_run_says_its_views_and_what_averaging_them_scores(tmp_path: Path) -> 
 
 # --------------------------------------------------------------------------------------------------- dense
 @pytest.mark.slow
-@pytest.mark.parametrize("memory", [1 << 30, 3000])
-@pytest.mark.parametrize("hidden", [0, 8])
+@pytest.mark.parametrize(("hidden", "memory"), [(0, 1 << 30), (8, 3000)])
 def test_heads_with_and_without_views_in_one_bank_are_as_alone(hidden: int, memory: int) -> None:
     from pipeline.bank import BankHead, BankSpec, predict, train_rows
 
@@ -305,6 +311,7 @@ def test_keras_sees_the_batches_of_the_bank(views: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path: Path) -> None:
     from pipeline import fitting
     from pipeline.sweep_file import SweepFile, SweepHead
@@ -326,7 +333,7 @@ def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path:
         patch.setattr(
             fitting, "train_rows", lambda spec, heads, *a, **k: banks.append(len(heads)) or train(spec, heads, *a, **k)
         )
-        swept = run_sweep([store], sweep, runs=tmp_path / "sweep", jobs=2, folds=3)
+        swept = run_sweep([store], sweep, runs=tmp_path / "sweep", jobs=1, folds=2)
     assert banks[0] == 2
     assert (swept.trained, swept.failed) == (4, [])
     fast: dict[str, Any] = {"epochs": 5, "learning_rate": 0.03}
@@ -348,6 +355,7 @@ def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
 def test_a_draw_from_pieces_is_a_run_like_any_other(tmp_path: Path) -> None:
     store = make_views(rows=600, gap=2.5)
     params = {"epochs": 6, "learning_rate": 0.01, "batch_size": 8}
@@ -355,7 +363,7 @@ def test_a_draw_from_pieces_is_a_run_like_any_other(tmp_path: Path) -> None:
     for name, own in cases.items():
         left, whole = (
             train_head(store, name, runs=tmp_path / str(memory), params=own, memory=memory)
-            for memory in (9000, 1 << 30)
+            for memory in (12_000, 1 << 30)
         )
         assert (left.streamed, whole.streamed) == (True, False)
         assert left.run_id == whole.run_id

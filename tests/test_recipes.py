@@ -13,14 +13,14 @@ from helpers import listing, paint_folder
 
 from features.store import FeatureStore
 from pipeline.cli import main
-from pipeline.experiments import read_experiment, recipe_names
+from pipeline.experiments import _name_in_a_folder, read_experiment, recipe_names
 from pipeline.runs import Run
 
 CATS_DOGS, FLOWERS = "images/cats_and_dogs_filtered", "images/flowers17"
 MOBILENET, VGG = "weights/mobilenet_v2_1.0_224_no_top.weights.h5", "weights/vgg16_no_top.weights.h5"
 
 
-def cook(capsys: pytest.CaptureFixture[str], *arguments: object) -> dict[str, dict[str, dict[str, Any]]]:
+def cook(capsys: pytest.CaptureFixture[str], *arguments: Any) -> dict[str, dict[str, dict[str, Any]]]:
     """A recipe with 64 images and two epochs: way -> step -> its line."""
     typed = ["recipe", *map(str, arguments), "--limit", "64", "--epochs", "2", "--json"]
     assert main(typed) == 0, capsys.readouterr().err
@@ -60,7 +60,7 @@ def predicted(line: dict[str, Any]) -> list[dict[str, str]]:
 @pytest.mark.slow
 def test_mobilenetv2_cats_dogs(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = ("mobilenetv2-cats-dogs", assets / CATS_DOGS, "--out", tmp_path / "out", "--image-size", 96)
-    typed = (*typed, "--weights", assets / MOBILENET)
+    typed += ("--weights", assets / MOBILENET)  # type: ignore[assignment]
     ways = cook(capsys, *typed)
     assert {way: list(steps) for way, steps in ways.items()} == {
         "published": ["1 extract", "2 train_head", "3 finetune", "4 finetune"],
@@ -162,7 +162,7 @@ def test_resnet_recipes(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     pixels = np.clip(generator.normal(128, 30, (60, 32, 32, 3)) + 50 * (labels - 1)[:, None, None, None], 0, 255)
     pixels, column = pixels.astype(np.uint8), labels[:, None]
     parts = {"x_train": pixels[:48], "y_train": column[:48], "x_test": pixels[48:], "y_test": column[48:]}
-    np.savez(tmp_path / "cifar.npz", **parts)
+    np.savez(tmp_path / "cifar.npz", **parts)  # type: ignore[arg-type]
     ways = cook(capsys, "resnet-cifar10", tmp_path / "cifar.npz", "--out", tmp_path / "cifar", *small)
     assert list(ways) == ["random-crops", "mild-crops"]
     for steps in ways.values():
@@ -258,6 +258,14 @@ def test_unknown_recipes_ways_and_options(photos: Path, capsys: pytest.CaptureFi
         "has the classes cat, dog, owl; this recipe is about daffodil and colts_foot, or any 2"
         in capsys.readouterr().err
     )
+
+
+def test_copies_keep_their_names_and_stay_in_their_folder() -> None:
+    for name, expected in (("cats/1.jpg", "cats/1.jpg"), ("x_train/000007", "x_train/000007.png")):
+        assert _name_in_a_folder(name) == expected
+    for name in ("/photos/1.jpg", "../1.jpg", "a/../../1.jpg"):
+        folder, file = _name_in_a_folder(name).split("/")
+        assert (len(folder), file) == (16, "1.jpg")
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:

@@ -127,7 +127,7 @@ def extract(
         "strict": strict,
     }
     if dry_run:
-        document = stage.plan(images, out, **options)
+        document = stage.plan(images, out, cluster=cluster, **options)
         print_document(document, as_json, stage.plan_summary(document))
         return
     with ConsoleProgress() as progress:

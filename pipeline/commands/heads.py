@@ -66,6 +66,7 @@ def train_head(
     """Stage two: train a head, or a sweep of heads, on cached features."""
     from features.store import FeatureStore
     from pipeline import train_head as stage
+    from pipeline.board import check_choice
     from pipeline.costs import parse_memory
     from pipeline.leakage import warn_near_duplicates
     from pipeline.progress import ConsoleProgress
@@ -79,6 +80,8 @@ def train_head(
         return stage.add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
 
     budget = None if memory is None else parse_memory(memory)
+    if choose is not None:
+        check_choice(choose)
     stores = [FeatureStore.open(file) for file in files]
     names = data_set or []
     _refuse_slips(head, heads, pool, parse_params(param or []))
@@ -89,8 +92,11 @@ def train_head(
     creatable_folder(runs)
     if tensorboard is not None:
         require_tensorboard()
-    for store in stores:
-        warn_near_duplicates(store, names)
+
+    def ready() -> None:
+        for store in stores:
+            warn_near_duplicates(store, names)
+
     if heads is None and len(stores) == 1 and len(names) < 2 and not folds and cluster is None:
         with ConsoleProgress() as progress:
             result = stage.train_head(
@@ -103,6 +109,7 @@ def train_head(
                 params=parse_params(param or []),
                 memory=budget,
                 test=test,
+                ready=ready,
                 progress=progress,
             )
         metrics = finish(result.folder)
@@ -143,6 +150,7 @@ def train_head(
             choose=choose,
             test=test,
             where=str(heads or "--head"),
+            ready=ready,
             progress=progress,
         )
     for run_id in swept.runs if tensorboard is not None or average_views else ():

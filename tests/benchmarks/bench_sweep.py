@@ -220,8 +220,8 @@ def memory(folder: Path) -> dict[str, Any]:
         make_head("dense", classes=classes, epochs=1, batch_size=256, learning_rate=10.0**-k) for k in range(1, 5)
     ]
     bank[0].warm_up()
-    fit_together([head.fresh() for head in bank], few, 1 << 30)
-    found["bank"] = growth(lambda: fit_together(bank, whole[0], 1 << 30), lambda: [os.getpid()])
+    fit_together([head.fresh() for head in bank], few)
+    found["bank"] = growth(lambda: fit_together(bank, whole[0]), lambda: [os.getpid()])
     return {name: round(grown / (4 * rows * columns), 3) for name, grown in found.items()}
 
 
