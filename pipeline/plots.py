@@ -39,6 +39,8 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.5,
 }
 
+MOST_CLASSES = 1000  # of a confusion matrix: with more a class is less than a pixel
+
 
 def plot_run(
     folder: Path, history: History, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
@@ -48,7 +50,7 @@ def plot_run(
     Parameters
     ----------
     folder : Path
-        Made here; gets ``confusion.png`` and ``learning.png``.
+        Made here; gets ``confusion.png`` (up to `MOST_CLASSES` classes) and ``learning.png``.
     history : dict of str to list of float
         Columns of ``history.csv``.
     labels : int32, (n,)
@@ -62,8 +64,9 @@ def plot_run(
 
     folder.mkdir()
     with matplotlib.rc_context(STYLE):
-        table = confusion(labels, probabilities.argmax(axis=1), len(classes))
-        _confusion(table, classes).savefig(folder / "confusion.png", dpi=DPI)
+        if len(classes) <= MOST_CLASSES:
+            table = confusion(labels, probabilities.argmax(axis=1), len(classes))
+            _confusion(table, classes).savefig(folder / "confusion.png", dpi=DPI)
         if "epoch" in history:
             _learning(history).savefig(folder / "learning.png", dpi=DPI)
 

@@ -81,3 +81,10 @@ def test_plots_are_as_wide_as_a_column_or_a_page(tmp_path: Path, classes: int, i
 def test_a_head_without_epochs_has_no_curves(tmp_path: Path) -> None:
     plot_run(tmp_path / "plots", {"C": [1.0]}, np.array([0, 1]), np.eye(2), ("a", "b"))
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["confusion.png"]
+
+
+def test_so_many_classes_have_no_matrix(tmp_path: Path) -> None:
+    count = 5000  # a table of 200 MB, and a picture of nothing
+    names = tuple(map(str, range(count)))
+    plot_run(tmp_path / "plots", {"C": [1.0]}, np.array([0, 1]), np.eye(2, count), names)
+    assert not list((tmp_path / "plots").iterdir())
