@@ -487,7 +487,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     for name in ("pipe.h5", "folder.h5", "null.h5"):
         command = [sys.executable, "-c", code, str(tmp_path / name)]
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=20, check=True)
-        assert f"{tmp_path / name}: not a feature store, but a folder, a pipe or a device" in done.stdout
+        assert f"{tmp_path / name}: not a feature store, but a pipe or a device" in done.stdout
     (tmp_path / "loop.h5").symlink_to("loop.h5")
     (tmp_path / "nothing.h5").symlink_to("missing")
     (tmp_path / "empty.h5").touch()
