@@ -227,7 +227,7 @@ class HeadFile(Settings):
 
 
 class Scores(Settings):
-    """Scores of one split, as ``pipeline.metrics.evaluate`` gives them."""
+    """Scores of one split, as ``pipeline.runs.metrics.evaluate`` gives them."""
 
     accuracy: Share
     accuracy_interval: tuple[Share, Share]

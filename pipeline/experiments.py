@@ -25,12 +25,12 @@ from features.splits import SPLITS
 from features.store import FeatureStore
 from pipeline import extract, finetune, predict
 from pipeline.config import Settings, Share, load_yaml, parse
-from pipeline.heads import find_preset
-from pipeline.runs import Run
-from pipeline.sweep_file import expand, single
-from pipeline.sweeps import run_sweep
+from pipeline.heads.presets import find_preset
+from pipeline.runs.folder import Run
+from pipeline.sweeps.sweep import run_sweep
+from pipeline.sweeps.sweep_file import expand, single
 from pipeline.tables import table_text
-from pipeline.tuning import settings_of
+from pipeline.tuning.settings import settings_of
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]

@@ -36,15 +36,15 @@ from features.networks import Network
 from features.openvino_engine import reference_images
 from features.recipe import Recipe
 from features.sources import scan
-from pipeline.artefacts import Card, full_pixels, write_card
-from pipeline.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
-from pipeline.endtoend import network_of
-from pipeline.formats import INPUT, Format, convert, find_format
-from pipeline.head import Head
-from pipeline.notes import environment
-from pipeline.parity import largest_gap
-from pipeline.resizing import longest_side
-from pipeline.runs import choose_run
+from pipeline.exporting.artefacts import Card, full_pixels, write_card
+from pipeline.exporting.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
+from pipeline.exporting.formats import INPUT, Format, convert, find_format
+from pipeline.exporting.resizing import longest_side
+from pipeline.heads.head import Head
+from pipeline.runs.folder import choose_run
+from pipeline.runs.notes import environment
+from pipeline.tuning.endtoend import network_of
+from pipeline.tuning.parity import largest_gap
 
 logger = logging.getLogger(__name__)
 Progress = Callable[[str, int, int], None]
@@ -238,7 +238,7 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.artefacts", str(path), str(images), str(out)],
+        [sys.executable, "-m", "pipeline.exporting.artefacts", str(path), str(images), str(out)],
         env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "2"},
         capture_output=True,
         text=True,

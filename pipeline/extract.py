@@ -19,7 +19,7 @@ COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
 def plan(images: str, out: Path, *, cluster: str | None = None, **options: Any) -> dict[str, Any]:
     """What an extraction would do, as one document. Writes nothing; no cluster is asked, and the forecast is of this machine."""
     if cluster is not None:
-        from pipeline.cluster_connection import parse_cluster
+        from pipeline.cluster.connection import parse_cluster
 
         parse_cluster(cluster)
     extraction = prepare(images, out, **options)
@@ -71,7 +71,7 @@ def run(
 ) -> dict[str, Any]:
     """Bring a store up to date and describe it, as one document; ``cluster`` says which workers make its shards."""
     if cluster is not None:
-        from pipeline.cluster import ClusterShards
+        from pipeline.cluster.run import ClusterShards
 
         engine, threads = options.get("engine", "auto"), options.get("workers")
         options["run_shards"] = ClusterShards(cluster, engine=engine, threads=threads)

@@ -26,15 +26,15 @@ from features.machine import processors
 from features.recipe import PixelRule, digest_of
 from features.sources import ImageSet, is_manifest, scan
 from features.splits import SplitRule
-from pipeline.cached import CachedCut, CachedFeatures, data_of, open_cut
-from pipeline.checkpoints import Checkpoint, checkpoint_path
-from pipeline.endtoend import network_of, split_for_training, trunk_function, untrained_head
-from pipeline.head import Progress
-from pipeline.inputs import Data, Inputs, KeptFeatures, LiveViews, Trunk, read_data
-from pipeline.parity import Gate, Job
-from pipeline.runs import Predictions, Run, is_finished, newest_run, write_run
-from pipeline.training import Tail, train
-from pipeline.tuning import TuningSettings, settings_of
+from pipeline.heads.head import Progress
+from pipeline.runs.folder import Predictions, Run, is_finished, newest_run, write_run
+from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
+from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
+from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
+from pipeline.tuning.inputs import Data, Inputs, KeptFeatures, LiveViews, Trunk, read_data
+from pipeline.tuning.parity import Gate, Job
+from pipeline.tuning.settings import TuningSettings, settings_of
+from pipeline.tuning.training import Tail, train
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def finetune(
     progress : callable, optional
         Called with ``(stage, done, total)``.
     **settings
-        Fields of `pipeline.tuning.TuningSettings`: ``unfreeze``, ``bn``, ``epochs``, ``augment``, ...
+        Fields of `pipeline.tuning.settings.TuningSettings`: ``unfreeze``, ``bn``, ``epochs``, ``augment``, ...
 
     Returns
     -------
@@ -214,7 +214,7 @@ def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
     """What logs a run's history for TensorBoard; nothing where no folder is given. A missing package is said at once."""
     if folder is None:
         return lambda run_folder: None
-    from pipeline.tensorboard import log_run, require_tensorboard
+    from pipeline.runs.tensorboard import log_run, require_tensorboard
 
     require_tensorboard()
     return functools.partial(log_run, Path(folder))

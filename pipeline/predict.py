@@ -33,12 +33,12 @@ from features.images import read_bytes
 from features.machine import processors
 from features.shards import ahead
 from features.sources import scan
-from pipeline.artefacts import is_artefact, open_artefact
-from pipeline.grids import PredictedImage, check_picture, prediction_grid
+from pipeline.exporting.artefacts import is_artefact, open_artefact
 from pipeline.outputs import files_of, output_file, refuse_overwriting
-from pipeline.prediction_files import Prediction, Rows, choose_format, destination
-from pipeline.predictors import ArtefactModel, Model, RunModel
-from pipeline.runs import FILES, Run, choose_run
+from pipeline.predicting.files import Prediction, Rows, choose_format, destination
+from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
+from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
+from pipeline.runs.folder import FILES, Run, choose_run
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)

@@ -17,8 +17,8 @@ from features.files import printable
 from features.recipe import PixelRule
 from features.sources import ImageSet, scan
 from features.views import decode_views
-from pipeline.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
 from pipeline.outputs import files_of, output_file, refuse_overwriting
+from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
 from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)

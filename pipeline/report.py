@@ -20,11 +20,11 @@ from typing import Any
 from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, printable
 from features.store import FeatureStore
-from pipeline.board import check_choice, leaderboard
-from pipeline.charts import interval_bar
 from pipeline.outputs import output_file
-from pipeline.report_run import Detail, describe_run
-from pipeline.runs import Run, find_runs, rank
+from pipeline.reporting.charts import interval_bar
+from pipeline.reporting.chosen import Detail, describe_run
+from pipeline.runs.board import check_choice, leaderboard
+from pipeline.runs.folder import Run, find_runs, rank
 from pipeline.tables import counted, shortened
 
 logger = logging.getLogger(__name__)

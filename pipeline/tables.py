@@ -55,7 +55,7 @@ def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> st
     Parameters
     ----------
     rows : sequence of mapping
-        Of `pipeline.runs.leaderboard`.
+        Of `pipeline.runs.folder.leaderboard`.
     most : int, optional
         Show so many of them, and the chosen one.
     """

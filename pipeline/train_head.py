@@ -1,6 +1,6 @@
 """Stage two: one head on cached features -> one run folder.
 
-store --`pipeline.gather`--> rows --`pipeline.fitting`--> head, probabilities --scores--> run folder
+store --`pipeline.heads.gather`--> rows --`pipeline.sweeps.fitting`--> head, probabilities --scores--> run folder
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Any
 
 from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
 from features.recipe import digest_of
-from pipeline.classifiers import SklearnHead
-from pipeline.costs import check_bytes, usable_memory
-from pipeline.fitting import Fitted, fit_head
-from pipeline.gather import Source, rows_for, train_groups
-from pipeline.head import Head, Progress
-from pipeline.heads import make_head, resolve_pool
-from pipeline.metrics import evaluate
-from pipeline.pooling import pooled_width
-from pipeline.prepared import group_codes
-from pipeline.runs import Predictions, Run, add_scores, is_finished, write_run
-from pipeline.selection import stratified_folds
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.costs import check_bytes, usable_memory
+from pipeline.heads.gather import Source, rows_for, train_groups
+from pipeline.heads.head import Head, Progress
+from pipeline.heads.pooling import pooled_width
+from pipeline.heads.prepared import group_codes
+from pipeline.heads.presets import make_head, resolve_pool
+from pipeline.runs.folder import Predictions, Run, add_scores, is_finished, write_run
+from pipeline.runs.metrics import evaluate
+from pipeline.sweeps.fitting import Fitted, fit_head
+from pipeline.sweeps.selection import stratified_folds
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +78,7 @@ def train_head(
     store : FeatureStore
         Cached features.
     head_name : str
-        Key of `pipeline.heads.PRESETS`.
+        Key of `pipeline.heads.presets.PRESETS`.
     runs : Path
         Folder of run folders.
     name : str, optional
@@ -157,7 +157,7 @@ def write_fitted(
     cv: Mapping[str, Any] | None = None,
     plots: bool = True,
 ) -> None:
-    """Score a trained head on validation and write its run folder; see `pipeline.runs.write_run`."""
+    """Score a trained head on validation and write its run folder; see `pipeline.runs.folder.write_run`."""
     head, rows = fitted.head, store.rows("validation")
     y = store.images.labels[rows]
     write_run(

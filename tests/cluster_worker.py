@@ -54,7 +54,8 @@ def dask_setup(worker: Any) -> None:
     from faults import NumpyNetwork
 
     from features import images, networks
-    from pipeline import cluster_plan, cluster_worker
+    from pipeline.cluster import plan as cluster_plan
+    from pipeline.cluster import worker as cluster_worker
 
     if fault("numpy"):
         networks.resolve_network = lambda *_, **__: _stranger(NumpyNetwork(fault("numpy")))  # type: ignore

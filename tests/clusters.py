@@ -17,7 +17,7 @@ from faults import ROOT, NumpyNetwork
 from features.extraction import Extraction, ExtractionResult
 from features.sources import scan
 from features.splits import SplitRule
-from pipeline.cluster import ClusterShards
+from pipeline.cluster.run import ClusterShards
 
 PRELOAD = "DASK_DISTRIBUTED__WORKER__PRELOAD"
 WIDTH = 64

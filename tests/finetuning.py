@@ -92,8 +92,8 @@ def weights_of_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a run, backbone and head, by name."""
     import keras
 
-    from pipeline.endtoend import network_of
-    from pipeline.runs import Run
+    from pipeline.runs.folder import Run
+    from pipeline.tuning.endtoend import network_of
 
     run = Run.open(folder)
     found = {

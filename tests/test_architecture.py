@@ -178,7 +178,7 @@ def test_no_pickle_and_no_print_in_the_packages() -> None:
 
 
 def test_of_joblib_only_its_processes_are_used() -> None:
-    tree = ast.parse((ROOT / "pipeline" / "workers.py").read_text())
+    tree = ast.parse((ROOT / "pipeline" / "sweeps" / "workers.py").read_text())
     names = [
         node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and ast.unparse(node.value) == "joblib"
     ]

@@ -16,7 +16,7 @@ from finetuning import TinyWorld, tiny_world, weights_of_run
 from helpers import ROOT, listing
 
 from features.errors import RunError, StoreError
-from pipeline.checkpoints import Checkpoint, State, checkpoint_path
+from pipeline.tuning.checkpoints import Checkpoint, State, checkpoint_path
 
 tiny = tiny_world
 CONFIGURATION = {"start": "dense-0123456789", "epochs": 3, "seed": 0}

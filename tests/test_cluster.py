@@ -30,14 +30,14 @@ from features.files import atomic_file, file_digest
 from features.running import MadeShard, Reconciliation
 from features.shards import KILLS_WORKER, PartsFolder, ShardRecord, ShardSpec, extract_shard
 from features.store import FeatureStore, parts_folder
-from pipeline import cluster as module
-from pipeline import cluster_connection as connection
-from pipeline import cluster_worker
-from pipeline.cluster import ClusterShards
-from pipeline.cluster_connection import check_workers, connected, parse_cluster, shares
-from pipeline.cluster_model import Worker, forecast_cluster
-from pipeline.cluster_plan import OpenPlan, PlanFile, Setting, ShardTask
-from pipeline.cluster_plan import differences as version_differences
+from pipeline.cluster import connection
+from pipeline.cluster import run as module
+from pipeline.cluster import worker as cluster_worker
+from pipeline.cluster.connection import check_workers, connected, parse_cluster, shares
+from pipeline.cluster.model import Worker, forecast_cluster
+from pipeline.cluster.plan import OpenPlan, PlanFile, Setting, ShardTask
+from pipeline.cluster.plan import differences as version_differences
+from pipeline.cluster.run import ClusterShards
 
 SHARD = 32
 SETTING = Setting("mobilenetv2", "imagenet", "auto", "auto", 32, None)

@@ -19,14 +19,14 @@ from features.images import decode_image
 from features.networks import Network, resolve_network
 from features.recipe import PixelRule
 from features.store import FeatureStore
-from pipeline.endtoend import network_of, probabilities_of, split_for_training, with_stored_statistics
 from pipeline.finetune import finetune
-from pipeline.heads import make_head
+from pipeline.heads.presets import make_head
 from pipeline.predict import predict
-from pipeline.runs import Run
+from pipeline.runs.folder import Run
 from pipeline.train_head import RunResult, train_head
-from pipeline.training import Tail
-from pipeline.tuning import TuningSettings
+from pipeline.tuning.endtoend import network_of, probabilities_of, split_for_training, with_stored_statistics
+from pipeline.tuning.settings import TuningSettings
+from pipeline.tuning.training import Tail
 
 pytestmark = pytest.mark.slow
 CATS_DOGS = "images/cats_and_dogs_filtered"

@@ -31,16 +31,16 @@ from features.errors import (
 from features.extraction import prepare
 from features.images import resize_image
 from features.recipe import PixelRule
-from pipeline.artefacts import Card, full_pixels, open_artefact, read_card, write_card
-from pipeline.assembled import assemble, folded
-from pipeline.endtoend import network_of
 from pipeline.export import Probe, export, predicted
-from pipeline.formats import FORMATS, convert, find_format
-from pipeline.heads import make_head
+from pipeline.exporting.artefacts import Card, full_pixels, open_artefact, read_card, write_card
+from pipeline.exporting.assembled import assemble, folded
+from pipeline.exporting.formats import FORMATS, convert, find_format
+from pipeline.exporting.resizing import check_rule, longest_side, resized
+from pipeline.heads.presets import make_head
 from pipeline.predict import predict
-from pipeline.resizing import check_rule, longest_side, resized
-from pipeline.runs import Run
+from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
+from pipeline.tuning.endtoend import network_of
 
 pytestmark = pytest.mark.slow
 # height, width: down, up, both, exact, tall (which Pillow 13 resizes height first), lines and single pixels

@@ -11,7 +11,7 @@ import pytest
 from finetuning import SIZE, TRAIN, TinyWorld, tiny_world, weights_of_run
 from helpers import listing
 
-import pipeline.runs
+import pipeline.runs.folder
 from features.backend import _is_news
 from features.errors import ConfigurationError, ParityError, RunError
 from features.recipe import digest_of
@@ -19,11 +19,11 @@ from features.store import FeatureStore
 from features.views import decode_views
 from pipeline import finetune as stage
 from pipeline.cli import main
-from pipeline.endtoend import PIXELS, network_of, split_for_training
-from pipeline.runs import Run, read_predictions
+from pipeline.runs.folder import Run, read_predictions
 from pipeline.train_head import train_head
-from pipeline.training import Tail
-from pipeline.tuning import TuningSettings, learning_rate, settings_of
+from pipeline.tuning.endtoend import PIXELS, network_of, split_for_training
+from pipeline.tuning.settings import TuningSettings, learning_rate, settings_of
+from pipeline.tuning.training import Tail
 
 tiny = tiny_world
 
@@ -318,8 +318,8 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
         layer.set_weights([value * 1.5 for value in layer.get_weights()])
         return saved
 
-    save_backbone = pipeline.runs._save_backbone
-    monkeypatch.setattr(pipeline.runs, "_save_backbone", saved_wrongly)
+    save_backbone = pipeline.runs.folder._save_backbone
+    monkeypatch.setattr(pipeline.runs.folder, "_save_backbone", saved_wrongly)
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'")
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'", from_cache=cache)
     assert all(name.endswith(".checkpoint") for name in listing(tmp_path / "runs"))

@@ -16,11 +16,11 @@ from test_endtoend import some_cats_and_dogs, weights_of
 
 from features.errors import ConfigurationError, RunError
 from features.extraction import prepare
-from pipeline.cached import drawn_views
 from pipeline.finetune import finetune
-from pipeline.runs import Run
+from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
-from pipeline.training import Tail
+from pipeline.tuning.cached import drawn_views
+from pipeline.tuning.training import Tail
 
 tiny = tiny_world
 STEPS = {"epochs": 4, "patience": 0, "learning_rate": 1e-4, "batch_size": 24}

@@ -14,7 +14,7 @@ from helpers import listing
 from test_streaming import write_store
 
 from pipeline.cli import main
-from pipeline.tensorboard import write_history
+from pipeline.runs.tensorboard import write_history
 
 # Trains, and reads event files with TensorBoard.
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]

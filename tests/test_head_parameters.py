@@ -10,10 +10,10 @@ import pytest
 from test_heads import blobs
 
 from features.errors import ConfigurationError, HeadError
-from pipeline.classifiers import SklearnHead
-from pipeline.dense import KerasHead
-from pipeline.heads import PRESETS, load_head, make_head
-from pipeline.metrics import evaluate
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.presets import PRESETS, load_head, make_head
+from pipeline.runs.metrics import evaluate
 
 FOREST = "sklearn.ensemble.RandomForestClassifier"
 BY_PATH: dict[str, dict[str, Any]] = {
@@ -169,7 +169,7 @@ def test_groups_reach_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
         seen.append(groups)
         return np.arange(len(y)) % count
 
-    monkeypatch.setattr("pipeline.classifiers.stratified_folds", folds)
+    monkeypatch.setattr("pipeline.heads.classifiers.stratified_folds", folds)
     X, y = blobs(40, 4, 2)
     make_head("logistic").fit(X, y, groups=["a", "b", "", ""] * 10)
     assert len(np.unique(seen[0])) == 22  # rows without a group are groups of their own
@@ -237,7 +237,7 @@ def test_dense_class_weights_help_the_rare_class(optimizer: str) -> None:
 @pytest.mark.slow
 def test_a_head_alone_is_a_bank_of_one() -> None:
     """`make_head(...).fit` gives the weights that the bank gives."""
-    from pipeline.bank import BankHead, BankSpec, train_bank
+    from pipeline.heads.bank import BankHead, BankSpec, train_bank
 
     X, y = blobs(200, 6, 3)
     head = make_head("dense", dropout=0.3, weight_decay=1e-2, epochs=4, order_seed=3, seed=2)

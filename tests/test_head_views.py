@@ -12,15 +12,15 @@ from helpers import recipe
 from test_train_head import Images, Store
 
 from features.errors import ConfigurationError
-from pipeline.classifiers import SklearnHead
-from pipeline.costs import fit_bytes
-from pipeline.fitting import cross_validate
-from pipeline.gather import Source
-from pipeline.heads import make_head
-from pipeline.metrics import evaluate
-from pipeline.prepared import ArrayRows, Prepared, drawn_views
-from pipeline.runs import Run
-from pipeline.streaming import FeatureStream
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.costs import fit_bytes
+from pipeline.heads.gather import Source
+from pipeline.heads.prepared import ArrayRows, Prepared, drawn_views
+from pipeline.heads.presets import make_head
+from pipeline.heads.streaming import FeatureStream
+from pipeline.runs.folder import Run
+from pipeline.runs.metrics import evaluate
+from pipeline.sweeps.fitting import cross_validate
 from pipeline.train_head import add_averaged, identity, needs_views, train_head
 
 BOTH = (False, True)
@@ -263,7 +263,7 @@ def test_a_run_says_its_views_and_what_averaging_them_scores(tmp_path: Path) -> 
 @pytest.mark.slow
 @pytest.mark.parametrize(("hidden", "memory"), [(0, 1 << 30), (8, 3000)])
 def test_heads_with_and_without_views_in_one_bank_are_as_alone(hidden: int, memory: int) -> None:
-    from pipeline.bank import BankHead, BankSpec, predict, train_rows
+    from pipeline.heads.bank import BankHead, BankSpec, predict, train_rows
 
     store = make_views(rows=300)
     data = prepared(store, memory=memory)
@@ -294,9 +294,9 @@ def test_heads_with_and_without_views_in_one_bank_are_as_alone(hidden: int, memo
 @pytest.mark.slow
 @pytest.mark.parametrize("views", ["draw", "plain"])
 def test_keras_sees_the_batches_of_the_bank(views: str) -> None:
-    from pipeline.bank import train_rows
-    from pipeline.dense import KerasHead
-    from pipeline.keras_fit import fit_dense
+    from pipeline.heads.bank import train_rows
+    from pipeline.heads.dense import KerasHead
+    from pipeline.heads.keras_fit import fit_dense
 
     store = make_views(rows=300)
     data = prepared(store)
@@ -313,9 +313,9 @@ def test_keras_sees_the_batches_of_the_bank(views: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path: Path) -> None:
-    from pipeline import fitting
-    from pipeline.sweep_file import SweepFile, SweepHead
-    from pipeline.sweeps import run_sweep
+    from pipeline.sweeps import fitting
+    from pipeline.sweeps.sweep import run_sweep
+    from pipeline.sweeps.sweep_file import SweepFile, SweepHead
 
     store = make_views()
     grid = {"views": ["draw", "plain"], "epochs": [5], "learning_rate": [0.03]}

@@ -11,13 +11,13 @@ import pytest
 from helpers import listing
 
 from features.errors import ConfigurationError, FormatVersionError, HeadError
-from pipeline.classifiers import CLASSIFIERS, SklearnHead, climb, row_space
-from pipeline.dense import KerasHead
-from pipeline.heads import PRESETS, Head, load_head, make_head, resolve_pool
-from pipeline.metrics import evaluate, softmax
-from pipeline.persistence import TRUSTED_TYPES
-from pipeline.pooling import pool_features
-from pipeline.selection import stratified_folds
+from pipeline.heads.classifiers import CLASSIFIERS, SklearnHead, climb, row_space
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.persistence import TRUSTED_TYPES
+from pipeline.heads.pooling import pool_features
+from pipeline.heads.presets import PRESETS, Head, load_head, make_head, resolve_pool
+from pipeline.runs.metrics import evaluate, softmax
+from pipeline.sweeps.selection import stratified_folds
 
 SKLEARN = ["logistic", "ridge", "linear-svm", "sgd", "lda", "knn"]
 LINEAR = ["logistic", "ridge", "linear-svm", "sgd", "lda"]
@@ -78,7 +78,7 @@ def test_float16_is_averaged_in_float32() -> None:
 def test_pooling_in_pieces_is_the_same_and_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     X = np.random.default_rng(0).normal(size=(7, 3)).astype(np.float32)
     whole = pool_features(X, "none")
-    monkeypatch.setattr("pipeline.pooling.CHUNK_BYTES", 24)  # two rows
+    monkeypatch.setattr("pipeline.heads.pooling.CHUNK_BYTES", 24)  # two rows
     assert (pool_features(X, "none") == whole).all()
     assert not np.shares_memory(whole, X)
 
@@ -150,7 +150,7 @@ def test_folds_keep_every_class_in_every_training_part() -> None:
 
 
 def test_folds_of_many_rows_use_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.selection.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.sweeps.selection.SEARCH_ROWS", 100)
     y = np.repeat([0, 1], [900, 100])
     folds = stratified_folds(y, 5, seed=0)
     assert [(folds[y == k] >= 0).sum() for k in (0, 1)] == [90, 10]

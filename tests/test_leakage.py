@@ -11,8 +11,8 @@ from test_streaming import write_store
 
 from features.errors import ConfigurationError
 from features.store import FeatureStore
-from pipeline import leakage
-from pipeline.leakage import THRESHOLD, near_duplicates
+from pipeline.sweeps import leakage
+from pipeline.sweeps.leakage import THRESHOLD, near_duplicates
 
 
 def near(vector: np.ndarray, cosine: float, generator: np.random.Generator) -> np.ndarray:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from pipeline.plots import BLUE, DPI, EMPTY, INK, VERMILLION, ink_on, plot_run, shades
+from pipeline.runs.plots import BLUE, DPI, EMPTY, INK, VERMILLION, ink_on, plot_run, shades
 
 # Machado et al., A Physiologically-based Model for Simulation of Color Vision Deficiency, 2009, severity 1, linear RGB
 DEUTERANOPIA = np.array(

@@ -32,12 +32,12 @@ from features.images import decode_image, read_bytes
 from features.recipe import PixelRule
 from features.views import decode_views
 from pipeline.cli import main
-from pipeline.endtoend import network_of
-from pipeline.grids import PredictedImage, prediction_grid
 from pipeline.predict import Gallery, Item, predict, predictions, summary
-from pipeline.prediction_files import Prediction, Rows
-from pipeline.runs import Run
+from pipeline.predicting.files import Prediction, Rows
+from pipeline.reporting.grids import PredictedImage, prediction_grid
+from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
+from pipeline.tuning.endtoend import network_of
 
 CLASSES = ("ape", "bee", "file")
 PAINT = {"red": (200, 30, 20), "green": (0, 255, 0), "blue": (10, 20, 220), "grey": (80, 80, 80)}

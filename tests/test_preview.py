@@ -17,7 +17,8 @@ from features.images import decode_image
 from features.recipe import PixelRule
 from features.sources import scan
 from features.views import decode_views
-from pipeline.grids import (
+from pipeline.preview import preview, sample_images, summary
+from pipeline.reporting.grids import (
     FRAME,
     GAP,
     LEAST_SIDE,
@@ -29,7 +30,6 @@ from pipeline.grids import (
     prediction_grid,
     shortened,
 )
-from pipeline.preview import preview, sample_images, summary
 
 SIZE = 120
 

@@ -14,7 +14,7 @@ from helpers import listing, paint_folder
 from features.store import FeatureStore
 from pipeline.cli import main
 from pipeline.experiments import _name_in_a_folder, read_experiment, recipe_names
-from pipeline.runs import Run
+from pipeline.runs.folder import Run
 
 CATS_DOGS, FLOWERS = "images/cats_and_dogs_filtered", "images/flowers17"
 MOBILENET, VGG = "weights/mobilenet_v2_1.0_224_no_top.weights.h5", "weights/vgg16_no_top.weights.h5"

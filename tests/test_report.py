@@ -22,14 +22,15 @@ from PIL import Image
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, RunError
 from features.store import FeatureStore
-from pipeline import charts, report_data
 from pipeline.config import LogisticParameters
-from pipeline.metrics import calibration_error, evaluate
 from pipeline.report import make_report, summary
-from pipeline.report_data import Rows
-from pipeline.reproduce import commands
-from pipeline.runs import Predictions, Run, write_run
-from pipeline.thumbnails import Pictures
+from pipeline.reporting import charts
+from pipeline.reporting import data as report_data
+from pipeline.reporting.data import Rows
+from pipeline.reporting.reproduce import commands
+from pipeline.reporting.thumbnails import Pictures
+from pipeline.runs.folder import Predictions, Run, write_run
+from pipeline.runs.metrics import calibration_error, evaluate
 from pipeline.train_head import describe_features
 
 HOSTILE = '"><script>window.hacked=1</script>'

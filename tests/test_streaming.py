@@ -19,12 +19,12 @@ from features.errors import ConfigurationError, HeadError, IntegrityError
 from features.layout import FeatureSpec, ImageTable, Quarantine
 from features.store import FeatureStore
 from features.writer import StoreWriter
-from pipeline.metrics import fit_temperature
-from pipeline.pooling import column_statistics, pool_features
-from pipeline.runs import Run
-from pipeline.streaming import FeatureStream, fit_sgd_streaming
-from pipeline.sweep_file import SweepFile, SweepHead
-from pipeline.sweeps import run_sweep
+from pipeline.heads.pooling import column_statistics, pool_features
+from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
+from pipeline.runs.folder import Run
+from pipeline.runs.metrics import fit_temperature
+from pipeline.sweeps.sweep import run_sweep
+from pipeline.sweeps.sweep_file import SweepFile, SweepHead
 from pipeline.train_head import train_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]  # stores of tens of megabytes
@@ -394,7 +394,7 @@ def test_a_penalty_is_searched_on_some_rows(store: FeatureStore, tmp_path: Path)
 
 
 def test_heads_of_a_bank_are_trained_from_pieces_as_alone(small: FeatureStore) -> None:
-    from pipeline.bank import BankHead, BankSpec, train_rows
+    from pipeline.heads.bank import BankHead, BankSpec, train_rows
 
     train, validation = standardised(small, 150_000)
     spec = BankSpec(6, epochs=3, batch_size=20)
@@ -417,7 +417,7 @@ import json, re, sys
 from pathlib import Path
 from test_streaming import sgd, standardised
 from features.store import FeatureStore
-from pipeline.streaming import fit_sgd_streaming
+from pipeline.heads.streaming import fit_sgd_streaming
 
 def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024

@@ -21,19 +21,19 @@ from helpers import ROOT, extract, listing, paint_folder, recipe, run_pipeline
 from test_train_head import Store, make_store
 
 from features.errors import ConfigurationError, HeadError, RunError
-from pipeline.board import leaderboard
-from pipeline.classifiers import SklearnHead
 from pipeline.cli import main
-from pipeline.costs import fit_bytes, parse_memory, shown
-from pipeline.fitting import cross_validate, fit_one
-from pipeline.heads import make_head
-from pipeline.prepared import ArrayRows, Prepared, prepare
-from pipeline.runs import Run, add_plots
-from pipeline.sweep_file import SweepFile, Trial, expand, read_sweep, single
-from pipeline.sweeps import run_sweep
-from pipeline.tensorboard import log_run
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.costs import fit_bytes, parse_memory, shown
+from pipeline.heads.prepared import ArrayRows, Prepared, prepare
+from pipeline.heads.presets import make_head
+from pipeline.runs.board import leaderboard
+from pipeline.runs.folder import Run, add_plots
+from pipeline.runs.tensorboard import log_run
+from pipeline.sweeps.fitting import cross_validate, fit_one
+from pipeline.sweeps.sweep import run_sweep
+from pipeline.sweeps.sweep_file import SweepFile, Trial, expand, read_sweep, single
+from pipeline.sweeps.workers import in_parallel
 from pipeline.train_head import train_head
-from pipeline.workers import in_parallel
 
 CS = [0.001, 0.1, 10.0]
 FAST = {"epochs": [3], "learning_rate": [0.01, 0.03]}
@@ -363,9 +363,9 @@ def test_workers_are_as_many_as_memory_allows(tmp_path: Path, monkeypatch: pytes
         turns.append((jobs, [call[1].name for call in calls]))
         return in_parallel(function, calls, 1)
 
-    monkeypatch.setattr("pipeline.sweeps.in_parallel", recorded)
+    monkeypatch.setattr("pipeline.sweeps.sweep.in_parallel", recorded)
     needs = {"knn": 1000, "ridge": 4000, "lda": 20000}
-    monkeypatch.setattr("pipeline.costs.fit_bytes", lambda head, *_: needs[head.name])
+    monkeypatch.setattr("pipeline.heads.costs.fit_bytes", lambda head, *_: needs[head.name])
     heads = sweep(*({"head": name} for name in needs))
     result = run_sweep([make_store()], heads, runs=tmp_path, jobs=4, memory=10_000)
     assert turns == [(4, ["knn"]), (2, ["ridge"])]
@@ -411,8 +411,8 @@ def test_some_rows_of_an_array() -> None:
 def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import fitting
-    from pipeline.bank import train_rows
+    from pipeline.heads.bank import train_rows
+    from pipeline.sweeps import fitting
 
     banks = []
 

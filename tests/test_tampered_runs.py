@@ -18,10 +18,10 @@ import pytest
 from test_train_head import make_store
 
 from features.errors import BottleneckError
-from pipeline.board import leaderboard
-from pipeline.persistence import check_structures, load_estimator
+from pipeline.heads.persistence import check_structures, load_estimator
 from pipeline.predict import predict
-from pipeline.runs import Run, choose_run, read_predictions
+from pipeline.runs.board import leaderboard
+from pipeline.runs.folder import Run, choose_run, read_predictions
 from pipeline.train_head import train_head
 
 pytestmark = [

@@ -18,12 +18,12 @@ from helpers import listing, recipe
 
 from features.errors import ConfigurationError, HeadError, RunError
 from features.recipe import Recipe
-from pipeline.board import leaderboard
-from pipeline.classifiers import SklearnHead
 from pipeline.config import load_yaml
-from pipeline.heads import load_head
-from pipeline.metrics import evaluate
-from pipeline.runs import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run, write_run
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.presets import load_head
+from pipeline.runs.board import leaderboard
+from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run, write_run
+from pipeline.runs.metrics import evaluate
 from pipeline.train_head import train_head
 
 pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included

@@ -66,12 +66,12 @@ def train_head(
     """Stage two: train a head, or a sweep of heads, on cached features."""
     from features.store import FeatureStore
     from pipeline import train_head as stage
-    from pipeline.board import check_choice
-    from pipeline.costs import parse_memory
-    from pipeline.leakage import warn_near_duplicates
+    from pipeline.heads.costs import parse_memory
     from pipeline.progress import ConsoleProgress
-    from pipeline.runs import Run
-    from pipeline.tensorboard import log_run, require_tensorboard
+    from pipeline.runs.board import check_choice
+    from pipeline.runs.folder import Run
+    from pipeline.runs.tensorboard import log_run, require_tensorboard
+    from pipeline.sweeps.leakage import warn_near_duplicates
 
     def finish(run: Path) -> dict[str, Any]:
         """What is asked for beside training; the metrics then."""
@@ -125,8 +125,8 @@ def train_head(
         print_document(document, as_json, f"{result.folder}: {done}\n{metrics_lines(metrics)}")
         print_next("bottleneck", "leaderboard", runs)
         return
-    from pipeline.sweep_file import read_sweep, single
-    from pipeline.sweeps import result_document, run_sweep, summary
+    from pipeline.sweeps.sweep import result_document, run_sweep, summary
+    from pipeline.sweeps.sweep_file import read_sweep, single
 
     if heads is not None and (head or param or pool):
         raise ConfigurationError("--head, --param and --pool name one head, --heads a sweep; give one or the other")
@@ -136,7 +136,7 @@ def train_head(
     with contextlib.ExitStack() as stack:
         progress = stack.enter_context(ConsoleProgress())
         if cluster is not None:
-            from pipeline.cluster_connection import sweeping
+            from pipeline.cluster.connection import sweeping
 
             stack.enter_context(sweeping(cluster, runs))
         swept = run_sweep(
@@ -163,8 +163,8 @@ def train_head(
 
 def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params: dict[str, Any]) -> None:
     """Say that a name or value is wrong before features are read, which may take a while."""
-    from pipeline.heads import make_head
-    from pipeline.sweep_file import expand, read_sweep
+    from pipeline.heads.presets import make_head
+    from pipeline.sweeps.sweep_file import expand, read_sweep
 
     if heads is not None:
         expand(read_sweep(heads), str(heads))
@@ -182,7 +182,7 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """The table of runs, best first; an asterisk marks the one to choose."""
-    from pipeline.board import leaderboard as rows_of
+    from pipeline.runs.board import leaderboard as rows_of
     from pipeline.tables import board_text, csv_text
 
     rows = rows_of(runs, by=choose, folds=folds)

@@ -46,7 +46,7 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 def by_bank(case: dict[str, Any]) -> float:
     from features.backend import load_keras
-    from pipeline.bank import BankHead, BankSpec, train_bank
+    from pipeline.heads.bank import BankHead, BankSpec, train_bank
 
     load_keras()
     X, y = rows()

@@ -37,7 +37,7 @@ from features.extraction import Extraction, prepare  # noqa: E402
 from features.running import Work  # noqa: E402
 from features.shards import load_views  # noqa: E402
 from pipeline import cluster  # noqa: E402
-from pipeline.cluster_model import Worker, forecast_cluster  # noqa: E402
+from pipeline.cluster.model import Worker, forecast_cluster  # noqa: E402
 
 SIZE, BATCH = 160, 32
 HEADS = """

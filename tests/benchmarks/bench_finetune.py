@@ -32,12 +32,12 @@ import numpy as np  # noqa: E402
 from features.extraction import prepare as prepare_extraction  # noqa: E402
 from features.machine import processors  # noqa: E402
 from features.sources import scan  # noqa: E402
-from pipeline.endtoend import trunk_function  # noqa: E402
 from pipeline.finetune import make_inputs, prepare, read_rows  # noqa: E402
-from pipeline.runs import Run  # noqa: E402
+from pipeline.runs.folder import Run  # noqa: E402
 from pipeline.train_head import train_head  # noqa: E402
-from pipeline.training import Tail  # noqa: E402
-from pipeline.tuning import settings_of  # noqa: E402
+from pipeline.tuning.endtoend import trunk_function  # noqa: E402
+from pipeline.tuning.settings import settings_of  # noqa: E402
+from pipeline.tuning.training import Tail  # noqa: E402
 
 # backbone: weights, training images, ratio asked for
 CASES = {

@@ -185,10 +185,10 @@ def growth(act: Callable[[], Any], processes: Callable[[], list[int]]) -> int:
 
 
 def memory(folder: Path) -> dict[str, Any]:
-    from pipeline.fitting import fit_one, fit_together
-    from pipeline.heads import make_head
-    from pipeline.prepared import prepare
-    from pipeline.workers import in_parallel
+    from pipeline.heads.prepared import prepare
+    from pipeline.heads.presets import make_head
+    from pipeline.sweeps.fitting import fit_one, fit_together
+    from pipeline.sweeps.workers import in_parallel
 
     rows, columns, classes = 200_000, 1280, [str(k) for k in range(10)]
     path = folder / "rows.npy"

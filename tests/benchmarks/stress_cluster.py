@@ -32,7 +32,7 @@ from helpers import listing, paint_folder  # noqa: E402
 
 from features.errors import BottleneckError  # noqa: E402
 from features.store import FeatureStore  # noqa: E402
-from pipeline.cluster import ClusterShards  # noqa: E402
+from pipeline.cluster.run import ClusterShards  # noqa: E402
 
 WORKERS, SHARD = 3, 16
 TRIES = 20

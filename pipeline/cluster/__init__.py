@@ -1,0 +1,1 @@
+"""The same shards and sweeps on a Dask cluster."""

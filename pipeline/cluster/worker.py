@@ -1,0 +1,222 @@
+"""What runs in the worker processes: the same ``extract_shard`` as everywhere, with an engine that is kept warm.
+
+    task -> plan file -> spec -> extract_shard -> shard file on the shared path -> record
+
+Dask loads this module when it starts a worker of ``--cluster local:N``: a terminal's Ctrl-C goes to them too, but is meant for
+the command that asked for the work. Workers started otherwise need nothing of it before their first task.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import BottleneckError, ClusterError
+from features.machine import processors
+from features.recipe import Recipe
+from features.shards import Infer, ShardRecord, ShardSpec, extract_shard, find_shard
+from features.store import shard_path
+from pipeline.cluster.plan import OpenPlan, Setting, ShardTask, differences, versions
+
+PROCESSORS = "BOTTLENECK_PROCESSORS"  # of a worker of `--cluster local:N`: numbers with commas
+VISIBLE_SECONDS = 5.0  # a network file system may show a new file late
+TELLINGS = 8  # how often a worker tells of its progress in a shard, at most
+TELL_SECONDS = 1.0  # and how soon again
+
+_building = threading.Lock()
+
+
+def dask_setup(worker: Any) -> None:
+    """Called by Dask when a worker starts with this module as its preload."""
+    with contextlib.suppress(ValueError):  # not in the main thread
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    wanted = os.environ.get(PROCESSORS)
+    if wanted and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {int(number) for number in wanted.split(",")})
+
+
+def probe(path: str, token: str | None, theirs: Mapping[str, str], image: str | None) -> list[str]:
+    """What is wrong with this worker, as sentences; none if it can do the work.
+
+    Parameters
+    ----------
+    path : str
+        A file on the shared path, in the folder where results go.
+    token : str or None
+        What has to stand in it.
+    theirs : dict of str to str
+        Versions on the machine that asks.
+    image : str or None
+        An image that has to be there.
+    """
+    problems = []
+    wrong = differences(theirs, versions())
+    if wrong:
+        problems.append(f"has {', '.join(wrong)}. Install the same versions on every machine")
+    if not _seen(path, token):
+        problems.append(
+            f"cannot see {path}. Mount that folder at the same path on every machine, or give an --out that all share"
+        )
+    elif not os.access(os.path.dirname(path), os.W_OK | os.X_OK):
+        problems.append(f"may not write in {os.path.dirname(path)}. Give it the right to, or mount it writable")
+    if image is not None and not os.path.exists(image):
+        problems.append(f"cannot see the image {image}. Mount the images at the same path on every machine")
+    return problems
+
+
+def _seen(path: str, token: str | None) -> bool:
+    end = time.monotonic() + VISIBLE_SECONDS
+    while True:
+        with contextlib.suppress(OSError):
+            text = Path(path).read_text(errors="replace").partition("\n")[0]
+            return token is None or token in text
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.25)
+
+
+def make_shard(task: ShardTask) -> tuple[ShardRecord, str]:
+    """Make the shard of a task; its record, and the name of the engine.
+
+    One that lies there already, because a worker wrote it and was lost before it could say so, is taken as it is.
+    """
+    plan = _plan(task.plan, task.token)
+    spec, folder = plan.spec(task), plan.path.parent
+    path = shard_path(folder, spec.identity)
+    tell = _Teller(task.token, task.key)
+    if path.is_file() and (record := find_shard(path)) is not None:
+        return record, ""
+    setting = plan.setting
+    engine = _LateEngine(setting, tuple(recipe.plain for recipe in spec.recipes))
+    with ThreadPoolExecutor(setting.threads or processors(), "decode") as decoders:
+        record = extract_shard(
+            spec,
+            folder,
+            read=_reader(spec),
+            infer=engine,
+            decoders=decoders,
+            batch_size=setting.batch_size,
+            advance=functools.partial(tell, len(spec)),
+        )
+    return record, engine.name
+
+
+@functools.lru_cache(maxsize=4)
+def _plan(path: str, token: str) -> OpenPlan:
+    """The plan, once this process has shown that it can work on it. Workers that come late are checked here too."""
+    if not _seen(path, token):
+        raise ClusterError(f"worker on {socket.gethostname()} {probe(path, token, versions(), None)[0]}.")
+    plan = OpenPlan.open(Path(path), token)
+    wrong = probe(path, token, plan.versions, plan.image)
+    if wrong:
+        raise ClusterError(f"worker on {socket.gethostname()} {wrong[0]}.")
+    logging.getLogger("features.shards").setLevel(logging.ERROR)  # who asked for the work names unreadable images
+    return plan
+
+
+def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
+    reader = _archive_reader(spec.root) if os.path.isfile(spec.root) else None
+    if reader is not None:
+        return reader
+    from features.images import read_bytes
+
+    return lambda path: read_bytes(os.path.join(spec.root, path))
+
+
+@functools.lru_cache(maxsize=4)
+def _archive_reader(root: str) -> Callable[[str], bytes] | None:
+    """Reader of an archive or of arrays; None for a single image, which is a file in its folder."""
+    from features.sources import scan
+
+    return scan(root).reader
+
+
+class _LateEngine:
+    """The engine of a setting, built when the first batch comes; a worker of several threads shares it."""
+
+    def __init__(self, setting: Setting, recipes: tuple[Recipe, ...]) -> None:
+        self._setting, self._recipes = setting, recipes
+        self.name = ""
+
+    def __call__(self, batch: np.ndarray) -> Mapping[str, np.ndarray]:
+        with _building:
+            engine, lock = _engine(self._setting, self._recipes)
+        self.name = getattr(engine, "name", "function")
+        if getattr(engine, "concurrent", False):
+            return engine(batch)
+        with lock:
+            return engine(batch)
+
+
+@functools.lru_cache(maxsize=2)
+def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threading.Lock]:
+    """An engine, kept warm for the shards to come. The network is found by name here, and has to be the same one."""
+    from features import networks
+
+    first = recipes[0]
+    try:
+        network = networks.resolve_network(
+            setting.backbone,
+            weights=setting.weights,
+            layers=(first.layer,),
+            pooling=first.pooling,
+            image_size=(first.pixels.height, first.pixels.width),
+            resize=first.pixels.resize,
+            fit=first.pixels.fit,
+            dtype=first.dtype,
+            decode=first.pixels.decode,
+            engine=setting.engine,
+            precision=first.precision.partition(":")[0],
+            device=setting.device,
+        )
+        other = first.difference(network.recipes[0])
+        if other:
+            listed = ", ".join(f"{name}: {here} instead of {there}" for name, (there, here) in sorted(other.items()))
+            raise ClusterError(
+                f"another network is found there ({listed}). Give weights on the shared path with --weights, and "
+                "--engine where precision is not float32"
+            )
+        engine = network.engine(recipes, batch_size=setting.batch_size, device=setting.device)
+    except BottleneckError as error:
+        raise ClusterError(f"worker on {socket.gethostname()}: {error}") from error
+    return engine, threading.Lock()
+
+
+class _Teller:
+    """Tells the client how far a shard is: when it begins, and a few times while it is made."""
+
+    def __init__(self, token: str, key: str) -> None:
+        self._topic, self._key, self._done, self._said, self._when = topic_of(token), key, 0, 0, time.monotonic()
+        self._lock = threading.Lock()
+        self._send()
+
+    def __call__(self, total: int, more: int) -> None:
+        with self._lock:
+            self._done += more
+            enough = self._done - self._said >= total / TELLINGS and time.monotonic() - self._when >= TELL_SECONDS
+            if enough and self._done < total:
+                self._send()
+
+    def _send(self) -> None:
+        from distributed import get_worker
+
+        self._said, self._when = self._done, time.monotonic()
+        worker = get_worker()
+        worker.log_event(self._topic, {"key": self._key, "done": self._done, "worker": worker.address})
+
+
+def topic_of(token: str) -> str:
+    """Where progress of a run is told."""
+    return "bottleneck-" + token

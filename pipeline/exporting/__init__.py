@@ -1,0 +1,1 @@
+"""Export: one graph from pixels to probabilities, its formats, and what opens them again."""

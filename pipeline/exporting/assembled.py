@@ -1,0 +1,150 @@
+"""Backbone and head as one network, from pixels of any size to probabilities, and where it differs from the run's own."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from features.backbones import feature_model, preprocess
+from features.backend import load_keras
+from features.errors import HeadError
+from features.images import resize_image
+from features.networks import Network
+from features.recipe import Recipe
+from features.reference import relative_difference
+from pipeline.exporting.formats import INPUT
+from pipeline.exporting.resizing import check_rule, resized
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.head import Head
+from pipeline.runs.folder import Run
+from pipeline.tuning.parity import LAYER_TOLERANCE, first_difference
+
+logger = logging.getLogger(__name__)
+
+
+def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
+    """Pixels to probabilities as one functional model of Keras's own layers and operations: it opens without ours.
+
+    Parameters
+    ----------
+    network : Network
+        Backbone and weights.
+    recipe : Recipe
+        Pixels and features that the head takes.
+    head : KerasHead
+        Its scaler and temperature are folded into its first and last layer.
+
+    Returns
+    -------
+    keras.Model
+        uint8 (n, h, w, 3), any n, h, w -> float32 (n, c). Not trainable, so that BatchNorm keeps to its stored
+        statistics whatever it is told. Layers ``resized``, ``preprocessed`` and ``backbone`` are the stages.
+    """
+    keras = load_keras()
+    layers = keras.layers
+    features = _features(network, recipe)
+    images = keras.Input((None, None, 3), dtype="uint8", name=INPUT)
+    pixels = layers.Identity(dtype="float32", name="resized")(resized(images, recipe.pixels))
+    values = layers.Identity(dtype="float32", name="preprocessed")(preprocess(network.backbone)(pixels))
+    (values,) = _listed(features(values))
+    pools = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D, "flatten": layers.Flatten}
+    if head.pool in pools:
+        values = pools[head.pool](data_format="channels_last", name="pool")(values)
+    matrices = folded(head)
+    for number, (kernel, bias) in enumerate(matrices, 1):
+        last = number == len(matrices)
+        activation = "softmax" if last else head.parameters.activation
+        dense = layers.Dense(len(bias), activation, name="probabilities" if last else f"hidden_{number}")
+        values = dense(values)
+        dense.set_weights([kernel, bias])
+    model = keras.Model(images, values, name="pixels_to_probabilities")
+    model.trainable = False
+    model(keras.ops.zeros((1, 2, 2, 3), "uint8"), training=False)  # the ONNX converter wants one that was called
+    return model
+
+
+def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Kernel and bias of each layer of a head, with its scaler and temperature in them; one column per class.
+
+    Returns
+    -------
+    list of (float32 (d, u), float32 (u,))
+        Softmax of the last layer's output gives the probabilities.
+    """
+    parts = [np.asarray(part, np.float64) for part in head.weights]
+    pairs = list(zip(parts[::2], parts[1::2], strict=True))
+    kernel, bias = pairs[0]
+    kernel = kernel / head.std[:, None].astype(np.float64)
+    pairs[0] = kernel, bias - head.mean.astype(np.float64) @ kernel
+    kernel, bias = (part / head.temperature for part in pairs[-1])
+    if len(bias) == 1:  # one logit m of two classes is [0, m]
+        kernel, bias = np.hstack([np.zeros_like(kernel), kernel]), np.append(0.0, bias)
+    pairs[-1] = kernel, bias
+    return [(kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in pairs]
+
+
+def _features(network: Network, recipe: Recipe) -> Any:
+    model = feature_model(network.load(), [(recipe.layer, recipe.pooling)])
+    model.name = "backbone"
+    return model
+
+
+def as_network(head: Head) -> KerasHead:
+    """The head as dense layers; ``HeadError`` that says which heads can, if it cannot."""
+    try:
+        return head.as_dense()  # type: ignore[return-value]
+    except HeadError as error:
+        raise HeadError(
+            f"head {head.name!r} is neither linear nor a network, so it has no equal layers to export; heads that can be "
+            "exported: logistic, ridge, linear-svm, sgd, lda, and those of dense layers (dense, dropout-linear, mlp-256)"
+        ) from error
+
+
+def exact_recipe(run: Run) -> Recipe:
+    """The recipe in float32, if its pixels can be computed exactly in a graph."""
+    recipe = run.recipe
+    check_rule(recipe.pixels)
+    if recipe.precision == "float32":
+        return recipe
+    logger.warning("%s: features were computed in %s; the artefact computes in float32", run.folder, recipe.precision)
+    return dataclasses.replace(recipe, precision="float32")
+
+
+def first_stage_that_differs(model: Any, network: Network, recipe: Recipe, pixels: np.ndarray) -> str:
+    """Name of the first layer of an assembled model whose output differs from that of the run's own network.
+
+    Parameters
+    ----------
+    model : keras.Model
+        From `assemble`, perhaps saved and loaded again.
+    network, recipe
+        As there.
+    pixels : uint8, (h, w, 3), 0-255
+        One image.
+    """
+    keras = load_keras()
+    stages = keras.Model(model.inputs[0], [model.get_layer(name).output for name in ("resized", "preprocessed")])
+    grey, prepared = (keras.ops.convert_to_numpy(value) for value in outputs_of(stages, pixels[None]))
+    expected = resize_image(Image.fromarray(pixels), recipe.pixels)[None].astype(np.float32)
+    if relative_difference(grey, expected) > LAYER_TOLERANCE:
+        return "resized"
+    reference = keras.ops.convert_to_numpy(preprocess(network.backbone)(expected))
+    if relative_difference(prepared, reference) > LAYER_TOLERANCE:
+        return "preprocessed"
+    found = first_difference(model.get_layer("backbone"), _features(network, recipe), reference)
+    if found:
+        return found[0]
+    return next(layer.name for layer in model.layers if isinstance(layer, keras.layers.Dense))
+
+
+def outputs_of(model: Any, images: np.ndarray) -> list[Any]:
+    """Outputs of a model at inference, as a list."""
+    return _listed(model(load_keras().ops.convert_to_tensor(images), training=False))
+
+
+def _listed(outputs: Any) -> list[Any]:
+    return list(outputs) if isinstance(outputs, list | tuple) else [outputs]

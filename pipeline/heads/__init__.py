@@ -1,0 +1,1 @@
+"""Heads: one interface, its kinds, and how they are trained, alone or as a bank."""

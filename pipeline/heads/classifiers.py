@@ -1,0 +1,450 @@
+"""Heads that are scikit-learn classifiers: how each is fitted, searched and loaded again."""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import HeadError
+from pipeline.config import ClassifierParameters, DenseParameters, EstimatorParameters
+from pipeline.heads.dense import DENSE, KerasHead
+from pipeline.heads.estimators import find_class, make_estimator
+from pipeline.heads.head import Head, History, Progress, check_finite, two_columns
+from pipeline.heads.persistence import load_estimator, save_estimator
+from pipeline.heads.pooling import CHUNK_BYTES
+from pipeline.heads.prepared import ArrayRows, Prepared
+from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
+from pipeline.runs.metrics import balanced_weights, brier_score, confusion, fit_temperature, log_loss, softmax
+from pipeline.sweeps.selection import SEARCH_ROWS, stratified_folds
+
+SMALL = 1 << 24  # numbers in a feature matrix that is worth a float64 copy, and not worth threads
+# What scikit-learn raises for rows or parameters that a classifier cannot cope with.
+REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
+STREAMED = "sklearn.linear_model.SGDClassifier"  # what can be fitted piece by piece
+
+
+@dataclasses.dataclass(frozen=True)
+class Classifier:
+    """How a scikit-learn class is fitted.
+
+    Parameters
+    ----------
+    parameter : str
+        What cross-validation chooses.
+    values : tuple
+        Where it climbs, three powers of ten (least, start, greatest), between which the best half decade is looked for.
+        Else: the values to compare.
+    climbs : bool
+        The score has one valley.
+    linear : bool
+        ``coef_ X + intercept_`` gives the margins.
+    margins : bool
+        The margins are not log odds: a temperature is fitted on out-of-fold margins.
+    spanned : bool
+        The penalty is L2, so that the solution lies in the span of the rows.
+    fixed, search : mapping
+        Further arguments; those of ``search`` hold only while values are compared.
+    """
+
+    parameter: str
+    values: tuple[Any, ...]
+    climbs: bool = True
+    linear: bool = True
+    margins: bool = True
+    spanned: bool = True
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+CLASSIFIERS = {
+    # Searched with the tolerance of the last fit: stopping earlier is a penalty too, and would mislead the choice.
+    "sklearn.linear_model.LogisticRegression": Classifier("C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}),
+    "sklearn.linear_model.RidgeClassifier": Classifier("alpha", (-2, 3, 7)),
+    "sklearn.svm.LinearSVC": Classifier("C", (-7, -4, 2), fixed={"dual": True}, search={"tol": 1e-2}),
+    "sklearn.linear_model.SGDClassifier": Classifier(
+        "alpha", (-6, -2, 2), spanned=False, fixed={"loss": "log_loss", "average": True}
+    ),
+    "sklearn.discriminant_analysis.LinearDiscriminantAnalysis": Classifier(
+        "shrinkage",
+        (0.01, 0.03, 0.1, 0.3, 0.6, 0.9),
+        climbs=False,
+        margins=False,
+        spanned=False,
+        fixed={"solver": "lsqr"},
+    ),
+    "sklearn.neighbors.KNeighborsClassifier": Classifier(
+        "n_neighbors",
+        (1, 3, 5, 7, 11, 15, 21, 31),
+        climbs=False,
+        linear=False,
+        margins=False,
+        spanned=False,
+        fixed={"algorithm": "brute"},
+    ),
+}
+_OTHER = Classifier("", (), climbs=False, linear=False, margins=False, spanned=False)
+# What a fit leaves behind and prediction does not need: the covariance is (d, d).
+_LEFT_BEHIND = ("covariance_",)
+
+
+class SklearnHead(Head):
+    """A scikit-learn classifier on pooled, standardised features, perhaps after a projection on principal components."""
+
+    parameters: ClassifierParameters
+    files = ("head.json", "head.skops")
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self.estimator: Any = None
+        self.projection: Any = None  # a fitted PCA
+        self.row = CLASSIFIERS.get(self.kind, _OTHER)
+
+    def warm_up(self) -> None:
+        find_class(self.kind)
+
+    @property
+    def parameter_count(self) -> int | None:
+        return self.estimator.coef_.size + self._outputs if self.row.linear else None
+
+    @property
+    def margins(self) -> bool:
+        """Whether the outputs are margins that a temperature makes probabilities of."""
+        if self.row is not _OTHER:
+            return self.row.margins
+        # Asked of an object: some classes have probabilities only with certain parameters.
+        return not hasattr(self._new(None) if self.estimator is None else self.estimator, "predict_proba")
+
+    @property
+    def given(self) -> Any:
+        """The value of what would be searched, if it is given."""
+        return getattr(self.parameters, self.row.parameter) if self.searchable else None
+
+    @property
+    def searchable(self) -> bool:
+        """Whether this head has something that cross-validation can choose."""
+        return bool(self.row.parameter) and not isinstance(self.parameters, EstimatorParameters)
+
+    @property
+    def streams(self) -> bool:
+        return self.kind == STREAMED and self.parameters.pca is None
+
+    def _train(self, data: Prepared, progress: Progress) -> History:
+        from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
+        # Below some 100 MB, handing out threads for each step takes longer than the step: five times on a busy machine.
+        small = len(data.train) * data.train.views * data.train.width < SMALL
+        with threadpool_limits(limits=1 if small else None):
+            try:
+                if isinstance(data.train, FeatureStream):
+                    return self._fit_streamed(data.train, data, progress)
+                assert isinstance(data.train, ArrayRows)
+                return self._fit(data.train, data.groups, progress)
+            except REFUSALS as problem:
+                if isinstance(problem, HeadError):
+                    raise
+                text = (str(problem).strip() or repr(problem)).splitlines()[0]
+                raise HeadError(f"head {self.name!r}: scikit-learn cannot fit it to these rows: {text}") from problem
+
+    def _fit(self, train: ArrayRows, groups: np.ndarray | None, progress: Progress) -> History:
+        Z, y = train.flat, np.repeat(train.labels, train.views)
+        if self.parameters.pca is not None:
+            Z = self._project(Z)
+        rows, combination = Z, None
+        if self.row.spanned and self.searchable and Z.shape[1] > len(Z):
+            rows, combination = row_space(Z)  # with fewer rows than columns nothing is lost
+        elif self.row.linear and Z.size < SMALL:
+            rows = Z.astype(np.float64)
+        value, history = self._search(rows, train, groups, progress)
+        self.estimator = self._new(value).fit(rows, y)
+        if combination is not None:
+            self.estimator.coef_ = _times(self.estimator.coef_ @ combination, Z)
+            self.estimator.n_features_in_ = Z.shape[1]
+        for name in _LEFT_BEHIND:
+            vars(self.estimator).pop(name, None)
+        return history
+
+    def _fit_streamed(self, train: FeatureStream, data: Prepared, progress: Progress) -> History:
+        """Partial fits; what has to be searched is searched on some rows."""
+        value = self.given
+        if self.searchable and value is None:
+            some, groups = self._sample(train, data.groups)
+            value, _ = self._search(some.flat, some, groups, lambda stage, done, total: None)
+        estimator = self._new(value)
+        if estimator.class_weight == "balanced":
+            weights = len(data.y) / (len(self.classes) * np.bincount(data.y, minlength=len(self.classes)))
+            estimator.set_params(class_weight=dict(enumerate(weights.tolist())))
+        fitted = fit_sgd_streaming(
+            estimator,
+            data.train,
+            data.held_out,
+            classes=len(self.classes),
+            patience=2,
+            seed=self.seed,
+            progress=progress,
+        )
+        self.estimator, self.temperature, self.out_of_fold = fitted.estimator, fitted.temperature, None
+        return fitted.history
+
+    def _sample(self, train: FeatureStream, groups: np.ndarray | None) -> tuple[ArrayRows, np.ndarray | None]:
+        """View 0 of as many rows of each class as take part in a search, or as there is room for."""
+        share = min(SEARCH_ROWS, train.memory_bytes // (16 * train.width)) / len(train)
+        generator, y = np.random.default_rng(self.seed), train.labels
+        by_class = [generator.permutation(np.flatnonzero(y == k)) for k in range(len(self.classes))]
+        chosen = np.sort(np.concatenate([rows[: max(2, round(share * len(rows)))] for rows in by_class]))
+        part = train.take(chosen)
+        Z = np.concatenate([piece for _, piece in part.pieces()])
+        return ArrayRows(Z, part.labels), None if groups is None else groups[chosen]
+
+    def _project(self, Z: np.ndarray) -> np.ndarray:
+        from sklearn.decomposition import PCA
+
+        most = min(Z.shape)
+        if self.parameters.pca > most:
+            raise HeadError(
+                f"pca: received {self.parameters.pca}, expected at most {most}: {Z.shape[0]} rows of {Z.shape[1]}"
+            )
+        self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
+        return self.projection.transform(Z)
+
+    def _new(self, value: Any, **more: Any) -> Any:
+        if isinstance(self.parameters, EstimatorParameters):
+            return make_estimator(self.kind, self.parameters.params, self.seed)
+        values = {self.row.parameter: value, **self.row.fixed, **more}
+        if getattr(self.parameters, "class_weight", None):
+            values["class_weight"] = "balanced"
+        return make_estimator(self.kind, values, self.seed)
+
+    def _search(
+        self, Z: np.ndarray, rows: ArrayRows, groups: np.ndarray | None, progress: Progress
+    ) -> tuple[Any, History]:
+        """Choose the parameter by out-of-fold score, and keep the temperature that goes with it.
+
+        ``Z`` are all views of the rows, perhaps in other coordinates; those of one image are in one fold.
+        """
+        views, y = rows.views, np.repeat(rows.labels, rows.views)
+        folds = np.repeat(stratified_folds(rows.labels, self.parameters.folds, self.seed, groups), views)
+        searched = self.searchable and self.given is None
+        kept = not searched and self.folds == self.parameters.folds  # what is searched is not judged by its own search
+        values = self._values(y, folds)
+        name = self.row.parameter if self.searchable else ""
+        if folds.max() < 0 or not (searched or self.margins or kept):
+            return values[0], {name: [values[0]]} if name else {"rows": [float(len(y))]}
+        history: History = {**({name: []} if name else {}), "score": [], "accuracy": []}
+        temperatures: dict[Any, float] = {}
+
+        def score(value: Any) -> Any:
+            outputs, tested = self._held_out(value, Z, y, folds)
+            found, loss, temperatures[value], accuracy = self._score(outputs, y[tested])
+            columns = {name: value, "score": loss, "accuracy": accuracy}
+            for column, numbers in history.items():
+                numbers.append(columns[column])
+            if kept:
+                self.out_of_fold = np.full((len(y), len(self.classes)), np.nan)
+                self.out_of_fold[tested] = softmax(outputs / temperatures[value]) if self._soft else outputs
+                self.out_of_fold = self.out_of_fold[::views]
+            progress("train-head", len(temperatures), max(len(temperatures), len(values)))
+            return found
+
+        if searched and self.row.climbs:
+            least, start, greatest = self.row.values
+            chosen = climb(score, start, least, greatest)
+        else:
+            chosen = min(values, key=score)
+        self.temperature = temperatures[chosen]
+        return chosen, history
+
+    def _values(self, y: np.ndarray, folds: np.ndarray) -> list[Any]:
+        """What to compare; one value where it is given or nothing can be compared."""
+        if not self.searchable:
+            return [None]
+        if self.row.climbs:
+            start = 10.0 ** self.row.values[1]
+            return [start] * SEARCH_STEPS if self.given is None and folds.max() >= 0 else [self.given or start]
+        values = list(self.row.values) if self.given is None else [self.given]
+        if self.row.parameter == "n_neighbors":
+            most = len(y)
+            if folds.max() >= 0 and (self.given is None or self.folds == self.parameters.folds):
+                most = int(np.sum(folds != -2) - np.bincount(folds[folds >= 0]).max())
+            values = [value for value in values if value <= most]
+            if not values:
+                raise HeadError(f"n_neighbors={self.given}: there are only {most} training rows")
+        return values if folds.max() >= 0 else values[:1]
+
+    def _held_out(self, value: Any, Z: np.ndarray, y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Outputs for rows that were not fitted on, and which rows these are."""
+        from sklearn.exceptions import ConvergenceWarning
+
+        used = folds != -2
+        outputs = np.zeros((len(y), len(self.classes)))
+        more = self.row.search if self.given is None else {}
+        for fold in range(folds.max() + 1):
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", ConvergenceWarning)  # a rough fit ranks values well enough
+                rows = used & (folds != fold)
+                model = self._new(value, **more).fit(Z[rows], y[rows])
+            outputs[folds == fold] = self._outputs_of(model, Z[folds == fold])
+        tested = folds >= 0
+        return outputs[tested], tested
+
+    def _score(self, outputs: np.ndarray, y: np.ndarray) -> tuple[Any, float, float, float]:
+        """What is compared (low is good), loss, temperature and accuracy of one parameter value."""
+        guess = outputs.argmax(axis=1)
+        accuracy = float(np.mean(guess == y))
+        balanced = getattr(self.parameters, "class_weight", None) is not None
+        weights = balanced_weights(y) if balanced else None
+        temperature = 1.0
+        if self.margins:
+            temperature, loss = fit_temperature(outputs, y, weights)
+        elif self.row.linear:
+            loss = log_loss(softmax(outputs), y, weights)
+        else:
+            loss = brier_score(outputs, y)  # votes may be 0, which the log loss does not forgive
+        if getattr(self.parameters, "choose", "log_loss") == "log_loss":
+            return loss, loss, temperature, accuracy
+        table = confusion(y, guess, len(self.classes))
+        support = table.sum(axis=1)
+        recall = float(np.mean((table.diagonal() / np.maximum(support, 1))[support > 0]))
+        return (-recall, loss), loss, temperature, accuracy
+
+    @property
+    def _soft(self) -> bool:
+        """Whether outputs become probabilities by a softmax."""
+        return self.row.linear or self.margins
+
+    def _outputs_of(self, model: Any, Z: np.ndarray) -> np.ndarray:
+        if self.row.linear:
+            return two_columns(Z @ np.atleast_2d(model.coef_).T + model.intercept_)
+        if self.margins:
+            margins = model.decision_function(Z)
+            return two_columns(margins[:, None] if margins.ndim == 1 else margins)
+        return np.asarray(model.predict_proba(Z), np.float64)
+
+    def _probabilities(self, Z: np.ndarray) -> np.ndarray:
+        if self.projection is not None:
+            Z = self.projection.transform(Z)
+        outputs = self._outputs_of(self.estimator, Z)
+        return softmax(outputs / self.temperature) if self._soft else outputs
+
+    def as_dense(self) -> KerasHead:
+        if not self.row.linear:
+            raise HeadError(f"head {self.name!r} is not a network; train a linear or Keras head instead")
+        head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
+        for name in ("classes", "layer", "fingerprint", "input_shape", "mean", "std", "temperature"):
+            setattr(head, name, getattr(self, name))
+        kernel = np.atleast_2d(self.estimator.coef_).T
+        bias = np.broadcast_to(self.estimator.intercept_, (self._outputs,))
+        if self.projection is not None:
+            onto = self.projection.components_.T
+            kernel, bias = onto @ kernel, bias - self.projection.mean_ @ onto @ kernel
+        if self._outputs > 1:
+            # What all classes share does not change the softmax, but would cost the float32 network digits.
+            kernel, bias = kernel - kernel.mean(axis=1, keepdims=True), bias - bias.mean()
+        head.weights = [kernel, bias]
+        return head
+
+    def _network(self) -> Any:
+        return self.as_dense().network
+
+    def _save_weights(self, folder: Path) -> None:
+        from sklearn.pipeline import Pipeline
+
+        whole = self.estimator
+        _not_mapped(whole)
+        if self.projection is not None:
+            whole = Pipeline([("pca", self.projection), ("classifier", self.estimator)])
+        save_estimator(whole, folder / "head.skops")
+
+    def _load_weights(self, folder: Path) -> None:
+        from sklearn.decomposition import PCA
+        from sklearn.pipeline import Pipeline
+
+        path = folder / "head.skops"
+        estimator, columns = load_estimator(path), len(self.mean)
+        if type(estimator) is Pipeline:
+            steps = getattr(estimator, "steps", None)
+            if not isinstance(steps, list) or [step[0] for step in steps] != ["pca", "classifier"]:
+                raise HeadError(f"{path}: holds a pipeline of other steps than pca and classifier")
+            projection, estimator = steps[0][1], steps[1][1]
+            if type(projection) is not PCA or projection.whiten or projection.components_.shape[1:] != (columns,):
+                raise HeadError(f"{path}: its projection does not take {columns} columns as head.json asks for")
+            check_finite(path, [projection.components_, projection.mean_])
+            self.projection, columns = projection, len(projection.components_)
+        found = f"{type(estimator).__module__}.{type(estimator).__qualname__}"
+        if type(estimator) is not find_class(self.kind):
+            raise HeadError(f"{path}: holds a {found}, head.json says {self.kind}")
+        expected: dict[str, Any] = {"n_features_in_": columns, "classes_": list(range(len(self.classes)))}
+        if self.row.linear:
+            expected["coef_"] = (self._outputs, columns)
+        for attribute, value in expected.items():
+            stored: Any = getattr(estimator, attribute, None)
+            shown = np.shape(np.atleast_2d(stored)) if attribute == "coef_" else stored
+            if not np.array_equal(np.asarray(shown), np.asarray(value)):
+                raise HeadError(f"{path}: {attribute} is {shown}, head.json asks for {value}")
+        if self.row.linear:
+            check_finite(path, [estimator.coef_, estimator.intercept_])
+        self.estimator = estimator
+
+
+def _not_mapped(found: Any) -> None:
+    """Neighbours keep the rows they were fitted to. From a worker these come back as a map of its file, a type that is
+    not loaded from a run; as an array they are the same bytes."""
+    for name, value in vars(found).items():
+        if isinstance(value, np.memmap):
+            setattr(found, name, np.asarray(value))
+        for inner in value if isinstance(value, list | tuple) else (value,):
+            if hasattr(inner, "get_params") and hasattr(inner, "__dict__"):
+                _not_mapped(inner)
+
+
+# ------------------------------------------------------------------------------------------------- search
+def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) -> float:
+    """The value with the lowest score, in half decades: decades from ``10**start`` on, then the halves beside.
+
+    The out-of-fold score of an L2 penalty has one valley; walking to it saves the slow, weakly penalised fits.
+    """
+    tried: dict[float, Any] = {}
+
+    def at(exponent: float) -> Any:
+        if exponent not in tried:
+            tried[exponent] = score(10.0**exponent)
+        return tried[exponent]
+
+    best = float(start)
+    for step in (1, -1):
+        while least <= best + step <= greatest and at(best) > at(best + step):
+            best += step
+    return 10.0 ** min((best, best - 0.5, best + 0.5), key=at)
+
+
+def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Rows in an orthonormal basis of their span.
+
+    Returns
+    -------
+    coordinates : float64, (n, r), r <= n
+        The same distances and inner products as the rows of ``Z``.
+    combination : float64, (r, n)
+        ``combination @ Z`` is the basis.
+    """
+    gram = np.zeros((len(Z), len(Z)))
+    step = max(1, CHUNK_BYTES // (8 * len(Z)))
+    for start in range(0, Z.shape[1], step):
+        columns = Z[:, start : start + step].astype(np.float64)
+        gram += columns @ columns.T
+    values, vectors = np.linalg.eigh(gram)
+    kept = values > values[-1] * len(Z) * np.finfo(np.float64).eps
+    lengths = np.sqrt(values[kept])
+    return vectors[:, kept] * lengths, (vectors[:, kept] / lengths).T
+
+
+def _times(left: np.ndarray, Z: np.ndarray) -> np.ndarray:
+    """``left @ Z`` in float64, some columns at a time: no copy of all rows."""
+    step = max(1, CHUNK_BYTES // (8 * len(Z)))
+    parts = [left @ Z[:, start : start + step].astype(np.float64) for start in range(0, Z.shape[1], step)]
+    return np.concatenate(parts, axis=-1)

@@ -1,0 +1,125 @@
+"""How much memory training a head takes, beside the rows themselves, and how much there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from features.errors import ConfigurationError, HeadError
+from pipeline.config import EstimatorParameters
+from pipeline.heads.classifiers import SMALL, SklearnHead
+from pipeline.sweeps.selection import SEARCH_ROWS
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+
+
+def parse_memory(text: str) -> int:
+    """``"2GB"`` -> 2000000000; ``"512MiB"`` -> 536870912.
+
+    Raises
+    ------
+    ConfigurationError
+        For anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if match is None or float(match[1]) == 0:
+        raise ConfigurationError(f"--memory: received {text!r}, expected a size such as 2GB or 500MB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def usable_memory() -> int:
+    """Half of what is free now, in bytes."""
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration, ValueError, IndexError):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return free // 2
+
+
+def shown(size: float) -> str:
+    """Bytes for a person.
+
+    Examples
+    --------
+    >>> shown(5_036_000_000), shown(3e5)
+    ('5.0 GB', '0.3 MB')
+    """
+    if size < 1e5:
+        return f"{size / 1e3:.1f} kB"
+    return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
+
+
+def fit_bytes(head: SklearnHead, rows: int, columns: int, classes: int, views: int = 1) -> int:
+    """What fitting a scikit-learn head allocates, about and rather too much: copies of rows, and what its solver needs.
+
+    From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds. Each view
+    of an image counts as a row.
+    """
+    rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
+    outputs, settings = 1 if classes == 2 else classes, head.parameters
+    params = settings.params if isinstance(settings, EstimatorParameters) else dict(head.row.fixed)
+    need = 0
+    if settings.pca is not None:
+        need += 12 * rows * columns + 8 * min(rows, columns) ** 2 + 4 * rows * settings.pca
+        columns = min(settings.pca, columns)
+    spanned = head.row.spanned and head.searchable and columns > rows
+    if spanned:
+        need += 8 * 3 * rows**2  # inner products, their vectors, the coordinates
+        columns = rows
+    double = spanned or (head.row.linear and rows * columns < SMALL)
+    need += 8 * rows * columns * double
+    if head.margins or head.folds or (head.searchable and head.given is None):
+        need += (8 if double else 4) * searched * columns
+    return need + _solver_bytes(head.kind.rpartition(".")[2], params, rows, columns, outputs)
+
+
+def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int, views: int = 1) -> int:
+    """What `fit_bytes` says, if it is allowed.
+
+    Raises
+    ------
+    HeadError
+        With both figures.
+    """
+    need = fit_bytes(head, rows, columns, len(head.classes), views)
+    if need > memory:
+        raise HeadError(
+            f"head {head.name!r} needs about {shown(need)} of memory for {rows * views} x {columns} features, {shown(memory)} "
+            "are allowed; give more (--memory), another solver, pooling or pca"
+        )
+    return need
+
+
+def _solver_bytes(name: str, params: dict, rows: int, columns: int, outputs: int) -> int:
+    values = rows * columns
+    square = columns**2
+    if name == "LogisticRegression":
+        solver = params.get("solver", "lbfgs")
+        if solver == "newton-cholesky":  # a Hessian over all coefficients, and its factor
+            return 2 * 8 * (outputs * (columns + 1)) ** 2
+        if solver in ("liblinear", "sag", "saga"):
+            return (24 if solver == "liblinear" else 8) * values
+        return 8 * (24 * outputs * columns + 4 * rows * outputs)
+    if name in ("RidgeClassifier", "RidgeClassifierCV"):
+        return 4 * values + 2 * 8 * min(rows, columns) ** 2
+    if name == "LinearSVC":
+        return 24 * values  # liblinear has its own sparse copy: 16 bytes a value
+    if name == "LinearDiscriminantAnalysis":
+        return 8 * values + 4 * 8 * square
+    if name == "QuadraticDiscriminantAnalysis":
+        return 8 * values + 2 * 8 * outputs * square
+    if name in ("SVC", "NuSVC"):
+        return 16 * values + (int(params.get("cache_size", 200)) << 20)
+    if name == "KNeighborsClassifier" and params.get("algorithm") == "brute":
+        return 16 << 20
+    if name in ("RandomForestClassifier", "ExtraTreesClassifier"):
+        return 4 * values + 128 * rows * int(params.get("n_estimators", 100))
+    if name == "HistGradientBoostingClassifier":
+        return 9 * values + 64 * rows * outputs
+    if name in ("SGDClassifier", "Perceptron", "PassiveAggressiveClassifier"):
+        return 8 * 8 * outputs * columns
+    if name in ("GaussianProcessClassifier", "LabelPropagation", "LabelSpreading"):
+        return 8 * values + 4 * 8 * rows**2 * outputs
+    return 24 * values

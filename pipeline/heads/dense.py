@@ -1,0 +1,265 @@
+"""Heads of dense layers: trained by the bank where it can, else by Keras's ``fit``."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.backend import load_keras
+from features.errors import HeadError
+from pipeline.config import DenseParameters
+from pipeline.heads.bank import BankHead, BankResult, BankSpec, train_rows
+from pipeline.heads.head import Head, History, Progress, check_finite, two_columns
+from pipeline.heads.keras_fit import dropout_rates, fit_dense
+from pipeline.heads.prepared import Prepared
+from pipeline.runs.metrics import fit_temperature, softmax
+
+DENSE = "dense"  # the kind, in head.json
+
+
+class KerasHead(Head):
+    """Dense layers on pooled, standardised features. Two classes have one logit."""
+
+    parameters: DenseParameters
+    files = ("head.json", "head.weights.h5")
+
+    def __init__(self, *args: Any, **keywords: Any) -> None:
+        super().__init__(*args, **keywords)
+        self._weights: list[np.ndarray] = []
+        self._built: Any = None
+
+    def warm_up(self) -> None:
+        load_keras()
+
+    @property
+    def weights(self) -> list[np.ndarray]:
+        """Kernel and bias of each layer, float32, as they are now: fine-tuning moves those of `network`."""
+        return self._weights if self._built is None else self._built.get_weights()
+
+    @weights.setter
+    def weights(self, values: Sequence[np.ndarray]) -> None:
+        self._weights, self._built = [np.asarray(value, np.float32) for value in values], None
+
+    @property
+    def parameter_count(self) -> int | None:
+        return sum(int(part.size) for part in self.weights)
+
+    @property
+    def bank_spec(self) -> BankSpec | None:
+        """What this head has in common with those that it can be trained beside; None if the bank cannot train it."""
+        settings = self.parameters
+        other = settings.batch_norm or settings.l2 or settings.mixup or settings.schedule != "constant"
+        if settings.optimizer != "adam" or len(settings.hidden) > 1 or other:
+            return None
+        return BankSpec(
+            classes=len(self.classes),
+            hidden=(*settings.hidden, 0)[0],
+            activation=settings.activation,
+            epochs=settings.epochs,
+            patience=settings.patience,
+            batch_size=settings.batch_size,
+            order_seed=settings.order_seed,
+        )
+
+    @property
+    def bank_head(self) -> BankHead:
+        """What is this head's own."""
+        settings = self.parameters
+        return BankHead(
+            settings.learning_rate,
+            settings.weight_decay,
+            settings.dropout,
+            self.seed,
+            settings.label_smoothing,
+            settings.feature_noise,
+            settings.views == "draw",
+        )
+
+    @property
+    def streams(self) -> bool:
+        return True
+
+    def views_used(self, stored: int) -> int:
+        return stored if self.parameters.views == "draw" else 1
+
+    def class_weights(self, y: np.ndarray) -> tuple[float, ...] | None:
+        """Weight of a row by its class: n / (c x rows of the class), as scikit-learn's "balanced"."""
+        if self.parameters.class_weight is None:
+            return None
+        counts = np.bincount(y, minlength=len(self.classes))
+        return tuple(float(weight) for weight in len(y) / (len(counts) * counts))
+
+    def _train(self, data: Prepared, progress: Progress) -> History:
+        spec = self.bank_spec
+        if spec is None:
+            weights, history = fit_dense(
+                self.parameters,
+                data,
+                classes=len(self.classes),
+                seed=self.seed,
+                class_weights=self.class_weights(data.y),
+                progress=progress,
+            )
+            return self._finish(weights, history, data)
+        spec = spec.weighted(self.class_weights(data.y))
+        (result,) = train_rows(
+            spec, [self.bank_head], data.train, data.held_out, memory_bytes=data.memory, progress=progress
+        )
+        return self.take(result, data)
+
+    def take(self, result: BankResult, data: Prepared) -> History:
+        """Become what the bank has trained.
+
+        Raises
+        ------
+        HeadError
+            If training diverged.
+        """
+        return self._finish(result.weights, result.history, data)
+
+    def _finish(self, weights: Sequence[np.ndarray], history: History, data: Prepared) -> History:
+        finite = np.isfinite(history["loss"])
+        if not finite.all():
+            raise HeadError(
+                f"training diverged in epoch {int(np.argmin(finite)) + 1}: "
+                f"lower learning_rate (now {self.parameters.learning_rate:g})"
+            )
+        self.weights = list(weights)
+        if self.parameters.calibrate and data.held_out is not None:
+            logits = np.concatenate([self._logits(Z) for _, Z in data.held_out.pieces()])
+            self.temperature, _ = fit_temperature(two_columns(logits), data.held_out.labels)
+        return history
+
+    def _logits(self, Z: np.ndarray) -> np.ndarray:
+        keras = load_keras()
+
+        values = keras.ops.convert_to_tensor(np.asarray(Z, np.float32))
+        parts = self.weights
+        for number in range(0, len(parts), 2):
+            values = keras.ops.matmul(values, parts[number]) + parts[number + 1]
+            if number + 2 < len(parts):
+                values = getattr(keras.activations, self.parameters.activation)(values)
+        return keras.ops.convert_to_numpy(values).astype(np.float64)
+
+    def _probabilities(self, Z: np.ndarray) -> np.ndarray:
+        return softmax(two_columns(self._logits(Z)) / self.temperature)
+
+    def as_dense(self) -> KerasHead:
+        return self
+
+    def _network(self) -> Any:
+        if self._built is None:
+            network = build_network(self)
+            if self._weights:
+                network.set_weights(self._weights)
+            self._built = network
+        return self._built
+
+    def _save_weights(self, folder: Path) -> None:
+        network = self._built
+        if network is None:
+            # Building one for each of hundreds of heads would take longer than training them.
+            layers = dropout_rates(self.parameters)
+            network = _scratch(self.input_shape, self.pool or "none", self._widths(), tuple(map(bool, layers)))
+            network.set_weights(self._weights)
+        network.save_weights(folder / "head.weights.h5")
+
+    def _widths(self) -> tuple[int, ...]:
+        return (*self.parameters.hidden, self._outputs)
+
+    def _load_weights(self, folder: Path) -> None:
+        path = folder / "head.weights.h5"
+        network = build_network(self)
+        try:
+            network.load_weights(path)
+        except (OSError, ValueError, KeyError) as problem:
+            shapes = [tuple(variable.shape) for variable in network.trainable_variables]
+            raise HeadError(
+                f"{path}: the weights do not fit head.json, which asks for {shapes}: {problem}"
+            ) from problem
+        check_finite(path, network.get_weights())
+        self._built = network
+
+    def _description(self) -> dict[str, Any]:
+        settings = self.parameters
+        more = {"hidden": settings.hidden, "activation": settings.activation, "dropout": settings.dropout}
+        return {**super()._description(), **more}
+
+
+@functools.cache
+def standardize_layer() -> Any:
+    """The Keras layer class ``(x - mean) / std``: constants, no weights. Made late, as Keras is slow to import."""
+    keras = load_keras()
+    base: Any = keras.layers.Layer
+
+    @keras.saving.register_keras_serializable(package="bottleneck")
+    class Standardize(base):
+        """``(x - mean) / std`` over the last axis."""
+
+        def __init__(self, mean: Sequence[float], std: Sequence[float], **keywords: Any) -> None:
+            super().__init__(**keywords)
+            self.mean = np.asarray(mean, dtype=np.float32)
+            self.std = np.asarray(std, dtype=np.float32)
+
+        def call(self, inputs: Any) -> Any:
+            mean, std = (keras.ops.convert_to_tensor(value, dtype=inputs.dtype) for value in (self.mean, self.std))
+            return (inputs - mean) / std
+
+        def compute_output_shape(self, input_shape: Any) -> Any:
+            return input_shape
+
+        def get_config(self) -> dict[str, Any]:
+            return {**super().get_config(), "mean": self.mean.tolist(), "std": self.std.tolist()}
+
+    return Standardize
+
+
+def build_network(head: KerasHead) -> Any:
+    """The network of a head, from a stored row to logits, with new weights."""
+    settings = head.parameters
+    standardize = standardize_layer()(head.mean, head.std, name="standardize")
+    pool = head.pool or "none"
+    return _chain(
+        head.input_shape, pool, standardize, head._widths(), dropout_rates(settings), activation=settings.activation
+    )
+
+
+@functools.lru_cache(maxsize=8)
+def _scratch(input_shape: tuple[int, ...], pool: str, widths: tuple[int, ...], drops: tuple[bool, ...]) -> Any:
+    """A network whose weights are saved under the same names as those of all heads built so."""
+    identity = load_keras().layers.Identity(name="standardize")
+    return _chain(input_shape, pool, identity, widths, [0.5 * drop for drop in drops], activation="relu")
+
+
+def _chain(
+    input_shape: tuple[int, ...],
+    pool: str,
+    standardize: Any,
+    widths: Sequence[int],
+    rates: Sequence[float],
+    *,
+    activation: str,
+) -> Any:
+    keras = load_keras()
+
+    layers = keras.layers
+    pooling = {
+        "none": [],
+        "avg": [layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")],
+        "max": [layers.GlobalMaxPooling2D(data_format="channels_last", name="pool")],
+        "flatten": [layers.Flatten(data_format="channels_last", name="pool")],
+    }[pool]
+    dense = [
+        layers.Dense(units, activation=activation, name=f"hidden_{number}")
+        for number, units in enumerate(widths[:-1], 1)
+    ]
+    dense.append(layers.Dense(widths[-1], name="logits"))
+    chain = [*pooling, standardize]
+    for number, (rate, layer) in enumerate(zip(rates, dense, strict=True), 1):
+        chain += [layers.Dropout(rate, name=f"dropout_{number}"), layer] if rate else [layer]
+    features = keras.Input(input_shape, name="features")
+    return keras.Model(features, functools.reduce(lambda value, layer: layer(value), chain, features), name="head")

@@ -1,0 +1,337 @@
+"""Training from a store that does not fit into memory: rows read piece by piece, shuffled, standardised.
+
+    store --read runs of rows in random order--> window --shuffle--> pieces --> bank | Keras | partial_fit
+
+A window is as many rows as half of the memory budget holds, and is filled from hundreds of short runs from all over
+the store, so that a store sorted by class gives mixed batches. What is not asked for at the moment is not in memory:
+validation goes through in order, in pieces.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from features.errors import ConfigurationError, HeadError, check_range
+from pipeline.heads.epochs import train_epochs
+from pipeline.heads.head import History, Progress, two_columns
+from pipeline.heads.pooling import LEAST_DEVIATION, pool_features, pooled_width
+from pipeline.heads.prepared import PLAIN, Batch, Rows, chosen_views, drawn_views
+from pipeline.runs.metrics import fit_temperature
+
+if TYPE_CHECKING:
+    from features.store import FeatureStore
+
+READ_BYTES = 4 << 20  # of one read, as stored
+RUNS_OF_A_WINDOW = 512  # the shares of 10 sorted classes in a window of that many runs vary by 0.013 around 0.1
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FeatureStream:
+    """Rows of one data set as pooled and standardised vectors; at no time all of them. See `pipeline.heads.prepared.Rows`.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        Where the rows are.
+    name : str
+        Feature data set.
+    rows : int64, (n,), ascending
+        Row numbers, such as ``store.rows("train")``.
+    labels : int32, (n,), 0 to c - 1
+        Of these rows.
+    memory_bytes : int
+        What the stream may keep in memory. Half of it is the window that is shuffled; the rest is left to batches,
+        and to whoever takes them.
+    pool : {"none", "avg", "max", "flatten"}
+        Pooling of spatial features.
+    mean, std : float32, (d,), optional
+        Taken off and divided by; see `statistics`.
+
+    Raises
+    ------
+    ConfigurationError
+        If rows and labels do not belong together.
+    """
+
+    store: FeatureStore
+    name: str
+    rows: np.ndarray
+    labels: np.ndarray
+    memory_bytes: int
+    pool: str = "none"
+    mean: np.ndarray | None = None
+    std: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        if self.rows.shape != self.labels.shape or self.rows.ndim != 1:
+            raise ConfigurationError(f"stream: {self.rows.shape} rows and {self.labels.shape} labels, expected as many")
+        if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(self.store) or (np.diff(self.rows) <= 0).any()):
+            raise ConfigurationError(f"stream: expected ascending row numbers, 0 to {len(self.store) - 1}")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @functools.cached_property
+    def width(self) -> int:
+        """Columns of a pooled row."""
+        return pooled_width(self.store.shape(self.name)[2:], self.pool)
+
+    @functools.cached_property
+    def views(self) -> int:
+        """Views of each row."""
+        return self.store.shape(self.name)[1]
+
+    @property
+    def nbytes(self) -> int:
+        """What one view of all rows would take in memory, pooled, as float32."""
+        return 4 * self.width * len(self.rows)
+
+    @property
+    def at_once(self) -> int:
+        """Rows that may be asked for at once: whoever takes them makes several copies on their way to a device."""
+        return max(1, self._window // 8)
+
+    def statistics(self) -> tuple[np.ndarray, np.ndarray]:
+        """Mean and deviation of each column (of view 0), float32, (d,), found in one pass.
+
+        Pieces are put together as Chan, Golub and LeVeque do (The American Statistician 37, 1983,
+        equation 1.5); the least deviation is that of `pipeline.heads.pooling.column_statistics`.
+        """
+        count = 0
+        mean, squares = np.zeros(self.width), np.zeros(self.width)
+        low, high = np.full(self.width, np.inf, np.float32), np.full(self.width, -np.inf, np.float32)
+        for _, Z in self.pieces():
+            low, high = np.minimum(low, Z.min(axis=0)), np.maximum(high, Z.max(axis=0))
+            here = Z.mean(axis=0, dtype=np.float64)
+            total, shift = count + len(Z), here - mean
+            squares += np.square(Z - here).sum(axis=0) + np.square(shift) * (count * len(Z) / total)
+            mean += shift * (len(Z) / total)
+            count = total
+        std = np.sqrt(squares / max(count, 1)).astype(np.float32)
+        std[low == high] = 0
+        least = np.float32(LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64))))
+        return mean.astype(np.float32), np.maximum(std, least) if least else np.ones_like(std)
+
+    def take(self, chosen: np.ndarray) -> FeatureStream:
+        """Some of the rows, by their ascending numbers or as a mask."""
+        return dataclasses.replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
+
+    def pieces(self, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
+        """View 0 of all rows in their order: where a piece stands, and float32, (k, d), ``size`` rows but for the last."""
+        read = ((piece, self._read(piece)[:, 0]) for piece in self._runs(READ_BYTES))
+        if size is None:
+            yield from read
+            return
+        done, waiting = 0, np.empty((0, self.width), np.float32)
+        for _, Z in read:
+            waiting = np.concatenate([waiting, Z])
+            while len(waiting) >= size:
+                yield slice(done, done + size), waiting[:size]
+                done, waiting = done + size, waiting[size:]
+        if len(waiting):
+            yield slice(done, done + len(waiting)), waiting
+
+    def all_views(self, count: int) -> Iterator[tuple[slice, np.ndarray]]:
+        """The first so many views of all rows in their order: where a piece stands, and float32, (k, count, d)."""
+        for piece in self._runs(READ_BYTES):
+            yield piece, self._read(piece, np.tile(np.arange(count), (piece.stop - piece.start, 1)))
+
+    def epoch(self, number: int, *, size: int, seed: int, draws: Sequence[bool] = PLAIN) -> Iterator[Batch]:
+        """Every row once, in random order, in batches; only the last one is smaller.
+
+        The order depends on ``seed``, ``number``, ``size`` and the memory budget.
+
+        Parameters
+        ----------
+        number : int
+            Of the epoch, from 0.
+        size : int
+            Rows of a batch.
+        seed : int
+            Of the order, and of the views.
+        draws : sequence of bool
+            See `pipeline.heads.prepared.Rows.epoch`.
+
+        Returns
+        -------
+        iterator of (float32, (k, len(draws), d)) and (int32, (k,))
+            Features and labels; they stay as they are when the next batch is made.
+
+        Raises
+        ------
+        ConfigurationError
+            If the memory does not hold four batches, two of them in the window.
+        HeadError
+            If a row has no label.
+        """
+        check_range("batch size", size, 1, 1 << 20)
+        if (self.labels < 0).any():
+            raise HeadError(f"labels: {int((self.labels < 0).sum())} training rows are unlabelled (-1)")
+        least = 4 * size * self._row_bytes
+        if self.memory_bytes < least:
+            raise ConfigurationError(
+                f"memory: batches of {size} rows of {self.width} columns need at least {least / 1e6:.3g} MB; "
+                f"received {self.memory_bytes / 1e6:.3g} MB. Give more, a smaller batch size, or pool the features."
+            )
+        generator = np.random.default_rng([seed, number])
+        drawn = drawn_views(seed, number, len(self.store), self.views) if any(draws) else None
+        window = min(len(self), self._window)
+        features, labels = np.empty((window, len(draws), self.width), np.float32), np.empty(window, np.int32)
+        filled = 0
+        runs = self._runs(min(READ_BYTES, window * self._stored_bytes // RUNS_OF_A_WINDOW))
+        for place in generator.permutation(len(runs)):
+            run = runs[place]
+            values = self._read(run, chosen_views(drawn, self.rows[run], draws))
+            done = 0
+            while done < len(values):
+                count = min(len(values) - done, window - filled)
+                features[filled : filled + count] = values[done : done + count]
+                labels[filled : filled + count] = self.labels[run][done : done + count]
+                filled, done = filled + count, done + count
+                if filled == window:
+                    order = generator.permutation(window)
+                    whole = window - window % size
+                    yield from _cut(features, labels, order[:whole], size)
+                    # What makes no whole batch goes on to the next window.
+                    filled = window - whole
+                    features[:filled], labels[:filled] = features[order[whole:]], labels[order[whole:]]
+        yield from _cut(features, labels, generator.permutation(filled), size)
+
+    @property
+    def _row_bytes(self) -> int:
+        """Of a row in the window. Of stores with views two are counted, so that the order is the same for any draws."""
+        return 4 * self.width * min(2, self.views)
+
+    @property
+    def _window(self) -> int:
+        return self.memory_bytes // (2 * self._row_bytes)
+
+    @property
+    def _stored_bytes(self) -> int:
+        _, *row = self.store.shape(self.name)
+        return int(np.prod(row)) * np.dtype(self.store.recipes[self.name].dtype).itemsize
+
+    def _runs(self, size: int) -> list[slice]:
+        """Cut the rows into runs of neighbours, each within so many bytes of the store."""
+        step = max(1, size // self._stored_bytes)
+        edges = np.flatnonzero(np.diff(self.rows // step)) + 1
+        bounds = [0, *edges.tolist(), len(self.rows)]
+        return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+
+    def _read(self, piece: slice, views: np.ndarray | None = None) -> np.ndarray:
+        """Float32, (k, V, d), of so many views (k, V) of each row; without them of view 0."""
+        rows = self.rows[piece]
+        stored = self.store.read(self.name, int(rows[0]), int(rows[-1]) + 1)
+        if views is None:
+            views = np.zeros((len(rows), 1), np.int64)
+        chosen = stored[(rows - rows[0])[:, None], views]
+        Z = pool_features(chosen.reshape(-1, *chosen.shape[2:]), self.pool).reshape(*views.shape, -1)
+        if self.mean is not None and self.std is not None:
+            Z -= self.mean
+            Z /= self.std
+        return Z
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamedFit:
+    """A fitted ``SGDClassifier`` on standardised rows, the temperature of its margins, and its history."""
+
+    estimator: Any
+    temperature: float
+    history: History
+
+
+def fit_sgd_streaming(
+    estimator: Any,
+    train: Rows,
+    held_out: Rows | None = None,
+    *,
+    classes: int,
+    epochs: int = 20,
+    patience: int = 5,
+    batch_size: int = 1024,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> StreamedFit:
+    """Train a ``sklearn.linear_model.SGDClassifier`` by partial fits. Of images with views each pass draws one.
+
+    Averaging is done here, over what each partial fit leaves: across them scikit-learn mixes up the averaged intercept
+    and the one that is trained (seen in 1.9).
+
+    Parameters
+    ----------
+    estimator : SGDClassifier
+        Not fitted; class weights as a mapping of numbers.
+    train, held_out : Rows
+        Standardised alike. Held-out rows are what early stopping looks at, by log loss at the best temperature, which
+        is that of the probabilities then.
+    classes : int
+        Number of classes, also of those that a batch lacks.
+    epochs, patience : int
+        Upper limit of passes; epochs without a lower loss before training stops, 0: never. The best epoch is kept.
+    batch_size : int
+        Rows of one partial fit. It takes one row after the other, so this decides speed, and how fine an average is.
+    seed : int
+        Of the order.
+    progress : callable, optional
+        Called with ("train-head", epochs done, epochs).
+
+    Raises
+    ------
+    HeadError
+        If training diverges.
+    """
+    temperature, size = 1.0, min(batch_size, train.at_once)
+    averaged = bool(estimator.average)
+    estimator.set_params(average=False)
+    sums = [np.zeros(()), np.zeros(())]  # of coefficients and intercepts, by the rows they were trained on
+    seen = 0
+
+    def solution() -> tuple[np.ndarray, np.ndarray]:
+        if averaged:
+            return sums[0] / seen, sums[1] / seen
+        return estimator.coef_.copy(), estimator.intercept_.copy()
+
+    def pass_over(epoch: int) -> dict[str, float]:
+        nonlocal seen
+        for X, y in train.epoch(epoch - 1, size=size, seed=seed, draws=(train.views > 1,)):
+            estimator.partial_fit(X[:, 0], y, classes=np.arange(classes))
+            seen += len(y)
+            for k, values in enumerate((estimator.coef_, estimator.intercept_)):
+                sums[k] = sums[k] + len(y) * values
+        if not np.isfinite(estimator.coef_).all():
+            raise HeadError(f"training diverged in epoch {epoch}: give a larger alpha, or a smaller learning rate")
+        return {}
+
+    def measure() -> tuple[float, float]:
+        nonlocal temperature
+        assert held_out is not None
+        coefficients, intercepts = solution()
+        margins = [Z @ coefficients.T + intercepts for _, Z in held_out.pieces()]
+        outputs = two_columns(np.concatenate(margins))
+        temperature, loss = fit_temperature(outputs, held_out.labels)
+        return loss, float(np.mean(outputs.argmax(axis=1) == held_out.labels))
+
+    history, best = train_epochs(
+        pass_over,
+        measure if held_out is not None and len(held_out) else None,
+        lambda: (*solution(), temperature),
+        epochs=epochs,
+        patience=patience,
+        progress=progress,
+    )
+    estimator.coef_, estimator.intercept_, temperature = best
+    estimator.set_params(average=averaged)
+    return StreamedFit(estimator, temperature, history)
+
+
+def _cut(features: np.ndarray, labels: np.ndarray, order: np.ndarray, size: int) -> Iterator[Batch]:
+    for start in range(0, len(order), size):
+        chosen = order[start : start + size]
+        yield features[chosen], labels[chosen]

@@ -1,0 +1,101 @@
+"""What predicts: a run's backbone and head, or an exported model; image file -> pixels -> probabilities."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+
+from features.augmentation import AugmentSpec
+from features.errors import UnreadableImageError
+from features.views import decode_views
+from pipeline.exporting.artefacts import Artefact, full_pixels
+from pipeline.runs.folder import Run
+from pipeline.tuning.endtoend import network_of
+
+
+class Model(Protocol):
+    """What predicts."""
+
+    name: str
+    classes: tuple[str, ...]
+    batch_size: int
+
+    def load(self, data: bytes) -> np.ndarray:
+        """Pixels of an image file, as `__call__` wants them; raises UnreadableImageError."""
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        """Probabilities, float64 (n, c), of at most ``batch_size`` images."""
+
+
+class RunModel:
+    """A run's backbone and head. Averages over views of each image: the plain one, and variations of it.
+
+    Parameters
+    ----------
+    run : Run
+        Of any head.
+    weights : str, optional
+        Where the backbone's weights are now.
+    batch_size, device
+        As everywhere.
+    views : int
+        Views of each image; view 0 is the plain image.
+    augment : AugmentSpec, optional
+        What the others are drawn from.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        *,
+        weights: str | None = None,
+        batch_size: int = 32,
+        device: str = "auto",
+        views: int = 1,
+        augment: AugmentSpec | None = None,
+    ) -> None:
+        self.name, self.classes = run.run_id, run.classes
+        self.batch_size = batch_size
+        self._recipe, self._views, self._augment = run.recipe, views, augment
+        network = network_of(run, weights, device=device)
+        self._head = run.load_head()
+        self._engine = network.engine(network.recipes, batch_size=batch_size, device=device)
+        self._features = network.recipes[0].name
+
+    def load(self, data: bytes) -> np.ndarray:
+        """uint8 (views, h, w, 3)."""
+        recipe, views = self._recipe, range(self._views)
+        digest = hashlib.sha256(data).digest() if self._views > 1 else b""
+        return decode_views(data, recipe.pixels, self._augment, seed=recipe.seed, sha256=digest, views=views).pixels
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        pixels = np.concatenate(images)
+        starts = range(0, len(pixels), self.batch_size)
+        batches = (pixels[start : start + self.batch_size] for start in starts)
+        found = [self._head.predict_proba(self._engine(batch)[self._features]) for batch in batches]
+        return np.concatenate(found).reshape(len(images), self._views, -1).mean(axis=1)
+
+
+class ArtefactModel:
+    """An exported model. One image at a time, as sizes differ."""
+
+    batch_size = 1
+
+    def __init__(self, artefact: Artefact) -> None:
+        self.name, self.classes = artefact.card.run, artefact.classes
+        self._artefact = artefact
+
+    def load(self, data: bytes) -> np.ndarray:
+        """uint8 (h, w, 3), of the image's own size."""
+        pixels, longest = full_pixels(data, self._artefact.recipe.pixels), self._artefact.longest_side
+        if max(pixels.shape) > longest:
+            raise UnreadableImageError(
+                "too-large", f"{pixels.shape[1]}x{pixels.shape[0]}, the model takes sides up to {longest} pixels"
+            )
+        return pixels
+
+    def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
+        return np.concatenate([self._artefact(pixels[None]) for pixels in images])

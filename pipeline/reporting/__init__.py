@@ -1,0 +1,1 @@
+"""The report: what is read from runs, charts, thumbnails, the map of features."""

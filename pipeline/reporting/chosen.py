@@ -1,0 +1,332 @@
+"""Everything that the report says of one run beyond its line in the leaderboard."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from features.errors import BottleneckError
+from features.files import printable
+from features.splits import SPLITS
+from features.store import FeatureStore
+from pipeline.heads.pooling import choose_pool, pool_features
+from pipeline.reporting import data as facts
+from pipeline.reporting.charts import COLOURS, MARKERS, Series, line_chart, reliability_chart, scatter
+from pipeline.reporting.data import Rows
+from pipeline.reporting.feature_map import project
+from pipeline.reporting.reproduce import commands
+from pipeline.reporting.thumbnails import TILE, TILES_ACROSS, Pictures
+from pipeline.runs.folder import Run
+from pipeline.runs.notes import PACKAGES
+from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
+
+logger = logging.getLogger(__name__)
+
+TWINS, TWIN_PICTURE = 12, 128  # near-duplicates shown, pixels of each
+QUARANTINED = 50
+LEAST_POINTS = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Detail:
+    """``values`` for the template, and how many thumbnails are among them."""
+
+    values: dict[str, Any]
+    pictures: int
+
+
+def describe_run(
+    run: Run, *, beside: Sequence[Run], images: Sequence[str], stores: Sequence[FeatureStore], points: int
+) -> Detail:
+    """All that the page says of one run.
+
+    Parameters
+    ----------
+    run : Run
+        Which.
+    beside : sequence of Run
+        Others at hand, among them perhaps the one it began with.
+    images : sequence of str
+        Image sources to try before the one that the run names.
+    stores : sequence of FeatureStore
+        Stores to try before the one that the run names.
+    points : int
+        Most points of the feature map.
+
+    Raises
+    ------
+    RunError
+        If a file of the run is malformed. What lies outside the run may be absent: that is said, and no failure.
+    """
+    rows = Rows.of(run)
+    store, no_store = _store_of(run, stores)
+    root = "" if store is None else str(store.provenance.get("root", ""))
+    sources = [*images, run.config["features"]["source"], root]
+    pictures = Pictures(sources, run.target, rows.paths)
+    mistakes, hits = (
+        _cards(rows, chosen, pictures)
+        for chosen in (facts.most_confident_mistakes(rows), facts.least_confident_hits(rows))
+    )
+    features, no_map = _map(run, rows, store, pictures, points) if store is not None else (None, no_store)
+    data = None
+    if store is not None:
+        try:
+            data = _data(run, store, pictures)
+        except BottleneckError as problem:  # damaged features are no reason to keep the scores back
+            no_store = printable(str(problem))
+    bins = facts.reliability(rows)
+    scores = run.metrics["validation"]
+    start = next((one for one in beside if one.run_id == (run.config["finetune"] or {}).get("start")), None)
+    views = None if store is None else store.views(run.config["features"]["name"])
+    shown = sum(bool(item["picture"]) for item in (*mistakes, *hits))
+    if features:
+        shown += sum(image["tile"] >= 0 for image in features["data"]["images"])
+    return Detail(
+        {
+            "run_id": printable(run.run_id),
+            "head": printable(run.config["head"]["name"]),
+            "settings": printable(run.settings),
+            "scores": scores,
+            "test": run.metrics["test"],
+            "cv": run.metrics["cv"],
+            "right": int(rows.correct.sum()),
+            "mistakes": mistakes,
+            "hits": hits,
+            "no_pictures": printable(pictures.missing),
+            "failures": ", ".join(f"{count} {reason}" for reason, count in sorted(pictures.failures.items())),
+            "matrix": facts.matrix(rows) if len(rows.classes) <= facts.MATRIX_CLASSES else [],
+            "pairs": facts.confused_pairs(rows),
+            "classes": facts.class_table(rows),
+            "bins": bins,
+            "reliability_chart": reliability_chart(
+                bins, f"Reliability diagram of {len(rows)} images; expected calibration error {scores['ece']:.4f}"
+            ),
+            "learning": _learning(run),
+            "map": features,
+            "no_map": no_map,
+            "data": data,
+            "no_store": no_store,
+            "facts": _facts(run),
+            "commands": commands(run, start=start, views=views, root=root),
+        },
+        shown,
+    )
+
+
+def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | None, str]:
+    """The store that the run was trained on, or why it is not at hand."""
+    features = run.config["features"]
+    why = "the run does not say where its features are"
+    for candidate in (*stores, features["store"]):
+        if not candidate:
+            continue
+        try:
+            store = candidate if isinstance(candidate, FeatureStore) else FeatureStore.open(candidate)
+            if store.data_digest != features["data_digest"] or features["name"] not in store.names:
+                why = f"{store.path} holds other images or features than it did; --features says where the old ones are"
+                continue
+            own = (
+                run.config["stage"] == "finetune"
+                or store.recipes[features["name"]].fingerprint == features["fingerprint"]
+            )
+        except (BottleneckError, OSError) as problem:
+            why = str(problem)
+            continue
+        if own:
+            return store, ""
+        why = f"{store.path} holds features of another recipe now"
+    return None, printable(why)
+
+
+def _cards(rows: Rows, chosen: Sequence[int], pictures: Pictures) -> list[dict[str, Any]]:
+    made = pictures.cards([(rows.paths[row], rows.sha256[row]) for row in chosen])
+    return [{**facts.card(rows, row), "picture": picture} for row, picture in zip(chosen, made, strict=True)]
+
+
+def _map(
+    run: Run, rows: Rows, store: FeatureStore, pictures: Pictures, points: int
+) -> tuple[dict[str, Any] | None, str]:
+    table, name = store.images, run.config["features"]["name"]
+    place = {(table.paths[row], table.sha256[row].tobytes()): row for row in store.rows("validation").tolist()}
+    known = np.array([key in place for key in zip(rows.paths, rows.sha256, strict=True)], bool)
+    chosen = facts.sample_rows(rows, points)
+    chosen = chosen[known[chosen]]
+    if len(chosen) < LEAST_POINTS:
+        return None, f"only {len(chosen)} validation images have features at hand"
+    stored = np.array([place[rows.paths[row], rows.sha256[row]] for row in chosen.tolist()])
+    order = np.argsort(stored)
+    stored, chosen = stored[order], chosen[order]
+    try:
+        values = np.asarray(store.array(name)[stored, 0])
+        pca, tsne, explained = project(pool_features(values, choose_pool(None, "avg", values.shape[1:])))
+    except BottleneckError as problem:
+        return None, printable(str(problem))
+    sprite, tiles = pictures.sprite([(rows.paths[row], rows.sha256[row]) for row in chosen.tolist()])
+    wrong = (~rows.correct[chosen]).tolist()
+    by_class = len(rows.classes) <= COLOURS * MARKERS
+    if by_class:
+        styles = [(label // COLOURS, label % COLOURS) for label in rows.labels[chosen].tolist()]
+        legend = [
+            {"name": printable(title), "marker": k // COLOURS, "colour": k % COLOURS, "ring": False}
+            for k, title in enumerate(rows.classes)
+        ]
+    else:
+        styles = [(3, 5) if missed else (0, 0) for missed in wrong]
+        legend = [
+            {"name": "right", "marker": 0, "colour": 0, "ring": False},
+            {"name": "wrong", "marker": 3, "colour": 5, "ring": True},
+        ]
+    listed = [
+        {
+            "file": printable(rows.paths[row]),
+            "label": int(rows.labels[row]),
+            "predicted": int(rows.predicted[row]),
+            "confidence": round(float(rows.confidence[row]), 4),
+            "tile": tile,
+        }
+        for row, tile in zip(chosen.tolist(), tiles, strict=True)
+    ]
+    text = f"The features of all {len(rows):,} validation images in two dimensions."
+    if len(chosen) < len(rows):
+        text = (
+            f"The features of {len(chosen):,} of {len(rows):,} validation images in two dimensions: "
+            f"{sum(wrong)} of {int((~rows.correct).sum())} mistakes, and others drawn at random."
+        )
+    if run.config["stage"] == "finetune":
+        text += " They are those of before fine-tuning."
+    return {
+        "text": text,
+        "pca": scatter(pca, styles, wrong, "PCA of the features"),
+        "tsne": scatter(tsne, styles, wrong, "t-SNE of the features"),
+        "explained": explained,
+        "sprite": sprite,
+        "tile": TILE,
+        "across": max(1, min(TILES_ACROSS, sum(tile >= 0 for tile in tiles))),
+        "legend": legend,
+        "data": {"classes": [printable(title) for title in rows.classes], "images": listed},
+    }, ""
+
+
+def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
+    table, quarantine = store.images, store.quarantine
+    found = near_duplicates(store, run.config["features"]["name"], limit=TWINS, pairs_checked=QUICK_PAIRS)
+    counts = Counter(SPLITS[code] for code in table.splits.tolist())
+    ends = [path for pair in found.pairs for path in (pair.first, pair.second)]
+    digests = {path: table.sha256[row].tobytes() for row, path in enumerate(table.paths)} if ends else {}
+    made = pictures.cards([(path, digests[path]) for path in ends], TWIN_PICTURE)
+    listed = zip(quarantine.paths[:QUARANTINED], quarantine.reasons, strict=False)
+    return {
+        "splits": {name: counts[name] for name in SPLITS if counts[name]},
+        "quarantine": [(printable(path), printable(reason)) for path, reason in listed],
+        "quarantine_count": len(quarantine),
+        "duplicates": facts.exact_duplicates(table.sha256, table.splits, table.labels, table.paths),
+        "leakage": {
+            "threshold": found.threshold,
+            "found": found.found,
+            "capped": found.capped,
+            "pairs": [
+                {
+                    "first": printable(pair.first),
+                    "second": printable(pair.second),
+                    "similarity": pair.similarity,
+                    "splits": pair.splits,
+                    "pictures": (made[2 * k], made[2 * k + 1]),
+                }
+                for k, pair in enumerate(found.pairs)
+            ],
+        },
+    }
+
+
+def _learning(run: Run) -> dict[str, Any]:
+    """Learning curves of epochs, or the search of a parameter, or why there is nothing to see."""
+    history = facts.read_history(run)
+    columns = list(history)
+    shown: dict[str, Any] = {
+        "columns": columns,
+        "lines": list(zip(*history.values(), strict=True)) if columns else [],
+        "charts": [],
+    }
+    xs = history.get("epoch", [])
+    if xs:
+        names = {"loss": "training", "val_loss": "validation"}
+        kept = None
+        if "val_loss" in history and run.config["stage"] == "head":
+            best = xs[int(np.argmin(history["val_loss"]))]
+            kept = (best, f"kept: epoch {best:g}")
+        losses = [Series(names[key], xs, history[key], k) for k, key in enumerate(names) if key in history]
+        found = {"accuracy": "training", "val_accuracy": "validation"}
+        accuracies = [Series(found[key], xs, history[key], k) for k, key in enumerate(found) if key in history]
+        for series, label in ((losses, "log loss"), (accuracies, "accuracy")):
+            if series:
+                shown["charts"].append(_chart(series, "epoch", label, kept=kept))
+                kept = None if kept is None else (kept[0], "")  # said once
+        text = f"{len(xs)} epochs."
+        if kept:
+            text += " The weights of the epoch with the lowest validation loss are kept."
+        return {**shown, "title": "Learning curves", "text": text}
+    parameter = columns[0] if columns and columns[0] not in ("score", "accuracy", "rows") else ""
+    if parameter and "score" in history and len(history[parameter]) > 1:
+        order = np.argsort(history[parameter])
+        xs = [history[parameter][k] for k in order]
+        for key, label, style in (("score", "score, lower is better", 0), ("accuracy", "accuracy, held out", 2)):
+            if key in history:
+                series = [Series(label, xs, [history[key][k] for k in order], style)]
+                shown["charts"].append(_chart(series, parameter, label.partition(",")[0], log_x=min(xs) > 0))
+        text = f"{parameter} was chosen by cross-validation on the training rows, {len(xs)} values were tried."
+        return {**shown, "title": f"Search of {parameter}", "text": text}
+    return {**shown, "title": "Training", "text": "This head is fitted in one step: there is no curve to show."}
+
+
+def _chart(series: Sequence[Series], x_label: str, y_label: str, **options: Any) -> dict[str, Any]:
+    ends = "; ".join(f"{line.name} from {line.ys[0]:.4g} to {line.ys[-1]:.4g}" for line in series)
+    svg = line_chart(series, title=f"{y_label} by {x_label}: {ends}", x_label=x_label, y_label=y_label, **options)
+    return {"svg": svg, "series": series}
+
+
+def _facts(run: Run) -> dict[str, dict[str, str]]:
+    """What decided the run, in words."""
+    features, head, environment = run.config["features"], run.config["head"], run.environment
+    recipe = {key: value for key, value in features["recipe"].items() if key not in ("version", "augmentation")}
+    augmentation = features["recipe"].get("augmentation") or {}
+    known = environment.get("packages")
+    packages = known if isinstance(known, dict) else {}
+    groups: dict[str, dict[str, Any]] = {
+        "Features": {
+            "data set": features["name"],
+            **recipe,
+            **{f"augment: {key}": value for key, value in augmentation.items()},
+            "split": features["split_rule"],
+            "fingerprint": features["fingerprint"],
+        },
+        "Head": {"name": head["name"], "pool": head["pool"], "seed": run.config["seed"], **head["parameters"]},
+        "Environment": {
+            **{
+                key: environment.get(key)
+                for key in ("created", "fit_seconds", "parameters", "python", "platform", "cpu_count", "keras_backend")
+            },
+            **{name: packages[name] for name in PACKAGES if name in packages},
+        },
+    }
+    if run.config["finetune"]:
+        settings = {key: value for key, value in run.config["finetune"].items() if not isinstance(value, dict)}
+        groups["Fine-tuning"] = settings
+    return {
+        title: {printable(str(key)): _text(value) for key, value in entries.items()}
+        for title, entries in groups.items()
+    }
+
+
+def _text(value: Any) -> str:
+    if value is None or value == "" or value == []:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    return printable(", ".join(map(str, value)) if isinstance(value, list) else str(value))

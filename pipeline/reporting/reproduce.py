@@ -1,0 +1,147 @@
+"""The commands that make a run again, from its ``config.yaml`` alone, and from its store where that is at hand."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Mapping
+from pathlib import PurePath
+from typing import Any
+
+from features.augmentation import PRESETS as PRESETS_OF_VIEWS
+from features.augmentation import AugmentSpec
+from features.files import printable
+from features.recipe import Recipe
+from features.sources import is_manifest
+from pipeline.config import EstimatorParameters
+from pipeline.heads.presets import PRESETS
+from pipeline.runs.folder import Run
+from pipeline.tuning.settings import TuningSettings
+
+# Settings of stage three without an option of their own.
+PARAMETERS = ("momentum", "nesterov", "weight_decay", "warmup_epochs", "class_weight", "initial_epoch")
+
+
+def commands(run: Run, *, start: Run | None = None, views: int | None = None, root: str = "") -> list[str]:
+    """``extract``, ``train-head`` and, of a fine-tuned run, ``finetune``, ready to be typed.
+
+    Parameters
+    ----------
+    run : Run
+        What is to be made again.
+    start : Run, optional
+        Of a fine-tuned run: the one it began with.
+    views : int, optional
+        Views of the store.
+    root : str
+        Absolute folder of the images as the store notes it, as the run may know them by a relative path.
+
+    Returns
+    -------
+    list of str
+        Quoted for a POSIX shell; a line that begins with ``#`` says what cannot be known.
+    """
+    head = run if start is None else start
+    lines = []
+    if run.config["stage"] == "finetune" and start is None:
+        lines.append(f"# the run that it began with, {(run.config['finetune'] or {}).get('start')}, is not here")
+    else:
+        lines += [*_extract(head, _source(head, root), views), _train(head)]
+    if run.config["stage"] == "finetune":
+        lines += _finetune(run, _source(run, root))
+    return lines
+
+
+def _source(run: Run, root: str) -> str:
+    """The images, by an absolute path where that is sure."""
+    source = run.config["features"]["source"]
+    if not root or source.startswith("sample:") or PurePath(source).is_absolute():
+        return source
+    name, folder = PurePath(source).name, PurePath(root)
+    return str(folder / name if is_manifest(source) else folder if folder.name == name else source)
+
+
+def _extract(run: Run, source: str, views: int | None) -> list[str]:
+    features, recipe = run.config["features"], Recipe.from_dict(run.config["features"]["recipe"])
+    pixels = recipe.pixels
+    words = ["bottleneck", "extract", source, "--out", features["store"]]
+    words += ["--backbone", features["backbone"], "--weights", features["weights"]]
+    words += ["--layer", recipe.layer, "--pooling", recipe.pooling, "--image-size", f"{pixels.height}x{pixels.width}"]
+    precision, _, engine = recipe.precision.partition(":")
+    usual = {"resize": "antialias", "fit": "stretch", "decode": "full", "dtype": "float32", "precision": "float32"}
+    given = {"resize": pixels.resize, "fit": pixels.fit, "decode": pixels.decode, "dtype": recipe.dtype}
+    given |= {"precision": precision, "engine": engine.partition("-")[0]}
+    for name, value in given.items():
+        if value and value != usual.get(name):
+            words += [f"--{name}", value]
+    words += ["--split", features["split_rule"] or "hash"]
+    if features["target"]:
+        words += ["--target", features["target"]]
+    notes = []
+    if recipe.augmentation is not None:
+        preset, note = _preset(recipe.augmentation)
+        words += ["--views", str(views or "VIEWS"), "--augment", preset, "--seed", str(recipe.seed)]
+        if views is None:
+            notes.append("# VIEWS: as many as the store has, which is not at hand")
+        notes += note
+    return [*notes, _line(words)]
+
+
+def _train(run: Run) -> str:
+    head, features = run.config["head"], run.config["features"]
+    words = ["bottleneck", "train-head", features["store"], "--features", features["name"], "--head", head["name"]]
+    preset = PRESETS.get(head["name"])
+    usual: Mapping[str, Any] = (preset.parameters if preset else EstimatorParameters()).described()
+    for name, value in head["parameters"].items():
+        if name not in usual or usual[name] != value:
+            words += ["--param", f"{name}={_value(value)}"]
+    if head["pool"] not in ("none", preset.pool if preset else "avg"):
+        words += ["--pool", head["pool"]]
+    if run.config["seed"]:
+        words += ["--seed", str(run.config["seed"])]
+    if run.metrics["cv"]:
+        words += ["--folds", str(run.metrics["cv"]["folds"])]
+    return _line([*words, "--runs", str(run.folder.resolve().parent)])
+
+
+def _finetune(run: Run, source: str) -> list[str]:
+    settings, root = run.config["finetune"] or {}, run.folder.resolve().parent
+    usual = TuningSettings().model_dump(mode="json")
+    words = ["bottleneck", "finetune", str(root / str(settings.get("start", "RUN")))]
+    cache = settings.get("from_cache")
+    words += ["--from-cache", cache["path"]] if cache else ["--images", source]
+    given = {name: value for name, value in settings.items() if name in usual and value != usual[name]}
+    augment = given.pop("augment", None)
+    notes: list[str] = []
+    if augment is not None:
+        preset, notes = (augment, []) if isinstance(augment, str) else _preset(AugmentSpec.from_dict(augment))
+        words += ["--augment", preset]
+    for name, value in given.items():
+        if name in PARAMETERS:
+            words += ["--param", f"{name}={_value(value)}"]
+        else:
+            words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
+    return [*notes, _line([*words, "--runs", str(root)])]
+
+
+def _preset(spec: AugmentSpec) -> tuple[str, list[str]]:
+    """What ``--augment`` takes, and for an augmentation of one's own, which it does not take, a line that says so."""
+    if spec.name in PRESETS_OF_VIEWS:
+        return spec.name, []
+    usual = AugmentSpec().to_dict()
+    own = ", ".join(f"{name}={value!r}" for name, value in spec.to_dict().items() if usual[name] != value)
+    return "AUGMENT", [f"# AUGMENT: AugmentSpec({own}) is none of the presets; only Python takes it (augment=...)"]
+
+
+def _value(value: Any) -> str:
+    """As ``--param`` reads it back: JSON, or text that is none."""
+    if isinstance(value, str):
+        try:
+            json.loads(value)
+        except ValueError:
+            return value
+    return json.dumps(value)
+
+
+def _line(words: list[str]) -> str:
+    return printable(" ".join(shlex.quote(str(word)) for word in words))

@@ -1,0 +1,104 @@
+"""Runs compared: the leaderboard, and which of them to choose."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Collection, Sequence
+from pathlib import Path
+from typing import Any
+
+from features.errors import ConfigurationError, RunError, nearest
+from pipeline.runs.folder import Run, find_runs, rank, read_predictions
+from pipeline.sweeps.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
+
+logger = logging.getLogger(__name__)
+
+
+def leaderboard(
+    root: str | Path, *, by: str = "accuracy", folds: bool = False, only: Collection[str] | None = None
+) -> list[dict[str, Any]]:
+    """One row per run, best validation accuracy first, then lowest log loss.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of run folders.
+    by : {"accuracy", "balanced_accuracy"}
+        What is compared.
+    folds : bool
+        Compare by cross-validation; runs without it come last.
+    only : collection of str, optional
+        Run ids to take.
+
+    Returns
+    -------
+    list of dict
+        ``comparable`` is False where the images, labels or splits are not those of the first row (``data`` differs):
+        such scores do not measure the same thing. ``chosen`` marks one of the comparable ones, see
+        `pipeline.sweeps.selection.choose`.
+    """
+    check_choice(by)
+    runs = [run for run in find_runs(root) if only is None or run.run_id in only]
+    runs.sort(key=functools.partial(rank, by=by, folds=folds))
+    rows = [_row(run, runs[0]) for run in runs]
+    if rows:
+        like = [number for number, row in enumerate(rows) if row["comparable"]]
+        rows[like[_choose([runs[number] for number in like], by, folds)]]["chosen"] = True
+    return rows
+
+
+def check_choice(by: str) -> None:
+    """Raise ``ConfigurationError`` unless runs can be compared by it."""
+    if by not in CHOICES:
+        raise ConfigurationError(f"choose: received {by!r}, expected one of {', '.join(CHOICES)}{nearest(by, CHOICES)}")
+
+
+def _row(run: Run, first: Run) -> dict[str, Any]:
+    scores, features = run.metrics["validation"], run.config["features"]
+    held_out = run.metrics["cv"] or {}
+    return {
+        "run_id": run.run_id,
+        "chosen": False,
+        "stage": run.config["stage"],
+        "head": run.config["head"]["name"],
+        "settings": run.settings,
+        "features": f"{features['recipe'].get('backbone')}/{features['name']}",
+        "accuracy": scores["accuracy"],
+        "accuracy_interval": scores["accuracy_interval"],
+        "balanced_accuracy": scores["balanced_accuracy"],
+        "log_loss": scores["log_loss"],
+        "ece": scores["ece"],
+        "n": scores["n"],
+        "cv_accuracy": held_out.get("accuracy"),
+        "cv_interval": held_out.get("accuracy_interval"),
+        "test_accuracy": (run.metrics["test"] or {}).get("accuracy"),
+        "fit_seconds": run.environment.get("fit_seconds"),
+        "parameters": run.environment.get("parameters"),
+        "data": features["data_digest"][:10],
+        "comparable": features["data_digest"] == first.config["features"]["data_digest"],
+    }
+
+
+def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
+    """Number of the run to choose of comparable ones, best first."""
+    judged = "cv" if folds and runs[0].metrics["cv"] else "validation"
+    runs = [run for run in runs if run.metrics[judged]]
+    best = runs[0].metrics[judged]
+    low = best["accuracy_interval"][0]
+    if by == "balanced_accuracy":
+        # Recall is the mean over classes; the interval of the accuracy is as wide about.
+        low += best["balanced_accuracy"] - best["accuracy"]
+        if judged == "validation":
+            try:
+                labels, probabilities = read_predictions(runs[0])
+                low = balanced_accuracy_interval(labels, probabilities.argmax(axis=1))[0]
+            except RunError as problem:
+                logger.warning("%s; the interval of its accuracy is taken", problem)
+    candidates = [
+        Candidate(
+            run.metrics[judged][by], run.environment.get("parameters"), float(run.environment.get("fit_seconds") or 0)
+        )
+        for run in runs
+    ]
+    return choose(candidates, low)

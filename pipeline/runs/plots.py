@@ -1,0 +1,178 @@
+"""Plots of a run: images for its folder, drawn without a display.
+
+One column of a page wide (3.5 inches, 7 points of type and more), two where the classes need it. Blue and vermillion
+of Okabe and Ito (Color Universal Design, 2008) are told apart by everyone, and what they mean is never said by colour
+alone: lines differ in dash and marker, cells in place and number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.heads.head import History
+from pipeline.runs.metrics import confusion
+from pipeline.tables import shortened
+
+LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names
+COLUMN, PAGE = 3.5, 7.0  # inches
+DPI = 200
+BLUE, VERMILLION, INK, RULE, EMPTY = "#0072B2", "#D55E00", "#222222", "#D9DDE2", "#F4F5F7"
+LABEL_LENGTH = 18  # characters of a class name
+STYLE: dict[Any, Any] = {
+    "font.size": 8.0,
+    "axes.titlesize": 8.0,
+    "axes.edgecolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlelocation": "left",
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "lines.linewidth": 1.4,
+    "lines.markersize": 3.5,
+    "legend.frameon": False,
+    "grid.color": RULE,
+    "grid.linewidth": 0.5,
+}
+
+MOST_CLASSES = 1000  # of a confusion matrix: with more a class is less than a pixel
+
+
+def plot_run(
+    folder: Path, history: History, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+) -> None:
+    """Confusion matrix and, for epochs, learning curves.
+
+    Parameters
+    ----------
+    folder : Path
+        Made here; gets ``confusion.png`` (up to `MOST_CLASSES` classes) and ``learning.png``.
+    history : dict of str to list of float
+        Columns of ``history.csv``.
+    labels : int32, (n,)
+        Of the validation rows.
+    probabilities : float64, (n, c), 0-1
+        Of the same rows.
+    classes : sequence of str
+        Class names, in label order.
+    """
+    import matplotlib
+
+    folder.mkdir()
+    with matplotlib.rc_context(STYLE):
+        if len(classes) <= MOST_CLASSES:
+            table = confusion(labels, probabilities.argmax(axis=1), len(classes))
+            _confusion(table, classes).savefig(folder / "confusion.png", dpi=DPI)
+        if "epoch" in history:
+            _learning(history).savefig(folder / "learning.png", dpi=DPI)
+
+
+def shades(table: np.ndarray) -> np.ndarray:
+    """Colours of a confusion matrix, float64, (c, c, 3), 0-1.
+
+    Hits go from pale grey to blue with their share of the true class, mistakes to vermillion with the root of theirs, so
+    that rare ones are seen.
+    """
+    share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
+    hit = np.eye(len(table), dtype=bool)
+    strength = np.where(hit, share, 0.8 * np.sqrt(share))[..., None]
+    target = np.where(hit[..., None], _rgb(BLUE), _rgb(VERMILLION))
+    return _rgb(EMPTY) + strength * (target - _rgb(EMPTY))
+
+
+def ink_on(colour: np.ndarray) -> str:
+    """White or dark text, whichever stands out more (relative luminance of WCAG 2.1)."""
+    linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
+    luminance = float(linear @ [0.2126, 0.7152, 0.0722])
+    return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.0637 else INK
+
+
+def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
+    count = len(classes)
+    named = count <= LABELLED_CLASSES
+    side = COLUMN if count <= 8 else min(PAGE, 2.2 + 0.2 * count) if named else COLUMN
+    figure, axes = _figure(side, side)
+    colours = shades(table)
+    axes.imshow(colours, interpolation="nearest")
+    total = int(table.sum())
+    title = f"{total:,} validation images, {table.trace() / max(total, 1):.1%} right"
+    axes.set(xlabel="predicted", ylabel="true", title=title)
+    axes.spines[:].set_visible(False)
+    if named:
+        names = [shortened(name, LABEL_LENGTH) for name in classes]
+        across = 0 if count <= 3 and max(map(len, names)) <= 10 else 90
+        axes.set_xticks(range(count), names, rotation=across, parse_math=False)
+        axes.set_yticks(range(count), names, parse_math=False)
+        axes.tick_params(length=0)
+        # Thin white lines between the cells.
+        axes.set_xticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.set_yticks(np.arange(count + 1) - 0.5, minor=True)
+        axes.grid(which="minor", color="white", linewidth=1)
+        axes.tick_params(which="minor", length=0)
+        for row, column in np.argwhere(table):
+            axes.text(
+                *(column, row, f"{table[row, column]:,}"),
+                **{
+                    "ha": "center",
+                    "va": "center",
+                    "color": ink_on(colours[row, column]),
+                    "size": 9 if count <= 8 else 7,
+                },
+            )
+    return figure
+
+
+def _learning(history: History) -> Any:
+    """Log loss and, where it is known, accuracy under it, over the same epochs."""
+    epochs = history["epoch"]
+    panels = {"log loss": {"loss": "training", "val_loss": "validation"}}
+    panels["accuracy"] = {"accuracy": "training", "val_accuracy": "validation"}
+    shown = {label: [name for name in names if name in history] for label, names in panels.items()}
+    shown = {label: names for label, names in shown.items() if names}
+    figure, found = _figure(COLUMN, 0.4 + 1.7 * len(shown), panels=len(shown))
+    styles = {"training": (BLUE, "-", "o"), "validation": (VERMILLION, "--", "s")}
+    kept = epochs[int(np.argmin(history["val_loss"]))] if "val_loss" in history else None
+    for axes, (label, names) in zip(np.ravel(found), shown.items(), strict=True):
+        axes.grid(axis="y")
+        if kept is not None:
+            axes.axvline(kept, color=INK, linewidth=0.7, linestyle=":", label=f"lowest, epoch {kept:g}")
+        for name in names:
+            colour, dash, marker = styles[panels[label][name]]
+            step = max(1, len(epochs) // 12)
+            axes.plot(
+                *(epochs, history[name]),
+                **{
+                    "color": colour,
+                    "linestyle": dash,
+                    "marker": marker,
+                    "markevery": step,
+                    "label": panels[label][name],
+                },
+            )
+        axes.set_ylabel(label)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    first = np.ravel(found)[0]
+    handles, titles = first.get_legend_handles_labels()
+    order = sorted(range(len(titles)), key=lambda k: titles[k].startswith("lowest"))
+    figure.legend(
+        [handles[k] for k in order], [titles[k] for k in order], loc="outside upper left", ncols=3, fontsize=7
+    )
+    np.ravel(found)[-1].set_xlabel("epoch")
+    return figure
+
+
+def _figure(width: float, height: float, *, panels: int = 1) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.subplots(panels, 1, sharex=panels > 1)
+
+
+def _rgb(colour: str) -> np.ndarray:
+    return np.array([int(colour[k : k + 2], 16) / 255 for k in (1, 3, 5)])

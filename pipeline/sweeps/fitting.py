@@ -1,0 +1,153 @@
+"""Heads trained and judged on prepared rows, one by one or as a bank; failures come back as text.
+
+heads, `Prepared` --fit, folds--> `Fitted`: history, probabilities of validation and of held-out training rows
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import time
+from collections.abc import Sequence
+
+import numpy as np
+
+from features.errors import BottleneckError, HeadError
+from pipeline.heads.bank import train_rows
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.head import Head, History, Progress
+from pipeline.heads.prepared import Prepared
+from pipeline.sweeps.selection import stratified_folds
+
+# What numerical code raises for data or parameters that it cannot cope with.
+FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, LookupError)
+
+
+@dataclasses.dataclass(frozen=True)
+class Fitted:
+    """What training gave: the head, its history, seconds, probabilities of validation rows and of held-out ones, and
+    whether the rows came piece by piece."""
+
+    head: Head
+    history: History
+    seconds: float
+    probabilities: np.ndarray
+    out_of_fold: np.ndarray | None = None
+    streamed: bool = False
+
+
+def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[int, Fitted | str]:
+    """`fit_head` in a worker."""
+    try:
+        return number, fit_head(head, prepared, folds)
+    except FAILURES as problem:
+        return number, reason_of(problem)
+
+
+def fit_head(head: Head, prepared: Prepared, folds: int = 0, progress: Progress | None = None) -> Fitted:
+    """Train and judge one head."""
+    head.warm_up()
+    fresh = head.fresh()
+    head.folds = folds
+    started = time.perf_counter()
+    history = head.fit_prepared(prepared, progress)
+    seconds = time.perf_counter() - started
+    assert prepared.held_out is not None
+    out_of_fold = head.out_of_fold
+    if folds and out_of_fold is None:
+        out_of_fold = cross_validate(fresh, prepared, folds)
+    head.out_of_fold = None
+    probabilities = head.predict_rows(prepared.held_out)
+    return Fitted(head, history, seconds, probabilities, out_of_fold, prepared.streamed)
+
+
+def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
+    """Probabilities of training rows, each by a head that was trained, and its strength chosen, without them.
+
+    Columns were standardised once, with all training rows. Early stopping looks at the validation rows.
+
+    Returns
+    -------
+    float64, (n, c)
+        NaN for rows that took no part.
+    """
+    numbers = stratified_folds(prepared.y, folds, head.seed, prepared.groups)
+    found = np.full((len(prepared.y), len(head.classes)), np.nan)
+    for fold in range(numbers.max() + 1):
+        rows, tested = (numbers != -2) & (numbers != fold), numbers == fold
+        one = head.fresh()
+        one.fit_prepared(prepared.part(np.flatnonzero(rows)))
+        found[tested] = one.predict_rows(prepared.train.take(tested))
+    return found
+
+
+def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[Fitted | str]:
+    """Train heads of one bank and judge them; a text says why there is nothing."""
+    heads[0].warm_up()
+    started = time.perf_counter()
+    try:
+        histories = fit_together(heads, prepared)
+        seconds = (time.perf_counter() - started) / len(heads)
+        out_of_fold = _bank_folds(heads, prepared, folds) if folds else [None] * len(heads)
+    except FAILURES as problem:
+        return [reason_of(problem)] * len(heads)
+    assert prepared.held_out is not None
+    return [
+        history
+        if isinstance(history, str)
+        else Fitted(head, history, seconds, head.predict_rows(prepared.held_out), held_out, prepared.streamed)
+        for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
+    ]
+
+
+def fit_together(heads: Sequence[KerasHead], prepared: Prepared) -> list[History | str]:
+    """Train heads of one bank; the history of each, or why there is none."""
+    for head in heads:
+        head.adopt(prepared)
+    spec = heads[0].bank_spec
+    assert spec is not None
+    results = train_rows(
+        spec.weighted(heads[0].class_weights(prepared.y)),
+        [head.bank_head for head in heads],
+        prepared.train,
+        prepared.held_out,
+        memory_bytes=prepared.memory,
+    )
+    histories: list[History | str] = []
+    for head, result in zip(heads, results, strict=True):
+        try:
+            histories.append(head.take(result, prepared))
+        except HeadError as problem:
+            histories.append(reason_of(problem))
+    return histories
+
+
+def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
+    """`cross_validate` for heads of one bank; None where training diverged in a fold."""
+    found: list[np.ndarray | None] = [None] * len(heads)
+    by_seed = collections.defaultdict(list)
+    for number, head in enumerate(heads):
+        by_seed[head.seed].append(number)
+    for seed, numbers in by_seed.items():
+        dealt = stratified_folds(prepared.y, folds, seed, prepared.groups)
+        fresh = [heads[number].fresh() for number in numbers]
+        columns = [np.full((len(prepared.y), len(heads[0].classes)), np.nan) for _ in numbers]
+        diverged: set[int] = set()
+        for fold in range(dealt.max() + 1):
+            rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
+            histories = fit_together(fresh, prepared.part(rows))
+            held_back = prepared.train.take(tested)
+            for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
+                if isinstance(history, str):
+                    diverged.add(k)
+                else:
+                    columns[k][tested] = head.predict_rows(held_back)
+        for k, number in enumerate(numbers):
+            found[number] = None if k in diverged else columns[k]
+    return found
+
+
+def reason_of(problem: BaseException) -> str:
+    """One line for the report."""
+    text = str(problem).strip() or type(problem).__name__
+    return text if isinstance(problem, BottleneckError) else f"{type(problem).__name__}: {text.splitlines()[0]}"

@@ -1,0 +1,384 @@
+"""Many heads on cached features: what is missing is trained, each a run of its own, and one is chosen.
+
+stores x data sets x trials -> jobs -> prepared rows -> workers (scikit-learn) | bank | Keras -> run folders
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import logging
+import shutil
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import ConfigurationError, HeadError, RunError
+from features.files import writable_folder
+from features.machine import processors
+from pipeline.heads.classifiers import SklearnHead
+from pipeline.heads.costs import check_bytes, usable_memory
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.gather import Source
+from pipeline.heads.head import Head, Progress
+from pipeline.heads.prepared import Prepared
+from pipeline.heads.presets import make_head, resolve_pool
+from pipeline.runs.board import check_choice, leaderboard
+from pipeline.runs.folder import Run, add_plots, add_scores, is_finished
+from pipeline.runs.metrics import evaluate
+from pipeline.scratch import scratch_folder
+from pipeline.sweeps.fitting import Fitted, fit_bank, fit_one, reason_of
+from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
+from pipeline.sweeps.workers import in_parallel
+from pipeline.tables import board_text
+from pipeline.train_head import data_set, identity, needs_folds, needs_rows, test_scores, views_seen, write_fitted
+
+logger = logging.getLogger(__name__)
+
+SHOWN = 10  # rows of the summary
+PLOTTED = 5  # runs of a sweep whose plots are drawn: 0.15 s each, more than most heads take to train
+BANK_HEADS = 256  # that are trained together at most; their runs are written before the next ones begin
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One head to train on one data set of one store.
+
+    Parameters
+    ----------
+    trial : Trial
+        What was asked for.
+    head : Head
+        Untrained, pooling resolved.
+    store : FeatureStore
+    name : str
+        Data set.
+    run_id : str
+    """
+
+    trial: Trial
+    head: Head
+    store: Any
+    name: str
+    run_id: str
+
+    @property
+    def rows(self) -> tuple[int, str, str, bool]:
+        """Jobs for which this is equal are trained on the same prepared rows."""
+        return id(self.store), self.name, self.head.pool or "", self.head.scale
+
+    def __str__(self) -> str:
+        return f"{self.trial} on {self.name}"
+
+
+@dataclasses.dataclass
+class SweepResult:
+    """What `run_sweep` did.
+
+    Parameters
+    ----------
+    runs : list of str
+        Run ids of the sweep that there are now.
+    trained, cached : int
+        How many were trained now, and how many were there.
+    failed : list of dict
+        ``head`` and ``reason`` of each that could not be trained.
+    board : list of dict
+        Their leaderboard; the chosen one is marked.
+    seconds : float
+        Of the whole sweep.
+    """
+
+    runs: list[str]
+    trained: int
+    cached: int
+    failed: list[dict[str, str]]
+    board: list[dict[str, Any]]
+    seconds: float
+
+
+def run_sweep(
+    stores: Sequence[Any],
+    sweep: SweepFile,
+    *,
+    runs: str | Path,
+    names: Sequence[str] = (),
+    jobs: int | None = None,
+    folds: int = 0,
+    memory: int | None = None,
+    choose: str | None = None,
+    test: bool = False,
+    where: str = "sweep",
+    ready: Callable[[], None] | None = None,
+    progress: Progress | None = None,
+) -> SweepResult:
+    """Train what is missing of a sweep.
+
+    Parameters
+    ----------
+    stores : sequence of FeatureStore
+        Every head is trained on each.
+    sweep : SweepFile
+        The heads.
+    runs : Path
+        Folder of run folders.
+    names : sequence of str
+        Data sets to take of each store; default: all.
+    jobs : int, optional
+        Processes for scikit-learn heads; default: the processors. Fewer where `memory` does not suffice.
+    folds : int
+        Score each head by stratified cross-validation on the training rows too, groups kept together, and choose by
+        it; 0: by the validation split.
+    memory : int, optional
+        Bytes that training may take; default: half of what is free. Rows that do not fit are left in the store, and
+        heads that cannot be trained on pieces of them fail.
+    choose : {"accuracy", "balanced_accuracy"}, optional
+        Default: what the sweep says.
+    test : bool
+        Score the chosen head, and no other, on the test split.
+    where : str
+        What messages call the sweep.
+    ready : callable, optional
+        Called when there is something to train and nothing speaks against it, before rows are read.
+    progress : callable, optional
+        Called with ("heads", done, total).
+
+    Returns
+    -------
+    SweepResult
+        A head that fails is in `failed` and does not stop the others.
+
+    Raises
+    ------
+    ConfigurationError
+        Unknown heads, parameters or data sets, before anything is trained.
+    HeadError
+        Splits that cannot be used; a worker that was killed.
+    """
+    started = time.monotonic()
+    if folds and folds < 2:
+        raise ConfigurationError(f"--folds: received {folds}, expected 2 or more, or 0 for none")
+    if jobs is not None and jobs < 1:
+        raise ConfigurationError(f"--n-jobs: received {jobs}, expected 1 or more")
+    by, runs = choose or sweep.choose, Path(runs)
+    check_choice(by)
+    every, failed = _plan(stores, sweep, names, where)
+    missing = [job for job in every if not _is_done(runs / job.run_id, folds)]
+    for store in {id(job.store): job.store for job in missing}.values():
+        needs_rows(store, "train", "validation")
+        if folds:
+            needs_folds(store)
+    if test:
+        for store in stores:
+            needs_rows(store, "test")
+    writable_folder(runs)
+    tell = progress or (lambda stage, done, total: None)
+    memory = memory or usable_memory()
+    trained, lost = 0, set()
+    for job, outcome in _train_all(missing, runs, jobs or processors(), folds, memory, ready):
+        if isinstance(outcome, str):
+            failed.append({"head": str(job), "reason": outcome})
+            lost.add(job.run_id)
+            logger.warning("%s failed: %s", job, outcome)
+        else:
+            _write(job, outcome, runs, folds, memory)
+            trained += 1
+        tell("heads", trained + len(lost), len(missing))
+    made = [job.run_id for job in every if job.run_id not in lost]
+    board = leaderboard(runs, by=by, folds=bool(folds), only=set(made)) if made else []
+    if trained:
+        for row in board[:PLOTTED]:
+            try:
+                add_plots(Run.open(runs / row["run_id"]))
+            except (RunError, OSError) as problem:  # of a run that was there and has been damaged since; of a full disk
+                logger.warning("no plots of %s: %s", row["run_id"], problem)
+    if test and board:
+        _test_chosen(every, board, runs)
+    return SweepResult(made, trained, len(every) - len(missing), failed, board, time.monotonic() - started)
+
+
+def result_document(result: SweepResult, runs: str | Path) -> dict[str, Any]:
+    """What ``--json`` prints."""
+    chosen = next((row["run_id"] for row in result.board if row["chosen"]), None)
+    values = dataclasses.asdict(result)
+    return {"format": 1, "folder": str(runs), "chosen": chosen, **values}
+
+
+def summary(result: SweepResult, runs: str | Path) -> str:
+    """The result for a person: counts, failures, the best heads."""
+    failed = f", {len(result.failed)} failed" if result.failed else ""
+    lines = [f"{runs}: {result.trained} trained, {result.cached} there already{failed}, in {result.seconds:.1f} s"]
+    for reason, number in collections.Counter(item["reason"] for item in result.failed).most_common(SHOWN):
+        first = next(item["head"] for item in result.failed if item["reason"] == reason)
+        lines.append(f"  failed: {first}{f' and {number - 1} more' if number > 1 else ''}: {reason}")
+    if result.board:
+        lines.append(board_text(result.board, SHOWN))
+        lines.append("* the simplest and fastest of those that the interval of the best one does not tell apart")
+    return "\n".join(lines)
+
+
+def _plan(
+    stores: Sequence[Any], sweep: SweepFile, names: Sequence[str], where: str
+) -> tuple[list[Job], list[dict[str, str]]]:
+    """All jobs, each once, and what cannot be one."""
+    trials = expand(sweep, where)
+    jobs: dict[tuple[int, str], Job] = {}
+    failed = []
+    for store in stores:
+        for name in [data_set(store, name) for name in names] or store.names:
+            recipe, shape = store.recipes[name], store.shape(name)[2:]
+            for trial in trials:
+                head = make_head(
+                    trial.name,
+                    seed=trial.seed,
+                    classes=store.classes,
+                    layer=recipe.layer,
+                    fingerprint=recipe.fingerprint,
+                    **trial.params,
+                )
+                try:
+                    # Vectors need no pooling, whatever the sweep says for its spatial data sets.
+                    head.pool = resolve_pool(trial.name, None if len(shape) == 1 else trial.pool, shape)
+                except HeadError as problem:
+                    failed.append({"head": f"{trial} on {name}", "reason": str(problem)})
+                    continue
+                run_id = identity(head, store, name)
+                jobs.setdefault((id(store), run_id), Job(trial, head, store, name, run_id))
+    return list({job.run_id: job for job in jobs.values()}.values()), failed
+
+
+def _is_done(folder: Path, folds: int) -> bool:
+    if not is_finished(folder):
+        return False
+    held_out = Run.open(folder).metrics["cv"]
+    return not folds or (held_out is not None and held_out["folds"] == folds)
+
+
+def _train_all(
+    missing: Sequence[Job], runs: Path, jobs: int, folds: int, memory: int, ready: Callable[[], None] | None
+) -> Iterator[tuple[Job, Fitted | str]]:
+    """Outcomes as they come; a text says why there is none."""
+    together = collections.defaultdict(list)
+    for job in missing:
+        together[job.rows].append(job)
+    turns = []
+    for alike in together.values():
+        source, left = source_of(alike, memory), []
+        for job in alike:
+            try:
+                source.check(job.head)
+            except HeadError as problem:
+                yield job, str(problem)
+            else:
+                left.append(job)
+        if left:
+            turns.append((left, source))
+    if turns and ready:
+        ready()
+    for left, source in turns:
+        yield from _train_alike(left, source, runs, jobs, folds)
+
+
+def _train_alike(
+    alike: Sequence[Job], source: Source, runs: Path, jobs: int, folds: int
+) -> Iterator[tuple[Job, Fitted | str]]:
+    """Jobs that share their rows."""
+    folder = scratch_folder(runs, "sweep")
+    try:
+        prepared = source.prepare(scale=alike[0].head.scale, folder=folder)
+    except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
+        yield from ((job, reason_of(problem)) for job in alike)
+    else:
+        others = [job for job in alike if isinstance(job.head, SklearnHead)]
+        yield from _by_workers(others, prepared, source, jobs, folds)
+        yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def source_of(alike: Sequence[Job], memory: int) -> Source:
+    """Where the rows of jobs that share them come from, with as many views as any of them looks at."""
+    store, name, head = alike[0].store, alike[0].name, alike[0].head
+    views = max(views_seen(job.head, store, name) for job in alike)
+    return Source(store, name, head.pool or "none", views, memory)
+
+
+# ------------------------------------------------------------------------------------------- scikit-learn
+def _by_workers(
+    jobs: Sequence[Job], prepared: Prepared, source: Source, count: int, folds: int
+) -> Iterator[tuple[Job, Fitted | str]]:
+    """The most that memory allows side by side; heads that take more of it with fewer beside them."""
+    turns: dict[int, list[int]] = collections.defaultdict(list)
+    for number, job in enumerate(jobs):
+        assert isinstance(job.head, SklearnHead)
+        job.head.folds = folds
+        try:
+            need = source.memory
+            if not source.streamed:
+                train = prepared.train
+                need = check_bytes(job.head, len(train), train.width, source.memory, train.views)
+        except HeadError as problem:
+            yield job, str(problem)
+        else:
+            turns[min(count, source.memory // max(1, need))].append(number)
+    for workers in sorted(turns, reverse=True):
+        calls = [(number, jobs[number].head, prepared, folds) for number in turns[workers]]
+        for number, outcome in in_parallel(fit_one, calls, workers):
+            yield jobs[number], outcome
+
+
+# ------------------------------------------------------------------------------------------------- Keras
+def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
+    """Heads that can be are trained together, the others one by one."""
+    banks = collections.defaultdict(list)
+    for job in jobs:
+        assert isinstance(job.head, KerasHead)
+        spec = job.head.bank_spec
+        if spec is None:
+            yield job, fit_one(0, job.head, prepared, folds)[1]
+        else:
+            banks[spec, job.head.parameters.class_weight].append(job)
+    for group in banks.values():
+        for start in range(0, len(group), BANK_HEADS):
+            part = group[start : start + BANK_HEADS]
+            heads = [job.head for job in part if isinstance(job.head, KerasHead)]
+            yield from zip(part, fit_bank(heads, prepared, folds), strict=True)
+
+
+# ------------------------------------------------------------------------------------------------- runs
+def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> None:
+    held_out = _fold_scores(job, fitted.out_of_fold, folds)
+    if not is_finished(runs / job.run_id):
+        write_fitted(runs, job.run_id, job.store, job.name, fitted, memory=memory, cv=held_out, plots=False)
+    elif held_out is not None:
+        add_scores(Run.open(runs / job.run_id), cv=held_out)
+
+
+def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[str, Any] | None:
+    if out_of_fold is None:
+        return None
+    y = job.store.images.labels[job.store.rows("train")]
+    known = np.isfinite(out_of_fold).all(axis=1)
+    if not known.any():
+        return None
+    scores = evaluate(out_of_fold[known], y[known], job.store.classes, job.head.seed)
+    return {**scores, "folds": folds}
+
+
+def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -> None:
+    """Touch the test split once, for the chosen head."""
+    row = next(row for row in board if row["chosen"])
+    job = next(job for job in jobs if job.run_id == row["run_id"])
+    run = Run.open(runs / job.run_id)
+    if run.metrics["test"] is None:
+        seen = [other["run_id"] for other in leaderboard(runs) if other["test_accuracy"] is not None]
+        if seen:
+            logger.warning(
+                "the test split was looked at before, for %s: the more often, the less its score means",
+                ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
+            )
+        run = add_scores(run, test=test_scores(job.store, job.name, run.load_head(), run.config["seed"]))
+    row["test_accuracy"] = run.metrics["test"]["accuracy"]

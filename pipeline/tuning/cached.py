@@ -1,0 +1,155 @@
+"""Cut features from a store (``extract --layer boundary``): no images, no decoding, no trunk.
+
+store -> the data set that this network's trunk would give -> CachedFeatures
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from features.errors import ConfigurationError, RunError
+from features.recipe import Recipe
+from features.store import FeatureStore
+from pipeline.runs.folder import Run
+from pipeline.tuning.inputs import PLAIN, Data
+
+logger = logging.getLogger(__name__)
+_FREE = {"layer", "pooling", "dtype", "augmentation", "seed"}  # fields that cut features need not share with the run's
+
+
+class CachedCut(NamedTuple):
+    """A data set of a store, taken as the input of the trained layers."""
+
+    store: FeatureStore
+    name: str
+
+    @property
+    def recipe(self) -> Recipe:
+        """Of the data set."""
+        return self.store.recipes[self.name]
+
+    @property
+    def identity(self) -> dict[str, str | int]:
+        """What of it decides the result of training."""
+        return {"fingerprint": self.recipe.fingerprint, "views": self.store.views(self.name)}
+
+
+def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
+    """The data set of a store that training can begin from.
+
+    Parameters
+    ----------
+    path : str or Path
+        The store.
+    run : Run
+        Whose network and data it must share.
+    cuts : list of str
+        Where the network can be cut before the first trained layer, in graph order, the first of which is `PIXELS`.
+        The latest that the store holds is taken.
+
+    Raises
+    ------
+    RunError
+        If it holds other images, labels or splits than the run was trained on, or features of another network.
+    ConfigurationError
+        If it holds none of the layers.
+    """
+    store = FeatureStore.open(path)
+    _check_rows(store, run)
+    allowed = cuts[1:]
+    if not allowed:
+        raise ConfigurationError(
+            "from cache: no single tensor lies before the first trained layer, so there is nothing to cache; give --images, "
+            "or unfreeze a later layer"
+        )
+    found = [name for name in store.names if (r := store.recipes[name]).pooling == "none" and r.layer in allowed]
+    if not found:
+        raise ConfigurationError(
+            f"{path}: holds {', '.join(store.names)}; expected {allowed[-1]} as it is (no pooling), or an earlier cut "
+            f"({', '.join(allowed[-4:-1]) or 'there is none'}). Make it with: bottleneck extract IMAGES --out FILE.h5 "
+            f"--layer {allowed[-1]}, and the --backbone, --weights and --image-size of the run"
+        )
+    cut = CachedCut(store, max(found, key=lambda name: allowed.index(store.recipes[name].layer)))
+    differences = {
+        field: values for field, values in run.recipe.difference(cut.recipe).items() if field.split(".")[0] not in _FREE
+    }
+    if differences:
+        listed = "; ".join(f"{field}: {ours} -> {theirs}" for field, (ours, theirs) in differences.items())
+        raise RunError(
+            f"{path}: {cut.name} is of another network than {run.run_id} was trained on ({listed}). Extract both with the "
+            "same --backbone, --weights, --image-size, --resize, --fit, --decode and --precision."
+        )
+    return cut
+
+
+def _check_rows(store: FeatureStore, run: Run) -> None:
+    if store.data_digest == run.config["features"]["data_digest"]:
+        return
+    where = f"{store.path}: its images are not those that {run.run_id} was trained on"
+    if store.classes != run.classes:
+        missing, added = sorted(set(run.classes) - set(store.classes)), sorted(set(store.classes) - set(run.classes))
+        raise RunError(f"{where} (classes missing {missing[:10]}, not in the run {added[:10]})")
+    rule = run.split_rule
+    other = (
+        f"splits {store.split_rule or 'as given'}, the run's {rule or 'as given'}" if store.split_rule != rule else ""
+    )
+    raise RunError(
+        f"{where}: images, labels or splits differ ({other or 'the split rule is the same'}; {len(store)} rows). Extract "
+        "both from the same images with the same --split and --seed; several layers fit into one store."
+    )
+
+
+def data_of(store: FeatureStore) -> Data:
+    """Rows of a store."""
+    table = store.images
+    description = f"{store.path} ({store.source})" if store.source else str(store.path)
+    return Data(description, table.paths, table.labels, table.splits, table.sha256, store.data_digest)
+
+
+class CachedFeatures:
+    """Cut features read from a store: view 0 where there is no other, else in each epoch one view per image.
+
+    Parameters
+    ----------
+    cut : CachedCut
+        Memory-mapped; verified against its checksums when it is first read.
+    batch_size : int
+        Rows of a batch.
+    seed : int
+        Which view an epoch sees depends on this, the epoch and the image's content, not on order or batch.
+    """
+
+    def __init__(self, cut: CachedCut, *, batch_size: int, seed: int) -> None:
+        self._array = cut.store.array(cut.name)
+        self._views, self._batch_size, self._seed = cut.store.views(cut.name), batch_size, seed
+        self._sha256 = cut.store.images.sha256
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        return rows
+
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        views = np.zeros(len(rows), np.int64)
+        if epoch != PLAIN and self._views > 1:
+            views = drawn_views(self._sha256[rows], self._views, seed=self._seed, epoch=epoch)
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            yield batch, np.asarray(self._array[batch, views[start : start + self._batch_size]])
+
+
+def drawn_views(sha256: np.ndarray, views: int, *, seed: int, epoch: int) -> np.ndarray:
+    """The view of each image that an epoch sees, int64, (n,): each of the ``views`` with the same chance.
+
+    Parameters
+    ----------
+    sha256 : uint8, (n, 32)
+        Content of the images.
+    """
+    prefix = f"epoch view:{seed}:{epoch}:".encode("ascii")
+    draws = [hashlib.sha256(prefix + content.tobytes()).digest()[:8] for content in sha256]
+    return np.array([int.from_bytes(draw, "little") % views for draw in draws], dtype=np.int64)

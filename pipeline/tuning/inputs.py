@@ -1,0 +1,300 @@
+"""What goes into the trained end of a network: which rows there are, and where their cut features come from.
+
+images ─┬─ trunk, once ─────────── KeptFeatures ────┐
+        └─ augment, trunk, each epoch ─ LiveViews ──┼─▶ batches(rows, epoch) ─▶ pipeline.tuning.training
+store ──── read ────────────────── pipeline.tuning.cached ─┘
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import logging
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from features.augmentation import AugmentSpec
+from features.errors import RunError, StoreError, UnreadableImageError
+from features.files import printable
+from features.images import decode_image
+from features.layout import data_digest
+from features.recipe import PixelRule
+from features.shards import ahead
+from features.sources import ImageSet
+from features.splits import SPLITS, SplitRule, assign_splits
+from features.views import decode_views
+from pipeline.heads.head import Progress
+
+logger = logging.getLogger(__name__)
+KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
+PLAIN = 0  # as an epoch: view 0 of every image
+Trunk = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+    """Rows to train on and to measure, with the splits that extraction gave them.
+
+    Parameters
+    ----------
+    description : str
+        Where they come from, for messages.
+    paths : sequence of str
+        Names of the images.
+    labels : int32, (n,)
+        Index into the classes.
+    splits : int8, (n,)
+        Index into ``SPLITS``; images that could not be read are in ``unlabelled``.
+    sha256 : uint8, (n, 32)
+        Content; zeros where it could not be read.
+    digest : str
+        ``features.layout.data_digest`` of those that could, as a feature store of them would have it.
+    """
+
+    description: str
+    paths: Sequence[str]
+    labels: np.ndarray
+    splits: np.ndarray
+    sha256: np.ndarray
+    digest: str
+
+    def rows(self, split: str) -> np.ndarray:
+        """Row numbers of one split, ascending."""
+        return np.flatnonzero(self.splits == SPLITS.index(split))
+
+    def by_content(self, rows: np.ndarray) -> np.ndarray:
+        """Rows sorted by content hash: an order that neither names nor the kind of source decide."""
+        return np.array(sorted(rows.tolist(), key=lambda row: self.sha256[row].tobytes()), dtype=np.int64)
+
+
+def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
+    """Hash every image and give it its split.
+
+    Raises
+    ------
+    RunError
+        If none could be read.
+    """
+
+    def digest(row: int) -> bytes:
+        try:
+            return hashlib.sha256(images.read(row)).digest()
+        except UnreadableImageError as error:
+            logger.warning("%s is unreadable (%s); left out", printable(images.paths[row]), error)
+            return b""
+
+    hashes = list(pool.map(digest, range(len(images))))
+    readable = np.array([row for row, value in enumerate(hashes) if value], dtype=np.int64)
+    if not len(readable):
+        raise RunError(f"{images.description}: none of {len(images)} images could be read")
+    sha256 = np.zeros((len(images), 32), np.uint8)
+    sha256[readable] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+    groups = None if images.groups is None else [images.groups[row] for row in readable]
+    splits = np.full(len(images), SPLITS.index("unlabelled"), np.int8)
+    labels, given = images.labels[readable], images.given_splits[readable]
+    splits[readable], _ = assign_splits(labels, given, groups, sha256[readable], rule)
+    digest_of_rows = data_digest(images.classes, sha256[readable], labels, splits[readable])
+    return Data(images.description, images.paths, images.labels, splits, sha256, digest_of_rows)
+
+
+class Inputs(Protocol):
+    """Where the cut features of rows come from."""
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        """Those rows that have features, in their order."""
+
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches ``(rows, features (k, ...))`` in the order of ``rows``; every epoch may have another view, `PLAIN` view 0."""
+
+
+class KeptFeatures:
+    """Trunk features of plain images, computed once: trunk and images stay as they are, so every epoch has the same.
+
+    They are kept in memory up to 1 GiB, above that in a file that is removed afterwards.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The source.
+    rows : int64, (n,)
+        Which images.
+    trunk : callable
+        ``uint8, (n, h, w, 3)`` -> ``(n, ...)``.
+    rule : PixelRule
+        How the images are decoded.
+    pool : Executor
+        Threads that read and decode.
+    batch_size : int
+        Images of one forward pass.
+    folder : Path
+        Where the file goes, if one is needed.
+    progress : callable, optional
+        Called with ``("trunk", done, total)``.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        rows: np.ndarray,
+        trunk: Trunk,
+        rule: PixelRule,
+        pool: Executor,
+        *,
+        batch_size: int,
+        folder: Path,
+        progress: Progress | None,
+    ) -> None:
+        self._batch_size = batch_size
+        self._place: dict[int, int] = {}
+        self._array: np.ndarray = np.zeros((0,), np.float32)
+
+        def load(row: int) -> np.ndarray:
+            return decode_image(images.read(row), rule).pixels
+
+        for done, pixels, refused in decoded_batches(load, rows, rule, pool, batch_size):
+            _warn(images, refused)
+            if not len(done):
+                continue
+            features = trunk(pixels)
+            start = len(self._place)
+            if not start:
+                self._array = _room((len(rows), *features.shape[1:]), features.dtype, folder)
+            self._array[start : start + len(done)] = features
+            self._place |= {row: start + offset for offset, row in enumerate(done.tolist())}
+            if progress:
+                progress("trunk", len(self._place), len(rows))
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([row for row in rows.tolist() if row in self._place], dtype=np.int64)
+
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            yield batch, self._array[[self._place[row] for row in batch.tolist()]]
+
+
+class LiveViews:
+    """Another view of each image in each epoch: decoded and augmented on threads, then through the frozen trunk.
+
+    View k of an image depends only on seed, content and k, so epoch k has the same pixels as view k in a store.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The source.
+    data : Data
+        Its rows.
+    trunk, rule, pool, batch_size
+        As of `KeptFeatures`.
+    spec : AugmentSpec
+        What views are drawn from.
+    seed : int
+        Of the views.
+    plain : Inputs
+        Where the plain images come from, which are measured.
+    """
+
+    def __init__(
+        self,
+        images: ImageSet,
+        data: Data,
+        trunk: Trunk,
+        rule: PixelRule,
+        pool: Executor,
+        *,
+        batch_size: int,
+        spec: AugmentSpec,
+        seed: int,
+        plain: Inputs,
+    ) -> None:
+        self._images, self._data, self._trunk, self._rule, self._pool = images, data, trunk, rule, pool
+        self._batch_size, self._spec, self._seed, self._plain = batch_size, spec, seed, plain
+        self._refused: set[int] = set()
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        plain = set(self._plain.readable(rows).tolist()) | set(self._data.rows("train").tolist())
+        return np.array([row for row in rows.tolist() if row in plain], dtype=np.int64)
+
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        if epoch == PLAIN:
+            yield from self._plain.batches(rows, PLAIN)
+            return
+
+        def load(row: int) -> np.ndarray:
+            content = self._data.sha256[row].tobytes()
+            data = self._images.read(row)
+            found = decode_views(data, self._rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
+            return found.pixels[0]
+
+        for done, pixels, refused in decoded_batches(load, rows, self._rule, self._pool, self._batch_size):
+            _warn(self._images, {row: error for row, error in refused.items() if row not in self._refused})
+            self._refused |= set(refused)
+            if len(done):
+                yield done, self._trunk(pixels)
+
+
+def decoded_batches(
+    load: Callable[[int], np.ndarray],
+    rows: np.ndarray,
+    rule: PixelRule,
+    pool: Executor,
+    batch_size: int,
+) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, UnreadableImageError]]]:
+    """Batches of images in the order of ``rows``, decoded ahead on threads.
+
+    Yields
+    ------
+    rows : int64, (k,)
+        Those that could be read.
+    pixels : uint8, (k, h, w, 3)
+        Their pixels, valid until the next batch.
+    refused : dict of int to UnreadableImageError
+        The others met since the last batch.
+    """
+    good: list[int] = []
+    pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
+    refused: dict[int, UnreadableImageError] = {}
+
+    def attempt(row: int) -> np.ndarray | UnreadableImageError:
+        try:
+            return load(row)
+        except UnreadableImageError as error:
+            return error
+
+    numbers = rows.tolist()
+    for row, outcome in zip(numbers, ahead(pool, attempt, numbers, 2 * batch_size), strict=True):
+        if isinstance(outcome, UnreadableImageError):
+            refused[row] = outcome
+            continue
+        pixels[len(good)] = outcome
+        good.append(row)
+        if len(good) == batch_size:
+            yield np.array(good, np.int64), pixels, refused
+            good, refused = [], {}
+    if good or refused:
+        yield np.array(good, np.int64), pixels[: len(good)], refused
+
+
+def _warn(images: ImageSet, refused: dict[int, UnreadableImageError]) -> None:
+    for row, error in refused.items():
+        logger.warning("%s is unreadable (%s); left out", printable(images.paths[row]), error)
+
+
+def _room(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
+    needed = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
+    if needed <= KEPT_BYTES:
+        return np.empty(shape, dtype)
+    free = shutil.disk_usage(folder).free
+    if needed > 0.9 * free:
+        raise StoreError(
+            f"{folder}: the features before the trained layers need {needed >> 20} MiB there, {free >> 20} MiB are "
+            "free. Free some space, give another --runs folder, or unfreeze from a later layer."
+        )
+    with tempfile.TemporaryFile(dir=folder, prefix=".finetune-") as file:  # without a name: gone once unmapped
+        return np.memmap(file, dtype, "w+", shape=shape)

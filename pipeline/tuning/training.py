@@ -1,0 +1,242 @@
+"""The training loop of the end of a network, the same for images, augmented images and cached features.
+
+Inputs ─ batches(rows, epoch) ─▶ Tail.step ─▶ scores on validation ─▶ checkpoint ─▶ best epoch
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from features.backend import load_keras
+from features.errors import RunError
+from pipeline.heads.head import History, Progress
+from pipeline.runs.metrics import balanced_weights, evaluate
+from pipeline.tuning.checkpoints import Checkpoint, State
+from pipeline.tuning.endtoend import Split, probabilities_of
+from pipeline.tuning.inputs import PLAIN, Data, Inputs
+from pipeline.tuning.settings import TuningSettings, learning_rate, make_optimizer
+
+logger = logging.getLogger(__name__)
+
+
+class Tail:
+    """The trained layers and the head: trained a batch at a time, measured at inference.
+
+    Parameters
+    ----------
+    split : Split
+        Its ``tail`` is trained.
+    temperature : float
+        Logits are divided by it.
+    settings : TuningSettings
+        Optimizer, batch size and the rest.
+    """
+
+    def __init__(self, split: Split, temperature: float, settings: TuningSettings) -> None:
+        keras = load_keras()
+        self.model, self._temperature, self.batch_size = split.tail, temperature, settings.batch_size
+        self._binary = split.tail.output_shape[-1] == 1
+        self._half = split.layers_of_tail() if settings.mixed_precision else []
+        loss = (
+            keras.losses.BinaryCrossentropy(from_logits=True)
+            if self._binary
+            else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        )
+        # Compiled after `trainable` was set: Keras looks at it when it compiles.
+        self.model.compile(optimizer=make_optimizer(settings), loss=loss)
+        self.model.optimizer.build(self.model.trainable_variables)
+        statistics = split.statistics_variables() if settings.bn == "train" else []
+        self._variables = [*self.model.trainable_variables, *statistics]
+        self._generators = [
+            variable for variable in self.model.variables if variable.path.endswith("seed_generator_state")
+        ]
+
+    def step(
+        self, features: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None, rate: float | None = None
+    ) -> float:
+        """Train on one batch; its mean loss.
+
+        Parameters
+        ----------
+        features : (n, ...)
+            Cut features.
+        labels : int32, (n,)
+            Classes.
+        weights : float, (n,), optional
+            Of the rows in the loss.
+        rate : float, optional
+            Learning rate from now on.
+        """
+        targets = labels[:, None].astype(np.float32) if self._binary else labels
+        if rate is not None:
+            self.model.optimizer.learning_rate = rate
+        self.model.reset_metrics()  # else Keras gives the mean over all batches so far
+        values = np.asarray(features, np.float32)
+        weights = None if weights is None else weights.astype(np.float32)
+        return float(self.model.train_on_batch(values, targets, sample_weight=weights))
+
+    def probabilities(self, inputs: Inputs, rows: np.ndarray) -> np.ndarray:
+        """Class probabilities of rows in their plain view, float64, (n, c)."""
+        return self.probabilities_of(features for _, features in inputs.batches(rows, PLAIN))
+
+    def probabilities_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
+        """Class probabilities of batches of cut features, float64, (n, c)."""
+        parts = []
+        for features in batches:
+            count = len(features)
+            batch = np.zeros((self.batch_size, *features.shape[1:]), np.float32)  # one shape, compiled once
+            batch[:count] = features
+            parts.append(self.model.predict_on_batch(batch)[:count])  # compiled once, sees the variables of now
+        return probabilities_of(np.concatenate(parts), self._temperature)
+
+    @contextlib.contextmanager
+    def training(self, seed: int, epoch: int) -> Iterator[None]:
+        """One epoch's steps: dropout starts from seed and epoch, whatever came before; half precision if asked for.
+
+        What is measured is compiled apart, in float32, before the first step; a backend that compiles nothing looks
+        at the layers each time.
+        """
+        for number, generator in enumerate(self._generators):
+            words = np.random.SeedSequence([seed, epoch, number]).generate_state(2) >> 1
+            generator.assign(words.astype(generator.dtype).reshape(generator.shape))
+        for layer in self._half:
+            layer.dtype_policy = "mixed_bfloat16"
+        try:
+            yield
+        finally:
+            for layer in self._half:
+                layer.dtype_policy = "float32"
+
+    def snapshot(self) -> list[np.ndarray]:
+        """Copies of all variables that training changes."""
+        return _values(self._variables)
+
+    def restore(self, values: Sequence[np.ndarray]) -> None:
+        """Set them."""
+        _assign(self._variables, values)
+
+    def optimizer_snapshot(self) -> list[np.ndarray]:
+        """Copies of the optimizer's variables."""
+        return _values(self.model.optimizer.variables)
+
+    def restore_optimizer(self, values: Sequence[np.ndarray]) -> None:
+        """Set them."""
+        _assign(self.model.optimizer.variables, values)
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What `train` did: columns of ``history.csv``, validation scores before and of the best epoch, and the epoch after
+    which it went on where an earlier process was interrupted (None: it began anew)."""
+
+    history: History
+    before: dict[str, Any]
+    after: dict[str, Any]
+    resumed: int | None
+
+
+def train(
+    tail: Tail,
+    inputs: Inputs,
+    data: Data,
+    settings: TuningSettings,
+    *,
+    classes: Sequence[str],
+    checkpoint: Checkpoint | None = None,
+    progress: Progress | None = None,
+) -> Outcome:
+    """Train, and end with the best epoch: the highest validation accuracy, then the lowest log loss.
+
+    The head as it came counts as epoch 0, so the result is never worse than that on validation. Where an earlier
+    process was killed, its last finished epoch is taken up.
+
+    Raises
+    ------
+    RunError
+        If train or validation is empty, or training diverges.
+    """
+    rows = inputs.readable(data.by_content(data.rows("train")))
+    validation = inputs.readable(data.rows("validation"))
+    if not len(rows) or not len(validation):
+        raise RunError(
+            f"fine-tuning needs train and validation images, received {len(rows)} and {len(validation)}. "
+            "Extract with another --split."
+        )
+    weights = np.zeros(len(data.labels))
+    weights[rows] = balanced_weights(data.labels[rows]) if settings.class_weight else 1.0
+
+    def measure() -> dict[str, Any]:
+        return evaluate(tail.probabilities(inputs, validation), data.labels[validation], classes)
+
+    state = _first_state(tail, measure(), settings.initial_epoch)
+    found = checkpoint.load(state) if checkpoint else None
+    resumed = None if found is None else found.epoch
+    if found is not None:
+        state = found
+        tail.restore(state.variables)
+        tail.restore_optimizer(state.optimizer)
+        logger.info("%s: goes on after epoch %d", checkpoint.path if checkpoint else "", state.epoch)
+    steps, last = -(-len(rows) // tail.batch_size), settings.initial_epoch + settings.epochs
+    while state.epoch < last and not (settings.patience and state.waited >= settings.patience):
+        epoch = state.epoch + 1
+        # The order depends on seed, epoch and the images' content only, whatever their order and kind of source.
+        order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
+        total, seen = 0.0, 0
+        with tail.training(settings.seed, epoch):
+            for number, (batch, features) in enumerate(inputs.batches(order, epoch)):
+                loss = tail.step(
+                    features,
+                    data.labels[batch],
+                    weights=weights[batch] if settings.class_weight else None,
+                    rate=learning_rate(settings, (epoch - settings.initial_epoch - 1) * steps + number, steps),
+                )
+                total, seen = total + loss * len(batch), seen + len(batch)
+                if progress:
+                    progress(f"epoch {epoch}/{last}", seen, len(order))
+        if not seen or not np.isfinite(total):
+            why = "none of its images could be read" if not seen else "training diverged; lower the learning rate"
+            raise RunError(f"epoch {epoch}: {why} (now {settings.learning_rate:g})")
+        _close_epoch(state, tail, epoch, total / seen, measure())
+        if checkpoint:
+            checkpoint.save(state)
+    tail.restore(state.kept)
+    return Outcome(state.history, state.before, state.best, resumed)
+
+
+def _first_state(tail: Tail, scores: dict[str, Any], epoch: int) -> State:
+    # No step was taken, so the loss of epoch 0 is that of validation.
+    losses = [scores["log_loss"]]
+    history: History = {
+        "epoch": [epoch],
+        "loss": losses,
+        "val_loss": list(losses),
+        "val_accuracy": [scores["accuracy"]],
+    }
+    variables = tail.snapshot()
+    return State(epoch, history, scores, scores, 0, losses[0], variables, tail.optimizer_snapshot(), variables)
+
+
+def _close_epoch(state: State, tail: Tail, epoch: int, loss: float, scores: dict[str, Any]) -> None:
+    for name, value in zip(state.history, (epoch, loss, scores["log_loss"], scores["accuracy"]), strict=True):
+        state.history[name].append(value)
+    state.epoch, state.variables, state.optimizer = epoch, tail.snapshot(), tail.optimizer_snapshot()
+    if (scores["accuracy"], -scores["log_loss"]) > (state.best["accuracy"], -state.best["log_loss"]):
+        state.best, state.kept = scores, state.variables
+    state.waited = 0 if scores["log_loss"] < state.lowest else state.waited + 1
+    state.lowest = min(state.lowest, scores["log_loss"])
+
+
+def _values(variables: Sequence[Any]) -> list[np.ndarray]:
+    convert = load_keras().ops.convert_to_numpy
+    return [np.array(convert(variable)) for variable in variables]
+
+
+def _assign(variables: Sequence[Any], values: Sequence[np.ndarray]) -> None:
+    for variable, value in zip(variables, values, strict=True):
+        variable.assign(value)
