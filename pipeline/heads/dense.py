@@ -178,9 +178,8 @@ class KerasHead(Head):
             network.load_weights(path)
         except (OSError, ValueError, KeyError) as problem:
             shapes = [tuple(variable.shape) for variable in network.trainable_variables]
-            raise HeadError(
-                f"{path}: the weights do not fit head.json, which asks for {shapes}: {problem}"
-            ) from problem
+            first = (str(problem).splitlines() or [type(problem).__name__])[0]  # Keras goes on with the whole matrix
+            raise HeadError(f"{path}: the weights do not fit head.json, which asks for {shapes}: {first}") from problem
         check_finite(path, network.get_weights())
         self._built = network
 
