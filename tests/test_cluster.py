@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from clusters import WIDTH, Faults, Processes, Traffic, extract, extraction, processes, wrong_clock
+from clusters import PRELOAD, WIDTH, Faults, Processes, Traffic, extract, extraction, processes, wrong_clock
 from faults import differences, finish, inferred, start
 from helpers import listing, paint_folder, recipe, run_pipeline
 
@@ -197,11 +197,15 @@ def source(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Faults:
+def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
+    import dask
+
     found = Faults(tmp_path / "faults.json", numpy=WIDTH, log=str(tmp_path / "log"))
     for name, value in found.environment.items():
         monkeypatch.setenv(name, value)
-    return found
+    # Dask read its part of the environment when it was imported, perhaps by another test.
+    with dask.config.set({"distributed.worker.preload": [found.environment[PRELOAD]]}):
+        yield found
 
 
 @pytest.fixture
