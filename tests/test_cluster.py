@@ -199,6 +199,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Faults]:
     import dask
+    import distributed  # noqa: F401  # its own settings first, else they would go with ours
 
     found = Faults(tmp_path / "faults.json", numpy=WIDTH, log=str(tmp_path / "log"))
     for name, value in found.environment.items():

@@ -178,8 +178,8 @@ class KerasHead(Head):
             network.load_weights(path)
         except (OSError, ValueError, KeyError) as problem:
             shapes = [tuple(variable.shape) for variable in network.trainable_variables]
-            first = (str(problem).splitlines() or [type(problem).__name__])[0]  # Keras goes on with the whole matrix
-            raise HeadError(f"{path}: the weights do not fit head.json, which asks for {shapes}: {first}") from problem
+            reason = " ".join(str(problem).partition("Target variable")[0].split())  # then Keras shows the whole matrix
+            raise HeadError(f"{path}: the weights do not fit head.json, which asks for {shapes}: {reason}") from problem
         check_finite(path, network.get_weights())
         self._built = network
 
