@@ -10,14 +10,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-IMAGES = {"cats-dogs": "cats_and_dogs_filtered", "flowers17": "flowers17"}
-WEIGHTS = {"mobilenetv2": "mobilenet_v2_1.0_224_no_top", "vgg16": "vgg16_no_top"}
+from accuracy import IMAGES, WEIGHTS, pipeline
+
 SEEDS = (0, 1, 2)
 TUNING = ("--learning-rate", "1e-4", "--schedule", "cosine", "--param", "warmup_epochs=1", "--epochs", "5")
 # Row -> backbone, whether it is fed from the cache, further arguments of finetune
@@ -26,19 +23,6 @@ ROWS: dict[str, tuple[str, bool, tuple[str, ...]]] = {
     "MobileNetV2, from the cache": ("mobilenetv2", True, ()),
     "VGG16, from the cache": ("vgg16", True, ("--patience", "1")),
 }
-
-
-def pipeline(*arguments: object) -> dict[str, Any]:
-    """The JSON document of one command."""
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline", *map(str, arguments), "--json"],
-        cwd=ROOT,
-        check=True,
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    document: dict[str, Any] = json.loads(done.stdout)
-    return document
 
 
 def store_of(folder: Path, images: str, backbone: str) -> Path:
