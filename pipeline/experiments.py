@@ -213,7 +213,7 @@ def run_experiment(
     Returns
     -------
     list of dict
-        One per step that gave a run: ``way step run accuracy accuracy_interval cv_accuracy n seconds``.
+        One per step: ``way step made accuracy accuracy_interval cv_accuracy n seconds``, and the ``document`` of the stage.
 
     Raises
     ------
