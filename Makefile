@@ -76,7 +76,7 @@ test-fast: setup  ## tests without TensorFlow, under 20 s
 	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
 test: setup  ## all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
 
 stress: setup  ## 50 SIGKILLs of a real extraction, thousands of flipped bits (minutes)
 	$(BIN)/python tests/benchmarks/stress.py
