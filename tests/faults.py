@@ -4,8 +4,9 @@ Run as a script it is ``python -m pipeline`` with three additions, so that a tes
 
     faults.py LOG [--numpy WIDTH] [--delay SECONDS] [--stall assembly|clean-up] -- extract IMAGES --out FILE ...
 
-Every batch appends its number of images to LOG before it is inferred, and a stalled place its name. ``--numpy``
-puts a stand-in of numpy, with WIDTH features, where the backbone would be. Nothing else is changed.
+Every batch appends its number of images to LOG before it is inferred, a stalled place its name, and the end the
+peak memory of the process. ``--numpy`` puts a stand-in of numpy, with WIDTH features, where the backbone would be.
+Nothing else is changed.
 """
 
 from __future__ import annotations
@@ -79,7 +80,13 @@ def main(arguments: list[str]) -> int:
         _stall_clean_up(note)
     from pipeline.cli import main as pipeline
 
-    return pipeline(arguments[cut + 1 :])
+    code = pipeline(arguments[cut + 1 :])
+    # Of this program alone, in kilobytes: `getrusage` counts what the parent was when it forked.
+    status = Path("/proc/self/status")
+    for line in status.read_text().splitlines() if status.exists() else []:
+        if line.startswith("VmHWM"):
+            note(f"peak {line.split()[1]}")
+    return code
 
 
 def _watch_engines(options: argparse.Namespace, note: Any) -> None:

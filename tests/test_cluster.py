@@ -429,7 +429,7 @@ def test_workers_that_cannot_do_the_work_are_named_with_the_way_out(
             with pytest.raises(ClusterError, match="no Dask scheduler answers there"), connected(address):
                 pass
             heard.result()
-    assert time.monotonic() - begun < 10
+    assert time.monotonic() - begun < 60  # three waits of a second
     token = tmp_path / ".token"
     token.write_text("right\n")
     faults.set(numpy=WIDTH, visible=0.2)

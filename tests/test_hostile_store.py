@@ -422,7 +422,7 @@ def test_a_hostile_store_is_refused(tmp_path: Path, name: str) -> None:
     path = forge(write(tmp_path / "features.h5"), change)
     use_warm(tmp_path)
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         with pytest.raises(IntegrityError, match=f"(?s){message}") as caught:
             use(path)
@@ -433,7 +433,7 @@ def test_a_hostile_store_is_refused(tmp_path: Path, name: str) -> None:
     assert caught.value.exit_code == 3
     assert len(str(caught.value)) < 2000
     assert peak < 20e6
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
 
 
 def use_warm(folder: Path) -> None:

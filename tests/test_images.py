@@ -275,13 +275,13 @@ def header_only_png(width: int, height: int) -> bytes:
 
 @pytest.mark.parametrize("size", [(9_600, 10_417), (14_000, 14_000), (2**31 - 1, 2**31 - 1)])
 def test_header_bombs_are_refused_at_once_and_without_warnings(size: tuple[int, int]) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # Pillow's own limit would warn about the first and raise on the others
         error = refusal(header_only_png(*size))
     assert error.reason == "too-large"
     assert f"{size[0]}x{size[1]}" in error.detail
-    assert time.perf_counter() - start < 0.5
+    assert time.process_time() - start < 0.5
 
 
 def test_limit_is_inclusive_and_adjustable() -> None:

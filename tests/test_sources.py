@@ -211,9 +211,9 @@ def test_links_to_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> N
     (root / "b/itself").symlink_to("itself")
     (root / "self").symlink_to(".")
     (tmp_path / "elsewhere/back").symlink_to(root)
-    start = time.perf_counter()
+    start = time.process_time()
     images = scan(root)
-    assert time.perf_counter() - start < 1
+    assert time.process_time() - start < 1
     assert images.paths == ("a/1.png", "a/2.png", "b/1.png", "b/sub/2.png")
     assert images.classes == ("a", "b")
     assert images.read(0) == b"1.png"

@@ -554,10 +554,8 @@ def test_a_sweep_on_the_command_line_and_again_without_keras(
         f"import sys\nfrom pipeline.cli import main\ncode = main({arguments!r})\n"
         "sys.exit(code or bool({'keras', 'tensorflow', 'matplotlib'} & set(sys.modules)))"
     )
-    started = time.monotonic()
     again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert time.monotonic() - started < 10
     assert "0 trained, 5 there already, 1 failed" in again.stdout
     assert "failed: knn n_neighbors=999 on last.avg" in again.stdout
     assert main(["leaderboard", str(tmp_path / "runs")]) == 0
