@@ -102,8 +102,10 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
     ):
         try:
             yield from _bounded(runners, make, work.specs)
-        finally:
+        except KeyboardInterrupt:
             engine.stop.set()  # after a second Ctrl-C the shards in flight end at their next batch
+            raise
+        # Who takes the shards was interrupted instead: those in flight are finished, and the next run finds their files.
 
 
 class _LazyEngine:

@@ -7,6 +7,7 @@ import hashlib
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -90,6 +91,7 @@ class NumpyNetwork:
     def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str):
         def infer(batch: np.ndarray) -> Mapping[str, np.ndarray]:
             if self.fail_after is not None and len(self.batches) >= self.fail_after:
+                time.sleep(0.05)  # the main thread has handed out its shards and waits for them
                 _thread.interrupt_main()  # Ctrl-C; a real signal is for processes of their own
                 self.fail_after = None
             self.batches.append(len(batch))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import time
 from pathlib import Path
 
 import numpy as np
@@ -23,10 +24,10 @@ from PIL import Image
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
 from features.extraction import Extraction
 from features.files import locked
-from features.shards import rows_per_shard
+from features.shards import PartsFolder, rows_per_shard
 from features.sources import scan
 from features.splits import SPLITS, SplitRule
-from features.store import FeatureStore
+from features.store import FeatureStore, parts_folder
 
 
 @pytest.fixture
@@ -184,6 +185,30 @@ def test_no_readable_image_writes_nothing(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="none of 2 images could be read"):
         extract(source, tmp_path / "out" / "f.h5")
     assert not (tmp_path / "out" / "f.h5").exists()
+
+
+def test_ctrl_c_while_a_shard_is_entered_loses_none(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Slow(NumpyNetwork):
+        def engine(self, recipes, **options):
+            inner = super().engine(recipes, **options)
+            return lambda batch: time.sleep(0.1) or inner(batch)
+
+    network, out, commit = Slow(), tmp_path / "f.h5", PartsFolder.commit
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PartsFolder, "commit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, out, network)
+    assert not [name for name in listing(parts_folder(out)) if name.endswith(".tmp")]
+    before = sum(network.batches)
+    assert before in (8, 16, 24)  # whole shards: the one to be entered, and those in flight
+    monkeypatch.setattr(PartsFolder, "commit", commit)
+    assert_rows_are_their_images(extract(source, out, network).store, source)
+    assert sum(network.batches) == 33  # nothing twice
 
 
 @pytest.mark.pain(8)
