@@ -36,8 +36,9 @@ from faults import differences  # noqa: E402
 from features.extraction import Extraction, prepare  # noqa: E402
 from features.running import Work  # noqa: E402
 from features.shards import load_views  # noqa: E402
-from pipeline import cluster  # noqa: E402
+from features.views import DecodedViews  # noqa: E402
 from pipeline.cluster.model import Worker, forecast_cluster  # noqa: E402
+from pipeline.cluster.run import ClusterShards  # noqa: E402
 
 SIZE, BATCH = 160, 32
 HEADS = """
@@ -87,7 +88,7 @@ def some_of(images: Path, folder: Path) -> Path:
 def seconds_of(images: Path, out: Path, weights: Path, shard_rows: int, by: str, traffic: Traffic) -> dict[str, float]:
     """Seconds from plan to store by workers, and the bytes that were sent."""
     out.unlink(missing_ok=True)
-    work = extraction(images, out, weights, shard_rows, run_shards=cluster.ClusterShards(by))
+    work = extraction(images, out, weights, shard_rows, run_shards=ClusterShards(by))
     traffic.bytes = 0
     started = time.perf_counter()
     work.run()
@@ -102,15 +103,14 @@ def single_costs(images: Path, weights: Path, processors: int) -> tuple[float, f
     engine, read, spec = task.engine(plan.specs[0].recipes), task.reader(), plan.specs[0]
     paths = spec.paths[:640]
     with ThreadPoolExecutor(processors) as pool:
-        decoded = list(pool.map(lambda path: load_views(read, spec, path)[1], paths))
+        list(pool.map(lambda path: load_views(read, spec, path)[1], paths))
         started = time.perf_counter()
         decoded = list(pool.map(lambda path: load_views(read, spec, path)[1], paths))
         decoding = (time.perf_counter() - started) * processors / len(paths)
     import numpy as np
 
-    batches = [
-        np.stack([item.pixels[0] for item in decoded[start : start + BATCH]]) for start in range(0, len(decoded), BATCH)
-    ]
+    pixels = [item.pixels[0] for item in decoded if isinstance(item, DecodedViews)]
+    batches = [np.stack(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)]
     engine(batches[0])
     started = time.perf_counter()
     for batch in batches:

@@ -129,7 +129,8 @@ def prepared(options: argparse.Namespace, way: Ours, out: Path) -> tuple[Any, An
     network = extraction.network
     engine = network.engine(network.recipes, batch_size=BATCH)
     engine(np.zeros((BATCH, options.size, options.size, 3), np.uint8))
-    extraction.network = WarmNetwork(network, engine)
+    warm: Any = WarmNetwork(network, engine)
+    extraction.network = warm
     return extraction, engine
 
 

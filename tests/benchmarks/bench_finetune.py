@@ -87,7 +87,10 @@ def measure(backbone: str, assets: Path, rounds: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as temporary, ThreadPoolExecutor(processors()) as pool:
         folder = Path(temporary)
         images = some_images(assets, folder / "images", count)
-        options = {"backbone": backbone, "weights": str(assets / "weights" / f"{weights}_no_top.weights.h5")}
+        options: dict[str, Any] = {
+            "backbone": backbone,
+            "weights": str(assets / "weights" / f"{weights}_no_top.weights.h5"),
+        }
         store = prepare_extraction(images, folder / "f.h5", **options).run().store
         started = time.perf_counter()
         cache = prepare_extraction(images, folder / "cut.h5", layers=["boundary"], **options).run().store.path

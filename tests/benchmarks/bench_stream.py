@@ -52,7 +52,7 @@ def make(path: Path, gigabytes: float) -> None:
     count = int(gigabytes * 1e9) // (4 * COLUMNS)
     labels = np.arange(count) * CLASSES // count
     splits = (np.random.default_rng(0).random(count) < 0.1).astype(np.int8)
-    write_store(path, Blocks(labels), labels, splits)  # type: ignore[arg-type]
+    write_store(path, Blocks(labels), labels, splits)
 
 
 def train(path: Path, head: str, memory: str, runs: Path) -> dict[str, Any]:

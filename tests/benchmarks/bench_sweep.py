@@ -203,7 +203,7 @@ def memory(folder: Path) -> dict[str, Any]:
     whole: list[Any] = []
 
     def make() -> None:
-        held_out = {"X_validation": X[:1000], "y_validation": y[:1000]}
+        held_out: dict[str, Any] = {"X_validation": X[:1000], "y_validation": y[:1000]}
         whole.append(prepare(X, y, pool="none", folder=folder / "prepared", **held_out))
 
     found = {"preparing": growth(make, lambda: [os.getpid()])}

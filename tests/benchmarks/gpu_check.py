@@ -43,7 +43,7 @@ def main() -> int:
     device = choose_device("auto")
     precisions = ("float32", "bfloat16", "float16") if device == "gpu" else ("float32", "bfloat16")
     batches = (32, 64, 128, 256, 512) if device == "gpu" else (8, 32)
-    rows = []
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         images = options.images or noise(Path(folder) / "noise", 4000 if device == "gpu" else 64)
         reference = features_of(options, "float32", "cpu", 8)
@@ -133,7 +133,8 @@ def end_to_end(options: argparse.Namespace, images: str, precision: str, device:
     network = extraction.network
     engine = network.engine(network.recipes, batch_size=batch, device=device)
     engine(np.zeros((batch, options.size, options.size, 3), np.uint8))
-    extraction.network = WarmNetwork(network, engine)
+    warm: Any = WarmNetwork(network, engine)
+    extraction.network = warm
     started = time.perf_counter()
     result = extraction.run()
     return result.inferred / (time.perf_counter() - started)

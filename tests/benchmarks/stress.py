@@ -32,9 +32,9 @@ def some_images(folder: Path, count: int) -> tuple[Path, list[object]]:
         from features.sources import scan
 
         found = scan("sample:digits")
-        for path in found.paths[:: max(1, len(found) // count)][:count]:
-            (folder / path).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(found.root / path, folder / path)
+        for name in found.paths[:: max(1, len(found) // count)][:count]:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(found.root / name, folder / name)
         return folder, ["--backbone", "mobilenetv2", "--weights", "random", "--image-size", 96]
     for kind in ("cats", "dogs"):
         source = Path(assets) / "images" / "cats_and_dogs_filtered" / "train" / kind
@@ -74,7 +74,7 @@ def main() -> int:
         counts, wrong = judge(check_flips(store, folder, random_bits(store, flips, seed)))
         summary |= {"flips": dict(counts), "flips gone wrong": {str(bit): said for bit, said in wrong.items()}}
     good = (
-        0 <= int(summary["inferred again"]) <= int(summary["allowed again"])  # type: ignore[call-overload]
+        0 <= int(summary["inferred again"]) <= int(summary["allowed again"])
         and not summary["differences"]
         and not summary["left behind"]
         and not wrong
