@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
@@ -16,6 +14,7 @@ from concurrent.futures import Executor
 import numpy as np
 
 from features.errors import UnreadableImageError
+from features.machine import peak_memory
 from features.planning import Plan
 from features.shards import Infer, load_views
 
@@ -83,7 +82,7 @@ def forecast(
         images_per_second=plan.to_infer / max(seconds, 1e-9),
         seconds=seconds,
         disk_bytes=row_bytes * (plan.views * len(plan.images) + plan.passes),
-        memory_bytes=_peak_memory() + shards_in_flight * 2 * row_bytes * len(spec) * len(spec.views),
+        memory_bytes=peak_memory() + shards_in_flight * 2 * row_bytes * len(spec) * len(spec.views),
     )
 
 
@@ -97,8 +96,3 @@ def _seconds_per_picture(infer: Infer, pictures: Sequence[np.ndarray], batch_siz
     for batch in counted:
         infer(batch)
     return (time.perf_counter() - started) / sum(map(len, counted))
-
-
-def _peak_memory() -> int:
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import resource
 import sys
 from pathlib import Path
 
@@ -28,6 +30,14 @@ def has_bfloat16() -> bool:
 def may_have_gpu(device: str = "auto") -> bool:
     """Whether it is worth asking Keras for a GPU."""
     return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most; its own, while the maximum of ``getrusage`` begins with its parent's."""
+    with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def keras_backend() -> str:

@@ -81,7 +81,7 @@ INSIDE_FEATURES = {
     "shards": {"errors", "files", "recipe", "layout", "store", "views", "writer"},
     "planning": {"errors", "recipe", "shards", "sources", "store"},
     "assembly": {"errors", "files", "recipe", "layout", "planning", "sources", "splits", "store", "writer"},
-    "forecast": {"errors", "planning", "shards"},
+    "forecast": {"errors", "machine", "planning", "shards"},
     "running": {"errors", "files", "recipe", "shards", "sources", "store"},
     "precision": {"errors", "images", "networks", "sources"},
     "extraction": {

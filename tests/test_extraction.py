@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 from helpers import (
+    ROOT,
     NumpyNetwork,
     assert_rows_are_their_images,
     expected_features,
@@ -24,6 +27,7 @@ from PIL import Image
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
 from features.extraction import Extraction
 from features.files import locked
+from features.machine import peak_memory
 from features.shards import PartsFolder, rows_per_shard
 from features.sources import scan
 from features.splits import SPLITS, SplitRule
@@ -340,6 +344,15 @@ def test_the_same_bytes_in_two_splits_are_named_and_refused_with_strict(
     store = extract(source, tmp_path / "f.h5").store
     assert "test/a/copy.png = train/a/0001.png" in caplog.text
     assert len(store) == 15
+
+
+def test_peak_of_memory_is_not_that_of_who_started_the_process() -> None:
+    held = np.ones(300 << 20, np.uint8)
+    here = peak_memory()
+    command = [sys.executable, "-c", "from features.machine import peak_memory; print(peak_memory())"]
+    there = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
+    assert here > held.nbytes
+    assert 5 << 20 < there < 200 << 20
 
 
 def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> None:

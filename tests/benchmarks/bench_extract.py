@@ -226,16 +226,9 @@ def forward_alone(options: argparse.Namespace, engine: Any) -> dict[str, float]:
     return {"forward_each": (time.perf_counter() - started) / (2 * batches * BATCH)}
 
 
-def peak_memory() -> int:
-    """Bytes; of this process alone, while the maximum of ``getrusage`` begins with what its parent had."""
-    with contextlib.suppress(OSError), open("/proc/self/status") as lines:
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-
-
 def run_one(options: argparse.Namespace) -> None:
+    from features.machine import peak_memory
+
     way = contenders()[options.contender]
     if way is not None:
         values = ours(options, way)
