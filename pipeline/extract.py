@@ -11,6 +11,7 @@ from features.extraction import prepare
 from features.files import printable
 from features.splits import SPLITS
 from features.store import FeatureStore, Progress
+from pipeline.tables import table_text
 
 DOCUMENT_FORMAT = 1
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
@@ -120,15 +121,33 @@ def _views(entry: dict[str, Any]) -> str:
     """How many views a data set has, and from what they are drawn; nothing for plain images alone."""
     if entry["views"] == 1:
         return ""
-    return f"  {entry['views']} views, {entry['augment']} seed {entry['recipe']['seed']}"
+    return f"{entry['views']}, {entry['augment']} seed {entry['recipe']['seed']}"
 
 
 def _arithmetic(recipe: dict[str, Any]) -> str:
     """What makes a recipe another one than that of float32 and whole JPEGs."""
-    fast = "" if recipe["decode"] == "full" else "  decode fast"
-    return fast + (
-        "" if recipe["precision"] == "float32" else f"  computed in {recipe['precision'].replace(':', ' by ')}"
-    )
+    fast = [] if recipe["decode"] == "full" else ["fast decoding"]
+    precision = [] if recipe["precision"] == "float32" else [recipe["precision"].replace(":", " by ")]
+    return ", ".join(precision + fast)
+
+
+def _data_sets(entries: dict[str, Any]) -> str:
+    """A table of what is stored; columns that say nothing are left out."""
+    rows = [
+        {
+            "features": printable(name),
+            "shape": "x".join(map(str, entry["shape"])),
+            "dtype": entry["recipe"]["dtype"],
+            "network": printable(entry["recipe"]["backbone"]),
+            "pixels": f"{entry['recipe']['height']}x{entry['recipe']['width']}",
+            "views": _views(entry),
+            "computed in": _arithmetic(entry["recipe"]),
+            "fingerprint": entry["fingerprint"][:10],
+        }
+        for name, entry in entries.items()
+    ]
+    said = [name for name in rows[0] if any(row[name] for row in rows)]
+    return table_text([{name: row[name] for name in said} for row in rows], "  ")
 
 
 def _precision_lines(document: dict[str, Any]) -> list[str]:
@@ -155,12 +174,7 @@ def summary(document: dict[str, Any]) -> str:
         lines.append(f"  in {document['shards']} shards beside it ({document['file']}.parts)")
     if document["rows_missing"]:
         lines.append(f"  {document['rows_missing']} rows are missing with their shards; extract again to compute them")
-    for name, entry in document["data_sets"].items():
-        recipe = entry["recipe"]
-        lines.append(
-            f"  {printable(name)}  {'x'.join(map(str, entry['shape']))} {recipe['dtype']}  {printable(recipe['backbone'])} "
-            f"{recipe['height']}x{recipe['width']}{_views(entry)}{_arithmetic(recipe)}  fingerprint {entry['fingerprint'][:10]}"
-        )
+    lines.append(_data_sets(document["data_sets"]))
     lines += _precision_lines(document)
     if "inferred" in document:
         changed = ", ".join(

@@ -28,6 +28,7 @@ from features.sources import ImageSet, is_manifest, scan
 from features.splits import SplitRule
 from pipeline.heads.head import Progress
 from pipeline.runs.folder import Predictions, Run, is_finished, newest_run, write_run
+from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
 from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
@@ -160,7 +161,7 @@ def summary(document: dict[str, Any]) -> str:
     """The result for a person: was it worth the minutes?"""
     before, after = document["before"], document["after"]
     gained = (after["accuracy"] - before["accuracy"]) * after["n"]
-    low, high = before["accuracy_interval"]
+    high = before["accuracy_interval"][1]
     if document["parity_gap"] is None:
         verdict, proof = "begun with new weights", "no parity to prove"
     else:
@@ -171,12 +172,12 @@ def summary(document: dict[str, Any]) -> str:
             verdict = "within the interval of the head alone: perhaps chance"
         else:
             verdict = "not worth it: no validation image more is right"
+    scores = [{"": name, **score_columns(values)} for name, values in (("before", before), ("after", after))]
     lines = [
-        f"{document['run']}{': already fine-tuned' if document['cached'] else ''}",
+        f"{document['run']}: {'already fine-tuned' if document['cached'] else 'fine-tuned'}, in {document['minutes']:.1f} minutes",
         f"  {document['trainable_variables']} variables, {document['trainable_parameters']:,} parameters trained behind "
         f"{document['cut']}; {proof}",
-        f"  before: accuracy {before['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), log loss {before['log_loss']:.4f}",
-        f"  after:  accuracy {after['accuracy']:.4f}, log loss {after['log_loss']:.4f}, {document['minutes']:.1f} minutes",
+        table_text(scores, "  "),
         f"  {verdict} ({gained:+.0f} of {after['n']})",
     ]
     if document["resumed"] is not None:

@@ -191,13 +191,10 @@ def summary(document: dict[str, Any]) -> str:
     """How many images were given which class, for a person."""
     unread = f", {document['unreadable']} unreadable" if document["unreadable"] else ""
     classes = sorted(document["classes"].items(), key=lambda pair: -pair[1])
-    table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]])
+    table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]], "  ")
     rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
-    indented = "\n".join(f"  {line}" for line in table.splitlines())
     drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
-    return (
-        f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{indented}{rest}{drawn}"
-    )
+    return f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{table}{rest}{drawn}"
 
 
 class Gallery:

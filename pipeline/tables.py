@@ -24,8 +24,8 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Aligned columns, numbers to the right.
+def table_text(rows: Sequence[Mapping[str, Any]], indent: str = "") -> str:
+    """Aligned columns, numbers to the right; each line begins with ``indent``.
 
     Examples
     --------
@@ -44,9 +44,20 @@ def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
     for line in [names, *cells]:
         padded = zip(line, widths, numeric, strict=True)
         lines.append(
-            "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in padded).rstrip()
+            indent
+            + "  ".join(text.rjust(width) if right else text.ljust(width) for text, width, right in padded).rstrip()
         )
     return "\n".join(lines)
+
+
+def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
+    """Of `pipeline.runs.metrics`, what a person looks at first."""
+    return {
+        "images": scores["n"],
+        "accuracy": scores["accuracy"],
+        "95 % interval": scores["accuracy_interval"],
+        "log loss": scores["log_loss"],
+    }
 
 
 def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -335,4 +336,5 @@ def test_a_run_fine_tuned_from_a_linear_head_predicts_what_it_says(tiny: TinyWor
     assert document["start"] == head.run_id
     labels, probabilities = read_predictions(Run.open(document["run"]))
     assert (probabilities.argmax(axis=1) == labels).mean() == document["after"]["accuracy"]
-    assert f"after:  accuracy {document['after']['accuracy']:.4f}" in stage.summary(document)
+    after = document["after"]
+    assert re.search(rf"^  after  +{after['n']} +{after['accuracy']:.4f}  ", stage.summary(document), re.MULTILINE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -67,9 +68,15 @@ def test_memory_views_and_logs_on_the_command_line(
     code, out, err = typed(capsys, *arguments, "--memory", "20kB")
     assert code == 0, err
     assert ", from rows read piece by piece" in out
-    assert "  validation, mean of 4 views: accuracy " in out
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
+    heads, *rows = out.splitlines()[-4:]
+    assert re.split(" {2,}", heads.strip()) == ["split", "images", "accuracy", "95 % interval", "log loss"]
+    names = {"validation": "validation", "validation, mean of 4 views": "averaged", "test": "test"}
+    for row, (name, key) in zip(rows, names.items(), strict=True):
+        low, high = metrics[key]["accuracy_interval"]
+        scores = [f"{metrics[key]['accuracy']:.4f}", f"{low:.4f} to {high:.4f}", f"{metrics[key]['log_loss']:.4f}"]
+        assert re.split(" {2,}", row.strip()) == [name, "120", *scores]
     assert (metrics["averaged"]["views"], metrics["averaged"]["n"], metrics["test"]["n"]) == (4, 120, 120)
     assert json.loads((run / "environment.json").read_text())["memory"] == 20_000
     history = columns(run)

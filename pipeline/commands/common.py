@@ -18,6 +18,7 @@ import typer
 from features.errors import BottleneckError, ConfigurationError
 from features.files import printable
 from pipeline.progress import QUIET, set_quiet
+from pipeline.tables import score_columns, table_text
 
 app = typer.Typer(
     name="bottleneck",
@@ -132,19 +133,15 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
             yield path
 
 
-def metrics_lines(metrics: dict[str, Any]) -> str:
-    """One line per split that was measured."""
-    lines = []
+def metrics_table(metrics: dict[str, Any]) -> str:
+    """One row per split that was measured."""
+    rows = []
     for split in ("validation", "averaged", "test"):
         values = metrics.get(split)
         if values:
-            low, high = values["accuracy_interval"]
             name = f"validation, mean of {values['views']} views" if split == "averaged" else split
-            lines.append(
-                f"  {name}: accuracy {values['accuracy']:.4f} (95 % {low:.4f} to {high:.4f}), "
-                f"log loss {values['log_loss']:.4f}, {values['n']} images"
-            )
-    return "\n".join(lines)
+            rows.append({"split": name, **score_columns(values)})
+    return table_text(rows, "  ")
 
 
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:

@@ -17,7 +17,7 @@ from pipeline.commands.common import (
     Runs,
     app,
     guarded,
-    metrics_lines,
+    metrics_table,
     parse_params,
     print_document,
     print_next,
@@ -122,7 +122,7 @@ def train_head(
         }
         done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
         done += ", from rows read piece by piece" if result.streamed else ""
-        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_lines(metrics)}")
+        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_table(metrics)}")
         print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweeps.sweep import result_document, run_sweep, summary
