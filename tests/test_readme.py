@@ -97,7 +97,13 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(command: str, place: Path) -> subprocess.CompletedProcess[str]:
     path = f"{place / '.venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"
-    environment = {**os.environ, "PATH": path, "PYTHONPATH": str(place)}
+    # Variables of the `make` that runs the tests, such as ARGS, are not meant for those that they run.
+    ours = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "ARGS")
+    }
+    environment = {**ours, "PATH": path, "PYTHONPATH": str(place)}
     return subprocess.run(
         command, shell=True, cwd=place, env=environment, capture_output=True, text=True, check=False, timeout=300
     )

@@ -65,8 +65,16 @@ def test_mobilenetv2_cats_dogs(assets: Path, tmp_path: Path, capsys: pytest.Capt
     assert {way: list(steps) for way, steps in ways.items()} == {
         "published": ["1 extract", "2 train_head", "3 finetune", "4 finetune"],
         "cached": ["1 extract", "2 train_head", "3 predict"],
+        "cached-bfloat16": ["1 extract", "2 train_head", "3 predict"],
     }
-    published, cached = ways.values()
+    published, cached, fast = ways.values()
+    exact, rounded = (FeatureStore.open(way["1 extract"]["document"]["file"]) for way in (cached, fast))
+    assert [store.recipes["out_relu.avg"].precision.partition(":")[0] for store in (exact, rounded)] == [
+        "float32",
+        "bfloat16",
+    ]
+    difference = np.linalg.norm(rounded.load()[0] - exact.load()[0]) / np.linalg.norm(exact.load()[0])
+    assert 1e-3 < difference < 0.4  # of two precisions
     extracted = published["1 extract"]["document"]
     assert (extracted["classes"], extracted["rows"]) == ({"cats": 32, "dogs": 32}, 64)
     assert extracted["splits"] == {"train": 32, "validation": 22, "test": 10}  # a part of validation is for testing
