@@ -60,6 +60,17 @@ def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def metrics_text(metrics: Mapping[str, Any]) -> str:
+    """The metrics of a run for a person, one row per split that was measured."""
+    rows = []
+    for split in ("validation", "averaged", "test"):
+        values = metrics.get(split)
+        if values:
+            name = f"validation, mean of {values['views']} views" if split == "averaged" else split
+            rows.append({"split": name, **score_columns(values)})
+    return table_text(rows, "  ")
+
+
 def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
     """The leaderboard for a person: without what is the same in all rows, an asterisk at the chosen one.
 

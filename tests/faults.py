@@ -78,14 +78,11 @@ def main(arguments: list[str]) -> int:
         _stall_assembly(note)
     elif options.stall == "clean-up":
         _stall_clean_up(note)
+    from features.machine import peak_memory
     from pipeline.cli import main as pipeline
 
     code = pipeline(arguments[cut + 1 :])
-    # Of this program alone, in kilobytes: `getrusage` counts what the parent was when it forked.
-    status = Path("/proc/self/status")
-    for line in status.read_text().splitlines() if status.exists() else []:
-        if line.startswith("VmHWM"):
-            note(f"peak {line.split()[1]}")
+    note(f"peak {peak_memory() // 1024}")  # kilobytes
     return code
 
 

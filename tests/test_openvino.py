@@ -362,14 +362,9 @@ def test_a_cache_that_cannot_be_written_costs_only_time(
 _SECOND_START = """
 import json, sys, time
 import numpy as np
+from features.machine import peak_memory
 from features.networks import resolve_network
 from features.openvino_engine import open_engine
-def peak_mib():  # of this program alone: getrusage counts what the parent was when it forked
-    try:
-        lines = open("/proc/self/status").read().splitlines()
-    except FileNotFoundError:
-        return 0
-    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
 net = resolve_network("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96))
 def build():
     raise AssertionError("Keras was asked")
@@ -378,7 +373,7 @@ rows = engine(np.load(sys.argv[2]))["out_relu.avg"]
 seconds = time.process_time()  # of all processors together
 np.save(sys.argv[3], rows)
 heavy = [name for name in ("keras", "tensorflow", "h5py", "openvino_telemetry") if sys.modules.get(name) is not None]
-print(json.dumps({"seconds": seconds, "heavy": heavy, "peak_mib": peak_mib()}))
+print(json.dumps({"seconds": seconds, "heavy": heavy, "peak_mib": peak_memory() / 2**20}))
 """
 
 

@@ -422,19 +422,18 @@ def synthetic(out: Path, rows: int) -> Path:
 
 
 WATCHED = """
-import re, sys, time
+import sys, time
 import numpy, h5py
+from features.machine import peak_memory
 from features.shards import PartsFolder
 from features.store import FeatureStore
 from features.extraction import pack_store
-def peak():  # of this program alone: getrusage counts what the parent was when it forked
-    return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
-before, start = peak(), time.process_time()
+before, start = peak_memory(), time.process_time()
 store = FeatureStore.open(sys.argv[1])
 opened = time.process_time() - start
 store.verify()
 pack_store(sys.argv[1], sys.argv[2])
-print(opened, peak() - before)
+print(opened, (peak_memory() - before) / 2**20)
 """
 
 

@@ -413,22 +413,19 @@ def test_keras_that_diverges_from_pieces_is_an_error(store: FeatureStore, tmp_pa
 
 
 MEASURED = """
-import json, re, sys
-from pathlib import Path
+import json, sys
 from test_streaming import sgd, standardised
+from features.machine import peak_memory
 from features.store import FeatureStore
 from pipeline.heads.streaming import fit_sgd_streaming
-
-def peak():
-    return int(re.search(r"VmHWM:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 store = FeatureStore.open(sys.argv[1])
 _ = store.images, store.rows("train")
 sgd()  # scikit-learn is imported
-before = peak()
+before = peak_memory()
 train, validation = standardised(store, int(sys.argv[2]))
 found = fit_sgd_streaming(sgd(alpha=1e-4), train, validation, classes=10, epochs=2)
-print(json.dumps([peak() - before, max(found.history["val_accuracy"])]))
+print(json.dumps([peak_memory() - before, max(found.history["val_accuracy"])]))
 """
 
 

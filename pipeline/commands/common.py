@@ -18,7 +18,6 @@ import typer
 from features.errors import BottleneckError, ConfigurationError
 from features.files import printable
 from pipeline.progress import QUIET, set_quiet
-from pipeline.tables import score_columns, table_text
 
 app = typer.Typer(
     name="bottleneck",
@@ -131,17 +130,6 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if path.strip():
             yield path
-
-
-def metrics_table(metrics: dict[str, Any]) -> str:
-    """One row per split that was measured."""
-    rows = []
-    for split in ("validation", "averaged", "test"):
-        values = metrics.get(split)
-        if values:
-            name = f"validation, mean of {values['views']} views" if split == "averaged" else split
-            rows.append({"split": name, **score_columns(values)})
-    return table_text(rows, "  ")
 
 
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:

@@ -17,7 +17,6 @@ from pipeline.commands.common import (
     Runs,
     app,
     guarded,
-    metrics_table,
     parse_params,
     print_document,
     print_next,
@@ -72,6 +71,7 @@ def train_head(
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
     from pipeline.sweeps.leakage import warn_near_duplicates
+    from pipeline.tables import metrics_text
 
     def finish(run: Path) -> dict[str, Any]:
         """What is asked for beside training; the metrics then."""
@@ -122,7 +122,7 @@ def train_head(
         }
         done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
         done += ", from rows read piece by piece" if result.streamed else ""
-        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_table(metrics)}")
+        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_text(metrics)}")
         print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweeps.sweep import result_document, run_sweep, summary

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -91,8 +90,10 @@ def measure(*arguments: object) -> dict[str, float]:
 
 
 def part(kind: str, name: str, first: str) -> None:
+    from features.machine import peak_memory
+
     seconds = by_bank(CASES[name]) if kind == "bank" else by_fit(CASES[name], FIT_HEADS, int(first))
-    print(json.dumps({"seconds": seconds, "peak_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+    print(json.dumps({"seconds": seconds, "peak_mib": peak_memory() / 2**20}))
 
 
 def main() -> None:

@@ -126,12 +126,16 @@ def prepared(options: argparse.Namespace, way: Ours, out: Path) -> tuple[Any, An
         decode=way.decode,
         batch_size=BATCH,
     )
+    return extraction, warm_up(extraction, options.size, batch_size=BATCH)
+
+
+def warm_up(extraction: Any, size: int, **options: Any) -> Any:
+    """Build the engine of an extraction, which then takes it as it is, and run one batch."""
     network = extraction.network
-    engine = network.engine(network.recipes, batch_size=BATCH)
-    engine(np.zeros((BATCH, options.size, options.size, 3), np.uint8))
-    warm: Any = WarmNetwork(network, engine)
-    extraction.network = warm
-    return extraction, engine
+    engine = network.engine(network.recipes, **options)
+    engine(np.zeros((options["batch_size"], size, size, 3), np.uint8))
+    extraction.network = WarmNetwork(network, engine)
+    return engine
 
 
 class WarmNetwork:

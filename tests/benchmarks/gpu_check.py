@@ -115,7 +115,7 @@ def forward_rate(options: argparse.Namespace, precision: str, device: str, batch
 
 def end_to_end(options: argparse.Namespace, images: str, precision: str, device: str, batch: int, out: Path) -> float:
     """Images a second from JPEG files to a finished store; the network is built and warm before."""
-    from bench_extract import WarmNetwork
+    from bench_extract import warm_up
 
     from features.extraction import prepare
 
@@ -130,11 +130,7 @@ def end_to_end(options: argparse.Namespace, images: str, precision: str, device:
         device=device,
         batch_size=batch,
     )
-    network = extraction.network
-    engine = network.engine(network.recipes, batch_size=batch, device=device)
-    engine(np.zeros((batch, options.size, options.size, 3), np.uint8))
-    warm: Any = WarmNetwork(network, engine)
-    extraction.network = warm
+    warm_up(extraction, options.size, batch_size=batch, device=device)
     started = time.perf_counter()
     result = extraction.run()
     return result.inferred / (time.perf_counter() - started)
