@@ -1,8 +1,11 @@
 """Images in, trustworthy feature arrays out.
 
-    images -> recipe -> shards -> store            see FORMAT.md for what a store holds
+    sources --> pixels --+--> extraction --> store            transformer: the same for scikit-learn
+    networks ------------+
 
-Public names are loaded when they are first used, so that importing the package costs nothing.
+Each folder is a room with a docstring that says what may be imported from it; the modules beside this file are the
+ground under all rooms. README.md has the map, FORMAT.md says what a store holds. The public names below are loaded
+when they are first used, so that importing the package costs nothing.
 """
 
 from __future__ import annotations
@@ -13,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from features.augmentation import AugmentSpec
     from features.errors import BottleneckError
-    from features.extraction import extract_features
+    from features.extraction.extraction import extract_features
     from features.recipe import PixelRule, Recipe
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
     from features.transformer import FeatureExtractor
 
 __all__ = [
@@ -32,10 +35,10 @@ _HOMES = {
     "AugmentSpec": "features.augmentation",
     "BottleneckError": "features.errors",
     "FeatureExtractor": "features.transformer",
-    "FeatureStore": "features.store",
+    "FeatureStore": "features.store.reader",
     "PixelRule": "features.recipe",
     "Recipe": "features.recipe",
-    "extract_features": "features.extraction",
+    "extract_features": "features.extraction.extraction",
 }
 
 

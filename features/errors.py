@@ -28,7 +28,7 @@ class SourceError(BottleneckError, ValueError):
 
 
 class UnreadableImageError(BottleneckError, OSError):
-    """One image that cannot be decoded. ``reason`` is one of ``features.images.REASONS``.
+    """One image that cannot be decoded. ``reason`` is one of ``features.pixels.decode.REASONS``.
 
     Parameters
     ----------

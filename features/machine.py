@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import json
 import os
+import platform
 import resource
 import sys
 from pathlib import Path
@@ -52,3 +54,14 @@ def keras_backend() -> str:
         return str(json.loads((home / "keras.json").read_bytes())["backend"])
     except (OSError, ValueError, KeyError, TypeError):
         return "tensorflow"
+
+
+def software_versions() -> dict[str, str]:
+    """Versions of what decided the numbers, read without importing it."""
+    versions = {"python": platform.python_version()}
+    for name in ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow"):
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            versions[name] = "not installed"
+    return versions

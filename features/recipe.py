@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
-import json
 from collections.abc import Mapping
 from typing import Any
 
 from features.augmentation import AugmentSpec
-from features.errors import ConfigurationError, nearest
+from features.canonical import canonical_json, check_choice, digest_of
+from features.errors import ConfigurationError
 
 RECIPE_VERSION = 1
 RESIZE_RULES = ("antialias", "keras")
@@ -24,22 +23,6 @@ PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
 DTYPES = ("float32", "float16")
 COLOUR_RULE = "rgb:exif,alpha-over-white"
 Cell = tuple[str, int]  # fingerprint, view
-
-
-def canonical_json(value: Any) -> str:
-    """Sorted keys, no spaces, ASCII only, no NaN: one text for one value.
-
-    Examples
-    --------
-    >>> canonical_json({"b": 1, "a": [1.5, None]})
-    '{"a":[1.5,null],"b":1}'
-    """
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
-
-
-def digest_of(value: Any) -> str:
-    """Hexadecimal sha256 of the canonical JSON of ``value``."""
-    return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,9 +67,9 @@ class Recipe:
     Parameters
     ----------
     backbone : str
-        Name of a row of ``features.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
+        Name of a row of ``features.networks.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
     weights : str
-        sha256 over the canonical tensors, 64 hexadecimal digits (``features.weights.tensor_digest``); of a model file,
+        sha256 over the canonical tensors, 64 hexadecimal digits (``features.networks.weights.tensor_digest``); of a model file,
         over them and its architecture.
     layer : str
         Backbone layer whose output is kept.
@@ -97,7 +80,7 @@ class Recipe:
     preprocessing : str
         Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``.
     colour : str
-        The rule of ``features.images`` for colour, orientation and transparency.
+        The rule of ``features.pixels.decode`` for colour, orientation and transparency.
     augmentation : AugmentSpec or None
         From what views 1 and above are drawn; None where there are none.
     seed : int
@@ -188,7 +171,7 @@ class Recipe:
     @functools.cached_property
     def fingerprint(self) -> str:
         """sha256 of the canonical JSON, 64 hexadecimal digits."""
-        return hashlib.sha256(self.canonical.encode("ascii")).hexdigest()
+        return digest_of(self.to_dict())
 
     def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
         """Fields that differ, as ``{field: (self's value, other's value)}``; two augmentations field by field."""
@@ -198,11 +181,3 @@ class Recipe:
                 inner = values.pop("augmentation")
                 values |= {f"augmentation.{key}": value for key, value in inner.items()}
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
-
-
-def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ConfigurationError, naming the nearest, if ``value`` is none of the known ones."""
-    if value not in known:
-        raise ConfigurationError(
-            f"{field}: received {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"
-        )

@@ -21,19 +21,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 
-from features.arrays import plain_png
-from features.assembly import software_versions
 from features.errors import ConfigurationError, ExtractionError, LockedError, UnreadableImageError, check_range
 from features.files import atomic_file, locked, printable, sweep, writable_folder
-from features.images import Decoded, decode_image, read_bytes
-from features.layout import FeatureSpec, ImageTable, Quarantine, digest_rows
-from features.machine import processors
-from features.networks import Network, resolve_network
+from features.machine import processors, software_versions
+from features.networks.network import Network, resolve_network
+from features.pixels.batches import ahead
+from features.pixels.decode import Decoded, decode_image, read_bytes
+from features.pixels.png import plain_png
 from features.recipe import PixelRule, Recipe
-from features.shards import ahead
-from features.splits import UNLABELLED
-from features.store import FeatureStore
-from features.writer import StoreWriter
+from features.sources.splits import UNLABELLED
+from features.store.reader import FeatureStore
+from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
+from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 SOURCE = "images given to FeatureExtractor"  # stores of this source are ours to extend
@@ -49,7 +48,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     backbone, weights : str
-        See ``features.networks.resolve_network``, also for the parameters down to ``device``.
+        See ``features.networks.network.resolve_network``, also for the parameters down to ``device``.
     layer : str, optional
         Backbone layer whose output is kept; the last one without it. What is not a vector is flattened.
     pooling : {"none", "avg", "max", "flatten"}, optional

@@ -8,7 +8,7 @@ from pipeline.commands import features, heads, looks, models, recipes  # noqa: F
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
 
-DOWNLOADS = ("features.weights", "features.wheels")  # whoever waits for one is told so
+DOWNLOADS = ("features.networks.weights", "features.networks.wheels")  # whoever waits for one is told so
 
 
 def main(arguments: list[str] | None = None) -> int:

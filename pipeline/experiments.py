@@ -17,12 +17,12 @@ from typing import Annotated, Any, Literal
 import numpy as np
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
+from features.canonical import digest_of
 from features.errors import ConfigurationError, HeadError, SourceError, nearest
 from features.files import atomic_file, printable, writable_folder, writing
-from features.recipe import digest_of
-from features.sources import ImageSet, scan
-from features.splits import SPLITS
-from features.store import FeatureStore
+from features.sources.scan import ImageSet, scan
+from features.sources.splits import SPLITS
+from features.store.reader import FeatureStore
 from pipeline import extract, finetune, predict
 from pipeline.config import Settings, Share, load_yaml, parse
 from pipeline.heads.presets import find_preset
@@ -38,7 +38,7 @@ FOLDER = Path(__file__).parent / "recipes"
 
 
 class ExtractStep(Settings):
-    """Stage one: options of ``features.extraction.prepare``, as it has them where they are not given."""
+    """Stage one: options of ``features.extraction.extraction.prepare``, as it has them where they are not given."""
 
     backbone: str = ""
     weights: str = ""
@@ -194,7 +194,7 @@ def run_experiment(
     experiment : Experiment
         What to do.
     images : str
-        Image source, see `features.sources.scan`.
+        Image source, see `features.sources.scan.scan`.
     folder : Path
         Where features, runs and predictions go. What is there already is not computed again.
     ways : sequence of str

@@ -22,7 +22,6 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from features.backend import load_keras
 from features.errors import (
     ConfigurationError,
     ParityError,
@@ -30,12 +29,13 @@ from features.errors import (
     UnreadableImageError,
 )
 from features.files import printable, sync_folder, writable_folder, writing
-from features.images import resize_image
 from features.machine import processors
-from features.networks import Network
-from features.openvino_engine import reference_images
+from features.networks.backend import load_keras
+from features.networks.network import Network
+from features.networks.openvino_engine import reference_images
+from features.pixels.decode import resize_image
 from features.recipe import Recipe
-from features.sources import scan
+from features.sources.scan import scan
 from pipeline.exporting.artefacts import Card, full_pixels, write_card
 from pipeline.exporting.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
 from pipeline.exporting.formats import INPUT, Format, convert, find_format

@@ -7,10 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from features.extraction import prepare
+from features.extraction.extraction import prepare
 from features.files import printable
-from features.splits import SPLITS
-from features.store import FeatureStore, Progress
+from features.sources.splits import SPLITS
+from features.store.reader import FeatureStore, Progress
 from pipeline.tables import table_text
 
 DOCUMENT_FORMAT = 1

@@ -17,15 +17,16 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
-from features.engines import choose_device
+from features.canonical import digest_of
 from features.errors import ConfigurationError, ParityError, RunError, check_range
 from features.files import locked, printable, writable_folder
-from features.images import decode_image
 from features.machine import processors
-from features.recipe import PixelRule, digest_of
-from features.sources import ImageSet, is_manifest, scan
-from features.splits import SplitRule
+from features.networks.backend import load_keras
+from features.networks.engines import choose_device
+from features.pixels.decode import decode_image
+from features.recipe import PixelRule
+from features.sources.scan import ImageSet, is_manifest, scan
+from features.sources.splits import SplitRule
 from pipeline.heads.head import Progress
 from pipeline.runs.folder import Predictions, Run, is_finished, newest_run, write_run
 from pipeline.tables import score_columns, table_text

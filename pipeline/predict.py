@@ -29,10 +29,10 @@ from features.errors import (
     check_range,
 )
 from features.files import printable
-from features.images import read_bytes
 from features.machine import processors
-from features.shards import ahead
-from features.sources import scan
+from features.pixels.batches import loaded
+from features.pixels.decode import read_bytes
+from features.sources.scan import scan
 from pipeline.exporting.artefacts import is_artefact, open_artefact
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.predicting.files import Prediction, Rows, choose_format, destination
@@ -55,13 +55,6 @@ class Item(NamedTuple):
     name: str
     read: Callable[[], bytes]
     label: str = ""
-
-
-class Refusal(NamedTuple):
-    """Why an image has no pixels."""
-
-    reason: str
-    detail: str
 
 
 def predict(
@@ -252,14 +245,8 @@ def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator
     """
     named = 0
 
-    def load(item: Item) -> tuple[Item, np.ndarray | Refusal]:
-        try:
-            return item, model.load(item.read())
-        except UnreadableImageError as error:
-            return item, Refusal(error.reason, str(error))  # the error itself would keep the file's bytes alive
-
-    loaded = ahead(pool, load, items, max(8, 2 * model.batch_size))
-    while batch := list(itertools.islice(loaded, model.batch_size)):
+    coming = loaded(pool, lambda item: model.load(item.read()), items, 2 * model.batch_size)
+    while batch := list(itertools.islice(coming, model.batch_size)):
         pixels = [found for _, found in batch if isinstance(found, np.ndarray)]
         probabilities = iter(model(pixels) if pixels else ())
         answers = []
@@ -270,7 +257,7 @@ def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator
             answers.append((item, Prediction(item.name, None, found.reason)))
             named += 1
             if named <= WARNED:
-                logger.warning("%s is unreadable (%s)", printable(item.name), found.detail)
+                logger.warning("%s is unreadable (%s)", printable(item.name), found)
         yield answers
 
 

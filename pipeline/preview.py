@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from features.augmentation import AugmentSpec
-from features.backbones import find_backbone
 from features.errors import ConfigurationError, TooManyUnreadableError, UnreadableImageError, check_range
 from features.files import printable
+from features.networks.backbones import find_backbone
+from features.pixels.views import decode_views
 from features.recipe import PixelRule
-from features.sources import ImageSet, scan
-from features.views import decode_views
+from features.sources.scan import ImageSet, scan
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
 from pipeline.tables import counted

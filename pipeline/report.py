@@ -19,7 +19,7 @@ from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, printable
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run

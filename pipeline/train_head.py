@@ -12,8 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from features.canonical import digest_of
 from features.errors import ConfigurationError, HeadError, RunError, check_range, nearest
-from features.recipe import digest_of
 from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.costs import check_bytes, usable_memory
 from pipeline.heads.gather import Source, rows_for, train_groups

@@ -53,7 +53,8 @@ def die() -> None:
 def dask_setup(worker: Any) -> None:
     from faults import NumpyNetwork
 
-    from features import images, networks
+    from features.networks import network as networks
+    from features.pixels import decode as images
     from pipeline.cluster import plan as cluster_plan
     from pipeline.cluster import worker as cluster_worker
 

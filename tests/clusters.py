@@ -14,9 +14,9 @@ from typing import Any
 
 from faults import ROOT, NumpyNetwork
 
-from features.extraction import Extraction, ExtractionResult
-from features.sources import scan
-from features.splits import SplitRule
+from features.extraction.extraction import Extraction, ExtractionResult
+from features.sources.scan import scan
+from features.sources.splits import SplitRule
 from pipeline.cluster.run import ClusterShards
 
 PRELOAD = "DASK_DISTRIBUTED__WORKER__PRELOAD"

@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _watch_engines(options: argparse.Namespace, note: Any) -> None:
-    from features import networks
+    from features.networks import network as networks
 
     inner = networks.Network.engine
 
@@ -110,7 +110,7 @@ def _watch_engines(options: argparse.Namespace, note: Any) -> None:
 
 
 def _stall_assembly(note: Any) -> None:
-    from features import assembly
+    from features.extraction import assembly
 
     class Slow(assembly.StoreWriter):
         def append(self, name: str, block: np.ndarray) -> None:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features.extraction import prepare
-from features.store import FeatureStore
+from features.extraction.extraction import prepare
+from features.store.reader import FeatureStore
 
 SIZE = 24
 TRAIN, VALIDATION = 32, 12  # images per class

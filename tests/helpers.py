@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from features.extraction import Extraction, ExtractionResult
+from features.extraction.extraction import Extraction, ExtractionResult
 from features.recipe import PixelRule, Recipe
-from features.sources import scan
-from features.splits import SplitRule
-from features.store import FeatureStore
+from features.sources.scan import scan
+from features.sources.splits import SplitRule
+from features.store.reader import FeatureStore
 
 ROOT = Path(__file__).resolve().parent.parent
 

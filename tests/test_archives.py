@@ -25,15 +25,15 @@ import pytest
 from helpers import listing, numpy_network, recipe
 from PIL import Image
 
-from features import archives, arrays
-from features.archives import open_archive
-from features.arrays import plain_png
 from features.errors import SourceError, UnreadableImageError
-from features.extraction import Extraction, ExtractionResult
-from features.images import decode_image
+from features.extraction.extraction import Extraction, ExtractionResult
+from features.pixels.decode import decode_image
+from features.pixels.png import plain_png, png_size
 from features.recipe import PixelRule, Recipe
-from features.sources import ImageSet, scan
-from features.splits import SPLITS, SplitRule
+from features.sources import archives
+from features.sources.archives import open_archive
+from features.sources.scan import ImageSet, scan
+from features.sources.splits import SPLITS, SplitRule
 
 
 @pytest.fixture(autouse=True)
@@ -598,7 +598,7 @@ def test_the_bytes_of_a_plain_png_are_frozen() -> None:
     for shape in [(1, 1), (1, 65534), (2, 65534), (255, 256), (256, 255)]:  # about the block of 65535 bytes
         values = pixels(1, shape)
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(plain_png(values)))), values)
-        assert len(plain_png(values)) == arrays._png_size((1, *shape))
+        assert len(plain_png(values)) == png_size((1, *shape))
 
 
 def test_npz_classes_sort_as_numbers(tmp_path: Path) -> None:

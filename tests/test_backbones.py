@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from helpers import ROOT
 
-from features.backbones import (
+from features.errors import ConfigurationError
+from features.networks.backbones import (
     BACKBONES,
     boundary_of,
     build_backbone,
@@ -22,8 +23,7 @@ from features.backbones import (
     last_layer,
     preprocess,
 )
-from features.errors import ConfigurationError
-from features.graph import (
+from features.networks.graph import (
     boundary_by_rule,
     cut_at,
     layer_tensors,
@@ -32,8 +32,8 @@ from features.graph import (
     stable_names,
     valid_cuts,
 )
-from features.official import OFFICIAL, WHEELS
-from features.weights import load_weights, model_digest, resolve_weights, tensor_digest
+from features.networks.official import OFFICIAL, WHEELS
+from features.networks.weights import load_weights, model_digest, resolve_weights, tensor_digest
 
 # name, image size, last layer, boundary; a representative of every family
 REPRESENTATIVES = [
@@ -106,7 +106,7 @@ def test_neither_the_table_nor_finding_weights_imports_keras(tmp_path: Path) -> 
     weights = tmp_path / "w.npz"
     np.savez(weights, **{"a/kernel": np.zeros(2, np.float32)})
     code = (
-        "import sys; from features.backbones import find_backbone; from features.weights import *;"
+        "import sys; from features.networks.backbones import find_backbone; from features.networks.weights import *;"
         f"row = find_backbone('vgg16'); file = resolve_weights(row, {str(weights)!r});"
         "assert known_digest(row, file) is None; print('keras' in sys.modules, 'tensorflow' in sys.modules)"
     )
@@ -417,7 +417,7 @@ def test_two_model_files_with_the_same_tensors_are_two_recipes(tmp_path: Path) -
     """What is computed with the tensors decides the features as much as they do."""
     import keras
 
-    from features.networks import resolve_network
+    from features.networks.network import resolve_network
 
     def saved(name: str, activation: str, strides: int) -> str:
         image = keras.Input((16, 16, 3), name="image")

@@ -27,11 +27,11 @@ from PIL import Image
 from PIL import features as pillow
 
 from features.errors import UnreadableImageError
-from features.extraction import Extraction, ExtractionResult
-from features.images import MAX_BYTES, REASONS, decode_image, read_bytes
+from features.extraction.extraction import Extraction, ExtractionResult
+from features.pixels.decode import MAX_BYTES, REASONS, decode_image, read_bytes
 from features.recipe import PixelRule, Recipe
-from features.sources import ImageSet, scan
-from features.splits import SplitRule
+from features.sources.scan import ImageSet, scan
+from features.sources.splits import SplitRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on files damaged on purpose
 

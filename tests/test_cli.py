@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from helpers import listing, paint, paint_folder, run_pipeline, run_without
 
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 
 pytestmark = pytest.mark.slow
 # An untrained network is enough where only the path through the program counts.

@@ -26,10 +26,11 @@ from faults import differences, finish, inferred, start
 from helpers import listing, paint_folder, recipe, run_pipeline
 
 from features.errors import ClusterError, ConfigurationError, IntegrityError, StoreError
+from features.extraction.journal import PartsFolder
+from features.extraction.running import MadeShard, Reconciliation
+from features.extraction.shard import KILLS_WORKER, ShardRecord, ShardSpec, extract_shard
 from features.files import atomic_file, file_digest
-from features.running import MadeShard, Reconciliation
-from features.shards import KILLS_WORKER, PartsFolder, ShardRecord, ShardSpec, extract_shard
-from features.store import FeatureStore, parts_folder
+from features.store.reader import FeatureStore, parts_folder
 from pipeline.cluster import connection
 from pipeline.cluster import run as module
 from pipeline.cluster import worker as cluster_worker

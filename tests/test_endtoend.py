@@ -14,11 +14,11 @@ import pytest
 from helpers import paint_folder, run_pipeline
 
 from features.errors import ConfigurationError, ParityError, RunError
-from features.extraction import prepare
-from features.images import decode_image
-from features.networks import Network, resolve_network
+from features.extraction.extraction import prepare
+from features.networks.network import Network, resolve_network
+from features.pixels.decode import decode_image
 from features.recipe import PixelRule
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.finetune import finetune
 from pipeline.heads.presets import make_head
 from pipeline.predict import predict

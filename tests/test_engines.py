@@ -15,12 +15,14 @@ import numpy as np
 import pytest
 from helpers import ROOT, paint_folder, recipe, run_pipeline, run_without
 
-from features import engines, networks
-from features.engines import choose_engine, is_out_of_memory
 from features.errors import ConfigurationError, OpenVinoError
-from features.extraction import extract_features
-from features.reference import reference_images
-from features.store import FeatureStore
+from features.extraction.extraction import extract_features
+from features.networks import engines, keras_engine
+from features.networks import network as networks
+from features.networks.engines import choose_engine
+from features.networks.keras_engine import is_out_of_memory
+from features.networks.reference import reference_images
+from features.store.reader import FeatureStore
 
 
 @pytest.fixture
@@ -99,7 +101,7 @@ def test_out_of_memory_is_recognised() -> None:
     assert not is_out_of_memory(RuntimeError("shapes do not match"))
 
 
-class Device(engines.KerasEngine):
+class Device(keras_engine.KerasEngine):
     """An engine whose device holds so many images, and sums them."""
 
     def __init__(self, room: int, batch_size: int) -> None:
@@ -139,8 +141,8 @@ def test_a_network_that_openvino_cannot_run_falls_back_and_says_so(
         raise OpenVinoError("OpenVINO cannot convert numpy: no rule for Erfinv")
 
     made: list[dict[str, Any]] = []
-    monkeypatch.setattr("features.openvino_engine.open_engine", refuse)
-    monkeypatch.setattr(engines, "KerasEngine", lambda *_, **options: made.append(options))
+    monkeypatch.setattr("features.networks.openvino_engine.open_engine", refuse)
+    monkeypatch.setattr(keras_engine, "KerasEngine", lambda *_, **options: made.append(options))
     monkeypatch.setattr(networks.Network, "load", lambda self: None)
     monkeypatch.setattr(networks, "feature_model", lambda *_: None)
     monkeypatch.setattr(networks, "preprocess", lambda _: None)
@@ -214,7 +216,7 @@ def test_extraction_with_a_kept_model_imports_no_keras(assets: Path, tmp_path: P
 WATCH_MEMORY = """
 import sys
 import numpy as np
-from features.networks import resolve_network
+from features.networks.network import resolve_network
 
 def resident():
     with open("/proc/self/status") as lines:

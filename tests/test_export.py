@@ -28,8 +28,8 @@ from features.errors import (
     RunError,
     StoreError,
 )
-from features.extraction import prepare
-from features.images import resize_image
+from features.extraction.extraction import prepare
+from features.pixels.decode import resize_image
 from features.recipe import PixelRule
 from pipeline.export import Probe, export, predicted
 from pipeline.exporting.artefacts import Card, full_pixels, open_artefact, read_card, write_card

@@ -25,13 +25,14 @@ from helpers import (
 from PIL import Image
 
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
-from features.extraction import Extraction
+from features.extraction.extraction import Extraction
+from features.extraction.journal import PartsFolder
+from features.extraction.shard import rows_per_shard
 from features.files import locked
 from features.machine import peak_memory
-from features.shards import PartsFolder, rows_per_shard
-from features.sources import scan
-from features.splits import SPLITS, SplitRule
-from features.store import FeatureStore, parts_folder
+from features.sources.scan import scan
+from features.sources.splits import SPLITS, SplitRule
+from features.store.reader import FeatureStore, parts_folder
 
 
 @pytest.fixture
@@ -395,7 +396,7 @@ def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: P
 
 def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from features.errors import UnreadableImageError
-    from features.sources import ImageSet
+    from features.sources.scan import ImageSet
 
     read = ImageSet.read
 

@@ -27,7 +27,7 @@ from faults import (
 from helpers import ROOT, listing, paint_folder
 
 from features.files import PatientFile
-from features.store import FeatureStore, parts_folder
+from features.store.reader import FeatureStore, parts_folder
 
 pytestmark = pytest.mark.slow
 SHARD = 32

@@ -13,11 +13,11 @@ from finetuning import SIZE, TRAIN, TinyWorld, tiny_world, weights_of_run
 from helpers import listing
 
 import pipeline.runs.folder
-from features.backend import _is_news
+from features.canonical import digest_of
 from features.errors import ConfigurationError, ParityError, RunError
-from features.recipe import digest_of
-from features.store import FeatureStore
-from features.views import decode_views
+from features.networks.backend import _is_news
+from features.pixels.views import decode_views
+from features.store.reader import FeatureStore
 from pipeline import finetune as stage
 from pipeline.cli import main
 from pipeline.runs.folder import Run, read_predictions

@@ -31,8 +31,8 @@ def write(path: Path) -> Path:
     from helpers import recipe
 
     from features.files import atomic_file
-    from features.layout import FeatureSpec, ImageTable, Quarantine
-    from features.writer import StoreWriter
+    from features.store.schema import FeatureSpec, ImageTable, Quarantine
+    from features.store.writer import StoreWriter
 
     generator = np.random.default_rng(0)
     specs = {
@@ -68,7 +68,7 @@ def write(path: Path) -> Path:
 
 def everything(path: Path) -> str:
     """Hash of all that a store can be asked for."""
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
 
     store = FeatureStore.open(path)
     digest = hashlib.sha256()
@@ -89,7 +89,7 @@ def everything(path: Path) -> str:
 def outcome(path: Path, expected: str) -> str:
     """``equal`` or ``found``, or in words what must not be."""
     from features.errors import StoreError
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
 
     said = []
     for check in (lambda: FeatureStore.open(path).verify() and expected, lambda: everything(path)):

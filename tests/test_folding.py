@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from features.backbones import build_backbone, feature_model, find_backbone, preprocess
-from features.folding import TOLERANCE, affine, fold_batch_norms, foldable, largest_difference
-from features.graph import layer_tensors
-from features.weights import load_weights, resolve_weights
+from features.networks.backbones import build_backbone, feature_model, find_backbone, preprocess
+from features.networks.folding import TOLERANCE, affine, fold_batch_norms, foldable, largest_difference
+from features.networks.graph import layer_tensors
+from features.networks.weights import load_weights, resolve_weights
 
 REAL = {
     "mobilenetv2": "mobilenet_v2_1.0_224_no_top.weights.h5",
@@ -247,7 +247,7 @@ def test_what_cannot_be_proven_is_left_and_said(caplog: pytest.LogCaptureFixture
     # Before the mean is taken away, float32 has lost all but multiples of 8: folded it would be right, but not equal.
     model.layers[1].bias.assign(np.full(4, 1e8))
     model.layers[2].moving_mean.assign(np.full(4, 1e8))
-    with caplog.at_level(logging.WARNING, logger="features.folding"):
+    with caplog.at_level(logging.WARNING, logger="features.networks.folding"):
         assert fold_batch_norms(model, noise(2, 9, 9, 4)) is model
     assert "with BatchNormalization folded the outputs differ by" in caplog.text
     assert "runs as it was built" in caplog.text

@@ -15,7 +15,7 @@ from finetuning import TinyWorld, save_network, tiny_world
 from test_endtoend import some_cats_and_dogs, weights_of
 
 from features.errors import ConfigurationError, RunError
-from features.extraction import prepare
+from features.extraction.extraction import prepare
 from pipeline.finetune import finetune
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
@@ -97,7 +97,7 @@ def test_neither_images_nor_trunk_are_needed_and_images_prove_parity(
     proven = tiny.finetune(from_cache=cache.path, runs=tmp_path / "proven", epochs=2)
     away = tmp_path / "away"
     tiny.images.rename(away)
-    monkeypatch.setattr("features.engines.KerasEngine.__call__", None)  # no trunk, no pixels
+    monkeypatch.setattr("features.networks.keras_engine.KerasEngine.__call__", None)  # no trunk, no pixels
     alone = finetune(tiny.run, from_cache=cache.path, runs=tmp_path / "alone", epochs=2)
     away.rename(tiny.images)
     assert (alone["cut"], alone["parity_gap"] < 1e-5) == ("relu_2", True)

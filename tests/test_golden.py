@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from faults import differences
 
-from features.extraction import pack_store
+from features.extraction.extraction import pack_store
 from features.recipe import PixelRule, Recipe
-from features.store import FeatureStore, parts_folder
+from features.store.reader import FeatureStore, parts_folder
 
 FOLDER = Path(__file__).resolve().parent / "golden"
 STORE, SHARDED = FOLDER / "store-v1.h5", FOLDER / "sharded-v1.h5"

@@ -19,12 +19,12 @@ import numpy as np
 import pytest
 from helpers import ROOT, recipe
 
+from features.canonical import canonical_json
 from features.errors import FormatVersionError, IntegrityError, StoreError
 from features.files import atomic_file
-from features.layout import FeatureSpec, ImageTable, Quarantine, attributes_digest, block_hash, block_rows
-from features.recipe import canonical_json
-from features.store import FeatureStore
-from features.writer import StoreWriter
+from features.store.reader import FeatureStore
+from features.store.schema import FeatureSpec, ImageTable, Quarantine, attributes_digest, block_hash, block_rows
+from features.store.writer import StoreWriter
 
 pytestmark = pytest.mark.slow  # hundreds of small HDF5 files
 
@@ -481,7 +481,7 @@ def test_what_is_no_file_is_refused_at_once(tmp_path: Path) -> None:
     (tmp_path / "folder.h5").mkdir()
     (tmp_path / "null.h5").symlink_to("/dev/zero")
     code = (
-        "import sys\nfrom features.store import FeatureStore\nfrom features.errors import IntegrityError\n"
+        "import sys\nfrom features.store.reader import FeatureStore\nfrom features.errors import IntegrityError\n"
         "try:\n    FeatureStore.open(sys.argv[1])\nexcept IntegrityError as error:\n    print(error)\n"
     )
     said = {

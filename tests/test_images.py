@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFile
 
-from features import images
 from features.errors import ConfigurationError, UnreadableImageError
-from features.images import (
+from features.pixels import decode as images
+from features.pixels.decode import (
     REASON_MEANINGS,
     REASONS,
     crop_window,

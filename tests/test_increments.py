@@ -9,7 +9,7 @@ import pytest
 from helpers import NumpyNetwork, extract, run_pipeline, run_without
 from PIL import Image, ImageOps
 
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 
 pytestmark = pytest.mark.slow  # 3,000 photographs
 

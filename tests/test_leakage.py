@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from test_streaming import write_store
 
 from features.errors import ConfigurationError
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.sweeps import leakage
 from pipeline.sweeps.leakage import THRESHOLD, near_duplicates
 

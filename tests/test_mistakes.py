@@ -13,7 +13,7 @@ from typing import NamedTuple, NoReturn
 import pytest
 from helpers import extract, paint, paint_folder, run_pipeline
 
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.train_head import train_head
 

@@ -16,14 +16,14 @@ import numpy as np
 import pytest
 from helpers import ROOT, listing, recipe
 
-from features import openvino_engine
-from features.engines import KerasEngine
 from features.errors import BottleneckError, ConfigurationError, OpenVinoError
-from features.images import decode_image
-from features.networks import Network, resolve_network
-from features.openvino_engine import OpenVinoEngine, is_installed, open_engine, supports
+from features.networks import openvino_engine
+from features.networks.keras_engine import KerasEngine
+from features.networks.network import Network, resolve_network
+from features.networks.openvino_engine import OpenVinoEngine, is_installed, open_engine, supports
+from features.networks.reference import reference_images, relative_difference
+from features.pixels.decode import decode_image
 from features.recipe import PixelRule, Recipe
-from features.reference import reference_images, relative_difference
 
 needs_openvino = pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed (pip install openvino)")
 REAL = {
@@ -51,7 +51,7 @@ def network(assets: Path, name: str, size: int, **options: Any) -> Network:
 
 
 def builder(of: Network) -> Callable[[], tuple[Any, Callable[[Any], Any]]]:
-    from features.backbones import feature_model, preprocess
+    from features.networks.backbones import feature_model, preprocess
 
     def build() -> tuple[Any, Callable[[Any], Any]]:
         model = feature_model(of.load(), [(item.layer, item.pooling) for item in of.recipes])
@@ -363,8 +363,8 @@ _SECOND_START = """
 import json, sys, time
 import numpy as np
 from features.machine import peak_memory
-from features.networks import resolve_network
-from features.openvino_engine import open_engine
+from features.networks.network import resolve_network
+from features.networks.openvino_engine import open_engine
 net = resolve_network("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96))
 def build():
     raise AssertionError("Keras was asked")

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from helpers import paint, paint_folder, recipe, run_pipeline
 
-from features.precision import check_precision, some_rows
+from features.extraction.precision import check_precision, some_rows
 from features.recipe import Recipe
-from features.sources import scan
+from features.sources.scan import scan
 
 
 @dataclasses.dataclass(frozen=True)

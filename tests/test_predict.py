@@ -27,10 +27,10 @@ from PIL import Image
 import pipeline.predict
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
-from features.extraction import prepare
-from features.images import decode_image, read_bytes
+from features.extraction.extraction import prepare
+from features.pixels.decode import decode_image, read_bytes
+from features.pixels.views import decode_views
 from features.recipe import PixelRule
-from features.views import decode_views
 from pipeline.cli import main
 from pipeline.predict import Gallery, Item, predict, predictions, summary
 from pipeline.predicting.files import Prediction, Rows

@@ -13,10 +13,10 @@ from PIL import Image
 
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, TooManyUnreadableError
-from features.images import decode_image
+from features.pixels.decode import decode_image
+from features.pixels.views import decode_views
 from features.recipe import PixelRule
-from features.sources import scan
-from features.views import decode_views
+from features.sources.scan import scan
 from pipeline.preview import preview, sample_images, summary
 from pipeline.reporting.grids import (
     FRAME,

@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from features.augmentation import PRESETS, AugmentSpec
+from features.canonical import canonical_json
 from features.errors import ConfigurationError
-from features.recipe import PixelRule, Recipe, canonical_json
+from features.recipe import PixelRule, Recipe
 
 EXAMPLE = Recipe(
     backbone="mobilenetv2",

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from helpers import listing, paint_folder
 
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.experiments import _name_in_a_folder, read_experiment, recipe_names
 from pipeline.runs.folder import Run

@@ -21,7 +21,7 @@ from PIL import Image
 
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, RunError
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.config import LogisticParameters
 from pipeline.report import make_report, summary
 from pipeline.reporting import charts

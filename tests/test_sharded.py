@@ -25,11 +25,11 @@ from helpers import (
 )
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError
-from features.extraction import pack_store
-from features.layout import FeatureSpec, ImageTable, Quarantine, ShardTable
-from features.shards import PartsFolder
-from features.store import FeatureStore, parts_folder, shard_path
-from features.writer import StoreWriter
+from features.extraction.extraction import pack_store
+from features.extraction.journal import PartsFolder
+from features.store.reader import FeatureStore, parts_folder, shard_path
+from features.store.schema import FeatureSpec, ImageTable, Quarantine, ShardTable
+from features.store.writer import StoreWriter
 
 pytestmark = pytest.mark.slow  # dozens of whole extractions
 
@@ -355,7 +355,7 @@ def test_only_our_shards_are_touched_and_none_is_deleted_unread(source: Path, ou
 def test_shards_of_a_later_release_stay(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extract(source, out, layout="sharded")
     before = listing(parts_folder(out))
-    monkeypatch.setattr("features.structure.FORMAT_VERSION", 0)
+    monkeypatch.setattr("features.store.untrusted.FORMAT_VERSION", 0)
     with pytest.raises(FormatVersionError, match="Install a newer"):
         extract(source, out)
     assert listing(parts_folder(out)) == before
@@ -425,9 +425,9 @@ WATCHED = """
 import sys, time
 import numpy, h5py
 from features.machine import peak_memory
-from features.shards import PartsFolder
-from features.store import FeatureStore
-from features.extraction import pack_store
+from features.extraction.journal import PartsFolder
+from features.store.reader import FeatureStore
+from features.extraction.extraction import pack_store
 before, start = peak_memory(), time.process_time()
 store = FeatureStore.open(sys.argv[1])
 opened = time.process_time() - start

@@ -17,11 +17,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from features import sample, sources, splits
-from features.cache import cache_folder
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
-from features.sources import ImageSet, scan
-from features.splits import SPLITS, SplitRule, assign_splits, find_leakage, warnings_about
+from features.files import cache_folder
+from features.sources import sample, splits
+from features.sources import scan as sources
+from features.sources.scan import ImageSet, scan
+from features.sources.splits import SPLITS, SplitRule, assign_splits, find_leakage, warnings_about
 
 
 def touch(root: Path, *names: str) -> Path:

@@ -12,9 +12,9 @@ from helpers import listing, recipe
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError
 from features.files import atomic_file
-from features.layout import FeatureSpec, ImageTable, Quarantine
-from features.store import FeatureStore
-from features.writer import StoreWriter
+from features.store.reader import FeatureStore
+from features.store.schema import FeatureSpec, ImageTable, Quarantine
+from features.store.writer import StoreWriter
 
 ROWS = 500
 NAMES = ("last.avg", "spatial")

@@ -16,9 +16,9 @@ import pytest
 from helpers import ROOT, extract, paint_folder, recipe
 
 from features.errors import ConfigurationError, HeadError, IntegrityError
-from features.layout import FeatureSpec, ImageTable, Quarantine
-from features.store import FeatureStore
-from features.writer import StoreWriter
+from features.store.reader import FeatureStore
+from features.store.schema import FeatureSpec, ImageTable, Quarantine
+from features.store.writer import StoreWriter
 from pipeline.heads.pooling import column_statistics, pool_features
 from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
 from pipeline.runs.folder import Run
@@ -416,7 +416,7 @@ MEASURED = """
 import json, sys
 from test_streaming import sgd, standardised
 from features.machine import peak_memory
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.heads.streaming import fit_sgd_streaming
 
 store = FeatureStore.open(sys.argv[1])

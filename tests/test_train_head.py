@@ -462,7 +462,7 @@ def test_fine_tuning_may_start_from_a_linear_scikit_learn_head(name: str, tmp_pa
 def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     import keras
 
-    from features.weights import tensor_digest
+    from features.networks.weights import tensor_digest
 
     store = make_store()
     start = Run.open(train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 2}).folder)

@@ -21,7 +21,7 @@ from sklearn.utils import estimator_checks
 
 from features.errors import ConfigurationError, LockedError, UnreadableImageError
 from features.files import locked
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from features.transformer import SOURCE, FeatureExtractor
 
 pytestmark = pytest.mark.slow  # whole extractions, scikit-learn
@@ -215,7 +215,9 @@ def test_a_kill_while_it_is_written_leaves_the_store_as_it_was(paths, tmp_path, 
     extractor = CountingExtractor(store=tmp_path / "cache.h5")
     extractor.transform(paths[:4])
     before = (tmp_path / "cache.h5").read_bytes()
-    monkeypatch.setattr("features.writer.StoreWriter.finish", lambda self, **tables: (_ for _ in ()).throw(OSError(5)))
+    monkeypatch.setattr(
+        "features.store.writer.StoreWriter.finish", lambda self, **tables: (_ for _ in ()).throw(OSError(5))
+    )
     with pytest.raises(OSError, match="could not be written"):
         extractor.transform(paths)
     assert (tmp_path / "cache.h5").read_bytes() == before

@@ -22,16 +22,17 @@ from PIL import Image
 
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, IntegrityError, TooManyUnreadableError
-from features.extraction import Extraction, ExtractionResult, pack_store, prepare
-from features.images import resize_image
-from features.layout import FeatureSpec, ImageTable, Quarantine, ShardTable
+from features.extraction.extraction import Extraction, ExtractionResult, pack_store, prepare
+from features.extraction.journal import PartsFolder
+from features.extraction.shard import ShardSpec, extract_shard
+from features.pixels.decode import resize_image
+from features.pixels.views import render_views
 from features.recipe import PixelRule, Recipe
-from features.shards import PartsFolder, ShardSpec, extract_shard
-from features.sources import scan
-from features.splits import SplitRule
-from features.store import FeatureStore, parts_folder, shard_path
-from features.views import render_views
-from features.writer import StoreWriter
+from features.sources.scan import scan
+from features.sources.splits import SplitRule
+from features.store.reader import FeatureStore, parts_folder, shard_path
+from features.store.schema import FeatureSpec, ImageTable, Quarantine, ShardTable
+from features.store.writer import StoreWriter
 
 pytestmark = pytest.mark.slow  # dozens of whole extractions
 
@@ -218,7 +219,7 @@ def test_a_store_keeps_its_views_without_being_told(source: Path, out: Path, cap
     views_of(source, out, 3, seed=9)
     before = out.read_bytes()
     network = PixelNetwork()
-    with caplog.at_level(logging.INFO, "features.planning"):
+    with caplog.at_level(logging.INFO, "features.extraction.planning"):
         assert extract(source, out, network).written is False
     assert f"{out}: keeps its 3 views, though 1 are asked for" in caplog.text
     assert views_of(source, out, 2, network, seed=9).written is False
@@ -344,7 +345,7 @@ def test_a_fault_of_the_augmentation_is_not_a_fault_of_the_image(
     def broken(*_: object, **__: object) -> np.ndarray:
         raise ValueError("a slip of ours")
 
-    monkeypatch.setattr("features.views.apply_view", broken)
+    monkeypatch.setattr("features.pixels.views.apply_view", broken)
     with pytest.raises(ValueError, match="a slip of ours"):
         views_of(source, out, 2)
     assert not out.exists()
@@ -464,7 +465,7 @@ def test_views_and_augmentation_are_given_together(source: Path, out: Path) -> N
 COMMAND = """
 import sys
 from helpers import NumpyNetwork
-from features import networks
+from features.networks import network as networks
 networks.resolve_network = lambda *_, **__: NumpyNetwork()
 from pipeline.cli import main
 sys.exit(main(sys.argv[1:]))

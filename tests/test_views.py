@@ -20,9 +20,9 @@ from PIL import Image, ImageEnhance
 
 from features.augmentation import FILLS, PRESETS, AugmentSpec
 from features.errors import ConfigurationError, UnreadableImageError
-from features.images import decode_image, resize_image
+from features.pixels.decode import decode_image, resize_image
+from features.pixels.views import ViewParameters, apply_view, decode_views, draw_view, render_views
 from features.recipe import PixelRule, Recipe
-from features.views import ViewParameters, apply_view, decode_views, draw_view, render_views
 
 RULE = PixelRule(24, 32)
 SHA256 = hashlib.sha256(b"an image").digest()
@@ -223,9 +223,9 @@ import numpy as np
 from PIL import Image
 from test_views import picture
 from features.augmentation import PRESETS
-from features.images import resize_image
+from features.pixels.decode import resize_image
 from features.recipe import PixelRule
-from features.views import render_views
+from features.pixels.views import render_views
 
 workers, batch_size = int(sys.argv[1]), int(sys.argv[2])
 

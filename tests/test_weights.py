@@ -22,14 +22,21 @@ import numpy as np
 import pytest
 from helpers import listing
 
-from features import wheels
-from features.backbones import BACKBONES, Backbone, boundary_of, build_backbone, find_backbone, last_layer, preprocess
-from features.cache import cache_folder
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
-from features.files import whole_file
-from features.official import OfficialFile, Wheel
-from features.tensors import container_of, digest_of_tensors, read_npz, write_npz
-from features.weights import (
+from features.files import cache_folder, whole_file
+from features.networks import wheels
+from features.networks.backbones import (
+    BACKBONES,
+    Backbone,
+    boundary_of,
+    build_backbone,
+    find_backbone,
+    last_layer,
+    preprocess,
+)
+from features.networks.official import OfficialFile, Wheel
+from features.networks.tensors import container_of, digest_of_tensors, read_npz, write_npz
+from features.networks.weights import (
     WeightsFile,
     known_digest,
     load_weights,

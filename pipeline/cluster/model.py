@@ -9,7 +9,7 @@ import dataclasses
 import math
 
 from features.errors import ConfigurationError
-from features.shards import SHARD_ROWS_MAX
+from features.extraction.shard import SHARD_ROWS_MAX
 
 CLIENT_BYTES = (
     70_000_000  # of the asking process, and what it keeps of each image: path, hash, label, places (measured)

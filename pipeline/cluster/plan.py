@@ -18,13 +18,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.assembly import software_versions
+from features.canonical import canonical_json
 from features.errors import ClusterError
+from features.extraction.shard import ShardSpec
 from features.files import writing
-from features.layout import FORMAT_VERSION
-from features.machine import keras_backend
-from features.recipe import Recipe, canonical_json
-from features.shards import ShardSpec
+from features.machine import keras_backend, software_versions
+from features.recipe import Recipe
+from features.store.schema import FORMAT_VERSION
 
 PLAN_FORMAT = 1
 # Compared only where both sides have them: a GPU node has no use for OpenVINO, nor one without Keras's TensorFlow for it.
@@ -38,7 +38,7 @@ class Setting:
     Parameters
     ----------
     backbone, weights : str
-        As ``features.networks.resolve_network`` takes them, paths absolute.
+        As ``features.networks.network.resolve_network`` takes them, paths absolute.
     engine, device : str
         As they were asked for: each worker chooses by what its own machine has.
     batch_size : int

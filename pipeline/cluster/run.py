@@ -24,10 +24,10 @@ from collections.abc import Generator
 from typing import Any
 
 from features.errors import BottleneckError, ClusterError, ConfigurationError, StoreError
+from features.extraction.running import Advance, MadeShard, Work
+from features.extraction.shard import KILLS_WORKER, ShardRecord, find_shard, refuse_image
 from features.files import printable
-from features.running import Advance, MadeShard, Work
-from features.shards import KILLS_WORKER, ShardRecord, find_shard, refuse_image
-from features.store import FeatureStore, shard_path
+from features.store.reader import FeatureStore, shard_path
 from pipeline.cluster.connection import (
     CONNECT_SECONDS,
     PATIENCE_SECONDS,
@@ -53,7 +53,7 @@ GPU = "GPU"  # the resource that workers announce with `dask worker --resources 
 
 
 class ClusterShards:
-    """A ``features.running.ShardRunner`` that has shards made by the workers of a Dask cluster.
+    """A ``features.extraction.running.ShardRunner`` that has shards made by the workers of a Dask cluster.
 
     Parameters
     ----------

@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from features.errors import BottleneckError, ClusterError
+from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard, find_shard
 from features.machine import processors
 from features.recipe import Recipe
-from features.shards import Infer, ShardRecord, ShardSpec, extract_shard, find_shard
-from features.store import shard_path
+from features.store.reader import shard_path
 from pipeline.cluster.plan import OpenPlan, Setting, ShardTask, differences, versions
 
 PROCESSORS = "BOTTLENECK_PROCESSORS"  # of a worker of `--cluster local:N`: numbers with commas
@@ -122,7 +122,9 @@ def _plan(path: str, token: str) -> OpenPlan:
     wrong = probe(path, token, plan.versions, plan.image)
     if wrong:
         raise ClusterError(f"worker on {socket.gethostname()} {wrong[0]}.")
-    logging.getLogger("features.shards").setLevel(logging.ERROR)  # who asked for the work names unreadable images
+    logging.getLogger("features.extraction.shard").setLevel(
+        logging.ERROR
+    )  # who asked for the work names unreadable images
     return plan
 
 
@@ -130,7 +132,7 @@ def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
     reader = _archive_reader(spec.root) if os.path.isfile(spec.root) else None
     if reader is not None:
         return reader
-    from features.images import read_bytes
+    from features.pixels.decode import read_bytes
 
     return lambda path: read_bytes(os.path.join(spec.root, path))
 
@@ -138,7 +140,7 @@ def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
 @functools.lru_cache(maxsize=4)
 def _archive_reader(root: str) -> Callable[[str], bytes] | None:
     """Reader of an archive or of arrays; None for a single image, which is a file in its folder."""
-    from features.sources import scan
+    from features.sources.scan import scan
 
     return scan(root).reader
 
@@ -163,7 +165,7 @@ class _LateEngine:
 @functools.lru_cache(maxsize=2)
 def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threading.Lock]:
     """An engine, kept warm for the shards to come. The network is found by name here, and has to be the same one."""
-    from features import networks
+    from features.networks import network as networks
 
     first = recipes[0]
     try:

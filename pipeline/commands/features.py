@@ -147,7 +147,7 @@ def _with_moves(split: str, validation_from_train: float, test_from_validation: 
 @guarded
 def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
     """What is in a store: rows, classes, splits, data sets, recipes, unreadable images."""
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
     from pipeline import extract as stage
 
     document = stage.describe(FeatureStore.open(file))
@@ -158,7 +158,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_j
 @guarded
 def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
     """Recompute every checksum of a store; exit code 3 if one differs."""
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
     from pipeline.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
@@ -176,7 +176,7 @@ def pack(
     as_json: Json = False,
 ) -> None:
     """Turn a sharded store into one file."""
-    from features.extraction import pack_store
+    from features.extraction.extraction import pack_store
     from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
 

@@ -63,7 +63,7 @@ def train_head(
     as_json: Json = False,
 ) -> None:
     """Stage two: train a head, or a sweep of heads, on cached features."""
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
     from pipeline import train_head as stage
     from pipeline.heads.costs import parse_memory
     from pipeline.progress import ConsoleProgress

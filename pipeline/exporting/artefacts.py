@@ -15,9 +15,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from features.canonical import canonical_json
 from features.errors import ConfigurationError, RunError
-from features.images import decode_upright
-from features.recipe import PixelRule, Recipe, canonical_json
+from features.pixels.decode import decode_upright
+from features.recipe import PixelRule, Recipe
 from pipeline.config import Settings, parse
 from pipeline.exporting.formats import FORMATS, Format, Runtime, format_of
 from pipeline.exporting.resizing import longest_side

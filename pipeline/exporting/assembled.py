@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from features.backbones import feature_model, preprocess
-from features.backend import load_keras
 from features.errors import HeadError
-from features.images import resize_image
-from features.networks import Network
+from features.networks.backbones import feature_model, preprocess
+from features.networks.backend import load_keras
+from features.networks.network import Network
+from features.networks.reference import relative_difference
+from features.pixels.decode import resize_image
 from features.recipe import Recipe
-from features.reference import relative_difference
 from pipeline.exporting.formats import INPUT
 from pipeline.exporting.resizing import check_rule, resized
 from pipeline.heads.dense import KerasHead

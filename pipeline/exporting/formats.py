@@ -16,11 +16,11 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
+from features.canonical import check_choice
 from features.errors import ConfigurationError, RunError
 from features.machine import processors
-from features.openvino_engine import _openvino
-from features.recipe import check_choice
+from features.networks.backend import load_keras
+from features.networks.openvino_engine import _openvino
 
 CARD = "bottleneck.json"  # name of the card where it is a file
 KEY = "bottleneck"  # and where it is an entry

@@ -1,4 +1,4 @@
-"""The resize of ``features.images`` as a graph: uint8 images of any size in, the very same grey levels out.
+"""The resize of ``features.pixels.decode`` as a graph: uint8 images of any size in, the very same grey levels out.
 
 Plain ``keras.ops`` on symbolic tensors, so that a saved model needs no class of ours and every converter takes it:
 
@@ -7,7 +7,7 @@ Plain ``keras.ops`` on symbolic tensors, so that a saved model needs no class of
 ``antialias`` is Pillow's bilinear filter: triangle weights in 22-bit fixed point, whole grey levels between the two passes
 (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in https://github.com/python-pillow/Pillow, Resample.c).
 Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the grey levels are equal, not close.
-``keras`` is computed in whole numbers too; ``features.images`` follows TensorFlow's float32, whose rounding decides where
+``keras`` is computed in whole numbers too; ``features.pixels.decode`` follows TensorFlow's float32, whose rounding decides where
 the exact value lies half-way between two grey levels: there they differ by one (0.1 % of the values, at some sizes 3 %).
 """
 
@@ -80,7 +80,7 @@ def resized(images: Any, rule: PixelRule) -> Any:
     Returns
     -------
     float32, symbolic, (n, rule.height, rule.width, 3)
-        Whole numbers, 0-255: those of ``features.images.resize_image``.
+        Whole numbers, 0-255: those of ``features.pixels.decode.resize_image``.
     """
     across, down = _axes(_positions(images[0, 0, :, 0]), _positions(images[0, :, 0, 0]), rule)
     return (_two_neighbours if rule.resize == "keras" else _antialiased)(images, across, down)
@@ -109,7 +109,7 @@ def _positions(line: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- windows
 def _axes(xs: Any, ys: Any, rule: PixelRule) -> tuple[Axis, Axis]:
-    """Both axes, with the windows of ``features.images.crop_window`` and ``pad_window``."""
+    """Both axes, with the windows of ``features.pixels.decode.crop_window`` and ``pad_window``."""
     from keras import ops
 
     width, height = ops.max(xs) + 1, ops.max(ys) + 1

@@ -20,9 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
-from features.engines import choose_device
 from features.errors import ConfigurationError, HeadError
+from features.networks.backend import load_keras
+from features.networks.engines import choose_device
 from pipeline.heads.bank_math import BankSpec, check_given, forward, ops, programs, spread
 from pipeline.heads.head import History, Progress, two_columns
 from pipeline.heads.pooling import chunks

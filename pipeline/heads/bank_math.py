@@ -13,9 +13,9 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from features.backend import load_keras
-from features.engines import compiled
 from features.errors import ConfigurationError, nearest
+from features.networks.backend import load_keras
+from features.networks.keras_engine import compiled
 
 BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # Keras's Adam
 

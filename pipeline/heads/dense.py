@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
 from features.errors import HeadError
+from features.networks.backend import load_keras
 from pipeline.config import DenseParameters
 from pipeline.heads.bank import BankHead, BankResult, BankSpec, train_rows
 from pipeline.heads.head import Head, History, Progress, check_finite, two_columns

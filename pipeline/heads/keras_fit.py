@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
 from features.errors import ConfigurationError, HeadError
+from features.networks.backend import load_keras
 from pipeline.config import DenseParameters
 from pipeline.heads.epochs import train_epochs
 from pipeline.heads.head import History, Progress, two_columns

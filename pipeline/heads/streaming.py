@@ -25,7 +25,7 @@ from pipeline.heads.prepared import PLAIN, Batch, Rows, chosen_views, drawn_view
 from pipeline.runs.metrics import fit_temperature
 
 if TYPE_CHECKING:
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
 
 READ_BYTES = 4 << 20  # of one read, as stored
 RUNS_OF_A_WINDOW = 512  # the shares of 10 sorted classes in a window of that many runs vary by 0.013 around 0.1

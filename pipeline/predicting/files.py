@@ -35,7 +35,7 @@ class Prediction(NamedTuple):
     probabilities : float64, (c,), 0-1, or None
         Of every class; None where the image could not be read.
     error : str
-        Why not, one of ``features.images.REASONS``; else empty.
+        Why not, one of ``features.pixels.decode.REASONS``; else empty.
     """
 
     file: str

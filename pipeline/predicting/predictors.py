@@ -10,7 +10,7 @@ import numpy as np
 
 from features.augmentation import AugmentSpec
 from features.errors import UnreadableImageError
-from features.views import decode_views
+from features.pixels.views import decode_views
 from pipeline.exporting.artefacts import Artefact, full_pixels
 from pipeline.runs.folder import Run
 from pipeline.tuning.endtoend import network_of

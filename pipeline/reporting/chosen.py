@@ -12,8 +12,8 @@ import numpy as np
 
 from features.errors import BottleneckError
 from features.files import printable
-from features.splits import SPLITS
-from features.store import FeatureStore
+from features.sources.splits import SPLITS
+from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
 from pipeline.reporting import data as facts
 from pipeline.reporting.charts import COLOURS, MARKERS, Series, line_chart, reliability_chart, scatter

@@ -12,7 +12,7 @@ from features.augmentation import PRESETS as PRESETS_OF_VIEWS
 from features.augmentation import AugmentSpec
 from features.files import printable
 from features.recipe import Recipe
-from features.sources import is_manifest
+from features.sources.scan import is_manifest
 from pipeline.config import EstimatorParameters
 from pipeline.heads.presets import PRESETS
 from pipeline.runs.folder import Run

@@ -16,10 +16,10 @@ import numpy as np
 from PIL import Image
 
 from features.errors import BottleneckError, UnreadableImageError
-from features.images import decode_image, decode_upright
 from features.machine import processors
+from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
-from features.sources import ImageSet, is_manifest, scan
+from features.sources.scan import ImageSet, is_manifest, scan
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -127,7 +127,7 @@ def whole_image(data: bytes, size: int) -> Image.Image:
     Raises
     ------
     UnreadableImageError
-        As ``features.images.decode_upright``.
+        As ``features.pixels.decode.decode_upright``.
     """
     image = decode_upright(data, PixelRule(size, size, decode="fast")).image
     step = size // max(image.size)

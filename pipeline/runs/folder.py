@@ -447,7 +447,7 @@ def _some(path: str | Path, runs: list[Run]) -> list[Run]:
 
 def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
     """Save a fine-tuned backbone; the recipe of its features has its weights."""
-    from features.weights import model_digest, save_weights
+    from features.networks.weights import model_digest, save_weights
 
     if recipe.backbone == "model":
         backbone.save(folder / BACKBONE_MODEL)

@@ -18,11 +18,11 @@ import numpy as np
 
 from features.errors import check_range
 from features.files import printable
-from features.splits import SPLITS
+from features.sources.splits import SPLITS
 from pipeline.heads.pooling import choose_pool, pool_features
 
 if TYPE_CHECKING:
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
 
 logger = logging.getLogger(__name__)
 

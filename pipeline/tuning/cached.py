@@ -15,7 +15,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, RunError
 from features.recipe import Recipe
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.runs.folder import Run
 from pipeline.tuning.inputs import PLAIN, Data
 

@@ -13,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
+from features.canonical import canonical_json
 from features.errors import RunError
 from features.files import atomic_file, sweep
-from features.recipe import canonical_json
 
 logger = logging.getLogger(__name__)
 CHECKPOINT_VERSION = 1

@@ -22,13 +22,12 @@ import numpy as np
 from features.augmentation import AugmentSpec
 from features.errors import RunError, StoreError, UnreadableImageError
 from features.files import printable
-from features.images import decode_image
-from features.layout import data_digest
+from features.pixels.batches import batches
+from features.pixels.views import DecodedViews, decode_views
 from features.recipe import PixelRule
-from features.shards import ahead
-from features.sources import ImageSet
-from features.splits import SPLITS, SplitRule, assign_splits
-from features.views import decode_views
+from features.sources.scan import ImageSet
+from features.sources.splits import SPLITS, SplitRule, assign_splits
+from features.store.schema import data_digest
 from pipeline.heads.head import Progress
 
 logger = logging.getLogger(__name__)
@@ -54,7 +53,7 @@ class Data:
     sha256 : uint8, (n, 32)
         Content; zeros where it could not be read.
     digest : str
-        ``features.layout.data_digest`` of those that could, as a feature store of them would have it.
+        ``features.store.schema.data_digest`` of those that could, as a feature store of them would have it.
     """
 
     description: str
@@ -154,19 +153,19 @@ class KeptFeatures:
         self._place: dict[int, int] = {}
         self._array: np.ndarray = np.zeros((0,), np.float32)
 
-        def load(row: int) -> np.ndarray:
-            return decode_image(images.read(row), rule).pixels
+        def load(row: int) -> DecodedViews:
+            return decode_views(images.read(row), rule, None, seed=0, sha256=b"", views=[PLAIN])
 
-        for done, pixels, refused in decoded_batches(load, rows, rule, pool, batch_size):
-            _warn(images, refused)
-            if not len(done):
+        for batch in batches(pool, load, rows.tolist(), rule, batch_size):
+            _warn(images, batch.refused)
+            if not len(batch.pixels):
                 continue
-            features = trunk(pixels)
+            features = trunk(batch.pixels)
             start = len(self._place)
             if not start:
                 self._array = _room((len(rows), *features.shape[1:]), features.dtype, folder)
-            self._array[start : start + len(done)] = features
-            self._place |= {row: start + offset for offset, row in enumerate(done.tolist())}
+            self._array[start : start + len(features)] = features
+            self._place |= {row: start + offset for offset, (row, _) in enumerate(batch.done)}
             if progress:
                 progress("trunk", len(self._place), len(rows))
 
@@ -226,63 +225,20 @@ class LiveViews:
             yield from self._plain.batches(rows, PLAIN)
             return
 
-        def load(row: int) -> np.ndarray:
+        def load(row: int) -> DecodedViews:
             content = self._data.sha256[row].tobytes()
             data = self._images.read(row)
-            found = decode_views(data, self._rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
-            return found.pixels[0]
+            return decode_views(data, self._rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
 
-        for done, pixels, refused in decoded_batches(load, rows, self._rule, self._pool, self._batch_size):
-            _warn(self._images, {row: error for row, error in refused.items() if row not in self._refused})
-            self._refused |= set(refused)
-            if len(done):
-                yield done, self._trunk(pixels)
-
-
-def decoded_batches(
-    load: Callable[[int], np.ndarray],
-    rows: np.ndarray,
-    rule: PixelRule,
-    pool: Executor,
-    batch_size: int,
-) -> Iterator[tuple[np.ndarray, np.ndarray, dict[int, UnreadableImageError]]]:
-    """Batches of images in the order of ``rows``, decoded ahead on threads.
-
-    Yields
-    ------
-    rows : int64, (k,)
-        Those that could be read.
-    pixels : uint8, (k, h, w, 3)
-        Their pixels, valid until the next batch.
-    refused : dict of int to UnreadableImageError
-        The others met since the last batch.
-    """
-    good: list[int] = []
-    pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
-    refused: dict[int, UnreadableImageError] = {}
-
-    def attempt(row: int) -> np.ndarray | UnreadableImageError:
-        try:
-            return load(row)
-        except UnreadableImageError as error:
-            return error
-
-    numbers = rows.tolist()
-    for row, outcome in zip(numbers, ahead(pool, attempt, numbers, 2 * batch_size), strict=True):
-        if isinstance(outcome, UnreadableImageError):
-            refused[row] = outcome
-            continue
-        pixels[len(good)] = outcome
-        good.append(row)
-        if len(good) == batch_size:
-            yield np.array(good, np.int64), pixels, refused
-            good, refused = [], {}
-    if good or refused:
-        yield np.array(good, np.int64), pixels[: len(good)], refused
+        for batch in batches(self._pool, load, rows.tolist(), self._rule, self._batch_size):
+            _warn(self._images, [(row, error) for row, error in batch.refused if row not in self._refused])
+            self._refused |= {row for row, _ in batch.refused}
+            if len(batch.pixels):
+                yield np.array([row for row, _ in batch.done], np.int64), self._trunk(batch.pixels)
 
 
-def _warn(images: ImageSet, refused: dict[int, UnreadableImageError]) -> None:
-    for row, error in refused.items():
+def _warn(images: ImageSet, refused: Sequence[tuple[int, UnreadableImageError]]) -> None:
+    for row, error in refused:
         logger.warning("%s is unreadable (%s); left out", printable(images.paths[row]), error)
 
 

@@ -14,14 +14,14 @@ from typing import Any
 
 import numpy as np
 
-from features.backbones import preprocess
-from features.backend import load_keras
 from features.errors import BottleneckError, ParityError, RunError
 from features.files import printable
-from features.graph import layer_tensors
-from features.networks import Network
-from features.reference import relative_difference
-from features.store import FeatureStore
+from features.networks.backbones import preprocess
+from features.networks.backend import load_keras
+from features.networks.graph import layer_tensors
+from features.networks.network import Network
+from features.networks.reference import relative_difference
+from features.store.reader import FeatureStore
 from pipeline.heads.head import Head
 from pipeline.runs.folder import Run
 from pipeline.tuning.cached import CachedCut

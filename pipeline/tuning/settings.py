@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 
 from features.augmentation import AugmentSpec
-from features.backend import load_keras
 from features.errors import ConfigurationError
+from features.networks.backend import load_keras
 from pipeline.config import Rate, Settings, parse
 
 LAST_BLOCK = "last-block"

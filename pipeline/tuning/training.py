@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from features.backend import load_keras
 from features.errors import RunError
+from features.networks.backend import load_keras
 from pipeline.heads.head import History, Progress
 from pipeline.runs.metrics import balanced_weights, evaluate
 from pipeline.tuning.checkpoints import Checkpoint, State

@@ -44,7 +44,7 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 
 def by_bank(case: dict[str, Any]) -> float:
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
     from pipeline.heads.bank import BankHead, BankSpec, train_bank
 
     load_keras()
@@ -61,7 +61,7 @@ def by_bank(case: dict[str, Any]) -> float:
 
 def by_fit(case: dict[str, Any], heads: int, first: int) -> float:
     """Seconds for some heads of the grid, spread over it."""
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
 
     keras = load_keras()
     X, y = rows()

@@ -33,10 +33,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from clusters import Traffic  # noqa: E402
 from faults import differences  # noqa: E402
 
-from features.extraction import Extraction, prepare  # noqa: E402
-from features.running import Work  # noqa: E402
-from features.shards import load_views  # noqa: E402
-from features.views import DecodedViews  # noqa: E402
+from features.extraction.extraction import Extraction, prepare  # noqa: E402
+from features.extraction.running import Work  # noqa: E402
+from features.pixels.views import DecodedViews  # noqa: E402
 from pipeline.cluster.model import Worker, forecast_cluster  # noqa: E402
 from pipeline.cluster.run import ClusterShards  # noqa: E402
 
@@ -103,9 +102,9 @@ def single_costs(images: Path, weights: Path, processors: int) -> tuple[float, f
     engine, read, spec = task.engine(plan.specs[0].recipes), task.reader(), plan.specs[0]
     paths = spec.paths[:640]
     with ThreadPoolExecutor(processors) as pool:
-        list(pool.map(lambda path: load_views(read, spec, path)[1], paths))
+        list(pool.map(lambda path: spec.render(read(path), bytes(32)), paths))
         started = time.perf_counter()
-        decoded = list(pool.map(lambda path: load_views(read, spec, path)[1], paths))
+        decoded = list(pool.map(lambda path: spec.render(read(path), bytes(32)), paths))
         decoding = (time.perf_counter() - started) * processors / len(paths)
     import numpy as np
 

@@ -50,7 +50,7 @@ def contenders() -> dict[str, Ours | None]:
     """Name -> how; None for those that are not ours."""
     found: dict[str, Ours | None] = {TUNED: None, TUTORIAL: None}
     ways = [Ours("keras")]
-    from features.engines import engine_names
+    from features.networks.engines import engine_names
 
     if "openvino" in engine_names():
         precisions = ("float32", "bfloat16")
@@ -60,8 +60,8 @@ def contenders() -> dict[str, Ours | None]:
 
 # ------------------------------------------------------------------------------------------- one process each
 def keras_model(options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
-    from features.backbones import find_backbone, preprocess
-    from features.networks import resolve_network
+    from features.networks.backbones import find_backbone, preprocess
+    from features.networks.network import resolve_network
 
     network = resolve_network(options.backbone, weights=options.weights, image_size=(options.size, options.size))
     base = network.load()
@@ -113,7 +113,7 @@ def tutorial(options: argparse.Namespace) -> dict[str, float]:
 
 def prepared(options: argparse.Namespace, way: Ours, out: Path) -> tuple[Any, Any]:
     """An extraction whose network is built and warm, and that engine."""
-    from features.extraction import prepare
+    from features.extraction.extraction import prepare
 
     extraction = prepare(
         options.images,
@@ -154,7 +154,8 @@ class WarmNetwork:
 @contextlib.contextmanager
 def timed_writing() -> Iterator[list[float]]:
     """Seconds that processors spend on writing: shards and the store."""
-    from features import extraction, shards
+    from features.extraction import extraction
+    from features.extraction import shard as shards
 
     spent: list[float] = []
 
@@ -199,7 +200,7 @@ def ours(options: argparse.Namespace, way: Ours) -> dict[str, float]:
 def decode_alone(options: argparse.Namespace, extraction: Any) -> dict[str, float]:
     from concurrent.futures import ThreadPoolExecutor
 
-    from features.images import decode_image
+    from features.pixels.decode import decode_image
 
     images, rule = extraction.images, extraction.network.recipes[0].pixels
     chosen = range(min(len(images), 1000))

@@ -29,9 +29,9 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
 
-from features.extraction import prepare as prepare_extraction  # noqa: E402
+from features.extraction.extraction import prepare as prepare_extraction  # noqa: E402
 from features.machine import processors  # noqa: E402
-from features.sources import scan  # noqa: E402
+from features.sources.scan import scan  # noqa: E402
 from pipeline.finetune import make_inputs, prepare, read_rows  # noqa: E402
 from pipeline.runs.folder import Run  # noqa: E402
 from pipeline.train_head import train_head  # noqa: E402

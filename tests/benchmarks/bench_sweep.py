@@ -72,8 +72,8 @@ def store_of(name: str, split: str, folder: Path) -> Path:
 
 def by_fit(file: str) -> None:
     """Some heads of the grid one after another, spread over it; imports are not counted."""
-    from features.backend import load_keras
-    from features.store import FeatureStore
+    from features.networks.backend import load_keras
+    from features.store.reader import FeatureStore
 
     keras, store = load_keras(), FeatureStore.open(file)
     X, y = store.load("train")

@@ -22,7 +22,7 @@ from clusters import processes  # noqa: E402
 from faults import differences  # noqa: E402
 from helpers import listing  # noqa: E402
 
-from features.store import parts_folder  # noqa: E402
+from features.store.reader import parts_folder  # noqa: E402
 
 WORKERS, SHARD_ROWS = 3, 128
 

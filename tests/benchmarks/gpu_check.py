@@ -36,8 +36,8 @@ def main() -> int:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
 
-    from features.backend import load_keras
-    from features.engines import choose_device
+    from features.networks.backend import load_keras
+    from features.networks.engines import choose_device
 
     load_keras()
     device = choose_device("auto")
@@ -82,7 +82,7 @@ def main() -> int:
 
 
 def network_of(options: argparse.Namespace, precision: str) -> Any:
-    from features.networks import resolve_network
+    from features.networks.network import resolve_network
 
     size = (options.size, options.size)
     return resolve_network(
@@ -91,7 +91,7 @@ def network_of(options: argparse.Namespace, precision: str) -> Any:
 
 
 def features_of(options: argparse.Namespace, precision: str, device: str, count: int) -> np.ndarray:
-    from features.reference import reference_images
+    from features.networks.reference import reference_images
 
     network = network_of(options, precision)
     engine = network.engine(network.recipes, batch_size=count, device=device)
@@ -117,7 +117,7 @@ def end_to_end(options: argparse.Namespace, images: str, precision: str, device:
     """Images a second from JPEG files to a finished store; the network is built and warm before."""
     from bench_extract import warm_up
 
-    from features.extraction import prepare
+    from features.extraction.extraction import prepare
 
     extraction = prepare(
         images,

@@ -29,7 +29,7 @@ def some_images(folder: Path, count: int) -> tuple[Path, list[object]]:
     """A folder of images and the network for them."""
     assets = os.environ.get("BOTTLENECK_ASSETS")
     if not assets:
-        from features.sources import scan
+        from features.sources.scan import scan
 
         found = scan("sample:digits")
         for name in found.paths[:: max(1, len(found) // count)][:count]:

@@ -31,7 +31,7 @@ from faults import differences, inferred  # noqa: E402
 from helpers import listing, paint_folder  # noqa: E402
 
 from features.errors import BottleneckError  # noqa: E402
-from features.store import FeatureStore  # noqa: E402
+from features.store.reader import FeatureStore  # noqa: E402
 from pipeline.cluster.run import ClusterShards  # noqa: E402
 
 WORKERS, SHARD = 3, 16

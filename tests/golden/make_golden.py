@@ -64,10 +64,10 @@ def main(folder: Path) -> None:
     root = Path(__file__).resolve().parents[2]
     sys.path.insert(0, str(root))
     from features.files import atomic_file
-    from features.layout import FeatureSpec, ImageTable, Quarantine, ShardTable
     from features.recipe import PixelRule, Recipe
-    from features.store import FeatureStore, parts_folder, shard_path
-    from features.writer import StoreWriter
+    from features.store.reader import FeatureStore, parts_folder, shard_path
+    from features.store.schema import FeatureSpec, ImageTable, Quarantine, ShardTable
+    from features.store.writer import StoreWriter
 
     pixels = PixelRule(96, 128, resize="keras", fit="crop")
     recipes = [

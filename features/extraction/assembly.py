@@ -1,0 +1,298 @@
+"""Make a finished store of known rows.
+
+    image set + known rows --assemble()--> features.h5, all rows in it, or an index of the shards that hold them
+    index + shards --pack()--> features.h5, all rows in it
+
+Splits and labels are decided here, from the source and the content hashes. Rows come in blocks, so memory does
+not grow with the number of images.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import IntegrityError, SourceError
+from features.extraction.planning import Identity, KnownRows, Location
+from features.files import atomic_file, printable
+from features.machine import software_versions
+from features.recipe import Recipe
+from features.sources.scan import ImageSet
+from features.sources.splits import SplitRule, assign_splits, find_leakage, warnings_about
+from features.store.reader import FeatureStore, Progress
+from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
+from features.store.writer import StoreWriter
+
+logger = logging.getLogger(__name__)
+BLOCK_BYTES = 4 << 20
+
+
+def table_of(
+    images: ImageSet, identities: Sequence[Identity], rule: SplitRule, *, strict: bool = False
+) -> tuple[ImageTable, Quarantine]:
+    """Split the images into rows and quarantine, and give each row its split.
+
+    Raises
+    ------
+    SourceError
+        If no image could be read; with ``strict``, if the same bytes lie in two splits.
+    """
+    good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
+    bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
+    if not len(good):
+        first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there is none"
+        raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
+    sha256 = digest_rows(identities[index].sha256 for index in good)
+    groups = None if images.groups is None else tuple(images.groups[index] for index in good)
+    splits, warnings = assign_splits(images.labels[good], images.given_splits[good], groups, sha256, rule)
+    table = ImageTable(
+        paths=tuple(images.paths[index] for index in good),
+        sha256=sha256,
+        labels=images.labels[good],
+        splits=splits,
+        groups=groups,
+        widths=np.array([identities[index].width for index in good], np.int32),
+        heights=np.array([identities[index].height for index in good], np.int32),
+        sizes=images.sizes[good],
+        mtimes_ns=images.mtimes_ns[good],
+        columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
+    )
+    for message in [*warnings, *warnings_about(table.labels, table.splits, images.classes)]:
+        logger.warning("%s", message)
+    leaks = find_leakage(sha256, splits, table.paths)
+    if leaks:
+        pairs = "; ".join(f"{printable(first)} = {printable(second)}" for first, second in leaks[:10])
+        message = f"leakage: {len(leaks)} images lie in two splits with the same bytes: {pairs}"
+        if strict:
+            raise SourceError(f"{message}. Remove one of each pair, or leave --strict out; nothing was written.")
+        logger.warning("%s", message)
+    quarantine = Quarantine(
+        paths=tuple(images.paths[index] for index in bad),
+        sha256=digest_rows(identities[index].sha256 for index in bad),
+        reasons=tuple(str(identities[index].reason) for index in bad),
+        sizes=images.sizes[bad] if bad else np.zeros(0, np.int64),
+        mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
+    )
+    return table, quarantine
+
+
+def is_current(
+    store: FeatureStore,
+    images: ImageSet,
+    table: ImageTable,
+    quarantine: Quarantine,
+    rule: SplitRule,
+    recipes: Sequence[Recipe],
+    views: int,
+    layout: str,
+    provenance: Mapping[str, object],
+) -> bool:
+    """Whether the store already says all this, so that nothing has to be written."""
+    return (
+        (store.kind == "index") == (layout == "sharded")
+        and bool(store.present().all())
+        and store.classes == images.classes
+        and all(store.provenance.get(name) == value for name, value in provenance.items())
+        and (store.source, store.split_rule) == (images.description, str(rule))
+        and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in recipes}
+        and all(store.views(name) == views for name in store.names)
+        and _same(store.images, table)
+        and _same(store.quarantine, quarantine)
+    )
+
+
+def assemble(
+    out: Path,
+    *,
+    images: ImageSet,
+    table: ImageTable,
+    quarantine: Quarantine,
+    rule: SplitRule,
+    recipes: Sequence[Recipe],
+    views: int,
+    known: KnownRows,
+    provenance: Mapping[str, object],
+    layout: str = "packed",
+    progress: Progress | None = None,
+) -> None:
+    """Write the store from known rows; ``out`` is whole or as it was before.
+
+    With ``layout="sharded"`` it becomes an index, which holds the place of every row in the shards.
+
+    Raises
+    ------
+    StoreError
+        If the store cannot be written.
+    IntegrityError
+        If a row that should be known is missing.
+    """
+    hashes = [digest.tobytes() for digest in table.sha256]
+    places = {
+        recipe.name: [_places(known, recipe, view, hashes, table.paths) for view in range(views)] for recipe in recipes
+    }
+    specs = {}
+    for recipe in recipes:
+        source, _ = places[recipe.name][0][0]
+        specs[recipe.name] = FeatureSpec(recipe, views, known.sources[source].shape(recipe.name)[2:])
+    shards: ShardTable | None = None
+    blocks: Mapping[str, Iterable[np.ndarray]]
+    if layout == "sharded":
+        blocks, shards = _index(known, places)
+    else:
+        blocks = {recipe.name: _blocks(recipe, specs[recipe.name], places[recipe.name], known) for recipe in recipes}
+    _write(
+        out,
+        kind="store" if shards is None else "index",
+        features=specs,
+        blocks=blocks,
+        progress=progress,
+        images=table,
+        quarantine=quarantine,
+        classes=images.classes,
+        source=images.description,
+        split_rule=str(rule),
+        provenance={**provenance, "software": software_versions()},
+        shards=shards,
+    )
+
+
+def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> None:
+    """Copy a store into one file, block by block; ``out`` is whole or as it was before.
+
+    Raises
+    ------
+    IntegrityError
+        If a shard is damaged or missing.
+    StoreError
+        If ``out`` cannot be written.
+    """
+    specs = {
+        name: FeatureSpec(recipe, store.views(name), store.shape(name)[2:]) for name, recipe in store.recipes.items()
+    }
+    _write(
+        out,
+        kind="store",
+        features=specs,
+        blocks={name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()},
+        progress=progress,
+        images=store.images,
+        quarantine=store.quarantine,
+        classes=store.classes,
+        source=store.source,
+        split_rule=store.split_rule,
+        provenance=store.provenance,
+    )
+
+
+def _write(
+    out: Path,
+    *,
+    kind: str,
+    features: Mapping[str, FeatureSpec],
+    blocks: Mapping[str, Iterable[np.ndarray]],
+    progress: Progress | None,
+    images: ImageTable,
+    **tables: Any,
+) -> None:
+    total, done = len(features) * len(images), 0
+    with atomic_file(out) as temporary:
+        writer = StoreWriter(temporary, kind=kind, rows=len(images), features=features)
+        try:
+            for name in features:
+                for block in blocks[name]:
+                    writer.append(name, block)
+                    done += len(block)
+                    if progress:
+                        progress("assemble", done, total)
+            writer.finish(images=images, **tables)
+        finally:
+            writer.close()
+
+
+def _slices(array: Any, step: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(array), step):
+        yield array[start : start + step]
+
+
+def _rows_of_block(spec: FeatureSpec) -> int:
+    row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * spec.views * np.dtype(spec.recipe.dtype).itemsize
+    return max(1, BLOCK_BYTES // max(1, row_bytes))
+
+
+def _index(
+    known: KnownRows, places: Mapping[str, Sequence[Sequence[Location]]]
+) -> tuple[dict[str, list[np.ndarray]], ShardTable]:
+    """The place of every row in the shards, and the shards that are used."""
+    digests: dict[str, bytes] = {}
+    for source in known.sources:
+        shards = {source.path.stem: source.digest}
+        if source.kind == "index":
+            shards = dict(zip(source.shards.names, map(bytes, source.shards.digests), strict=True))
+        if any(digests.setdefault(name, digest) != digest for name, digest in shards.items()):
+            raise IntegrityError(f"{source.path}: one of its shards has the name of another. Nothing was written.")
+    names = sorted(digests)
+    number_of = {name: number for number, name in enumerate(names)}
+    found = {}
+    for data_set, by_view in places.items():
+        result = np.empty((len(by_view[0]), len(by_view), 3), PLACE)
+        for view, locations in enumerate(by_view):
+            wanted = np.array(locations, dtype=np.int64)
+            for number in np.unique(wanted[:, 0]):
+                here, source = np.flatnonzero(wanted[:, 0] == number), known.sources[number]
+                position = known.view_position(int(number), view)
+                if source.kind == "shard":
+                    shard, row = number_of[source.path.stem], wanted[here, 1]
+                    result[here, view] = np.stack(np.broadcast_arrays(shard, row, position), axis=-1)
+                else:
+                    before = source.places(data_set)[wanted[here, 1], position]
+                    renumbered = np.array([number_of[name] for name in source.shards.names], PLACE)
+                    result[here, view] = np.column_stack([renumbered[before[:, 0]], before[:, 1:]])
+        found[data_set] = result
+    used = np.unique(np.concatenate([result[..., 0].reshape(-1) for result in found.values()]))
+    for result in found.values():
+        result[..., 0] = np.searchsorted(used, result[..., 0])
+    table = ShardTable(tuple(names[number] for number in used), digest_rows(digests[names[number]] for number in used))
+    return {name: [result] for name, result in found.items()}, table
+
+
+def _places(
+    known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes], paths: Sequence[str]
+) -> list[Location]:
+    places, cell = [], recipe.cell(view)
+    for row, sha256 in enumerate(hashes):
+        place = known.locate(cell, sha256)
+        if place is None:
+            raise IntegrityError(
+                f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. It was "
+                "changed while its size and time stayed, or during the run: run again with --rehash."
+            )
+        places.append(place)
+    return places
+
+
+def _blocks(
+    recipe: Recipe, spec: FeatureSpec, places: Sequence[Sequence[Location]], known: KnownRows
+) -> Iterator[np.ndarray]:
+    step = _rows_of_block(spec)
+    for start in range(0, len(places[0]), step):
+        stop = min(start + step, len(places[0]))
+        block = np.empty((stop - start, spec.views, *spec.shape), dtype=recipe.dtype)
+        for view in range(spec.views):
+            wanted = np.array(places[view][start:stop], dtype=np.int64)
+            for source in np.unique(wanted[:, 0]):
+                here = np.flatnonzero(wanted[:, 0] == source)
+                rows = known.sources[source].array(recipe.name)
+                block[here, view] = rows[wanted[here, 1], known.view_position(int(source), view)]
+        yield block
+
+
+def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine) -> bool:
+    mine, theirs = vars(first), vars(second)
+    return all(
+        np.array_equal(value, theirs[key]) if isinstance(value, np.ndarray) else value == theirs[key]
+        for key, value in mine.items()
+    )

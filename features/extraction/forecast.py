@@ -1,0 +1,105 @@
+"""What an extraction will take, from a short measurement on its own first images.
+
+plan -> decode and infer a few batches -> seconds, bytes on disk, bytes in memory
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+
+import numpy as np
+
+from features.errors import UnreadableImageError
+from features.extraction.planning import Plan
+from features.extraction.shard import Infer
+from features.machine import peak_memory
+from features.pixels.batches import loaded
+from features.pixels.views import DecodedViews
+
+MEASURED_BATCHES = 3  # the first one, which compiles the network, is not counted
+
+
+@dataclasses.dataclass(frozen=True)
+class Forecast:
+    """Expected cost of a plan.
+
+    Parameters
+    ----------
+    images_per_second : float
+        Decoding and inference together, all views of an image, as measured.
+    seconds : float
+        For all images of the plan, without start-up.
+    disk_bytes : int
+        Most disk space that is needed at one time: shards of new rows and the store assembled from them.
+    memory_bytes : int
+        Most memory of the process, 1 GiB = 2^30.
+    """
+
+    images_per_second: float
+    seconds: float
+    disk_bytes: int
+    memory_bytes: int
+
+
+def forecast(
+    plan: Plan,
+    infer: Infer,
+    read: Callable[[str], bytes],
+    decoders: Executor,
+    *,
+    batch_size: int,
+    row_bytes: int,
+    shards_in_flight: int,
+    separate_device: bool,
+) -> Forecast:
+    """Measure a few batches and multiply.
+
+    Parameters
+    ----------
+    plan : Plan
+        With at least one shard to make.
+    infer, read, decoders, batch_size
+        As for ``features.extraction.shard.extract_shard``.
+    row_bytes : int
+        Bytes of one view of one image over all data sets.
+    shards_in_flight : int
+        Shards made at the same time.
+    separate_device : bool
+        Whether inference leaves the processors to decoding, as on a GPU: then the slower of both counts, else the sum.
+    """
+    spec = plan.specs[0]
+    paths = spec.paths[: -(-MEASURED_BATCHES * batch_size // len(spec.views))]
+
+    def load(path: str) -> DecodedViews:
+        data = read(path)
+        return spec.render(data, hashlib.sha256(data).digest())
+
+    started = time.perf_counter()
+    outcomes = [outcome for _, outcome in loaded(decoders, load, paths, len(paths))]
+    decoding = (time.perf_counter() - started) / (len(paths) * len(spec.views))
+    decoded = [pixels for item in outcomes if not isinstance(item, UnreadableImageError) for pixels in item.pixels]
+    inference = _seconds_per_picture(infer, decoded, batch_size)
+    each = max(decoding, inference) if separate_device else decoding + inference
+    seconds = each * plan.passes
+    return Forecast(
+        images_per_second=plan.to_infer / max(seconds, 1e-9),
+        seconds=seconds,
+        disk_bytes=row_bytes * (plan.views * len(plan.images) + plan.passes),
+        memory_bytes=peak_memory() + shards_in_flight * 2 * row_bytes * len(spec) * len(spec.views),
+    )
+
+
+def _seconds_per_picture(infer: Infer, pictures: Sequence[np.ndarray], batch_size: int) -> float:
+    batches = [np.stack(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
+    if not batches:
+        return 0.0
+    infer(batches[0])  # compiles
+    counted = batches[1:] or batches
+    started = time.perf_counter()
+    for batch in counted:
+        infer(batch)
+    return (time.perf_counter() - started) / sum(map(len, counted))

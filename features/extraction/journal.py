@@ -1,0 +1,141 @@
+"""The shards of one store on disk, and the journal that says which of them are finished.
+
+finished shard --commit()--> one JSON line, durable --shards()--> opened again by the next run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+from collections.abc import Collection, Iterator
+from pathlib import Path
+
+from features.canonical import canonical_json
+from features.errors import IntegrityError
+from features.extraction.shard import ShardRecord, find_shard
+from features.files import atomic_file, file_digest, writing
+from features.store.reader import FeatureStore, is_shard_name, shard_path
+
+logger = logging.getLogger(__name__)
+JOURNAL_VERSION = 1
+
+
+class PartsFolder:
+    """The shards of an unfinished extraction, or of a sharded store, and their journal, one JSON line each.
+
+    A torn last line, a missing shard or one whose checksum differs costs that shard and nothing else; a shard
+    that was renamed into place but not entered before a crash is found again. Files of other names are not ours.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.journal = path / "manifest.jsonl"
+        self.records: dict[str, ShardRecord] = {}
+
+    def read(self) -> None:
+        """Look what is there, and change nothing: the journal, and shards that it lacks."""
+        self.records = {}
+        lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
+        for record in filter(None, map(_parse_record, lines)):
+            if shard_path(self.path, record.identity).is_file():
+                self.records[record.identity] = record
+        for path in self._files():
+            if path.stem not in self.records and (found := find_shard(path)) is not None:
+                self.records[found.identity] = found
+
+    def open(self) -> None:
+        """Make the folder ready for new shards: left-over temporary files go, what was found is in the journal."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._sweep()
+        self._rewrite()
+
+    def commit(self, record: ShardRecord) -> None:
+        """Enter one finished shard; durable when this returns."""
+        with writing(self.journal), open(self.journal, "ab") as stream:
+            stream.write(_record_line(record))
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.records[record.identity] = record
+
+    def shards(self, *, known: Collection[str] = ()) -> Iterator[tuple[ShardRecord, FeatureStore]]:
+        """Open every committed shard whose checksum holds; one that does not is left out with a warning.
+
+        Parameters
+        ----------
+        known : collection of str
+            Shards to leave out: those that the index of the store vouches for.
+        """
+        for identity, record in list(self.records.items()):
+            if identity in known:
+                continue
+            path = shard_path(self.path, identity)
+            if file_digest(path) != record.sha256:
+                logger.warning("%s is damaged (checksum differs); its images are computed again", path)
+                del self.records[identity]
+                continue
+            shard = FeatureStore.open_shard(path)
+            if any(shard.views(name) != len(record.views) for name in shard.names):
+                raise IntegrityError(f"{path}: holds other views than {self.journal} says. Move it away and run again.")
+            yield record, shard
+
+    def drop(self, identities: Collection[str]) -> None:
+        """Remove these shards."""
+        for identity in identities:
+            shard_path(self.path, identity).unlink(missing_ok=True)
+            self.records.pop(identity, None)
+
+    def keep(self, identities: Collection[str]) -> None:
+        """Remove every shard but these, and note that a sharded store needs them."""
+        self._sweep()  # other machines may have died while this one was at work
+        if set(self.records) == set(identities) and all(record.kept for record in self.records.values()):
+            return
+        self.drop([path.stem for path in self._files() if path.stem not in identities])
+        self.records = {key: dataclasses.replace(record, kept=True) for key, record in self.records.items()}
+        self._rewrite()
+
+    def remove(self) -> None:
+        """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""
+        for name in [self.journal, *self._files(), *self.path.glob(".*.tmp")]:
+            name.unlink(missing_ok=True)
+        if self.path.exists() and any(self.path.iterdir()):
+            logger.warning("%s holds files that are not ours; it is left", self.path)
+        elif self.path.exists() and not self.path.is_symlink():  # a link may lead to a disk of its own
+            self.path.rmdir()
+
+    def any_shard(self) -> bool:
+        """Whether a shard lies there, entered or not."""
+        return bool(self._files())
+
+    def _files(self) -> list[Path]:
+        return [path for path in sorted(self.path.glob("*.h5")) if is_shard_name(path.stem) and path.is_file()]
+
+    def _sweep(self) -> None:
+        for leftover in self.path.glob(".*.tmp"):
+            leftover.unlink(missing_ok=True)
+
+    def _rewrite(self) -> None:
+        with atomic_file(self.journal) as temporary:
+            temporary.write_bytes(b"".join(map(_record_line, self.records.values())))
+
+
+def _record_line(record: ShardRecord) -> bytes:
+    values = {**dataclasses.asdict(record), "version": JOURNAL_VERSION}
+    return canonical_json(values).encode("ascii") + b"\n"
+
+
+def _parse_record(line: bytes) -> ShardRecord | None:
+    """A record as it was written; None for a line torn by a crash, whose shard is found again by its file."""
+    try:
+        values = json.loads(line)
+        if values.pop("version") != JOURNAL_VERSION:
+            return None
+        record = ShardRecord(**{**values, "views": tuple(values["views"])})
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return None
+    texts = isinstance(record.identity, str) and isinstance(record.sha256, str) and isinstance(record.kept, bool)
+    if not texts or not is_shard_name(record.identity) or not all(type(view) is int for view in record.views):
+        return None
+    return record

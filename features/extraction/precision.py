@@ -1,0 +1,136 @@
+"""What half precision costs: the same images in float32, and a head on both.
+
+some images -> chosen engine, stored type | Keras, float32 -> relative error, change of a head's accuracy
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from features.errors import UnreadableImageError
+from features.pixels.decode import decode_image
+from features.sources.scan import ImageSet
+
+if TYPE_CHECKING:
+    from features.networks.network import Network
+
+logger = logging.getLogger(__name__)
+FOLDS = 5
+
+
+def check_precision(
+    network: Network,
+    images: ImageSet,
+    rows: Sequence[int],
+    *,
+    decoders: Executor,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Compare the chosen precision and stored type with float32.
+
+    Parameters
+    ----------
+    network : Network
+        What makes the features; its recipes say how they are stored.
+    images : ImageSet
+        The source.
+    rows : sequence of int
+        Images to compare; see ``some_rows``.
+    decoders : Executor
+        Threads that read and decode.
+    batch_size : int
+        Images of one forward pass; so many are held at a time.
+    device : {"auto", "cpu", "gpu"}
+        Where both run.
+
+    Returns
+    -------
+    dict
+        By data set: ``images`` compared; ``relative_error``, that is ||a-b|| / ||b|| over all of them; ``accuracy`` and
+        ``accuracy_float32`` of a logistic head, cross-validated on the same folds, null where no two classes have
+        two images. Features with height and width are averaged over them for the head.
+    """
+    rule = network.recipes[0].pixels
+    exact = dataclasses.replace(
+        network,
+        recipes=tuple(dataclasses.replace(item, precision="float32", dtype="float32") for item in network.recipes),
+        engine_name="keras",
+    )
+    engines = [item.engine(item.recipes, batch_size=batch_size, device=device) for item in (network, exact)]
+    tallies = {recipe.name: _Tally(recipe.dtype) for recipe in network.recipes}
+
+    def load(row: int) -> np.ndarray | None:
+        try:
+            return decode_image(images.read(row), rule).pixels
+        except UnreadableImageError:
+            return None  # it was readable a moment ago
+
+    compared: list[int] = []
+    for start in range(0, len(rows), batch_size):
+        part = rows[start : start + batch_size]
+        decoded = [
+            (row, pixels) for row, pixels in zip(part, decoders.map(load, part), strict=True) if pixels is not None
+        ]
+        if decoded:
+            compared += [row for row, _ in decoded]
+            found, expected = (engine(np.stack([pixels for _, pixels in decoded])) for engine in engines)
+            for name, tally in tallies.items():
+                tally.add(found[name], expected[name])
+    labels = images.labels[compared]
+    return {name: {"images": len(compared), **tally.report(labels)} for name, tally in tallies.items() if compared}
+
+
+class _Tally:
+    """Differences and pooled features of one data set."""
+
+    def __init__(self, dtype: str) -> None:
+        self._dtype, self._error, self._scale = dtype, 0.0, 0.0
+        self._stored: list[np.ndarray] = []
+        self._exact: list[np.ndarray] = []
+
+    def add(self, found: np.ndarray, expected: np.ndarray) -> None:
+        stored = found.astype(self._dtype).astype(np.float32)
+        self._error += float(np.square(stored - expected, dtype=np.float64).sum())
+        self._scale += float(np.square(expected, dtype=np.float64).sum())
+        for kept, values in ((self._stored, stored), (self._exact, expected)):
+            kept.append(values.mean(axis=tuple(range(1, values.ndim - 1))) if values.ndim > 2 else values)
+
+    def report(self, labels: np.ndarray) -> dict[str, float | None]:
+        return {
+            "relative_error": float(np.sqrt(self._error / max(self._scale, 1e-30))),
+            "accuracy": _accuracy(np.concatenate(self._stored), labels),
+            "accuracy_float32": _accuracy(np.concatenate(self._exact), labels),
+        }
+
+
+def some_rows(labels: np.ndarray, readable: Sequence[int], count: int) -> list[int]:
+    """Rows to compare: readable ones, labelled where there are such, at even distances in their order."""
+    rows = np.asarray(readable, dtype=np.int64)
+    labelled = rows[labels[rows] >= 0]
+    rows = labelled if len(labelled) else rows
+    if not len(rows):
+        return []
+    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
+    return [int(row) for row in rows[places]]
+
+
+def _accuracy(features: np.ndarray, labels: np.ndarray) -> float | None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import StratifiedKFold, cross_val_score
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    classes, counts = np.unique(labels, return_counts=True)
+    enough = np.isin(labels, classes[counts >= 2])
+    if (counts >= 2).sum() < 2 or (labels < 0).all():
+        return None
+    folds = StratifiedKFold(min(FOLDS, int(counts[counts >= 2].min())), shuffle=True, random_state=0)
+    head = make_pipeline(StandardScaler(), LogisticRegression(C=0.01, max_iter=1000))
+    return float(cross_val_score(head, features[enough], labels[enough], cv=folds).mean())

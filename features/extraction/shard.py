@@ -1,0 +1,270 @@
+"""The unit of extraction: a spec names images and recipes, ``extract_shard`` makes one durable shard of them.
+
+    spec -> read bytes -> decode, render views (threads) -> batch -> infer -> rows -> shard file -> record -> journal
+
+A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside the
+store (``features.h5.parts/``), entered in a journal (``features.extraction.journal``); assembly
+(``features.extraction.assembly``) copies them into one file, or makes an index of them and they stay.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from pathlib import Path
+
+import numpy as np
+
+from features.canonical import digest_of
+from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
+from features.files import atomic_file, file_digest, printable
+from features.pixels.batches import batches
+from features.pixels.views import DecodedViews, decode_views
+from features.recipe import PixelRule, Recipe
+from features.store.reader import FeatureStore, shard_path
+from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
+from features.store.writer import StoreWriter
+
+logger = logging.getLogger(__name__)
+SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
+SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
+KILLS_WORKER = "kills-worker"  # reason for an image that was never decoded, because the process that reads it dies
+Infer = Callable[[np.ndarray], Mapping[str, np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardSpec:
+    """What one shard is made of; nothing in it depends on the machine or on other shards.
+
+    Parameters
+    ----------
+    root : str
+        Where the source lies; paths are relative to it.
+    paths : tuple of str
+        Images, in row order, as the source names them.
+    sizes, mtimes_ns : tuple of int
+        File size in bytes and modification time in nanoseconds, as the scan saw them.
+    recipes : tuple of Recipe
+        Feature data sets to make; they share pixel rule, augmentation and seed.
+    views : tuple of int
+        Views to make, ascending.
+    attempt : int
+        Sets it apart from a shard of the same images that is there already. Those of equal path, size and time may
+        have other content, and a shard never changes.
+    """
+
+    root: str
+    paths: tuple[str, ...]
+    sizes: tuple[int, ...]
+    mtimes_ns: tuple[int, ...]
+    recipes: tuple[Recipe, ...]
+    views: tuple[int, ...] = (0,)
+    attempt: int = 0
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def part(self, start: int, stop: int) -> ShardSpec:
+        """The spec of some of its rows, which has an identity of its own."""
+        columns = {name: getattr(self, name)[start:stop] for name in ("paths", "sizes", "mtimes_ns")}
+        return dataclasses.replace(self, **columns)
+
+    @property
+    def pixels(self) -> PixelRule:
+        """How its images are decoded and resized; all its recipes say the same."""
+        return self.recipes[0].pixels
+
+    def render(self, data: bytes, sha256: bytes) -> DecodedViews:
+        """The views of one image, from its bytes and their hash; raises ``UnreadableImageError``."""
+        recipe = self.recipes[0]
+        return decode_views(data, recipe.pixels, recipe.augmentation, seed=recipe.seed, sha256=sha256, views=self.views)
+
+    @functools.cached_property
+    def identity(self) -> str:
+        """20 hexadecimal digits derived from everything above."""
+        images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
+        fingerprints = [recipe.fingerprint for recipe in self.recipes]
+        return digest_of([self.root, images, fingerprints, list(self.views), self.attempt])[:20]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRecord:
+    """What is known of a finished shard without opening it: name, checksum, views, and whether a store needs it."""
+
+    identity: str
+    sha256: str
+    views: tuple[int, ...]
+    kept: bool = False
+
+
+def rows_per_shard(row_bytes: int, batch_size: int) -> int:
+    """Rows of one shard: about 64 MiB, between 32 and 2048, whole batches.
+
+    Parameters
+    ----------
+    row_bytes : int
+        Bytes of one image over all data sets and views.
+    batch_size : int
+        Pictures of one forward pass; a shard of whole batches wastes no padding.
+
+    Examples
+    --------
+    >>> rows_per_shard(1280 * 4, 32), rows_per_shard(25088 * 4, 32), rows_per_shard(10**9, 32)
+    (2048, 640, 32)
+    """
+    rows = min(SHARD_ROWS_MAX, max(SHARD_ROWS_MIN, SHARD_BYTES // max(1, row_bytes)))
+    return max(batch_size, rows // batch_size * batch_size)
+
+
+def extract_shard(
+    spec: ShardSpec,
+    folder: Path,
+    *,
+    read: Callable[[str], bytes],
+    infer: Infer,
+    decoders: Executor,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> ShardRecord:
+    """Make one shard file in ``folder``. The same spec gives the same rows, however often it is made.
+
+    Parameters
+    ----------
+    spec : ShardSpec
+        What to make.
+    folder : Path
+        Where the shard file goes, under its identity.
+    read : callable
+        Path -> bytes; raises ``UnreadableImageError``.
+    infer : callable
+        ``uint8, (n, h, w, 3)`` with n <= batch_size -> ``{data set: float32, (n, ...)}``.
+    decoders : Executor
+        Threads that read and decode.
+    batch_size : int
+        Pictures of one forward pass: views of one image or of several.
+    advance : callable, optional
+        Told how many images have just been dealt with, all their views.
+
+    Raises
+    ------
+    ExtractionError
+        If a feature is not finite in the stored dtype.
+    StoreError
+        If the shard cannot be written.
+    """
+    views = len(spec.views)
+    hashes: dict[int, bytes] = {}
+
+    def load(index: int) -> DecodedViews:
+        data = read(spec.paths[index])
+        hashes[index] = hashlib.sha256(data).digest()
+        return spec.render(data, hashes[index])
+
+    refused: list[tuple[int, bytes, str]] = []  # index in the spec, sha256 (zeros where no byte was read), reason
+    good: list[tuple[int, bytes, int, int]] = []  # index in the spec, sha256, width, height
+    features: dict[str, np.ndarray] = {}  # views behind each other, image by image
+    inferred = 0
+    for batch in batches(decoders, load, range(len(spec)), spec.pixels, batch_size, views=views):
+        for index, error in batch.refused:
+            logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), error)
+            refused.append((index, hashes.get(index, bytes(32)), error.reason))
+        good += [(index, hashes[index], decoded.width, decoded.height) for index, decoded in batch.done]
+        if len(batch.pixels):
+            for name, rows in _stored(infer(batch.pixels), spec.recipes).items():
+                if name not in features:
+                    features[name] = np.empty((len(spec) * views, *rows.shape[1:]), rows.dtype)
+                features[name][inferred : inferred + len(rows)] = rows
+            inferred += len(batch.pixels)
+        if advance and (finished := len(batch.done) + len(batch.refused)):
+            advance(finished)
+    kept = {name: rows[:inferred].reshape(len(good), views, *rows.shape[1:]) for name, rows in features.items()}
+    return _write(spec, folder, good, refused, kept)
+
+
+def refuse_image(spec: ShardSpec, folder: Path, *, read: Callable[[str], bytes], reason: str) -> ShardRecord:
+    """Make the shard of a single image that is set aside without being decoded: its bytes are hashed and that is all."""
+    try:
+        sha256 = hashlib.sha256(read(spec.paths[0])).digest()
+    except UnreadableImageError as error:
+        sha256, reason = bytes(32), error.reason
+    return _write(spec, folder, [], [(0, sha256, reason)], {})
+
+
+def _stored(outputs: Mapping[str, np.ndarray], recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
+    """Cast to the stored dtype; a value that is not finite there is an error that names the layer."""
+    result = {}
+    for recipe in recipes:
+        with np.errstate(over="ignore"):
+            rows = np.asarray(outputs[recipe.name]).astype(recipe.dtype, copy=True)
+        if not np.isfinite(rows).all():
+            largest = float(np.nanmax(np.abs(np.asarray(outputs[recipe.name], dtype=np.float64))))
+            raise ExtractionError(
+                f"layer {recipe.layer}: a feature is not finite as {recipe.dtype} (largest magnitude {largest:.4g}). "
+                "Store it with --dtype float32, or check the weights."
+            )
+        result[recipe.name] = rows
+    return result
+
+
+def _write(
+    spec: ShardSpec,
+    folder: Path,
+    good: Sequence[tuple[int, bytes, int, int]],
+    refused: Sequence[tuple[int, bytes, str]],
+    arrays: Mapping[str, np.ndarray],
+) -> ShardRecord:
+    path = shard_path(folder, spec.identity)
+    there = find_shard(path) if path.is_file() else None
+    if there is not None:  # another worker has made it, as this one was thought to be lost: its checksum may be noted
+        return there
+    path.unlink(missing_ok=True)  # damaged
+    with atomic_file(path, once=True) as temporary:
+        features = {}
+        for recipe in spec.recipes:
+            shape = arrays[recipe.name].shape[2:] if arrays else (0,)
+            features[recipe.name] = FeatureSpec(recipe, len(spec.views), shape)
+        writer = StoreWriter(temporary, kind="shard", rows=len(good), features=features)
+        try:
+            for name, rows in arrays.items():
+                writer.append(name, rows)
+            rows_of = [row[0] for row in good]
+            writer.finish(
+                images=ImageTable(
+                    paths=tuple(spec.paths[index] for index in rows_of),
+                    sha256=digest_rows(row[1] for row in good),
+                    labels=np.full(len(good), -1, np.int32),
+                    splits=np.full(len(good), -1, np.int8),
+                    groups=None,
+                    widths=np.array([row[2] for row in good], np.int32),
+                    heights=np.array([row[3] for row in good], np.int32),
+                    sizes=np.array([spec.sizes[index] for index in rows_of], np.int64),
+                    mtimes_ns=np.array([spec.mtimes_ns[index] for index in rows_of], np.int64),
+                ),
+                quarantine=Quarantine(
+                    paths=tuple(spec.paths[row[0]] for row in refused),
+                    sha256=digest_rows(row[1] for row in refused),
+                    reasons=tuple(row[2] for row in refused),
+                    sizes=np.array([spec.sizes[row[0]] for row in refused], np.int64),
+                    mtimes_ns=np.array([spec.mtimes_ns[row[0]] for row in refused], np.int64),
+                ),
+                provenance={"views": list(spec.views), "root": spec.root},
+            )
+        finally:
+            writer.close()
+    return ShardRecord(spec.identity, file_digest(path), spec.views)
+
+
+def find_shard(path: Path) -> ShardRecord | None:
+    """The record of a shard file that is not in the journal; None, with a warning, if it cannot be used."""
+    try:
+        shard = FeatureStore.open_shard(path)
+        shard.verify()
+        views = tuple(int(view) for view in shard.provenance["views"])
+        return ShardRecord(path.stem, file_digest(path), views)
+    except (StoreError, IntegrityError, OSError, KeyError, TypeError, ValueError) as error:
+        logger.warning("%s is in no journal and is not used (%s)", path, error)
+        return None

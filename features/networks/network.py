@@ -1,0 +1,261 @@
+"""Which network, decided before anything heavy is imported: names, sizes and digests -> recipes -> engine.
+
+What has to be known of a backbone to write its recipes (weights digest, layers, output shapes) is described once
+with Keras and remembered by the weights file's sha256, so that a run with nothing to compute never imports Keras.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.canonical import canonical_json, digest_of
+from features.errors import ConfigurationError, OpenVinoError, nearest
+from features.files import cache_folder, whole_file
+from features.machine import keras_backend
+from features.networks.backbones import (
+    BOUNDARY,
+    Backbone,
+    boundary_of,
+    build_backbone,
+    feature_model,
+    find_backbone,
+    last_layer,
+    preprocess,
+)
+from features.networks.graph import layer_tensors
+from features.networks.weights import WeightsFile, load_weights, resolve_weights
+from features.recipe import POOLINGS, PixelRule, Recipe
+
+logger = logging.getLogger(__name__)
+MEMO_VERSION = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What recipes need to know of a backbone with weights at one image size.
+
+    Parameters
+    ----------
+    digest : str
+        sha256 over the weight tensors; of a model file, over its architecture too.
+    layers : dict of str to tuple of int
+        Output shape of every layer with one output, without the batch axis, in graph order.
+    last : str
+        Layer that gives the output.
+    boundary : str or None
+        Layer before the last convolutional block; None where no single tensor separates it.
+    """
+
+    digest: str
+    layers: dict[str, tuple[int, ...]]
+    last: str
+    boundary: str | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Network:
+    """A backbone with verified weights and the feature data sets wanted of it."""
+
+    backbone: Backbone
+    backbone_argument: str
+    weights: WeightsFile
+    weights_argument: str
+    recipes: tuple[Recipe, ...]
+    description: Description
+    engine_name: str = "keras"
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one image over all data sets, for one view."""
+        return sum(
+            int(np.prod(pooled_shape(self.description.layers[item.layer], item.pooling)))
+            * np.dtype(item.dtype).itemsize
+            for item in self.recipes
+        )
+
+    def load(self) -> Any:
+        """The backbone as a ``keras.Model`` with its weights."""
+        rule = self.recipes[0].pixels
+        model = build_backbone(self.backbone, (rule.height, rule.width))
+        load_weights(model, self.backbone, self.weights)
+        return model
+
+    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
+        """An engine that makes these data sets in one pass."""
+        from features.networks.keras_engine import KerasEngine
+        from features.networks.openvino_engine import open_engine
+
+        precision = recipes[0].precision.partition(":")[0]
+
+        def build() -> tuple[Any, Any]:
+            model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
+            return model, preprocess(self.backbone)
+
+        if self.engine_name == "openvino" and device == "gpu":
+            raise ConfigurationError(
+                "device: a GPU was asked for, but the network was resolved for OpenVINO's processors"
+            )
+        if self.engine_name == "openvino":
+            try:
+                return open_engine(
+                    recipes, build, source=self.weights.sha256, batch_size=batch_size, precision=precision
+                )
+            except OpenVinoError as error:
+                if precision != "float32":
+                    raise OpenVinoError(f"{error}. Give --engine keras, or --precision float32.") from error
+                logger.warning("%s; Keras is used, which gives the same features more slowly", error)
+        model, prepare = build()
+        return KerasEngine(model, prepare, recipes, batch_size=batch_size, device=device, precision=precision)
+
+
+def resolve_network(
+    backbone: str,
+    *,
+    weights: str = "imagenet",
+    layers: Sequence[str] = (),
+    pooling: str | None = None,
+    image_size: tuple[int, int] | None = None,
+    resize: str = "antialias",
+    fit: str = "stretch",
+    dtype: str = "float32",
+    decode: str = "full",
+    engine: str = "auto",
+    precision: str = "float32",
+    device: str = "auto",
+) -> Network:
+    """Find backbone, weights and layers, and write the recipes.
+
+    Parameters
+    ----------
+    backbone : str
+        Name of a row of ``BACKBONES``, or path of a ``.keras`` file.
+    weights : str
+        ``"imagenet"``, ``"random"`` or a file.
+    layers : sequence of str
+        Layers to keep; ``"boundary"`` is the one before the last block. The last layer without any.
+    pooling : {"none", "avg", "max", "flatten"}, optional
+        For every 4-D layer asked for. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
+    image_size : tuple of int, optional
+        Height and width in pixels; the backbone's own without it.
+    resize, fit, dtype, decode : str
+        See ``features.recipe``.
+    engine, precision, device : str
+        See ``features.networks.engines.choose_engine``.
+
+    Raises
+    ------
+    ConfigurationError
+        For a name that does not exist; the nearest ones are offered.
+    WeightsError
+        For weights that cannot be found or do not fit.
+    """
+    from features.networks.engines import choose_engine
+
+    row = find_backbone(backbone)
+    engine = choose_engine(engine, precision, device)
+    by = engine if engine == "openvino" else f"keras-{keras_backend()}"
+    if pooling is not None and pooling not in POOLINGS:
+        hint = nearest(pooling, POOLINGS)
+        raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}{hint}")
+    size = image_size or row.default_size
+    rule = PixelRule(size[0], size[1], resize=resize, fit=fit, decode=decode)
+    file = resolve_weights(row, weights)
+    description = describe(row, file, size)
+    chosen: dict[tuple[str, str], Recipe] = {}
+    for layer in [_layer(name, description, row) for name in layers] or [description.last]:
+        pooled = pooling or ("none" if layers else "avg")
+        if len(description.layers[layer]) != 3:
+            pooled = "none"
+        chosen[layer, pooled] = Recipe(
+            backbone=row.name,
+            weights=description.digest,
+            layer=layer,
+            pooling=pooled,
+            pixels=rule,
+            preprocessing=row.preprocessing,
+            dtype=dtype,
+            precision=precision if precision == "float32" else f"{precision}:{by}",
+        )
+    # What a later stage needs to find the same network again, from any folder.
+    backbone_argument = backbone if row.path is None else str(row.path.resolve())
+    weights_argument = str(file.path.resolve()) if file.route == "file" and file.path is not None else weights
+    return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description, engine)
+
+
+def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
+    """Shape after pooling, without the batch axis.
+
+    Examples
+    --------
+    >>> pooled_shape((7, 7, 512), "avg"), pooled_shape((7, 7, 512), "flatten"), pooled_shape((7, 7, 512), "none")
+    ((512,), (25088,), (7, 7, 512))
+    """
+    if pooling == "flatten":
+        return (int(np.prod(shape)),)
+    return shape if pooling == "none" else shape[-1:]
+
+
+def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
+    """Describe a backbone, from memory where it was described before."""
+    key = digest_of([MEMO_VERSION, backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
+    memo = cache_folder() / "backbones" / f"{key}.json"
+    known = _read_memo(memo)
+    if known is not None:
+        return known
+    model = build_backbone(backbone, size)
+    digest = load_weights(model, backbone, file)
+    layers = {name: tuple(tensor.shape[1:]) for name, tensor in layer_tensors(model).items()}
+    layers = {name: shape for name, shape in layers.items() if None not in shape}
+    try:
+        boundary: str | None = boundary_of(backbone, model)
+    except ConfigurationError:
+        boundary = None
+    description = Description(digest, layers, last_layer(model), boundary)
+    _write_memo(memo, description)
+    return description
+
+
+def _layer(name: str, description: Description, backbone: Backbone) -> str:
+    if name == BOUNDARY:
+        if description.boundary is None:
+            raise ConfigurationError(
+                f"{backbone.name} has no boundary: no single tensor separates its last block. Name a --layer."
+            )
+        return description.boundary
+    if name not in description.layers:
+        names = list(description.layers)
+        raise ConfigurationError(
+            f"{backbone.name} has no layer {name!r}{nearest(name, names)} Its last layers are {', '.join(names[-5:])}"
+        )
+    return name
+
+
+def _read_memo(path: Path) -> Description | None:
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_bytes())
+        if values.pop("sum") != digest_of(values):
+            raise ValueError("checksum differs")
+        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
+        return Description(layers=layers, **values)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        logger.warning("%s is damaged (%s); the backbone is described again", path, error)
+        return None
+
+
+def _write_memo(path: Path, description: Description) -> None:
+    values = {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]}
+    try:
+        with whole_file(path) as file:
+            file.write(canonical_json({**values, "sum": digest_of(values)}).encode("ascii"))
+    except OSError as error:  # a memo only saves time
+        logger.warning("%s could not be written (%s)", path, error)

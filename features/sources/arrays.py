@@ -1,0 +1,181 @@
+"""``.npz`` files in the Keras convention: ``x_train y_train x_test y_test``, and ``x_val y_val``.
+
+Each image is handed on as an uncompressed PNG, so that whatever comes after need not know where it came from.
+Labels are read when the file is opened; pixels when the first image is asked for, and they stay in memory.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import os
+import threading
+import tokenize
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NamedTuple, NoReturn
+
+import numpy as np
+
+from features.errors import SourceError, UnreadableImageError
+from features.pixels.png import plain_png, png_size
+from features.sources.archives import Archive, open_zip
+from features.sources.folders import File
+from features.sources.splits import SPLIT_WORDS, listed
+
+logger = logging.getLogger(__name__)
+
+MAX_ARRAY_BYTES = 8 << 30
+_HEADER_BYTES = 1 << 14  # numpy refuses headers above 10,000 characters
+# Ending of an array's name -> folder in the paths, in the order of these.
+_PARTS = {"test": "test", "train": "train", "val": "validation", "validation": "validation"}
+_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, RecursionError, MemoryError)
+
+
+class _Header(NamedTuple):
+    shape: tuple[int, ...]
+    fortran: bool
+    dtype: np.dtype
+    offset: int
+
+
+class _Part(NamedTuple):
+    folder: str
+    name: str
+    header: _Header
+    labels: list[int]
+
+
+def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[[str], bytes]]:
+    """List the images of an ``.npz``. Nothing is unpickled, and no array of a wrong or absurd size is made.
+
+    ``x_*`` are ``uint8``, (n, h, w), (n, h, w, 1) or (n, h, w, 3), 0-255; ``y_*`` whole numbers, (n,) or (n, 1), -1
+    for unlabelled. Only ``x_test`` may lack labels.
+
+    Returns
+    -------
+    files : list of File
+        Sorted by path: ``train/000123`` is row 123 of ``x_train``.
+    labels : list of str
+        The numbers as class names, with leading zeros so that they sort as numbers; empty for none.
+    splits : list of int
+        Index into ``SPLITS``.
+    read : callable
+        Path -> PNG, the same bytes everywhere; may run on many threads.
+
+    Raises
+    ------
+    SourceError
+        Naming the array that cannot be used.
+    """
+    mtime_ns = os.stat(path).st_mtime_ns
+    archive = open_zip(path, member_limit=MAX_ARRAY_BYTES)
+    names = {member.removesuffix(".npy") for member in archive.members if member.endswith(".npy")}
+    parts = [_part(archive, word, names) for word in _PARTS if names & {f"x_{word}", f"y_{word}"}]
+    if not parts:
+        received = listed(sorted(names)) or "no arrays"
+        raise SourceError(
+            f"{path} holds {received}; expected x_train, y_train and, as far as there are, x_test, y_test"
+        )
+    if names >= {"x_val", "x_validation"}:
+        _refuse(archive, "x_validation", "is there beside 'x_val'; expected one of them")
+    if others := sorted(names - {f"{kind}_{word}" for kind in "xy" for word in _PARTS}):
+        logger.warning("%s: arrays of other names are left out: %s", path, listed(others))
+    width = len(str(max((label for part in parts for label in part.labels), default=0)))
+    files, labels, splits = list[File](), list[str](), list[int]()
+    for folder, _, header, numbers in parts:
+        digits, size = max(6, len(str(len(numbers)))), png_size(header.shape)
+        files += [File(f"{folder}/{number:0{digits}d}", size, mtime_ns) for number in range(len(numbers))]
+        labels += [f"{number:0{width}d}" if number >= 0 else "" for number in numbers]
+        splits += [SPLIT_WORDS[folder]] * len(numbers)
+    if not files:
+        raise SourceError(f"{path} holds no images: its arrays are empty")
+    return files, labels, splits, _Pixels(archive, parts)
+
+
+def _part(archive: Archive, word: str, names: set[str]) -> _Part:
+    """Pixels and labels of one split; the pixels are not read."""
+    x, y = f"x_{word}", f"y_{word}"
+    if x not in names:
+        _refuse(archive, y, f"has no {x!r}")
+    header = _header(archive, x)
+    shape, dtype = header.shape, header.dtype
+    if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
+        hint = ": scale it by 255 and round" if dtype.kind == "f" else ""
+        hint = hint or (": channels go last" if len(shape) == 4 and shape[1] in (1, 3) else "")
+        _refuse(archive, x, f"is {dtype} {shape}; expected uint8, 0-255, (n, h, w) or (n, h, w, 3){hint}")
+    if not shape[1] * shape[2]:
+        _refuse(archive, x, f"is {shape}: images without pixels")
+    if y in names:
+        labels = _labels(archive, y, shape[0])
+    elif word == "test":
+        labels = [-1] * shape[0]
+    else:
+        _refuse(archive, x, f"has no {y!r}; only x_test may lack labels")
+    return _Part(_PARTS[word], x, header, labels)
+
+
+def _labels(archive: Archive, name: str, count: int) -> list[int]:
+    header = _header(archive, name)
+    shape, dtype = header.shape, header.dtype
+    if dtype.kind not in "iu" or shape not in ((count,), (count, 1)):
+        hint = f"; if it is one-hot, save {name}.argmax(1)" if len(shape) == 2 and shape[1] > 1 else ""
+        _refuse(archive, name, f"is {dtype} {shape}; expected whole numbers, ({count},) or ({count}, 1){hint}")
+    labels: list[int] = _array(archive, name, header).ravel().tolist()
+    if min(labels, default=0) < -1:
+        _refuse(archive, name, f"holds the label {min(labels)}; expected 0 or more, or -1 for unlabelled")
+    return labels
+
+
+def _refuse(archive: Archive, name: str, problem: str) -> NoReturn:
+    raise SourceError(f"{archive.path}: the array {name!r} {problem}")
+
+
+def _header(archive: Archive, name: str) -> _Header:
+    """What an array is declared to be, checked against the bytes that are there."""
+    stream = io.BytesIO(_bytes(archive, name, _HEADER_BYTES))
+    try:
+        version = np.lib.format.read_magic(stream)
+        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
+        shape, fortran, dtype = reader(stream)
+    except KeyError:
+        _refuse(archive, name, "is of a version other than 1.0 or 2.0; save it with numpy.savez")
+    except _HEADER_ERRORS as error:
+        _refuse(archive, name, f"has no valid header ({error})")
+    if dtype.hasobject:
+        _refuse(archive, name, "holds Python objects, which are never unpickled; save it as numbers")
+    declared, there = dtype.itemsize, archive.members[f"{name}.npy"].size - stream.tell()
+    for length in shape:  # numpy's product would wrap around
+        declared *= length
+    if declared != there or any(length < 0 for length in shape):
+        _refuse(archive, name, f"is declared {dtype} {shape}, that is {declared} bytes, and {there} are there")
+    return _Header(shape, fortran, dtype, stream.tell())
+
+
+def _array(archive: Archive, name: str, header: _Header) -> np.ndarray:
+    flat = np.frombuffer(_bytes(archive, name), header.dtype, offset=header.offset)
+    return flat.reshape(header.shape, order="F" if header.fortran else "C")
+
+
+def _bytes(archive: Archive, name: str, limit: int | None = None) -> bytes:
+    try:
+        return archive.read(f"{name}.npy", limit)
+    except UnreadableImageError as error:
+        raise SourceError(f"{archive.path} is damaged: {error.detail}. Download or save it again.") from error
+
+
+class _Pixels:
+    """Path -> PNG. An array is expanded when its first image is asked for; two at a time would be twice the memory."""
+
+    def __init__(self, archive: Archive, parts: Sequence[_Part]) -> None:
+        self._archive, self._parts = archive, {part.folder: part for part in parts}
+        self._arrays: dict[str, np.ndarray] = {}
+        self._lock = threading.Lock()
+
+    def __call__(self, path: str) -> bytes:
+        folder, number = path.split("/")
+        with self._lock:
+            if folder not in self._arrays:
+                self._arrays[folder] = _array(self._archive, self._parts[folder].name, self._parts[folder].header)
+        pixels = self._arrays[folder][int(number)]
+        return plain_png(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)

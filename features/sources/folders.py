@@ -1,0 +1,115 @@
+"""The images below a folder: which files count, which folders are entered, what is left out and said so."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+from features.errors import SourceError
+from features.sources.splits import listed
+
+logger = logging.getLogger(__name__)
+
+# fmt: off
+IMAGE_SUFFIXES = frozenset({
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".jp2",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
+})
+# fmt: on
+IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # and hidden ones
+
+ODD_CHARACTERS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
+
+# Links to folders are followed where split and class folders stand (as Keras does), not below.
+_LINKED_DEPTH = 2
+
+
+class File(NamedTuple):
+    """An image file: path with ``/``, size in bytes and time of the last change in nanoseconds, -1 if missing."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+def look_at(root: Path, path: str) -> File:
+    """Size and time of a file, which may be missing."""
+    try:
+        status = os.stat(os.path.join(root, path))
+    except OSError:
+        return File(path, -1, -1)
+    return File(path, status.st_size, status.st_mtime_ns)
+
+
+def walk(root: Path) -> tuple[list[File], list[str]]:
+    """Images at any depth, and all folders, both relative to ``root`` and sorted by code point.
+
+    No folder is entered twice, whichever links lead to it; real folders come before linked ones.
+    """
+    files: list[File] = []
+    folders: list[str] = []
+    left_out: Counter[str] = Counter()
+    seen: set[tuple[int, int]] = set()
+    pending, linked, skipped = [""], list[str](), list[str]()
+    while pending or linked:
+        if not pending:
+            linked.sort(reverse=True)
+        relative = pending.pop() if pending else linked.pop()
+        folder = os.path.join(root, relative)
+        prefix = f"{relative}/" if relative else ""
+        depth = prefix.count("/")
+        try:
+            status = os.stat(folder)
+            if (status.st_dev, status.st_ino) in seen:
+                skipped.append(relative)
+                continue
+            seen.add((status.st_dev, status.st_ino))
+            folders.append(relative)
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    name = entry.name
+                    if is_ignored(name):
+                        continue
+                    if entry.is_dir(follow_symlinks=False):
+                        pending.append(prefix + name)
+                    elif entry.is_symlink() and os.path.isdir(entry.path):
+                        (linked if depth < _LINKED_DEPTH else skipped).append(prefix + name)
+                    elif suffix_of(name) in IMAGE_SUFFIXES:
+                        files.append(_look_at_entry(entry, prefix + name))
+                    else:
+                        left_out[suffix_of(name) or "no suffix"] += 1
+        except OSError as error:
+            raise SourceError(f"{folder} cannot be listed ({error.strerror}); an image set must be complete") from error
+    warn_left_out(root, left_out)
+    if skipped:
+        logger.warning("%s: links to folders that are not followed: %s", root, listed(sorted(skipped)))
+    return sorted(files), sorted(folders)
+
+
+def is_ignored(name: str) -> bool:
+    """Whether a file or folder of that name is passed over without a word: hidden, or litter of a system."""
+    return name[0] == "." or name in IGNORED_NAMES
+
+
+def suffix_of(name: str) -> str:
+    """The suffix in lower case, with its dot; empty for none."""
+    return os.path.splitext(name)[1].lower()
+
+
+def warn_left_out(root: Path, left_out: Counter[str]) -> None:
+    """Say how many files of which suffix are no images."""
+    if left_out:
+        kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]
+        logger.warning("%s: %d files of other kinds are left out: %s", root, left_out.total(), ", ".join(kinds[:20]))
+
+
+def _look_at_entry(entry: os.DirEntry[str], path: str) -> File:
+    try:
+        status = entry.stat()
+    except OSError:  # a link to nothing: kept, so that it is listed as missing
+        return File(path, -1, -1)
+    return File(path, status.st_size, status.st_mtime_ns)

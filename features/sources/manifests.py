@@ -1,0 +1,249 @@
+"""CSV and Parquet manifests: ``path,label[,split][,group]``, one row an image. Every refusal names the row."""
+
+from __future__ import annotations
+
+import csv
+import io
+import logging
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, NoReturn
+
+from features.errors import SourceError, nearest
+from features.sources.folders import ODD_CHARACTERS
+from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
+
+logger = logging.getLogger(__name__)
+
+_PATH_COLUMNS = ("file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "paths")
+_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
+
+
+class Manifest(NamedTuple):
+    """Columns of a manifest, one entry per image, in its order; an empty label or group means none.
+
+    ``columns`` are the others, by name, as text.
+    """
+
+    paths: list[str]
+    labels: list[str]
+    splits: list[int]
+    groups: list[str]
+    columns: dict[str, tuple[str, ...]]
+
+
+def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) -> Manifest:
+    """Read a manifest; the images themselves are not looked at.
+
+    Parameters
+    ----------
+    manifest : Path
+        CSV in UTF-8, or Parquet (``.parquet``), which needs ``pyarrow``.
+    target : str or None
+        The label column, ``label`` by default.
+    labelled : bool
+        Whether labels are wanted. Without them no label column is looked for.
+
+    Raises
+    ------
+    SourceError
+        Naming the row that cannot be understood, or a target that is no class.
+    """
+    lines = _parquet_rows(manifest, target) if _is_parquet(manifest) else _csv_rows(manifest)
+    header = next(lines, (1, []))[1]
+    columns = _columns(manifest, header, target, labelled=labelled)
+    others = {number: name.strip() for number, name in enumerate(header) if number not in columns.values()}
+    kept: dict[int, list[str]] = {number: [] for number, name in others.items() if name}
+    first_line: dict[str, int] = {}
+    names, splits, groups = [], [], []
+    for line, row in lines:
+        if len(row) != len(header):
+            _refuse_line(
+                manifest, line, f"{len(row)} fields, expected {len(header)} (quote a field that holds a comma)"
+            )
+        path = _manifest_path(manifest, line, row[columns["path"]])
+        if path in first_line:
+            _refuse_line(manifest, line, f"{path!r} is listed already in {_place(manifest, first_line[path])}")
+        first_line[path] = line
+        cells = {key: row[index].strip() for key, index in columns.items() if key != "path"}
+        for key, cell in cells.items():
+            if ODD_CHARACTERS.search(cell):
+                _refuse_line(manifest, line, f"{key} {cell!r} is not plain UTF-8 text")
+        names.append(cells.get("label", ""))
+        groups.append(cells.get("group", ""))
+        splits.append(_split_code(manifest, line, cells.get("split", "")))
+        for number, values in kept.items():
+            values.append(row[number])
+    if not first_line:
+        raise SourceError(f"{manifest} lists no images")
+    _refuse_other_targets(manifest, target or "label", [name for name in names if name])
+    further = {others[number]: tuple(values) for number, values in kept.items()}
+    return Manifest(list(first_line), names, splits, groups, further)
+
+
+def _is_parquet(manifest: Path) -> bool:
+    return manifest.suffix.lower() == ".parquet"
+
+
+def _place(manifest: Path, line: int) -> str:
+    """Where a row stands: a line of CSV, whose first has the names, or a row of Parquet, counted from 1."""
+    if not _is_parquet(manifest):
+        return f"line {line}"
+    return f"row {line - 1}" if line > 1 else "columns"
+
+
+def _refuse_line(manifest: Path, line: int, message: str) -> NoReturn:
+    raise SourceError(f"{manifest}, {_place(manifest, line)}: {message}")
+
+
+def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, each with the number of the line on which it starts."""
+    try:
+        data = manifest.read_bytes()
+    except OSError as error:
+        raise SourceError(f"{manifest} cannot be read: {error.strerror}") from error
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        raise SourceError(f"{manifest} is UTF-16 text; save it as CSV in UTF-8")
+    if b"\0" in data:
+        _refuse_line(manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "a NUL character; expected text in UTF-8")
+    reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
+    line = 1
+    try:
+        for row in reader:
+            if row:
+                yield line, row
+            line = reader.line_num + 1
+    except csv.Error as error:
+        _refuse_line(manifest, line, f"not CSV: {error}")
+
+
+def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, list[str]]]:
+    """The same from Parquet: numbers as text, nothing for null; columns that are no plain values are left out."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError as error:
+        raise SourceError(
+            f"{manifest}: reading Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. "
+            "Or save the manifest as CSV"
+        ) from error
+    line = 1
+    try:
+        with pyarrow.parquet.ParquetFile(manifest) as table:
+            schema = table.schema_arrow
+            plain = [number for number, field in enumerate(schema) if _is_plain(pyarrow.types, field.type)]
+            names = [schema.names[number] for number in plain]
+            left_out = [field.name for field in schema if not _is_plain(pyarrow.types, field.type)]
+            for name in left_out:
+                if name.strip().lower() in ("path", "split", "group", (target or "label").strip().lower()):
+                    kind = schema.field(name).type
+                    _refuse_line(
+                        manifest, 1, f"{name!r} holds {kind}; expected one plain value, such as text, an image"
+                    )
+            if left_out:
+                logger.warning("%s: columns that hold no plain values are left out: %s", manifest, listed(left_out))
+            yield line, names
+            for batch in table.iter_batches():
+                for row in zip(*(batch.column(number).to_pylist() for number in plain), strict=True):
+                    line += 1
+                    yield line, ["" if cell is None or cell != cell else str(cell) for cell in row]  # NaN is no value
+    except SourceError:
+        raise
+    except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{manifest} is not Parquet, or is damaged: {error}") from error
+
+
+def _is_plain(types: Any, kind: Any) -> bool:
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in (*tests, types.is_date, types.is_timestamp, types.is_decimal, types.is_null))
+
+
+def _columns(manifest: Path, header: Sequence[str], target: str | None, *, labelled: bool) -> dict[str, int]:
+    """Where ``path``, ``label``, ``split`` and ``group`` stand, as far as they are there."""
+    names = [name.strip().lower() for name in header]
+    twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
+    if twice:
+        _refuse_line(manifest, 1, f"two columns are named {twice[0]!r}")
+    shown = ", ".join(map(repr, header))
+    if "path" not in names:
+        likely = [name for name in names if name in _PATH_COLUMNS]
+        hint = f"; rename {likely[0]!r} to 'path'" if likely else nearest("path", names)
+        if len(names) == 1 and re.search("[;\t|]", names[0]):
+            hint = "; fields must be separated by commas"
+        _refuse_line(
+            manifest, 1, f"no column 'path', received {shown or 'nothing'}; expected path,label[,split][,group]{hint}"
+        )
+    found: dict[str, int] = {name: names.index(name) for name in ("path", "split", "group") if name in names}
+    if not labelled:
+        return found
+    wanted = "label" if target is None else target.strip().lower()
+    if wanted in ("path", "split"):
+        raise SourceError(f"{manifest}: the column {target!r} cannot be the target; expected a column of class names")
+    if wanted in names:
+        found["label"] = names.index(wanted)
+    elif target is not None:
+        _refuse_line(manifest, 1, f"no column {target!r} for the target, received {shown}{nearest(target, header)}")
+    elif set(names) - {*found, ""}:
+        _refuse_line(
+            manifest,
+            1,
+            f"no column 'label', received {shown}; name the column of classes as the target (--target), or rename it",
+        )
+    return found
+
+
+def _manifest_path(manifest: Path, line: int, text: str) -> str:
+    if not text.strip():
+        _refuse_line(manifest, line, "the path is empty")
+    if "\0" in text:
+        _refuse_line(manifest, line, f"a NUL character in the path {text!r}")
+    if _ADDRESS.match(text):
+        _refuse_line(manifest, line, f"{text!r} is an address; expected a file (download it first)")
+    path = os.path.normpath(text)
+    inside = f"{manifest.parent}{os.sep}"
+    return path[len(inside) :] if path.startswith(inside) else path
+
+
+def _split_code(manifest: Path, line: int, word: str) -> int:
+    code = SPLIT_WORDS.get(word.lower(), None if word else NOT_GIVEN)
+    if code is None:
+        known = ", ".join(SPLIT_WORDS)
+        _refuse_line(manifest, line, f"unknown split {word!r}; expected {known} or nothing{nearest(word, SPLIT_WORDS)}")
+    return code
+
+
+def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) -> None:
+    """One class per image is all that this project learns: refuse measurements and lists of classes.
+
+    Measurements: every label is a number, one of them is not whole, and more than half are distinct.
+    Lists: ``|`` or ``;`` splits more than half of the labels, or splits one into parts of which another
+    label consists or which another list shares.
+    """
+    distinct = set(labels)
+    if len(labels) > 2 and len(distinct) > len(labels) / 2:
+        numbers = [number_or_none(label) for label in distinct]
+        if None not in numbers and any(number is not None and not number.is_integer() for number in numbers):
+            raise SourceError(
+                f"{manifest}: the column {column!r} looks like a measurement ({len(distinct)} different numbers, "
+                f"such as {labels[0]}); expected class names. Regression is not supported: write ranges as names, "
+                "or choose another target"
+            )
+    parted = {label: [part.strip() for part in re.split("[|;]", label)] for label in sorted(distinct)}
+    lists = {label: parts for label, parts in parted.items() if len(parts) > 1}
+    if not lists:
+        return
+    uses = Counter(part for parts in lists.values() for part in set(parts))
+    mixed = next(
+        (label for label, parts in lists.items() if any(part in distinct or uses[part] > 1 for part in parts)), None
+    )
+    if mixed is not None or sum(label in lists for label in labels) > len(labels) / 2:
+        raise SourceError(
+            f"{manifest}: the column {column!r} looks like several classes per image, such as {mixed or min(lists)!r}; "
+            "expected one. Multi-label targets are not supported: choose another target, or, if '|' and ';' "
+            "are part of the class names, replace them"
+        )

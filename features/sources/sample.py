@@ -1,0 +1,53 @@
+"""The embedded sample: scikit-learn's 1,797 handwritten digits as PNG class folders, the same bytes everywhere."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from features.errors import SourceError, nearest
+from features.files import cache_folder
+from features.pixels.png import plain_png
+
+SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
+
+
+def sample_folder(name: str) -> Path:
+    """The folder of a sample, written when it is first asked for.
+
+    Raises
+    ------
+    SourceError
+        For an unknown sample, or a cache folder that cannot be written.
+    """
+    if name != SAMPLE:
+        raise SourceError(f"there is no sample {name!r}; expected {SAMPLE!r}{nearest(name, [SAMPLE])}")
+    folder = cache_folder() / "digits"
+    try:
+        if not folder.is_dir():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as temporary:
+                made = Path(temporary) / "digits"
+                _write_digits(made)
+                try:
+                    made.rename(folder)
+                except OSError:
+                    if not folder.is_dir():  # else another process was faster, with the same files
+                        raise
+    except OSError as error:
+        raise SourceError(f"cannot write the sample to {folder} ({error}); set BOTTLENECK_CACHE to a folder") from error
+    return folder
+
+
+def _write_digits(folder: Path) -> None:
+    """scikit-learn's handwritten digits, 8x8 of 17 grey levels, as 32x32 PNG files in folders 0 to 9."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    grey = np.rint(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
+    for label in digits.target_names:
+        (folder / str(label)).mkdir(parents=True)
+    for index, (pixels, label) in enumerate(zip(grey, digits.target, strict=True)):
+        (folder / str(label) / f"{index:04d}.png").write_bytes(plain_png(pixels))

@@ -1,0 +1,357 @@
+"""Where images come from: folders, archives, arrays, manifests, the embedded sample; their labels and splits.
+
+Folders and archives become a list of files first; one function then tells classes and splits from their paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NoReturn
+
+import numpy as np
+
+from features.errors import ConfigurationError, SourceError, nearest
+from features.pixels.decode import read_bytes
+from features.sources.archives import ARCHIVE_SUFFIXES, open_archive
+from features.sources.arrays import open_arrays
+from features.sources.folders import (
+    IMAGE_SUFFIXES,
+    ODD_CHARACTERS,
+    File,
+    is_ignored,
+    look_at,
+    suffix_of,
+    walk,
+    warn_left_out,
+)
+from features.sources.manifests import read_manifest
+from features.sources.sample import SAMPLE, SAMPLE_IMAGES, sample_folder
+from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, SPLITS, UNLABELLED, listed
+
+logger = logging.getLogger(__name__)
+
+MANIFEST_SUFFIXES = (".csv", ".parquet")
+OTHER_ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ImageSet:
+    """Images and what is known of each; row ``i`` of every column is image ``i``.
+
+    Parameters
+    ----------
+    description : str
+        What was scanned, for messages.
+    root : Path
+        Absolute folder, or archive, that ``paths`` are relative to.
+    paths : tuple of str, length n
+        With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute where a manifest
+        points outside ``root``. A name that is not UTF-8 holds lone surrogates (``os.fsdecode``): it opens
+        as it is, and must be written with ``errors="surrogateescape"``.
+    labels : int32, (n,)
+        Index into ``classes``, -1 for unlabelled.
+    classes : tuple of str
+        Sorted by code point.
+    given_splits : int8, (n,)
+        Index into ``SPLITS``, -1 where the source gives none.
+    groups : tuple of str, length n, or None
+        Images of one group must not cross splits; empty for an image without a group.
+    sizes : int64, (n,)
+        Bytes, -1 for a missing file.
+    mtimes_ns : int64, (n,)
+        Time of the last change, nanoseconds since 1970, -1 for a missing file. In an archive, that of the archive.
+    columns : mapping of str to tuple of str, length n
+        Further columns of a manifest, as text.
+    reader : callable, optional
+        Path -> bytes, where the images are not files.
+    """
+
+    description: str
+    root: Path
+    paths: tuple[str, ...]
+    labels: np.ndarray
+    classes: tuple[str, ...]
+    given_splits: np.ndarray
+    groups: tuple[str, ...] | None
+    sizes: np.ndarray
+    mtimes_ns: np.ndarray
+    columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def read(self, index: int) -> bytes:
+        """The file of one image; may run on many threads.
+
+        Raises
+        ------
+        UnreadableImageError
+            As ``features.pixels.decode.read_bytes`` does; ``truncated`` or ``unreadable`` for a damaged member of an archive.
+        SourceError
+            If an archive was changed or removed after it was scanned.
+        """
+        if self.reader is not None:
+            return self.reader(self.paths[index])
+        return read_bytes(os.path.join(self.root, self.paths[index]))
+
+
+def scan(source: str | Path, *, target: str | None = None, labelled: bool = True) -> ImageSet:
+    """List the images of a source; no image is opened.
+
+    Parameters
+    ----------
+    source : str or Path
+        A folder of class folders, with or without ``train``, ``validation`` (``val``, ``valid``) and
+        ``test`` folders above them; a ``.zip``, ``.tar`` or compressed tar of one; a folder of images, or one image
+        (unlabelled); a CSV or Parquet manifest with the columns ``path,label[,split][,group]``; an ``.npz`` with
+        ``x_train y_train x_test y_test``; or ``"sample:digits"``.
+    target : str, optional
+        The manifest's label column, ``label`` by default.
+    labelled : bool
+        Whether a manifest has to say what its images are; without it they may be of no or of other classes.
+
+    Raises
+    ------
+    SourceError
+        If there is no such source, or it holds no images, or it cannot be understood.
+    """
+    text = os.fspath(source)
+    if "://" in text:
+        raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
+    if not text:
+        raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
+    if text.startswith("sample:"):
+        return _scan_sample(text)
+    path = Path(os.path.abspath(os.path.expanduser(text)))
+    name, is_file = path.name.lower(), os.path.isfile(path)
+    if is_file and name.endswith(MANIFEST_SUFFIXES):
+        return _scan_manifest(path, text, target, labelled=labelled)
+    if target is not None:
+        raise ConfigurationError(
+            f"target {target!r} names a column of a manifest (CSV, Parquet), and {text} is none. Leave --target out, or "
+            "give the manifest."
+        )
+    if os.path.isdir(path):
+        return _scan_folder(path, text)
+    if not os.path.exists(path):
+        _refuse_missing(path)
+    if name.endswith(tuple(IMAGE_SUFFIXES)):
+        return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
+    if is_file and name.endswith(ARCHIVE_SUFFIXES):
+        return _scan_archive(path, text)
+    if is_file and name.endswith(".npz"):
+        return _scan_arrays(path, text)
+    known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
+    if is_file and name.endswith(OTHER_ARCHIVES):
+        raise SourceError(f"{path}: no archive of this kind is read ({known} are); unpack it and give the folder")
+    raise SourceError(
+        f"{path} is neither a folder, an image, nor one of {known}. Give the folder that holds your class folders."
+    )
+
+
+def is_manifest(source: str | Path) -> bool:
+    """Whether a source is named as a manifest is, the only kind that takes a ``target``."""
+    return os.fspath(source).lower().endswith(MANIFEST_SUFFIXES)
+
+
+def _refuse_missing(path: Path) -> NoReturn:
+    parent = next(folder for folder in path.parents if os.path.isdir(folder))
+    missing = path.relative_to(parent).parts[0]
+    try:
+        hint = nearest(missing, os.listdir(parent))
+    except OSError:  # a folder that may not be listed has no hints to give
+        hint = ""
+    raise SourceError(f"{path} does not exist: no {missing!r} in {parent}{hint}")
+
+
+def _image_set(
+    description: str,
+    root: Path,
+    files: Sequence[File],
+    names: Sequence[str],
+    splits: Sequence[int],
+    groups: Sequence[str] | None = None,
+    columns: Mapping[str, tuple[str, ...]] | None = None,
+    reader: Callable[[str], bytes] | None = None,
+) -> ImageSet:
+    """Columns to ImageSet; ``names`` are the class names, empty for unlabelled."""
+    classes = tuple(sorted(set(names) - {""}))
+    shapes = Counter(unicodedata.normalize("NFC", name) for name in classes)
+    if alike := [name for name in classes if shapes[unicodedata.normalize("NFC", name)] > 1]:
+        logger.warning("%s: classes that look the same but are spelt with other code points: %a", description, alike)
+    index = {name: number for number, name in enumerate(classes)} | {"": -1}
+    labels = np.fromiter((index[name] for name in names), np.int32, len(files))
+    return ImageSet(
+        description=description,
+        root=root,
+        paths=tuple(file.path for file in files),
+        labels=labels,
+        classes=classes,
+        given_splits=np.where(labels < 0, UNLABELLED, np.asarray(splits)).astype(np.int8),
+        groups=tuple(groups) if groups is not None and any(groups) else None,
+        sizes=np.fromiter((file.size for file in files), np.int64, len(files)),
+        mtimes_ns=np.fromiter((file.mtime_ns for file in files), np.int64, len(files)),
+        columns=columns or {},
+        reader=reader,
+    )
+
+
+# --- folders and archives ---------------------------------------------------------------------------------
+
+
+def _scan_folder(root: Path, description: str) -> ImageSet:
+    return _from_tree(root, description, *walk(root))
+
+
+def _scan_archive(path: Path, description: str) -> ImageSet:
+    mtime_ns = os.stat(path).st_mtime_ns
+    archive = open_archive(path)
+    files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
+    for member, details in archive.members.items():
+        parts = member.split("/")
+        if any(is_ignored(part) for part in parts):
+            continue
+        folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
+        if suffix_of(member) in IMAGE_SUFFIXES:
+            files.append(File(member, details.size, mtime_ns))
+        else:
+            left_out[suffix_of(member) or "no suffix"] += 1
+    warn_left_out(path, left_out)
+    seen = [folder for folder in folders if not any(is_ignored(part) for part in folder.split("/") if part)]
+    # A folder that only wraps the others is often packed with them; unlike a folder's, its name cannot be left away.
+    skip = _wrapping({os.path.dirname(file.path) for file in files} - {""})
+    return _from_tree(path, description, sorted(files), sorted(seen), skip=skip, reader=archive.read)
+
+
+def _wrapping(parents: set[str]) -> int:
+    """How many folders stand one in another before the class or split folders begin."""
+    common = [part for part in os.path.commonpath(parents or [""]).split("/") if part]
+    below = {tuple(parent.split("/")[: len(common) + 1]) for parent in parents} - {tuple(common)}
+    if len(below) < 2:  # these folders are one class
+        return 0
+    return next((depth for depth, part in enumerate(common) if SPLIT_WORDS.get(part.lower()) == 0), len(common))
+
+
+def _from_tree(
+    root: Path,
+    description: str,
+    files: Sequence[File],
+    folders: Sequence[str],
+    *,
+    skip: int = 0,
+    reader: Callable[[str], bytes] | None = None,
+) -> ImageSet:
+    """Tell classes and splits from the paths of images, the first ``skip`` folders of which mean nothing."""
+    if not files:
+        known = " ".join(sorted(IMAGE_SUFFIXES))
+        raise SourceError(
+            f"{root} holds no images: {len(folders)} folder{'s were' if len(folders) > 1 else ' was'} searched for {known}. "
+            "Give the folder that holds them; for training it has one folder for each class, as in cat/1.jpg and dog/1.jpg"
+        )
+    # Everything is decided per folder: there are few of them, and may be millions of files.
+    parents = [os.path.dirname(file.path) for file in files]
+    parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
+    tops = {part[0] for part in parts.values() if part}
+    if not tops:
+        blank = [""] * len(files)
+        return _image_set(description, root, files, blank, [NOT_GIVEN] * len(files), reader=reader)
+    nested = {part[0] for part in parts.values() if len(part) > 1}
+    split_tops = {top for top in tops if top.lower() in SPLIT_WORDS}
+    codes = {SPLIT_WORDS[top.lower()] for top in split_tops}
+    below_splits = (0 in codes or len(codes) > 1) and (split_tops == tops or bool(split_tops & nested))
+    rows: dict[str, tuple[str, int] | None]  # class and split of the images in a folder, None: beside the classes
+    if below_splits:
+        _check_splits(root, split_tops, nested, tops)
+        rows = {parent: _row_below_split(part, nested) for parent, part in parts.items()}
+    else:
+        if not skip:
+            _check_depth(root, parts)
+        rows = {parent: (part[0], NOT_GIVEN) if part else None for parent, part in parts.items()}
+    if odd := sorted(row[0] for row in rows.values() if row and ODD_CHARACTERS.search(row[0])):
+        raise SourceError(f"{root}: the name of the class folder {odd[0]!r} is not plain UTF-8 text; rename it")
+    kept = [(file, *row) for file, parent in zip(files, parents, strict=True) if (row := rows[parent]) is not None]
+    if len(kept) < len(files):
+        logger.warning("%s: %d images beside the class folders are left out", root, len(files) - len(kept))
+    depth = 2 if below_splits else 1
+    used = {"/".join(part[:length]) for part in parts.values() for length in range(depth + 1)}
+    inner = ["/".join(folder.split("/")[skip:]) for folder in folders]
+    bare = [folder for folder in inner if folder.count("/") < depth and folder not in used]
+    if bare:
+        logger.warning("%s: folders without images are no classes: %s", root, listed(bare))
+    names, splits = [name for _, name, _ in kept], [split for _, _, split in kept]
+    return _image_set(description, root, [file for file, _, _ in kept], names, splits, reader=reader)
+
+
+def _row_below_split(part: Sequence[str], nested: set[str]) -> tuple[str, int] | None:
+    if len(part) > 1:
+        return part[1], SPLIT_WORDS[part[0].lower()]
+    return ("", UNLABELLED) if part and part[0] not in nested else None
+
+
+def _check_splits(root: Path, split_tops: set[str], nested: set[str], tops: set[str]) -> None:
+    if others := tops - split_tops:
+        raise SourceError(
+            f"{root} mixes split folders ({listed(sorted(split_tops))}) with other folders of images "
+            f"({listed(sorted(others))}): move one kind elsewhere, or write a CSV manifest"
+        )
+    by_code: dict[int, str] = {}
+    for top in sorted(split_tops):
+        code = SPLIT_WORDS[top.lower()]
+        if code in by_code:
+            raise SourceError(f"{root}: {by_code[code]!r} and {top!r} both mean {SPLITS[code]}; merge or rename them")
+        by_code[code] = top
+        if top not in nested and SPLITS[code] != "test":
+            raise SourceError(f"{root / top} holds images but no class folders; expected {top}/CLASS/IMAGE")
+
+
+def _check_depth(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
+    """Refuse a folder whose class folders lie below a single other one: it would make a single class."""
+    common = os.path.commonpath(parts)
+    if common and common not in parts:
+        depth = common.count("/") + 1
+        below = sorted({part[depth] for part in parts.values()})
+        raise SourceError(
+            f"{root} holds a single folder, {parts[next(iter(parts))][0]!r}, and the folders with images are inside "
+            f"({listed(below)}): give {root / common}. If they are all one class, write a CSV manifest"
+        )
+
+
+# --- other sources ----------------------------------------------------------------------------------------
+
+
+def _scan_arrays(path: Path, description: str) -> ImageSet:
+    files, names, splits, reader = open_arrays(path)
+    return _image_set(description, path, files, names, splits, reader=reader)
+
+
+def _scan_sample(text: str) -> ImageSet:
+    folder = sample_folder(text)
+    images = _scan_folder(folder, SAMPLE)
+    if len(images) != SAMPLE_IMAGES:
+        raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it, it is made anew")
+    return images
+
+
+def _scan_manifest(manifest: Path, description: str, target: str | None, *, labelled: bool) -> ImageSet:
+    root = manifest.parent
+    paths, names, splits, groups, columns = read_manifest(manifest, target, labelled=labelled)
+    files = [look_at(root, path) for path in paths]
+    missing = [file.path for file in files if file.size < 0]
+    if len(missing) == len(files):
+        raise SourceError(
+            f"{manifest}: none of its {len(files)} files exists, such as {os.path.join(root, missing[0])}; "
+            "paths are absolute or start at the manifest's folder"
+        )
+    if missing:
+        logger.warning("%s: %d files do not exist: %s", manifest, len(missing), listed(missing))
+    useless = sum(1 for name, split in zip(names, splits, strict=True) if not name and split in (0, 1))
+    if useless:
+        logger.warning("%s: %d images of train or validation have no label and are left unlabelled", manifest, useless)
+    return _image_set(description, root, files, names, splits, groups, columns)

@@ -1,0 +1,571 @@
+"""The feature store, read: a finished feature file, and nothing in it trusted.
+
+``FORMAT.md`` beside this file is normative. ``features.store.writer`` makes what is read here; ``features.store.untrusted`` checks
+how a file is built before any value of it is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import re
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from features.canonical import canonical_json
+from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
+from features.recipe import Recipe
+from features.sources.splits import SPLITS
+from features.store.schema import (
+    FURTHER_COLUMNS,
+    IMAGE_COLUMNS,
+    OPTIONAL_COLUMNS,
+    PLACE,
+    QUARANTINE_COLUMNS,
+    SHARD_COLUMNS,
+    ImageTable,
+    Quarantine,
+    ShardTable,
+    block_hash,
+    block_rows,
+    data_digest,
+    values_group,
+)
+from features.store.sharded import ShardedArray, by_shard
+from features.store.untrusted import WAY_OUT, Structure, read_structure, reading
+
+logger = logging.getLogger(__name__)
+_SHARD_NAME = re.compile("[0-9a-f]{20}")
+Progress = Callable[[str, int, int], None]
+
+
+def parts_folder(path: Path) -> Path:
+    """Where the shards of a store lie: beside the file, not beside a link to it."""
+    path = Path(os.path.realpath(path))
+    return path.with_name(path.name + ".parts")
+
+
+def is_shard_name(text: str) -> bool:
+    """Whether a shard may be called so."""
+    return _SHARD_NAME.fullmatch(text) is not None
+
+
+def shard_path(folder: Path, identity: str) -> Path:
+    """Where the shard of that identity lies."""
+    return folder / f"{identity}.h5"
+
+
+class FeatureStore:
+    """A finished feature file, opened for reading. Untrusted: every value is checked before it is handed out.
+
+    Examples
+    --------
+    >>> store = FeatureStore.open("features.h5")                      # doctest: +SKIP
+    >>> X, y = store.load(split="train")                              # doctest: +SKIP
+    """
+
+    def __init__(self, path: Path, *, kinds: tuple[str, ...]) -> None:
+        self.path, self._kinds = path, kinds
+        self._descriptor: int | None = None
+        self._verified: set[str] = set()
+        self._verified_blocks: set[tuple[str, int]] = set()
+        self._shards: dict[int, FeatureStore] = {}
+        self._damaged: set[int] = set()
+        with reading(path):
+            self._open()
+
+    @classmethod
+    def open(cls, path: str | Path) -> FeatureStore:
+        """Open a store.
+
+        Raises
+        ------
+        StoreError
+            If there is no such file.
+        FormatVersionError
+            If it is of a version unknown to this release.
+        IntegrityError
+            If it is not a feature store, or its structure is not what FORMAT.md says.
+        """
+        return cls(Path(path), kinds=("store", "index"))
+
+    @classmethod
+    def open_shard(cls, path: str | Path) -> FeatureStore:
+        """Open one shard. Its labels and splits are not yet decided, or stand in the index."""
+        return cls(Path(path), kinds=("shard",))
+
+    def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
+        return functools.partial(_open_again, kinds=self._kinds, digest=self.digest), (self.path,)  # no open files
+
+    # -- what is inside
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the feature data sets, sorted."""
+        return tuple(sorted(self.recipes))
+
+    def __len__(self) -> int:
+        """Number of images (rows)."""
+        return self._rows
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of one data set, ``(images, views, ...)``."""
+        entry = self._entries[self._key_of(name)]
+        return entry.shape if self.kind != "index" else (*entry.shape[:2], *self._row_shapes[name])
+
+    def views(self, name: str) -> int:
+        """Number of views in one data set."""
+        return self.shape(name)[1]
+
+    @functools.cached_property
+    def images(self) -> ImageTable:
+        """The table of images, verified against its checksums."""
+        column = functools.partial(self._column_of, "/images")
+        table = ImageTable(
+            paths=column("path"),
+            sha256=column("sha256"),
+            labels=column("label"),
+            splits=column("split"),
+            groups=column("group") if "/images/group/ends" in self._entries else None,
+            widths=column("width"),
+            heights=column("height"),
+            sizes=column("size"),
+            mtimes_ns=column("mtime_ns"),
+            columns=self._further_columns(),
+        )
+        # Rows of a shard get their labels and splits at assembly.
+        splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
+        self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
+        self._check_range("/images/split", table.splits, *splits)
+        return table
+
+    @functools.cached_property
+    def quarantine(self) -> Quarantine:
+        """Images that could not be read."""
+        column = functools.partial(self._column_of, "/quarantine")
+        return Quarantine(
+            paths=column("path"),
+            sha256=column("sha256"),
+            reasons=column("reason"),
+            sizes=column("size"),
+            mtimes_ns=column("mtime_ns"),
+        )
+
+    @functools.cached_property
+    def classes(self) -> tuple[str, ...]:
+        """Class names; a label is an index into them."""
+        names = self._strings_of("/classes")
+        if list(names) != sorted(set(names)):
+            raise IntegrityError(f"{self.path}: /classes are not sorted, or one is there twice. {WAY_OUT}")
+        return names
+
+    @functools.cached_property
+    def data_digest(self) -> str:
+        """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
+        table = self.images
+        return data_digest(self.classes, table.sha256, table.labels, table.splits)
+
+    @functools.cached_property
+    def shards(self) -> ShardTable:
+        """The shards that hold the features of a sharded store; none in a packed one."""
+        if self.kind != "index":
+            return ShardTable((), np.zeros((0, 32), np.uint8))
+        table = ShardTable(self._strings_of("/shards/name"), self._values_of("/shards/digest"))
+        if not all(map(is_shard_name, table.names)):
+            raise IntegrityError(f"{self.path}: /shards/name holds what is no name of a shard. {WAY_OUT}")
+        return table
+
+    def places(self, name: str) -> np.ndarray:
+        """Where the rows of a sharded store lie, int32, ``(images, views, 3)``: shard, row, position of the view."""
+        return self._verified_map(self._key_of(name))
+
+    def present(self) -> np.ndarray:
+        """Whether each row is there, bool, ``(images,)``: false where a shard is missing, or known to be damaged."""
+        numbers = range(len(self.shards.names))
+        here = np.array([n not in self._damaged and self._shard_path(n).is_file() for n in numbers], bool)
+        every = np.ones(len(self), bool)
+        for name in self.names if not here.all() else ():
+            places = self.places(name)[..., 0]
+            self._check_range(f"/places/{name}", places, 0, len(here) - 1)
+            every &= here[places].all(axis=1)
+        return every
+
+    @functools.cached_property
+    def digest(self) -> bytes:
+        """sha256 over everything that decides what the file says: its attributes, and the checksums of all blocks."""
+        listed = {key: [entry.dtype.str, list(entry.shape)] for key, entry in sorted(self._entries.items())}
+        digest = hashlib.sha256(canonical_json([self._attributes_digest, listed]).encode("ascii"))
+        for key in sorted(self._entries):
+            digest.update(self._entries[key].digests.tobytes())
+        return digest.digest()
+
+    # -- arrays
+    def rows(self, split: str | None = None) -> np.ndarray:
+        """Row numbers of one split, int64, ascending; all rows without ``split``."""
+        if split is None:
+            return np.arange(len(self), dtype=np.int64)
+        if split not in SPLITS:
+            raise ConfigurationError(
+                f"split: received {split!r}, expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}"
+            )
+        return np.flatnonzero(self.images.splits == SPLITS.index(split))
+
+    def load(
+        self, split: str | None = None, name: str | None = None, views: int | str = 0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Features and labels of one split, each row with its own label.
+
+        Parameters
+        ----------
+        split : {"train", "validation", "test", "unlabelled"}, optional
+            All rows without it.
+        name : str, optional
+            Feature data set; may be left out where there is one.
+        views : int or "all"
+            One view (0 is the plain image), or all of them.
+
+        Returns
+        -------
+        X : float32 or float16, (n, ...), or (n, K, ...) with ``views="all"``
+            Memory-mapped, read-only, where the split is one run of rows; else a copy.
+        y : int32, (n,)
+            Labels, -1 for unlabelled.
+
+        Raises
+        ------
+        IntegrityError
+            If a block of rows is not what was written.
+        """
+        name = self._data_set(name)
+        array = self.array(name)
+        rows = self.rows(split)
+        labels = self.images.labels[rows]
+        chosen: Any = slice(None)
+        if views != "all":
+            if not isinstance(views, int) or not 0 <= views < array.shape[1]:
+                raise ConfigurationError(f"views: received {views!r}, {name} has views 0 to {array.shape[1] - 1}")
+            chosen = views
+        if len(rows) and rows[-1] - rows[0] + 1 == len(rows):
+            return array[rows[0] : rows[-1] + 1, chosen], labels
+        return array[rows, chosen], labels
+
+    def array(self, name: str | None = None) -> np.ndarray | ShardedArray:
+        """One whole data set, ``(images, views, ...)``, read-only, verified on first use.
+
+        Memory-mapped in a packed store; in a sharded one an object that copies the rows it is indexed with.
+        """
+        name = self._data_set(name)
+        values = self._verified_map(self._key_of(name))
+        if self.kind != "index":
+            return values
+        rows_of = functools.partial(self._shard_rows, name)
+        return ShardedArray(values, self._row_shapes[name], np.dtype(self.recipes[name].dtype), rows_of)
+
+    def read(self, name: str | None, start: int, stop: int) -> np.ndarray:
+        """A run of rows of one data set, ``(stop - start, views, ...)``, each block verified the first time.
+
+        For going through a data set larger than memory: not mapped, as mapped pages count as memory of the process.
+        """
+        name = self._data_set(name)
+        key, (images, *row) = self._key_of(name), self.shape(name)
+        start, stop, _ = slice(start, stop).indices(images)
+        entry = self._entries[key]
+        size, step = (stop - start) * entry.row_bytes, block_rows(entry.shape, entry.dtype)
+        if self.kind == "index" or not 0 < size < 1 << 30:  # a single system call reads no more
+            return self.array(name)[start : max(start, stop)]
+        with self._stream() as stream:
+            for block in range(start // step, -(-stop // step)) if key not in self._verified else ():
+                if (key, block) not in self._verified_blocks:
+                    self._read_block(stream, key, block)
+                    self._verified_blocks.add((key, block))
+            data = os.pread(stream.fileno(), size, entry.offset + start * entry.row_bytes)
+        if len(data) != size:
+            raise IntegrityError(f"{self.path}: {key} rows {start} to {stop - 1} are cut off. {WAY_OUT}")
+        return np.frombuffer(data, entry.dtype).reshape(stop - start, *row)
+
+    def verify(self, progress: Progress | None = None) -> int:
+        """Recompute every checksum.
+
+        Returns
+        -------
+        int
+            Number of blocks verified.
+
+        Raises
+        ------
+        IntegrityError
+            Naming the data set and the rows of the first block that differs.
+        """
+        blocks = sum(len(entry.digests) for entry in self._entries.values())
+        total, done = blocks + len(self.shards.names), 0
+        for key in self._entries:
+            for _ in self._verify_blocks(key):
+                done += 1
+                if progress:
+                    progress("verify", done, total)
+        here = {name: dict(by_shard(self.places(name))) for name in self.names} if self.kind == "index" else {}
+        for number in range(len(self.shards.names)):
+            shard = self._open_shard(number)
+            blocks += shard.verify()
+            for name, groups in here.items():
+                if number in groups:
+                    self._check_holds(shard, number, name, self.places(name).reshape(-1, 3)[groups[number]])
+            done += 1
+            if progress:
+                progress("verify", done, total)
+        if any(set(groups) - set(range(len(self.shards.names))) for groups in here.values()):
+            raise IntegrityError(f"{self.path}: a place in a shard that there is not. {WAY_OUT}")
+        _ = self.images, self.quarantine  # texts are whole, labels and splits are in range
+        return blocks
+
+    def set_damaged_shards_aside(self) -> None:
+        """Verify each shard; rows of one that is damaged count as missing from now on, which is logged."""
+        for number in range(len(self.shards.names)):
+            try:
+                self._open_shard(number).verify()
+            except IntegrityError as error:
+                logger.warning("%s", error)
+                self._damaged.add(number)
+
+    # -- inside
+    def _data_set(self, name: str | None) -> str:
+        if name is None:
+            if len(self.recipes) == 1:
+                return next(iter(self.recipes))
+            raise ConfigurationError(
+                f"{self.path} holds {len(self.recipes)} data sets: name one of {', '.join(self.names)}"
+            )
+        if name not in self.recipes:
+            raise ConfigurationError(
+                f"{self.path} has no data set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
+            )
+        return name
+
+    def _key_of(self, name: str) -> str:
+        return f"/{values_group(self.kind)}/{self._data_set(name)}"
+
+    def _open(self) -> None:
+        if not self.path.exists():
+            raise StoreError(
+                f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
+            )
+        if not self.path.is_file():
+            if self.path.is_dir():
+                raise IntegrityError(
+                    f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To make "
+                    f"one of a folder of images: bottleneck extract {self.path} --out features.h5"
+                )
+            raise IntegrityError("not a feature store, but a pipe or a device")
+        structure = read_structure(self.path, self._kinds, keep_open="shard" not in self._kinds)
+        if structure.descriptor >= 0:
+            self._descriptor = structure.descriptor
+            weakref.finalize(self, os.close, structure.descriptor)
+        root = structure.root
+        self._entries, self._attributes_digest = structure.entries, structure.attributes_digest
+        self.kind, self.source, self.split_rule = str(root["kind"]), str(root["source"]), str(root["split_rule"])
+        self.provenance = json.loads(str(root["provenance"]))
+        if not isinstance(self.provenance, dict):
+            raise IntegrityError(f"attribute provenance: received {str(root['provenance'])[:40]}, expected an object")
+        self._check_columns()
+        self.recipes = self._read_recipes(structure)
+
+    def _check_columns(self) -> None:
+        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+        tables_of_file = {"/images": IMAGE_COLUMNS, "/quarantine": QUARANTINE_COLUMNS}
+        if self.kind == "index":
+            tables_of_file["/shards"] = SHARD_COLUMNS
+        for group, columns in tables_of_file.items():
+            for name, kind in columns.items():
+                key = f"{group}/{name}"
+                if kind is not None:
+                    expected[key] = kind
+                elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in self._entries:
+                    expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
+        further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in self._entries else ()
+        for key in ("/classes", *further):
+            expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
+        tables = {key for key in self._entries if not key.startswith(f"/{values_group(self.kind)}/")}
+        if tables != set(expected):
+            raise IntegrityError(f"unknown or missing data sets: {', '.join(sorted(tables ^ set(expected))[:5])}")
+        counts: dict[str, set[int]] = {group: set() for group in tables_of_file}
+        for key, (dtype, tail) in expected.items():
+            entry = self._entries[key]
+            if entry.dtype != np.dtype(dtype) or entry.shape[1:] != tail:
+                raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} (n, {tail})")
+            if not key.endswith("/utf8") and not key.startswith(("/classes", "/columns")):
+                counts["/" + key.split("/")[1]].add(entry.shape[0])
+        for group, lengths in counts.items():
+            if len(lengths) != 1:
+                raise IntegrityError(f"{group}: columns of different lengths {sorted(lengths)}")
+        self._rows = counts["/images"].pop()
+
+    def _read_recipes(self, structure: Structure) -> dict[str, Recipe]:
+        recipes: dict[str, Recipe] = {}
+        self._row_shapes: dict[str, tuple[int, ...]] = {}  # of an index, whose values lie elsewhere
+        group, extra = f"/{values_group(self.kind)}/", ["shape"] if self.kind == "index" else []
+        for key, entry in self._entries.items():
+            if not key.startswith(group):
+                continue
+            values = structure.attributes.get(key, {})
+            if sorted(values) != ["fingerprint", "recipe", *extra]:
+                raise IntegrityError(f"{key}: attributes {sorted(values)}, expected fingerprint and recipe")
+            recipe = Recipe.from_dict(json.loads(str(values["recipe"])))
+            name = key.removeprefix(group)
+            if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
+                raise IntegrityError(f"{key}: the fingerprint or the name is not that of its recipe")
+            dtype = PLACE if self.kind == "index" else np.dtype(recipe.dtype)
+            if entry.dtype != dtype or len(entry.shape) < 3 or entry.shape[0] != self._rows or not entry.shape[1]:
+                raise IntegrityError(
+                    f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} and {self._rows} rows"
+                )
+            if self.kind == "index":
+                self._row_shapes[name] = _row_shape(key, entry.shape, str(values["shape"]))
+            recipes[name] = recipe
+        if not recipes:
+            raise IntegrityError(f"{group[:-1]}: no data set")
+        return recipes
+
+    def _shard_path(self, number: int) -> Path:
+        return shard_path(parts_folder(self.path), self.shards.names[number])
+
+    def _open_shard(self, number: int) -> FeatureStore:
+        """A shard that is the one the index was made of: its digest vouches for all that it says."""
+        path = self._shard_path(number)
+        if not path.parent.is_dir():
+            raise IntegrityError(
+                f"{self.path}: its shards lie in {path.parent.name}, which is not beside it; move them along"
+            )
+        try:
+            shard = FeatureStore.open_shard(path)
+        except (StoreError, FileNotFoundError) as error:
+            raise IntegrityError(
+                f"{path}: the shard is missing, a part of {self.path}. If that was brought up to date in the meantime, "
+                "open it again; else run the extraction again: only the images of this shard are computed."
+            ) from error
+        if shard.digest != self.shards.digests[number].tobytes():
+            raise IntegrityError(
+                f"{path}: the shard is not the one that was written, a part of {self.path}. Move it away and run the "
+                "extraction again: only its images are computed."
+            )
+        return shard
+
+    def _shard_rows(self, name: str, number: int) -> np.ndarray:
+        if not 0 <= number < len(self.shards.names):
+            raise IntegrityError(f"{self.path}: a place in shard {number}, of {len(self.shards.names)}. {WAY_OUT}")
+        if number not in self._shards:
+            self._shards[number] = self._open_shard(number)
+        self._check_holds(self._shards[number], number, name)
+        with reading(self._shards[number].path):
+            return np.asarray(self._shards[number].array(name))
+
+    def _check_holds(self, shard: FeatureStore, number: int, name: str, places: np.ndarray | None = None) -> None:
+        """That a shard has the data set that the index says, and all of these places."""
+        recipe, mine = shard.recipes.get(name), self.recipes[name]
+        same = recipe is not None and (recipe == mine or self._only_view_0(shard, number, name, recipe))
+        if not same or shard.shape(name)[2:] != self._row_shapes[name]:
+            raise IntegrityError(f"{shard.path}: does not hold {name} of {self.path}. {WAY_OUT}")
+        if places is not None and ((places < 0).any() or (places[:, 1:] >= shard.shape(name)[:2]).any()):
+            raise IntegrityError(f"{self.path}: a place outside {shard.path}. {WAY_OUT}")
+
+    def _only_view_0(self, shard: FeatureStore, number: int, name: str, recipe: Recipe) -> bool:
+        """Whether the index takes nothing but view 0 of this shard, which neither augmentation nor seed decides."""
+        places, views = self.places(name), shard.provenance.get("views")
+        here = places[..., 0] == number
+        position = views.index(0) if isinstance(views, list) and 0 in views else -1
+        of_view_0 = not here[:, 1:].any() and bool((places[here[:, 0], 0, 2] == position).all())
+        return recipe.plain == self.recipes[name].plain and of_view_0
+
+    def _stream(self) -> BinaryIO:
+        return open(self.path if self._descriptor is None else os.dup(self._descriptor), "rb", buffering=0)
+
+    def _verified_map(self, key: str) -> np.ndarray:
+        if key not in self._verified:
+            for _ in self._verify_blocks(key):
+                pass
+            self._verified.add(key)
+        return self._map(key)
+
+    def _map(self, key: str) -> np.ndarray:
+        entry = self._entries[key]
+        if 0 in entry.shape:
+            return np.zeros(entry.shape, dtype=entry.dtype)
+        with self._stream() as stream:
+            array = np.memmap(stream, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
+        return array  # it has no file name: whoever opened that would read the rows of a later store
+
+    def _verify_blocks(self, key: str) -> Iterator[np.ndarray]:
+        """Blocks of rows that are what was written. Read, not mapped: what is mapped counts as memory of the process."""
+        with self._stream() as stream:
+            for block in range(len(self._entries[key].digests)):
+                yield self._read_block(stream, key, block)
+
+    def _read_block(self, stream: BinaryIO, key: str, block: int) -> np.ndarray:
+        entry = self._entries[key]
+        step = block_rows(entry.shape, entry.dtype)
+        start = block * step
+        count = min(step, entry.shape[0] - start)
+        where = f"{self.path}: {key} rows {start} to {start + count - 1}"
+        data = os.pread(stream.fileno(), count * entry.row_bytes, entry.offset + start * entry.row_bytes)
+        digest = block_hash(key, entry.dtype, entry.shape, block)
+        digest.update(data)
+        if len(data) != count * entry.row_bytes or digest.digest() != entry.digests[block].tobytes():
+            raise IntegrityError(f"{where} are not what was written (checksum differs). {WAY_OUT}")
+        rows = np.frombuffer(data, entry.dtype).reshape(count, *entry.shape[1:])
+        if entry.dtype.kind == "f" and not np.isfinite(rows).all():
+            raise IntegrityError(f"{where} hold values that are not finite. {WAY_OUT}")
+        return rows
+
+    def _check_range(self, key: str, values: np.ndarray, low: int, high: int) -> None:
+        if len(values) and not low <= int(values.min()) <= int(values.max()) <= high:
+            raise IntegrityError(
+                f"{self.path}: {key} holds {values.min()} to {values.max()}, expected {low} to {high}. {WAY_OUT}"
+            )
+
+    def _column_of(self, group: str, name: str) -> Any:
+        key = f"{group}/{name}"
+        known = IMAGE_COLUMNS if group == "/images" else QUARANTINE_COLUMNS
+        return self._strings_of(key) if known[name] is None else self._values_of(key)
+
+    def _further_columns(self) -> dict[str, tuple[str, ...]]:
+        if f"{FURTHER_COLUMNS[0]}/ends" not in self._entries:
+            return {}
+        names, values = map(self._strings_of, FURTHER_COLUMNS)
+        if list(names) != sorted(set(names)) or len(values) != len(names) * len(self):
+            raise IntegrityError(f"{self.path}: {len(names)} further columns of {len(values)} values. {WAY_OUT}")
+        return {name: values[number * len(self) : (number + 1) * len(self)] for number, name in enumerate(names)}
+
+    def _values_of(self, key: str) -> np.ndarray:
+        entry = self._entries[key]
+        return np.concatenate([np.empty((0, *entry.shape[1:]), entry.dtype), *self._verify_blocks(key)])
+
+    def _strings_of(self, key: str) -> tuple[str, ...]:
+        blob, ends = self._values_of(f"{key}/utf8").tobytes(), self._values_of(f"{key}/ends")
+        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
+        if len(blob) != (int(ends[-1]) if len(ends) else 0) or (ends < starts).any():
+            raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
+        pairs = zip(starts.tolist(), ends.tolist(), strict=True)
+        return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
+
+
+def _open_again(path: Path, *, kinds: tuple[str, ...], digest: bytes) -> FeatureStore:
+    """A store in another process: the same one, or an error."""
+    store = FeatureStore(path, kinds=kinds)
+    if store.digest != digest:
+        raise StoreError(f"{path}: was brought up to date after this process was given it. Open it again.")
+    return store
+
+
+def _row_shape(key: str, places: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """Shape of one view of one image, as an index states it."""
+    shape = json.loads(text)
+    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+        raise IntegrityError(f"{key}: attribute shape is {text[:40]}, expected positive lengths")
+    if places[2:] != (3,):
+        raise IntegrityError(f"{key}: received {places}, expected a shard, a row and a view each")
+    return tuple(shape)

@@ -1,0 +1,184 @@
+"""What a store consists of: tables, column types and block checksums, as FORMAT.md says. Pure, no HDF5 here."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from features.canonical import canonical_json
+from features.recipe import Recipe
+
+FORMAT = "bottleneck-features"
+FORMAT_VERSION = 1
+CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
+TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
+PLACE = np.dtype("<i4")  # a place is three of them: shard, row, position on the shard's view axis
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageTable:
+    """One entry per row of every feature data set, in row order.
+
+    Parameters
+    ----------
+    paths : tuple of str
+        Path inside the source, ``/`` between parts.
+    sha256 : uint8, (n, 32)
+        Content hash of the bytes that were decoded.
+    labels : int32, (n,)
+        Index into the classes, -1 for unlabelled.
+    splits : int8, (n,)
+        Index into ``features.sources.scan.SPLITS``.
+    groups : tuple of str or None
+        Group of each image, where the source has groups.
+    widths, heights : int32, (n,)
+        Size of the decoded image in pixels, after orientation, before resizing.
+    sizes : int64, (n,)
+        File size in bytes.
+    mtimes_ns : int64, (n,)
+        Modification time in nanoseconds since 1970.
+    columns : mapping of str to tuple of str, length n
+        What else the source says of each image, by name.
+    """
+
+    paths: tuple[str, ...]
+    sha256: np.ndarray
+    labels: np.ndarray
+    splits: np.ndarray
+    groups: tuple[str, ...] | None
+    widths: np.ndarray
+    heights: np.ndarray
+    sizes: np.ndarray
+    mtimes_ns: np.ndarray
+    columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Quarantine:
+    """Images that could not be read: path, hash of the bytes (zeros where there were none), reason, size, time."""
+
+    paths: tuple[str, ...]
+    sha256: np.ndarray
+    reasons: tuple[str, ...]
+    sizes: np.ndarray
+    mtimes_ns: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+
+@dataclasses.dataclass(frozen=True)
+class FeatureSpec:
+    """Shape and meaning of one feature data set: ``(rows, views, *shape)`` of ``recipe.dtype``."""
+
+    recipe: Recipe
+    views: int
+    shape: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardTable:
+    """The shards that an index points into: name, and digest of what each says (``FeatureStore.digest``)."""
+
+    names: tuple[str, ...]
+    digests: np.ndarray
+
+
+# Column name -> (dtype, trailing shape); None stands for a list of strings.
+IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
+    "path": None,
+    "sha256": ("u1", (32,)),
+    "label": ("<i4", ()),
+    "split": ("i1", ()),
+    "group": None,
+    "width": ("<i4", ()),
+    "height": ("<i4", ()),
+    "size": ("<i8", ()),
+    "mtime_ns": ("<i8", ()),
+}
+QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
+    "path": None,
+    "sha256": ("u1", (32,)),
+    "reason": None,
+    "size": ("<i8", ()),
+    "mtime_ns": ("<i8", ()),
+}
+SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "digest": ("u1", (32,))}
+# Names of the further columns, and their values, one column behind the other.
+FURTHER_COLUMNS = ("/columns/name", "/columns/value")
+OPTIONAL_COLUMNS = {"/images/group"}
+ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
+
+
+def digest_rows(digests: Iterable[bytes]) -> np.ndarray:
+    """Digests of 32 bytes each -> uint8, (n, 32)."""
+    return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
+
+
+def values_group(kind: str) -> str:
+    """Where the features are, or in an index their places."""
+    return "places" if kind == "index" else "features"
+
+
+def root_groups(kind: str) -> tuple[str, ...]:
+    """Groups directly under the root of a store, an index or a shard."""
+    shards = ("shards",) if kind == "index" else ()
+    return (values_group(kind), *shards, "images", "classes", "quarantine", "checksums")
+
+
+def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
+    """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
+    digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
+    for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
+        digest.update(np.ascontiguousarray(column).tobytes())
+    return digest.hexdigest()
+
+
+def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
+
+
+def block_hash(key: str, dtype: np.dtype, shape: tuple[int, ...], block: int) -> Any:
+    # The place is part of what is hashed, so that two exchanged blocks or data sets do not pass.
+    return hashlib.sha256(f"{key}|{dtype.str}|{list(shape)}|{block}|".encode("utf-8", "surrogateescape"))
+
+
+def attributes_digest(attributes: Mapping[str, Mapping[str, str | int]]) -> str:
+    plain = {key: dict(values) for key, values in attributes.items() if values}
+    return hashlib.sha256(canonical_json(plain).encode("ascii")).hexdigest()
+
+
+def image_columns(images: ImageTable) -> dict[str, Any]:
+    return {
+        "path": images.paths,
+        "sha256": images.sha256,
+        "label": images.labels,
+        "split": images.splits,
+        "group": images.groups,
+        "width": images.widths,
+        "height": images.heights,
+        "size": images.sizes,
+        "mtime_ns": images.mtimes_ns,
+    }
+
+
+def quarantine_columns(quarantine: Quarantine) -> dict[str, Any]:
+    return {
+        "path": quarantine.paths,
+        "sha256": quarantine.sha256,
+        "reason": quarantine.reasons,
+        "size": quarantine.sizes,
+        "mtime_ns": quarantine.mtimes_ns,
+    }
+
+
+def shard_columns(shards: ShardTable) -> dict[str, Any]:
+    return {"name": shards.names, "digest": shards.digests}

@@ -1,0 +1,242 @@
+"""Read the structure of an untrusted HDF5 file: what lies where, before any value of it is used.
+
+path --read_structure()--> attributes, and for every data set its shape, type, offset and block checksums
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from features.errors import FormatVersionError, IntegrityError, StoreError
+from features.store.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    ROOT_ATTRIBUTES,
+    TEXT_ATTRIBUTE_LIMIT,
+    attributes_digest,
+    block_rows,
+    root_groups,
+    values_group,
+)
+
+if TYPE_CHECKING:
+    import h5py
+
+_ROW_LIMIT = 1 << 40  # values of one row, in a data set that may have no rows
+WAY_OUT = "Move the file away and extract again; no row of it is used."
+
+
+@dataclasses.dataclass(frozen=True)
+class Structure:
+    """What a file consists of; ``descriptor`` is the caller's to close, -1 where none was to be kept."""
+
+    root: Mapping[str, str | int]
+    attributes: Mapping[str, Mapping[str, str | int]]
+    attributes_digest: str
+    entries: Mapping[str, Entry]
+    descriptor: int
+
+
+def read_structure(path: Path, kinds: Sequence[str], *, keep_open: bool) -> Structure:
+    """Check everything about a file but its values.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    kinds : sequence of {"store", "index", "shard"}
+        What it may be.
+    keep_open : bool
+        Keep a hold on the file: when a writer puts another one in its place, these rows stay these. Shards never
+        change, and there may be more of them than a process may open.
+
+    Raises
+    ------
+    IntegrityError, FormatVersionError
+        If it is not what FORMAT.md says.
+    """
+    import h5py
+
+    with h5py.File(path, "r", locking=False) as file:
+        handle = file.id.get_vfd_handle()
+        size = os.fstat(handle).st_size
+        _check_version(path, file)
+        attributes: dict[str, dict[str, str | int]] = {}
+        datasets: dict[str, h5py.Dataset] = {}
+        _walk(file, "", attributes, datasets, set())
+        root = attributes["/"]
+        stated = root.pop("attributes_sha256", None)
+        if stated != attributes_digest(attributes):
+            raise IntegrityError("the attributes are not what was written (attributes_sha256 differs)")
+        if sorted({*root, "attributes_sha256"}) != sorted(ROOT_ATTRIBUTES) or root["kind"] not in kinds:
+            raise IntegrityError(
+                f"root attributes: received kind {root.get('kind')!r}, expected {' or '.join(map(repr, kinds))}"
+            )
+        _check_objects(str(root["kind"]), attributes, datasets)
+        checksums = {key.removeprefix("/checksums"): datasets.pop(key) for key in list(datasets) if _is_checksum(key)}
+        if set(checksums) != set(datasets):
+            odd = sorted(set(checksums) ^ set(datasets))
+            raise IntegrityError(f"data sets and checksums do not pair: {', '.join(odd[:5])}")
+        entries = {key: Entry.read(key, data, checksums[key], size) for key, data in datasets.items()}
+        return Structure(root, attributes, str(stated), entries, os.dup(handle) if keep_open else -1)
+
+
+def _check_version(path: Path, file: h5py.File) -> None:
+    found = {}
+    for name in ("format", "format_version"):
+        found[name] = _attribute(file, name) if name in file.attrs else None
+    if found["format"] != FORMAT:
+        raise IntegrityError(f"not a feature store (format is {found['format']!r}, expected {FORMAT!r})")
+    if found["format_version"] != FORMAT_VERSION:
+        raise FormatVersionError(
+            f"{path}: format version {found['format_version']} is not known to this release, which reads "
+            f"version {FORMAT_VERSION}. Install a newer bottleneck-features, or extract again into another file."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """Where one contiguous data set lies in the file, and the checksums of its blocks."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    offset: int
+    digests: np.ndarray
+
+    @property
+    def row_bytes(self) -> int:
+        return self.dtype.itemsize * math.prod(self.shape[1:])
+
+    @classmethod
+    def read(cls, key: str, dataset: h5py.Dataset, checksum: h5py.Dataset, file_size: int) -> Entry:
+        shape, dtype, offset = _checked_layout(key, dataset, file_size)
+        blocks = -(-shape[0] // block_rows(shape, dtype))
+        sum_shape, sum_dtype, _ = _checked_layout(f"/checksums{key}", checksum, file_size)
+        if sum_shape != (blocks, 32) or sum_dtype != np.dtype("u1"):
+            raise IntegrityError(f"/checksums{key}: received {sum_shape}, expected {(blocks, 32)}")
+        return cls(shape, dtype, offset, checksum[()] if blocks else np.zeros((0, 32), "u1"))
+
+
+def _checked_layout(key: str, dataset: h5py.Dataset, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Shape, dtype and file offset of a data set that lies wholly inside this file, contiguous and unfiltered."""
+    import h5py
+
+    properties = dataset.id.get_create_plist()
+    if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count() or dataset.shape is None:
+        raise IntegrityError(f"{key}: not a contiguous data set of this file (chunked, virtual, external or empty)")
+    dtype = dataset.dtype
+    if dtype.kind not in "uif" or dtype.hasobject:
+        raise IntegrityError(f"{key}: element type {dtype.str} is not allowed")
+    if not dataset.shape:
+        raise IntegrityError(f"{key}: a scalar, expected rows")
+    shape = tuple(int(length) for length in dataset.shape)
+    if (shape[0] and 0 in shape[1:]) or math.prod(max(1, length) for length in shape[1:]) > _ROW_LIMIT:
+        raise IntegrityError(
+            f"{key}: received shape {shape}, expected rows of at least one value and at most {_ROW_LIMIT}"
+        )
+    declared = dtype.itemsize * math.prod(shape)  # Python integers: a product over 64 bits must not look small
+    offset = dataset.id.get_offset()
+    if declared and (offset is None or offset + declared > file_size or dataset.id.get_storage_size() != declared):
+        raise IntegrityError(f"{key}: declares {declared} bytes, which the file of {file_size} bytes does not hold")
+    return shape, dtype, int(offset or 0)
+
+
+def _is_checksum(key: str) -> bool:
+    return key.startswith("/checksums/")
+
+
+def _walk(
+    group: Any, key: str, attributes: dict[str, dict[str, str | int]], datasets: dict[str, Any], seen: set[int]
+) -> None:
+    """Collect attributes and data sets, following hard links only, to a bounded depth and each object once."""
+    import h5py
+
+    if key.count("/") > 4:
+        raise IntegrityError(f"{key}: groups nested deeper than the format has")
+    _check_new(group, key, seen)
+    attributes[key or "/"] = {name: _attribute(group, name) for name in group.attrs}
+    for name in _names(group):
+        path = f"{key}/{name}"
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise IntegrityError(f"{path}: a soft or external link, which a feature store never has")
+        kind = group.get(name, getclass=True)
+        if kind is h5py.Group:
+            _walk(group[name], path, attributes, datasets, seen)
+        elif kind is h5py.Dataset:
+            _check_new(group[name], path, seen)
+            datasets[path] = group[name]
+            attributes[path] = {item: _attribute(group[name], item) for item in group[name].attrs}
+        else:
+            raise IntegrityError(f"{path}: neither a group nor a data set")
+
+
+def _names(group: Any) -> list[str]:
+    """Names of the links in a group, in the order in which they are stored, then sorted here.
+
+    To sort them itself libhdf5 (up to 1.14.6) builds a table, which it frees uninitialised where a link is damaged:
+    a crash (https://github.com/HDFGroup/hdf5/issues/5375).
+    """
+    import h5py
+
+    names: list[bytes] = []
+    group.id.links.iterate(names.append, order=h5py.h5.ITER_NATIVE)
+    return sorted(name.decode("utf-8", "surrogateescape") for name in names)
+
+
+def _check_new(item: Any, key: str, seen: set[int]) -> None:
+    """One object under many names makes a short file endless."""
+    import h5py
+
+    address = h5py.h5o.get_info(item.id).addr
+    if address in seen:
+        raise IntegrityError(f"{key or '/'}: another name for an object that has one")
+    seen.add(address)
+
+
+def _check_objects(kind: str, attributes: Mapping[str, Mapping[str, str | int]], datasets: Mapping[str, Any]) -> None:
+    """No group, and no attribute, where the format has none."""
+    known = {"/", *(f"/{name}" for name in root_groups(kind))}
+    for key in datasets:
+        parts = key.split("/")
+        known |= {"/".join(parts[:length]) for length in range(2, len(parts) + 1)}
+    odd = sorted(set(attributes) - known)
+    values = f"/{values_group(kind)}/"
+    odd += sorted(key for key in attributes if attributes[key] and key != "/" and not key.startswith(values))
+    if odd:
+        raise IntegrityError(f"groups or attributes that the format does not have: {', '.join(odd[:5])}")
+
+
+def _attribute(owner: Any, name: str) -> str | int:
+    dtype, shape = owner.attrs.get_id(name).dtype, owner.attrs.get_id(name).shape
+    if shape != () or (dtype.kind != "S" and dtype != np.dtype("<i8")) or dtype.itemsize > TEXT_ATTRIBUTE_LIMIT:
+        raise IntegrityError(f"attribute {name} of {owner.name}: type {dtype.str} {shape} is not allowed")
+    value = owner.attrs[name]
+    return value.decode("utf-8", "surrogateescape") if dtype.kind == "S" else int(value)
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Whatever the HDF5 library or a parser says of a damaged file becomes one error that names the file."""
+    try:
+        yield
+    except (StoreError, FormatVersionError) as error:
+        if str(path) in str(error):
+            raise
+        raise type(error)(f"{path}: {error}. {WAY_OUT}") from error
+    except PermissionError as error:
+        raise StoreError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
+        if "file signature not found" in str(error):
+            raise IntegrityError(
+                f"{path}: not a readable feature store, nor any HDF5 file. Give the file that bottleneck extract wrote (for "
+                "--out a name that is free); if this was it, it is damaged: move it away and extract again"
+            ) from error
+        raise IntegrityError(f"{path}: not a readable feature store ({error}). {WAY_OUT}") from error

@@ -1,0 +1,216 @@
+"""Write a finished file from blocks of rows: a store, an index of shards, or a shard, as FORMAT.md says."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from features.canonical import canonical_json
+from features.errors import StoreError
+from features.files import PatientFile
+from features.store.schema import (
+    FORMAT,
+    FORMAT_VERSION,
+    FURTHER_COLUMNS,
+    IMAGE_COLUMNS,
+    PLACE,
+    QUARANTINE_COLUMNS,
+    SHARD_COLUMNS,
+    TEXT_ATTRIBUTE_LIMIT,
+    FeatureSpec,
+    ImageTable,
+    Quarantine,
+    ShardTable,
+    attributes_digest,
+    block_hash,
+    block_rows,
+    image_columns,
+    quarantine_columns,
+    root_groups,
+    shard_columns,
+    values_group,
+)
+
+if TYPE_CHECKING:
+    import h5py
+
+
+class StoreWriter:
+    """Write a finished file from blocks of rows that arrive in order.
+
+    Parameters
+    ----------
+    path : Path
+        File to create (give the temporary name of ``atomic_file``).
+    kind : {"store", "index", "shard"}
+        A shard has no labels and splits: they are decided at assembly. An index holds no features, but the place
+        of each in a shard.
+    rows : int
+        Number of rows of every data set.
+    features : mapping of str to FeatureSpec
+        Data sets by name.
+    """
+
+    def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
+        import h5py
+
+        self._sink = PatientFile(path)
+        # v110: every metadata structure carries a checksum, so a flipped bit is an error and not another value.
+        self._file = h5py.File(self._sink, "w-", libver=("v110", "v110"))
+        self._rows = rows
+        self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
+        self._open: dict[str, _HashedDataset] = {}
+        with self._checked():
+            for name in root_groups(kind):
+                self._file.create_group(name)
+            self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
+            for name, spec in features.items():
+                key = f"/{values_group(kind)}/{name}"
+                dtype, shape = (PLACE, (3,)) if kind == "index" else (np.dtype(spec.recipe.dtype), spec.shape)
+                dataset = self._create(key, (rows, spec.views, *shape), dtype)
+                self._set(key, recipe=spec.recipe.canonical, fingerprint=spec.recipe.fingerprint)
+                if kind == "index":
+                    self._set(key, shape=canonical_json(list(spec.shape)))
+                self._open[name] = dataset
+
+    def append(self, name: str, block: np.ndarray) -> None:
+        """Append rows to one feature data set.
+
+        Parameters
+        ----------
+        name : str
+            Data set.
+        block : float32 or float16, (k, views, ...), or int32, (k, views, 3) in an index
+            The next k rows.
+        """
+        with self._checked():
+            self._open[name].append(block)
+
+    def finish(
+        self,
+        *,
+        images: ImageTable,
+        quarantine: Quarantine,
+        classes: Sequence[str] = (),
+        source: str = "",
+        split_rule: str = "",
+        provenance: Mapping[str, Any] | None = None,
+        shards: ShardTable | None = None,
+    ) -> None:
+        """Write the tables, the checksums and the attributes, and close the file."""
+        for dataset in self._open.values():
+            if dataset.position != self._rows:
+                raise StoreError(f"{dataset.key}: {dataset.position} rows were written, {self._rows} promised")
+        with self._checked():
+            self._table("/images", IMAGE_COLUMNS, image_columns(images))
+            self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
+            if images.columns:
+                values = (images.columns[name] for name in sorted(images.columns))
+                for key, texts in zip(
+                    FURTHER_COLUMNS, (sorted(images.columns), [*itertools.chain(*values)]), strict=True
+                ):
+                    self._strings(key, texts)
+            if shards is not None:
+                self._table("/shards", SHARD_COLUMNS, shard_columns(shards))
+            self._strings("/classes", classes)
+            self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
+            for dataset in list(self._open.values()):
+                dataset.write_checksums(self._file)
+            self._set("/", attributes_sha256=attributes_digest(self._attributes))
+            self.close()
+
+    def close(self) -> None:
+        """Close the file, finished or not."""
+        self._file.close()
+        self._sink.close()
+
+    @contextlib.contextmanager
+    def _checked(self) -> Iterator[None]:
+        """An error of the disk ends the writing, and comes before what the library made of it."""
+        try:
+            yield
+            self._sink.check()
+        except BaseException:
+            self.close()
+            self._sink.check()
+            raise
+
+    def _set(self, key: str, **values: str | int) -> None:
+        for name, value in values.items():
+            stored: Any = value
+            if isinstance(value, str):
+                # One NUL behind an empty text: HDF5 has no string type of length 0.
+                stored = np.bytes_(value.encode("utf-8", "surrogateescape") or b"\0")
+                if len(stored) > TEXT_ATTRIBUTE_LIMIT:
+                    raise StoreError(f"attribute {name} of {key}: {len(stored)} bytes, at most {TEXT_ATTRIBUTE_LIMIT}")
+            self._file[key].attrs.create(name, stored, dtype=None if isinstance(value, str) else "<i8")
+            if name != "attributes_sha256":
+                self._attributes.setdefault(key, {})[name] = value
+
+    def _create(self, key: str, shape: tuple[int, ...], dtype: np.dtype) -> _HashedDataset:
+        dataset = self._file.create_dataset(key, shape=shape, dtype=dtype.newbyteorder("<"), track_times=False)
+        return _HashedDataset(key, dataset)
+
+    def _table(self, key: str, known: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
+        for name, kind in known.items():
+            values = columns[name]
+            if values is None:
+                continue
+            if kind is None:
+                self._strings(f"{key}/{name}", values)
+            else:
+                self._column(f"{key}/{name}", np.asarray(values, dtype=kind[0]).reshape(-1, *kind[1]))
+
+    def _strings(self, key: str, values: Sequence[str]) -> None:
+        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
+        self._file.require_group(key)
+        self._column(f"{key}/utf8", np.frombuffer(b"".join(encoded), dtype="u1"))
+        lengths = np.fromiter((len(text) for text in encoded), dtype="<i8", count=len(encoded))
+        self._column(f"{key}/ends", np.cumsum(lengths, dtype="<i8"))
+
+    def _column(self, key: str, values: np.ndarray) -> None:
+        column = self._create(key, values.shape, values.dtype)
+        column.append(values)
+        self._open[key] = column
+
+
+class _HashedDataset:
+    """A data set written front to back, hashed in blocks of rows on the way."""
+
+    def __init__(self, key: str, dataset: h5py.Dataset) -> None:
+        self.key, self._dataset, self.position = key, dataset, 0
+        self._block_rows = block_rows(dataset.shape, dataset.dtype)
+        self._hash, self._digests = block_hash(key, dataset.dtype, dataset.shape, 0), []  # type: ignore[var-annotated]
+
+    def append(self, block: np.ndarray) -> None:
+        expected = self._dataset.shape[1:]
+        if block.shape[1:] != expected or self.position + len(block) > self._dataset.shape[0]:
+            raise StoreError(
+                f"{self.key}: received rows {block.shape} after row {self.position}, expected {self._dataset.shape}"
+            )
+        block = np.ascontiguousarray(block, dtype=self._dataset.dtype)
+        done = 0
+        while done < len(block):
+            step = min(len(block) - done, self._block_rows - self.position % self._block_rows)
+            # In small steps: h5py copies what it hands to a file object.
+            self._dataset[self.position : self.position + step] = block[done : done + step]
+            self._hash.update(block[done : done + step].data)
+            done += step
+            self.position += step
+            if self.position % self._block_rows == 0:
+                self._close_block()
+
+    def _close_block(self) -> None:
+        self._digests.append(self._hash.digest())
+        self._hash = block_hash(self.key, self._dataset.dtype, self._dataset.shape, len(self._digests))
+
+    def write_checksums(self, file: h5py.File) -> None:
+        if self.position % self._block_rows:
+            self._close_block()
+        digests = np.frombuffer(b"".join(self._digests), dtype="u1").reshape(-1, 32)
+        file.create_dataset(f"/checksums{self.key}", data=digests, track_times=False)
