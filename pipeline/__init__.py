@@ -1,13 +1,8 @@
 """The application: three stages and what is around them. ``python -m pipeline --help``.
 
-cli, commands/             options -> a stage -> one document
-extract                    stage one
-train_head, heads/         stage two: one head; its kinds, and the bank that trains many at once
-sweeps/                    many heads in parallel, and the choice among them
-finetune, tuning/          stage three
-runs/                      what every training leaves: folder, scores, plots, leaderboard
-predict, predicting/       new images; export, exporting/: one artefact; report, reporting/, preview: to look at
-experiments, recipes/      published recipes
-cluster/                   the same on many machines
-config, outputs, progress, tables    used by all
+    commands --> stages --> sweeps tuning exporting predicting reporting cluster --> heads --> runs --> scores
+
+The stages are the modules at the door: extract, train_head, finetune, predict, export, report, preview; experiments runs
+several of them from one file. Each folder is a room with a docstring that says what may be imported from it; README.md
+has the map. config, presets, outputs, progress, scratch and tables are the ground, used by all.
 """

@@ -14,7 +14,6 @@ from pydantic import (
     ConfigDict,
     Field,
     NonNegativeFloat,
-    NonNegativeInt,
     PositiveFloat,
     PositiveInt,
     model_serializer,
@@ -24,6 +23,7 @@ from pydantic import ValidationError as PydanticValidationError
 from features.errors import BottleneckError, ConfigurationError, FormatVersionError, nearest
 
 FORMAT_VERSION = 1
+History = dict[str, list[float]]  # columns of history.csv: one row per epoch, or per value that was tried
 
 Model = TypeVar("Model", bound="Settings")
 Rate = Annotated[float, Field(ge=0, lt=1)]
@@ -38,165 +38,6 @@ class Settings(BaseModel):
     def described(self) -> dict[str, Any]:
         """Plain values, as a run records them."""
         return self.model_dump(mode="json")
-
-
-class ClassifierParameters(Settings):
-    """What all scikit-learn heads have.
-
-    Parameters
-    ----------
-    folds : int
-        Folds of the cross-validation on the training rows that chooses what is None, and the temperature of margins.
-    scale : bool
-        Standardise the columns.
-    pca : int, optional
-        Project onto so many principal components first.
-    """
-
-    folds: Annotated[int, Field(ge=2)] = 5
-    scale: bool = True
-    pca: PositiveInt | None = None
-
-    def described(self) -> dict[str, Any]:
-        """As `Settings.described`, without what is as it was before it could be said: older run ids hold."""
-        return _without(super().described(), {"scale": True, "pca": None, "class_weight": None, "choose": "log_loss"})
-
-
-def _without(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in values.items() if name not in later or value != later[name]}
-
-
-class SearchedParameters(ClassifierParameters):
-    """Of heads whose penalty is searched.
-
-    Parameters
-    ----------
-    class_weight : {"balanced"}, optional
-        Weigh each row by rows / (classes x rows of its class), as scikit-learn does.
-    choose : {"log_loss", "balanced_accuracy"}
-        What the cross-validation chooses by.
-    """
-
-    class_weight: Literal["balanced"] | None = None
-    choose: Literal["log_loss", "balanced_accuracy"] = "log_loss"
-
-
-class LogisticParameters(SearchedParameters):
-    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
-
-    C: PositiveFloat | None = None
-
-
-class RidgeParameters(SearchedParameters):
-    """``alpha`` is the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
-
-    alpha: PositiveFloat | None = None
-
-
-class LinearSvmParameters(SearchedParameters):
-    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
-
-    C: PositiveFloat | None = None
-
-
-class SgdParameters(SearchedParameters):
-    """Averaged stochastic gradient descent on the log loss; ``alpha`` is the L2 penalty, None: chosen."""
-
-    alpha: PositiveFloat | None = None
-
-
-class LdaParameters(ClassifierParameters):
-    """``shrinkage`` of the covariance towards a multiple of the identity, 0-1; None: chosen."""
-
-    shrinkage: Share | None = None
-
-
-class KnnParameters(ClassifierParameters):
-    """``n_neighbors`` is the number of voters; None: chosen by cross-validation with ``folds`` folds."""
-
-    n_neighbors: PositiveInt | None = None
-
-
-class EstimatorParameters(ClassifierParameters):
-    """Of any other scikit-learn classifier: ``params`` are its own, everything unsaid is as scikit-learn has it."""
-
-    params: dict[str, Any] = Field(default_factory=dict)
-
-    def described(self) -> dict[str, Any]:
-        """Its own parameters stand beside ours."""
-        kept = super().described()
-        return {**kept.pop("params"), **kept}
-
-
-class DenseParameters(Settings):
-    """A small dense Keras network and how it is trained.
-
-    Parameters
-    ----------
-    hidden : tuple of int
-        Units of the hidden layers; empty for a linear head.
-    activation : str
-        Activation of the hidden layers.
-    dropout : float, or tuple of float, 0 <= rate < 1
-        One number: the rate after every hidden layer, or on the features where there is none. Several: the
-        rate in front of each dense layer, ``len(hidden) + 1`` numbers.
-    batch_norm : bool
-        BatchNorm between each hidden layer and its activation while training; folded into the layer afterwards.
-    l2 : float
-        Penalty: this times the sum of squares of all kernels is added to the loss (not to what is reported).
-    optimizer : {"adam", "sgd", "rmsprop"}
-        ``momentum`` and ``nesterov`` apply to ``sgd``, ``momentum`` to ``rmsprop`` too.
-    learning_rate, weight_decay : float
-        Step size; decoupled weight decay.
-    schedule : {"constant", "cosine"}
-        Of the learning rate; cosine falls to 0 over ``epochs`` (Loshchilov and Hutter, SGDR, ICLR 2017).
-    batch_size, epochs : int
-        Rows per step; upper limit of passes over the rows.
-    patience : int
-        Epochs without a lower validation log loss before training stops; 0: train all epochs. Either way the
-        weights of the best epoch are kept.
-    class_weight : {"balanced"}, optional
-        Weigh each row by rows / (classes x rows of its class), as scikit-learn does.
-    label_smoothing : float, 0-1
-        Share of the target that is spread evenly over all classes.
-    feature_noise : float
-        Standard deviation of Gaussian noise on the standardised features.
-    mixup : float
-        Rows are mixed in pairs, with shares drawn from Beta(mixup, mixup) (Zhang et al., mixup, ICLR 2018); 0: not.
-    calibrate : bool
-        Fit a temperature on the validation rows (Guo et al., ICML 2017). Log loss and calibration error of these
-        rows are then a little better than they will be elsewhere; accuracy is not touched.
-    order_seed : int
-        Of the order of rows, and of the views. Heads of one bank have it in common.
-    views : {"draw", "plain"}
-        Where images have several views: each epoch draws one of each image anew, or sees the plain image only.
-    """
-
-    hidden: tuple[PositiveInt, ...] = ()
-    activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh", "sigmoid"] = "relu"
-    dropout: Rate | tuple[Rate, ...] = 0.0
-    batch_norm: bool = False
-    l2: NonNegativeFloat = 0.0
-    optimizer: Literal["adam", "sgd", "rmsprop"] = "adam"
-    learning_rate: PositiveFloat = 1e-3
-    momentum: Rate = 0.0
-    nesterov: bool = False
-    weight_decay: NonNegativeFloat = 0.0
-    schedule: Literal["constant", "cosine"] = "constant"
-    batch_size: PositiveInt = 32
-    epochs: PositiveInt = 50
-    patience: NonNegativeInt = 5
-    class_weight: Literal["balanced"] | None = None
-    label_smoothing: Share = 0.0
-    feature_noise: NonNegativeFloat = 0.0
-    mixup: NonNegativeFloat = 0.0
-    calibrate: bool = False
-    order_seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
-    views: Literal["draw", "plain"] = "draw"
-
-    def described(self) -> dict[str, Any]:
-        """As of `ClassifierParameters`."""
-        return _without(super().described(), {"views": "draw"})
 
 
 class Scaler(Settings):
@@ -227,7 +68,7 @@ class HeadFile(Settings):
 
 
 class Scores(Settings):
-    """Scores of one split, as ``pipeline.runs.metrics.evaluate`` gives them."""
+    """Scores of one split, as ``pipeline.scores.metrics.evaluate`` gives them."""
 
     accuracy: Share
     accuracy_interval: tuple[Share, Share]

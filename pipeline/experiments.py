@@ -10,7 +10,7 @@ from __future__ import annotations
 import csv
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -20,12 +20,13 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 from features.canonical import digest_of
 from features.errors import ConfigurationError, HeadError, SourceError, nearest
 from features.files import atomic_file, printable, writable_folder, writing
+from features.progress import Progress
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline import extract, finetune, predict
 from pipeline.config import Settings, Share, load_yaml, parse
-from pipeline.heads.presets import find_preset
+from pipeline.presets import find_preset
 from pipeline.runs.folder import Run
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import expand, single
@@ -33,7 +34,6 @@ from pipeline.tables import table_text
 from pipeline.tuning.settings import settings_of
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 FOLDER = Path(__file__).parent / "recipes"
 
 

@@ -33,23 +33,24 @@ from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.network import Network
 from features.networks.openvino_engine import reference_images
+from features.networks.reference import evenly_spread
 from features.pixels.decode import resize_image
+from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.scan import scan
 from pipeline.exporting.artefacts import Card, full_pixels, write_card
 from pipeline.exporting.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
-from pipeline.exporting.formats import INPUT, Format, convert, find_format
+from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
 from pipeline.exporting.resizing import longest_side
 from pipeline.heads.head import Head
+from pipeline.heads.kinds import head_of
 from pipeline.runs.folder import choose_run
 from pipeline.runs.notes import environment
 from pipeline.tuning.endtoend import network_of
 from pipeline.tuning.parity import largest_gap
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 # In probability, from the run's own prediction. LiteRT multiplies in another order, and in half precision on some chips.
-TOLERANCES = {"keras": 1e-4, "saved_model": 1e-4, "onnx": 1e-4, "litert": 1e-3, "openvino": 1e-4}
 PARITY_IMAGES = 50
 _FEW = 8  # of them, by the network before it is converted
 # Exactly the network's size, larger, smaller, narrow, and one pixel: height and width.
@@ -112,7 +113,7 @@ def export(
     report = progress or (lambda stage, done, total: None)
     chosen = choose_run(run)
     recipe = exact_recipe(chosen)
-    head = chosen.load_head()
+    head = head_of(chosen)
     dense = as_network(head)
     writable_folder(path.parent)
     keras = load_keras()
@@ -124,7 +125,7 @@ def export(
     model = assemble(network, recipe, dense)
     some = gate.first(_FEW)
     received = np.concatenate([_call(model, probe.pixels) for probe in some.probes])
-    some.check("the assembled network", received, TOLERANCES["keras"], lambda: model)
+    some.check("the assembled network", received, FORMATS["keras"].tolerance, lambda: model)
     report("export", 2, 4)
     card = Card(
         artefact=row.name,
@@ -143,7 +144,7 @@ def export(
         report("export", 3, 4)
         received = run_elsewhere(made, probes)
         what = f"{row.name}, loaded by its own runtime"
-        gap = gate.check(what, received, TOLERANCES[row.name], _opener(row, made))
+        gap = gate.check(what, received, row.tolerance, _opener(row, made))
         size = sum(file.stat().st_size for file in [made, *made.rglob("*")] if file.is_file())
         _publish(made, path)
     report("export", 4, 4)
@@ -156,7 +157,7 @@ def export(
         "bytes": size,
         "images": len(probes),
         "parity_gap": gap,
-        "tolerance": TOLERANCES[row.name],
+        "tolerance": row.tolerance,
         "note": row.note,
     }
 
@@ -319,7 +320,7 @@ def _painted(recipe: Recipe) -> list[Probe]:
 def _from(images: str | Path, recipe: Recipe) -> list[Probe]:
     """Images spread evenly over a source; unreadable ones are left out."""
     source = scan(images, labelled=False)
-    rows = np.unique(np.linspace(0, len(source) - 1, min(PARITY_IMAGES, len(source))).astype(int)).tolist()
+    rows = evenly_spread(len(source), PARITY_IMAGES)
     longest = min(longest_side(side) for side in (recipe.pixels.height, recipe.pixels.width))
 
     def load(row: int) -> Probe | None:

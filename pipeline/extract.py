@@ -9,8 +9,9 @@ from typing import Any
 
 from features.extraction.extraction import prepare
 from features.files import printable
+from features.progress import Progress
 from features.sources.splits import SPLITS
-from features.store.reader import FeatureStore, Progress
+from features.store.reader import FeatureStore
 from pipeline.tables import table_text
 
 DOCUMENT_FORMAT = 1

@@ -24,11 +24,13 @@ from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.engines import choose_device
 from features.pixels.decode import decode_image
+from features.progress import Progress
 from features.recipe import PixelRule
 from features.sources.scan import ImageSet, is_manifest, scan
 from features.sources.splits import SplitRule
-from pipeline.heads.head import Progress
-from pipeline.runs.folder import Predictions, Run, is_finished, newest_run, write_run
+from pipeline.heads.kinds import can_finetune, head_of
+from pipeline.runs.folder import Predictions, Run, is_finished, newest_run
+from pipeline.runs.writing import Outcome, write_run
 from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
@@ -102,7 +104,7 @@ def finetune(
     check_range("workers", 1 if workers is None else workers, 1, 1024)
     _check_sources(images, from_cache, chosen)
     started = time.monotonic()
-    start = newest_run(run, finetunable=True)
+    start = newest_run(run, accept=can_finetune)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
     source = None if images is None else scan(images, target=start.target if is_manifest(images) else None)
@@ -139,14 +141,11 @@ def finetune(
             if chosen.bn != "train" and not all(map(np.array_equal, statistics, job.split.statistics())):
                 raise ParityError("BatchNorm statistics moved, which must never happen; nothing is kept")
             validation = inputs.readable(data.rows("validation"))
+            predicted = _predictions(data, validation, tail.probabilities(inputs, validation))
             folder = write_run(
                 runs,
                 identity,
-                head=job.head,
-                history=outcome.history,
-                scores=outcome.after,
-                predictions=_predictions(data, validation, tail.probabilities(inputs, validation)),
-                seconds=time.monotonic() - started,
+                Outcome(job.head, outcome.history, outcome.after, predicted, time.monotonic() - started),
                 features=_features(job, data, source),
                 start=start,
                 backbone=job.split.trained_backbone(),
@@ -235,7 +234,7 @@ def _check_classes(run: Run, source: ImageSet) -> None:
 
 def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None) -> Job:
     """Network and head as one, cut where the inputs come in."""
-    network, head = network_of(start, weights), start.load_head().as_dense()
+    network, head = network_of(start, weights), head_of(start).as_dense()
     head = untrained_head(head) if settings.scratch or settings.new_head else head
     cached: list[CachedCut] = []
 

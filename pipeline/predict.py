@@ -30,8 +30,10 @@ from features.errors import (
 )
 from features.files import printable
 from features.machine import processors
+from features.networks.reference import evenly_spread
 from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
+from features.progress import Progress
 from features.sources.scan import scan
 from pipeline.exporting.artefacts import is_artefact, open_artefact
 from pipeline.outputs import files_of, output_file, refuse_overwriting
@@ -42,7 +44,6 @@ from pipeline.runs.folder import FILES, Run, choose_run
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 WARNED = 10  # unreadable images named in warnings; all are named in their rows
 SHOWN = 20  # classes of the summary
 MOST_VIEWS = 1000
@@ -203,7 +204,7 @@ class Gallery:
 
     def __init__(self, classes: Sequence[str], total: int | None) -> None:
         self._classes = classes
-        self._chosen = frozenset(np.linspace(0, total - 1, PICTURES).astype(int).tolist()) if total else None
+        self._chosen = frozenset(evenly_spread(total, PICTURES)) if total else None
         self._most = 0 if total is None else PICTURES
         self._owed = 0  # to be drawn, but could not be read: the next one takes the place
         self._pictures: list[PredictedImage] = []

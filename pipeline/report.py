@@ -13,12 +13,13 @@ import hashlib
 import importlib.metadata
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path, PurePath
 from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, printable
+from features.progress import Progress
 from features.store.reader import FeatureStore
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
@@ -28,7 +29,6 @@ from pipeline.runs.folder import Run, find_runs, rank
 from pipeline.tables import counted, shortened
 
 logger = logging.getLogger(__name__)
-Progress = Callable[[str, int, int], None]
 
 TEMPLATES = Path(__file__).parent / "templates"
 DETAILED = 8  # data sets that get more than a leaderboard

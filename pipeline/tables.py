@@ -51,7 +51,7 @@ def table_text(rows: Sequence[Mapping[str, Any]], indent: str = "") -> str:
 
 
 def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `pipeline.runs.metrics`, what a person looks at first."""
+    """Of `pipeline.scores.metrics`, what a person looks at first."""
     return {
         "images": scores["n"],
         "accuracy": scores["accuracy"],

@@ -28,7 +28,7 @@ def assets() -> Path:
 @pytest.fixture
 def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs without pictures, which take longer to draw than small heads to train."""
-    monkeypatch.setattr("pipeline.runs.folder.plot_run", lambda folder, *_: folder.mkdir())
+    monkeypatch.setattr("pipeline.runs.writing.plot_run", lambda folder, *_: folder.mkdir())
 
 
 @pytest.fixture(scope="session", autouse=True)

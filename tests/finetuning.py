@@ -92,6 +92,7 @@ def weights_of_run(folder: str | Path) -> dict[str, np.ndarray]:
     """Every tensor of a run, backbone and head, by name."""
     import keras
 
+    from pipeline.heads.kinds import head_of
     from pipeline.runs.folder import Run
     from pipeline.tuning.endtoend import network_of
 
@@ -101,5 +102,5 @@ def weights_of_run(folder: str | Path) -> dict[str, np.ndarray]:
         for layer in network_of(run).load().layers
         for variable in layer.weights
     }
-    head = run.load_head().as_dense()
+    head = head_of(run).as_dense()
     return found | {f"head/{number}": np.asarray(part) for number, part in enumerate(head.weights)}

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from features.errors import ConfigurationError, HeadError
-from pipeline.config import DenseParameters
 from pipeline.heads import bank
 from pipeline.heads.bank import BankHead, BankResult, BankSpec, initial_weights, predict, train_bank
 from pipeline.heads.bank_math import SLOPES, draws
 from pipeline.heads.prepared import row_order
-from pipeline.runs.metrics import softmax
+from pipeline.presets import DenseParameters
+from pipeline.scores.metrics import softmax
 
 RATES = [BankHead(1e-3), BankHead(1e-2, weight_decay=1e-2, seed=1, label_smoothing=0.1), BankHead(3e-3, 0.3, seed=2)]
 

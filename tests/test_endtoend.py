@@ -20,7 +20,7 @@ from features.pixels.decode import decode_image
 from features.recipe import PixelRule
 from features.store.reader import FeatureStore
 from pipeline.finetune import finetune
-from pipeline.heads.presets import make_head
+from pipeline.heads.kinds import head_of, make_head
 from pipeline.predict import predict
 from pipeline.runs.folder import Run
 from pipeline.train_head import RunResult, train_head
@@ -258,7 +258,7 @@ def test_prediction_equals_the_cached_head_and_names_what_it_cannot_read(
     assert rows.pop("broken.jpg") == {
         "file": "broken.jpg", "class": "", "probability": "", "cats": "", "dogs": "", "error": "not-an-image"
     }  # fmt: skip
-    probabilities = Run.open(trained.folder).load_head().predict_proba(store.load()[0])
+    probabilities = head_of(Run.open(trained.folder)).predict_proba(store.load()[0])
     for path, expected in zip(store.images.paths, probabilities, strict=True):
         if path.startswith("validation/cats/"):
             row = rows.pop(path.rsplit("/", 1)[1])
@@ -330,7 +330,7 @@ def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
     # an untrained network gains nothing certain: look at what the steps did, not at what was kept
     start = Run.open(run.folder)
     network = network_of(start)
-    split = split_for_training(network, start.recipe, start.load_head(), unfreeze="2", bn=bn)
+    split = split_for_training(network, start.recipe, head_of(start), unfreeze="2", bn=bn)
     before = split.statistics()
     assert len(before) == 2 * 53
     tail = Tail(split, 1.0, TuningSettings(learning_rate=1e-3, batch_size=8))

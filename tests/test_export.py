@@ -36,7 +36,7 @@ from pipeline.exporting.artefacts import Card, full_pixels, open_artefact, read_
 from pipeline.exporting.assembled import assemble, folded
 from pipeline.exporting.formats import FORMATS, convert, find_format
 from pipeline.exporting.resizing import check_rule, longest_side, resized
-from pipeline.heads.presets import make_head
+from pipeline.heads.kinds import head_of, make_head
 from pipeline.predict import predict
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
@@ -192,7 +192,7 @@ def test_the_reference_of_the_gate_is_what_predict_says(
 ) -> None:
     for head, values in expected.items():
         run = Run.open(runs[head])
-        received = predicted(network_of(run), run.recipe, run.load_head(), probes)
+        received = predicted(network_of(run), run.recipe, head_of(run), probes)
         np.testing.assert_allclose(received, values, atol=2e-6)  # predict writes six digits
 
 
@@ -242,7 +242,7 @@ def test_a_keras_file_opens_without_this_project_and_ignores_training_mode(
     runs: dict[str, Path], probes: list[Probe], expected: dict[str, np.ndarray], tmp_path: Path
 ) -> None:
     run = Run.open(runs["logistic"])
-    model = assemble(network_of(run), run.recipe, run.load_head().as_dense())  # type: ignore[arg-type]
+    model = assemble(network_of(run), run.recipe, head_of(run).as_dense())  # type: ignore[arg-type]
     convert(model, find_format("keras"), tmp_path / "model.keras")
     np.save(tmp_path / "pixels.npy", probes[0].pixels)
     code = (

@@ -20,6 +20,7 @@ from features.pixels.views import decode_views
 from features.store.reader import FeatureStore
 from pipeline import finetune as stage
 from pipeline.cli import main
+from pipeline.heads.kinds import head_of
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.train_head import train_head
 from pipeline.tuning.endtoend import PIXELS, network_of, split_for_training
@@ -170,7 +171,7 @@ def test_a_new_head_is_trained_end_to_end_and_then_the_last_block(tiny: TinyWorl
     assert first["after"]["log_loss"] < first["before"]["log_loss"]
     before, after = weights_of_run(tiny.run), weights_of_run(first["run"])
     assert {name for name in after if not np.array_equal(after[name], before[name])} == {"head/0", "head/1"}
-    assert Run.open(first["run"]).load_head().std.tolist() == [1.0] * 16
+    assert head_of(Run.open(first["run"])).std.tolist() == [1.0] * 16
     second = stage.finetune(first["run"], tiny.images, learning_rate=1e-3, initial_epoch=4, **options)
     assert second["before"]["accuracy"] == first["after"]["accuracy"]
     assert second["before"]["log_loss"] == pytest.approx(first["after"]["log_loss"], abs=1e-6)
@@ -205,7 +206,7 @@ def test_pain_05_statistics_move_from_scratch_only(tiny: TinyWorld, tmp_path: Pa
     config = run.config["finetune"]
     assert (config["scratch"], config["unfreeze"], config["bn"]) == (True, "all", "train")
     split = split_for_training(
-        network_of(Run.open(tiny.run)), run.recipe, run.load_head(), unfreeze="all", bn="train", scratch=True
+        network_of(Run.open(tiny.run)), run.recipe, head_of(run), unfreeze="all", bn="train", scratch=True
     )
     tail = Tail(split, 1.0, TuningSettings(scratch=True, bn="train", learning_rate=1e-3, batch_size=8))
     statistics, moved = split.statistics(), tail.snapshot()
@@ -236,7 +237,7 @@ def test_half_precision_trains_in_bfloat16_and_measures_in_float32(tiny: TinyWor
     features = np.random.default_rng(0).normal(size=(8, 12, 12, 12)).astype(np.float32)
     results = {}
     for half in (False, True):
-        split = split_for_training(network_of(start), start.recipe, start.load_head())
+        split = split_for_training(network_of(start), start.recipe, head_of(start))
         tail = Tail(split, 1.0, TuningSettings(learning_rate=1e-3, batch_size=8, mixed_precision=half))
         before = tail.probabilities_of([features])
         with tail.training(seed=0, epoch=1):
@@ -334,7 +335,7 @@ def test_a_run_fine_tuned_from_a_linear_head_predicts_what_it_says(tiny: TinyWor
     head = train_head(FeatureStore.open(tiny.store), "logistic", runs=tmp_path)
     document = stage.finetune(tmp_path, tiny.images, epochs=3, patience=0, learning_rate=3e-3)
     assert document["start"] == head.run_id
-    labels, probabilities = read_predictions(Run.open(document["run"]))
-    assert (probabilities.argmax(axis=1) == labels).mean() == document["after"]["accuracy"]
+    rows = read_predictions(Run.open(document["run"]))
+    assert (rows.probabilities.argmax(axis=1) == rows.labels).mean() == document["after"]["accuracy"]
     after = document["after"]
     assert re.search(rf"^  after  +{after['n']} +{after['accuracy']:.4f}  ", stage.summary(document), re.MULTILINE)

@@ -12,8 +12,9 @@ from test_heads import blobs
 from features.errors import ConfigurationError, HeadError
 from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.dense import KerasHead
-from pipeline.heads.presets import PRESETS, load_head, make_head
-from pipeline.runs.metrics import evaluate
+from pipeline.heads.kinds import load_head, make_head
+from pipeline.presets import PRESETS
+from pipeline.scores.metrics import evaluate
 
 FOREST = "sklearn.ensemble.RandomForestClassifier"
 BY_PATH: dict[str, dict[str, Any]] = {

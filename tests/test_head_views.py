@@ -13,15 +13,15 @@ from test_train_head import Images, Store
 
 from features.errors import ConfigurationError
 from pipeline.heads.classifiers import SklearnHead
-from pipeline.heads.costs import fit_bytes
+from pipeline.heads.fitting import cross_validate
 from pipeline.heads.gather import Source
+from pipeline.heads.kinds import head_of, make_head
 from pipeline.heads.prepared import ArrayRows, Prepared, drawn_views
-from pipeline.heads.presets import make_head
+from pipeline.heads.records import run_id_of
 from pipeline.heads.streaming import FeatureStream
 from pipeline.runs.folder import Run
-from pipeline.runs.metrics import evaluate
-from pipeline.sweeps.fitting import cross_validate
-from pipeline.train_head import add_averaged, identity, needs_views, train_head
+from pipeline.scores.metrics import evaluate
+from pipeline.train_head import add_averaged, needs_views, train_head
 
 BOTH = (False, True)
 
@@ -217,8 +217,7 @@ def test_cross_validation_trains_on_all_views_and_judges_the_plain_one() -> None
 def test_views_count_as_rows_in_the_memory_estimate() -> None:
     for name in ("logistic", "linear-svm", "knn", "lda"):
         head = make_head(name, classes=("a", "b"))
-        assert isinstance(head, SklearnHead)
-        assert fit_bytes(head, 30_000, 1280, 2, views=4) > 1.9 * fit_bytes(head, 30_000, 1280, 2)
+        assert head.fit_bytes(30_000, 1280, views=4) > 1.9 * head.fit_bytes(30_000, 1280) > 0
 
 
 # ---------------------------------------------------------------------------------------------- identity
@@ -227,7 +226,7 @@ def test_the_run_id_says_how_many_views_were_seen() -> None:
         store = make_views(stored)
         head = make_head(name, classes=store.classes, **params)
         head.pool = "none"
-        return identity(head, store, "last.avg")
+        return run_id_of(head, store, "last.avg")
 
     assert len({run_id("dense", stored) for stored in (1, 2, 4)}) == 3
     assert len({run_id("dense", stored, views="plain") for stored in (1, 2, 4)} | {run_id("dense", 1)}) == 1
@@ -246,7 +245,7 @@ def test_a_run_says_its_views_and_what_averaging_them_scores(tmp_path: Path) -> 
     assert run.config["features"]["views"] == 4
     assert "averaged" not in run.metrics
     again = add_averaged(run, [store])
-    head, rows = run.load_head(), store.rows("validation")
+    head, rows = head_of(run), store.rows("validation")
     X, y = store.arrays["last.avg"][rows], store.images.labels[rows]
     mean = np.mean([head.predict_proba(X[:, k]) for k in range(4)], axis=0)
     scores = evaluate(mean, y, store.classes)
@@ -350,8 +349,8 @@ def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path:
         assert run.metrics["validation"]["log_loss"] == pytest.approx(alone.metrics["validation"]["log_loss"], abs=1e-3)
         assert run.config["features"].get("views", 1) == (1 if params.get("views") == "plain" else 4)
         assert run.metrics["cv"]["n"] == 84
-        expected = Run.open(alone.folder).load_head().predict_proba(X)
-        assert run.load_head().predict_proba(X) == pytest.approx(expected, abs=1e-3)
+        expected = head_of(Run.open(alone.folder)).predict_proba(X)
+        assert head_of(run).predict_proba(X) == pytest.approx(expected, abs=1e-3)
 
 
 @pytest.mark.slow

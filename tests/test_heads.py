@@ -13,11 +13,12 @@ from helpers import listing
 from features.errors import ConfigurationError, FormatVersionError, HeadError
 from pipeline.heads.classifiers import CLASSIFIERS, SklearnHead, climb, row_space
 from pipeline.heads.dense import KerasHead
+from pipeline.heads.kinds import Head, load_head, make_head, resolve_pool
 from pipeline.heads.persistence import TRUSTED_TYPES
 from pipeline.heads.pooling import pool_features
-from pipeline.heads.presets import PRESETS, Head, load_head, make_head, resolve_pool
-from pipeline.runs.metrics import evaluate, softmax
-from pipeline.sweeps.selection import stratified_folds
+from pipeline.presets import PRESETS
+from pipeline.scores.metrics import evaluate, softmax
+from pipeline.scores.selection import stratified_folds
 
 SKLEARN = ["logistic", "ridge", "linear-svm", "sgd", "lda", "knn"]
 LINEAR = ["logistic", "ridge", "linear-svm", "sgd", "lda"]
@@ -150,7 +151,7 @@ def test_folds_keep_every_class_in_every_training_part() -> None:
 
 
 def test_folds_of_many_rows_use_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sweeps.selection.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.scores.selection.SEARCH_ROWS", 100)
     y = np.repeat([0, 1], [900, 100])
     folds = stratified_folds(y, 5, seed=0)
     assert [(folds[y == k] >= 0).sum() for k in (0, 1)] == [90, 10]

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from features.errors import HeadError
-from pipeline.runs.metrics import (
+from pipeline.scores.metrics import (
     accuracy_interval,
     brier_score,
     calibration_error,

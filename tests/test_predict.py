@@ -32,6 +32,7 @@ from features.pixels.decode import decode_image, read_bytes
 from features.pixels.views import decode_views
 from features.recipe import PixelRule
 from pipeline.cli import main
+from pipeline.heads.kinds import head_of
 from pipeline.predict import Gallery, Item, predict, predictions, summary
 from pipeline.predicting.files import Prediction, Rows
 from pipeline.reporting.grids import PredictedImage, prediction_grid
@@ -451,7 +452,7 @@ def test_averaging_over_views_is_the_mean_of_their_probabilities(run: Path, pict
     stream = io.StringIO()
     predict(run, folder, views=3, augment="crop-rotation-jitter", batch_size=5, stream=stream)
     rows = list(csv.DictReader(stream.getvalue().splitlines()))
-    network, head = network_of(opened), opened.load_head()
+    network, head = network_of(opened), head_of(opened)
     engine = network.engine(network.recipes, batch_size=3)
     single, averaged = [], []
     for row in rows:

@@ -22,16 +22,17 @@ from PIL import Image
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
-from pipeline.config import LogisticParameters
+from pipeline.heads.records import describe_features
+from pipeline.presets import LogisticParameters
 from pipeline.report import make_report, summary
 from pipeline.reporting import charts
 from pipeline.reporting import data as report_data
 from pipeline.reporting.data import Rows
 from pipeline.reporting.reproduce import commands
 from pipeline.reporting.thumbnails import Pictures
-from pipeline.runs.folder import Predictions, Run, write_run
-from pipeline.runs.metrics import calibration_error, evaluate
-from pipeline.train_head import describe_features
+from pipeline.runs.folder import Predictions, Run
+from pipeline.runs.writing import Outcome, write_run
+from pipeline.scores.metrics import calibration_error, evaluate
 
 HOSTILE = '"><script>window.hacked=1</script>'
 
@@ -73,11 +74,13 @@ def run_folder(
     folder = write_run(
         root,
         name,
-        head=head,  # type: ignore[arg-type]
-        history=history or {"rows": [1.0]},
-        scores=evaluate(probabilities, labels, classes),
-        predictions=Predictions(paths, digests, labels, probabilities),
-        seconds=1.5,
+        Outcome(
+            head,  # type: ignore[arg-type]
+            history or {"rows": [1.0]},
+            evaluate(probabilities, labels, classes),
+            Predictions(paths, digests, labels, probabilities),
+            1.5,
+        ),
         features=features,
         plots=False,
         **options,

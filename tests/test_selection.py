@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from pipeline.sweeps.selection import Candidate, balanced_accuracy_interval, choose, stratified_folds
+from pipeline.scores.selection import Candidate, balanced_accuracy_interval, choose, stratified_folds
 
 
 def test_rows_of_a_group_stay_together() -> None:
@@ -38,7 +38,7 @@ def test_groups_of_one_row_are_no_groups() -> None:
 
 
 def test_many_grouped_rows_use_some(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.sweeps.selection.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.scores.selection.SEARCH_ROWS", 100)
     folds = stratified_folds(np.arange(1000) % 2, 5, 0, np.arange(1000) // 10)
     assert (folds >= 0).sum() == 100
 

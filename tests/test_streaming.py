@@ -19,10 +19,11 @@ from features.errors import ConfigurationError, HeadError, IntegrityError
 from features.store.reader import FeatureStore
 from features.store.schema import FeatureSpec, ImageTable, Quarantine
 from features.store.writer import StoreWriter
+from pipeline.heads.kinds import head_of
 from pipeline.heads.pooling import column_statistics, pool_features
 from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
 from pipeline.runs.folder import Run
-from pipeline.runs.metrics import fit_temperature
+from pipeline.scores.metrics import fit_temperature
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import SweepFile, SweepHead
 from pipeline.train_head import train_head
@@ -337,7 +338,7 @@ def test_pain_13_a_run_from_pieces_of_a_sorted_store_is_as_good_as_one_in_memory
         run = Run.open(result.folder)
         assert run.environment.get("streamed", False) is result.streamed is (where == "pieces")
         X, y = store.load("validation")
-        accuracy = float(np.mean(run.load_head().predict_proba(X).argmax(axis=1) == y))
+        accuracy = float(np.mean(head_of(run).predict_proba(X).argmax(axis=1) == y))
         assert result.metrics["validation"]["accuracy"] == accuracy  # the head that was saved is the one scored
         found[where] = result.run_id, accuracy
     assert found["pieces"][0] == found["memory"][0]
@@ -389,7 +390,7 @@ def test_a_penalty_is_searched_on_some_rows(store: FeatureStore, tmp_path: Path)
     assert [result.streamed for result in found] == [True, False]
     accuracies = [result.metrics["validation"]["accuracy"] for result in found]
     assert accuracies[0] >= accuracies[1] - 0.01
-    alphas = [Run.open(result.folder).load_head().estimator.alpha for result in found]  # type: ignore[attr-defined]
+    alphas = [head_of(Run.open(result.folder)).estimator.alpha for result in found]  # type: ignore[attr-defined]
     assert abs(np.log10(alphas[0] / alphas[1])) <= 1
 
 

@@ -23,13 +23,14 @@ from test_train_head import Store, make_store
 from features.errors import ConfigurationError, HeadError, RunError
 from pipeline.cli import main
 from pipeline.heads.classifiers import SklearnHead
-from pipeline.heads.costs import fit_bytes, parse_memory, shown
+from pipeline.heads.costs import parse_memory, shown
+from pipeline.heads.fitting import cross_validate, fit_one
+from pipeline.heads.kinds import head_of, make_head
 from pipeline.heads.prepared import ArrayRows, Prepared, prepare
-from pipeline.heads.presets import make_head
 from pipeline.runs.board import leaderboard
-from pipeline.runs.folder import Run, add_plots
+from pipeline.runs.folder import Run
 from pipeline.runs.tensorboard import log_run
-from pipeline.sweeps.fitting import cross_validate, fit_one
+from pipeline.runs.writing import add_plots
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand, read_sweep, single
 from pipeline.sweeps.workers import in_parallel
@@ -327,7 +328,7 @@ def test_pain_15_class_names_are_in_every_artefact(tmp_path: Path) -> None:
     result = run_sweep([make_store(classes=("Katze", "Hund ü", "1e5"))], logistic(), runs=tmp_path, jobs=1)
     folder = tmp_path / result.runs[0]
     run = Run.open(folder)
-    assert run.classes == run.load_head().classes == ("Katze", "Hund ü", "1e5")
+    assert run.classes == head_of(run).classes == ("Katze", "Hund ü", "1e5")
     assert (folder / "predictions.csv").read_text().splitlines()[0].endswith(",Katze,Hund ü,1e5")
     assert json.loads((folder / "head.json").read_text())["classes"] == ["Katze", "Hund ü", "1e5"]
 
@@ -344,10 +345,9 @@ def test_a_solver_that_needs_too_much_is_refused_with_the_figure(tmp_path: Path)
     """newton-cholesky builds a Hessian over all coefficients: 25,089 squared, twice, in float64."""
     store = make_store(rows=40, columns=25_088)
     path = "sklearn.linear_model.LogisticRegression"
-    head = make_head(path, solver="newton-cholesky")
-    assert isinstance(head, SklearnHead)
-    assert fit_bytes(head, 28, 25_088, 2) >= 2 * 8 * 25_089**2
-    assert shown(fit_bytes(head, 28, 25_088, 2)) == "10.1 GB"
+    head = make_head(path, solver="newton-cholesky", classes=("a", "b"))
+    assert head.fit_bytes(28, 25_088) >= 2 * 8 * 25_089**2
+    assert shown(head.fit_bytes(28, 25_088)) == "10.1 GB"
     heads = single(path, {"solver": "newton-cholesky"})
     result = run_sweep([store], heads, runs=tmp_path, jobs=1, memory=parse_memory("2GB"))
     assert "needs about 10.1 GB of memory for 28 x 25088 features, 2.0 GB are allowed" in result.failed[0]["reason"]
@@ -365,7 +365,7 @@ def test_workers_are_as_many_as_memory_allows(tmp_path: Path, monkeypatch: pytes
 
     monkeypatch.setattr("pipeline.sweeps.sweep.in_parallel", recorded)
     needs = {"knn": 1000, "ridge": 4000, "lda": 20000}
-    monkeypatch.setattr("pipeline.heads.costs.fit_bytes", lambda head, *_: needs[head.name])
+    monkeypatch.setattr(SklearnHead, "fit_bytes", lambda head, *_: needs[head.name])
     heads = sweep(*({"head": name} for name in needs))
     result = run_sweep([make_store()], heads, runs=tmp_path, jobs=4, memory=10_000)
     assert turns == [(4, ["knn"]), (2, ["ridge"])]
@@ -435,7 +435,7 @@ def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
     for trial in [expand(heads)[k] for k in (0, 5, 8, 11)]:
         alone = train_head(store, trial.name, runs=tmp_path / "b", params=trial.params)
         assert alone.run_id in result.runs
-        both = [Run.open(tmp_path / part / alone.run_id).load_head().predict_proba(X) for part in ("a", "b")]
+        both = [head_of(Run.open(tmp_path / part / alone.run_id)).predict_proba(X) for part in ("a", "b")]
         assert both[0] == pytest.approx(both[1], abs=1e-3)
 
 

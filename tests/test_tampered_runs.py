@@ -18,6 +18,7 @@ import pytest
 from test_train_head import make_store
 
 from features.errors import BottleneckError
+from pipeline.heads.kinds import head_of
 from pipeline.heads.persistence import check_structures, load_estimator
 from pipeline.predict import predict
 from pipeline.runs.board import leaderboard
@@ -187,12 +188,12 @@ def test_a_tampered_run_is_refused_by_name_and_executes_nothing(
     head, tamper, message = TAMPERED[case]
     folder, proof = tmp_path / "runs" / whole[head].name, tmp_path / "proof"
     shutil.copytree(whole[head], folder)
-    Run.open(folder).load_head()
+    head_of(Run.open(folder))
     tamper(folder, proof)
     with pytest.raises(BottleneckError, match=message) as refused:
-        Run.open(folder).load_head()
+        head_of(Run.open(folder))
     assert str(folder) in str(refused.value)
-    for act in (lambda: choose_run(folder).load_head(), lambda: predict(folder, tmp_path)):
+    for act in (lambda: head_of(choose_run(folder)), lambda: predict(folder, tmp_path)):
         with pytest.raises(BottleneckError):
             act()
     leaderboard(tmp_path / "runs")
@@ -206,7 +207,7 @@ def test_a_pickle_in_any_file_of_a_run_never_executes(whole: dict[str, Path], tm
             shutil.copytree(original, folder)
             (folder / path).write_bytes(pickled(proof))
             for act in (
-                lambda folder=folder: Run.open(folder).load_head(),
+                lambda folder=folder: head_of(Run.open(folder)),
                 lambda folder=folder: read_predictions(Run.open(folder)),
                 lambda folder=folder: leaderboard(folder.parent),
             ):

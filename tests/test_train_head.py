@@ -20,10 +20,11 @@ from features.errors import ConfigurationError, HeadError, RunError
 from features.recipe import Recipe
 from pipeline.config import load_yaml
 from pipeline.heads.classifiers import SklearnHead
-from pipeline.heads.presets import load_head
+from pipeline.heads.kinds import can_finetune, head_of, load_head
 from pipeline.runs.board import leaderboard
-from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run, write_run
-from pipeline.runs.metrics import evaluate
+from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run
+from pipeline.runs.writing import Outcome, write_run
+from pipeline.scores.metrics import evaluate
 from pipeline.train_head import train_head
 
 pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included
@@ -38,6 +39,7 @@ class Images:
     labels: np.ndarray
     splits: np.ndarray
     sha256: np.ndarray
+    groups: list[str] | None = None
 
 
 @dataclasses.dataclass
@@ -174,7 +176,7 @@ def test_metrics_are_those_of_the_predictions_beside_them(tmp_path: Path) -> Non
     assert metrics["validation"].pop("accuracy_interval") == scores.pop("accuracy_interval")
     assert metrics["validation"] == pytest.approx(scores, abs=1e-7)
     assert 0.5 < scores["accuracy"] < 1  # not all right: the numbers above could not be
-    head = Run.open(result.folder).load_head()
+    head = head_of(Run.open(result.folder))
     assert head.predict_proba(store.load("validation", "last.avg")[0]) == pytest.approx(probabilities, abs=1e-8)
     X, y = store.load("test", "last.avg")
     assert metrics["test"] == evaluate(head.predict_proba(X), y, store.classes)
@@ -319,9 +321,9 @@ def test_a_run_tells_what_the_next_stage_needs(tmp_path: Path) -> None:
         "numpy",
         "some.weights.h5",
     )
-    assert run.finetunable  # linear: equal to a dense layer
-    assert run.load_head().name == "logistic"
-    assert not Run.open(train_head(make_store(), "knn", runs=tmp_path).folder).finetunable
+    assert can_finetune(run)  # linear: equal to a dense layer
+    assert head_of(run).name == "logistic"
+    assert not can_finetune(Run.open(train_head(make_store(), "knn", runs=tmp_path).folder))
 
 
 @pytest.mark.parametrize(
@@ -352,7 +354,7 @@ def test_a_head_or_recipe_of_another_run_is_noticed(tmp_path: Path) -> None:
     path = run.folder / "head.json"
     path.write_text(path.read_text().replace(run.recipe.fingerprint, "0" * 64))
     with pytest.raises(RunError, match=r"head\.json: fingerprint is '000"):
-        run.load_head()
+        head_of(run)
     config = load_yaml(run.folder / "config.yaml")
     config["features"]["recipe"]["seed"] = 9
     (run.folder / "config.yaml").write_text(yaml.safe_dump(config))
@@ -418,7 +420,7 @@ def test_newest_run(tmp_path: Path) -> None:
     second = train_head(make_store(), "knn", runs=tmp_path, seed=1)
     assert newest_run(tmp_path).run_id == second.run_id
     with pytest.raises(RunError, match=r"no run of a Keras head.*--head dropout-linear"):
-        newest_run(tmp_path, finetunable=True)
+        newest_run(tmp_path, accept=can_finetune)
 
 
 # -------------------------------------------------------------------------------------------------- Keras
@@ -434,7 +436,7 @@ def test_a_keras_run(tmp_path: Path) -> None:
     assert result.metrics["validation"]["log_loss"] == pytest.approx(float(best["val_loss"]), rel=1e-4)
     assert result.metrics["validation"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
     assert result.metrics["validation"]["accuracy"] > 0.8
-    run = newest_run(tmp_path, finetunable=True)
+    run = newest_run(tmp_path, accept=can_finetune)
     assert run.run_id == result.run_id
     assert run.environment["parameters"] == 15
     again = train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 60, "learning_rate": 0.03})
@@ -445,9 +447,9 @@ def test_a_keras_run(tmp_path: Path) -> None:
 def test_fine_tuning_may_start_from_a_linear_scikit_learn_head(name: str, tmp_path: Path) -> None:
     store = make_store(classes=("cat", "dog", "eel"))
     train_head(store, name, runs=tmp_path)
-    run = newest_run(tmp_path, finetunable=True)
+    run = newest_run(tmp_path, accept=can_finetune)
     X, _ = store.load("validation", "last.avg")
-    head, dense = run.load_head(), run.load_head().as_dense()
+    head, dense = head_of(run), head_of(run).as_dense()
     assert dense.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-5)
     # what fine-tuning does: the network is trained in place, and the head that has it is saved
     layer = dense.network.get_layer("logits")
@@ -469,35 +471,37 @@ def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     pixels = keras.Input((8, 8, 3))
     backbone = keras.Model(pixels, keras.layers.Conv2D(4, 3, name="last")(pixels))
     X, y = store.load("validation", "last.avg")
-    head = start.load_head()
+    head = head_of(start)
     probabilities = head.predict_proba(X)
     folder = write_run(
         tmp_path,
         "finetune-dropout-linear-0123456789",
-        head=head,
+        Outcome(
+            head,
+            {"epoch": [1.0], "loss": [0.5], "val_loss": [0.4], "val_accuracy": [1.0]},
+            evaluate(probabilities, y, store.classes),
+            Predictions(
+                [store.images.paths[row] for row in store.rows("validation")],
+                store.images.sha256[store.rows("validation")],
+                y,
+                probabilities,
+            ),
+            2.0,
+        ),
         start=start,
         backbone=backbone,
         settings={"seed": 5, "start": start.run_id, "unfreeze": "last-block"},
-        history={"epoch": [1.0], "loss": [0.5], "val_loss": [0.4], "val_accuracy": [1.0]},
-        scores=evaluate(probabilities, y, store.classes),
-        predictions=Predictions(
-            [store.images.paths[row] for row in store.rows("validation")],
-            store.images.sha256[store.rows("validation")],
-            y,
-            probabilities,
-        ),
-        seconds=2.0,
     )
     run = Run.open(folder)
     assert (run.config["stage"], run.config["seed"]) == ("finetune", 5)
     assert run.config["head"] == start.config["head"]
     assert run.recipe == dataclasses.replace(start.recipe, weights=tensor_digest(backbone))
     assert run.weights_argument == str(folder / BACKBONE_WEIGHTS)
-    assert (run.load_head().predict_proba(X) == probabilities).all()
+    assert (head_of(run).predict_proba(X) == probabilities).all()
     assert run.environment["parameters"] == 5 + 3 * 3 * 3 * 4 + 4
     assert newest_run(tmp_path).run_id == run.run_id
-    assert newest_run(tmp_path, finetunable=True).run_id == start.run_id
-    assert newest_run(folder, finetunable=True).run_id == run.run_id
+    assert newest_run(tmp_path, accept=can_finetune).run_id == start.run_id
+    assert newest_run(folder, accept=can_finetune).run_id == run.run_id
     assert {row["stage"] for row in leaderboard(tmp_path)} == {"head", "finetune"}
 
 
@@ -507,7 +511,7 @@ def test_scikit_learn_heads_never_import_keras(tmp_path: Path) -> None:
 
     code = (
         "import sys\nsys.path[:0] = ['.', 'tests']\nfrom pathlib import Path\nimport test_train_head as t\n"
-        f"t.write_head(Path({str(tmp_path)!r})).load_head()\n"
+        f"t.head_of(t.write_head(Path({str(tmp_path)!r})))\n"
         "sys.exit(bool({'keras', 'tensorflow'} & set(sys.modules)))"
     )
     root = Path(__file__).resolve().parent.parent

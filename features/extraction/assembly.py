@@ -20,10 +20,11 @@ from features.errors import IntegrityError, SourceError
 from features.extraction.planning import Identity, KnownRows, Location
 from features.files import atomic_file, printable
 from features.machine import software_versions
+from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.scan import ImageSet
 from features.sources.splits import SplitRule, assign_splits, find_leakage, warnings_about
-from features.store.reader import FeatureStore, Progress
+from features.store.reader import FeatureStore
 from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.store.writer import StoreWriter
 

@@ -26,9 +26,10 @@ from features.extraction.running import SHARDS_IN_FLIGHT, MadeShard, Reconciliat
 from features.extraction.shard import rows_per_shard
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.machine import processors
+from features.progress import Progress
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SplitRule
-from features.store.reader import FeatureStore, Progress, parts_folder, shard_path
+from features.store.reader import FeatureStore, parts_folder, shard_path
 
 if TYPE_CHECKING:
     from features.networks.network import Network

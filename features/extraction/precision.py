@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import UnreadableImageError
+from features.networks.reference import evenly_spread
 from features.pixels.decode import decode_image
 from features.sources.scan import ImageSet
 
@@ -115,10 +116,7 @@ def some_rows(labels: np.ndarray, readable: Sequence[int], count: int) -> list[i
     rows = np.asarray(readable, dtype=np.int64)
     labelled = rows[labels[rows] >= 0]
     rows = labelled if len(labelled) else rows
-    if not len(rows):
-        return []
-    places = np.unique(np.linspace(0, len(rows) - 1, min(count, len(rows))).round().astype(int))
-    return [int(row) for row in rows[places]]
+    return rows[evenly_spread(len(rows), count)].tolist()
 
 
 def _accuracy(features: np.ndarray, labels: np.ndarray) -> float | None:

@@ -42,3 +42,14 @@ def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
     if not np.isfinite(difference) or (difference and not scale):
         return float("inf")
     return difference / scale if difference else 0.0
+
+
+def evenly_spread(count: int, most: int) -> list[int]:
+    """Numbers from 0 to ``count - 1`` at even distances, at most so many, first and last among them: what to look at.
+
+    Examples
+    --------
+    >>> evenly_spread(10, 4), evenly_spread(2, 4), evenly_spread(0, 4)
+    ([0, 3, 6, 9], [0, 1], [])
+    """
+    return np.unique(np.linspace(0, count - 1, min(most, count)).astype(int)).tolist() if count else []

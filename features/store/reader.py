@@ -21,6 +21,7 @@ import numpy as np
 
 from features.canonical import canonical_json
 from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
+from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.splits import SPLITS
 from features.store.schema import (
@@ -43,7 +44,6 @@ from features.store.untrusted import WAY_OUT, Structure, read_structure, reading
 
 logger = logging.getLogger(__name__)
 _SHARD_NAME = re.compile("[0-9a-f]{20}")
-Progress = Callable[[str, int, int], None]
 
 
 def parts_folder(path: Path) -> Path:

@@ -163,7 +163,7 @@ def train_head(
 
 def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params: dict[str, Any]) -> None:
     """Say that a name or value is wrong before features are read, which may take a while."""
-    from pipeline.heads.presets import make_head
+    from pipeline.heads.kinds import make_head
     from pipeline.sweeps.sweep_file import expand, read_sweep
 
     if heads is not None:

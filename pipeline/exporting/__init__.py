@@ -1,1 +1,6 @@
-"""Export: one graph from pixels to probabilities, its formats, and what opens them again."""
+"""One file from pixels to probabilities. May import ``tuning``, ``heads`` and what lies below.
+
+    network + head --assemble--> Keras model --a row of FORMATS--> artefact with a card
+
+Use ``FORMATS`` and ``convert``, ``assemble``, ``open_artefact``. A new format is one row of ``formats``.
+"""

@@ -49,6 +49,8 @@ class Format:
         Path -> function of uint8 (n, h, w, 3) that gives float (n, c).
     put, get : callable
         Write the card's text into a finished artefact; read it, None where there is none.
+    tolerance : float
+        Largest difference in probability from the run that is allowed, 0-1.
     note : str
         What whoever runs it by hand must know.
     """
@@ -61,6 +63,7 @@ class Format:
     load: Callable[[Path], Runtime]
     put: Callable[[Path, str], None]
     get: Callable[[Path], str | None]
+    tolerance: float = 1e-4
     note: str = ""
 
     def require(self) -> None:
@@ -291,7 +294,10 @@ FORMATS = {
             *(_write_saved_model, _load_saved_model, _put_asset, _get_asset),
         ),
         Format("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx, _put_onnx, _get_onnx),
-        Format("litert", ".tflite", "", ("ai_edge_litert",), _write_litert, _load_litert, _put_zip, _get_zip),
+        Format(
+            *("litert", ".tflite", "", ("ai_edge_litert",), _write_litert, _load_litert, _put_zip, _get_zip),
+            tolerance=1e-3,
+        ),
         Format(
             *("openvino", "", "model.xml", ("openvino",)),
             *(_write_openvino, _load_openvino, _put_openvino, _get_openvino),

@@ -23,11 +23,14 @@ import numpy as np
 from features.errors import ConfigurationError, HeadError
 from features.networks.backend import load_keras
 from features.networks.engines import choose_device
+from features.progress import Progress
+from pipeline.config import History
 from pipeline.heads.bank_math import BankSpec, check_given, forward, ops, programs, spread
-from pipeline.heads.head import History, Progress, two_columns
+from pipeline.heads.epochs import Patience
+from pipeline.heads.head import two_columns
 from pipeline.heads.pooling import chunks
 from pipeline.heads.prepared import ArrayRows, Rows
-from pipeline.runs.metrics import softmax
+from pipeline.scores.metrics import softmax
 
 CACHE_BYTES = 8 << 20  # kernels and moments of one chunk on a CPU: what stays in its cache from step to step
 ROWS_BYTES = 32 << 20  # rows that go to the device at once
@@ -258,8 +261,8 @@ class _Bank:
 
     def train(self, train: Rows, held_out: Rows | None, tell: Callable[[int], None]) -> list[BankResult]:
         count = len(self.heads)
-        alive, lowest = np.ones(count, bool), np.full(count, np.inf)
-        best_epoch, waited = np.zeros(count, int), np.zeros(count, int)
+        alive, best_epoch = np.ones(count, bool), np.zeros(count, int)
+        waiting = Patience(self.spec.patience, np.full(count, np.inf), np.zeros(count, int))
         logs: list[History] = [{} for _ in self.heads]
         kernels: dict[int, list[np.ndarray]] = {}
         for epoch in range(self.spec.epochs):
@@ -267,13 +270,11 @@ class _Bank:
             better = alive & np.isfinite(scores["loss"])
             if held_out is not None:
                 scores["val_loss"], scores["val_accuracy"] = self._score_rows(held_out)
-                better &= scores["val_loss"] < lowest
-                lowest[better] = scores["val_loss"][better]
+                better &= waiting.lower(np.where(better, scores["val_loss"], np.inf))
             for k, name in itertools.product(np.flatnonzero(alive), scores):
                 logs[k].setdefault(name, []).append(float(scores[name][k]))
             best_epoch[better] = epoch + 1
-            waited = np.where(better, 0, waited + 1)
-            alive &= np.isfinite(scores["loss"]) & (waited < (self.spec.patience or self.spec.epochs))
+            alive &= np.isfinite(scores["loss"]) & ~waiting.over
             self._keep(better)
             tell(epoch + 1)
             if not alive.any():

@@ -4,23 +4,34 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.errors import HeadError
-from pipeline.config import ClassifierParameters, DenseParameters, EstimatorParameters
-from pipeline.heads.dense import DENSE, KerasHead
-from pipeline.heads.estimators import find_class, make_estimator
-from pipeline.heads.head import Head, History, Progress, check_finite, two_columns
+from features.errors import ConfigurationError, HeadError
+from features.progress import Progress
+from pipeline.config import HeadFile, History, Settings, parse
+from pipeline.heads.costs import solver_bytes
+from pipeline.heads.dense import KerasHead
+from pipeline.heads.estimators import check_estimator, find_class, make_estimator
+from pipeline.heads.head import Head, check_finite, two_columns
 from pipeline.heads.persistence import load_estimator, save_estimator
-from pipeline.heads.pooling import CHUNK_BYTES
 from pipeline.heads.prepared import ArrayRows, Prepared
+from pipeline.heads.search import climb, row_space, times
 from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
-from pipeline.runs.metrics import balanced_weights, brier_score, confusion, fit_temperature, log_loss, softmax
-from pipeline.sweeps.selection import SEARCH_ROWS, stratified_folds
+from pipeline.presets import DENSE, PRESETS, ClassifierParameters, DenseParameters, EstimatorParameters, Preset
+from pipeline.scores.metrics import (
+    balanced_weights,
+    brier_score,
+    class_weights,
+    confusion,
+    fit_temperature,
+    log_loss,
+    softmax,
+)
+from pipeline.scores.selection import SEARCH_ROWS, stratified_folds
 
 SMALL = 1 << 24  # numbers in a feature matrix that is worth a float64 copy, and not worth threads
 # What scikit-learn raises for rows or parameters that a classifier cannot cope with.
@@ -105,6 +116,14 @@ class SklearnHead(Head):
         self.projection: Any = None  # a fitted PCA
         self.row = CLASSIFIERS.get(self.kind, _OTHER)
 
+    @classmethod
+    def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:
+        return next((name, preset.parameters) for name, preset in PRESETS.items() if preset.kind == stored.kind)
+
+    @classmethod
+    def has_dense_form(cls, kind: str) -> bool:
+        return CLASSIFIERS[kind].linear if kind in CLASSIFIERS else False
+
     def warm_up(self) -> None:
         find_class(self.kind)
 
@@ -115,7 +134,7 @@ class SklearnHead(Head):
     @property
     def margins(self) -> bool:
         """Whether the outputs are margins that a temperature makes probabilities of."""
-        if self.row is not _OTHER:
+        if self.kind in CLASSIFIERS:
             return self.row.margins
         # Asked of an object: some classes have probabilities only with certain parameters.
         return not hasattr(self._new(None) if self.estimator is None else self.estimator, "predict_proba")
@@ -128,7 +147,7 @@ class SklearnHead(Head):
     @property
     def searchable(self) -> bool:
         """Whether this head has something that cross-validation can choose."""
-        return bool(self.row.parameter) and not isinstance(self.parameters, EstimatorParameters)
+        return bool(self.row.parameter)
 
     @property
     def streams(self) -> bool:
@@ -163,7 +182,7 @@ class SklearnHead(Head):
         value, history = self._search(rows, train, groups, progress)
         self.estimator = self._new(value).fit(rows, y)
         if combination is not None:
-            self.estimator.coef_ = _times(self.estimator.coef_ @ combination, Z)
+            self.estimator.coef_ = times(self.estimator.coef_ @ combination, Z)
             self.estimator.n_features_in_ = Z.shape[1]
         for name in _LEFT_BEHIND:
             vars(self.estimator).pop(name, None)
@@ -177,7 +196,7 @@ class SklearnHead(Head):
             value, _ = self._search(some.flat, some, groups, lambda stage, done, total: None)
         estimator = self._new(value)
         if estimator.class_weight == "balanced":
-            weights = len(data.y) / (len(self.classes) * np.bincount(data.y, minlength=len(self.classes)))
+            weights = class_weights(data.y, len(self.classes))
             estimator.set_params(class_weight=dict(enumerate(weights.tolist())))
         fitted = fit_sgd_streaming(
             estimator,
@@ -212,9 +231,33 @@ class SklearnHead(Head):
         self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
         return self.projection.transform(Z)
 
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        """What scikit-learn's class is given besides what is searched."""
+        return self.row.fixed
+
+    def fit_bytes(self, rows: int, columns: int, views: int = 1) -> int:
+        """About, and rather too much: copies of rows, and what the solver needs; each view of an image is a row.
+
+        From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds.
+        """
+        rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
+        outputs = 1 if len(self.classes) == 2 else len(self.classes)
+        need, components = 0, self.parameters.pca
+        if components is not None:
+            need += 12 * rows * columns + 8 * min(rows, columns) ** 2 + 4 * rows * components
+            columns = min(components, columns)
+        spanned = self.row.spanned and self.searchable and columns > rows
+        if spanned:
+            need += 8 * 3 * rows**2  # inner products, their vectors, the coordinates
+            columns = rows
+        double = spanned or (self.row.linear and rows * columns < SMALL)
+        need += 8 * rows * columns * double
+        if self.margins or self.folds or (self.searchable and self.given is None):
+            need += (8 if double else 4) * searched * columns
+        return need + solver_bytes(self.kind.rpartition(".")[2], self.arguments, rows, columns, outputs)
+
     def _new(self, value: Any, **more: Any) -> Any:
-        if isinstance(self.parameters, EstimatorParameters):
-            return make_estimator(self.kind, self.parameters.params, self.seed)
         values = {self.row.parameter: value, **self.row.fixed, **more}
         if getattr(self.parameters, "class_weight", None):
             values["class_weight"] = "balanced"
@@ -391,6 +434,41 @@ class SklearnHead(Head):
         self.estimator = estimator
 
 
+class EstimatorHead(SklearnHead):
+    """A scikit-learn classifier by its import path, with its own parameters; nothing is searched."""
+
+    parameters: EstimatorParameters
+
+    @classmethod
+    def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
+        """Ours and the classifier's own stand side by side."""
+        ours = {key: value for key, value in params.items() if key in ("folds", "scale", "pca")}
+        own = {key: value for key, value in params.items() if key not in ours}
+        check_estimator(name, own, classes)
+        return parse(EstimatorParameters, {**ours, "params": own}, f"head {name!r}")
+
+    @classmethod
+    def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:
+        try:
+            find_class(stored.kind)
+        except ConfigurationError as problem:
+            raise HeadError(
+                f"{path}: kind is {stored.kind!r}, expected one of dense, sklearn.MODULE.CLASS: {problem}"
+            ) from problem
+        return stored.kind, EstimatorParameters()
+
+    @property
+    def searchable(self) -> bool:
+        return False
+
+    @property
+    def arguments(self) -> Mapping[str, Any]:
+        return self.parameters.params
+
+    def _new(self, value: Any, **more: Any) -> Any:
+        return make_estimator(self.kind, self.parameters.params, self.seed)
+
+
 def _not_mapped(found: Any) -> None:
     """Neighbours keep the rows they were fitted to. From a worker these come back as a map of its file, a type that is
     not loaded from a run; as an array they are the same bytes."""
@@ -400,51 +478,3 @@ def _not_mapped(found: Any) -> None:
         for inner in value if isinstance(value, list | tuple) else (value,):
             if hasattr(inner, "get_params") and hasattr(inner, "__dict__"):
                 _not_mapped(inner)
-
-
-# ------------------------------------------------------------------------------------------------- search
-def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) -> float:
-    """The value with the lowest score, in half decades: decades from ``10**start`` on, then the halves beside.
-
-    The out-of-fold score of an L2 penalty has one valley; walking to it saves the slow, weakly penalised fits.
-    """
-    tried: dict[float, Any] = {}
-
-    def at(exponent: float) -> Any:
-        if exponent not in tried:
-            tried[exponent] = score(10.0**exponent)
-        return tried[exponent]
-
-    best = float(start)
-    for step in (1, -1):
-        while least <= best + step <= greatest and at(best) > at(best + step):
-            best += step
-    return 10.0 ** min((best, best - 0.5, best + 0.5), key=at)
-
-
-def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in an orthonormal basis of their span.
-
-    Returns
-    -------
-    coordinates : float64, (n, r), r <= n
-        The same distances and inner products as the rows of ``Z``.
-    combination : float64, (r, n)
-        ``combination @ Z`` is the basis.
-    """
-    gram = np.zeros((len(Z), len(Z)))
-    step = max(1, CHUNK_BYTES // (8 * len(Z)))
-    for start in range(0, Z.shape[1], step):
-        columns = Z[:, start : start + step].astype(np.float64)
-        gram += columns @ columns.T
-    values, vectors = np.linalg.eigh(gram)
-    kept = values > values[-1] * len(Z) * np.finfo(np.float64).eps
-    lengths = np.sqrt(values[kept])
-    return vectors[:, kept] * lengths, (vectors[:, kept] / lengths).T
-
-
-def _times(left: np.ndarray, Z: np.ndarray) -> np.ndarray:
-    """``left @ Z`` in float64, some columns at a time: no copy of all rows."""
-    step = max(1, CHUNK_BYTES // (8 * len(Z)))
-    parts = [left @ Z[:, start : start + step].astype(np.float64) for start in range(0, Z.shape[1], step)]
-    return np.concatenate(parts, axis=-1)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from features.errors import ConfigurationError, HeadError
-from pipeline.config import EstimatorParameters
-from pipeline.heads.classifiers import SMALL, SklearnHead
-from pipeline.sweeps.selection import SEARCH_ROWS
+from pipeline.heads.head import Head
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
 
@@ -51,39 +51,15 @@ def shown(size: float) -> str:
     return f"{size / 1e9:.1f} GB" if size >= 1e9 else f"{size / 1e6:.1f} MB"
 
 
-def fit_bytes(head: SklearnHead, rows: int, columns: int, classes: int, views: int = 1) -> int:
-    """What fitting a scikit-learn head allocates, about and rather too much: copies of rows, and what its solver needs.
-
-    From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds. Each view
-    of an image counts as a row.
-    """
-    rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
-    outputs, settings = 1 if classes == 2 else classes, head.parameters
-    params = settings.params if isinstance(settings, EstimatorParameters) else dict(head.row.fixed)
-    need = 0
-    if settings.pca is not None:
-        need += 12 * rows * columns + 8 * min(rows, columns) ** 2 + 4 * rows * settings.pca
-        columns = min(settings.pca, columns)
-    spanned = head.row.spanned and head.searchable and columns > rows
-    if spanned:
-        need += 8 * 3 * rows**2  # inner products, their vectors, the coordinates
-        columns = rows
-    double = spanned or (head.row.linear and rows * columns < SMALL)
-    need += 8 * rows * columns * double
-    if head.margins or head.folds or (head.searchable and head.given is None):
-        need += (8 if double else 4) * searched * columns
-    return need + _solver_bytes(head.kind.rpartition(".")[2], params, rows, columns, outputs)
-
-
-def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int, views: int = 1) -> int:
-    """What `fit_bytes` says, if it is allowed.
+def check_bytes(head: Head, rows: int, columns: int, memory: int, views: int = 1) -> int:
+    """What fitting a head allocates, if it is allowed; see `pipeline.heads.head.Head.fit_bytes`.
 
     Raises
     ------
     HeadError
         With both figures.
     """
-    need = fit_bytes(head, rows, columns, len(head.classes), views)
+    need = head.fit_bytes(rows, columns, views)
     if need > memory:
         raise HeadError(
             f"head {head.name!r} needs about {shown(need)} of memory for {rows * views} x {columns} features, {shown(memory)} "
@@ -92,7 +68,8 @@ def check_bytes(head: SklearnHead, rows: int, columns: int, memory: int, views: 
     return need
 
 
-def _solver_bytes(name: str, params: dict, rows: int, columns: int, outputs: int) -> int:
+def solver_bytes(name: str, params: Mapping[str, Any], rows: int, columns: int, outputs: int) -> int:
+    """Bytes that the solver of a scikit-learn class builds, by the class's name; generous where it is not known."""
     values = rows * columns
     square = columns**2
     if name == "LogisticRegression":

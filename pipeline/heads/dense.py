@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
-from features.errors import HeadError
+from features.errors import ConfigurationError, HeadError
 from features.networks.backend import load_keras
-from pipeline.config import DenseParameters
+from features.progress import Progress
+from pipeline.config import HeadFile, History, Settings, parse
 from pipeline.heads.bank import BankHead, BankResult, BankSpec, train_rows
-from pipeline.heads.head import Head, History, Progress, check_finite, two_columns
+from pipeline.heads.head import Head, check_finite, two_columns
 from pipeline.heads.keras_fit import dropout_rates, fit_dense
 from pipeline.heads.prepared import Prepared
-from pipeline.runs.metrics import fit_temperature, softmax
-
-DENSE = "dense"  # the kind, in head.json
+from pipeline.presets import DENSE, DenseParameters, Preset
+from pipeline.scores.metrics import class_weights, fit_temperature, softmax
 
 
 class KerasHead(Head):
@@ -26,6 +26,7 @@ class KerasHead(Head):
 
     parameters: DenseParameters
     files = ("head.json", "head.weights.h5")
+    parallel = False  # Keras is loaded once; the bank trains many at a time
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -47,6 +48,27 @@ class KerasHead(Head):
     @property
     def parameter_count(self) -> int | None:
         return sum(int(part.size) for part in self.weights)
+
+    @classmethod
+    def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
+        parameters = super().parse_parameters(name, preset, params, classes)
+        assert isinstance(parameters, DenseParameters)
+        dropout_rates(parameters)
+        return parameters
+
+    @classmethod
+    def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:
+        values = {"hidden": stored.hidden, "activation": stored.activation, "dropout": stored.dropout}
+        parameters = parse(DenseParameters, values, str(path), error=HeadError)
+        try:
+            dropout_rates(parameters)
+        except ConfigurationError as problem:
+            raise HeadError(f"{path}: {problem}") from problem
+        return DENSE, parameters
+
+    @classmethod
+    def has_dense_form(cls, kind: str) -> bool:
+        return True
 
     @property
     def bank_spec(self) -> BankSpec | None:
@@ -80,6 +102,31 @@ class KerasHead(Head):
         )
 
     @property
+    def companions(self) -> Hashable | None:
+        return None if self.bank_spec is None else (self.bank_spec, self.parameters.class_weight)
+
+    @classmethod
+    def train_together(cls, heads: Sequence[Self], data: Prepared) -> list[History | HeadError]:
+        for head in heads:
+            head.adopt(data)
+        spec = heads[0].bank_spec
+        assert spec is not None
+        results = train_rows(
+            spec.weighted(heads[0].class_weights(data.y)),
+            [head.bank_head for head in heads],
+            data.train,
+            data.held_out,
+            memory_bytes=data.memory,
+        )
+        histories: list[History | HeadError] = []
+        for head, result in zip(heads, results, strict=True):
+            try:
+                histories.append(head.take(result, data))
+            except HeadError as problem:
+                histories.append(problem)
+        return histories
+
+    @property
     def streams(self) -> bool:
         return True
 
@@ -90,8 +137,7 @@ class KerasHead(Head):
         """Weight of a row by its class: n / (c x rows of the class), as scikit-learn's "balanced"."""
         if self.parameters.class_weight is None:
             return None
-        counts = np.bincount(y, minlength=len(self.classes))
-        return tuple(float(weight) for weight in len(y) / (len(counts) * counts))
+        return tuple(class_weights(y, len(self.classes)).tolist())
 
     def _train(self, data: Prepared, progress: Progress) -> History:
         spec = self.bank_spec

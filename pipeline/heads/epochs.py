@@ -7,7 +7,35 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.heads.head import History, Progress
+from features.progress import Progress
+from pipeline.config import History
+
+
+class Patience:
+    """Counts epochs without a lower validation loss, of one training or of many at a time.
+
+    Parameters
+    ----------
+    limit : int
+        Epochs to wait; 0: for ever.
+    lowest, waited : float and int, or arrays of them
+        Lowest loss so far, and epochs since then.
+    """
+
+    def __init__(self, limit: int, lowest: Any = np.inf, waited: Any = 0) -> None:
+        self.limit, self.lowest, self.waited = limit, lowest, waited
+
+    def lower(self, loss: Any) -> Any:
+        """Take the loss of one epoch more; whether it is lower than all before."""
+        lower = loss < self.lowest
+        self.waited = np.where(lower, 0, self.waited + 1)
+        self.lowest = np.where(lower, loss, self.lowest)
+        return lower
+
+    @property
+    def over(self) -> Any:
+        """Whether the limit is reached."""
+        return self.waited >= self.limit if self.limit else np.zeros(np.shape(self.waited), bool)
 
 
 def train_epochs(
@@ -42,18 +70,17 @@ def train_epochs(
         The snapshot of the epoch with the lowest log loss; without validation, of the last.
     """
     history: History = {"epoch": []}
-    lowest, waited, best = np.inf, 0, None
+    waiting, best = Patience(patience), None
     for epoch in range(1, epochs + 1):
         row = {"epoch": float(epoch), **pass_over(epoch)}
-        waited += 1
         if measure is not None:
             row["val_loss"], row["val_accuracy"] = measure()
-            if row["val_loss"] < lowest:
-                lowest, waited, best = row["val_loss"], 0, snapshot()
+            if waiting.lower(row["val_loss"]):
+                best = snapshot()
         for name, value in row.items():
             history.setdefault(name, []).append(value)
         if progress:
             progress("train-head", epoch, epochs)
-        if measure is not None and patience and waited >= patience:
+        if waiting.over:
             break
     return history, snapshot() if best is None else best

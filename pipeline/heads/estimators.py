@@ -16,15 +16,11 @@ import numpy as np
 
 from features.errors import ConfigurationError, nearest
 from pipeline.heads.persistence import foreign_types
+from pipeline.presets import is_path
 
 _PATH = re.compile(r"sklearn\.([a-z][a-z_]*)\.([A-Za-z]\w*)")
 TRIAL_ROWS, TRIAL_COLUMNS = 20, 6  # rows of each class
 _SMALL = {"n_estimators": 4, "max_iter": 20, "n_init": 1}  # in a trial
-
-
-def is_path(text: object) -> bool:
-    """Whether a head is named by an import path."""
-    return isinstance(text, str) and text.startswith("sklearn.")
 
 
 def find_class(path: str) -> Any:

@@ -13,14 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import HeadError
-from pipeline.heads.classifiers import STREAMED
+from features.errors import ConfigurationError, HeadError, nearest
 from pipeline.heads.costs import shown
-from pipeline.heads.dense import DENSE
 from pipeline.heads.head import Head
+from pipeline.heads.kinds import make_head
 from pipeline.heads.prepared import Prepared, group_codes, prepare_stream
-from pipeline.heads.presets import PRESETS
 from pipeline.heads.streaming import FeatureStream
+from pipeline.presets import PRESETS
+from pipeline.scores.selection import stratified_folds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Source:
         rows = self.stream("train")
         head.check_labels(rows.labels, len(rows))
         if self.streamed and not head.streams:
-            can = ", ".join(name for name, preset in PRESETS.items() if preset.kind in (DENSE, STREAMED))
+            can = ", ".join(name for name in PRESETS if make_head(name).streams)
             raise HeadError(
                 f"head {head.name!r} takes all rows at once: {self.views * len(rows)} x {rows.width} features and what it "
                 f"makes of them need {shown(self.need)}, {shown(self.memory)} are allowed. Give more (--memory), "
@@ -107,7 +107,7 @@ class Source:
 
 def train_groups(store: Any) -> list[str] | None:
     """Group of each training row, where there are groups."""
-    groups = getattr(store.images, "groups", None)
+    groups = store.images.groups
     return None if groups is None else [groups[row] for row in store.rows("train")]
 
 
@@ -115,6 +115,68 @@ def rows_for(head: Head, store: Any, name: str, split: str) -> FeatureStream:
     """Rows of a split as a trained head takes them: pooled and standardised its way. To be read in their order."""
     rows = store.rows(split)
     return FeatureStream(store, name, rows, store.images.labels[rows], 0, head.pool or "none", head.mean, head.std)
+
+
+def feature_set(store: Any, name: str | None) -> str:
+    """A feature set of the store by name, or the only one.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none of that name (the nearest is named), or several and none is named.
+    """
+    if name is not None and name in store.names:
+        return name
+    if name is not None:
+        held = ", ".join(store.names)
+        raise ConfigurationError(f"{store.path}: no data set {name!r}, it holds {held}{nearest(name, store.names)}")
+    if len(store.names) != 1:
+        raise ConfigurationError(f"{store.path}: several data sets, name one of {', '.join(store.names)} (--features)")
+    return store.names[0]
+
+
+def views_seen(head: Head, store: Any, name: str) -> int:
+    """Views of each image that a head is trained on."""
+    return head.views_used(store.shape(name)[1])
+
+
+def needs_rows(store: Any, *splits: str) -> None:
+    """Refuse a store in which a split is empty.
+
+    Raises
+    ------
+    HeadError
+        With the way out.
+    """
+    if not store.classes:
+        raise HeadError(
+            f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into a "
+            "folder of its name, or write a CSV manifest path,label, and extract again (features are kept)"
+        )
+    for split in splits:
+        if not len(store.rows(split)):
+            out = ", or leave --test out" if split == "test" else ""
+            raise HeadError(
+                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1, or, where the "
+                f"images bring their own splits, --validation-from-train 0.1 (features are kept){out}"
+            )
+
+
+def needs_folds(store: Any) -> None:
+    """Refuse a store of whose training rows none can be held out for the others.
+
+    Raises
+    ------
+    HeadError
+        With the way out.
+    """
+    names = train_groups(store)
+    y = store.images.labels[store.rows("train")]
+    if stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() < 0:
+        raise HeadError(
+            f"--folds: {store.path}: no class has two training rows, of two groups where there are groups, so that one could "
+            "be held out; leave --folds out"
+        )
 
 
 def _check_disk(folder: Path, need: int) -> None:

@@ -8,23 +8,22 @@ from __future__ import annotations
 
 import abc
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from features.errors import HeadError
-from pipeline.config import FORMAT_VERSION, Settings
+from features.progress import Progress
+from pipeline.config import FORMAT_VERSION, HeadFile, History, Settings, parse
 from pipeline.heads.pooling import check_rows, choose_pool, chunks, pool_features
 from pipeline.heads.prepared import Prepared, Rows, prepare, standardise
-
-Progress = Callable[[str, int, int], None]
-History = dict[str, list[float]]
+from pipeline.presets import Preset
 
 
 class Head(abc.ABC):
-    """A model from features to class probabilities. Made by `pipeline.heads.presets.make_head` or `load_head`.
+    """A model from features to class probabilities. Made by `pipeline.heads.kinds.make_head` or `load_head`.
 
     Attributes
     ----------
@@ -51,7 +50,15 @@ class Head(abc.ABC):
         anyway.
     out_of_fold : float64, (n, c), or None
         Probabilities of the training rows, each by a model that had not seen it; NaN for rows that took no part.
+    parallel : bool
+        Whether several heads are trained by processes side by side; False: in this process, alone or beside their
+        `companions`.
+    file_model : type
+        What ``head.json`` holds.
     """
+
+    parallel: bool = True
+    file_model: type[HeadFile] = HeadFile
 
     def __init__(
         self,
@@ -159,6 +166,49 @@ class Head(abc.ABC):
     @property
     def streams(self) -> bool:
         """Whether it can be trained on rows that come piece by piece."""
+        return False
+
+    @property
+    def companions(self) -> Hashable | None:
+        """Heads for which this is equal can be trained by one `train_together`; None: each is trained alone."""
+        return None
+
+    @classmethod
+    def train_together(cls, heads: Sequence[Self], data: Prepared) -> list[History | HeadError]:
+        """Train heads that are companions; the history of each, or why there is none."""
+        return [head.fit_prepared(data) for head in heads]
+
+    def fit_bytes(self, rows: int, columns: int, views: int = 1) -> int:
+        """Bytes that fitting allocates beside the rows, about; 0 where it is little.
+
+        Parameters
+        ----------
+        rows, columns : int
+            Training images, and numbers of each after pooling.
+        views : int
+            Views of each image that are trained on.
+        """
+        return 0
+
+    @classmethod
+    def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
+        """Parameters of a preset with some of them given.
+
+        Raises
+        ------
+        ConfigurationError
+            For one that it does not have, or a value that it does not take.
+        """
+        return parse(type(preset.parameters), {**preset.parameters.model_dump(), **params}, f"head {name!r}")
+
+    @classmethod
+    @abc.abstractmethod
+    def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:
+        """Name and parameters of a head that is read from ``head.json``; how it was trained stands in the run."""
+
+    @classmethod
+    def has_dense_form(cls, kind: str) -> bool:
+        """Whether heads of that kind have the form that `as_dense` gives."""
         return False
 
     def views_used(self, stored: int) -> int:

@@ -12,11 +12,13 @@ import numpy as np
 
 from features.errors import ConfigurationError, HeadError
 from features.networks.backend import load_keras
-from pipeline.config import DenseParameters
+from features.progress import Progress
+from pipeline.config import History
 from pipeline.heads.epochs import train_epochs
-from pipeline.heads.head import History, Progress, two_columns
+from pipeline.heads.head import two_columns
 from pipeline.heads.prepared import Prepared
-from pipeline.runs.metrics import log_loss, softmax
+from pipeline.presets import DenseParameters
+from pipeline.scores.metrics import log_loss, softmax
 
 
 def fit_dense(

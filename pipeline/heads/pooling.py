@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 
 from features.errors import HeadError
 
-POOLS = ("none", "avg", "max", "flatten")
 CHUNK_BYTES = 16 << 20
 LEAST_DEVIATION = 0.1  # of a column, as a share of the root mean square over all columns
 
@@ -90,17 +89,25 @@ def chunks(X: np.ndarray) -> Iterator[slice]:
     return (slice(start, start + rows) for start in range(0, len(X), rows))
 
 
-def column_statistics(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation of each column, summed in float64; the deviation is at least `LEAST_DEVIATION`.
+def column_statistics(pieces: Iterable[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and standard deviation of each column, float32, (d,), in one pass over pieces of rows, (k, d).
 
-    Dividing by the deviation of a column that hardly varies (5e-7 was met) would blow up whatever the column does on
-    other images, and every step of fine-tuning behind it. Where nothing varies at all, all deviations are 1.
+    Sums are float64, put together as by Chan, Golub and LeVeque (The American Statistician 37, 1983, equation 1.5). The
+    deviation is at least `LEAST_DEVIATION`: dividing by that of a column that hardly varies (5e-7 was met) would blow up
+    whatever the column does on other images, and every step of fine-tuning behind it. Where nothing varies at all, all
+    deviations are 1.
     """
-    mean = Z.mean(axis=0, dtype=np.float64)
-    squares = np.zeros(Z.shape[1])
-    for rows in chunks(Z):
-        squares += np.square(Z[rows] - mean).sum(axis=0)
-    std = np.sqrt(squares / len(Z)).astype(np.float32)
-    std[Z.min(axis=0) == Z.max(axis=0)] = 0
-    least = LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64)))
-    return mean.astype(np.float32), np.maximum(std, np.float32(least)) if least else np.ones_like(std)
+    count = 0
+    mean, squares = np.zeros(width), np.zeros(width)
+    low, high = np.full(width, np.inf, np.float32), np.full(width, -np.inf, np.float32)
+    for Z in pieces:
+        low, high = np.minimum(low, Z.min(axis=0)), np.maximum(high, Z.max(axis=0))
+        here = Z.mean(axis=0, dtype=np.float64)
+        total, shift = count + len(Z), here - mean
+        squares += np.square(Z - here).sum(axis=0) + np.square(shift) * (count * len(Z) / total)
+        mean += shift * (len(Z) / total)
+        count = total
+    std = np.sqrt(squares / max(count, 1)).astype(np.float32)
+    std[low == high] = 0
+    least = np.float32(LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64))))
+    return mean.astype(np.float32), np.maximum(std, least) if least else np.ones_like(std)

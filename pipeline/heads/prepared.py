@@ -310,7 +310,8 @@ def _finished(
     """Standardise pooled rows, and map them if they lie in files."""
     mean, std = np.zeros(train.width, np.float32), np.ones(train.width, np.float32)
     if scale:
-        mean, std = column_statistics(train.values[:, 0])
+        plain = train.values[:, 0]
+        mean, std = column_statistics((plain[piece] for piece in chunks(plain)), train.width)
     for rows in (train, held_out):
         if rows is not None and scale:
             standardise(rows.values, mean, std)

@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError, check_range
+from features.progress import Progress
+from pipeline.config import History
 from pipeline.heads.epochs import train_epochs
-from pipeline.heads.head import History, Progress, two_columns
-from pipeline.heads.pooling import LEAST_DEVIATION, pool_features, pooled_width
+from pipeline.heads.head import two_columns
+from pipeline.heads.pooling import column_statistics, pool_features, pooled_width
 from pipeline.heads.prepared import PLAIN, Batch, Rows, chosen_views, drawn_views
-from pipeline.runs.metrics import fit_temperature
+from pipeline.scores.metrics import fit_temperature
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
@@ -98,25 +100,8 @@ class FeatureStream:
         return max(1, self._window // 8)
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of each column (of view 0), float32, (d,), found in one pass.
-
-        Pieces are put together as Chan, Golub and LeVeque do (The American Statistician 37, 1983,
-        equation 1.5); the least deviation is that of `pipeline.heads.pooling.column_statistics`.
-        """
-        count = 0
-        mean, squares = np.zeros(self.width), np.zeros(self.width)
-        low, high = np.full(self.width, np.inf, np.float32), np.full(self.width, -np.inf, np.float32)
-        for _, Z in self.pieces():
-            low, high = np.minimum(low, Z.min(axis=0)), np.maximum(high, Z.max(axis=0))
-            here = Z.mean(axis=0, dtype=np.float64)
-            total, shift = count + len(Z), here - mean
-            squares += np.square(Z - here).sum(axis=0) + np.square(shift) * (count * len(Z) / total)
-            mean += shift * (len(Z) / total)
-            count = total
-        std = np.sqrt(squares / max(count, 1)).astype(np.float32)
-        std[low == high] = 0
-        least = np.float32(LEAST_DEVIATION * np.sqrt(np.mean(np.square(std, dtype=np.float64))))
-        return mean.astype(np.float32), np.maximum(std, least) if least else np.ones_like(std)
+        """Mean and deviation of each column of view 0; see `pipeline.heads.pooling.column_statistics`."""
+        return column_statistics((Z for _, Z in self.pieces()), self.width)
 
     def take(self, chosen: np.ndarray) -> FeatureStream:
         """Some of the rows, by their ascending numbers or as a mask."""

@@ -1,1 +1,6 @@
-"""Prediction: by a run or an exported model, and the files that it writes."""
+"""What predicts new images, and how predictions are written. May import ``exporting``, ``tuning``, ``heads`` and below.
+
+    run | artefact --> Model: image file -> pixels -> probabilities --> rows of CSV or JSON lines
+
+Use ``RunModel``, ``ArtefactModel`` and ``destination``.
+"""

@@ -12,6 +12,7 @@ from features.augmentation import AugmentSpec
 from features.errors import UnreadableImageError
 from features.pixels.views import decode_views
 from pipeline.exporting.artefacts import Artefact, full_pixels
+from pipeline.heads.kinds import head_of
 from pipeline.runs.folder import Run
 from pipeline.tuning.endtoend import network_of
 
@@ -61,7 +62,7 @@ class RunModel:
         self.batch_size = batch_size
         self._recipe, self._views, self._augment = run.recipe, views, augment
         network = network_of(run, weights, device=device)
-        self._head = run.load_head()
+        self._head = head_of(run)
         self._engine = network.engine(network.recipes, batch_size=batch_size, device=device)
         self._features = network.recipes[0].name
 

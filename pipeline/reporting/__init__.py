@@ -1,1 +1,6 @@
-"""The report: what is read from runs, charts, thumbnails, the map of features."""
+"""What people look at: charts, tables, thumbnails, grids. May import ``sweeps``, ``tuning``, ``heads`` and below.
+
+    run --data--> tables and mistakes --charts, thumbnails--> one page
+
+Use ``describe_run``, ``prediction_grid``, ``draw_grid``.
+"""

@@ -245,7 +245,7 @@ def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
 
 def _learning(run: Run) -> dict[str, Any]:
     """Learning curves of epochs, or the search of a parameter, or why there is nothing to see."""
-    history = facts.read_history(run)
+    history = facts.curves_of(run)
     columns = list(history)
     shown: dict[str, Any] = {
         "columns": columns,

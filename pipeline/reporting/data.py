@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 import math
@@ -13,9 +12,9 @@ import numpy as np
 
 from features.errors import RunError
 from features.files import printable
-from pipeline.heads.head import History
-from pipeline.runs.folder import Run, read_predictions
-from pipeline.runs.metrics import BINS, confusion
+from pipeline.config import History
+from pipeline.runs.folder import Run, read_history, read_predictions
+from pipeline.scores.metrics import BINS, confusion
 
 MATRIX_CLASSES = 30  # above this a confusion matrix cannot be read, and the most confused pairs are listed
 PAIRS = 40
@@ -80,41 +79,22 @@ class Rows:
         RunError
             If it is not what a run writes, or not about the images that ``metrics.json`` is about.
         """
-        labels, probabilities = read_predictions(run)
-        path = run.folder / "predictions.csv"
-        try:
-            with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-                named = [(line[0], bytes.fromhex(line[1])) for line in csv.reader(stream) if line[1] != "sha256"]
-        except (ValueError, IndexError) as problem:
-            raise RunError(f"{path}: is not what a run writes: {problem}") from problem
-        if len(named) != run.metrics["validation"]["n"]:
+        found, path = read_predictions(run), run.folder / "predictions.csv"
+        if len(found.paths) != run.metrics["validation"]["n"]:
             raise RunError(
-                f"{path}: holds {len(named)} images, metrics.json is about {run.metrics['validation']['n']}; "
+                f"{path}: holds {len(found.paths)} images, metrics.json is about {run.metrics['validation']['n']}; "
                 "one of them was edited or cut off; train the head again"
             )
-        if not ((probabilities >= -ROUNDING) & (probabilities <= 1 + ROUNDING)).all():
+        if not ((found.probabilities >= -ROUNDING) & (found.probabilities <= 1 + ROUNDING)).all():
             raise RunError(f"{path}: holds probabilities that are not from 0 to 1; train the head again")
-        paths, digests = zip(*named, strict=True)
-        return cls(paths, digests, labels, probabilities, run.classes)
+        digests = tuple(digest.tobytes() for digest in found.sha256)
+        return cls(tuple(found.paths), digests, found.labels, found.probabilities, run.classes)
 
 
-def read_history(run: Run) -> History:
-    """Columns of ``history.csv``, those that are numbers throughout."""
-    path = run.folder / "history.csv"
-    try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            lines = list(csv.DictReader(stream))
-    except (UnicodeDecodeError, csv.Error) as problem:
-        raise RunError(f"{path}: is not what a run writes: {problem}") from problem
-    history: History = {}
-    for name in lines[0] if lines else ():
-        try:
-            values = [float(line[name]) for line in lines]
-        except (TypeError, ValueError) as problem:
-            raise RunError(f"{path}: column {name!r} holds what is no number: {problem}") from problem
-        if all(abs(value) <= LARGEST for value in values):  # NaN is not
-            history[name] = values
-    return history
+def curves_of(run: Run) -> History:
+    """Columns of ``history.csv`` that a chart can show: numbers throughout."""
+    history = read_history(run.folder)
+    return {name: values for name, values in history.items() if all(abs(value) <= LARGEST for value in values)}
 
 
 def class_table(rows: Rows) -> list[dict[str, Any]]:
@@ -181,7 +161,7 @@ def matrix(rows: Rows) -> list[dict[str, Any]]:
 def reliability(rows: Rows) -> list[dict[str, Any]]:
     """Bins of the confidence, (low, high], that hold images: n, mean confidence, share that is right.
 
-    The bins of ``pipeline.runs.metrics.calibration_error``: the mean of |accuracy - confidence|, weighted by n, is the ECE.
+    The bins of ``pipeline.scores.metrics.calibration_error``: the mean of |accuracy - confidence|, weighted by n, is the ECE.
     """
     bins = np.clip(np.ceil(rows.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     return [

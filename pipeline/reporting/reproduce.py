@@ -13,8 +13,7 @@ from features.augmentation import AugmentSpec
 from features.files import printable
 from features.recipe import Recipe
 from features.sources.scan import is_manifest
-from pipeline.config import EstimatorParameters
-from pipeline.heads.presets import PRESETS
+from pipeline.presets import PRESETS, EstimatorParameters
 from pipeline.runs.folder import Run
 from pipeline.tuning.settings import TuningSettings
 

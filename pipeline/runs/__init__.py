@@ -1,1 +1,6 @@
-"""Runs: the folder that a trained model leaves, its scores and plots, the leaderboard."""
+"""Run folders: what every training leaves behind. May import ``scores`` and the ground; knows no kind of head.
+
+    outcome --writing--> folder --Run.open--> config, metrics, predictions --board--> leaderboard
+
+Use ``Run``, ``choose_run``, ``write_run``, ``leaderboard``.
+"""

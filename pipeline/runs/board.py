@@ -10,7 +10,7 @@ from typing import Any
 
 from features.errors import ConfigurationError, RunError, nearest
 from pipeline.runs.folder import Run, find_runs, rank, read_predictions
-from pipeline.sweeps.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
+from pipeline.scores.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ def leaderboard(
     list of dict
         ``comparable`` is False where the images, labels or splits are not those of the first row (``data`` differs):
         such scores do not measure the same thing. ``chosen`` marks one of the comparable ones, see
-        `pipeline.sweeps.selection.choose`.
+        `pipeline.scores.selection.choose`.
     """
     check_choice(by)
     runs = [run for run in find_runs(root) if only is None or run.run_id in only]
@@ -91,8 +91,8 @@ def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
         low += best["balanced_accuracy"] - best["accuracy"]
         if judged == "validation":
             try:
-                labels, probabilities = read_predictions(runs[0])
-                low = balanced_accuracy_interval(labels, probabilities.argmax(axis=1))[0]
+                rows = read_predictions(runs[0])
+                low = balanced_accuracy_interval(rows.labels, rows.probabilities.argmax(axis=1))[0]
             except RunError as problem:
                 logger.warning("%s; the interval of its accuracy is taken", problem)
     candidates = [

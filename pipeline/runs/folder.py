@@ -1,4 +1,4 @@
-"""Run folders: write them whole or not at all, open, find and compare them."""
+"""Run folders: open them, find them, choose one. `pipeline.runs.writing` makes them."""
 
 from __future__ import annotations
 
@@ -7,26 +7,16 @@ import dataclasses
 import functools
 import json
 import logging
-import os
-import secrets
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import yaml
 
-from features.errors import BottleneckError, ConfigurationError, FormatVersionError, RunError, nearest
-from features.files import atomic_file, sync_folder
+from features.errors import ConfigurationError, FormatVersionError, RunError, nearest
 from features.recipe import Recipe
-from pipeline.config import FORMAT_VERSION, EstimatorParameters, MetricsFile, RunConfig, load_yaml, parse
-from pipeline.heads.classifiers import CLASSIFIERS
-from pipeline.heads.head import Head, History
-from pipeline.heads.presets import PRESETS, load_head
-from pipeline.runs.notes import environment, readme
-from pipeline.runs.plots import plot_run
-from pipeline.scratch import scratch_folder
+from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
+from pipeline.presets import PRESETS, EstimatorParameters, Preset
 
 logger = logging.getLogger(__name__)
 
@@ -145,187 +135,21 @@ class Run:
         return self.config["features"]["target"] or None
 
     @property
-    def finetunable(self) -> bool:
-        """Whether its head is a Keras network, or equal to one."""
-        name = self.config["head"]["name"]
-        kind = PRESETS[name].kind if name in PRESETS else name
-        return "head.weights.h5" in self.config["model"] or (kind in CLASSIFIERS and CLASSIFIERS[kind].linear)
-
-    @property
     def settings(self) -> str:
         """Parameters, pooling and seed that are not the usual ones of its head, ``name=value``."""
-        head, usual = self.config["head"], EstimatorParameters().described()
-        if head["name"] in PRESETS:
-            usual = PRESETS[head["name"]].parameters.described()
+        head = self.config["head"]
+        preset = PRESETS.get(head["name"], Preset(head["name"], EstimatorParameters(), by_path=True))
+        usual = preset.parameters.described()
         given = {name: value for name, value in head["parameters"].items() if usual.get(name) != value}
-        if head["pool"] not in ("none", PRESETS[head["name"]].pool if head["name"] in PRESETS else "avg"):
+        if head["pool"] not in ("none", preset.pool):
             given["pool"] = head["pool"]
         if self.config["seed"]:
             given["seed"] = self.config["seed"]
         return " ".join(f"{name}={value}" for name, value in given.items())
 
-    def load_head(self) -> Head:
-        """The head, rebuilt from its files.
 
-        Raises
-        ------
-        HeadError
-            If a file of it is malformed.
-        RunError
-            If it is not the head of this run.
-        """
-        head = load_head(self.folder)
-        for name, own, noted in (
-            ("classes", head.classes, self.classes),
-            ("fingerprint", head.fingerprint, self.config["features"]["fingerprint"]),
-        ):
-            if own != noted:
-                raise RunError(f"{self.folder / 'head.json'}: {name} is {own!r}, config.yaml says {noted!r}")
-        head.name = self.config["head"]["name"]
-        return head
-
-
-def write_run(
-    root: str | Path,
-    run_id: str,
-    *,
-    head: Head,
-    history: History,
-    scores: Mapping[str, Any],
-    predictions: Predictions,
-    seconds: float,
-    features: Mapping[str, Any] | None = None,
-    start: Run | None = None,
-    backbone: Any = None,
-    settings: Mapping[str, Any] | None = None,
-    test: Mapping[str, Any] | None = None,
-    cv: Mapping[str, Any] | None = None,
-    plots: bool = True,
-    notes: Mapping[str, Any] | None = None,
-    prove: Callable[[Path], object] | None = None,
-) -> Path:
-    """Write a run folder under a temporary name and rename it.
-
-    Parameters
-    ----------
-    root : Path
-        Folder of run folders.
-    run_id : str
-        Name of the new one. A finished run of that name is kept, an incomplete one replaced.
-    head : Head
-        Trained.
-    history : dict of str to list of float
-        Columns of ``history.csv``.
-    scores, test : dict
-        What `pipeline.runs.metrics.evaluate` gave for validation and, where asked, test.
-    cv : dict, optional
-        The same for held-out training rows, and ``folds``.
-    plots : bool
-        Draw them, which takes longer than everything else; `add_plots` does it later.
-    notes : dict, optional
-        More for ``environment.json``: how it was trained, where that decides nothing.
-    prove : callable, optional
-        Called with the folder while it has its temporary name; what it raises leaves nothing.
-    predictions : Predictions
-        Validation rows.
-    seconds : float
-        Time spent training.
-    features : dict
-        Fields of `RunFeatures`; or, for fine-tuning:
-    start, backbone, settings
-        The run begun from, the fine-tuned backbone (a ``keras.Model``) and the settings of stage three.
-
-    Returns
-    -------
-    Path
-        The folder.
-
-    Raises
-    ------
-    RunError
-        If it cannot be written.
-    """
-    root = Path(root)
-    folder = root / run_id
-    temporary = None
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        temporary = scratch_folder(root, run_id)
-        if start is not None and features is None:
-            features = start.config["features"]
-        if features is None:
-            raise RunError(f"{folder}: neither the features nor the run it began with are given")
-        model, count = list(head.files), head.parameter_count
-        if backbone is not None:
-            name, recipe = _save_backbone(temporary, backbone, Recipe.from_dict(features["recipe"]))
-            features = {**features, "recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint}
-            head.fingerprint = recipe.fingerprint
-            model, count = [*model, name], (count or 0) + backbone.count_params()
-        described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()}
-        config = {
-            "format": FORMAT_VERSION,
-            "run_id": run_id,
-            "stage": "head" if start is None else "finetune",
-            "seed": (settings or {}).get("seed", head.seed),
-            "classes": list(head.classes),
-            "head": described if start is None else start.config["head"],
-            "features": features,
-            "finetune": None if settings is None else dict(settings),
-            "model": model,
-        }
-        metrics = {"format": FORMAT_VERSION, "run_id": run_id, "validation": scores, "test": test, "cv": cv}
-        parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
-        head.save(temporary)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        (temporary / "config.yaml").write_text(text, encoding="utf-8")
-        _write_json(temporary / "metrics.json", metrics)
-        noted = {**environment(), "fit_seconds": seconds, "parameters": count, **(notes or {})}
-        _write_json(temporary / "environment.json", noted)
-        _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
-        _write_predictions(temporary / "predictions.csv", predictions, head.classes)
-        (temporary / "README.md").write_text(readme(config, metrics, seconds), encoding="utf-8")
-        if plots:
-            plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
-        if prove:
-            prove(temporary)
-        _publish(temporary, folder)
-    except OSError as problem:
-        if isinstance(problem, BottleneckError):
-            raise
-        raise RunError(
-            f"{folder}: the run could not be written ({problem.strerror or problem}); nothing was left behind. Make room, or "
-            "give another folder with --runs"
-        ) from problem
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
-    """Put the scores of ``test`` or ``cv`` into ``metrics.json`` of a finished run."""
-    path = run.folder / "metrics.json"
-    with atomic_file(path) as temporary:
-        _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
-    return Run.open(run.folder)
-
-
-def add_plots(run: Run) -> None:
-    """Draw the plots of a run that was written without them, from its ``predictions.csv`` and ``history.csv``."""
-    if (run.folder / "plots").exists():
-        return
-    labels, probabilities = read_predictions(run)
-    history = read_history(run.folder)
-    temporary = run.folder / f".plots.{secrets.token_hex(4)}.tmp"
-    try:
-        plot_run(temporary, history, labels, probabilities, run.classes)
-        os.rename(temporary, run.folder / "plots")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def read_predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Labels int32 (n,) and probabilities float64 (n, c) of the validation rows.
+def read_predictions(run: Run) -> Predictions:
+    """The validation rows of a run, as ``predictions.csv`` has them.
 
     Raises
     ------
@@ -336,11 +160,12 @@ def read_predictions(run: Run) -> tuple[np.ndarray, np.ndarray]:
     try:
         with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
             lines = list(csv.reader(stream))[1:]
+        digests = np.array([list(bytes.fromhex(line[1])) for line in lines], np.uint8).reshape(len(lines), 32)
         labels = np.array([numbers[line[2]] for line in lines], np.int32)
         probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
     except (KeyError, ValueError, IndexError, csv.Error) as problem:
         raise RunError(f"{path}: is not what a run of {len(numbers)} classes writes: {problem!r}") from problem
-    return labels, probabilities
+    return Predictions([line[0] for line in lines], digests, labels, probabilities)
 
 
 def read_history(folder: Path) -> History:
@@ -354,10 +179,16 @@ def read_history(folder: Path) -> History:
     path = folder / "history.csv"
     try:
         with open(path, newline="", encoding="utf-8") as stream:
-            header, *lines = csv.reader(stream)
-        return {name: [float(line[k]) for line in lines] for k, name in enumerate(header)}
-    except (ValueError, IndexError, csv.Error) as problem:
+            lines = list(csv.DictReader(stream))
+    except (ValueError, csv.Error) as problem:
         raise RunError(f"{path}: is not what a run writes: {problem!r}") from problem
+    history: History = {}
+    for name in lines[0] if lines else ():
+        try:
+            history[name] = [float(line[name]) for line in lines]
+        except (TypeError, ValueError) as problem:
+            raise RunError(f"{path}: column {name!r} holds what is no number: {problem}") from problem
+    return history
 
 
 def is_finished(folder: str | Path) -> bool:
@@ -406,15 +237,16 @@ def choose_run(path: str | Path) -> Run:
     return _some(path, sorted(find_runs(path), key=rank))[0]
 
 
-def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
+def newest_run(path: str | Path, *, accept: Callable[[Run], bool] | None = None) -> Run:
     """The run in ``path``, or the newest one below it.
 
     Parameters
     ----------
     path : Path
         Run folder, or folder of run folders.
-    finetunable : bool
-        Only runs of a Keras head, or of a linear one; below a folder of runs, those of stage three are passed over.
+    accept : callable, optional
+        Only runs from which fine-tuning can start, as it says; below a folder of runs, those of stage three are
+        passed over.
 
     Raises
     ------
@@ -422,9 +254,9 @@ def newest_run(path: str | Path, *, finetunable: bool = False) -> Run:
         If there is none.
     """
     runs = _some(path, find_runs(path))
-    if finetunable:
+    if accept is not None:
         several = not (Path(path) / "config.yaml").is_file()
-        runs = [run for run in runs if run.finetunable and not (several and run.config["stage"] == "finetune")]
+        runs = [run for run in runs if accept(run) and not (several and run.config["stage"] == "finetune")]
         if not runs:
             raise RunError(
                 f"{path}: holds no run of a Keras head or a linear one, which fine-tuning starts from (dense, dropout-linear, "
@@ -445,62 +277,8 @@ def _some(path: str | Path, runs: list[Run]) -> list[Run]:
     return runs
 
 
-def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
-    """Save a fine-tuned backbone; the recipe of its features has its weights."""
-    from features.networks.weights import model_digest, save_weights
-
-    if recipe.backbone == "model":
-        backbone.save(folder / BACKBONE_MODEL)
-        return BACKBONE_MODEL, dataclasses.replace(recipe, weights=model_digest(backbone))
-    digest = save_weights(backbone, folder / BACKBONE_WEIGHTS)
-    return BACKBONE_WEIGHTS, dataclasses.replace(recipe, weights=digest)
-
-
-def _publish(temporary: Path, folder: Path) -> None:
-    for path in [*temporary.rglob("*"), temporary]:
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            with open(path, "rb") as stream:
-                os.fsync(stream.fileno())
-    if folder.exists():
-        if is_finished(folder):
-            return  # another process was faster; the same id means the same run
-        logger.warning("%s was incomplete and is replaced", folder)
-        old = temporary.with_suffix(".old")
-        os.rename(folder, old)
-        os.rename(temporary, folder)
-        shutil.rmtree(old)
-    else:
-        os.rename(temporary, folder)
-    sync_folder(folder.parent)
-
-
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as problem:
         raise RunError(f"{path}: cannot be read: {problem}") from problem
-
-
-def _write_json(path: Path, values: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
-
-
-def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
-    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        writer = csv.writer(stream, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows(rows)
-
-
-def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
-    """Nine digits: enough to check the assembled network against."""
-    rows = []
-    for name, sha256, label, values in zip(*predictions, strict=True):
-        guess = int(values.argmax())
-        right = str(guess == label).lower()
-        rows.append(
-            [name, sha256.tobytes().hex(), classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)]
-        )
-    _write_csv(path, ["path", "sha256", "label", "predicted", "correct", *classes], rows)

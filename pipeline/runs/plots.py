@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.heads.head import History
-from pipeline.runs.metrics import confusion
+from pipeline.config import History
+from pipeline.scores.metrics import confusion
 from pipeline.tables import shortened
 
 LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names

@@ -1,1 +1,6 @@
-"""Many heads: what a sweep file asks for, parallel training, honest choice, the leakage guard."""
+"""Many heads on one store: listed, trained side by side, compared. May import ``heads`` and what lies below.
+
+    sweep file --expand--> trials --> workers | bank --> runs --> leaderboard
+
+Use ``run_sweep``, ``read_sweep``, ``near_duplicates``.
+"""

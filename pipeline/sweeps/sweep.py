@@ -19,22 +19,22 @@ import numpy as np
 from features.errors import ConfigurationError, HeadError, RunError
 from features.files import writable_folder
 from features.machine import processors
-from pipeline.heads.classifiers import SklearnHead
+from features.progress import Progress
 from pipeline.heads.costs import check_bytes, usable_memory
-from pipeline.heads.dense import KerasHead
-from pipeline.heads.gather import Source
-from pipeline.heads.head import Head, Progress
+from pipeline.heads.fitting import Fitted, fit_companions, fit_one, reason_of
+from pipeline.heads.gather import Source, feature_set, needs_folds, needs_rows, views_seen
+from pipeline.heads.head import Head
+from pipeline.heads.kinds import head_of, make_head, resolve_pool
 from pipeline.heads.prepared import Prepared
-from pipeline.heads.presets import make_head, resolve_pool
+from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.board import check_choice, leaderboard
-from pipeline.runs.folder import Run, add_plots, add_scores, is_finished
-from pipeline.runs.metrics import evaluate
+from pipeline.runs.folder import Run, is_finished
+from pipeline.runs.writing import add_plots, add_scores
+from pipeline.scores.metrics import evaluate
 from pipeline.scratch import scratch_folder
-from pipeline.sweeps.fitting import Fitted, fit_bank, fit_one, reason_of
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
 from pipeline.sweeps.workers import in_parallel
 from pipeline.tables import board_text
-from pipeline.train_head import data_set, identity, needs_folds, needs_rows, test_scores, views_seen, write_fitted
 
 logger = logging.getLogger(__name__)
 
@@ -228,7 +228,7 @@ def _plan(
     jobs: dict[tuple[int, str], Job] = {}
     failed = []
     for store in stores:
-        for name in [data_set(store, name) for name in names] or store.names:
+        for name in [feature_set(store, name) for name in names] or store.names:
             recipe, shape = store.recipes[name], store.shape(name)[2:]
             for trial in trials:
                 head = make_head(
@@ -245,7 +245,7 @@ def _plan(
                 except HeadError as problem:
                     failed.append({"head": f"{trial} on {name}", "reason": str(problem)})
                     continue
-                run_id = identity(head, store, name)
+                run_id = run_id_of(head, store, name)
                 jobs.setdefault((id(store), run_id), Job(trial, head, store, name, run_id))
     return list({job.run_id: job for job in jobs.values()}.values()), failed
 
@@ -292,9 +292,8 @@ def _train_alike(
     except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
         yield from ((job, reason_of(problem)) for job in alike)
     else:
-        others = [job for job in alike if isinstance(job.head, SklearnHead)]
-        yield from _by_workers(others, prepared, source, jobs, folds)
-        yield from _by_bank([job for job in alike if isinstance(job.head, KerasHead)], prepared, folds)
+        yield from _in_parallel([job for job in alike if job.head.parallel], prepared, source, jobs, folds)
+        yield from _in_this_process([job for job in alike if not job.head.parallel], prepared, folds)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
@@ -306,14 +305,12 @@ def source_of(alike: Sequence[Job], memory: int) -> Source:
     return Source(store, name, head.pool or "none", views, memory)
 
 
-# ------------------------------------------------------------------------------------------- scikit-learn
-def _by_workers(
+def _in_parallel(
     jobs: Sequence[Job], prepared: Prepared, source: Source, count: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
     """The most that memory allows side by side; heads that take more of it with fewer beside them."""
     turns: dict[int, list[int]] = collections.defaultdict(list)
     for number, job in enumerate(jobs):
-        assert isinstance(job.head, SklearnHead)
         job.head.folds = folds
         try:
             need = source.memory
@@ -330,25 +327,20 @@ def _by_workers(
             yield jobs[number], outcome
 
 
-# ------------------------------------------------------------------------------------------------- Keras
-def _by_bank(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
-    """Heads that can be are trained together, the others one by one."""
-    banks = collections.defaultdict(list)
+def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
+    """Companions are trained together, other heads one by one."""
+    together = collections.defaultdict(list)
     for job in jobs:
-        assert isinstance(job.head, KerasHead)
-        spec = job.head.bank_spec
-        if spec is None:
+        if job.head.companions is None:
             yield job, fit_one(0, job.head, prepared, folds)[1]
         else:
-            banks[spec, job.head.parameters.class_weight].append(job)
-    for group in banks.values():
+            together[type(job.head), job.head.companions].append(job)
+    for group in together.values():
         for start in range(0, len(group), BANK_HEADS):
             part = group[start : start + BANK_HEADS]
-            heads = [job.head for job in part if isinstance(job.head, KerasHead)]
-            yield from zip(part, fit_bank(heads, prepared, folds), strict=True)
+            yield from zip(part, fit_companions([job.head for job in part], prepared, folds), strict=True)
 
 
-# ------------------------------------------------------------------------------------------------- runs
 def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> None:
     held_out = _fold_scores(job, fitted.out_of_fold, folds)
     if not is_finished(runs / job.run_id):
@@ -380,5 +372,5 @@ def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -
                 "the test split was looked at before, for %s: the more often, the less its score means",
                 ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
             )
-        run = add_scores(run, test=test_scores(job.store, job.name, run.load_head(), run.config["seed"]))
+        run = add_scores(run, test=test_scores(job.store, job.name, head_of(run), run.config["seed"]))
     row["test_accuracy"] = run.metrics["test"]["accuracy"]

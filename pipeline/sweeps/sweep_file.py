@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from features.errors import ConfigurationError
+from features.recipe import POOLINGS
 from pipeline.config import Settings, load_yaml, parse
-from pipeline.heads.pooling import POOLS
-from pipeline.heads.presets import find_preset, make_head
+from pipeline.heads.kinds import make_head
+from pipeline.presets import find_preset
 
 MOST_TRIALS = 100_000
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
@@ -123,8 +124,8 @@ def expand(sweep: SweepFile, where: str = "sweep") -> list[Trial]:
 
 def _trial(name: str, params: dict[str, Any], seed: int, place: str) -> Trial:
     pool, own = params.pop("pool", None), params.pop("seed", seed)
-    if pool is not None and pool not in POOLS:
-        raise ConfigurationError(f"{place}: pool: received {pool!r}, expected one of {', '.join(POOLS)}")
+    if pool is not None and pool not in POOLINGS:
+        raise ConfigurationError(f"{place}: pool: received {pool!r}, expected one of {', '.join(POOLINGS)}")
     if not isinstance(own, int) or isinstance(own, bool) or not 0 <= own < 2**32:
         raise ConfigurationError(f"{place}: seed: received {own!r}, expected a whole number from 0 to 4294967295")
     try:

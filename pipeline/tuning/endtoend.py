@@ -21,7 +21,7 @@ from features.networks.network import BOUNDARY, Network, resolve_network
 from features.recipe import Recipe
 from pipeline.heads.head import Head
 from pipeline.runs.folder import Run
-from pipeline.runs.metrics import softmax
+from pipeline.scores.metrics import softmax
 from pipeline.tuning.settings import ALL, HEAD, LAST_BLOCK
 
 BATCHNORM_MODES = ("frozen", "affine", "train")

@@ -24,11 +24,11 @@ from features.errors import RunError, StoreError, UnreadableImageError
 from features.files import printable
 from features.pixels.batches import batches
 from features.pixels.views import DecodedViews, decode_views
+from features.progress import Progress
 from features.recipe import PixelRule
 from features.sources.scan import ImageSet
 from features.sources.splits import SPLITS, SplitRule, assign_splits
 from features.store.schema import data_digest
-from pipeline.heads.head import Progress
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file

@@ -5,11 +5,9 @@ predictions.csv of a run -> Reference ─ check(probabilities) ─▶ largest ga
 
 from __future__ import annotations
 
-import csv
 import dataclasses
 import functools
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -20,10 +18,11 @@ from features.networks.backbones import preprocess
 from features.networks.backend import load_keras
 from features.networks.graph import layer_tensors
 from features.networks.network import Network
-from features.networks.reference import relative_difference
+from features.networks.reference import evenly_spread, relative_difference
 from features.store.reader import FeatureStore
 from pipeline.heads.head import Head
-from pipeline.runs.folder import Run
+from pipeline.heads.kinds import head_of
+from pipeline.runs.folder import Run, read_predictions
 from pipeline.tuning.cached import CachedCut
 from pipeline.tuning.endtoend import PIXELS, Split, network_of, split_for_training
 from pipeline.tuning.inputs import PLAIN, Data, Inputs, Trunk
@@ -111,18 +110,11 @@ def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
     RunError
         If images of the run are missing, or the file is damaged.
     """
-    path = Path(run.folder) / "predictions.csv"
-    with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-        lines = list(csv.reader(stream))[1:]
-    if not lines:
-        raise RunError(f"{path}: holds no predictions to compare with")
-    chosen = np.unique(np.linspace(0, len(lines) - 1, min(PARITY_IMAGES, len(lines))).astype(int))
-    count = len(run.classes)
-    try:
-        hashes = [bytes.fromhex(lines[index][1]) for index in chosen]
-        values = np.array([[float(value) for value in lines[index][-count:]] for index in chosen])
-    except (ValueError, IndexError) as error:
-        raise RunError(f"{path}: is damaged ({error}); train the head again") from error
+    found = read_predictions(run)
+    if not found.paths:
+        raise RunError(f"{run.folder / 'predictions.csv'}: holds no predictions to compare with")
+    chosen = evenly_spread(len(found.paths), PARITY_IMAGES)
+    hashes, values = [found.sha256[row].tobytes() for row in chosen], found.probabilities[chosen]
     validation = {data.sha256[row].tobytes(): row for row in data.rows("validation").tolist()}
     missing = sum(sha256 not in validation for sha256 in hashes)
     if missing:
@@ -245,7 +237,7 @@ class Gate:
         device : str
             As everywhere.
         """
-        job, network, head = self._job, network_of(finished), finished.load_head()
+        job, network, head = self._job, network_of(finished), head_of(finished)
         saved = functools.partial(
             split_for_training,
             network,
@@ -278,7 +270,7 @@ class Gate:
         again = split_for_training(
             job.network,
             job.start.recipe.plain,
-            job.start.load_head().as_dense(),
+            head_of(job.start).as_dense(),
             unfreeze=job.settings.unfreeze,
             cut_of=lambda cuts: job.split.cut,
         )

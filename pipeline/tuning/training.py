@@ -15,8 +15,10 @@ import numpy as np
 
 from features.errors import RunError
 from features.networks.backend import load_keras
-from pipeline.heads.head import History, Progress
-from pipeline.runs.metrics import balanced_weights, evaluate
+from features.progress import Progress
+from pipeline.config import History
+from pipeline.heads.epochs import Patience
+from pipeline.scores.metrics import balanced_weights, evaluate
 from pipeline.tuning.checkpoints import Checkpoint, State
 from pipeline.tuning.endtoend import Split, probabilities_of
 from pipeline.tuning.inputs import PLAIN, Data, Inputs
@@ -183,7 +185,7 @@ def train(
         tail.restore_optimizer(state.optimizer)
         logger.info("%s: goes on after epoch %d", checkpoint.path if checkpoint else "", state.epoch)
     steps, last = -(-len(rows) // tail.batch_size), settings.initial_epoch + settings.epochs
-    while state.epoch < last and not (settings.patience and state.waited >= settings.patience):
+    while state.epoch < last and not Patience(settings.patience, state.lowest, state.waited).over:
         epoch = state.epoch + 1
         # The order depends on seed, epoch and the images' content only, whatever their order and kind of source.
         order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
@@ -228,8 +230,9 @@ def _close_epoch(state: State, tail: Tail, epoch: int, loss: float, scores: dict
     state.epoch, state.variables, state.optimizer = epoch, tail.snapshot(), tail.optimizer_snapshot()
     if (scores["accuracy"], -scores["log_loss"]) > (state.best["accuracy"], -state.best["log_loss"]):
         state.best, state.kept = scores, state.variables
-    state.waited = 0 if scores["log_loss"] < state.lowest else state.waited + 1
-    state.lowest = min(state.lowest, scores["log_loss"])
+    waiting = Patience(0, state.lowest, state.waited)
+    waiting.lower(scores["log_loss"])
+    state.lowest, state.waited = float(waiting.lowest), int(waiting.waited)
 
 
 def _values(variables: Sequence[Any]) -> list[np.ndarray]:

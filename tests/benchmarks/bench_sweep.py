@@ -185,9 +185,9 @@ def growth(act: Callable[[], Any], processes: Callable[[], list[int]]) -> int:
 
 
 def memory(folder: Path) -> dict[str, Any]:
+    from pipeline.heads.fitting import fit_one
+    from pipeline.heads.kinds import make_head
     from pipeline.heads.prepared import prepare
-    from pipeline.heads.presets import make_head
-    from pipeline.sweeps.fitting import fit_one, fit_together
     from pipeline.sweeps.workers import in_parallel
 
     rows, columns, classes = 200_000, 1280, [str(k) for k in range(10)]
@@ -220,8 +220,8 @@ def memory(folder: Path) -> dict[str, Any]:
         make_head("dense", classes=classes, epochs=1, batch_size=256, learning_rate=10.0**-k) for k in range(1, 5)
     ]
     bank[0].warm_up()
-    fit_together([head.fresh() for head in bank], few)
-    found["bank"] = growth(lambda: fit_together(bank, whole[0]), lambda: [os.getpid()])
+    bank[0].train_together([head.fresh() for head in bank], few)
+    found["bank"] = growth(lambda: bank[0].train_together(bank, whole[0]), lambda: [os.getpid()])
     return {name: round(grown / (4 * rows * columns), 3) for name, grown in found.items()}
 
 

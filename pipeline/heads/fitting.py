@@ -1,4 +1,4 @@
-"""Heads trained and judged on prepared rows, one by one or as a bank; failures come back as text.
+"""Heads trained and judged on prepared rows, one by one or with their companions; failures come back as text.
 
 heads, `Prepared` --fit, folds--> `Fitted`: history, probabilities of validation and of held-out training rows
 """
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from features.errors import BottleneckError, HeadError
-from pipeline.heads.bank import train_rows
-from pipeline.heads.dense import KerasHead
-from pipeline.heads.head import Head, History, Progress
+from features.progress import Progress
+from pipeline.config import History
+from pipeline.heads.head import Head
 from pipeline.heads.prepared import Prepared
-from pipeline.sweeps.selection import stratified_folds
+from pipeline.scores.selection import stratified_folds
 
 # What numerical code raises for data or parameters that it cannot cope with.
 FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, LookupError)
@@ -81,49 +81,27 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
     return found
 
 
-def fit_bank(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[Fitted | str]:
-    """Train heads of one bank and judge them; a text says why there is nothing."""
+def fit_companions(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[Fitted | str]:
+    """Train heads that are `Head.companions` and judge them; a text says why there is nothing."""
     heads[0].warm_up()
     started = time.perf_counter()
     try:
-        histories = fit_together(heads, prepared)
+        histories = heads[0].train_together(heads, prepared)
         seconds = (time.perf_counter() - started) / len(heads)
-        out_of_fold = _bank_folds(heads, prepared, folds) if folds else [None] * len(heads)
+        out_of_fold = _companion_folds(heads, prepared, folds) if folds else [None] * len(heads)
     except FAILURES as problem:
         return [reason_of(problem)] * len(heads)
     assert prepared.held_out is not None
     return [
-        history
-        if isinstance(history, str)
+        reason_of(history)
+        if isinstance(history, HeadError)
         else Fitted(head, history, seconds, head.predict_rows(prepared.held_out), held_out, prepared.streamed)
         for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
     ]
 
 
-def fit_together(heads: Sequence[KerasHead], prepared: Prepared) -> list[History | str]:
-    """Train heads of one bank; the history of each, or why there is none."""
-    for head in heads:
-        head.adopt(prepared)
-    spec = heads[0].bank_spec
-    assert spec is not None
-    results = train_rows(
-        spec.weighted(heads[0].class_weights(prepared.y)),
-        [head.bank_head for head in heads],
-        prepared.train,
-        prepared.held_out,
-        memory_bytes=prepared.memory,
-    )
-    histories: list[History | str] = []
-    for head, result in zip(heads, results, strict=True):
-        try:
-            histories.append(head.take(result, prepared))
-        except HeadError as problem:
-            histories.append(reason_of(problem))
-    return histories
-
-
-def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
-    """`cross_validate` for heads of one bank; None where training diverged in a fold."""
+def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
+    """`cross_validate` for companions; None where training diverged in a fold."""
     found: list[np.ndarray | None] = [None] * len(heads)
     by_seed = collections.defaultdict(list)
     for number, head in enumerate(heads):
@@ -135,10 +113,10 @@ def _bank_folds(heads: Sequence[KerasHead], prepared: Prepared, folds: int) -> l
         diverged: set[int] = set()
         for fold in range(dealt.max() + 1):
             rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
-            histories = fit_together(fresh, prepared.part(rows))
+            histories = fresh[0].train_together(fresh, prepared.part(rows))
             held_back = prepared.train.take(tested)
             for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
-                if isinstance(history, str):
+                if isinstance(history, HeadError):
                     diverged.add(k)
                 else:
                     columns[k][tested] = head.predict_rows(held_back)

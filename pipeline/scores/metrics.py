@@ -109,8 +109,13 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray 
 
 def balanced_weights(y: np.ndarray) -> np.ndarray:
     """Weight of each row under which all classes that occur count the same; their mean is 1: float64, (n,)."""
-    counts = np.bincount(y)
-    return (len(y) / (np.count_nonzero(counts) * np.maximum(counts, 1)))[y]
+    return class_weights(y)[y]
+
+
+def class_weights(y: np.ndarray, classes: int = 0) -> np.ndarray:
+    """Weight of each class, rows / (classes that occur x rows of the class), as scikit-learn's "balanced": float64, (c,)."""
+    counts = np.bincount(y, minlength=classes)
+    return len(y) / (np.count_nonzero(counts) * np.maximum(counts, 1))
 
 
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.runs.metrics import RESAMPLES
+from pipeline.scores.metrics import RESAMPLES
 
 SEARCH_ROWS = 20_000  # rows that take part in cross-validation; more change a choice little and cost much
 CHOICES = ("accuracy", "balanced_accuracy")

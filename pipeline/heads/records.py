@@ -1,0 +1,92 @@
+"""A trained head becomes a run: its id, what it says of its features, its scores, its folder.
+
+store, head --run_id_of()--> id        fitted head --write_fitted()--> run folder
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from features.canonical import digest_of
+from pipeline.heads.fitting import Fitted
+from pipeline.heads.gather import rows_for, views_seen
+from pipeline.heads.head import Head
+from pipeline.runs.folder import Predictions
+from pipeline.runs.writing import Outcome, write_run
+from pipeline.scores.metrics import evaluate
+
+
+def run_id_of(head: Head, store: Any, name: str) -> str:
+    """Run id: the same id means the same head configuration, features, views, data and seed."""
+    parameters = head.parameters.described()
+    parameters.pop("views", None)  # what it comes to is said below
+    decided = {
+        "head": {"name": head.name, "pool": head.pool, "parameters": parameters},
+        "fingerprint": head.fingerprint,
+        "data": store.data_digest,
+        "seed": head.seed,
+        **_several(views_seen(head, store, name)),
+    }
+    return f"{head.name}-{digest_of(decided)[:10]}"
+
+
+def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
+    """Fields of `pipeline.config.RunFeatures`, of a head that was trained on so many views."""
+    recipe = store.recipes[name]
+    provenance = store.provenance
+    return {
+        "store": str(Path(store.path).resolve()),
+        "name": name,
+        "recipe": recipe.to_dict(),
+        "fingerprint": recipe.fingerprint,
+        "data_digest": store.data_digest,
+        "split_rule": store.split_rule,
+        "source": store.source,
+        "backbone": str(provenance.get("backbone", recipe.backbone)),
+        "weights": str(provenance.get("weights", "imagenet")),
+        "target": str(provenance.get("target", "")),
+        **_several(views),
+    }
+
+
+def write_fitted(
+    runs: str | Path,
+    run_id: str,
+    store: Any,
+    name: str,
+    fitted: Fitted,
+    *,
+    memory: int,
+    test: Mapping[str, Any] | None = None,
+    cv: Mapping[str, Any] | None = None,
+    plots: bool = True,
+) -> None:
+    """Score a trained head on validation and write its run folder; see `pipeline.runs.writing.write_run`."""
+    head, rows = fitted.head, store.rows("validation")
+    y = store.images.labels[rows]
+    paths = [store.images.paths[row] for row in rows]
+    outcome = Outcome(
+        head,
+        fitted.history,
+        evaluate(fitted.probabilities, y, store.classes, head.seed),
+        Predictions(paths, store.images.sha256[rows], y, fitted.probabilities),
+        fitted.seconds,
+        test=test,
+        cv=cv,
+        notes={"streamed": True, "memory": memory} if fitted.streamed else None,
+    )
+    features = describe_features(store, name, views_seen(head, store, name))
+    write_run(runs, run_id, outcome, features=features, plots=plots)
+
+
+def test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
+    """Scores of a head on the test split."""
+    rows = rows_for(head, store, name, "test")
+    return evaluate(head.predict_rows(rows), rows.labels, store.classes, seed)
+
+
+def _several(views: int) -> dict[str, int]:
+    """Said only of more than one, so that older run ids hold."""
+    return {"views": views} if views > 1 else {}

@@ -1,0 +1,266 @@
+"""Write run folders whole or not at all, and add to them."""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import json
+import logging
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from features.errors import BottleneckError, RunError
+from features.files import atomic_file, sync_folder
+from features.recipe import Recipe
+from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse
+from pipeline.runs.folder import (
+    BACKBONE_MODEL,
+    BACKBONE_WEIGHTS,
+    Predictions,
+    Run,
+    is_finished,
+    read_history,
+    read_predictions,
+)
+from pipeline.runs.notes import environment, readme
+from pipeline.runs.plots import plot_run
+from pipeline.scratch import scratch_folder
+
+logger = logging.getLogger(__name__)
+
+
+class TrainedHead(Protocol):
+    """What a run needs of a head: what to say of it, and how to save it."""
+
+    name: str
+    pool: str | None
+    parameters: Settings
+    seed: int
+    classes: tuple[str, ...]
+    fingerprint: str
+
+    @property
+    def files(self) -> tuple[str, ...]: ...
+
+    @property
+    def parameter_count(self) -> int | None: ...
+
+    def save(self, folder: Path) -> None: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a training gives to its run.
+
+    Parameters
+    ----------
+    head : TrainedHead
+        Trained.
+    history : dict of str to list of float
+        Columns of ``history.csv``.
+    scores, test : dict
+        What `pipeline.scores.metrics.evaluate` gave for validation and, where asked, test.
+    predictions : Predictions
+        Validation rows.
+    seconds : float
+        Time spent training.
+    cv : dict, optional
+        The scores of held-out training rows, and ``folds``.
+    notes : dict, optional
+        More for ``environment.json``: how it was trained, where that decides nothing.
+    """
+
+    head: TrainedHead
+    history: History
+    scores: Mapping[str, Any]
+    predictions: Predictions
+    seconds: float
+    test: Mapping[str, Any] | None = None
+    cv: Mapping[str, Any] | None = None
+    notes: Mapping[str, Any] | None = None
+
+
+def write_run(
+    root: str | Path,
+    run_id: str,
+    outcome: Outcome,
+    *,
+    features: Mapping[str, Any] | None = None,
+    start: Run | None = None,
+    backbone: Any = None,
+    settings: Mapping[str, Any] | None = None,
+    plots: bool = True,
+    prove: Callable[[Path], object] | None = None,
+) -> Path:
+    """Write a run folder under a temporary name and rename it.
+
+    Parameters
+    ----------
+    root : Path
+        Folder of run folders.
+    run_id : str
+        Name of the new one. A finished run of that name is kept, an incomplete one replaced.
+    outcome : Outcome
+        What was trained, and how good it is.
+    features : dict, optional
+        Fields of `RunFeatures`; those of ``start`` without it.
+    start, backbone, settings
+        Of fine-tuning: the run it began from, the fine-tuned network (a ``keras.Model``) and the settings.
+    plots : bool
+        Draw them, which takes longer than everything else; `add_plots` does it later.
+    prove : callable, optional
+        Called with the folder while it has its temporary name; what it raises leaves nothing.
+
+    Returns
+    -------
+    Path
+        The folder.
+
+    Raises
+    ------
+    RunError
+        If it cannot be written.
+    """
+    root = Path(root)
+    folder, head = root / run_id, outcome.head
+    temporary = None
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        temporary = scratch_folder(root, run_id)
+        if start is not None and features is None:
+            features = start.config["features"]
+        if features is None:
+            raise RunError(f"{folder}: neither the features nor the run it began with are given")
+        model, count = list(head.files), head.parameter_count
+        if backbone is not None:
+            name, recipe = _save_backbone(temporary, backbone, Recipe.from_dict(features["recipe"]))
+            features = {**features, "recipe": recipe.to_dict(), "fingerprint": recipe.fingerprint}
+            head.fingerprint = recipe.fingerprint
+            model, count = [*model, name], (count or 0) + backbone.count_params()
+        described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()}
+        config = {
+            "format": FORMAT_VERSION,
+            "run_id": run_id,
+            "stage": "head" if start is None else "finetune",
+            "seed": (settings or {}).get("seed", head.seed),
+            "classes": list(head.classes),
+            "head": described if start is None else start.config["head"],
+            "features": features,
+            "finetune": None if settings is None else dict(settings),
+            "model": model,
+        }
+        metrics = {
+            "format": FORMAT_VERSION,
+            "run_id": run_id,
+            "validation": outcome.scores,
+            "test": outcome.test,
+            "cv": outcome.cv,
+        }
+        parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
+        head.save(temporary)
+        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+        (temporary / "config.yaml").write_text(text, encoding="utf-8")
+        _write_json(temporary / "metrics.json", metrics)
+        noted = {**environment(), "fit_seconds": outcome.seconds, "parameters": count, **(outcome.notes or {})}
+        _write_json(temporary / "environment.json", noted)
+        history, predictions = outcome.history, outcome.predictions
+        _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
+        _write_predictions(temporary / "predictions.csv", predictions, head.classes)
+        (temporary / "README.md").write_text(readme(config, metrics, outcome.seconds), encoding="utf-8")
+        if plots:
+            plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
+        if prove:
+            prove(temporary)
+        _publish(temporary, folder)
+    except OSError as problem:
+        if isinstance(problem, BottleneckError):
+            raise
+        raise RunError(
+            f"{folder}: the run could not be written ({problem.strerror or problem}); nothing was left behind. Make room, or "
+            "give another folder with --runs"
+        ) from problem
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
+    """Put the scores of ``test`` or ``cv`` into ``metrics.json`` of a finished run."""
+    path = run.folder / "metrics.json"
+    with atomic_file(path) as temporary:
+        _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
+    return Run.open(run.folder)
+
+
+def add_plots(run: Run) -> None:
+    """Draw the plots of a run that was written without them, from its ``predictions.csv`` and ``history.csv``."""
+    if (run.folder / "plots").exists():
+        return
+    rows, history = read_predictions(run), read_history(run.folder)
+    temporary = run.folder / f".plots.{secrets.token_hex(4)}.tmp"
+    try:
+        plot_run(temporary, history, rows.labels, rows.probabilities, run.classes)
+        os.rename(temporary, run.folder / "plots")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
+    """Save a fine-tuned backbone; the recipe of its features has its weights."""
+    from features.networks.weights import model_digest, save_weights
+
+    if recipe.backbone == "model":
+        backbone.save(folder / BACKBONE_MODEL)
+        return BACKBONE_MODEL, dataclasses.replace(recipe, weights=model_digest(backbone))
+    digest = save_weights(backbone, folder / BACKBONE_WEIGHTS)
+    return BACKBONE_WEIGHTS, dataclasses.replace(recipe, weights=digest)
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    for path in [*temporary.rglob("*"), temporary]:
+        if path.is_dir():
+            sync_folder(path)
+        else:
+            with open(path, "rb") as stream:
+                os.fsync(stream.fileno())
+    if folder.exists():
+        if is_finished(folder):
+            return  # another process was faster; the same id means the same run
+        logger.warning("%s was incomplete and is replaced", folder)
+        old = temporary.with_suffix(".old")
+        os.rename(folder, old)
+        os.rename(temporary, folder)
+        shutil.rmtree(old)
+    else:
+        os.rename(temporary, folder)
+    sync_folder(folder.parent)
+
+
+def _write_json(path: Path, values: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(values, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
+    with open(path, "w", newline="", encoding="utf-8", errors="surrogateescape") as stream:
+        writer = csv.writer(stream, lineterminator="\n")
+        writer.writerow(header)
+        writer.writerows(rows)
+
+
+def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
+    """Nine digits: enough to check the assembled network against."""
+    rows = []
+    for name, sha256, label, values in zip(*predictions, strict=True):
+        guess = int(values.argmax())
+        right = str(guess == label).lower()
+        rows.append(
+            [name, sha256.tobytes().hex(), classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)]
+        )
+    _write_csv(path, ["path", "sha256", "label", "predicted", "correct", *classes], rows)
