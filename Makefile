@@ -1,5 +1,5 @@
-# Everything runs from the virtual environment in .venv, which each target makes when it is missing
-# or when pyproject.toml has changed. Variables may be given on the command line: make extract DATA=my/images
+# Everything runs from the virtual environment in .venv. Each target first makes it if it is missing or if pyproject.toml
+# has changed. Variables may be set on the command line: make extract DATA=my/images
 PYTHON   ?= python3
 DATA     ?= sample:digits
 BACKBONE ?= mobilenetv2
@@ -29,59 +29,59 @@ $(VENV)/.installed: pyproject.toml
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
 
-setup: $(VENV)/.installed  ## make the virtual environment and install into it
+setup: $(VENV)/.installed  ## make the virtual environment and install the project into it
 
-demo: extract train-head finetune  ## the three stages, on scikit-learn's digits unless DATA says otherwise
+demo: extract train-head finetune  ## run the three stages, on scikit-learn's digits unless DATA is set
 
-extract: setup  ## stage one: features of DATA into FEATURES
+extract: setup  ## stage one: compute the features of DATA and keep them in FEATURES
 	$(RUNNER) extract $(DATA) --out $(FEATURES) --backbone $(BACKBONE) $(ARGS)
 
-train-head: setup  ## stage two: train HEAD on FEATURES, a run folder under RUNS
+train-head: setup  ## stage two: train HEAD on FEATURES; writes a run folder into RUNS
 	$(RUNNER) train-head $(FEATURES) --head $(HEAD) --runs $(RUNS) $(ARGS)
 
-finetune: setup  ## stage three: fine-tune the last block from the newest fine-tunable run in RUN
+finetune: setup  ## stage three: fine-tune the last block, starting from the newest run in RUN that can be fine-tuned
 	$(RUNNER) finetune $(RUN) --images $(DATA) $(ARGS)
 
-predict: setup  ## classes and probabilities of IMAGES by the best run in RUN, into PREDICTIONS
+predict: setup  ## write classes and probabilities of IMAGES by the best run in RUN to PREDICTIONS
 	$(RUNNER) predict $(RUN) $(IMAGES) --out $(PREDICTIONS) $(ARGS)
 
-leaderboard: setup  ## the table of runs, best first
+leaderboard: setup  ## print the table of runs, best first
 	$(RUNNER) leaderboard $(RUNS) $(ARGS)
 
-report: setup  ## one page about all runs: report.html
+report: setup  ## write a page about all runs: report.html
 	$(RUNNER) report $(RUNS) --out report.html $(ARGS)
 
-preview: setup  ## a picture of what the network will see of DATA: preview.png
+preview: setup  ## draw what the network will see of DATA: preview.png
 	$(RUNNER) preview $(DATA) --out preview.png $(ARGS)
 
-export: setup  ## the best run in RUN as one file from pixels to probabilities (ARGS="--format onnx --out model.onnx")
+export: setup  ## export the best run in RUN, from pixels to probabilities (ARGS="--format onnx --out model.onnx")
 	$(RUNNER) export $(RUN) $(ARGS)
 
-recipe: setup  ## a published recipe on DATA: make recipe NAME=mobilenetv2-cats-dogs DATA=my/photos
+recipe: setup  ## run a published experiment on DATA: make recipe NAME=mobilenetv2-cats-dogs DATA=my/photos
 	$(RUNNER) recipe $(NAME) $(DATA) $(ARGS)
 
-cluster-demo: setup  ## a scheduler and three workers on this machine, one of them killed half-way; the store is compared
+cluster-demo: setup  ## start a cluster on this machine, kill one of its three workers, compare the store
 	$(BIN)/python tests/benchmarks/cluster_demo.py $(ARGS)
 
-stress-cluster: setup  ## 20 SIGKILLs of workers, 3 of the scheduler (minutes)
+stress-cluster: setup  ## kill workers 20 times and the scheduler 3 times, compare the stores (minutes)
 	$(BIN)/python tests/benchmarks/stress_cluster.py $(ARGS)
 
-check: setup  ## ruff, mypy and the architecture test
+check: setup  ## run ruff, mypy and the architecture test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -q tests/test_architecture.py
 
-test-fast: setup  ## tests without TensorFlow, under 20 s
+test-fast: setup  ## run the tests that need no TensorFlow, in about 20 s
 	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
-test: setup  ## all tests
+test: setup  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
 
-stress: setup  ## 50 SIGKILLs of a real extraction, thousands of flipped bits (minutes)
+stress: setup  ## kill a real extraction 50 times, flip thousands of bits (minutes)
 	$(BIN)/python tests/benchmarks/stress.py
 
-bench: setup  ## benchmarks: ratios measured side by side in one run (half an hour)
+bench: setup  ## run the benchmarks and print ratios (half an hour); see tests/benchmarks/README.md
 	$(BIN)/python tests/benchmarks/bench_reuse.py
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-mobilenetv2.json
 	$(BIN)/python tests/benchmarks/bench_bank.py
@@ -89,6 +89,6 @@ bench: setup  ## benchmarks: ratios measured side by side in one run (half an ho
 	$(BIN)/python tests/benchmarks/bench_cluster.py bench-cluster.json
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-vgg16.json --backbone vgg16 --size 224 --limit 200 --rounds 3
 
-clean:  ## remove the virtual environment and caches (features and runs are kept)
+clean:  ## remove the virtual environment and caches; features and runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,7 +1,7 @@
 """What each choice is worth: validation accuracy by network, size, layer, pooling, numbers and head, on real images.
 
-Tables in Markdown for the README, and one JSON. Features are computed once per row and kept in the folder, so that a
-second run, or one with another head, takes seconds.
+Prints the tables of README.md beside this file and writes one JSON file. Features are computed once per row and kept in the
+folder, so that a second run, or one with another head, takes seconds.
 
     python tests/benchmarks/accuracy.py FOLDER [--images cats-dogs flowers17]   # with BOTTLENECK_ASSETS; ten minutes
 """

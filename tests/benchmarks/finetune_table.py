@@ -1,6 +1,7 @@
 """Was it worth it? Validation accuracy of the head, and after fine-tuning its last block, three seeds each.
 
-The table of the README, and one JSON. What is in the folder already is not computed again, so that it may be stopped.
+Prints the table of README.md beside this file and writes one JSON file. What the folder holds already is not computed again,
+so the script may be stopped and run again.
 
     python tests/benchmarks/finetune_table.py FOLDER     # with BOTTLENECK_ASSETS; an hour on two cores
 """
