@@ -29,7 +29,7 @@ def train_head(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Feature stores.")],
     head: Annotated[
         str | None,
-        typer.Option(help="A preset (README), or a classifier such as sklearn.svm.LinearSVC. Default: logistic."),
+        typer.Option(help="A head (pipeline/README.md), or a class such as sklearn.svm.LinearSVC. Default: logistic."),
     ] = None,
     heads: Annotated[Path | None, typer.Option(help="A sweep file: many heads at once.")] = None,
     data_set: Annotated[
