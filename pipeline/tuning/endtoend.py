@@ -213,7 +213,7 @@ def split_for_training(
 def untrained(network: Network) -> Any:
     """The backbone's architecture with new weights, as Keras draws them."""
     keras = load_keras()
-    if network.backbone.path is not None:
+    if network.backbone.own_weights is not None:
         return keras.models.clone_model(network.load())
     rule = network.recipes[0].pixels
     return build_backbone(network.backbone, (rule.height, rule.width))
