@@ -21,7 +21,7 @@ import pytest
 import yaml
 
 from features.recipe import Recipe
-from features.store import FeatureStore
+from features.store.reader import FeatureStore
 from pipeline.cli import main
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "runs"

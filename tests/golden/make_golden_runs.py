@@ -228,7 +228,7 @@ def predict(model: str, *words: str) -> dict[str, Any]:
 
 def write_relative_paths() -> None:
     """Make stores note where network and images are relative to the working folder."""
-    from features.extraction import Extraction
+    from features.extraction.extraction import Extraction
 
     noted = Extraction._provenance
 
@@ -244,7 +244,7 @@ def write_relative_paths() -> None:
 
 def make(folder: Path) -> dict[str, Any]:
     """Everything within the working folder, which is `folder`; what is frozen of it."""
-    from features.store import FeatureStore
+    from features.store.reader import FeatureStore
 
     paint(folder / "images")
     write_manifest(folder / "pairs.csv", folder / "images")
