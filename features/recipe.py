@@ -1,4 +1,8 @@
-"""What decides the values of one feature data set: frozen recipe -> canonical JSON -> fingerprint. Pure."""
+"""What is asked of a network, and what decides the values of a feature set. Pure.
+
+NetworkOptions --features.networks.network.resolve_network()--> Recipe -> canonical JSON -> fingerprint
+Recipe --options()--> NetworkOptions that ask for it again
+"""
 
 from __future__ import annotations
 
@@ -12,17 +16,84 @@ from features.canonical import canonical_json, check_choice, digest_of
 from features.errors import ConfigurationError
 
 RECIPE_VERSION = 1
+POOLINGS = ("none", "avg", "max", "flatten")
 RESIZE_RULES = ("antialias", "keras")
 FIT_RULES = ("stretch", "crop", "pad")
+DTYPES = ("float32", "float16")
 DECODE_RULES = ("full", "fast")
-POOLINGS = ("none", "avg", "max", "flatten")
+ENGINES = ("auto", "keras", "openvino")
+ARITHMETIC = ("float32", "bfloat16", "float16")
+DEVICES = ("auto", "cpu", "gpu")
 # Rounded to 8 or 11 bits in every layer, two engines differ by much more than rounding: each is another recipe.
 PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
     f"{kind}:keras-{backend}" for kind in ("bfloat16", "float16") for backend in ("tensorflow", "jax", "torch")
 )
-DTYPES = ("float32", "float16")
 COLOUR_RULE = "rgb:exif,alpha-over-white"
 Cell = tuple[str, int]  # fingerprint, view
+
+
+@dataclasses.dataclass(frozen=True)
+class NetworkOptions:
+    """Which network makes the features, from which of its layers, of what pixels, and what runs it.
+
+    Parameters
+    ----------
+    backbone : str
+        Name of a row of ``features.networks.backbones.BACKBONES``, or path of a ``.keras`` file.
+    weights : str
+        ``"imagenet"``, ``"random"`` or a file; see ``features.networks.weights.resolve_weights``.
+    layers : tuple of str
+        Layers whose outputs are kept; ``"boundary"`` is the one before the last block. Without any, the last layer.
+        A single name is taken as one layer.
+    pooling : {"none", "avg", "max", "flatten"}, optional
+        Of every 4-D output. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
+    image_size : int or (int, int), optional
+        Side of a square, or height and width, in pixels, 1-4096. Without it: the size that the network was trained on.
+    resize : {"antialias", "keras"}
+        How pixels are resized; see ``PixelRule``, also for ``fit`` and ``decode``.
+    fit : {"stretch", "crop", "pad"}
+        What becomes of the aspect ratio.
+    dtype : {"float32", "float16"}
+        How the features are stored.
+    decode : {"full", "fast"}
+        Whether every pixel of a JPEG is decoded.
+    engine : {"auto", "keras", "openvino"}
+        What runs the network; see ``features.networks.engines.choose_engine``.
+    precision : {"float32", "bfloat16", "float16"}
+        Arithmetic of the forward pass.
+    device : {"auto", "cpu", "gpu"}
+        Where the network runs.
+
+    Raises
+    ------
+    ConfigurationError
+        For a word that is none of the choices; the nearest one is offered.
+    """
+
+    backbone: str = "mobilenetv2"
+    weights: str = "imagenet"
+    layers: tuple[str, ...] = ()
+    pooling: str | None = None
+    image_size: int | tuple[int, int] | None = None
+    resize: str = "antialias"
+    fit: str = "stretch"
+    dtype: str = "float32"
+    decode: str = "full"
+    engine: str = "auto"
+    precision: str = "float32"
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
+        object.__setattr__(self, "layers", layers)
+        check_choice("pooling", "none" if self.pooling is None else self.pooling, POOLINGS)
+        check_choice("resize", self.resize, RESIZE_RULES)
+        check_choice("fit", self.fit, FIT_RULES)
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("decode", self.decode, DECODE_RULES)
+        check_choice("engine", self.engine, ENGINES)
+        check_choice("precision", self.precision, ARITHMETIC)
+        check_device(self.device)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,6 +129,13 @@ class PixelRule:
         check_choice("resize", self.resize, RESIZE_RULES)
         check_choice("fit", self.fit, FIT_RULES)
         check_choice("decode", self.decode, DECODE_RULES)
+
+    @classmethod
+    def of(cls, options: NetworkOptions, default: tuple[int, int]) -> PixelRule:
+        """The rule that options ask for; ``default`` is the network's own height and width."""
+        size = options.image_size or default
+        height, width = (size, size) if isinstance(size, int) else size
+        return cls(height, width, resize=options.resize, fit=options.fit, decode=options.decode)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +204,36 @@ class Recipe:
             return self.plain
         return dataclasses.replace(self, augmentation=spec, seed=seed)
 
+    def options(
+        self, backbone: str, weights: str, *, engine: str | None = None, device: str = "auto"
+    ) -> NetworkOptions:
+        """The options that ask for the plain recipe again; the recipe knows the network and its weights by digest only.
+
+        Parameters
+        ----------
+        backbone, weights : str
+            Where network and weights are found, as the extraction was asked for them.
+        engine : str, optional
+            What runs the network; without it, what the precision names, or ``auto`` in float32.
+        device : {"auto", "cpu", "gpu"}
+            Where the network runs.
+        """
+        precision, _, made_by = self.precision.partition(":")
+        return NetworkOptions(
+            backbone,
+            weights,
+            layers=(self.layer,),
+            pooling=self.pooling,
+            image_size=(self.pixels.height, self.pixels.width),
+            resize=self.pixels.resize,
+            fit=self.pixels.fit,
+            dtype=self.dtype,
+            decode=self.pixels.decode,
+            engine=engine or made_by.partition("-")[0] or "auto",
+            precision=precision,
+            device=device,
+        )
+
     def cell(self, view: int) -> Cell:
         """What decides the values of one view of any image.
 
@@ -181,3 +289,12 @@ class Recipe:
                 inner = values.pop("augmentation")
                 values |= {f"augmentation.{key}": value for key, value in inner.items()}
         return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+
+
+def check_device(device: str) -> None:
+    """Raise ConfigurationError if a device is none of ``DEVICES``; names of makers get a hint of their own."""
+    if device.lower().partition(":")[0] in ("cuda", "mps", "metal", "rocm", "nvidia"):
+        raise ConfigurationError(
+            f"device: received {device!r}, expected one of {', '.join(DEVICES)}; type gpu, whoever made it"
+        )
+    check_choice("device", device, DEVICES)

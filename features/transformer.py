@@ -28,7 +28,7 @@ from features.networks.network import Network, resolve_network
 from features.pixels.batches import ahead
 from features.pixels.decode import Decoded, decode_image, read_bytes
 from features.pixels.png import plain_png
-from features.recipe import PixelRule, Recipe
+from features.recipe import NetworkOptions, PixelRule, Recipe
 from features.sources.splits import UNLABELLED
 from features.store.reader import FeatureStore
 from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
@@ -48,7 +48,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     Parameters
     ----------
     backbone, weights : str
-        See ``features.networks.network.resolve_network``, also for the parameters down to ``device``.
+        See ``features.recipe.NetworkOptions``, also for the parameters down to ``device``.
     layer : str, optional
         Backbone layer whose output is kept; the last one without it. What is not a vector is flattened.
     pooling : {"none", "avg", "max", "flatten"}, optional
@@ -210,13 +210,12 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     def _network(self) -> Network:
         check_range("batch size", self.batch_size, 1, 4096)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
-        size = self.image_size
-        return resolve_network(
+        options = NetworkOptions(
             self.backbone,
-            weights=self.weights,
-            layers=[] if self.layer is None else [self.layer],
+            self.weights,
+            layers=() if self.layer is None else (self.layer,),
             pooling=self.pooling,
-            image_size=(size, size) if isinstance(size, int) else size,
+            image_size=self.image_size,
             resize=self.resize,
             fit=self.fit_rule,
             decode=self.decode,
@@ -225,6 +224,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
             precision=self.precision,
             device=self.device,
         )
+        return resolve_network(options)
 
     def _path(self, recipe: Recipe) -> Path | None:
         """The file of a recipe."""

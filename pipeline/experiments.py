@@ -8,24 +8,26 @@ Ways share a folder: equal extractions and equal heads are computed once.
 from __future__ import annotations
 
 import csv
+import dataclasses
 import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import numpy as np
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, create_model, model_validator
 
 from features.canonical import digest_of
 from features.errors import ConfigurationError, HeadError, SourceError, nearest
+from features.extraction.options import ExtractionOptions
 from features.files import atomic_file, printable, writable_folder, writing
 from features.progress import Progress
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline import extract, finetune, predict
-from pipeline.config import Settings, Share, load_yaml, parse
+from pipeline.config import Settings, load_yaml, parse
 from pipeline.presets import find_preset
 from pipeline.runs.folder import Run
 from pipeline.sweeps.sweep import run_sweep
@@ -37,27 +39,32 @@ logger = logging.getLogger(__name__)
 FOLDER = Path(__file__).parent / "recipes"
 
 
-class ExtractStep(Settings):
-    """Stage one: options of ``features.extraction.extraction.prepare``, as it has them where they are not given."""
+# Options of stage one that are no matter of an experiment.
+NOT_IN_A_STEP = ("device", "workers", "target", "overwrite", "rehash", "strict", "layout", "check_precision")
 
-    backbone: str = ""
-    weights: str = ""
-    layers: tuple[str, ...] = ()
-    pooling: str | None = None
-    image_size: PositiveInt | tuple[PositiveInt, PositiveInt] | None = None
-    resize: str = ""
-    fit: str = ""
-    dtype: str = ""
-    decode: str = ""
-    engine: str = ""
-    precision: str = ""
-    views: PositiveInt = 1
-    augment: str = ""
-    split: str = ""
-    seed: NonNegativeInt = 0
-    batch_size: PositiveInt = 1
-    shard_rows: PositiveInt | None = None
-    max_unreadable: Share = 0
+
+class _ExtractStep(Settings):
+    """Stage one: all other fields of ``ExtractionOptions``, as it has them where they are not given."""
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What is given."""
+        return {name: getattr(self, name) for name in self.model_fields_set}
+
+    @model_validator(mode="after")
+    def _known(self) -> _ExtractStep:
+        ExtractionOptions(**self.options)
+        return self
+
+
+if TYPE_CHECKING:
+    ExtractStep = _ExtractStep
+else:  # the fields are declared where the options are
+    _types = {**get_type_hints(ExtractionOptions), "augment": str}  # of an augmentation the name of a preset only
+    _fields = [field for field in dataclasses.fields(ExtractionOptions) if field.name not in NOT_IN_A_STEP]
+    ExtractStep = create_model(
+        "ExtractStep", __base__=_ExtractStep, **{field.name: (_types[field.name], field.default) for field in _fields}
+    )
 
 
 class HeadStep(Settings):
@@ -181,11 +188,9 @@ def run_experiment(
     ways: Sequence[str] = (),
     limit: int | None = None,
     epochs: int | None = None,
-    image_size: tuple[int, int] | None = None,
-    backbone: str | None = None,
-    weights: str | None = None,
     device: str = "auto",
     progress: Progress | None = None,
+    **instead: Any,
 ) -> list[dict[str, Any]]:
     """Run the ways of an experiment on a source of images.
 
@@ -203,12 +208,13 @@ def run_experiment(
         Take so many images only, as evenly from classes and splits as they allow; for a try.
     epochs : int, optional
         Train heads and networks for at most so many epochs; for a try.
-    image_size, backbone, weights : optional
-        Other ones than the recipe's: height and width; a name or a model file; a weights file.
     device : {"auto", "cpu", "gpu"}
         Where it is to run.
     progress : callable, optional
         Called with (stage, done, total).
+    **instead
+        Fields of ``NetworkOptions`` that replace those of every extract step: ``image_size``, ``backbone``, ``weights``.
+        None leaves the step's own.
 
     Returns
     -------
@@ -229,12 +235,11 @@ def run_experiment(
                 f"recipe: no way {name!r}, there are {', '.join(experiment.ways)}{nearest(name, experiment.ways)}"
             )
     writable_folder(Path(folder))
-    given = {"image_size": image_size, "backbone": backbone, "weights": weights}
     kitchen = _Kitchen(
         Path(folder),
         _sample(images, Path(folder), experiment.classes, limit),
         epochs,
-        {name: value for name, value in given.items() if value is not None},
+        {name: value for name, value in instead.items() if value is not None},
         device,
         progress,
     )
@@ -287,9 +292,10 @@ class _Kitchen:
         return {"way": way, "step": step, "made": made, **scores, "seconds": round(seconds, 1), "document": document}
 
     def _extract(self, step: ExtractStep) -> dict[str, Any]:
-        options = {**step.model_dump(exclude_unset=True), **self.given}
+        options = {**step.options, **self.given}
         self.store = self.folder / f"features-{digest_of([str(self.images), options])[:10]}.h5"
-        return extract.run(self.images, self.store, device=self.device, progress=self.progress, **options)
+        asked = ExtractionOptions(device=self.device, **options)
+        return extract.run(self.images, self.store, asked, progress=self.progress)
 
     def _train_head(self, step: HeadStep) -> dict[str, Any]:
         params = dict(step.params)

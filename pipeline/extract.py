@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from features.extraction.extraction import prepare
+from features.extraction.options import ExtractionOptions
+from features.extraction.running import ShardRunner, run_here
 from features.files import printable
 from features.progress import Progress
 from features.sources.splits import SPLITS
@@ -18,13 +20,13 @@ DOCUMENT_FORMAT = 1
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
 
 
-def plan(images: str, out: Path, *, cluster: str | None = None, **options: Any) -> dict[str, Any]:
+def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | None = None) -> dict[str, Any]:
     """What an extraction would do, as one document. Writes nothing; no cluster is asked, and the forecast is of this machine."""
     if cluster is not None:
         from pipeline.cluster.connection import parse_cluster
 
         parse_cluster(cluster)
-    extraction = prepare(images, out, **options)
+    extraction = prepare(images, out, options)
     decided = extraction.plan()
     cost = extraction.forecast(decided)
     return {
@@ -69,15 +71,20 @@ def _duration(seconds: float) -> str:
 
 
 def run(
-    images: str, out: Path, *, progress: Progress | None = None, cluster: str | None = None, **options: Any
+    images: str,
+    out: Path,
+    options: ExtractionOptions,
+    *,
+    progress: Progress | None = None,
+    cluster: str | None = None,
 ) -> dict[str, Any]:
     """Bring a store up to date and describe it, as one document; ``cluster`` says which workers make its shards."""
+    run_shards: ShardRunner = run_here
     if cluster is not None:
         from pipeline.cluster.run import ClusterShards
 
-        engine, threads = options.get("engine", "auto"), options.get("workers")
-        options["run_shards"] = ClusterShards(cluster, engine=engine, threads=threads)
-    result = prepare(images, out, **options).run(progress)
+        run_shards = ClusterShards(cluster)
+    result = prepare(images, out, options, run_shards=run_shards).run(progress)
     return {
         **describe(result.store),
         "inferred": result.inferred,

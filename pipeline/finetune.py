@@ -35,7 +35,7 @@ from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
 from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
-from pipeline.tuning.inputs import Data, Inputs, KeptFeatures, LiveViews, Trunk, read_data
+from pipeline.tuning.inputs import Data, ImagePass, Inputs, KeptFeatures, LiveViews, read_data
 from pipeline.tuning.parity import Gate, Job
 from pipeline.tuning.settings import TuningSettings, settings_of
 from pipeline.tuning.training import Tail, train
@@ -129,10 +129,12 @@ def finetune(
         with locked(runs / identity):
             _sweep(runs, identity, checkpoint)
             trunk = trunk_function(job.split, job.network, start.recipe, batch_size=chosen.batch_size, device=device)
-            inputs = make_inputs(job, data, source, trunk, pool, folder=runs, progress=progress)
+            rule = start.recipe.pixels
+            passing = None if source is None else ImagePass(source, trunk, rule, pool, chosen.batch_size)
+            inputs = make_inputs(job, data, passing, folder=runs, progress=progress)
             tail = Tail(job.split, job.head.temperature, chosen)
             gate = Gate(job, data, inputs, tail)
-            pixels = None if source is None else _pixels(source, data, gate.rows, start.recipe.pixels, pool)
+            pixels = None if source is None else _pixels(source, data, gate.rows, rule, pool)
             gap = None if chosen.scratch or chosen.new_head else gate.before()
             if gap is not None and pixels is not None and job.cached is not None:
                 gate.before_from_pixels(pixels, trunk)
@@ -263,29 +265,17 @@ def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
     return read_data(source, SplitRule.parse(job.start.split_rule), pool)
 
 
-def make_inputs(
-    job: Job,
-    data: Data,
-    source: ImageSet | None,
-    trunk: Trunk,
-    pool: Executor,
-    *,
-    folder: Path,
-    progress: Progress | None,
-) -> Inputs:
+def make_inputs(job: Job, data: Data, source: ImagePass | None, *, folder: Path, progress: Progress | None) -> Inputs:
     """Where cut features come from: a store, images once, or images anew each epoch."""
-    settings, rule = job.settings, job.start.recipe.pixels
+    settings = job.settings
     if job.cached is not None:
         return CachedFeatures(job.cached, batch_size=settings.batch_size, seed=settings.seed)
     assert source is not None
     spec, plain = settings.augmentation, data.rows("validation")
     if spec is None:
         plain = np.concatenate([data.rows("train"), plain])
-    size = settings.batch_size
-    kept = KeptFeatures(source, plain, trunk, rule, pool, batch_size=size, folder=folder, progress=progress)
-    if spec is None:
-        return kept
-    return LiveViews(source, data, trunk, rule, pool, batch_size=size, spec=spec, seed=settings.seed, plain=kept)
+    kept = KeptFeatures(source, plain, folder, progress)
+    return kept if spec is None else LiveViews(source, data, spec, settings.seed, kept)
 
 
 def _sweep(runs: Path, identity: str, checkpoint: Checkpoint) -> None:

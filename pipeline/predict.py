@@ -26,7 +26,6 @@ from features.errors import (
     SourceError,
     TooManyUnreadableError,
     UnreadableImageError,
-    check_range,
 )
 from features.files import printable
 from features.machine import processors
@@ -38,6 +37,7 @@ from features.sources.scan import scan
 from pipeline.exporting.artefacts import is_artefact, open_artefact
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.predicting.files import Prediction, Rows, choose_format, destination
+from pipeline.predicting.options import PredictOptions
 from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
 from pipeline.runs.folder import FILES, Run, choose_run
@@ -46,7 +46,6 @@ from pipeline.tables import shortened, table_text
 logger = logging.getLogger(__name__)
 WARNED = 10  # unreadable images named in warnings; all are named in their rows
 SHOWN = 20  # classes of the summary
-MOST_VIEWS = 1000
 PICTURES = 36  # images of a grid
 
 
@@ -64,16 +63,8 @@ def predict(
     *,
     out: str | Path | None = None,
     stream: TextIO | None = None,
-    format: str | None = None,
-    top: int | None = None,
-    views: int = 1,
-    augment: str | None = None,
-    grid: str | Path | None = None,
-    weights: str | None = None,
-    batch_size: int = 32,
-    workers: int | None = None,
-    device: str = "auto",
     progress: Progress | None = None,
+    **options: Any,
 ) -> dict[str, Any]:
     """Predict the class of every image; rows are written while the next images are read, and none is kept.
 
@@ -88,22 +79,10 @@ def predict(
         File to write, whole or not at all. Without it rows go to ``stream``.
     stream : text stream, optional
         Standard output by default.
-    format : {"csv", "jsonl"}, optional
-        By default that of ``out``'s name, else CSV. Columns: ``file``, ``class``, ``probability``, one per class name,
-        and ``error``, which says why an image has no prediction.
-    top : int, optional
-        Only so many classes, the most probable first.
-    views : int
-        Average the probabilities over so many views of each image: the plain one, and variations of it.
-    augment : str, optional
-        Preset that they are drawn from. By default what the run's features were drawn from.
-    grid : Path, optional
-        Picture of some of the images with their predictions, PNG or JPEG. Right and wrong are marked where the source
-        says what the images are.
-    weights : str, optional
-        Where the backbone's weights are now.
-    batch_size, workers, device, progress
-        As everywhere.
+    progress : callable, optional
+        Called with ``("predict", done, total)``; ``total`` is 0 where it is not known.
+    **options
+        Fields of `pipeline.predicting.options.PredictOptions`: ``views``, ``augment``, ``weights``, ``device``, ...
 
     Returns
     -------
@@ -122,10 +101,8 @@ def predict(
     TooManyUnreadableError
         If no image could be read; ``out`` is then not written.
     """
-    check_range("batch size", batch_size, 1, 4096)
-    check_range("workers", 1 if workers is None else workers, 1, 1024)
-    check_range("views", views, 1, MOST_VIEWS)
-    kind = choose_format(format, None if out is None else Path(out))
+    asked = PredictOptions(**options)
+    kind, grid = choose_format(asked.format, None if out is None else Path(out)), asked.grid
     written: dict[str, Path] = {}
     if out is not None:
         written["--out"] = output_file(out, "--out", "predictions.csv")
@@ -134,21 +111,19 @@ def predict(
         written["--grid"] = output_file(grid, "--grid", "grid.png")
     items, total = _items(images, written)
     chosen = None if is_artefact(run) else choose_run(run)
-    augmentation = _augmentation(chosen, run, views, augment)
+    augmentation = _augmentation(chosen, run, asked.views, asked.augment)
     if chosen is not None:
         for option, path in written.items():
             refuse_overwriting(path, option, [os.path.realpath(chosen.folder / name) for name in FILES])
-        rows = Rows(kind, chosen.classes, top)  # before the network is loaded
-        model: Model = RunModel(
-            chosen, weights=weights, batch_size=batch_size, device=device, views=views, augment=augmentation
-        )
+        rows = Rows(kind, chosen.classes, asked.top)  # before the network is loaded
+        model: Model = RunModel(chosen, options=asked, augment=augmentation)
     else:
         model = ArtefactModel(open_artefact(run))
-        rows = Rows(kind, model.classes, top)
+        rows = Rows(kind, model.classes, asked.top)
     gallery = Gallery(model.classes, total if grid is not None else None)
     counts: Counter[int] = Counter()  # -1 for an unreadable image
     with (
-        ThreadPoolExecutor(workers or processors()) as pool,
+        ThreadPoolExecutor(asked.workers or processors()) as pool,
         destination(written.get("--out"), stream or sys.stdout, kind) as write,
     ):
         for batch in predictions(model, items, pool):

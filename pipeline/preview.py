@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import logging
 from collections.abc import Sequence
@@ -15,7 +16,7 @@ from features.errors import ConfigurationError, TooManyUnreadableError, Unreadab
 from features.files import printable
 from features.networks.backbones import find_backbone
 from features.pixels.views import decode_views
-from features.recipe import PixelRule
+from features.recipe import NetworkOptions, PixelRule
 from features.sources.scan import ImageSet, scan
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
@@ -26,21 +27,32 @@ IMAGES, AUGMENTED_IMAGES, VIEWS = 24, 5, 6
 MOST_IMAGES, MOST_VIEWS = 400, 24
 
 
-def preview(
-    images: str | Path,
-    out: str | Path,
-    *,
-    backbone: str = "mobilenetv2",
-    image_size: tuple[int, int] | None = None,
-    resize: str = "antialias",
-    fit: str = "stretch",
-    decode: str = "full",
-    augment: str = "none",
-    views: int | None = None,
-    seed: int = 0,
-    count: int | None = None,
-    target: str | None = None,
-) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True)
+class PreviewOptions(NetworkOptions):
+    """What is shown. Of the fields of ``NetworkOptions`` those of the pixels count, and ``backbone``, for its image size.
+
+    Parameters
+    ----------
+    augment : str
+        Name of a preset; each image then fills a row with its views, the plain one first.
+    views : int, optional
+        How many, 1-24, the plain one counted; default 6.
+    seed : int
+        Of the views, as ``extract`` takes it; the choice of images depends on it too.
+    count : int, optional
+        Images, 1-400; default 24, with ``augment`` 5.
+    target : str, optional
+        Label column of a manifest.
+    """
+
+    augment: str = "none"
+    views: int | None = None
+    seed: int = 0
+    count: int | None = None
+    target: str | None = None
+
+
+def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
     """Draw the grid.
 
     Parameters
@@ -49,22 +61,8 @@ def preview(
         Any image source.
     out : Path
         PNG or JPEG file.
-    backbone : str
-        Whose image size is used where none is given.
-    image_size : tuple of int, optional
-        Height and width in pixels.
-    resize, fit, decode : str
-        As of `features.recipe.PixelRule`.
-    augment : str
-        Name of a preset; each image then fills a row with its views, the plain one first.
-    views : int, optional
-        How many, the plain one counted.
-    seed : int
-        Of the views, as ``extract`` takes it; the choice of images depends on it too.
-    count : int, optional
-        Images; default 24, with ``augment`` 5.
-    target : str, optional
-        Label column of a manifest.
+    **options
+        Fields of `PreviewOptions`: ``image_size``, ``fit``, ``augment``, ``views``, ``count``, ...
 
     Returns
     -------
@@ -80,24 +78,24 @@ def preview(
     TooManyUnreadableError
         If none of those looked at can be read.
     """
-    spec = AugmentSpec.parse(augment)
+    asked = PreviewOptions(**options)
+    spec, views, seed = AugmentSpec.parse(asked.augment), asked.views, asked.seed
     if views is not None and views > 1 and spec.is_plain:
         raise ConfigurationError(
             f"--views {views} needs --augment: without it all views are the plain image; type --augment flip-rotation"
         )
     shown = 1 if spec.is_plain else VIEWS if views is None else views
-    wanted = (IMAGES if spec.is_plain else AUGMENTED_IMAGES) if count is None else count
+    wanted = (IMAGES if spec.is_plain else AUGMENTED_IMAGES) if asked.count is None else asked.count
     check_range("views", shown, 1, MOST_VIEWS)
     check_range("count", wanted, 1, MOST_IMAGES)
-    size = image_size or find_backbone(backbone).default_size
-    rule = PixelRule(*size, resize=resize, fit=fit, decode=decode)
+    rule = PixelRule.of(asked, find_backbone(asked.backbone).default_size)
     check_picture(Path(out))
-    source = scan(images, target=target)
+    source = scan(images, target=asked.target)
     drawn_most = min(wanted, len(source))
     if spec.is_plain:
-        check_page(-(-drawn_most // COLUMNS), min(COLUMNS, drawn_most), *size)
+        check_page(-(-drawn_most // COLUMNS), min(COLUMNS, drawn_most), rule.height, rule.width)
     else:
-        check_page(drawn_most, shown, *size)
+        check_page(drawn_most, shown, rule.height, rule.width)
     path = output_file(out, "--out", "preview.png")
     refuse_overwriting(path, "--out", files_of(source))
     rows: list[tuple[int, list[Cell]]] = []
@@ -115,19 +113,19 @@ def preview(
     rows.sort(key=lambda item: (source.labels[item[0]], item[0]))  # images of a class beside each other
     cells = [drawn for _, drawn in rows]
     classes = f", {len(source.classes)} classes" if source.classes else ""
-    title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {counted(len(source), 'image')}{classes}, {size[0]}x{size[1]} {fit}"
+    title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {counted(len(source), 'image')}{classes}, {rule.height}x{rule.width} {rule.fit}"
     if spec.is_plain:
         draw_grid(rows_of([drawn[0] for drawn in cells]), path, title=title)
     else:
         headings = ["view 0, plain", *(f"view {view}" for view in range(1, shown))]
-        draw_grid(cells, path, title=f"{title}, {augment}, seed {seed}", headings=headings)
+        draw_grid(cells, path, title=f"{title}, {asked.augment}, seed {seed}", headings=headings)
     return {
         "format": 1,
         "out": str(out),
         "images": [printable(source.paths[row]) for row, _ in rows],
         "views": shown,
-        "augment": augment,
-        "image_size": list(size),
+        "augment": asked.augment,
+        "image_size": [rule.height, rule.width],
         "unreadable": unreadable,
     }
 

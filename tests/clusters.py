@@ -15,8 +15,9 @@ from typing import Any
 from faults import ROOT, NumpyNetwork
 
 from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.options import ExtractionOptions
+from features.extraction.running import run_here
 from features.sources.scan import scan
-from features.sources.splits import SplitRule
 from pipeline.cluster.run import ClusterShards
 
 PRELOAD = "DASK_DISTRIBUTED__WORKER__PRELOAD"
@@ -59,10 +60,8 @@ class Faults:
 
 def extraction(source: Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> Extraction:
     """One with the network of numpy; here, or on a cluster."""
-    options = {"shard_rows": 32, "workers": 2, **options}
-    if cluster is not None:
-        options["run_shards"] = cluster
-    return Extraction(scan(source), NumpyNetwork(WIDTH), out, rule=SplitRule.parse("hash", 0), **options)
+    asked = ExtractionOptions(**{"shard_rows": 32, "workers": 2, **options})
+    return Extraction(scan(source), NumpyNetwork(WIDTH), out, asked, cluster or run_here)
 
 
 def extract(source: Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> ExtractionResult:

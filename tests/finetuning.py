@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features
 from features.store.reader import FeatureStore
 
 SIZE = 24
@@ -36,7 +36,7 @@ class TinyWorld:
     def extract(self, name: str, **options: Any) -> FeatureStore:
         """Another store of the same images and network."""
         options = {"backbone": str(self.backbone), "batch_size": 16, **options}
-        return prepare(self.images, self.folder / name, **options).run().store
+        return extract_features(self.images, self.folder / name, **options)
 
 
 def paint_noise(root: Path, classes: tuple[str, ...] = ("brick", "leaf")) -> Path:
@@ -82,7 +82,7 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
 
     folder = tmp_path_factory.mktemp("tiny")
     images, backbone = paint_noise(folder / "images"), save_network(folder / "tiny.keras")
-    store = prepare(images, folder / "f.h5", backbone=str(backbone), batch_size=16).run().store
+    store = extract_features(images, folder / "f.h5", backbone=str(backbone), batch_size=16)
     params = {"epochs": 2, "learning_rate": 1e-3}
     run = train_head(store, "dropout-linear", runs=folder / "runs", params=params).folder
     return TinyWorld(folder, images, backbone, store.path, run)

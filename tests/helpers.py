@@ -15,9 +15,9 @@ import numpy as np
 from PIL import Image
 
 from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.options import ExtractionOptions
 from features.recipe import PixelRule, Recipe
 from features.sources.scan import scan
-from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -105,9 +105,9 @@ class NumpyNetwork:
 def extract(
     source: Path, out: Path, network: NumpyNetwork | None = None, split: str = "hash", **options: object
 ) -> ExtractionResult:
-    options = {"batch_size": 4, "shard_rows": 8, "workers": 2, **options}
-    rule = SplitRule.parse(split, 0)
-    return Extraction(scan(source), network or NumpyNetwork(), out, rule=rule, **options).run()  # type: ignore[arg-type]
+    options = {"batch_size": 4, "shard_rows": 8, "workers": 2, "split": f"{split}@0", **options}
+    asked = ExtractionOptions(**options)  # type: ignore[arg-type]
+    return Extraction(scan(source), network or NumpyNetwork(), out, asked).run()  # type: ignore[arg-type]
 
 
 def expected_features(source: Path, paths: Sequence[str]) -> np.ndarray:

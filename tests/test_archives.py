@@ -27,13 +27,14 @@ from PIL import Image
 
 from features.errors import SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.options import ExtractionOptions
 from features.pixels.decode import decode_image
 from features.pixels.png import plain_png, png_size
 from features.recipe import PixelRule, Recipe
 from features.sources import archives
 from features.sources.archives import open_archive
 from features.sources.scan import ImageSet, scan
-from features.sources.splits import SPLITS, SplitRule
+from features.sources.splits import SPLITS
 
 
 @pytest.fixture(autouse=True)
@@ -744,9 +745,9 @@ class MeanNetwork:
 
 
 def extract(source: Path, out: Path, network: MeanNetwork | None = None, **options: Any) -> ExtractionResult:
-    rule = SplitRule.parse("hash", 0)
     options = {"batch_size": 4, "shard_rows": 16, "workers": 3, **options}
-    return Extraction(scan(source), network or MeanNetwork(), out, rule=rule, **options).run()  # type: ignore[arg-type]
+    asked = ExtractionOptions(**options)  # type: ignore[arg-type]
+    return Extraction(scan(source), network or MeanNetwork(), out, asked).run()  # type: ignore[arg-type]
 
 
 def rows(result: ExtractionResult) -> dict[bytes, tuple[str, int, tuple[float, ...]]]:

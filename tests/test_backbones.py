@@ -418,6 +418,7 @@ def test_two_model_files_with_the_same_tensors_are_two_recipes(tmp_path: Path) -
     import keras
 
     from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
 
     def saved(name: str, activation: str, strides: int) -> str:
         image = keras.Input((16, 16, 3), name="image")
@@ -433,6 +434,6 @@ def test_two_model_files_with_the_same_tensors_are_two_recipes(tmp_path: Path) -
         saved("c.keras", "tanh", 1),
         saved("d.keras", "relu", 2),
     ]
-    a, b, c, d = (resolve_network(path, image_size=(16, 16)).recipes[0].fingerprint for path in paths)
+    a, b, c, d = (resolve_network(NetworkOptions(path, image_size=(16, 16))).recipes[0].fingerprint for path in paths)
     assert a == b
     assert len({a, c, d}) == 3

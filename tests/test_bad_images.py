@@ -28,10 +28,10 @@ from PIL import features as pillow
 
 from features.errors import UnreadableImageError
 from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.options import ExtractionOptions
 from features.pixels.decode import MAX_BYTES, REASONS, decode_image, read_bytes
 from features.recipe import PixelRule, Recipe
 from features.sources.scan import ImageSet, scan
-from features.sources.splits import SplitRule
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on files damaged on purpose
 
@@ -786,7 +786,7 @@ class NumpyNetwork:
 
 def extract(images: ImageSet, out: Path, network: NumpyNetwork) -> ExtractionResult:
     options = {"batch_size": 7, "shard_rows": 28, "workers": 4, "max_unreadable": 0.9}
-    return Extraction(images, network, out, rule=SplitRule.parse("hash", 0), **options).run()  # type: ignore[arg-type]
+    return Extraction(images, network, out, ExtractionOptions(**options)).run()  # type: ignore[arg-type]
 
 
 def channel_means(pixels: np.ndarray) -> np.ndarray:

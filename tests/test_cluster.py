@@ -35,7 +35,7 @@ from pipeline.cluster import connection
 from pipeline.cluster import run as module
 from pipeline.cluster import worker as cluster_worker
 from pipeline.cluster.connection import check_workers, connected, parse_cluster, shares
-from pipeline.cluster.model import Worker, forecast_cluster
+from pipeline.cluster.model import Costs, Worker, forecast_cluster
 from pipeline.cluster.plan import OpenPlan, PlanFile, Setting, ShardTask
 from pipeline.cluster.plan import differences as version_differences
 from pipeline.cluster.run import ClusterShards
@@ -174,7 +174,8 @@ def test_the_model_counts_turns_losses_links_and_assembly() -> None:
     plain = {"shard_seconds": 0.0, "start_seconds": 0.0, "assembly_bytes_per_second": math.inf, "planning_seconds": 0.0}
 
     def seconds(images: int, workers: int, **options: float) -> float:
-        return forecast_cluster(images, workers, worker, shard_rows=1000, **{**plain, **options}).seconds  # type: ignore
+        costs = Costs(shard_rows=1000, **{**plain, **options})  # type: ignore[arg-type]
+        return forecast_cluster(images, workers, worker, costs).seconds
 
     assert seconds(3000, 1) == pytest.approx(15)
     assert seconds(3000, 2) == pytest.approx(10)  # two shards one after the other on one of them
@@ -183,7 +184,8 @@ def test_the_model_counts_turns_losses_links_and_assembly() -> None:
     assert seconds(3000, 1, shard_seconds=0.5) == pytest.approx(16.5)
     assert seconds(3000, 1, losses_per_hour=36, restart_seconds=7.5) == pytest.approx(15 * 1.1)
     assert seconds(3000, 3, image_bytes=10**6, link_bytes_per_second=1e8) == pytest.approx(30)
-    whole = forecast_cluster(10**6, 10, worker, row_bytes=4000, start_seconds=7, assembly_bytes_per_second=1e9)
+    costs = Costs(row_bytes=4000, start_seconds=7, assembly_bytes_per_second=1e9)
+    whole = forecast_cluster(10**6, 10, worker, costs)
     assert (whole.start, whole.planning, whole.assembly, whole.disk_bytes) == (7, 20, 4, 8 * 10**9)
     assert whole.memory_bytes == 70_000_000 + 1300 * 10**6
     assert whole.seconds == pytest.approx(7 + 20 + 4 + 49 * (2048 / 200 + 0.1))
@@ -231,8 +233,8 @@ def test_one_two_and_three_workers_make_the_local_store(
             monkeypatch.setenv(name, value)
         out = tmp_path / f"by{count}" / "f.h5"
         options = {"layout": "sharded"} if count == 3 else {}
-        runner = ClusterShards(f"local:{count}", threads=1)
-        result = extraction(source, out, runner, **options).run(
+        runner = ClusterShards(f"local:{count}")
+        result = extraction(source, out, runner, workers=1, **options).run(
             lambda stage, done, total: told.append(done) if stage == "extract" else None
         )
         assert (result.inferred, inferred(tmp_path / f"log{count}"), told[-1]) == (299, 299, 300)

@@ -14,10 +14,11 @@ import pytest
 from helpers import paint_folder, run_pipeline
 
 from features.errors import ConfigurationError, ParityError, RunError
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features, prepare
+from features.extraction.options import ExtractionOptions
 from features.networks.network import Network, resolve_network
 from features.pixels.decode import decode_image
-from features.recipe import PixelRule
+from features.recipe import NetworkOptions, PixelRule
 from features.store.reader import FeatureStore
 from pipeline.finetune import finetune
 from pipeline.heads.kinds import head_of, make_head
@@ -61,7 +62,7 @@ def small(assets: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def store(pictures: Path, small: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    return prepare(pictures, tmp_path_factory.mktemp("store") / "f.h5", **small).run().store
+    return extract_features(pictures, tmp_path_factory.mktemp("store") / "f.h5", **small)
 
 
 @pytest.fixture(scope="module")
@@ -102,11 +103,8 @@ def test_pain_03_features_are_those_of_a_live_network_with_its_own_preprocessing
     source = some_cats_and_dogs(assets, tmp_path / "images", 8)
     results = {}
     for batch_size in (1, 7, 32):
-        store = (
-            prepare(source, tmp_path / f"{batch_size}.h5", backbone=name, weights=weights, batch_size=batch_size)
-            .run()
-            .store
-        )
+        out = tmp_path / f"{batch_size}.h5"
+        store = extract_features(source, out, backbone=name, weights=weights, batch_size=batch_size)
         assert len(store) == 24
         pixels = pixels_of(store, source, PixelRule(224, 224)).astype(np.float32)
         expected = np.asarray(model(module.preprocess_input(pixels.copy()), training=False))
@@ -126,7 +124,7 @@ def test_two_layers_in_one_pass_with_exact_splits(assets: Path, tmp_path: Path) 
     weights = weights_of(assets, "vgg16")
     layers = ("block4_pool", "block5_pool")
     options = {"backbone": "vgg16", "weights": weights, "layers": layers, "image_size": (96, 96)}
-    result = prepare(source, tmp_path / "f.h5", split="stratified:0.75,0.25", **options).run()
+    result = prepare(source, tmp_path / "f.h5", ExtractionOptions(split="stratified:0.75,0.25", **options)).run()
     store = result.store
     assert result.inferred == 40  # one pass for both layers
     assert store.names == layers
@@ -137,7 +135,7 @@ def test_two_layers_in_one_pass_with_exact_splits(assets: Path, tmp_path: Path) 
     counts = Counter(zip(store.images.labels.tolist(), store.images.splits.tolist(), strict=True))
     assert counts == {(0, 0): 15, (0, 1): 5, (1, 0): 15, (1, 1): 5}
     # the later layer follows from the earlier one
-    network = resolve_network("vgg16", weights=weights, layers=layers, image_size=(96, 96))
+    network = resolve_network(NetworkOptions("vgg16", weights=weights, layers=layers, image_size=(96, 96)))
     import keras
 
     model = network.load()
@@ -147,7 +145,7 @@ def test_two_layers_in_one_pass_with_exact_splits(assets: Path, tmp_path: Path) 
 
 
 def test_a_second_extraction_loads_no_network(pictures: Path, store: FeatureStore, small: dict[str, Any]) -> None:
-    extraction = prepare(pictures, store.path, **small)
+    extraction = prepare(pictures, store.path, ExtractionOptions(**small))
     assert extraction.plan().to_infer == 0
     before = store.path.stat().st_mtime_ns
     result = extraction.run()
@@ -156,7 +154,9 @@ def test_a_second_extraction_loads_no_network(pictures: Path, store: FeatureStor
 
 @pytest.fixture(scope="module")
 def published(assets: Path) -> Network:
-    return resolve_network("mobilenetv2", weights=weights_of(assets, "mobilenet_v2_1.0_224"), image_size=(160, 160))
+    return resolve_network(
+        NetworkOptions("mobilenetv2", weights=weights_of(assets, "mobilenet_v2_1.0_224"), image_size=(160, 160))
+    )
 
 
 def fitted_head(columns: int) -> Any:
@@ -192,7 +192,9 @@ def test_stored_statistics_change_nothing_at_inference(published: Network) -> No
 @pytest.mark.pain(6)
 @pytest.mark.parametrize("unfreeze", ["last-block", "block5_conv2", "-3"])
 def test_pain_06_a_head_goes_on_vgg16_and_its_weights_fit(assets: Path, unfreeze: str) -> None:
-    network = resolve_network("vgg16", weights=weights_of(assets, "vgg16"), layers=["block5_pool"], image_size=(64, 64))
+    network = resolve_network(
+        NetworkOptions("vgg16", weights=weights_of(assets, "vgg16"), layers=["block5_pool"], image_size=(64, 64))
+    )
     generator = np.random.default_rng(0)
     X = generator.normal(size=(30, 2, 2, 512)).astype(np.float32)
     head = make_head("mlp-256", classes=("a", "b", "c"), epochs=1)
@@ -305,7 +307,7 @@ def test_renamed_images_are_found_by_content(trained: RunResult, pictures: Path,
 def test_half_precision_features_pass_the_gate_with_their_own_tolerance(
     pictures: Path, small: dict[str, Any], tmp_path: Path
 ) -> None:
-    store = prepare(pictures, tmp_path / "f.h5", dtype="float16", **small).run().store
+    store = extract_features(pictures, tmp_path / "f.h5", dtype="float16", **small)
     assert store.array().dtype == np.float16
     params = {"epochs": 60, "patience": 0, "learning_rate": 0.01}
     run = train_head(store, "dropout-linear", runs=tmp_path / "runs", params=params)
@@ -325,7 +327,7 @@ def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
     outputs = keras.layers.Conv2D(8, 1)(inner(keras.layers.Rescaling(1 / 127.5, -1)(image)))
     outputs = keras.layers.ReLU()(keras.layers.BatchNormalization(name="outer")(outputs))
     keras.Model(image, outputs).save(tmp_path / "nested.keras")
-    store = prepare(pictures, tmp_path / "f.h5", backbone=str(tmp_path / "nested.keras")).run().store
+    store = extract_features(pictures, tmp_path / "f.h5", backbone=str(tmp_path / "nested.keras"))
     run = train_head(store, "dropout-linear", runs=tmp_path / "runs", params={"epochs": 2})
     # an untrained network gains nothing certain: look at what the steps did, not at what was kept
     start = Run.open(run.folder)
@@ -366,6 +368,6 @@ def test_unfreezing_behind_the_features_and_unknown_layers(published: Network) -
 def test_unknown_layer_and_backbone_offer_the_nearest(assets: Path) -> None:
     weights = weights_of(assets, "vgg16")
     with pytest.raises(ConfigurationError, match="has no layer 'block5_pol'; did you mean 'block5_pool'"):
-        resolve_network("vgg16", weights=weights, layers=["block5_pol"])
+        resolve_network(NetworkOptions("vgg16", weights=weights, layers=["block5_pol"]))
     with pytest.raises(ConfigurationError, match="vgg16"):
-        resolve_network("vgg61")
+        resolve_network(NetworkOptions("vgg61"))

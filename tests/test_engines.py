@@ -22,6 +22,7 @@ from features.networks import network as networks
 from features.networks.engines import choose_engine
 from features.networks.keras_engine import is_out_of_memory
 from features.networks.reference import reference_images
+from features.recipe import NetworkOptions
 from features.store.reader import FeatureStore
 
 
@@ -38,6 +39,10 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Any:
         monkeypatch.setattr(engines, "has_bfloat16", lambda: bfloat16)
 
     return build
+
+
+def chosen_engine(engine: str, precision: str, device: str) -> str:
+    return choose_engine(NetworkOptions(engine=engine, precision=precision, device=device))
 
 
 @pytest.mark.parametrize(
@@ -59,19 +64,19 @@ def test_the_engine_is_chosen_by_what_is_there(
     machine: Any, openvino: bool, gpu: bool, bfloat16: bool, asked: tuple[str, str, str], chosen: str
 ) -> None:
     machine(openvino=openvino, gpu=gpu, bfloat16=bfloat16)
-    assert choose_engine(*asked) == chosen
+    assert chosen_engine(*asked) == chosen
 
 
 def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture) -> None:
     machine(openvino=False, gpu=False, bfloat16=False)
-    choose_engine("openvino", "float32", "auto")
+    chosen_engine("openvino", "float32", "auto")
     assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used" in caplog.text
     machine(openvino=True, gpu=False, bfloat16=False)
-    choose_engine("openvino", "bfloat16", "auto")
+    chosen_engine("openvino", "bfloat16", "auto")
     assert "OpenVINO has no bfloat16 on this processor; Keras is used" in caplog.text
     assert "this processor has no bfloat16: it is computed all the same, but slower" in caplog.text
     caplog.clear()
-    choose_engine("auto", "float32", "auto")
+    chosen_engine("auto", "float32", "auto")
     assert caplog.text == ""
 
 
@@ -87,7 +92,7 @@ def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture)
 )
 def test_names_that_are_unknown_or_do_not_go_together(asked: tuple[str, str, str], message: str) -> None:
     with pytest.raises(ConfigurationError, match=message):
-        choose_engine(*asked)
+        chosen_engine(*asked)
 
 
 class ResourceExhaustedError(Exception):
@@ -166,7 +171,7 @@ def test_half_precision_is_near_and_not_equal(assets: Path, precision: str) -> N
     weights = str(next((assets / "weights").glob("mobilenet_v2_1.0_224*")))
     options = {"weights": weights, "image_size": (96, 96), "engine": "keras"}
     single, half = (
-        networks.resolve_network("mobilenetv2", **options, precision=kind) for kind in ("float32", precision)
+        networks.resolve_network(NetworkOptions(**options, precision=kind)) for kind in ("float32", precision)
     )
     assert half.recipes[0].precision == f"{precision}:keras-tensorflow"
     assert single.recipes[0].fingerprint != half.recipes[0].fingerprint
@@ -217,12 +222,13 @@ WATCH_MEMORY = """
 import sys
 import numpy as np
 from features.networks.network import resolve_network
+from features.recipe import NetworkOptions
 
 def resident():
     with open("/proc/self/status") as lines:
         return next(int(line.split()[1]) for line in lines if line.startswith("VmRSS"))
 
-network = resolve_network("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96), engine=sys.argv[2])
+network = resolve_network(NetworkOptions("mobilenetv2-0.35", sys.argv[1], image_size=96, engine=sys.argv[2]))
 engine = network.engine(network.recipes, batch_size=4)
 assert engine.name.startswith(sys.argv[2]), engine.name
 pixels = np.random.default_rng(0).integers(0, 256, (4, 96, 96, 3), dtype=np.uint8)

@@ -28,7 +28,7 @@ from features.errors import (
     RunError,
     StoreError,
 )
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features
 from features.pixels.decode import resize_image
 from features.recipe import PixelRule
 from pipeline.export import Probe, export, predicted
@@ -134,7 +134,7 @@ def runs(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Pa
     pictures = some_cats_and_dogs(assets, folder / "pictures", 48)
     weights = weights_of(assets, "mobilenet_v2_1.0_224")
     options = {"backbone": "mobilenetv2", "weights": weights, "image_size": (160, 160)}
-    store = prepare(pictures, folder / "f.h5", **options).run().store
+    store = extract_features(pictures, folder / "f.h5", **options)
     # barely trained and strongly penalised: a head that is certain would hide what differs
     params: dict[str, dict[str, Any]] = {"dropout-linear": {"epochs": 3}, "logistic": {"C": 3e-4}, "knn": {}}
     return {

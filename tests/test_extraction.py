@@ -27,11 +27,12 @@ from PIL import Image
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
 from features.extraction.extraction import Extraction
 from features.extraction.journal import PartsFolder
+from features.extraction.options import ExtractionOptions
 from features.extraction.shard import rows_per_shard
 from features.files import locked
 from features.machine import peak_memory
 from features.sources.scan import scan
-from features.sources.splits import SPLITS, SplitRule
+from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
 
 
@@ -358,8 +359,8 @@ def test_peak_of_memory_is_not_that_of_who_started_the_process() -> None:
 
 def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> None:
     network = NumpyNetwork()
-    rule = SplitRule.parse("hash", 0)
-    extraction = Extraction(scan(source), network, tmp_path / "f.h5", rule=rule, batch_size=4, shard_rows=8, workers=2)  # type: ignore[arg-type]
+    options = ExtractionOptions(batch_size=4, shard_rows=8, workers=2)
+    extraction = Extraction(scan(source), network, tmp_path / "f.h5", options)  # type: ignore[arg-type]
     plan = extraction.plan()
     cost = extraction.forecast(plan)
     assert cost is not None

@@ -15,7 +15,7 @@ from finetuning import TinyWorld, save_network, tiny_world
 from test_endtoend import some_cats_and_dogs, weights_of
 
 from features.errors import ConfigurationError, RunError
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features
 from pipeline.finetune import finetune
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
@@ -44,7 +44,7 @@ def real(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     weights = weights_of(assets, "mobilenet_v2_0.35_224")
     small = {"backbone": "mobilenetv2-0.35", "weights": weights, "image_size": (96, 96)}
     images = some_cats_and_dogs(assets, folder / "images", 48)
-    store = prepare(images, folder / "f.h5", **small).run().store
+    store = extract_features(images, folder / "f.h5", **small)
     head = train_head(store, "dropout-linear", runs=folder / "runs", params={"epochs": 1, "learning_rate": 1e-3})
     return {"folder": folder, "small": small, "images": images, "run": head.folder}
 
@@ -76,7 +76,7 @@ def test_pain_04_from_the_cache_follows_end_to_end_training(real: dict[str, Any]
     assert len(expected) == 14  # four kernels and gamma and beta behind each, kernel and bias of the head
     differences = {}
     for name, options in {"keras": {"engine": "keras"}, "other": {}, "half": {"dtype": "float16"}}.items():
-        store = prepare(images, folder / f"{name}.h5", layers=["boundary"], **options, **real["small"]).run().store
+        store = extract_features(images, folder / f"{name}.h5", layers=["boundary"], **options, **real["small"])
         received, history = after_twelve_steps(real, name, None, store.path)
         differences[name] = max(
             float(np.linalg.norm(one - other) / np.linalg.norm(other))
@@ -159,10 +159,10 @@ def test_a_cache_that_does_not_belong_to_the_run_is_refused(tiny: TinyWorld, tmp
     shutil.copytree(tiny.images, fewer)
     (fewer / "train" / "leaf" / "000.png").unlink()
     options = {"backbone": str(tiny.backbone), "layers": ["relu_2"]}
-    cut = prepare(fewer, tmp_path / "fewer.h5", **options).run().store.path
+    cut = extract_features(fewer, tmp_path / "fewer.h5", **options).path
     refused(cut, r"images, labels or splits differ \(the split rule is the same; 87 rows\)")
     (fewer / "train" / "leaf").rename(fewer / "train" / "moss")
-    cut = prepare(fewer, tmp_path / "moss.h5", **options).run().store.path
+    cut = extract_features(fewer, tmp_path / "moss.h5", **options).path
     refused(
         cut, r"not those that dropout-linear-\w+ was trained on \(classes missing \[\], not in the run \['moss'\]\)"
     )

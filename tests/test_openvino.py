@@ -23,7 +23,7 @@ from features.networks.network import Network, resolve_network
 from features.networks.openvino_engine import OpenVinoEngine, is_installed, open_engine, supports
 from features.networks.reference import reference_images, relative_difference
 from features.pixels.decode import decode_image
-from features.recipe import PixelRule, Recipe
+from features.recipe import NetworkOptions, PixelRule, Recipe
 
 needs_openvino = pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed (pip install openvino)")
 REAL = {
@@ -47,7 +47,9 @@ def photographs(assets: Path, rule: PixelRule, count: int) -> np.ndarray:
 
 
 def network(assets: Path, name: str, size: int, **options: Any) -> Network:
-    return resolve_network(name, weights=str(assets / "weights" / REAL[name]), image_size=(size, size), **options)
+    return resolve_network(
+        NetworkOptions(name, weights=str(assets / "weights" / REAL[name]), image_size=(size, size), **options)
+    )
 
 
 def builder(of: Network) -> Callable[[], tuple[Any, Callable[[Any], Any]]]:
@@ -176,7 +178,7 @@ def test_real_weights_on_photographs_give_the_features_of_keras(
     [("efficientnetb0", 64), ("resnet50", 64), ("xception", 96), ("mobilenetv3small", 64), ("convnexttiny", 64)],
 )
 def test_every_family_converts(cache: Path, name: str, size: int) -> None:
-    net = resolve_network(name, weights="random", image_size=(size, size))
+    net = resolve_network(NetworkOptions(name, weights="random", image_size=(size, size)))
     build = functools.cache(builder(net))
     engine = open_engine(net.recipes, build, source=net.weights.sha256, batch_size=4)
     images = pictures(4, size)
@@ -364,8 +366,9 @@ import json, sys, time
 import numpy as np
 from features.machine import peak_memory
 from features.networks.network import resolve_network
+from features.recipe import NetworkOptions
 from features.networks.openvino_engine import open_engine
-net = resolve_network("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96))
+net = resolve_network(NetworkOptions("mobilenetv2-0.35", weights=sys.argv[1], image_size=(96, 96)))
 def build():
     raise AssertionError("Keras was asked")
 engine = open_engine(net.recipes, build, source=net.weights.sha256, batch_size=32)

@@ -27,7 +27,7 @@ from PIL import Image
 import pipeline.predict
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features
 from features.pixels.decode import decode_image, read_bytes
 from features.pixels.views import decode_views
 from features.recipe import PixelRule
@@ -410,7 +410,7 @@ def run(assets: Path, pictures: Path, tmp_path_factory: pytest.TempPathFactory) 
     folder = tmp_path_factory.mktemp("run")
     options: dict[str, Any] = {"backbone": "mobilenetv2-0.35", "image_size": (96, 96)}
     options["weights"] = str(assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5")
-    store = prepare(pictures, folder / "f.h5", **options).run().store
+    store = extract_features(pictures, folder / "f.h5", **options)
     return train_head(store, "logistic", runs=folder / "runs", params={"C": 3e-4}).folder  # far from certain
 
 

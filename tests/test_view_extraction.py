@@ -22,14 +22,14 @@ from PIL import Image
 
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, IntegrityError, TooManyUnreadableError
-from features.extraction.extraction import Extraction, ExtractionResult, pack_store, prepare
+from features.extraction.extraction import Extraction, ExtractionResult, extract_features, pack_store
 from features.extraction.journal import PartsFolder
+from features.extraction.options import ExtractionOptions
 from features.extraction.shard import ShardSpec, extract_shard
 from features.pixels.decode import resize_image
 from features.pixels.views import render_views
 from features.recipe import PixelRule, Recipe
 from features.sources.scan import scan
-from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
 from features.store.schema import FeatureSpec, ImageTable, Quarantine, ShardTable
 from features.store.writer import StoreWriter
@@ -86,7 +86,7 @@ def out(tmp_path: Path) -> Path:
 def views_of(
     source: Path, out: Path, views: int, network: NumpyNetwork | None = None, spec: AugmentSpec = JITTER, **options: Any
 ) -> ExtractionResult:
-    return extract(source, out, network or PixelNetwork(), views=views, augmentation=spec, **options)
+    return extract(source, out, network or PixelNetwork(), views=views, augment=spec, **options)
 
 
 def by_hand(path: Path, views: int, spec: AugmentSpec = JITTER, seed: int = 0) -> np.ndarray:
@@ -309,12 +309,7 @@ def test_unreadable_images_cost_no_views_and_the_rest_stays_aligned(source: Path
         scan(source),
         network,
         out,
-        rule=SplitRule.parse("hash", 0),
-        views=3,
-        augmentation=JITTER,
-        batch_size=4,
-        shard_rows=8,
-        max_unreadable=0.2,
+        ExtractionOptions(views=3, augment=JITTER, batch_size=4, shard_rows=8, max_unreadable=0.2),
     )
     store = extraction.run(lambda *step: steps.append(step)).store
     assert store.quarantine.paths == ("cat/00.jpg", "cat/20.png", "dog/07.png")
@@ -419,10 +414,8 @@ def test_one_shard_of_some_views_only(source: Path, tmp_path: Path) -> None:
 def test_plan_and_forecast_count_images_and_views(source: Path, out: Path) -> None:
     def planned(views: int, *layers: str) -> tuple[Extraction, Any]:
         network: Any = PixelNetwork(*layers)
-        rule = SplitRule.parse("hash", 0)
-        extraction = Extraction(
-            scan(source), network, out, rule=rule, views=views, augmentation=JITTER, batch_size=4, workers=2
-        )
+        options = ExtractionOptions(views=views, augment=JITTER, batch_size=4, workers=2)
+        extraction = Extraction(scan(source), network, out, options)
         return extraction, extraction.plan()
 
     extraction, plan = planned(4)
@@ -441,10 +434,9 @@ def test_plan_and_forecast_count_images_and_views(source: Path, out: Path) -> No
 def test_views_make_shards_of_fewer_images(tmp_path: Path) -> None:
     source = paint_folder(tmp_path / "images", {"a": 50, "b": 50})
     network: Any = NumpyNetwork()
-    rule = SplitRule.parse("hash", 0)
     network.row_bytes = 1 << 20
-    for views, spec, shards in ((1, None, 2), (2, JITTER, 4)):  # 64 images, 32 images
-        extraction = Extraction(scan(source), network, tmp_path / "f.h5", rule=rule, views=views, augmentation=spec)
+    for views, spec, shards in ((1, "none", 2), (2, JITTER, 4)):  # 64 images, 32 images
+        extraction = Extraction(scan(source), network, tmp_path / "f.h5", ExtractionOptions(views=views, augment=spec))
         assert len(extraction.plan().specs) == shards
 
 
@@ -453,11 +445,11 @@ def test_views_make_shards_of_fewer_images(tmp_path: Path) -> None:
 
 def test_views_and_augmentation_are_given_together(source: Path, out: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"views: received 3, which without .* --augment with one of flip, "):
-        prepare(source, out, views=3)
+        extract_features(source, out, views=3)
     with pytest.raises(ConfigurationError, match=r"augment: received crop-flip, but one view .* Add --views"):
-        prepare(source, out, augment="crop-flip")
+        extract_features(source, out, augment="crop-flip")
     with pytest.raises(ConfigurationError, match=r"'flips', expected one of none, flip, .*did you mean 'flip'"):
-        prepare(source, out, views=2, augment="flips")
+        extract_features(source, out, views=2, augment="flips")
     with pytest.raises(ConfigurationError, match="views: received 0, expected 1 to 1000"):
         extract(source, out, PixelNetwork(), views=0)
 

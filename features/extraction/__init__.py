@@ -2,5 +2,5 @@
 
     plan (writes nothing) -> shards (read | infer | write) -> journal -> assembly -> store
 
-Use ``Extraction``, ``prepare``, ``extract_features`` and ``pack_store`` of ``extraction``.
+Use ``Extraction``, ``prepare``, ``extract_features`` and ``pack_store`` of ``extraction``, and ``ExtractionOptions``.
 """

@@ -9,6 +9,7 @@ not grow with the number of images.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import IntegrityError, SourceError
-from features.extraction.planning import Identity, KnownRows, Location
+from features.extraction.planning import Identity, KnownRows, Location, Plan
 from features.files import atomic_file, printable
 from features.machine import software_versions
 from features.progress import Progress
@@ -30,6 +31,34 @@ from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Contents:
+    """What a finished store says beside its features, as ``FeatureStore`` has it.
+
+    Parameters
+    ----------
+    images : ImageTable
+        One row per readable image.
+    quarantine : Quarantine
+        The images that could not be read.
+    classes : tuple of str
+        Names by label.
+    source : str
+        Description of the image source.
+    split_rule : str
+        How images without a given split got theirs.
+    provenance : dict
+        What made the features, and from what.
+    """
+
+    images: ImageTable
+    quarantine: Quarantine
+    classes: tuple[str, ...]
+    source: str
+    split_rule: str
+    provenance: Mapping[str, Any]
 
 
 def table_of(
@@ -81,48 +110,27 @@ def table_of(
     return table, quarantine
 
 
-def is_current(
-    store: FeatureStore,
-    images: ImageSet,
-    table: ImageTable,
-    quarantine: Quarantine,
-    rule: SplitRule,
-    recipes: Sequence[Recipe],
-    views: int,
-    layout: str,
-    provenance: Mapping[str, object],
-) -> bool:
+def is_current(plan: Plan, contents: Contents) -> bool:
     """Whether the store already says all this, so that nothing has to be written."""
+    store = plan.old
     return (
-        (store.kind == "index") == (layout == "sharded")
+        store is not None
+        and (store.kind == "index") == (plan.layout == "sharded")
         and bool(store.present().all())
-        and store.classes == images.classes
-        and all(store.provenance.get(name) == value for name, value in provenance.items())
-        and (store.source, store.split_rule) == (images.description, str(rule))
-        and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in recipes}
-        and all(store.views(name) == views for name in store.names)
-        and _same(store.images, table)
-        and _same(store.quarantine, quarantine)
+        and store.classes == contents.classes
+        and all(store.provenance.get(name) == value for name, value in contents.provenance.items())
+        and (store.source, store.split_rule) == (contents.source, contents.split_rule)
+        and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in plan.recipes}
+        and all(store.views(name) == plan.views for name in store.names)
+        and _same(store.images, contents.images)
+        and _same(store.quarantine, contents.quarantine)
     )
 
 
-def assemble(
-    out: Path,
-    *,
-    images: ImageSet,
-    table: ImageTable,
-    quarantine: Quarantine,
-    rule: SplitRule,
-    recipes: Sequence[Recipe],
-    views: int,
-    known: KnownRows,
-    provenance: Mapping[str, object],
-    layout: str = "packed",
-    progress: Progress | None = None,
-) -> None:
-    """Write the store from known rows; ``out`` is whole or as it was before.
+def assemble(out: Path, plan: Plan, contents: Contents, progress: Progress | None = None) -> None:
+    """Write the store from the rows that a plan knows; ``out`` is whole or as it was before.
 
-    With ``layout="sharded"`` it becomes an index, which holds the place of every row in the shards.
+    In the sharded layout it becomes an index, which holds the place of every row in the shards.
 
     Raises
     ------
@@ -131,6 +139,7 @@ def assemble(
     IntegrityError
         If a row that should be known is missing.
     """
+    known, recipes, views, table = plan.known, plan.recipes, plan.views, contents.images
     hashes = [digest.tobytes() for digest in table.sha256]
     places = {
         recipe.name: [_places(known, recipe, view, hashes, table.paths) for view in range(views)] for recipe in recipes
@@ -141,24 +150,12 @@ def assemble(
         specs[recipe.name] = FeatureSpec(recipe, views, known.sources[source].shape(recipe.name)[2:])
     shards: ShardTable | None = None
     blocks: Mapping[str, Iterable[np.ndarray]]
-    if layout == "sharded":
+    if plan.layout == "sharded":
         blocks, shards = _index(known, places)
     else:
         blocks = {recipe.name: _blocks(recipe, specs[recipe.name], places[recipe.name], known) for recipe in recipes}
-    _write(
-        out,
-        kind="store" if shards is None else "index",
-        features=specs,
-        blocks=blocks,
-        progress=progress,
-        images=table,
-        quarantine=quarantine,
-        classes=images.classes,
-        source=images.description,
-        split_rule=str(rule),
-        provenance={**provenance, "software": software_versions()},
-        shards=shards,
-    )
+    provenance = {**contents.provenance, "software": software_versions()}
+    _write(out, specs, blocks, dataclasses.replace(contents, provenance=provenance), shards, progress)
 
 
 def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> None:
@@ -174,34 +171,23 @@ def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> No
     specs = {
         name: FeatureSpec(recipe, store.views(name), store.shape(name)[2:]) for name, recipe in store.recipes.items()
     }
-    _write(
-        out,
-        kind="store",
-        features=specs,
-        blocks={name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()},
-        progress=progress,
-        images=store.images,
-        quarantine=store.quarantine,
-        classes=store.classes,
-        source=store.source,
-        split_rule=store.split_rule,
-        provenance=store.provenance,
-    )
+    blocks = {name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()}
+    contents = Contents(**{field.name: getattr(store, field.name) for field in dataclasses.fields(Contents)})
+    _write(out, specs, blocks, contents, None, progress)
 
 
 def _write(
     out: Path,
-    *,
-    kind: str,
     features: Mapping[str, FeatureSpec],
     blocks: Mapping[str, Iterable[np.ndarray]],
+    contents: Contents,
+    shards: ShardTable | None,
     progress: Progress | None,
-    images: ImageTable,
-    **tables: Any,
 ) -> None:
-    total, done = len(features) * len(images), 0
+    kind, rows = "store" if shards is None else "index", len(contents.images)
+    total, done = len(features) * rows, 0
     with atomic_file(out) as temporary:
-        writer = StoreWriter(temporary, kind=kind, rows=len(images), features=features)
+        writer = StoreWriter(temporary, kind=kind, rows=rows, features=features)
         try:
             for name in features:
                 for block in blocks[name]:
@@ -209,7 +195,7 @@ def _write(
                     done += len(block)
                     if progress:
                         progress("assemble", done, total)
-            writer.finish(images=images, **tables)
+            writer.finish(**vars(contents), shards=shards)
         finally:
             writer.close()
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Executor
 
 import numpy as np
 
 from features.errors import UnreadableImageError
 from features.extraction.planning import Plan
+from features.extraction.running import SHARDS_IN_FLIGHT, Work
 from features.extraction.shard import Infer
 from features.machine import peak_memory
 from features.pixels.batches import loaded
@@ -45,33 +46,20 @@ class Forecast:
     memory_bytes: int
 
 
-def forecast(
-    plan: Plan,
-    infer: Infer,
-    read: Callable[[str], bytes],
-    decoders: Executor,
-    *,
-    batch_size: int,
-    row_bytes: int,
-    shards_in_flight: int,
-    separate_device: bool,
-) -> Forecast:
+def forecast(plan: Plan, work: Work, decoders: Executor) -> Forecast:
     """Measure a few batches and multiply.
 
     Parameters
     ----------
     plan : Plan
         With at least one shard to make.
-    infer, read, decoders, batch_size
-        As for ``features.extraction.shard.extract_shard``.
-    row_bytes : int
-        Bytes of one view of one image over all data sets.
-    shards_in_flight : int
-        Shards made at the same time.
-    separate_device : bool
-        Whether inference leaves the processors to decoding, as on a GPU: then the slower of both counts, else the sum.
+    work : Work
+        The same shards, and what makes them.
+    decoders : Executor
+        Threads that read and decode.
     """
-    spec = plan.specs[0]
+    spec, read, batch_size = plan.specs[0], work.reader(), work.options.batch_size
+    infer = work.engine(spec.recipes)
     paths = spec.paths[: -(-MEASURED_BATCHES * batch_size // len(spec.views))]
 
     def load(path: str) -> DecodedViews:
@@ -83,13 +71,15 @@ def forecast(
     decoding = (time.perf_counter() - started) / (len(paths) * len(spec.views))
     decoded = [pixels for item in outcomes if not isinstance(item, UnreadableImageError) for pixels in item.pixels]
     inference = _seconds_per_picture(infer, decoded, batch_size)
+    # A GPU leaves the processors to decoding: then the slower of both counts.
+    separate_device = getattr(infer, "device", "cpu") != "cpu"
     each = max(decoding, inference) if separate_device else decoding + inference
-    seconds = each * plan.passes
+    seconds, row_bytes = each * plan.passes, work.network.row_bytes
     return Forecast(
         images_per_second=plan.to_infer / max(seconds, 1e-9),
         seconds=seconds,
         disk_bytes=row_bytes * (plan.views * len(plan.images) + plan.passes),
-        memory_bytes=peak_memory() + shards_in_flight * 2 * row_bytes * len(spec) * len(spec.views),
+        memory_bytes=peak_memory() + SHARDS_IN_FLIGHT * 2 * row_bytes * len(spec) * len(spec.views),
     )
 
 

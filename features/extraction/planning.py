@@ -16,20 +16,24 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from features.canonical import check_choice
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
 from features.extraction.journal import PartsFolder
-from features.extraction.shard import ShardSpec
+from features.extraction.options import ExtractionOptions
+from features.extraction.shard import ShardSpec, rows_per_shard
 from features.recipe import Cell, Recipe
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
 
+if TYPE_CHECKING:
+    from features.networks.network import Network
+
 logger = logging.getLogger(__name__)
 Location = tuple[int, int]  # source, row
-LAYOUTS = ("packed", "sharded")
+Group = tuple[tuple[int, ...], tuple[int, ...]]  # what is missing of an image: numbers of recipes, and views
 VIEW_FIELDS = ("augmentation", "seed")  # what decides views 1 and above, and not view 0
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
 
@@ -188,16 +192,11 @@ class Plan:
 
 def make_plan(
     images: ImageSet,
-    recipes: Sequence[Recipe],
-    *,
-    views: int,
+    network: Network,
     out: Path,
     parts: PartsFolder,
-    shard_rows: Callable[[int], int],
+    options: ExtractionOptions,
     readers: Executor,
-    overwrite: bool = False,
-    rehash: bool = False,
-    layout: str | None = None,
 ) -> Plan:
     """Compare a source with what is already computed.
 
@@ -205,24 +204,16 @@ def make_plan(
     ----------
     images : ImageSet
         The source.
-    recipes : sequence of Recipe
-        Data sets asked for. They share augmentation and seed.
-    views : int
-        Views asked for, at least 1. A store keeps those it has beyond them, and what they are drawn from.
+    network : Network
+        Its ``recipes`` and ``row_bytes`` are read.
     out : Path
         The store, which may exist.
     parts : PartsFolder
         Committed shards of an interrupted run.
-    shard_rows : callable
-        Views to make -> images of one shard.
+    options : ExtractionOptions
+        What is asked for. A store keeps the views that it has beyond those, and what they are drawn from.
     readers : Executor
         Threads that hash files whose size has been seen before.
-    overwrite : bool
-        Allow a store of another recipe or of other images to be replaced.
-    rehash : bool
-        Read and hash every image, also those whose size and time are unchanged.
-    layout : {"packed", "sharded"}, optional
-        That of the store as it is without it; packed for a new one.
 
     Raises
     ------
@@ -230,9 +221,10 @@ def make_plan(
         If ``out`` or its shards hold another recipe, or most of its images are missing, without ``overwrite``; if a
         packed store is to become a sharded one.
     """
+    overwrite, views = options.overwrite, options.views
     old = _old_store(out, overwrite=overwrite)
-    layout = _layout(layout, old, parts, out)
-    wanted = tuple(recipes)
+    layout = _layout(options.layout, old, parts, out)
+    wanted = tuple(recipe.augmented(options.augmentation, options.seed) for recipe in network.recipes)
     if old is not None and not _same_base(old, wanted, out, overwrite=overwrite):
         old = None
     if old is not None:
@@ -256,10 +248,15 @@ def make_plan(
                 "Run that command again to finish it, give another --out, or --overwrite to drop them."
             )
 
-    identities, moved = _identities(images, known, readers, rehash=rehash)
-    specs, counts = _missing(images, wanted, views, known, identities, moved, shard_rows)
+    identities, moved = _identities(images, known, readers, rehash=options.rehash)
+    groups, counts = _missing(images, wanted, views, known, identities, moved)
     taken = {*parts.records, *(() if old is None else old.shards.names)}
-    specs = tuple(_untaken(spec, taken) for spec in specs)
+    specs = []
+    for (numbers, views_of_group), rows in groups.items():
+        recipes = tuple(wanted[number] for number in numbers)
+        step = options.shard_rows or rows_per_shard(network.row_bytes * len(views_of_group), options.batch_size)
+        for start in range(0, len(rows), step):
+            specs.append(_untaken(_spec(images, rows[start : start + step], recipes, views_of_group), taken))
     if old is not None:
         counts["removed"] = len(set(old.images.paths) - set(images.paths))
         before = {digest.tobytes() for digest in old.images.sha256}
@@ -269,7 +266,7 @@ def make_plan(
                 f"{out}: holds {len(old)} images of {old.source}, and only {kept} of them are in {images.description}. "
                 "If images are missing for a while, bring them back; else give another --out, or --overwrite to go on."
             )
-    return Plan(images, wanted, views, specs, known, identities, counts, old, layout, tuple(superseded))
+    return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, layout, tuple(superseded))
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
@@ -292,7 +289,6 @@ def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
 
 def _layout(wanted: str | None, old: FeatureStore | None, parts: PartsFolder, out: Path) -> str:
     """As asked for, or as the store is; shards that were kept belong to a sharded one, even where its index is gone."""
-    check_choice("layout", wanted or "packed", LAYOUTS)
     if old is not None and old.kind == "store" and wanted == "sharded":
         raise ConfigurationError(
             f"{out}: is one packed file, which cannot become a sharded store. Give another --out, or leave --layout out."
@@ -398,47 +394,42 @@ def _missing(
     known: KnownRows,
     identities: Sequence[Identity | None],
     moved: Iterable[int],
-    shard_rows: Callable[[int], int],
-) -> tuple[tuple[ShardSpec, ...], Counter[str]]:
-    """Images with the same missing cells go into shards together, in row order.
+) -> tuple[dict[Group, list[int]], Counter[str]]:
+    """Images with the same missing cells, in row order: they go into shards together.
 
     Views of which the same data sets are missing are made together; so no cell is made that is there.
     """
     counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0)
     moved = set(moved)
     cells = [[recipe.cell(view) for recipe in recipes] for view in range(views)]
-    everything = tuple(range(len(recipes)))
-    groups: dict[tuple[tuple[int, ...], tuple[int, ...]], list[int]] = {}
+    everything = (tuple(range(len(recipes))), tuple(range(views)))
+    groups: dict[Group, list[int]] = {}
     for index, identity in enumerate(identities):
         if identity is None:
             counts["changed" if known.path_known(images.paths[index]) else "new"] += 1
-            groups.setdefault((everything, tuple(range(views))), []).append(index)
+            groups.setdefault(everything, []).append(index)
             continue
         if identity.reason is not None:
             counts["unreadable"] += 1
             continue
         counts["moved" if index in moved else "cached"] += 1
-        lacking: dict[tuple[int, ...], list[int]] = {}  # data sets -> views
+        lacking: dict[tuple[int, ...], list[int]] = {}  # recipes -> views
         for view in range(views):
             numbers = tuple(n for n, cell in enumerate(cells[view]) if known.locate(cell, identity.sha256) is None)
             if numbers:
                 lacking.setdefault(numbers, []).append(view)
         for numbers, missing_views in lacking.items():
             groups.setdefault((numbers, tuple(missing_views)), []).append(index)
-    specs = []
-    for (numbers, views_of_group), indices in groups.items():
-        chosen = tuple(recipes[number] for number in numbers)
-        rows = shard_rows(len(views_of_group))
-        for start in range(0, len(indices), rows):
-            part = np.array(indices[start : start + rows])
-            specs.append(
-                ShardSpec(
-                    root=str(images.root),
-                    paths=tuple(images.paths[index] for index in part),
-                    sizes=tuple(images.sizes[part].tolist()),
-                    mtimes_ns=tuple(images.mtimes_ns[part].tolist()),
-                    recipes=chosen,
-                    views=views_of_group,
-                )
-            )
-    return tuple(specs), counts
+    return groups, counts
+
+
+def _spec(images: ImageSet, rows: Sequence[int], recipes: tuple[Recipe, ...], views: tuple[int, ...]) -> ShardSpec:
+    part = np.array(rows)
+    return ShardSpec(
+        root=str(images.root),
+        paths=tuple(images.paths[index] for index in rows),
+        sizes=tuple(images.sizes[part].tolist()),
+        mtimes_ns=tuple(images.mtimes_ns[part].tolist()),
+        recipes=recipes,
+        views=views,
+    )

@@ -17,8 +17,10 @@ from typing import Any
 import numpy as np
 
 from features.errors import IntegrityError
+from features.extraction.options import ExtractionOptions
 from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard
 from features.files import printable
+from features.machine import processors
 from features.recipe import Recipe
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
@@ -42,22 +44,20 @@ class Work:
         The source that the specs name images of.
     network : Network
         ``engine(recipes, batch_size=, device=)`` infers.
-    batch_size, device, workers
-        As of ``features.extraction.extraction.Extraction``.
+    options : ExtractionOptions
+        How they are made: ``batch_size``, ``workers``, ``device``, ``engine``.
     """
 
     specs: tuple[ShardSpec, ...]
     folder: Path
     images: ImageSet
     network: Any
-    batch_size: int
-    device: str
-    workers: int
+    options: ExtractionOptions
 
     def engine(self, recipes: Sequence[Recipe]) -> Any:
         """An engine for these data sets; it knows nothing of views."""
         plain = tuple(recipe.plain for recipe in recipes)
-        return self.network.engine(plain, batch_size=self.batch_size, device=self.device)
+        return self.network.engine(plain, batch_size=self.options.batch_size, device=self.options.device)
 
     def reader(self) -> Callable[[str], bytes]:
         """Path -> bytes."""
@@ -91,13 +91,13 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
             read=read,
             infer=engine.for_recipes(spec.recipes),
             decoders=decoders,
-            batch_size=work.batch_size,
+            batch_size=work.options.batch_size,
             advance=advance,
         )
         return MadeShard(spec, record, engine.name)
 
     with (
-        ThreadPoolExecutor(work.workers, "decode") as decoders,
+        ThreadPoolExecutor(work.options.workers or processors(), "decode") as decoders,
         ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
     ):
         try:

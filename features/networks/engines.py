@@ -1,6 +1,6 @@
 """Which engine runs a network, decided without importing any; and what every engine is.
 
-    engine, precision, device --choose_engine()--> "keras" or "openvino"
+    options --choose_engine()--> "keras" or "openvino"
 
 Keras's engine is in ``features.networks.keras_engine``, OpenVINO's in ``features.networks.openvino_engine``.
 """
@@ -13,16 +13,12 @@ from typing import Protocol
 
 import numpy as np
 
-from features.canonical import check_choice
 from features.errors import ConfigurationError
 from features.machine import has_bfloat16, keras_backend, may_have_gpu
 from features.networks.openvino_engine import is_installed
+from features.recipe import NetworkOptions, check_device
 
 logger = logging.getLogger(__name__)
-
-DEVICES = ("auto", "cpu", "gpu")
-ENGINES = ("auto", "keras", "openvino")
-ARITHMETIC = ("float32", "bfloat16", "float16")
 
 
 class Engine(Protocol):
@@ -63,26 +59,15 @@ def engine_names() -> tuple[str, ...]:
     return ("keras", "openvino") if is_installed() else ("keras",)
 
 
-def choose_engine(engine: str, precision: str, device: str) -> str:
+def choose_engine(options: NetworkOptions) -> str:
     """``auto`` -> ``openvino`` on processors where it is installed and has the precision, else ``keras``.
-
-    Parameters
-    ----------
-    engine : {"auto", "keras", "openvino"}
-        What was asked for.
-    precision : {"float32", "bfloat16", "float16"}
-        Arithmetic of the forward pass.
-    device : {"auto", "cpu", "gpu"}
-        Where it runs.
 
     Raises
     ------
     ConfigurationError
-        If a name is unknown, or OpenVINO is asked for something that it does not do.
+        If OpenVINO is asked for something that it does not do.
     """
-    check_choice("engine", engine, ENGINES)
-    check_choice("precision", precision, ARITHMETIC)
-    _check_device(device)
+    engine, precision, device = options.engine, options.precision, options.device
     can = precision != "float16" and device != "gpu"
     if engine == "openvino":
         if not can:
@@ -110,7 +95,7 @@ def choose_device(device: str) -> str:
     ConfigurationError
         If the name is unknown, or a GPU is asked for and none is seen.
     """
-    _check_device(device)
+    check_device(device)
     if device == "cpu":
         return "cpu"
     seen = _gpu_count()
@@ -125,14 +110,6 @@ def choose_device(device: str) -> str:
             "(pip install 'tensorflow[and-cuda]') and check the driver with nvidia-smi, or use --device auto."
         )
     return "gpu" if seen else "cpu"
-
-
-def _check_device(device: str) -> None:
-    if device.lower().partition(":")[0] in ("cuda", "mps", "metal", "rocm", "nvidia"):
-        raise ConfigurationError(
-            f"device: received {device!r}, expected one of {', '.join(DEVICES)}; type gpu, whoever made it"
-        )
-    check_choice("device", device, DEVICES)
 
 
 def _gpu_count() -> int:

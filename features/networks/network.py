@@ -32,7 +32,7 @@ from features.networks.backbones import (
 )
 from features.networks.graph import layer_tensors
 from features.networks.weights import WeightsFile, load_weights, resolve_weights
-from features.recipe import POOLINGS, PixelRule, Recipe
+from features.recipe import NetworkOptions, PixelRule, Recipe
 
 logger = logging.getLogger(__name__)
 MEMO_VERSION = 3
@@ -116,39 +116,13 @@ class Network:
         return KerasEngine(model, prepare, recipes, batch_size=batch_size, device=device, precision=precision)
 
 
-def resolve_network(
-    backbone: str,
-    *,
-    weights: str = "imagenet",
-    layers: Sequence[str] = (),
-    pooling: str | None = None,
-    image_size: tuple[int, int] | None = None,
-    resize: str = "antialias",
-    fit: str = "stretch",
-    dtype: str = "float32",
-    decode: str = "full",
-    engine: str = "auto",
-    precision: str = "float32",
-    device: str = "auto",
-) -> Network:
-    """Find backbone, weights and layers, and write the recipes.
+def resolve_network(options: NetworkOptions) -> Network:
+    """Find network, weights and layers, and write the recipes.
 
     Parameters
     ----------
-    backbone : str
-        Name of a row of ``BACKBONES``, or path of a ``.keras`` file.
-    weights : str
-        ``"imagenet"``, ``"random"`` or a file.
-    layers : sequence of str
-        Layers to keep; ``"boundary"`` is the one before the last block. The last layer without any.
-    pooling : {"none", "avg", "max", "flatten"}, optional
-        For every 4-D layer asked for. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
-    image_size : tuple of int, optional
-        Height and width in pixels; the backbone's own without it.
-    resize, fit, dtype, decode : str
-        See ``features.recipe``.
-    engine, precision, device : str
-        See ``features.networks.engines.choose_engine``.
+    options : NetworkOptions
+        What is asked for.
 
     Raises
     ------
@@ -159,19 +133,15 @@ def resolve_network(
     """
     from features.networks.engines import choose_engine
 
-    row = find_backbone(backbone)
-    engine = choose_engine(engine, precision, device)
+    row = find_backbone(options.backbone)
+    engine = choose_engine(options)
     by = engine if engine == "openvino" else f"keras-{keras_backend()}"
-    if pooling is not None and pooling not in POOLINGS:
-        hint = nearest(pooling, POOLINGS)
-        raise ConfigurationError(f"pooling: received {pooling!r}, expected one of {', '.join(POOLINGS)}{hint}")
-    size = image_size or row.default_size
-    rule = PixelRule(size[0], size[1], resize=resize, fit=fit, decode=decode)
-    file = resolve_weights(row, weights)
-    description = describe(row, file, size)
+    rule = PixelRule.of(options, row.default_size)
+    file = resolve_weights(row, options.weights)
+    description = describe(row, file, (rule.height, rule.width))
     chosen: dict[tuple[str, str], Recipe] = {}
-    for layer in [_layer(name, description, row) for name in layers] or [description.last]:
-        pooled = pooling or ("none" if layers else "avg")
+    for layer in [_layer(name, description, row) for name in options.layers] or [description.last]:
+        pooled = options.pooling or ("none" if options.layers else "avg")
         if len(description.layers[layer]) != 3:
             pooled = "none"
         chosen[layer, pooled] = Recipe(
@@ -181,13 +151,13 @@ def resolve_network(
             pooling=pooled,
             pixels=rule,
             preprocessing=row.preprocessing,
-            dtype=dtype,
-            precision=precision if precision == "float32" else f"{precision}:{by}",
+            dtype=options.dtype,
+            precision=options.precision if options.precision == "float32" else f"{options.precision}:{by}",
         )
     # What a later stage needs to find the same network again, from any folder.
-    backbone_argument = backbone if row.own_weights is None else str(row.own_weights.resolve())
-    weights_argument = str(file.path.resolve()) if file.route == "file" and file.path is not None else weights
-    return Network(row, backbone_argument, file, weights_argument, tuple(chosen.values()), description, engine)
+    backbone = options.backbone if row.own_weights is None else str(row.own_weights.resolve())
+    weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
+    return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
 
 
 def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:

@@ -72,39 +72,12 @@ class ClusterForecast:
         return self.start + self.planning + self.extraction + self.assembly
 
 
-def forecast_cluster(
-    images: int,
-    workers: int,
-    worker: Worker,
-    *,
-    shard_rows: int = SHARD_ROWS_MAX,
-    row_bytes: int = 5120,
-    shard_seconds: float = 0.1,
-    start_seconds: float = 5.0,
-    losses_per_hour: float = 0.0,
-    restart_seconds: float = 15.0,
-    image_bytes: int = 0,
-    link_bytes_per_second: float = math.inf,
-    assembly_bytes_per_second: float = 400e6,
-    planning_seconds: float = 20e-6,
-) -> ClusterForecast:
-    """Predict how long a run takes.
-
-    All shards take the same time, so ``ceil(shards / workers)`` of them follow each other on the busiest worker; the last
-    one is as long as it has rows. A worker that is lost costs half of a shard on average, and the time until its successor is
-    warm; so with ``losses_per_hour`` of each worker every second of work takes
-    ``1 + losses_per_hour / 3600 * (shard / 2 + restart_seconds)`` seconds. No run is faster than the link over which
-    all images come. At the end one process writes the rows of all shards into one store (``--layout sharded`` writes an
-    index instead: give ``assembly_bytes_per_second=math.inf``).
+@dataclasses.dataclass(frozen=True)
+class Costs:
+    """What a run costs beside the work of its workers.
 
     Parameters
     ----------
-    images : int
-        Pictures that go through the network: images times views.
-    workers : int
-        Worker processes.
-    worker : Worker
-        Each of them.
     shard_rows : int
         Images of one shard.
     row_bytes : int
@@ -125,27 +98,63 @@ def forecast_cluster(
         Of features, read from shards and written into the store.
     planning_seconds : float
         Of the asking process for one image: listing it, planning it, entering it in the tables (measured: 20 us).
+    """
+
+    shard_rows: int = SHARD_ROWS_MAX
+    row_bytes: int = 5120
+    shard_seconds: float = 0.1
+    start_seconds: float = 5.0
+    losses_per_hour: float = 0.0
+    restart_seconds: float = 15.0
+    image_bytes: int = 0
+    link_bytes_per_second: float = math.inf
+    assembly_bytes_per_second: float = 400e6
+    planning_seconds: float = 20e-6
+
+
+def forecast_cluster(images: int, workers: int, worker: Worker, costs: Costs = Costs()) -> ClusterForecast:
+    """Predict how long a run takes.
+
+    All shards take the same time, so ``ceil(shards / workers)`` of them follow each other on the busiest worker; the last
+    one is as long as it has rows. A worker that is lost costs half of a shard on average, and the time until its successor is
+    warm; so with ``losses_per_hour`` of each worker every second of work takes
+    ``1 + losses_per_hour / 3600 * (shard / 2 + restart_seconds)`` seconds. No run is faster than the link over which
+    all images come. At the end one process writes the rows of all shards into one store (``--layout sharded`` writes an
+    index instead: give ``assembly_bytes_per_second=math.inf``).
+
+    Parameters
+    ----------
+    images : int
+        Pictures that go through the network: images times views.
+    workers : int
+        Worker processes.
+    worker : Worker
+        Each of them.
+    costs : Costs
+        What comes to their work.
 
     Examples
     --------
     >>> round(forecast_cluster(10_000_000, 10, Worker(0.0, 0.01)).seconds / 3600, 1)
     2.9
     """
-    if min(images, workers, shard_rows) < 1:
-        raise ConfigurationError(f"forecast: received {images} images, {workers} workers, {shard_rows} rows of a shard")
-    shards = math.ceil(images / shard_rows)
+    if min(images, workers, costs.shard_rows) < 1:
+        raise ConfigurationError(
+            f"forecast: received {images} images, {workers} workers, {costs.shard_rows} rows of a shard"
+        )
+    shards = math.ceil(images / costs.shard_rows)
     turns = math.ceil(shards / workers)
-    last = images - (shards - 1) * shard_rows
+    last = images - (shards - 1) * costs.shard_rows
     alone = shards - (turns - 1) * workers == 1  # whether the last shard is made when all others are done
-    rows = (turns - 1) * shard_rows + (last if alone else shard_rows)
-    busy = rows / worker.images_per_second + turns * shard_seconds
+    rows = (turns - 1) * costs.shard_rows + (last if alone else costs.shard_rows)
+    busy = rows / worker.images_per_second + turns * costs.shard_seconds
     shard = busy / turns
-    busy *= 1 + losses_per_hour / 3600 * (shard / 2 + restart_seconds)
+    busy *= 1 + costs.losses_per_hour / 3600 * (shard / 2 + costs.restart_seconds)
     return ClusterForecast(
-        start=start_seconds,
-        planning=images * planning_seconds,
-        extraction=max(busy, images * image_bytes / link_bytes_per_second),
-        assembly=images * row_bytes / assembly_bytes_per_second,
-        disk_bytes=images * row_bytes * (1 if math.isinf(assembly_bytes_per_second) else 2),
+        start=costs.start_seconds,
+        planning=images * costs.planning_seconds,
+        extraction=max(busy, images * costs.image_bytes / costs.link_bytes_per_second),
+        assembly=images * costs.row_bytes / costs.assembly_bytes_per_second,
+        disk_bytes=images * costs.row_bytes * (1 if math.isinf(costs.assembly_bytes_per_second) else 2),
         memory_bytes=CLIENT_BYTES + images * IMAGE_BYTES,
     )

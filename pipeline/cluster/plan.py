@@ -38,7 +38,7 @@ class Setting:
     Parameters
     ----------
     backbone, weights : str
-        As ``features.networks.network.resolve_network`` takes them, paths absolute.
+        As of ``features.recipe.NetworkOptions``, paths absolute.
     engine, device : str
         As they were asked for: each worker chooses by what its own machine has.
     batch_size : int

@@ -59,29 +59,23 @@ class ClusterShards:
     ----------
     cluster : str
         As for `parse_cluster`.
-    engine : {"auto", "keras", "openvino"}
-        As it was asked for; each worker chooses by what its machine has.
-    threads : int, optional
-        Threads that read and decode in each worker; the processors of its process without it.
     patience : float
         Seconds without any worker after which the run ends.
     """
 
-    def __init__(
-        self, cluster: str, *, engine: str = "auto", threads: int | None = None, patience: float = PATIENCE_SECONDS
-    ) -> None:
+    def __init__(self, cluster: str, *, patience: float = PATIENCE_SECONDS) -> None:
         parse_cluster(cluster)
-        self.cluster, self.engine, self.threads, self.patience = cluster, engine, threads, patience
+        self.cluster, self.patience = cluster, patience
 
     def __call__(self, work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
-        network = work.network
+        network, options = work.network, work.options
         setting = Setting(
             backbone=network.backbone_argument,
             weights=network.weights_argument,
-            engine=self.engine,
-            device=work.device,
-            batch_size=work.batch_size,
-            threads=self.threads,
+            engine=options.engine,
+            device=options.device,
+            batch_size=options.batch_size,
+            threads=options.workers,
         )
         image = _first_image(work)
         with (
@@ -355,12 +349,12 @@ class _Run:
             return
         self._looked = now = time.monotonic()
         with_gpu = {address: worker for address, worker in workers.items() if worker.get("resources", {}).get(GPU)}
-        if self._work.device == "gpu" and workers and not with_gpu and not self._resources:
+        if self._work.options.device == "gpu" and workers and not with_gpu and not self._resources:
             raise ConfigurationError(
                 "device: a GPU was asked for, but no worker announces one. Start workers with "
                 "`dask worker ADDRESS --nthreads 1 --resources GPU=1`, or use --device auto."
             )
-        if with_gpu and self._work.device != "cpu":
+        if with_gpu and self._work.options.device != "cpu":
             self._resources = {GPU: 1}
         useful = with_gpu if self._resources else workers
         self._useful = list(useful)

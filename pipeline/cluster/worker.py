@@ -169,20 +169,8 @@ def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threa
 
     first = recipes[0]
     try:
-        network = networks.resolve_network(
-            setting.backbone,
-            weights=setting.weights,
-            layers=(first.layer,),
-            pooling=first.pooling,
-            image_size=(first.pixels.height, first.pixels.width),
-            resize=first.pixels.resize,
-            fit=first.pixels.fit,
-            dtype=first.dtype,
-            decode=first.pixels.decode,
-            engine=setting.engine,
-            precision=first.precision.partition(":")[0],
-            device=setting.device,
-        )
+        options = first.options(setting.backbone, setting.weights, engine=setting.engine, device=setting.device)
+        network = networks.resolve_network(options)
         other = first.difference(network.recipes[0])
         if other:
             listed = ", ".join(f"{name}: {here} instead of {there}" for name, (there, here) in sorted(other.items()))

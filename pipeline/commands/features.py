@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -95,43 +95,44 @@ def extract(
     as_json: Json = False,
 ) -> None:
     """Stage one: push every image through a frozen backbone once and keep the features."""
+    from features.extraction.options import ExtractionOptions
     from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
 
-    options: dict[str, Any] = {
-        "backbone": backbone,
-        "weights": weights,
-        "layers": tuple(layer or ()),
-        "pooling": pooling,
-        "image_size": parse_size(image_size),
-        "resize": resize,
-        "fit": fit,
-        "views": views,
-        "augment": augment,
-        "dtype": dtype,
-        "split": _with_moves(split, validation_from_train, test_from_validation),
-        "seed": seed,
-        "target": target,
-        "batch_size": batch_size,
-        "workers": workers,
-        "device": device,
-        "engine": engine,
-        "precision": precision,
-        "decode": decode,
-        "check_precision": check_precision,
-        "shard_rows": shard_rows,
-        "layout": layout,
-        "max_unreadable": max_unreadable,
-        "overwrite": overwrite,
-        "rehash": rehash,
-        "strict": strict,
-    }
+    options = ExtractionOptions(
+        backbone=backbone,
+        weights=weights,
+        layers=tuple(layer or ()),
+        pooling=pooling,
+        image_size=parse_size(image_size),
+        resize=resize,
+        fit=fit,
+        views=views,
+        augment=augment,
+        dtype=dtype,
+        split=_with_moves(split, validation_from_train, test_from_validation),
+        seed=seed,
+        target=target,
+        batch_size=batch_size,
+        workers=workers,
+        device=device,
+        engine=engine,
+        precision=precision,
+        decode=decode,
+        check_precision=check_precision,
+        shard_rows=shard_rows,
+        layout=layout,
+        max_unreadable=max_unreadable,
+        overwrite=overwrite,
+        rehash=rehash,
+        strict=strict,
+    )
     if dry_run:
-        document = stage.plan(images, out, cluster=cluster, **options)
+        document = stage.plan(images, out, options, cluster=cluster)
         print_document(document, as_json, stage.plan_summary(document))
         return
     with ConsoleProgress() as progress:
-        document = stage.run(images, out, progress=progress, cluster=cluster, **options)
+        document = stage.run(images, out, options, progress=progress, cluster=cluster)
     print_document(document, as_json, stage.summary(document))
     if len(document["classes"]) > 1:
         print_next("bottleneck", "train-head", out, "--head", "logistic")

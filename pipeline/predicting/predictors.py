@@ -13,6 +13,7 @@ from features.errors import UnreadableImageError
 from features.pixels.views import decode_views
 from pipeline.exporting.artefacts import Artefact, full_pixels
 from pipeline.heads.kinds import head_of
+from pipeline.predicting.options import PredictOptions
 from pipeline.runs.folder import Run
 from pipeline.tuning.endtoend import network_of
 
@@ -38,32 +39,19 @@ class RunModel:
     ----------
     run : Run
         Of any head.
-    weights : str, optional
-        Where the backbone's weights are now.
-    batch_size, device
-        As everywhere.
-    views : int
-        Views of each image; view 0 is the plain image.
+    options : PredictOptions
+        Its ``views``, of which view 0 is the plain image, ``weights``, ``batch_size`` and ``device`` are read.
     augment : AugmentSpec, optional
-        What the others are drawn from.
+        What the other views are drawn from.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        *,
-        weights: str | None = None,
-        batch_size: int = 32,
-        device: str = "auto",
-        views: int = 1,
-        augment: AugmentSpec | None = None,
-    ) -> None:
+    def __init__(self, run: Run, *, options: PredictOptions, augment: AugmentSpec | None = None) -> None:
         self.name, self.classes = run.run_id, run.classes
-        self.batch_size = batch_size
-        self._recipe, self._views, self._augment = run.recipe, views, augment
-        network = network_of(run, weights, device=device)
+        self.batch_size = options.batch_size
+        self._recipe, self._views, self._augment = run.recipe, options.views, augment
+        network = network_of(run, options.weights, device=options.device)
         self._head = head_of(run)
-        self._engine = network.engine(network.recipes, batch_size=batch_size, device=device)
+        self._engine = network.engine(network.recipes, batch_size=options.batch_size, device=options.device)
         self._features = network.recipes[0].name
 
     def load(self, data: bytes) -> np.ndarray:

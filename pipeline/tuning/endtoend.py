@@ -46,19 +46,8 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
         If backbone or weights are not those of the run.
     """
     recipe = run.recipe
-    network = resolve_network(
-        run.backbone_argument,
-        weights=weights or run.weights_argument,
-        layers=[recipe.layer],
-        pooling=recipe.pooling,
-        image_size=(recipe.pixels.height, recipe.pixels.width),
-        resize=recipe.pixels.resize,
-        fit=recipe.pixels.fit,
-        dtype=recipe.dtype,
-        decode=recipe.pixels.decode,
-        device=device,
-        **_arithmetic(recipe),
-    )
+    options = recipe.options(run.backbone_argument, weights or run.weights_argument, device=device)
+    network = resolve_network(options)
     differences = recipe.plain.difference(network.recipes[0])
     if "precision" in differences:
         raise RunError(
@@ -73,11 +62,6 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
             "Give the weights that made them with --weights."
         )
     return network
-
-
-def _arithmetic(recipe: Recipe) -> dict[str, str]:
-    precision, _, engine = recipe.precision.partition(":")
-    return {"precision": precision, "engine": engine.partition("-")[0] or "auto"}
 
 
 @dataclasses.dataclass(frozen=True)

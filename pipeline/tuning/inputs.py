@@ -112,17 +112,13 @@ class Inputs(Protocol):
         """Batches ``(rows, features (k, ...))`` in the order of ``rows``; every epoch may have another view, `PLAIN` view 0."""
 
 
-class KeptFeatures:
-    """Trunk features of plain images, computed once: trunk and images stay as they are, so every epoch has the same.
-
-    They are kept in memory up to 1 GiB, above that in a file that is removed afterwards.
+class ImagePass:
+    """Images through the frozen trunk, a batch at a time. What cannot be read is left out, with one warning.
 
     Parameters
     ----------
     images : ImageSet
         The source.
-    rows : int64, (n,)
-        Which images.
     trunk : callable
         ``uint8, (n, h, w, 3)`` -> ``(n, ...)``.
     rule : PixelRule
@@ -131,41 +127,60 @@ class KeptFeatures:
         Threads that read and decode.
     batch_size : int
         Images of one forward pass.
+    """
+
+    def __init__(self, images: ImageSet, trunk: Trunk, rule: PixelRule, pool: Executor, batch_size: int) -> None:
+        self.images, self.trunk, self.rule, self.pool, self.batch_size = images, trunk, rule, pool, batch_size
+        self._refused: set[int] = set()
+
+    def features(
+        self, rows: np.ndarray, decode: Callable[[int, bytes], DecodedViews]
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Batches ``(rows, features (k, ...))`` in the order of ``rows``; ``decode`` is given a row and its file's bytes."""
+
+        def load(row: int) -> DecodedViews:
+            return decode(row, self.images.read(row))
+
+        for batch in batches(self.pool, load, rows.tolist(), self.rule, self.batch_size):
+            for row, error in batch.refused:
+                if row not in self._refused:
+                    logger.warning("%s is unreadable (%s); left out", printable(self.images.paths[row]), error)
+                self._refused.add(row)
+            if len(batch.pixels):
+                yield np.array([row for row, _ in batch.done], np.int64), self.trunk(batch.pixels)
+
+
+class KeptFeatures:
+    """Trunk features of plain images, computed once: trunk and images stay as they are, so every epoch has the same.
+
+    They are kept in memory up to 1 GiB, above that in a file that is removed afterwards.
+
+    Parameters
+    ----------
+    source : ImagePass
+        What makes them.
+    rows : int64, (n,)
+        Which images.
     folder : Path
         Where the file goes, if one is needed.
     progress : callable, optional
         Called with ``("trunk", done, total)``.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        rows: np.ndarray,
-        trunk: Trunk,
-        rule: PixelRule,
-        pool: Executor,
-        *,
-        batch_size: int,
-        folder: Path,
-        progress: Progress | None,
-    ) -> None:
-        self._batch_size = batch_size
+    def __init__(self, source: ImagePass, rows: np.ndarray, folder: Path, progress: Progress | None) -> None:
+        self._batch_size = source.batch_size
         self._place: dict[int, int] = {}
         self._array: np.ndarray = np.zeros((0,), np.float32)
 
-        def load(row: int) -> DecodedViews:
-            return decode_views(images.read(row), rule, None, seed=0, sha256=b"", views=[PLAIN])
+        def plain(row: int, data: bytes) -> DecodedViews:
+            return decode_views(data, source.rule, None, seed=0, sha256=b"", views=[PLAIN])
 
-        for batch in batches(pool, load, rows.tolist(), rule, batch_size):
-            _warn(images, batch.refused)
-            if not len(batch.pixels):
-                continue
-            features = trunk(batch.pixels)
+        for done, features in source.features(rows, plain):
             start = len(self._place)
             if not start:
                 self._array = _room((len(rows), *features.shape[1:]), features.dtype, folder)
             self._array[start : start + len(features)] = features
-            self._place |= {row: start + offset for offset, (row, _) in enumerate(batch.done)}
+            self._place |= {row: start + offset for offset, row in enumerate(done.tolist())}
             if progress:
                 progress("trunk", len(self._place), len(rows))
 
@@ -185,12 +200,10 @@ class LiveViews:
 
     Parameters
     ----------
-    images : ImageSet
-        The source.
+    source : ImagePass
+        What makes them.
     data : Data
         Its rows.
-    trunk, rule, pool, batch_size
-        As of `KeptFeatures`.
     spec : AugmentSpec
         What views are drawn from.
     seed : int
@@ -199,22 +212,8 @@ class LiveViews:
         Where the plain images come from, which are measured.
     """
 
-    def __init__(
-        self,
-        images: ImageSet,
-        data: Data,
-        trunk: Trunk,
-        rule: PixelRule,
-        pool: Executor,
-        *,
-        batch_size: int,
-        spec: AugmentSpec,
-        seed: int,
-        plain: Inputs,
-    ) -> None:
-        self._images, self._data, self._trunk, self._rule, self._pool = images, data, trunk, rule, pool
-        self._batch_size, self._spec, self._seed, self._plain = batch_size, spec, seed, plain
-        self._refused: set[int] = set()
+    def __init__(self, source: ImagePass, data: Data, spec: AugmentSpec, seed: int, plain: Inputs) -> None:
+        self._source, self._data, self._spec, self._seed, self._plain = source, data, spec, seed, plain
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
         plain = set(self._plain.readable(rows).tolist()) | set(self._data.rows("train").tolist())
@@ -225,21 +224,11 @@ class LiveViews:
             yield from self._plain.batches(rows, PLAIN)
             return
 
-        def load(row: int) -> DecodedViews:
+        def drawn(row: int, data: bytes) -> DecodedViews:
             content = self._data.sha256[row].tobytes()
-            data = self._images.read(row)
-            return decode_views(data, self._rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
+            return decode_views(data, self._source.rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
 
-        for batch in batches(self._pool, load, rows.tolist(), self._rule, self._batch_size):
-            _warn(self._images, [(row, error) for row, error in batch.refused if row not in self._refused])
-            self._refused |= {row for row, _ in batch.refused}
-            if len(batch.pixels):
-                yield np.array([row for row, _ in batch.done], np.int64), self._trunk(batch.pixels)
-
-
-def _warn(images: ImageSet, refused: Sequence[tuple[int, UnreadableImageError]]) -> None:
-    for row, error in refused:
-        logger.warning("%s is unreadable (%s); left out", printable(images.paths[row]), error)
+        yield from self._source.features(rows, drawn)
 
 
 def _room(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:

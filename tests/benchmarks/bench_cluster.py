@@ -34,9 +34,10 @@ from clusters import Traffic  # noqa: E402
 from faults import differences  # noqa: E402
 
 from features.extraction.extraction import Extraction, prepare  # noqa: E402
+from features.extraction.options import ExtractionOptions  # noqa: E402
 from features.extraction.running import Work  # noqa: E402
 from features.pixels.views import DecodedViews  # noqa: E402
-from pipeline.cluster.model import Worker, forecast_cluster  # noqa: E402
+from pipeline.cluster.model import Costs, Worker, forecast_cluster  # noqa: E402
 from pipeline.cluster.run import ClusterShards  # noqa: E402
 
 SIZE, BATCH = 160, 32
@@ -52,17 +53,11 @@ heads:
 """
 
 
-def extraction(images: Path, out: Path, weights: Path, shard_rows: int, **options: Any) -> Extraction:
-    return prepare(
-        images,
-        out,
-        weights=str(weights),
-        image_size=SIZE,
-        batch_size=BATCH,
-        shard_rows=shard_rows,
-        overwrite=True,
-        **options,
+def extraction(images: Path, out: Path, weights: Path, shard_rows: int, **by: Any) -> Extraction:
+    asked = ExtractionOptions(
+        weights=str(weights), image_size=SIZE, batch_size=BATCH, shard_rows=shard_rows, overwrite=True
     )
+    return prepare(images, out, asked, **by)
 
 
 def command_seconds(images: Path, out: Path, weights: Path, *more: str) -> float:
@@ -98,7 +93,7 @@ def single_costs(images: Path, weights: Path, processors: int) -> tuple[float, f
     """Processor-seconds of decoding and of the forward pass, each alone, for one image."""
     work = extraction(images, Path("unused.h5"), weights, 2048)
     plan = work.plan()
-    task = Work(plan.specs, Path(), work.images, work.network, BATCH, "auto", processors)
+    task = Work(plan.specs, Path(), work.images, work.network, work.options)
     engine, read, spec = task.engine(plan.specs[0].recipes), task.reader(), plan.specs[0]
     paths = spec.paths[:640]
     with ThreadPoolExecutor(processors) as pool:
@@ -189,7 +184,7 @@ def main() -> int:
                 run = seconds_of(images, one, weights, 256, f"local:{count}", traffic)
                 assert differences(local, one) == []
                 worker = Worker(decoding, network, processors=min(count, len(mine)) / count)
-                predicted = forecast_cluster(3000, count, worker, shard_rows=256, start_seconds=start).seconds
+                predicted = forecast_cluster(3000, count, worker, Costs(shard_rows=256, start_seconds=start)).seconds
                 runs.append({**run, "predicted": predicted, "decode": decoding, "network": network})
                 print(count, runs[-1], file=sys.stderr)
         os.sched_setaffinity(0, mine)
@@ -213,7 +208,7 @@ def main() -> int:
         found["bytes of messages for each shard"] = (traffic_of[50] - traffic_of[250]) / (60 - 12)
         plain = Worker(decoding, network, processors=8)
         found["predicted for 100 workers of 8 such processors, hours"] = {
-            f"{count:,}": dataclasses.asdict(forecast_cluster(count, 100, plain, losses_per_hour=0.01))
+            f"{count:,}": dataclasses.asdict(forecast_cluster(count, 100, plain, Costs(losses_per_hour=0.01)))
             for count in (10**7, 10**9)
         }
         sweep = folder / "sweep.yaml"

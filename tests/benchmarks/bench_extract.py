@@ -62,8 +62,11 @@ def contenders() -> dict[str, Ours | None]:
 def keras_model(options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
     from features.networks.backbones import find_backbone, preprocess
     from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
 
-    network = resolve_network(options.backbone, weights=options.weights, image_size=(options.size, options.size))
+    network = resolve_network(
+        NetworkOptions(options.backbone, weights=options.weights, image_size=(options.size, options.size))
+    )
     base = network.load()
     import keras
 
@@ -114,11 +117,10 @@ def tutorial(options: argparse.Namespace) -> dict[str, float]:
 def prepared(options: argparse.Namespace, way: Ours, out: Path) -> tuple[Any, Any]:
     """An extraction whose network is built and warm, and that engine."""
     from features.extraction.extraction import prepare
+    from features.extraction.options import ExtractionOptions
 
-    extraction = prepare(
-        options.images,
-        out,
-        backbone=options.backbone,
+    asked = ExtractionOptions(
+        options.backbone,
         weights=options.weights,
         image_size=options.size,
         engine=way.engine,
@@ -126,6 +128,7 @@ def prepared(options: argparse.Namespace, way: Ours, out: Path) -> tuple[Any, An
         decode=way.decode,
         batch_size=BATCH,
     )
+    extraction = prepare(options.images, out, asked)
     return extraction, warm_up(extraction, options.size, batch_size=BATCH)
 
 

@@ -29,13 +29,14 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 import numpy as np  # noqa: E402
 
-from features.extraction.extraction import prepare as prepare_extraction  # noqa: E402
+from features.extraction.extraction import extract_features  # noqa: E402
 from features.machine import processors  # noqa: E402
 from features.sources.scan import scan  # noqa: E402
 from pipeline.finetune import make_inputs, prepare, read_rows  # noqa: E402
 from pipeline.runs.folder import Run  # noqa: E402
 from pipeline.train_head import train_head  # noqa: E402
 from pipeline.tuning.endtoend import trunk_function  # noqa: E402
+from pipeline.tuning.inputs import ImagePass  # noqa: E402
 from pipeline.tuning.settings import settings_of  # noqa: E402
 from pipeline.tuning.training import Tail  # noqa: E402
 
@@ -67,7 +68,8 @@ class Contender:
         source = scan(images)
         self._data = read_rows(job, source, pool)
         trunk = trunk_function(job.split, job.network, run.recipe, batch_size=BATCH, device="cpu")
-        self._inputs = make_inputs(job, self._data, source, trunk, pool, folder=folder, progress=None)
+        passing = ImagePass(source, trunk, run.recipe.pixels, pool, BATCH)
+        self._inputs = make_inputs(job, self._data, passing, folder=folder, progress=None)
         self._tail = Tail(job.split, job.head.temperature, settings)
         self._rows = self._data.by_content(self._data.rows("train"))
 
@@ -91,9 +93,9 @@ def measure(backbone: str, assets: Path, rounds: int) -> dict[str, Any]:
             "backbone": backbone,
             "weights": str(assets / "weights" / f"{weights}_no_top.weights.h5"),
         }
-        store = prepare_extraction(images, folder / "f.h5", **options).run().store
+        store = extract_features(images, folder / "f.h5", **options)
         started = time.perf_counter()
-        cache = prepare_extraction(images, folder / "cut.h5", layers=["boundary"], **options).run().store.path
+        cache = extract_features(images, folder / "cut.h5", layers=["boundary"], **options).path
         extraction = time.perf_counter() - started
         run = Run.open(train_head(store, "dropout-linear", runs=folder / "runs", params={"epochs": 2}).folder)
         contenders = {

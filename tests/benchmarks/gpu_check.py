@@ -83,10 +83,10 @@ def main() -> int:
 
 def network_of(options: argparse.Namespace, precision: str) -> Any:
     from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
 
-    size = (options.size, options.size)
     return resolve_network(
-        options.backbone, weights=options.weights, image_size=size, engine="keras", precision=precision
+        NetworkOptions(options.backbone, options.weights, image_size=options.size, engine="keras", precision=precision)
     )
 
 
@@ -118,18 +118,18 @@ def end_to_end(options: argparse.Namespace, images: str, precision: str, device:
     from bench_extract import warm_up
 
     from features.extraction.extraction import prepare
+    from features.extraction.options import ExtractionOptions
 
-    extraction = prepare(
-        images,
-        out,
-        backbone=options.backbone,
-        weights=options.weights,
+    asked = ExtractionOptions(
+        options.backbone,
+        options.weights,
         image_size=options.size,
         engine="keras",
         precision=precision,
         device=device,
         batch_size=batch,
     )
+    extraction = prepare(images, out, asked)
     warm_up(extraction, options.size, batch_size=batch, device=device)
     started = time.perf_counter()
     result = extraction.run()

@@ -96,8 +96,8 @@ def one_round(folder: Path, source: Path, whole: Path, faults: Faults, kills: in
             killer = Killer(cluster, kills, process if scheduler else None, generator, total)
             killer.start()
             try:
-                runner = ClusterShards(cluster.address, threads=1, patience=60)
-                result = extraction(source, out, runner, shard_rows=SHARD).run()
+                runner = ClusterShards(cluster.address, patience=60)
+                result = extraction(source, out, runner, shard_rows=SHARD, workers=1).run()
                 ends.append("finished")
             except BottleneckError as error:
                 ends.append(str(error).partition(". ")[0].partition(": ")[2])
