@@ -16,7 +16,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test stress bench clean
+.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test stress bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -88,6 +88,9 @@ bench: setup  ## run the benchmarks and print ratios (half an hour); see tests/b
 	$(BIN)/python tests/benchmarks/bench_finetune.py --json bench-finetune.json
 	$(BIN)/python tests/benchmarks/bench_cluster.py bench-cluster.json
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-vgg16.json --backbone vgg16 --size 224 --limit 200 --rounds 3
+
+gpu-check:  ## check a GPU machine with torch and JAX, in minutes; see tests/benchmarks/gpu/README.md
+	bash tests/benchmarks/gpu/on_device.sh $(ARGS)
 
 clean:  ## remove the virtual environment and caches; features and runs are kept
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# Fill .whl (ignored by git) with what the GPU machine lacks: wheels, photographs of both classes, MobileNetV2's weights.
+#   bash tests/benchmarks/gpu/prepare.sh [IMAGES_PER_CLASS]      needs pip, and BOTTLENECK_ASSETS
+set -euo pipefail
+each="${1:-250}"
+assets="${BOTTLENECK_ASSETS:?name the folder that holds images and weights}"
+assets="$(cd "$assets" && pwd)"
+cd "$(dirname "$0")/../../.."
+rm -rf .whl/*.whl .whl/images.tar .whl/*.h5
+mkdir -p .whl
+# Pure ones and those for CPython 3.12 on x86-64. Versions that go together (pydantic pins pydantic-core exactly).
+python3 -m pip download -q --disable-pip-version-check --no-deps --python-version 3.12 --implementation cp \
+    --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
+    --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 \
+    --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 -d .whl \
+    --only-binary=:all: keras==3.15.1 namex optree pydantic==2.14.4 pydantic-core==2.50.5 annotated-types typing-inspection typing-extensions \
+    skops==0.16.0 prettytable wcwidth filelock typer annotated-doc simplejpeg \
+    dask==2026.8.0 distributed==2026.8.0 locket partd tblib zict tornado toolz cloudpickle click fsspec sortedcontainers msgpack psutil 2>&1 | { grep -v "is ignored: it is neither" || true; }
+cp "$assets/weights/mobilenet_v2_1.0_224_no_top.weights.h5" .whl/mobilenetv2.weights.h5
+# Every k-th photograph of both classes.
+list="$(mktemp)"
+( cd "$assets/images/cats_and_dogs_filtered/train" && for c in cats dogs; do ls "$c"/*.jpg | sort | awk -v n="$each" '{a[NR]=$0} END {for (i=0;i<n;i++) print a[int(i*NR/n)+1]}'; done ) >"$list"
+tar -C "$assets/images/cats_and_dogs_filtered/train" -cf .whl/images.tar -T "$list"
+rm -f "$list"
+total=$(( $(du -sb .whl | cut -f1) + $(git ls-files -z | xargs -0 du -cb | tail -1 | cut -f1) ))
+echo "$(ls .whl/*.whl | wc -l) wheels, $(du -ck .whl/*.whl | tail -1 | cut -f1) KiB; images $(du -k .whl/images.tar | cut -f1) KiB; MobileNetV2 $(du -k .whl/mobilenetv2.weights.h5 | cut -f1) KiB"
+echo "travels: $((total / 1024)) KiB of 65536"
+[ "$total" -lt $((63 * 1024 * 1024)) ] || { echo "too much: fewer images" >&2; exit 1; }
