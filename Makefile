@@ -81,9 +81,10 @@ test: setup  ## run all tests
 stress: setup  ## kill a real extraction 50 times, flip thousands of bits (minutes)
 	$(BIN)/python tests/benchmarks/stress.py
 
-bench: setup  ## run the benchmarks and print ratios (half an hour); see tests/benchmarks/README.md
+bench: setup  ## run the benchmarks and print ratios (three quarters of an hour); see tests/benchmarks/README.md
 	$(BIN)/python tests/benchmarks/bench_reuse.py
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-mobilenetv2.json
+	$(BIN)/python tests/benchmarks/bench_process.py --json bench-process.json
 	$(BIN)/python tests/benchmarks/bench_bank.py
 	$(BIN)/python tests/benchmarks/bench_finetune.py --json bench-finetune.json
 	$(BIN)/python tests/benchmarks/bench_cluster.py bench-cluster.json

@@ -1,0 +1,235 @@
+"""Whole commands from start to exit against a frozen Keras script: wall time and processor time, as ratios of medians.
+
+    python tests/benchmarks/bench_process.py [--images 2000] [--rounds 5] [--code DIR] [--json OUT]    # BOTTLENECK_ASSETS
+
+Every contender is a process of its own, start-up included, and all of them take turns in every round. `extract` finds its
+kept conversion from the first round, which is not counted, and its output is absent before each run. The yardstick is
+`baseline_keras.py`, whose sha256 a test holds. With `--code DIR`, every command of ours is run by the code in that folder
+too, a checkout of another commit, and the last column says how many times as fast as that this checkout is.
+
+Processor time is that of the process and of those it waited for. On a machine that others use it is the steadier figure.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+TUNED = "keras predict, tuned"
+WEIGHTS = "mobilenet_v2_1.0_224_no_top.weights.h5"
+WAYS = {
+    "ours, float32": (),
+    "ours, bfloat16": ("--precision", "bfloat16"),
+    "ours, bfloat16, decode fast": ("--precision", "bfloat16", "--decode", "fast"),
+    "ours, engine keras": ("--engine", "keras"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A command of ours, run by the code in a folder, or the yardstick, which has no code of ours."""
+
+    name: str
+    arguments: tuple[str, ...] = ()
+    code: Path | None = None
+
+    def command(self, options: argparse.Namespace, out: Path) -> list[str]:
+        if self.code is None:
+            script = [str(HERE / "baseline_keras.py"), str(options.folder), str(out)]
+            return [sys.executable, *script, "--weights", str(options.weights), "--size", str(options.size)]
+        extract = ["-m", "pipeline", "extract", str(options.folder), "--out", str(out), "--backbone", "mobilenetv2"]
+        size = ["--image-size", str(options.size), "--weights", str(options.weights), "--json"]
+        return [sys.executable, *extract, *size, *self.arguments]
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one process cost: seconds from start to exit, seconds of processors, MiB at most."""
+
+    wall: float
+    processor: float
+    peak_mib: float
+
+
+def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]) -> tuple[Cost, str]:
+    """Run a command; what it cost, and what it printed."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        started = time.perf_counter()
+        process = subprocess.Popen(command, cwd=cwd, env=dict(environment), stdout=out, stderr=errors)
+        _, status, usage = os.wait4(process.pid, 0)
+        wall = time.perf_counter() - started
+        process.returncode = os.waitstatus_to_exitcode(status)
+        out.seek(0)
+        errors.seek(0)
+        if process.returncode:
+            sys.exit(f"{' '.join(command)}: exit code {process.returncode}: {errors.read().decode()[-2000:]}")
+        peak = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+        return Cost(wall, usage.ru_utime + usage.ru_stime, peak), out.read().decode()
+
+
+def run(contender: Contender, options: argparse.Namespace, scratch: Path) -> Cost:
+    """Run a contender once, with its output absent before; the run must have made features of every image."""
+    code = contender.code or ROOT
+    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(code)}
+    # Another commit may keep its conversions in another form.
+    environment["BOTTLENECK_CACHE"] = str(scratch / f"cache {code.name} {code == ROOT}")
+    with tempfile.TemporaryDirectory(dir=scratch) as folder:
+        out = Path(folder) / ("features.npz" if contender.code is None else "features.h5")
+        cwd = Path(folder) if contender.code is None else contender.code
+        cost, said = measure(contender.command(options, out), cwd=cwd, environment=environment)
+        images = features_in(out) if contender.code is None else json.loads(said)["inferred"]
+    if images != options.images:
+        sys.exit(f"{contender.name}: features of {images} images instead of {options.images}")
+    return cost
+
+
+def features_in(path: Path) -> int:
+    import numpy as np
+
+    with np.load(path) as arrays:
+        return len(arrays["features"])
+
+
+def contenders(options: argparse.Namespace) -> list[Contender]:
+    """The yardstick; our commands; and each of them by other code."""
+    wanted = {name: more for name, more in WAYS.items() if not options.only or name in options.only}
+    found = [Contender(TUNED)]
+    for name, more in wanted.items():
+        found.append(Contender(name, more, ROOT))
+        if options.code:
+            found.append(Contender(f"{name}, {commit(options.code)}", more, options.code))
+    return found
+
+
+def commit(folder: Path) -> str:
+    """The short name of the commit that a folder holds, or the folder's name where git does not know it."""
+    done = subprocess.run(["git", "-C", folder, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() if done.returncode == 0 else folder.name
+
+
+def summarise(costs: Mapping[str, Sequence[Cost]], other: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Rows of ratios. `other` names the row of other code for each of ours that has one.
+
+    A ratio of 2 means half of the time. The lowest and highest ratio within a round tell how noisy the machine was.
+    """
+
+    def ratio(base: str, name: str, what: str) -> float:
+        first, second = ([getattr(cost, what) for cost in costs[key]] for key in (base, name))
+        return statistics.median(first) / statistics.median(second)
+
+    rows = []
+    for name, own in costs.items():
+        by_round = [tuned.wall / cost.wall for tuned, cost in zip(costs[TUNED], own, strict=True)]
+        row: dict[str, Any] = {
+            "contender": name,
+            "wall": ratio(TUNED, name, "wall"),
+            "wall_lowest": min(by_round),
+            "wall_highest": max(by_round),
+            "processor": ratio(TUNED, name, "processor"),
+            "peak_mib": statistics.median(cost.peak_mib for cost in own),
+        }
+        if name in other:
+            row["wall_to_code"] = ratio(other[name], name, "wall")
+            row["processor_to_code"] = ratio(other[name], name, "processor")
+        rows.append(row)
+    return rows
+
+
+def table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ("x tuned:", "wall", "by round", "processor", "peak", "x code: wall", "processor")
+    lines = ["{:44} {:>6} {:>13} {:>10} {:>9} {:>13} {:>10}".format(*head)]
+    for row in rows:
+        spread = f"{row['wall_lowest']:.2f} to {row['wall_highest']:.2f}"
+        line = (
+            f"{row['contender']:44} {row['wall']:6.2f} {spread:>13} {row['processor']:10.2f} {row['peak_mib']:5.0f} MiB"
+        )
+        if "wall_to_code" in row:
+            line += f" {row['wall_to_code']:13.2f} {row['processor_to_code']:10.2f}"
+        lines.append(line)
+    return "\n".join(lines)
+
+
+def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+    from bench_extract import machine, some
+
+    from features.machine import has_bfloat16
+
+    held = sorted(os.sched_getaffinity(0))[: options.processors] if hasattr(os, "sched_getaffinity") else []
+    if held:
+        os.sched_setaffinity(0, held)  # the processes that are started inherit it
+    photographs = Path(os.environ["BOTTLENECK_ASSETS"]).resolve() / "images" / "cats_and_dogs_filtered" / "train"
+    options.folder = some(photographs, options.images, scratch / "images")
+    options.images = len(list(Path(options.folder).rglob("*.jpg")))
+    chosen = contenders(options)
+    costs: dict[str, list[Cost]] = {contender.name: [] for contender in chosen}
+    for number in range(options.rounds + 1):
+        for contender in chosen:
+            cost = run(contender, options, scratch)
+            if number:  # the first round fills caches: files, bytecode, kept conversions
+                costs[contender.name].append(cost)
+            print(
+                f"round {number}: {contender.name}: {cost.wall:.1f} s, {cost.processor:.1f} s of processors",
+                file=sys.stderr,
+            )
+    other = {
+        mine.name: theirs.name
+        for mine in chosen
+        for theirs in chosen
+        if options.code and mine.code == ROOT and theirs.code == options.code and theirs.arguments == mine.arguments
+    }
+    return {
+        "machine": {**machine(held), "bfloat16": has_bfloat16()},
+        "images": options.images,
+        "size": options.size,
+        "rounds": options.rounds,
+        "commit": commit(ROOT),
+        "rows": summarise(costs, other),
+        "measured": {name: [dataclasses.asdict(cost) for cost in values] for name, values in costs.items()},
+    }
+
+
+def main() -> None:
+    sys.path[:0] = [str(ROOT), str(HERE)]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=2000, help="so many cats and dogs, at even distances")
+    parser.add_argument("--size", type=int, default=160)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--processors", type=int, default=2)
+    parser.add_argument("--only", nargs="*", choices=WAYS, help="these of our commands")
+    parser.add_argument("--code", type=Path, help="a checkout of another commit, to be timed too")
+    parser.add_argument("--json", type=Path)
+    options = parser.parse_args()
+    if options.rounds < 1:
+        parser.error("--rounds must be at least 1")
+    if options.code:
+        options.code = options.code.resolve()
+        if not (options.code / "pipeline" / "__main__.py").is_file():
+            parser.error(f"{options.code} holds no checkout: pipeline/__main__.py is missing")
+    assets = os.environ.get("BOTTLENECK_ASSETS")
+    if not assets:
+        print("BOTTLENECK_ASSETS is not set: there are no photographs and weights; skipped", file=sys.stderr)
+        return
+    options.weights = Path(assets).resolve() / "weights" / WEIGHTS
+    with tempfile.TemporaryDirectory() as scratch:
+        document = compare(options, Path(scratch))
+    print(table(document["rows"]))
+    if not document["machine"]["bfloat16"]:
+        print("this processor has no bfloat16: in those rows Keras emulates it")
+    if options.json:
+        options.json.write_text(json.dumps(document, indent=1))
+
+
+if __name__ == "__main__":
+    main()
