@@ -194,7 +194,7 @@ def _ways(only: str = "") -> dict[str, Any]:
     """Name -> function of the bytes of a JPEG; with ``only``, no library is loaded that this one does not need."""
     from PIL import Image
 
-    from features.images import decode_image, decode_upright, resize_image
+    from features.pixels.decode import decode_image, decode_upright, resize_image
 
     full, fast = _rule(), _rule(decode="fast")
     ways: dict[str, Any] = {
@@ -307,21 +307,15 @@ def decode(options: Any) -> None:
 
 # ----------------------------------------------------------------------------------------------------- networks
 def network_of(backbone: str, precision: str = "float32", device: str = DEVICE, **more: Any) -> Any:
-    from features.networks import resolve_network
+    from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
 
-    return resolve_network(
-        backbone,
-        weights=WEIGHTS[backbone],
-        image_size=(224, 224),
-        engine="keras",
-        precision=precision,
-        device=device,
-        **more,
-    )
+    options = {"weights": WEIGHTS[backbone], "engine": "keras", "precision": precision, "device": device, **more}
+    return resolve_network(NetworkOptions(backbone, image_size=(224, 224), **options))
 
 
 def pixels_of(count: int) -> np.ndarray:
-    from features.images import decode_image
+    from features.pixels.decode import decode_image
 
     path = WORK / f"pixels-{count}.npy"
     if not path.exists():
@@ -412,7 +406,7 @@ def _free() -> None:
 
 def forward(options: Any) -> None:
     """The product's engine: right? How fast, bytes in and features out; and the network alone, bytes already there."""
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
 
     started = time.perf_counter()
     keras = load_keras()
@@ -470,9 +464,9 @@ def variants(options: Any) -> None:
     import keras
     import torch
 
-    from features.backbones import feature_model, preprocess
-    from features.engines import compute_in, exact_float32
-    from features.folding import fold_batch_norms
+    from features.networks.backbones import feature_model, preprocess
+    from features.networks.folding import fold_batch_norms
+    from features.networks.keras_engine import compute_in, exact_float32
 
     backbone = options.backbone
     expected = np.load(WORK / f"reference-{backbone}.npy")
@@ -684,17 +678,13 @@ class Watch:
 
 
 def _extraction(images: Path, out: Path, **options: Any) -> Any:
-    from features.extraction import prepare
+    from features.extraction.extraction import prepare
+    from features.extraction.options import ExtractionOptions
 
-    return prepare(
-        str(images),
-        out,
-        backbone=options.pop("backbone", "mobilenetv2"),
-        weights=WEIGHTS[options.pop("of", "mobilenetv2")],
-        image_size=224,
-        engine="keras",
-        **options,
-    )
+    network = options.pop("backbone", "mobilenetv2")
+    weights = WEIGHTS[options.pop("of", "mobilenetv2")]
+    chosen = ExtractionOptions(network, weights=weights, image_size=224, engine="keras", **options)
+    return prepare(str(images), out, chosen)
 
 
 def _run(name: str, extraction: Any) -> dict[str, Any]:
@@ -754,7 +744,7 @@ def endtoend(options: Any) -> None:
     """From JPEG files to a finished store; the network is built and warm before."""
     from bench_extract import warm_up
 
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
 
     load_keras()
     backend = _backend()
@@ -972,10 +962,10 @@ def processes(options: Any) -> None:
 
 def bank(options: Any) -> None:
     """200 linear heads and 24 with a hidden layer, side by side: seconds for the same training."""
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
 
     load_keras()
-    from features.engines import choose_device
+    from features.networks.engines import choose_device
     from pipeline.heads.bank import BankHead, BankSpec, train_bank
 
     generator = np.random.default_rng(0)
@@ -1007,10 +997,10 @@ def bank(options: Any) -> None:
 
 def parity(options: Any) -> None:
     """Is the head's matrix product on this card float32, as the parity gate of 1e-4 supposes, or TensorFloat-32?"""
-    from features.backend import load_keras
+    from features.networks.backend import load_keras
 
     keras = load_keras()
-    from features.engines import exact_float32
+    from features.networks.keras_engine import exact_float32
 
     generator = np.random.default_rng(0)
     X, W = (
@@ -1035,8 +1025,8 @@ def memory(options: Any) -> None:
     import logging
 
     logging.basicConfig(level=logging.WARNING)
-    from features.backend import load_keras
-    from features.engines import is_out_of_memory
+    from features.networks.backend import load_keras
+    from features.networks.keras_engine import is_out_of_memory
 
     found: dict[int, Any] = {}
     if os.environ["KERAS_BACKEND"] == "torch" and GPU:
