@@ -13,7 +13,8 @@ from helpers import listing, paint_folder
 
 from features.store.reader import FeatureStore
 from pipeline.cli import main
-from pipeline.experiments import _name_in_a_folder, read_experiment, recipe_names
+from pipeline.experiments.sampling import name_in_a_folder
+from pipeline.experiments.schema import experiment_names, read_experiment
 from pipeline.runs.folder import Run
 
 CATS_DOGS, FLOWERS = "images/cats_and_dogs_filtered", "images/flowers17"
@@ -253,7 +254,9 @@ def test_unknown_recipes_ways_and_options(photos: Path, capsys: pytest.CaptureFi
     refused(capsys, ["vgg-flowers", "photos"], "expected one of mobilenetv2-cats-dogs")
     refused(capsys, ["vgg-flowers", "photos"], "did you mean 'vgg16-flowers'")
     refused(
-        capsys, ["vgg16-flowers", "photos", "--way", "cache"], "there are published, cached; did you mean 'cached'?"
+        capsys,
+        ["vgg16-flowers", "photos", "--way", "cache"],
+        "way: received 'cache', expected one of published, cached; did you mean 'cached'?",
     )
     refused(capsys, ["vgg16-flowers"], "give the images, as in: bottleneck recipe vgg16-flowers my/photos")
     refused(capsys, ["vgg16-flowers", "photos", "--image-size", "x"], "such as 224 or 192x256")
@@ -263,23 +266,23 @@ def test_unknown_recipes_ways_and_options(photos: Path, capsys: pytest.CaptureFi
     paint_folder(photos, {"owl": 2}, start=50)
     assert main(["recipe", "vgg16-flowers", "photos"]) == 1  # neither those two classes nor any two
     assert (
-        "has the classes cat, dog, owl; this recipe is about daffodil and colts_foot, or any 2"
+        "has the classes cat, dog, owl; this experiment is about daffodil and colts_foot, or any 2"
         in capsys.readouterr().err
     )
 
 
 def test_copies_keep_their_names_and_stay_in_their_folder() -> None:
     for name, expected in (("cats/1.jpg", "cats/1.jpg"), ("x_train/000007", "x_train/000007.png")):
-        assert _name_in_a_folder(name) == expected
+        assert name_in_a_folder(name) == expected
     for name in ("/photos/1.jpg", "../1.jpg", "a/../../1.jpg"):
-        folder, file = _name_in_a_folder(name).split("/")
+        folder, file = name_in_a_folder(name).split("/")
         assert (len(folder), file) == (16, "1.jpg")
 
 
 def test_recipes_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["recipe", "--json"]) == 0
     listed = {row["recipe"]: row["ways"] for row in json.loads(capsys.readouterr().out)["recipes"]}
-    assert list(listed) == recipe_names()
+    assert list(listed) == experiment_names()
     assert listed["vgg16-three-ways"] == "a-architecture-only, b-bottleneck-features, c-last-block, d-fc-layer"
-    for name in recipe_names():
+    for name in experiment_names():
         assert read_experiment(name).about

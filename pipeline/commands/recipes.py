@@ -1,4 +1,4 @@
-"""The command about published recipes."""
+"""The command `recipe`, which runs an experiment: a published one, or a YAML file of your own."""
 
 from __future__ import annotations
 
@@ -15,37 +15,45 @@ from pipeline.commands.common import Device, Json, app, guarded, parse_size, pri
 @guarded
 def recipe(
     name: Annotated[
-        str | None, typer.Argument(help="A recipe, or a .yaml file of your own. Without one they are listed.")
+        str | None,
+        typer.Argument(
+            help="Name of a published experiment, or a .yaml file of your own. Without it the published ones are listed."
+        ),
     ] = None,
-    images: Annotated[str | None, typer.Argument(help="Any source that extract takes.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of all that it makes. Default: recipe-NAME.")] = None,
-    way: Annotated[list[str] | None, typer.Option(help="Only this way; repeatable. Default: all.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take so many images only, for a try.")] = None,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Train at most so many epochs, for a try.")] = None,
-    image_size: Annotated[str | None, typer.Option(help="Pixels, instead of the recipe's.")] = None,
-    backbone: Annotated[str | None, typer.Option(help="Another network than the recipe's, or a .keras file.")] = None,
+    images: Annotated[str | None, typer.Argument(help="Image source, as for extract.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for all results. Default: recipe-NAME.")] = None,
+    way: Annotated[list[str] | None, typer.Option(help="Run only this way; may be repeated. Default: all.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, for a trial run.")] = None,
+    epochs: Annotated[
+        int | None, typer.Option(min=1, help="Train for at most this many epochs, for a trial run.")
+    ] = None,
+    image_size: Annotated[str | None, typer.Option(help="Image size in pixels, in place of the file's.")] = None,
+    backbone: Annotated[
+        str | None, typer.Option(help="Network, in place of the file's: a name or a .keras file.")
+    ] = None,
     weights: Annotated[str | None, typer.Option(help="A weights file, or random.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
-    """Run a published recipe on your images, from its file."""
-    from pipeline import experiments
+    """Run a published experiment on your images."""
+    from pipeline.experiments.runner import run_experiment, summary
+    from pipeline.experiments.schema import experiment_names, read_experiment
     from pipeline.progress import ConsoleProgress
 
     if name is None:
         rows = [
             {"recipe": found, "ways": ", ".join(read.ways), "about": read.about}
-            for found in experiments.recipe_names()
-            for read in [experiments.read_experiment(found)]
+            for found in experiment_names()
+            for read in [read_experiment(found)]
         ]
         print_document({"format": 1, "recipes": rows}, as_json, "\n".join(_described(row) for row in rows))
         return
-    experiment = experiments.read_experiment(name)
+    experiment = read_experiment(name)
     if images is None:
         raise ConfigurationError(f"recipe {name}: give the images, as in: bottleneck recipe {name} my/photos")
     folder = out or Path(f"recipe-{Path(name).stem}")
     with ConsoleProgress() as progress:
-        results = experiments.run_experiment(
+        results = run_experiment(
             experiment,
             images,
             folder,
@@ -59,7 +67,7 @@ def recipe(
             progress=progress,
         )
     document = {"format": 1, "recipe": name, "folder": str(folder), "steps": results}
-    print_document(document, as_json, experiments.summary(results, experiment))
+    print_document(document, as_json, summary(results, experiment))
     print_next("bottleneck", "leaderboard", folder / "runs")
 
 
