@@ -1,4 +1,4 @@
-"""The command line (DESIGN section 3). Everything heavy is imported inside a command."""
+"""The command line. Everything heavy is imported inside a command."""
 
 from __future__ import annotations
 
@@ -8,11 +8,14 @@ from pipeline.commands import features, heads, looks, models, recipes  # noqa: F
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
 
-DOWNLOADS = ("features.networks.weights", "features.networks.wheels")  # whoever waits for one is told so
+DOWNLOADS = ("features.networks.weights", "features.networks.wheels")  # they say when a download begins
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command and return its exit code (DESIGN section 3)."""
+    """Run a command and return its exit code.
+
+    0 done; 1 failed; 2 wrong usage or configuration; 3 integrity failure; 4 too many unreadable images; 130 interrupted.
+    """
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
     for name in DOWNLOADS:
         logging.getLogger(name).setLevel(logging.INFO)

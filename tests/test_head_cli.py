@@ -67,7 +67,7 @@ def test_memory_views_and_logs_on_the_command_line(
     arguments = [file, "--runs", tmp_path / "runs", *head, *wishes]
     code, out, err = typed(capsys, *arguments, "--memory", "20kB")
     assert code == 0, err
-    assert ", from rows read piece by piece" in out
+    assert ", from rows that were streamed from the store" in out
     (run,) = (tmp_path / "runs").iterdir()
     metrics = json.loads((run / "metrics.json").read_text())
     heads, *rows = out.splitlines()[-4:]

@@ -330,5 +330,5 @@ def test_ctrl_c_is_no_traceback(
     before = snapshot(here)
     monkeypatch.setattr("pipeline.train_head.train_head", interrupted)
     assert main(["train-head", "f.h5"]) == 130
-    assert "interrupted; what was finished is kept. Run the same command again" in capsys.readouterr().err
+    assert "interrupted; all finished work is kept. Run the same command again" in capsys.readouterr().err
     assert snapshot(here) == before

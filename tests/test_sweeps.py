@@ -588,7 +588,7 @@ def test_an_interrupted_sweep_of_processes_goes_on_where_it_was(
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     _, stderr = process.communicate(timeout=60)
     assert process.returncode == 130, stderr
-    assert "interrupted; what was finished is kept" in stderr
+    assert "interrupted; all finished work is kept" in stderr
     done = len(leaderboard(tmp_path / "runs"))
     assert 3 <= done < 20
     assert [item for item in (tmp_path / "runs").iterdir() if item.name.startswith(".")] == []

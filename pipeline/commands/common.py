@@ -1,4 +1,4 @@
-"""What all commands share: the application, options, errors as exit codes, what is printed where."""
+"""What several commands share: the application, options, and how results and errors are printed."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ app = typer.Typer(
 
 
 Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Say nothing on stderr but errors: no progress, hints or warnings.")
+    bool, typer.Option("--quiet", "-q", help="Print only errors on stderr: no progress, no hints, no warnings.")
 ]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn this project's errors and Ctrl-C into one line on stderr and the exit code that belongs to them."""
+    """Turn errors of this project and Ctrl-C into one line on stderr and an exit code; add the option ``--quiet``."""
 
     @functools.wraps(command)
     def wrapper(*args: Any, quiet: bool = False, **kwargs: Any) -> None:
@@ -43,18 +43,18 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         try:
             command(*args, **kwargs)
         except KeyboardInterrupt:
-            sys.stderr.write("interrupted; what was finished is kept. Run the same command again to go on.\n")
+            sys.stderr.write("interrupted; all finished work is kept. Run the same command again to resume.\n")
             raise typer.Exit(130) from None
         except BottleneckError as error:
             sys.stderr.write(f"error: {error}\n")
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
-            if error.errno == errno.EPIPE:  # the reader of our output has gone
+            if error.errno == errno.EPIPE:  # whoever read our output has closed it
                 raise
             sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
             raise typer.Exit(1) from None
 
-    # Every command has --quiet, as the whole program does: people type it at either place.
+    # Every command takes --quiet, and so does the program itself, because people type it in either place.
     wrapper.__annotations__ = {**command.__annotations__, "quiet": Quiet}
     signature = inspect.signature(command, eval_str=True)
     option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
@@ -64,25 +64,28 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
 
 @app.callback()
 def whole_program(quiet: Quiet = False) -> None:
-    """Compute the features of a frozen backbone once, train heads on them in seconds, fine-tune the last block."""
+    """Compute the features of a frozen network once, train heads on them in seconds, fine-tune the last block."""
     if quiet:
         set_quiet(quiet=True)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
 Runs = Annotated[Path, typer.Option(help="Folder of run folders.")]
-Seed = Annotated[int, typer.Option(help="Seed of everything that is drawn.")]
-Device = Annotated[str, typer.Option(help="auto, cpu or gpu.")]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+Device = Annotated[str, typer.Option(help="Device that the network runs on: auto, cpu or gpu.")]
 Cluster = Annotated[
-    str | None, typer.Option(help="local:N worker processes, or the address of a Dask scheduler: tcp://HOST:PORT.")
+    str | None,
+    typer.Option(help="local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Images of one forward pass.")]
-Workers = Annotated[int | None, typer.Option(help="Threads that read and decode. Default: the processors.")]
-Weights = Annotated[str, typer.Option(help="imagenet, random, or a weights file.")]
+BatchSize = Annotated[int, typer.Option(help="Number of images in one forward pass.")]
+Workers = Annotated[
+    int | None, typer.Option(help="Number of threads that read and decode. Default: one for each processor.")
+]
+Weights = Annotated[str, typer.Option(help="imagenet, random, or the path of a weights file.")]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:
-    """``"224"`` -> (224, 224); ``"192x256"`` -> (192, 256), height first.
+    """Parse an image size: ``"224"`` -> (224, 224); ``"192x256"`` -> (192, 256), height first.
 
     Raises
     ------
@@ -100,7 +103,7 @@ def parse_size(text: str | None) -> tuple[int, int] | None:
 
 
 def parse_params(items: list[str]) -> dict[str, Any]:
-    """``["C=0.1", "hidden=[256]"]`` -> values, read as JSON where they are JSON, else as text."""
+    """Parse ``NAME=VALUE`` items: ``["C=0.1", "hidden=[256]"]``. A value that is no JSON is taken as text."""
     values: dict[str, Any] = {}
     for item in items:
         name, equals, text = item.partition("=")
@@ -114,12 +117,12 @@ def parse_params(items: list[str]) -> dict[str, Any]:
 
 
 def listed_paths(stream: BinaryIO) -> Iterator[str]:
-    """Paths of a list, one per line, as they come; blank lines are passed over.
+    """Yield the paths of a list, one per line, as they arrive; blank lines are skipped.
 
     Raises
     ------
     ConfigurationError
-        For a list of another kind: one with NUL characters.
+        If the list is separated by NUL characters.
     """
     for line in stream:
         if b"\0" in line:
@@ -133,10 +136,11 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
 
 
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
+    """Print the result of a command: as JSON with ``--json``, else as text for a person."""
     typer.echo(json.dumps(document, indent=2) if as_json else text)
 
 
 def print_next(*words: object) -> None:
-    """The next command to type, its words quoted for a POSIX shell."""
+    """Suggest the next command, its words quoted for a POSIX shell."""
     if not QUIET.is_set():
         typer.echo(f"next: {printable(shlex.join(map(str, words)))}", err=True)

@@ -1,4 +1,4 @@
-"""Commands about features: extract, inspect, verify, pack."""
+"""The commands of stage one: extract, inspect, verify, pack."""
 
 from __future__ import annotations
 
@@ -30,71 +30,99 @@ def extract(
     images: Annotated[
         str, typer.Argument(help="Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")
     ],
-    out: Annotated[Path, typer.Option(help="The HDF5 file to make or bring up to date.")] = Path("features.h5"),
-    backbone: Annotated[str, typer.Option(help="Name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
+    out: Annotated[Path, typer.Option(help="HDF5 file to create or update.")] = Path("features.h5"),
+    backbone: Annotated[
+        str, typer.Option(help="Network: a name such as mobilenetv2 or vgg16, or a .keras file.")
+    ] = "mobilenetv2",
     weights: Weights = "imagenet",
     layer: Annotated[
-        list[str] | None, typer.Option(help="Layer to keep; repeatable; 'boundary' is before the last block.")
+        list[str] | None,
+        typer.Option(
+            help="Layer to keep; may be repeated. 'boundary' is the layer before the last block. Default: the last layer."
+        ),
     ] = None,
     pooling: Annotated[
-        str | None, typer.Option(help="avg, max, flatten or none. Default: avg for the last layer, none with --layer.")
+        str | None,
+        typer.Option(
+            help="How spatial features are pooled: avg, max, flatten or none. Default: avg for the last layer, none with --layer."
+        ),
     ] = None,
     image_size: Annotated[
-        str | None, typer.Option(help="Pixels: 224 or HEIGHTxWIDTH. Default: the backbone's.")
+        str | None, typer.Option(help="Image size in pixels: 224 or HEIGHTxWIDTH. Default: that of the network.")
     ] = None,
     resize: Annotated[
-        str, typer.Option(help="antialias, or keras as image_dataset_from_directory does.")
+        str, typer.Option(help="antialias, or keras for the pixels of image_dataset_from_directory.")
     ] = "antialias",
-    fit: Annotated[str, typer.Option(help="stretch, crop or pad.")] = "stretch",
+    fit: Annotated[str, typer.Option(help="How images of another shape are fitted: stretch, crop or pad.")] = "stretch",
     views: Annotated[
         int,
-        typer.Option(help="Views of each image: the plain one, and random variations of it by --augment and --seed."),
+        typer.Option(
+            help="Number of views of each image: the plain image, then random variations drawn with --augment and --seed."
+        ),
     ] = 1,
-    augment: Annotated[str, typer.Option(help=f"Of all views but the first: {', '.join(PRESETS)}.")] = "none",
-    dtype: Annotated[str, typer.Option(help="float32 or float16, as stored.")] = "float32",
+    augment: Annotated[
+        str, typer.Option(help=f"How all views but the first are varied: {', '.join(PRESETS)}.")
+    ] = "none",
+    dtype: Annotated[str, typer.Option(help="Type of the stored features: float32 or float16.")] = "float32",
     split: Annotated[
-        str, typer.Option(help="hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]; given splits are kept.")
+        str,
+        typer.Option(
+            help="Rule for images without a split: hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]. Given splits are kept."
+        ),
     ] = "hash",
     validation_from_train: Annotated[
-        float, typer.Option(help="Share of the images given as train that is kept for validation.")
+        float, typer.Option(help="Share of the given training images to move to validation.")
     ] = 0.0,
     test_from_validation: Annotated[
-        float, typer.Option(help="Share of the images given as validation that is kept for testing.")
+        float, typer.Option(help="Share of the given validation images to move to test.")
     ] = 0.0,
     seed: Seed = 0,
     target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    engine: Annotated[str, typer.Option(help="auto, keras or openvino (processors; extra 'openvino').")] = "auto",
+    engine: Annotated[
+        str,
+        typer.Option(
+            help="What runs the network: auto, keras or openvino (processors only; needs the extra 'openvino')."
+        ),
+    ] = "auto",
     precision: Annotated[
-        str, typer.Option(help="Arithmetic: float32, bfloat16 or float16; each is another recipe.")
+        str,
+        typer.Option(help="Arithmetic of the forward pass: float32, bfloat16 or float16. Each is a recipe of its own."),
     ] = "float32",
     check_precision: Annotated[
-        int, typer.Option(help="Compare so many images with float32, and keep the difference in the store.")
+        int, typer.Option(help="Compare this many images with float32 and note the difference in the store.")
     ] = 0,
     decode: Annotated[
-        str, typer.Option(help="full, or fast: JPEGs shrunk while they are decoded; another recipe.")
+        str, typer.Option(help="full, or fast to shrink JPEGs while they are decoded. Each is a recipe of its own.")
     ] = "full",
     shard_rows: Annotated[
-        int | None, typer.Option(help="Images of one shard. Default: about 64 MiB of features.")
+        int | None, typer.Option(help="Number of images in one shard. Default: about 64 MiB of features.")
     ] = None,
     layout: Annotated[
-        str | None, typer.Option(help="packed: one file; sharded: an index, and shards that stay. Default: as it is.")
+        str | None,
+        typer.Option(
+            help="packed for one file, sharded for an index and its shards. Default: that of the store; packed for a new one."
+        ),
     ] = None,
     max_unreadable: Annotated[
-        float, typer.Option(help="Largest share of unreadable images; exit code 4 above it.")
+        float, typer.Option(help="Largest share of unreadable images that is allowed; above it the exit code is 4.")
     ] = 0.05,
-    rehash: Annotated[bool, typer.Option("--rehash", help="Read every image again, unchanged or not.")] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse the same bytes in two splits.")] = False,
+    rehash: Annotated[
+        bool, typer.Option("--rehash", help="Read every image again, even if it looks unchanged.")
+    ] = False,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse images whose bytes are in two splits.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a store of another recipe or other images.")
+        bool, typer.Option("--overwrite", help="Replace a store that has another recipe or other images.")
     ] = False,
     cluster: Cluster = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done; write nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be done and how long it would take; write nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Stage one: push every image through a frozen backbone once and keep the features."""
+    """Stage one: push every image through a frozen network once and keep the features."""
     from features.extraction.options import ExtractionOptions
     from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
@@ -139,7 +167,7 @@ def extract(
 
 
 def _with_moves(split: str, validation_from_train: float, test_from_validation: float) -> str:
-    """The text of a split rule with what two options add to it."""
+    """Add the two options that move given images to the text of a split rule."""
     added = {"validation-from-train": validation_from_train, "test-from-validation": test_from_validation}
     return "+".join([split, *(f"{name}:{share}" for name, share in added.items() if share)])
 
@@ -147,7 +175,7 @@ def _with_moves(split: str, validation_from_train: float, test_from_validation: 
 @app.command()
 @guarded
 def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
-    """What is in a store: rows, classes, splits, data sets, recipes, unreadable images."""
+    """Describe a store: rows, classes, splits, feature sets, recipes, unreadable images."""
     from features.store.reader import FeatureStore
     from pipeline import extract as stage
 
@@ -173,10 +201,10 @@ def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_js
 @guarded
 def pack(
     file: Annotated[Path, typer.Argument(help="A sharded store.")],
-    out: Annotated[Path | None, typer.Option(help="Another file to write. Default: in place of the store.")] = None,
+    out: Annotated[Path | None, typer.Option(help="File to write. Default: replace the store.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a sharded store into one file."""
+    """Turn a sharded store into a packed one."""
     from features.extraction.extraction import pack_store
     from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress

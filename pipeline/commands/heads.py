@@ -1,11 +1,12 @@
-"""Commands about heads: train-head, leaderboard."""
+"""The commands of stage two: train-head, leaderboard."""
 
 from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,6 +23,11 @@ from pipeline.commands.common import (
     print_next,
 )
 
+if TYPE_CHECKING:
+    from features.store.reader import FeatureStore
+    from pipeline.sweeps.sweep import SweepResult
+    from pipeline.sweeps.sweep_file import SweepFile
+
 
 @app.command("train-head")
 @guarded
@@ -29,32 +35,47 @@ def train_head(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Feature stores.")],
     head: Annotated[
         str | None,
-        typer.Option(help="A head (pipeline/README.md), or a class such as sklearn.svm.LinearSVC. Default: logistic."),
+        typer.Option(
+            help="Name of a head (pipeline/README.md), or a class such as sklearn.svm.LinearSVC. Default: logistic."
+        ),
     ] = None,
-    heads: Annotated[Path | None, typer.Option(help="A sweep file: many heads at once.")] = None,
+    heads: Annotated[Path | None, typer.Option(help="Sweep file, to train many heads.")] = None,
     data_set: Annotated[
-        list[str] | None, typer.Option("--features", help="Data set of the store, where it has several; repeatable.")
+        list[str] | None, typer.Option("--features", help="Feature set, where the store has several; may be repeated.")
     ] = None,
     pool: Annotated[
-        str | None, typer.Option(help="avg, max or flatten for spatial features. Default: the head's.")
+        str | None,
+        typer.Option(help="How spatial features are pooled: avg, max or flatten. Default: that of the head."),
     ] = None,
-    param: Annotated[list[str] | None, typer.Option(help="NAME=VALUE of the head; repeatable.")] = None,
+    param: Annotated[list[str] | None, typer.Option(help="Parameter of the head, NAME=VALUE; may be repeated.")] = None,
     runs: Runs = Path("runs"),
-    seed: Annotated[int | None, typer.Option(help="Of everything that is drawn. Default: 0, or the sweep's.")] = None,
-    n_jobs: Annotated[int | None, typer.Option(help="Processes of a sweep. Default: the processors.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Random seed. Default: 0, or that of the sweep file.")] = None,
+    n_jobs: Annotated[
+        int | None, typer.Option(help="Number of processes of a sweep. Default: one for each processor.")
+    ] = None,
     folds: Annotated[
-        int, typer.Option(help="Judge each head by that many folds of the training rows too; 0: by validation only.")
+        int,
+        typer.Option(
+            help="Also score each head by cross-validation with this many folds of the training rows; 0: validation only."
+        ),
     ] = 0,
     memory: Annotated[
         str | None,
-        typer.Option(help="Of training, such as 2GB; rows beyond it stay in the store. Default: half of what is free."),
+        typer.Option(
+            help="Memory for training, such as 2GB. Rows that do not fit stay in the store. Default: half of the free memory."
+        ),
     ] = None,
-    choose: Annotated[str | None, typer.Option(help="accuracy or balanced_accuracy.")] = None,
+    choose: Annotated[
+        str | None, typer.Option(help="Score to compare heads by: accuracy or balanced_accuracy.")
+    ] = None,
     test: Annotated[
-        bool, typer.Option("--test", help="Also measure on the test split; of a sweep only the chosen head.")
+        bool, typer.Option("--test", help="Also score the test split; in a sweep only for the chosen head.")
     ] = False,
     average_views: Annotated[
-        bool, typer.Option("--average-views", help="Also score validation by the mean over the views of each image.")
+        bool,
+        typer.Option(
+            "--average-views", help="Also score validation with probabilities averaged over the views of each image."
+        ),
     ] = False,
     tensorboard: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Write the history of each run for TensorBoard.")
@@ -64,20 +85,19 @@ def train_head(
 ) -> None:
     """Stage two: train a head, or a sweep of heads, on cached features."""
     from features.store.reader import FeatureStore
-    from pipeline import train_head as stage
     from pipeline.heads.costs import parse_memory
-    from pipeline.progress import ConsoleProgress
+    from pipeline.heads.gather import needs_rows
     from pipeline.runs.board import check_choice
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
     from pipeline.sweeps.leakage import warn_near_duplicates
-    from pipeline.tables import metrics_text
+    from pipeline.train_head import add_averaged, needs_views
 
     def finish(run: Path) -> dict[str, Any]:
-        """What is asked for beside training; the metrics then."""
+        """Do what was asked for after training, and return the metrics of the run."""
         if tensorboard is not None:
             log_run(tensorboard, run)
-        return stage.add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
+        return add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
 
     budget = None if memory is None else parse_memory(memory)
     if choose is not None:
@@ -86,9 +106,9 @@ def train_head(
     names = data_set or []
     _refuse_slips(head, heads, pool, parse_params(param or []))
     for store in stores:
-        stage.needs_rows(store, "train", "validation")
+        needs_rows(store, "train", "validation")
         if average_views:
-            stage.needs_views(store, names)
+            needs_views(store, names)
     creatable_folder(runs)
     if tensorboard is not None:
         require_tensorboard()
@@ -97,35 +117,18 @@ def train_head(
         for store in stores:
             warn_near_duplicates(store, names)
 
+    common: dict[str, Any] = {"runs": runs, "memory": budget, "test": test, "ready": ready}
     if heads is None and len(stores) == 1 and len(names) < 2 and not folds and cluster is None:
-        with ConsoleProgress() as progress:
-            result = stage.train_head(
-                stores[0],
-                head or "logistic",
-                runs=runs,
-                name=names[0] if names else None,
-                pool=pool,
-                seed=seed or 0,
-                params=parse_params(param or []),
-                memory=budget,
-                test=test,
-                ready=ready,
-                progress=progress,
-            )
-        metrics = finish(result.folder)
-        document = {
-            "format": 1,
-            "run": str(result.folder),
-            "cached": result.cached,
-            "fit_seconds": result.fit_seconds,
-            "metrics": metrics,
+        chosen: dict[str, Any] = {
+            "name": names[0] if names else None,
+            "pool": pool,
+            "params": parse_params(param or []),
         }
-        done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
-        done += ", from rows read piece by piece" if result.streamed else ""
-        print_document(document, as_json, f"{result.folder}: {done}\n{metrics_text(metrics)}")
+        document, text = _train_one(stores[0], head or "logistic", finish, seed=seed or 0, **chosen, **common)
+        print_document(document, as_json, text)
         print_next("bottleneck", "leaderboard", runs)
         return
-    from pipeline.sweeps.sweep import result_document, run_sweep, summary
+    from pipeline.sweeps.sweep import result_document, summary
     from pipeline.sweeps.sweep_file import read_sweep, single
 
     if heads is not None and (head or param or pool):
@@ -133,26 +136,14 @@ def train_head(
     sweep = read_sweep(heads) if heads else single(head or "logistic", parse_params(param or []), pool)
     if seed is not None:
         sweep = sweep.model_copy(update={"seed": seed})
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(ConsoleProgress())
-        if cluster is not None:
-            from pipeline.cluster.connection import sweeping
-
-            stack.enter_context(sweeping(cluster, runs))
-        swept = run_sweep(
-            stores,
-            sweep,
-            runs=runs if cluster is None else runs.absolute(),  # workers have folders of their own
-            names=names,
-            jobs=n_jobs,
-            folds=folds,
-            memory=budget,
-            choose=choose,
-            test=test,
-            where=str(heads or "--head"),
-            ready=ready,
-            progress=progress,
-        )
+    options: dict[str, Any] = {
+        "names": names,
+        "jobs": n_jobs,
+        "folds": folds,
+        "choose": choose,
+        "where": str(heads or "--head"),
+    }
+    swept = _train_many(stores, sweep, cluster, **options, **common)
     for run_id in swept.runs if tensorboard is not None or average_views else ():
         finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs))
@@ -161,8 +152,48 @@ def train_head(
     print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
 
 
+def _train_one(
+    store: FeatureStore, head: str, finish: Callable[[Path], dict[str, Any]], **options: Any
+) -> tuple[dict[str, Any], str]:
+    """Train one head; return the document and its text for a person."""
+    from pipeline import train_head as stage
+    from pipeline.progress import ConsoleProgress
+    from pipeline.tables import metrics_text
+
+    with ConsoleProgress() as progress:
+        result = stage.train_head(store, head, progress=progress, **options)
+    metrics = finish(result.folder)
+    document = {
+        "format": 1,
+        "run": str(result.folder),
+        "cached": result.cached,
+        "fit_seconds": result.fit_seconds,
+        "metrics": metrics,
+    }
+    done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
+    done += ", from rows that were streamed from the store" if result.streamed else ""
+    return document, f"{result.folder}: {done}\n{metrics_text(metrics)}"
+
+
+def _train_many(
+    stores: Sequence[FeatureStore], sweep: SweepFile, cluster: str | None, *, runs: Path, **options: Any
+) -> SweepResult:
+    """Train a sweep, on a cluster where one is named."""
+    from pipeline.progress import ConsoleProgress
+    from pipeline.sweeps.sweep import run_sweep
+
+    with contextlib.ExitStack() as stack:
+        progress = stack.enter_context(ConsoleProgress())
+        if cluster is not None:
+            from pipeline.cluster.connection import sweeping
+
+            stack.enter_context(sweeping(cluster, runs))
+            runs = runs.absolute()  # workers have working folders of their own
+        return run_sweep(stores, sweep, runs=runs, progress=progress, **options)
+
+
 def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params: dict[str, Any]) -> None:
-    """Say that a name or value is wrong before features are read, which may take a while."""
+    """Check names and values before features are read, which may take a while."""
     from pipeline.heads.kinds import make_head
     from pipeline.sweeps.sweep_file import expand, read_sweep
 
@@ -176,12 +207,12 @@ def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params
 @guarded
 def leaderboard(
     runs: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
-    choose: Annotated[str, typer.Option(help="Compare by accuracy or balanced_accuracy.")] = "accuracy",
-    folds: Annotated[bool, typer.Option("--folds", help="Compare by cross-validation.")] = False,
+    choose: Annotated[str, typer.Option(help="Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
+    folds: Annotated[bool, typer.Option("--folds", help="Compare by the scores of cross-validation.")] = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
     as_json: Json = False,
 ) -> None:
-    """The table of runs, best first; an asterisk marks the one to choose."""
+    """List runs, the best first; an asterisk marks the one to choose."""
     from pipeline.runs.board import leaderboard as rows_of
     from pipeline.tables import board_text, csv_text
 

@@ -1,4 +1,4 @@
-"""Commands about whole models, from pixels to probabilities: finetune, predict, export."""
+"""The commands about networks with their heads: finetune, predict, export."""
 
 from __future__ import annotations
 
@@ -29,50 +29,60 @@ from pipeline.commands.common import (
 @guarded
 def finetune(
     run: Annotated[
-        Path, typer.Argument(help="A run of a Keras head, or a folder of runs (the newest such run is taken).")
+        Path,
+        typer.Argument(
+            help="Run of a Keras or linear head, or a folder of runs, of which the newest such run is taken."
+        ),
     ],
-    images: Annotated[str | None, typer.Option(help="The images that the features were made of.")] = None,
+    images: Annotated[str | None, typer.Option(help="Images that the features were made of.")] = None,
     from_cache: Annotated[
         Path | None,
         typer.Option(
-            help="A store of the features before the trained layers (extract --layer boundary); no images needed."
+            help="Store of the features before the trained layers (extract --layer boundary); then no images are needed."
         ),
     ] = None,
     unfreeze: Annotated[
-        str, typer.Option(help="last-block, all, head, the first layer to train, or its number (so many are frozen).")
+        str,
+        typer.Option(
+            help="What to train: last-block, all, head, the name of the first layer to train, or its number (so many are frozen)."
+        ),
     ] = "last-block",
     bn: Annotated[
         str,
-        typer.Option(help="frozen; affine to train gamma and beta; train to update statistics too, from scratch only."),
+        typer.Option(
+            help="BatchNorm: frozen; affine to train gamma and beta; train to update statistics too, with --scratch only."
+        ),
     ] = "frozen",
     scratch: Annotated[
-        bool, typer.Option("--scratch", help="Architecture only: draw all weights anew and train every layer.")
+        bool, typer.Option("--scratch", help="Use the architecture only: draw new weights and train every layer.")
     ] = False,
-    augment: Annotated[str, typer.Option(help=f"Another view in each epoch: {', '.join(PRESETS)}.")] = "none",
-    weights: Annotated[str | None, typer.Option(help="Weights file, where that of the extraction has moved.")] = None,
-    epochs: Annotated[int, typer.Option(help="Most epochs.")] = 5,
+    augment: Annotated[
+        str, typer.Option(help=f"Show another view of each image in each epoch: {', '.join(PRESETS)}.")
+    ] = "none",
+    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
+    epochs: Annotated[int, typer.Option(help="Largest number of epochs.")] = 5,
     patience: Annotated[
-        int, typer.Option(help="Epochs without a better validation loss before stopping; 0: train all.")
+        int, typer.Option(help="Epochs without a lower validation loss before training stops; 0: never stop early.")
     ] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Of the optimizer.")] = 1e-5,
-    optimizer: Annotated[str, typer.Option(help="adam, rmsprop or sgd.")] = "adam",
-    schedule: Annotated[str, typer.Option(help="constant, or cosine.")] = "constant",
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of the optimizer.")] = 1e-5,
+    optimizer: Annotated[str, typer.Option(help="Optimizer: adam, rmsprop or sgd.")] = "adam",
+    schedule: Annotated[str, typer.Option(help="Schedule of the learning rate: constant or cosine.")] = "constant",
     param: Annotated[
         list[str] | None,
         typer.Option(
             help="NAME=VALUE: momentum, nesterov, weight_decay, warmup_epochs, class_weight=balanced, initial_epoch, new_head."
         ),
     ] = None,
-    mixed_precision: Annotated[bool, typer.Option("--mixed-precision", help="Train in bfloat16, on a GPU.")] = False,
+    mixed_precision: Annotated[bool, typer.Option("--mixed-precision", help="Train in bfloat16; needs a GPU.")] = False,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    runs: Annotated[Path | None, typer.Option(help="Folder for the new run. Default: beside the head's.")] = None,
+    runs: Annotated[Path | None, typer.Option(help="Folder for the new run. Default: that of the given run.")] = None,
     tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
-    """Stage three: fine-tune the last block, from a run's head. Interrupted, it goes on after the last finished epoch."""
+    """Stage three: fine-tune the last block with the head of a run. The same command resumes after the last finished epoch."""
     from pipeline import finetune as stage
     from pipeline.progress import ConsoleProgress
 
@@ -116,36 +126,40 @@ def finetune(
 @app.command()
 @guarded
 def predict(
-    run: Annotated[
-        Path, typer.Argument(help="A run folder, a folder of runs (the best one is taken), or an exported model.")
-    ],
+    run: Annotated[Path, typer.Argument(help="Run, folder of runs (the best one is taken), or exported model.")],
     images: Annotated[
         str,
         typer.Argument(
-            help="A folder of images, one image, any source that extract takes, or -: paths from standard input, one per line."
+            help="Folder of images, one image, any image source of extract, or - for paths on standard input, one per line."
         ),
     ],
     out: Annotated[Path | None, typer.Option(help="File to write. Default: standard output.")] = None,
     format: Annotated[
-        str | None, typer.Option("--format", help="csv or jsonl. Default: by the name of --out, else csv.")
+        str | None, typer.Option("--format", help="csv or jsonl. Default: from the suffix of --out, else csv.")
     ] = None,
-    top: Annotated[int | None, typer.Option(help="Only so many classes, the most probable first.")] = None,
+    top: Annotated[int | None, typer.Option(help="Write only this many classes, the most probable first.")] = None,
     views: Annotated[
-        int, typer.Option(help="Average over so many views of each image: the plain one, and variations by --augment.")
+        int,
+        typer.Option(
+            help="Average over this many views of each image: the plain image, then variations drawn with --augment."
+        ),
     ] = 1,
     augment: Annotated[
-        str | None, typer.Option(help=f"{', '.join(PRESETS)}. Default: what the run's features were drawn from.")
+        str | None,
+        typer.Option(help=f"How views are varied: {', '.join(PRESETS)}. Default: as for the features of the run."),
     ] = None,
     grid: Annotated[
-        Path | None, typer.Option(help="Picture to draw of some images, right and wrong marked: PNG or JPEG.")
+        Path | None, typer.Option(help="PNG or JPEG file for a picture of some images with their predictions.")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file, where that of the extraction has moved.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document about what --out holds.")] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON document about the file that --out names.")
+    ] = False,
 ) -> None:
-    """File, class and probabilities of new images, as CSV or JSON lines."""
+    """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
     from pipeline import predict as stage
     from pipeline.progress import ConsoleProgress
 
@@ -175,16 +189,21 @@ def predict(
 @app.command()
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder, or a folder of runs (the best one is taken).")],
-    out: Annotated[Path, typer.Option(help="File to make; of saved_model and openvino a folder. It must not exist.")],
-    format: Annotated[str, typer.Option("--format", help="keras, saved_model, onnx, litert or openvino.")] = "keras",
+    run: Annotated[Path, typer.Argument(help="Run, or folder of runs (the best one is taken).")],
+    out: Annotated[
+        Path, typer.Option(help="File to write, or for saved_model and openvino a folder. It must not exist.")
+    ],
+    format: Annotated[
+        str, typer.Option("--format", help="Format: keras, saved_model, onnx, litert or openvino.")
+    ] = "keras",
     images: Annotated[
-        str | None, typer.Option(help="Images to compare on, before and after. Default: painted ones.")
+        str | None,
+        typer.Option(help="Images on which the exported model is compared with the run. Default: generated ones."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file, where that of the extraction has moved.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
     as_json: Json = False,
 ) -> None:
-    """One artefact from pixels of any size to probabilities, proven by its own runtime; exit code 3 if it differs."""
+    """Export one model from pixels of any size to probabilities. It is run and compared; the exit code is 3 if it differs."""
     from pipeline import export as stage
     from pipeline.progress import ConsoleProgress
 
