@@ -81,7 +81,7 @@ def test_parameters_by_import_path_are_scikit_learns() -> None:
     [
         ("sklearn.svm.LinearSVM", {}, r"'sklearn.svm.LinearSVM' does not exist; did you mean 'LinearSVC'"),
         ("sklearn.svmm.LinearSVC", {}, "expected sklearn.MODULE.CLASS.*did you mean 'svm'"),
-        ("sklearn.linear_model.Ridge", {}, "is no classifier .*'RidgeClassifier'"),
+        ("sklearn.linear_model.Ridge", {}, "is not a classifier .*'RidgeClassifier'"),
         ("sklearn.svm._classes.LinearSVC", {}, "expected sklearn.MODULE.CLASS"),
         ("sklearn.utils.os.system", {}, "expected sklearn.MODULE.CLASS"),
         (FOREST, {"n_estimator": 5}, "unknown parameter 'n_estimator'; did you mean 'n_estimators'"),
@@ -90,7 +90,7 @@ def test_parameters_by_import_path_are_scikit_learns() -> None:
         (
             "sklearn.gaussian_process.GaussianProcessClassifier",
             {},
-            "is refused: once fitted it holds .*not on the list",
+            "is refused: once fitted it contains .*not on the list",
         ),
         ("sklearn.ensemble.VotingClassifier", {}, "missing 1 required positional argument: 'estimators'"),
         ("sklearn.svm.LinearSVC", {"C": "much"}, "The 'C' parameter of LinearSVC must be a float"),
@@ -119,7 +119,7 @@ def test_projection_and_no_scaling() -> None:
     plain.fit(X, y)
     assert (plain.mean == 0).all()
     assert (plain.std == 1).all()
-    with pytest.raises(HeadError, match="pca: received 13, expected at most 12: 90 rows of 12"):
+    with pytest.raises(HeadError, match="pca: received 13, expected at most 12, as there are 90 training rows of 12 columns"):
         make_head("logistic", C=0.5, pca=13).fit(X, y)
 
 

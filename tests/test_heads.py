@@ -110,7 +110,7 @@ def test_pooling_default(name: str, pool: str | None, shape: tuple[int, ...], ex
     [
         ("avg", (1280,), "needs spatial features"),
         ("none", (7, 7, 512), "use avg, max or flatten"),
-        (None, (7, 512), r"heads take \(d,\) or \(h, w, c\)"),
+        (None, (7, 512), r"but heads expect \(d,\) or \(h, w, c\)"),
     ],
 )
 def test_pooling_that_makes_no_vector_is_refused(pool: str | None, shape: tuple[int, ...], message: str) -> None:
@@ -262,7 +262,7 @@ def test_parameter_count() -> None:
 
 
 def test_more_neighbours_than_rows_are_refused() -> None:
-    with pytest.raises(HeadError, match="there are only 90 training rows"):
+    with pytest.raises(HeadError, match="n_neighbors: received 91, expected at most 90"):
         fitted("knn", n_neighbors=91)
 
 
@@ -285,8 +285,8 @@ def test_unknown_names_are_refused_with_the_nearest() -> None:
     [
         ([0, 0, 1, 1], "no training rows of 'c'"),
         ([0, 1, 2, -1], "1 training rows are unlabelled"),
-        ([0, 1, 2, 3], "received 3, expected 0 to 2"),
-        ([0, 1, 2], r"shape \(3,\) for 4 rows"),
+        ([0, 1, 2, 3], "received a label of 3, expected 0 to 2"),
+        ([0, 1, 2], r"shape \(3,\), expected one label for each of 4 rows"),
     ],
 )
 def test_labels_that_cannot_be_trained_on(labels: list[int], message: str) -> None:
@@ -309,7 +309,7 @@ def test_a_head_is_trained_before_it_predicts(tmp_path: Path) -> None:
 
 def test_features_of_another_shape_are_refused() -> None:
     head, X = fitted("logistic")
-    with pytest.raises(HeadError, match=r"received rows of shape \(5,\), this head takes \(6,\)"):
+    with pytest.raises(HeadError, match=r"received rows of shape \(5,\), but this head expects \(6,\)"):
         head.predict_proba(X[:, :5])
 
 
@@ -328,11 +328,11 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     [
         ({"temprature": 1.0}, "unknown key 'temprature'; did you mean 'temperature'"),
         ({"kind": "os.system"}, "kind is 'os.system', expected one of dense, sklearn"),
-        ({"kind": "sklearn.svm.LinearSVC"}, "holds a sklearn.linear_model._ridge.RidgeClassifier"),
+        ({"kind": "sklearn.svm.LinearSVC"}, "contains a sklearn.linear_model._ridge.RidgeClassifier"),
         ({"temperature": 0}, "temperature: received 0, expected greater than 0"),
         ({"input_shape": [5]}, "6 means and 6 deviations, expected 5"),
         ({"classes": ["a", "b"]}, "classes_ is"),
-        ({"input_shape": [2], "scaler": {"mean": [0, 0], "std": [1, 1]}}, "n_features_in_ is 6, head.json asks for 2"),
+        ({"input_shape": [2], "scaler": {"mean": [0, 0], "std": [1, 1]}}, "n_features_in_ is 6, but head.json expects 2"),
     ],
 )
 def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -354,7 +354,7 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
         load_head(tmp_path)
     fitted("ridge")[0].save(tmp_path)
     (tmp_path / "head.skops").unlink()
-    with pytest.raises(HeadError, match=r"head\.skops: is not a head"):
+    with pytest.raises(HeadError, match=r"head\.skops: cannot be loaded as a head"):
         load_head(tmp_path)
 
 
@@ -362,7 +362,7 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     fitted("ridge")[0].save(tmp_path)
     proof = tmp_path / "executed"
     (tmp_path / "head.skops").write_bytes(f"cposix\nsystem\n(S'touch {proof}'\ntR.".encode())
-    with pytest.raises(HeadError, match="is not a head that can be loaded"):
+    with pytest.raises(HeadError, match="cannot be loaded as a head"):
         load_head(tmp_path)
     assert not proof.exists()
 
@@ -377,7 +377,7 @@ def test_foreign_types_in_a_skops_file_are_named_and_not_made(tmp_path: Path) ->
     fitted("ridge")[0].save(tmp_path)
     proof = tmp_path / "executed"
     skops.io.dump({"model": functools.partial(os.system, f"touch {proof}"), "path": Path("x")}, tmp_path / "head.skops")
-    with pytest.raises(HeadError, match=r"types that are not loaded from a file: .*system"):
+    with pytest.raises(HeadError, match=r"types that must not be loaded from a file: .*system"):
         load_head(tmp_path)
     assert not proof.exists()
 
@@ -459,7 +459,7 @@ def test_a_linear_head_becomes_an_equal_keras_head(name: str, classes: int, pca:
     assert isinstance(loaded, KerasHead)
     assert loaded.temperature == head.temperature
     assert loaded.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-6)
-    with pytest.raises(HeadError, match="is not a network"):
+    with pytest.raises(HeadError, match="has no equivalent network"):
         _ = fitted("knn")[0].network
 
 

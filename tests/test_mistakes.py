@@ -60,7 +60,7 @@ QUICK = [
     Mistake("images for features", "train-head photos", 3,
             ("photos: is a folder, and a feature store is a file", "bottleneck extract photos --out features.h5")),
     Mistake("features that were cut off", "train-head cut.h5", 3, ("cut.h5: not a readable feature store (", "truncated", "extract again")),
-    Mistake("a data set that is not there", "train-head f.h5 --features last.max", 2, ("f.h5: no data set 'last.max'", "it holds last.avg", "did you mean 'last.avg'")),
+    Mistake("a data set that is not there", "train-head f.h5 --features last.max", 2, ("f.h5: no feature set 'last.max'", "it holds last.avg", "did you mean 'last.avg'")),
     # ---------------------------------------------------------------------------------------- heads
     Mistake("an unknown head", "train-head f.h5 --head logisitc", 2, ("head: received 'logisitc'", "expected one of logistic, ridge", "did you mean 'logistic'?")),
     Mistake("an unknown parameter", "train-head f.h5 --head knn --param neighbours=3", 2, ("head 'knn': unknown key 'neighbours'", "did you mean 'n_neighbors'?")),
@@ -76,7 +76,7 @@ QUICK = [
     Mistake("a head and a sweep", "train-head f.h5 --head knn --heads sweep.yaml", 2, ("--head, --param and --pool name one head, --heads a sweep", "give one or the other")),
     Mistake("one fold", "train-head f.h5 --folds 1", 2, ("--folds: received 1", "expected 2 or more")),
     Mistake("runs below a file", "train-head f.h5 --runs notes.txt/runs", 1, ("notes.txt is a file, no folder", "Give another folder")),
-    Mistake("images without labels", "train-head unlabelled.h5", 1, ("unlabelled.h5: none of its images has a label", "a folder of its name", "path,label")),
+    Mistake("images without labels", "train-head unlabelled.h5", 1, ("unlabelled.h5: none of its images has a label", "a folder named after the class", "path,label")),
     Mistake("one class", "train-head one.h5", 1, ("all training rows are of one class ('cat')", "Add images of another class and extract again")),
     Mistake("no training rows", "train-head test.h5", 1, ("test.h5: there are no train rows", "extract again with --split")),
     Mistake("no validation rows", "train-head train.h5", 1, ("train.h5: there are no validation rows", "--validation-from-train 0.1")),

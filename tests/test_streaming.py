@@ -203,7 +203,7 @@ def test_unlabelled_rows_and_rows_out_of_order_are_refused(store: FeatureStore) 
         batches(FeatureStream(store, "last.avg", rows[:9], np.array([0, -1, -1, 0, 0, 0, 0, 0, 0]), MEGABYTE), 2)
     with pytest.raises(ConfigurationError, match="ascending row numbers, 0 to 5999"):
         FeatureStream(store, "last.avg", rows[::-1], store.images.labels[rows], MEGABYTE)
-    with pytest.raises(ConfigurationError, match=r"\(4800,\) rows|expected as many"):
+    with pytest.raises(ConfigurationError, match=r"\(4800,\) rows|expected one label for each row"):
         FeatureStream(store, "last.avg", rows, store.images.labels[rows][1:], MEGABYTE)
 
 
@@ -349,12 +349,12 @@ def test_pain_13_a_run_from_pieces_of_a_sorted_store_is_as_good_as_one_in_memory
 
 def test_a_head_that_needs_all_rows_is_refused_with_the_figures(store: FeatureStore, tmp_path: Path) -> None:
     message = (
-        r"head 'logistic' takes all rows at once: 4\d+ x 64 features .* need 2\.\d MB, 1\.0 MB are allowed\. Give more "
-        r"\(--memory\), another pooling, or a head that is trained piece by piece: sgd, dense, dropout-linear,"
+        r"head 'logistic' needs all rows in memory: 4\d+ x 64 features .* take 2\.\d MB, but only 1\.0 MB are allowed\. Give more "
+        r"\(--memory\), or use another pooling or a head that reads rows piece by piece: sgd, dense, dropout-linear,"
     )
     with pytest.raises(HeadError, match=message):
         train_head(store, "logistic", runs=tmp_path, memory=1_000_000)
-    with pytest.raises(HeadError, match="head 'sgd' takes all rows at once"):
+    with pytest.raises(HeadError, match="head 'sgd' needs all rows in memory"):
         train_head(store, "sgd", runs=tmp_path, params={"pca": 8}, memory=1_000_000)
     assert not list(tmp_path.iterdir())
 
@@ -371,7 +371,7 @@ def test_a_sweep_from_pieces(small: FeatureStore, tmp_path: Path) -> None:
     )
     swept = run_sweep([small], sweep, runs=tmp_path / "pieces", folds=2, memory=300_000)
     assert (swept.trained, [item["head"] for item in swept.failed]) == (3, ["knn on last.avg"])
-    assert "takes all rows at once" in swept.failed[0]["reason"]
+    assert "needs all rows in memory" in swept.failed[0]["reason"]
     assert not [path for path in (tmp_path / "pieces").iterdir() if path.name.startswith(".")]
     sweep = sweep.model_copy(update={"heads": sweep.heads[:2]})
     whole = run_sweep([small], sweep, runs=tmp_path / "memory", folds=2, memory=1 << 30)

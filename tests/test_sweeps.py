@@ -187,8 +187,8 @@ def test_a_failing_head_is_reported_and_the_others_go_on(tmp_path: Path, caplog:
         result = run_sweep([make_store()], heads, runs=tmp_path, jobs=1)
     assert (result.trained, len(result.runs), len(result.board)) == (2, 2, 2)
     assert [item["head"] for item in result.failed] == ["knn n_neighbors=1000 on last.avg", "lda pca=99 on last.avg"]
-    assert "there are only 84 training rows" in result.failed[0]["reason"]
-    assert "expected at most 4: 84 rows of 4" in caplog.text
+    assert "expected at most 84, the number of training rows" in result.failed[0]["reason"]
+    assert "expected at most 4, as there are 84 training rows of 4 columns" in caplog.text
 
 
 @pytest.mark.slow
@@ -234,7 +234,7 @@ def test_every_data_set_of_every_store(tmp_path: Path) -> None:
     assert sorted(pools) == ["avg", "flatten", "none", "none"]  # vectors need no pooling: one run, not two
     assert sum(row["chosen"] for row in result.board) == 1
     assert {row["comparable"] for row in result.board} == {True, False}
-    with pytest.raises(ConfigurationError, match=r"no data set 'blok'.*'block'"):
+    with pytest.raises(ConfigurationError, match=r"no feature set 'blok'.*'block'"):
         run_sweep([store], heads, runs=tmp_path, names=["blok"], jobs=1)
 
 
@@ -350,7 +350,7 @@ def test_a_solver_that_needs_too_much_is_refused_with_the_figure(tmp_path: Path)
     assert shown(head.fit_bytes(28, 25_088)) == "10.1 GB"
     heads = single(path, {"solver": "newton-cholesky"})
     result = run_sweep([store], heads, runs=tmp_path, jobs=1, memory=parse_memory("2GB"))
-    assert "needs about 10.1 GB of memory for 28 x 25088 features, 2.0 GB are allowed" in result.failed[0]["reason"]
+    assert "needs about 10.1 GB of memory for 28 x 25088 features, but only 2.0 GB are allowed" in result.failed[0]["reason"]
     with pytest.raises(HeadError, match=r"needs about 10\.1 GB .*--memory"):
         train_head(store, path, runs=tmp_path, params={"solver": "newton-cholesky"}, memory=parse_memory("2GB"))
 
@@ -465,7 +465,7 @@ def test_one_failing_store_takes_no_run_of_another(tmp_path: Path) -> None:
 def test_folds_that_cannot_be_dealt_are_refused(tmp_path: Path) -> None:
     store = make_store()
     store.images.groups = ("all",) * len(store.images.labels)  # type: ignore[attr-defined]
-    with pytest.raises(HeadError, match=r"--folds: .*of two groups where there are groups"):
+    with pytest.raises(HeadError, match=r"--folds: .*in different groups, if there are groups"):
         run_sweep([store], logistic(), runs=tmp_path, folds=3)
 
 
@@ -480,8 +480,8 @@ def test_a_head_is_refused_before_rows_are_read_to_warn_of_duplicates(tmp_path: 
     store, called = make_store(), []
     knn = sweep({"head": "knn", "grid": {"n_neighbors": [3]}})
     result = run_sweep([store], knn, runs=tmp_path, memory=500, ready=lambda: called.append(1))
-    assert ("takes all rows at once" in result.failed[0]["reason"], called) == (True, [])
-    with pytest.raises(HeadError, match="takes all rows at once"):
+    assert ("needs all rows in memory" in result.failed[0]["reason"], called) == (True, [])
+    with pytest.raises(HeadError, match="needs all rows in memory"):
         train_head(store, "knn", runs=tmp_path, memory=500, ready=lambda: called.append(1))
     for _ in range(2):
         run_sweep([store], knn, runs=tmp_path, jobs=1, ready=lambda: called.append(1))

@@ -129,11 +129,11 @@ def other_weights(folder: Path, proof: Path) -> None:
 
 
 TAMPERED: dict[str, tuple[str, Callable[[Path, Path], None], str]] = {
-    "skops with a function": (FOREST, foreign_skops, r"head\.skops: holds types that are not loaded"),
+    "skops with a function": (FOREST, foreign_skops, r"head\.skops: contains types that must not be loaded"),
     "skops with a renamed type": (FOREST, renamed_type, r"head\.skops: "),
-    "skops with pickled arrays": (FOREST, pickled_members, r"head\.skops: is not a head that can be loaded"),
-    "skops that is a pickle": (FOREST, pickle_in("head.skops"), r"head\.skops: is not a head that can be loaded"),
-    "a tree without end": (FOREST, endless_tree, r"head\.skops: its Tree leads outside of itself"),
+    "skops with pickled arrays": (FOREST, pickled_members, r"head\.skops: cannot be loaded as a head"),
+    "skops that is a pickle": (FOREST, pickle_in("head.skops"), r"head\.skops: cannot be loaded as a head"),
+    "a tree without end": (FOREST, endless_tree, r"head\.skops: its Tree has indices out of bounds"),
     "head.json with an unknown key": (
         FOREST,
         lambda folder, _: edit_json(folder / "head.json", on_load="touch"),
@@ -223,7 +223,7 @@ def test_a_histogram_tree_that_leads_outside_is_refused(
 ) -> None:
     model = load_estimator(whole[HISTOGRAM] / "head.skops")
     model._predictors[0][0].nodes[field][0] = value
-    with pytest.raises(BottleneckError, match="its TreePredictor leads outside of itself"):
+    with pytest.raises(BottleneckError, match="its TreePredictor has indices out of bounds"):
         check_structures(model, tmp_path)
 
 
@@ -235,7 +235,7 @@ def test_support_vectors_are_counted_and_neighbour_trees_built_anew(tmp_path: Pa
     model = SVC().fit(X, y)
     check_structures(model, tmp_path)
     model._n_support[0] += 1000
-    with pytest.raises(BottleneckError, match="its SVC leads outside of itself"):
+    with pytest.raises(BottleneckError, match="its SVC has indices out of bounds"):
         check_structures(model, tmp_path)
     neighbours = KNeighborsClassifier(algorithm="kd_tree").fit(X, y)
     tree, expected = neighbours._tree, neighbours.predict_proba(X)

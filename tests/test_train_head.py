@@ -295,7 +295,7 @@ def test_the_data_set_must_be_named_where_there_are_several(tmp_path: Path) -> N
     store.recipes["block"] = spatial
     with pytest.raises(ConfigurationError, match=r"several data sets, name one of last\.avg, block"):
         train_head(store, "logistic", runs=tmp_path)
-    with pytest.raises(ConfigurationError, match=r"no data set 'blok'.*did you mean 'block'"):
+    with pytest.raises(ConfigurationError, match=r"no feature set 'blok'.*did you mean 'block'"):
         train_head(store, "logistic", runs=tmp_path, name="blok")
     result = train_head(store, "logistic", runs=tmp_path, name="block")
     assert Run.open(result.folder).config["head"]["pool"] == "avg"

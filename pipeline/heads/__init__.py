@@ -2,6 +2,6 @@
 
     store --gather--> rows --fitting--> trained head --records--> run folder
 
-``kinds`` makes and loads heads; ``classifiers``, ``dense`` and ``bank`` train them. Use ``make_head``, ``head_of``,
-``fit_head``, ``Source``. A new kind is one class and one row.
+``kinds`` makes and loads heads; ``classifiers``, ``dense`` and ``bank`` train them. Other rooms use ``make_head``,
+``head_of``, ``fit_head`` and ``Source``. A new kind of head is one class and one row in ``kinds``.
 """

@@ -1,12 +1,13 @@
-"""Many dense heads trained at once: heads that share rows and batches, side by side in one compiled pass.
+"""The bank: many dense heads with the same rows and batches, trained together in one compiled pass.
 
-Heads of one bank have the same shape and see the same batches; they differ in learning rate, weight decay, dropout,
-seed, label smoothing, feature noise, and in whether they see views. Side by side their kernels are one wide matrix: a step is one matrix product
-forward, one back and one Adam update, and an epoch of steps is one compiled call. What is random comes from (head seed,
-step, row, column) alone, so a head does not depend on its neighbours but for the rounding of the products; which views
-are drawn belongs to the batches, as their order does. A head alone is a bank of one; without dropout and noise it is Keras's ``fit`` on the same batches.
+The heads of a bank have the same shape and see the same batches. They differ in learning rate, weight decay, dropout,
+seed, label smoothing, feature noise, and in whether they see augmented views. Their kernels are joined into one wide
+matrix, so that a step is one matrix product forward, one backward and one Adam update, and the steps of an epoch are
+one compiled call. Random numbers depend only on (head seed, step, row, column), so a head does not depend on the other
+heads, except for the rounding of the products. The views that are drawn, like the order of rows, belong to the batches.
+A single head is a bank of one; without dropout and noise it equals Keras's ``fit`` on the same batches.
 
-The mathematics is in `pipeline.heads.bank_math`; here is who is trained beside whom, and for how long.
+The mathematics is in `pipeline.heads.bank_math`; this module decides which heads are trained together, and how long.
 """
 
 from __future__ import annotations
@@ -32,29 +33,29 @@ from pipeline.heads.pooling import chunks
 from pipeline.heads.prepared import ArrayRows, Rows
 from pipeline.scores.metrics import softmax
 
-CACHE_BYTES = 8 << 20  # kernels and moments of one chunk on a CPU: what stays in its cache from step to step
-ROWS_BYTES = 32 << 20  # rows that go to the device at once
-VALIDATION_ROWS = 1024
+CACHE_BYTES = 8 << 20  # kernels and moments of one chunk on a CPU, so that they stay in its cache between steps
+ROWS_BYTES = 32 << 20  # rows sent to the device in one call
+VALIDATION_ROWS = 1024  # rows scored in one call
 
 
 @dataclasses.dataclass(frozen=True)
 class BankHead:
-    """What may differ between the heads of a bank.
+    """The settings that may differ between the heads of a bank.
 
     Parameters
     ----------
     learning_rate, weight_decay : float
-        As of ``keras.optimizers.Adam``: the decay is decoupled and takes in the biases.
+        As in ``keras.optimizers.Adam``: the decay is decoupled and also applies to the biases.
     dropout : float, or tuple of float, 0 <= rate < 1
-        As of `pipeline.config.DenseParameters`: the rate in front of the last dense layer, or in front of each.
+        As in `pipeline.presets.DenseParameters`: the rate before the last dense layer, or before each one.
     seed : int, 0 to 2**32 - 1
-        Of initial values, dropout and noise.
+        Random seed of initial weights, dropout and noise.
     label_smoothing : float, 0-1
         Share of the target that is spread evenly over all classes.
-    feature_noise : float
-        Standard deviation of Gaussian noise on the features, in their unit, before dropout.
+    feature_noise : float, >= 0
+        Standard deviation of Gaussian noise added to the features before dropout, in the unit of the features.
     draws : bool
-        Each epoch shows one view of each row, drawn with the order; else view 0.
+        True: each epoch uses one randomly drawn view of each row. False: always view 0.
     """
 
     learning_rate: float = 1e-3
@@ -67,12 +68,12 @@ class BankHead:
 
     def __post_init__(self) -> None:
         check_given("learning_rate", self.learning_rate, 0 < self.learning_rate < math.inf, "a number above 0")
-        check_given("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "a number from 0")
-        check_given("feature_noise", self.feature_noise, 0 <= self.feature_noise < math.inf, "a number from 0")
+        check_given("weight_decay", self.weight_decay, 0 <= self.weight_decay < math.inf, "0 or a positive number")
+        check_given("feature_noise", self.feature_noise, 0 <= self.feature_noise < math.inf, "0 or a positive number")
         check_given("label_smoothing", self.label_smoothing, 0 <= self.label_smoothing <= 1, "a number from 0 to 1")
         rates = self.dropout if isinstance(self.dropout, tuple) else (self.dropout,)
         check_given("dropout", self.dropout, all(0 <= rate < 1 for rate in rates), "0 <= rate < 1")
-        check_given("seed", self.seed, 0 <= self.seed < 2**32, "0 to 4294967295")
+        check_given("seed", self.seed, 0 <= self.seed < 2**32, "a whole number from 0 to 4294967295")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +83,13 @@ class BankResult:
     Parameters
     ----------
     weights : tuple of float32 arrays
-        Kernel and bias of each layer, in the order of Keras's ``get_weights``, as they were after `best_epoch`.
+        Kernel and bias of each layer after `best_epoch`, in the order of Keras's ``get_weights``.
     history : dict of str to list of float
-        ``epoch loss``, with validation rows ``val_loss val_accuracy``, until the head stopped. A last loss that is not
-        finite: training diverged.
+        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy`` for each epoch until the head stopped. If
+        the last loss is not finite, training diverged.
     best_epoch : int
-        That of the lowest validation log loss, without validation rows the last finite one, from 1.
-        0: there was none, these are the initial weights.
+        Epoch, counted from 1, with the lowest validation log loss; without validation rows the last epoch with a
+        finite loss. 0: there was no such epoch, and these are the initial weights.
     """
 
     weights: tuple[np.ndarray, ...]
@@ -107,27 +108,27 @@ def train_bank(
     memory_bytes: int = 1 << 30,
     progress: Progress | None = None,
 ) -> list[BankResult]:
-    """`train_rows` on arrays, which are checked first.
+    """Check arrays and train heads on them with `train_rows`.
 
     Parameters
     ----------
     spec, heads : BankSpec, sequence of BankHead
-        What they share, and what not.
+        Settings that all heads share, and the settings of each head.
     X : float16 or float32, (n, d)
-        Standardised features of the training rows; a read-only memory map will do, it is read a piece at a time.
+        Standardised features of the training rows, for instance a read-only memory map; they are read in pieces.
     y : int, (n,), 0 to classes - 1
         Labels.
     X_validation, y_validation : optional
-        For early stopping and the choice of the epoch.
+        Validation rows, used for early stopping and to choose the epoch.
     memory_bytes, progress
         See `train_rows`.
 
     Raises
     ------
     ConfigurationError
-        No heads, a number of dropout rates that does not fit, less memory than one head takes.
+        There are no heads, the number of dropout rates is wrong, or one head needs more memory than allowed.
     HeadError
-        Rows that are not finite or not of one width, labels out of range.
+        Rows are not finite, training and validation rows differ in width, or labels are out of range.
     """
     y, width = np.asarray(y), _check_rows("training", X, y, spec)
     held_out = None
@@ -135,7 +136,7 @@ def train_bank(
         held_out = ArrayRows(X_validation, np.asarray(y_validation))
         columns = _check_rows("validation", X_validation, held_out.labels, spec)
         if columns != width:
-            raise HeadError(f"validation rows: received {columns} columns, expected {width} as in training")
+            raise HeadError(f"validation rows: received {columns} columns, expected {width} as in the training rows")
     return train_rows(spec, heads, ArrayRows(X, y), held_out, memory_bytes=memory_bytes, progress=progress)
 
 
@@ -148,29 +149,30 @@ def train_rows(
     memory_bytes: int = 1 << 30,
     progress: Progress | None = None,
 ) -> list[BankResult]:
-    """Train heads side by side.
+    """Train heads together.
 
     Parameters
     ----------
     spec, heads : BankSpec, sequence of BankHead
-        What they share, and what not.
+        Settings that all heads share, and the settings of each head.
     train, held_out : Rows
-        Standardised training and validation rows, finite, with labels from 0 to classes - 1. Validation is for early
-        stopping and the choice of the epoch.
+        Standardised training and validation rows, finite, with labels from 0 to classes - 1. The validation rows are
+        used for early stopping and to choose the epoch.
     memory_bytes : int
-        For kernels, moments and intermediate values. Heads that do not fit beside each other are trained in turn.
+        Memory for kernels, moments and intermediate values. If it does not hold all heads, groups of them are trained
+        one after the other.
     progress : callable, optional
         Called with ("train-head", epochs done, epochs in all).
 
     Returns
     -------
     list of BankResult
-        In the order of `heads`. One that diverges is told by its history and does not stop the others.
+        In the order of `heads`. A head that diverges does not stop the others; its history shows it.
 
     Raises
     ------
     ConfigurationError
-        No heads, a number of dropout rates that does not fit, less memory than one head takes.
+        There are no heads, the number of dropout rates is wrong, or one head needs more memory than allowed.
     """
     check_given("heads", "none", bool(heads), "at least one")
     if train.views == 1:
@@ -178,18 +180,18 @@ def train_rows(
     width = train.width
     rates = np.array([_dropout_rates(spec, head) for head in heads], np.float32)
     numbers = sum(rows * columns for rows, columns in _shapes(spec, width))
-    # Kept: kernels, two moments, the best so far. As much again while a step makes new ones or chunks are packed anew.
+    # Kernels, two moments and the best kernels so far, and the same again while a step or repacking makes new ones.
     need = 4 * (8 * numbers + 4 * min(spec.batch_size, len(train)) * (width + 4 * spec.hidden + 4 * spec.outputs))
     if need > memory_bytes:
         raise ConfigurationError(
-            f"memory: {memory_bytes / 1e6:.3g} MB are left for training, one such head takes {need / 1e6:.3g} MB; "
-            "give more (--memory), a smaller batch_size, or another pooling"
+            f"memory: {memory_bytes / 1e6:.3g} MB are left for training, but one such head needs {need / 1e6:.3g} MB; "
+            "give more (--memory), or use a smaller batch_size or another pooling"
         )
     at_once = memory_bytes // need
     load_keras()
     # A GPU is fastest with everything in one chunk.
     many = at_once if choose_device("auto") == "gpu" else max(1, min(at_once, CACHE_BYTES // (12 * numbers)))
-    # Heads with the same inputs stand together; among them, those that learn at the same pace and stop together.
+    # Heads with the same inputs are neighbours; among them, heads with similar learning rates, which stop together.
     order = sorted(range(len(heads)), key=lambda k: (_inputs(heads[k], rates[k]), heads[k].learning_rate))
     turns = [order[start : start + at_once] for start in range(0, len(order), at_once)]
     results: dict[int, BankResult] = {}
@@ -205,7 +207,7 @@ def train_rows(
 
 
 def predict(spec: BankSpec, result: BankResult, X: np.ndarray) -> np.ndarray:
-    """Class probabilities of one trained head: float64, (n, classes)."""
+    """Predict class probabilities with one trained head: float64, (n, classes)."""
     layers = zip(result.weights[::2], result.weights[1::2], strict=True)
     kernels = [np.vstack(layer)[(None,) * (1 + number)] for number, layer in enumerate(layers)]
     parts = [np.zeros((0, spec.outputs))]
@@ -218,23 +220,24 @@ def predict(spec: BankSpec, result: BankResult, X: np.ndarray) -> np.ndarray:
 def initial_weights(spec: BankSpec, seed: int, width: int) -> tuple[np.ndarray, ...]:
     """Kernel and bias of each layer before training, float32.
 
-    A hidden layer is Glorot-uniform (Glorot and Bengio 2010), as in Keras; the last one is zero, as in `pipeline.heads.dense`.
+    A hidden layer is Glorot-uniform (Glorot and Bengio 2010), as in Keras; the last layer is zero, as in
+    `pipeline.heads.keras_fit`.
     """
-    return _parted(_initial_kernels(spec, seed, width))
+    return _split_bias(_initial_kernels(spec, seed, width))
 
 
 # ------------------------------------------------------------------------------------------------------ a turn
 @dataclasses.dataclass
 class _Chunk:
-    """Heads that are trained by one call."""
+    """Heads that one compiled call trains."""
 
-    slots: np.ndarray  # (G, M): which head, -1 for none
-    settings: dict[str, Any]  # tensors (G, M), or (G,) where the heads of a group agree
-    tensors: list[list[Any]]  # kernels, their two moments, the best kernels so far; each by layer
+    slots: np.ndarray  # (G, M): index of the head, -1 for an empty slot
+    settings: dict[str, Any]  # tensors (G, M), or (G,) for settings that are equal within a group
+    tensors: list[list[Any]]  # kernels, their two moments, the best kernels so far; each a list by layer
 
 
 class _Bank:
-    """The heads of one turn, about ``many`` to a chunk."""
+    """The heads that fit into memory together, in chunks of about ``many`` heads."""
 
     def __init__(self, spec: BankSpec, heads: Sequence[BankHead], rates: np.ndarray, width: int, many: int) -> None:
         self.spec, self.heads, self.rates = spec, heads, rates
@@ -244,7 +247,7 @@ class _Bank:
         def pieces(members: int) -> int:
             return sum(-(-size // members) * count for size, count in sizes.items())
 
-        # The least work, if preparing the inputs of a group takes as long as one head more.
+        # The group size with the least work, assuming that preparing a group's inputs costs as much as one more head.
         self.members = min(range(1, min(many, max(sizes)) + 1), key=lambda members: pieces(members) * (members + 1))
         groups = max(1, many // self.members)
         self.groups = -(-pieces(self.members) // -(-pieces(self.members) // groups))
@@ -281,10 +284,10 @@ class _Bank:
                 break
             self._drop(alive, kernels)
         self._drop(np.zeros(count, bool), kernels)
-        return [BankResult(_parted(kernels[k]), logs[k], int(best_epoch[k])) for k in range(count)]
+        return [BankResult(_split_bias(kernels[k]), logs[k], int(best_epoch[k])) for k in range(count)]
 
     def _run_epoch(self, train: Rows, epoch: int) -> np.ndarray:
-        """Mean training loss of each head."""
+        """Train all heads for one epoch and return the mean training loss of each, float64, (heads,)."""
         batch = min(self.spec.batch_size, len(train))
         steps = -(-len(train) // batch)
         span = min(steps, max(1, min(ROWS_BYTES // (4 * batch * train.width), train.at_once // batch)))
@@ -305,7 +308,7 @@ class _Bank:
         return self._by_head(losses, len(train))
 
     def _score_rows(self, held_out: Rows) -> tuple[np.ndarray, np.ndarray]:
-        """Log loss and accuracy of each head."""
+        """Log loss and accuracy of each head on the validation rows."""
         size = min(len(held_out), VALIDATION_ROWS)
         losses: list[list[Any]] = [[] for _ in self.chunks]
         rights: list[list[Any]] = [[] for _ in self.chunks]
@@ -321,7 +324,7 @@ class _Bank:
     def _padded(
         self, X: np.ndarray, y: np.ndarray, rows: int, *, weigh: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows, labels and weights; rows that are added weigh nothing."""
+        """Pad features, labels and weights to ``rows`` rows; the added rows have weight 0."""
         features, labels, weights = X, np.zeros(rows, np.int32), np.zeros(rows, np.float32)
         if len(y) < rows or X.dtype != np.float32:
             features = np.zeros((rows, *X.shape[1:]), np.float32)
@@ -332,7 +335,7 @@ class _Bank:
         return features, labels, weights
 
     def _by_head(self, sums: Sequence[Sequence[Any]], rows: int) -> np.ndarray:
-        """Means over rows, NaN for heads that are gone."""
+        """Divide the sums of each head by the number of rows; NaN for heads that are no longer in a chunk."""
         means = np.full(len(self.heads), np.nan)
         for chunk, parts in zip(self.chunks, sums, strict=True):
             total = np.asarray(sum(ops.convert_to_numpy(part).astype(np.float64) for part in parts))
@@ -340,7 +343,7 @@ class _Bank:
         return means
 
     def _keep(self, better: np.ndarray) -> None:
-        """Set the kernels of some heads aside."""
+        """Store the present kernels of the heads marked in ``better`` as their best ones."""
         for chunk in self.chunks:
             chosen = spread(ops.convert_to_tensor(better[chunk.slots] & (chunk.slots >= 0)), chunk.tensors[0])
             chunk.tensors[3] = [
@@ -348,12 +351,12 @@ class _Bank:
             ]
 
     def _drop(self, alive: np.ndarray, kernels: dict[int, list[np.ndarray]]) -> None:
-        """Take out stopped heads where the others fit into fewer chunks. Till then they are trained on, to no effect."""
+        """Remove stopped heads once the others fit into fewer chunks. Until then they are trained on without effect."""
         slots = self._slots(np.flatnonzero(alive))
         if len(slots) == len(self.chunks):
             return
         new = [self._chunk(part, []) for part in slots]
-        for kind in range(4):  # one after the other, as each takes memory
+        for kind in range(4):  # one after the other to save memory
             found = self._taken(kind)
             for chunk in new:
                 chunk.tensors.append(self._packed(chunk.slots, found))
@@ -361,7 +364,7 @@ class _Bank:
         self.chunks = new
 
     def _slots(self, numbers: Iterable[int]) -> np.ndarray:
-        """Heads by chunk, group and place, -1 for none: int, (chunks, G, M)."""
+        """Index of the head in each slot, -1 for an empty one: int, (chunks, G, M)."""
         pieces: list[list[int]] = []
         for _, alike in itertools.groupby(numbers, key=lambda k: self.inputs[k]):
             group = list(alike)
@@ -378,14 +381,14 @@ class _Bank:
         values = {name: np.array(column, np.float32)[slots] for name, column in columns.items()}
         values["seed"] = np.array([*(head.seed for head in self.heads), 0], np.uint32).view(np.int32)[slots]
         variants = [*(self.draws.index(head.draws) for head in self.heads), 0]
-        values["variant"] = np.array(variants, np.int32)[slots]  # of the rows that go to the device
+        values["variant"] = np.array(variants, np.int32)[slots]  # which variant of the rows on the device a group uses
         values |= {"group_seed": values["seed"][:, 0]}
         values |= {name: values[name][:, 0] for name in ("variant", "feature_noise", "feature_dropout")}
         settings = {name: ops.convert_to_tensor(value) for name, value in values.items()}
         return _Chunk(slots, settings, [self._packed(slots, found) for found in kinds])
 
     def _packed(self, slots: np.ndarray, found: dict[int, list[np.ndarray]]) -> list[Any]:
-        """Kernels by head -> tensors of a chunk, by layer."""
+        """Stack the kernels of single heads into the tensors of a chunk, one per layer."""
         tensors = []
         for layer, like in enumerate(next(iter(found.values()))):
             stack = np.zeros((*slots.shape, *like.shape), np.float32)
@@ -398,7 +401,7 @@ class _Bank:
         return tensors
 
     def _taken(self, kind: int) -> dict[int, list[np.ndarray]]:
-        """Kernels by head out of all chunks, which give them up."""
+        """Take the kernels of each head out of all chunks; the chunks no longer hold them afterwards."""
         found: dict[int, list[np.ndarray]] = collections.defaultdict(list)
         for chunk in self.chunks:
             for layer, tensor in enumerate(chunk.tensors[kind]):
@@ -412,9 +415,9 @@ class _Bank:
         return found
 
 
-# ---------------------------------------------------------------------------------------------------- plumbing
+# ----------------------------------------------------------------------------------------------------- helpers
 def _shapes(spec: BankSpec, width: int) -> list[tuple[int, int]]:
-    """Of the kernels, the row of the bias included."""
+    """Shapes of the kernels, including the row of the bias."""
     sizes = [width, spec.hidden, spec.outputs] if spec.hidden else [width, spec.outputs]
     return [(rows + 1, columns) for rows, columns in itertools.pairwise(sizes)]
 
@@ -428,28 +431,28 @@ def _initial_kernels(spec: BankSpec, seed: int, width: int) -> list[np.ndarray]:
     return kernels
 
 
-def _parted(kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
-    """Kernels with a row for the bias -> kernel and bias, in turn."""
+def _split_bias(kernels: Sequence[np.ndarray]) -> tuple[np.ndarray, ...]:
+    """Split kernels whose last row is the bias into kernel and bias, alternating."""
     return tuple(part for kernel in kernels for part in (kernel[:-1], kernel[-1]))
 
 
 def _dropout_rates(spec: BankSpec, head: BankHead) -> list[float]:
-    """Rate in front of each dense layer."""
+    """Dropout rate before each dense layer."""
     layers = 2 if spec.hidden else 1
     rates = list(head.dropout) if isinstance(head.dropout, tuple) else [0.0] * (layers - 1) + [head.dropout]
-    check_given("dropout", head.dropout, len(rates) == layers, f"{layers} rates, one in front of each dense layer")
+    check_given("dropout", head.dropout, len(rates) == layers, f"{layers} rates, one before each dense layer")
     return rates
 
 
 def _inputs(head: BankHead, rates: np.ndarray) -> tuple[float, ...]:
-    """Heads for which this is equal see equal features."""
+    """Key that is equal for heads which receive equal inputs: the same views, and the same dropout and noise on them."""
     varied = rates[0] or head.feature_noise
     noise = (head.seed, float(rates[0]), head.feature_noise) if varied else (-1.0, 0.0, 0.0)
     return (float(head.draws), *noise)
 
 
 def _check_rows(name: str, X: np.ndarray, y: np.ndarray, spec: BankSpec) -> int:
-    """Refuse what cannot be trained on; the number of columns."""
+    """Check rows and labels before training and return the number of columns."""
     if X.ndim != 2 or X.dtype not in (np.float16, np.float32) or y.shape != X.shape[:1] or not X.size:
         what = f"{X.dtype} {X.shape} with labels {y.shape}"
         raise HeadError(f"{name} rows: received {what}, expected float16 or float32 (n, d) with labels (n,)")

@@ -1,8 +1,9 @@
-"""The mathematics of the bank: random numbers by position, forward, slopes, Adam, as compiled passes over chunks of heads.
+"""The mathematics of the bank: random numbers by position, forward pass, gradients and Adam, compiled for chunks of heads.
 
-A chunk holds G groups of M heads. Heads of a group have the same inputs (views, seed, dropout and noise on the features
-are equal, or there is none), so that their first kernels are one matrix: ``(G, d + 1, M * units)``. Second kernels are
-``(G, M, units + 1, outputs)``. The last row of a kernel is its bias, and a slot without a head has learning rate 0.
+A chunk holds G groups of M heads. The heads of a group have equal inputs (the same views, and either the same seed,
+dropout and noise on the features or no dropout and noise), so their first kernels form one matrix
+``(G, d + 1, M * units)``. Second kernels are ``(G, M, units + 1, outputs)``. The last row of a kernel is its bias, and
+an empty slot has learning rate 0.
 """
 
 from __future__ import annotations
@@ -17,29 +18,29 @@ from features.errors import ConfigurationError, nearest
 from features.networks.backend import load_keras
 from features.networks.keras_engine import compiled
 
-BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # Keras's Adam
+BETA_1, BETA_2, EPSILON = 0.9, 0.999, 1e-7  # the defaults of Keras's Adam
 
 
 @dataclasses.dataclass(frozen=True)
 class BankSpec:
-    """What the heads of a bank share.
+    """The settings that all heads of a bank share.
 
     Parameters
     ----------
     classes : int
-        Two classes have one logit.
+        Number of classes; two classes have a single logit.
     hidden : int
         Units of the hidden layer; 0: a linear head.
     activation : str
-        Of the hidden layer, a key of `SLOPES`.
+        Activation of the hidden layer, a key of `SLOPES`.
     epochs, batch_size : int
-        Passes over the rows; rows per step, fewer in the last one of an epoch.
+        Passes over the rows; rows per step (the last step of an epoch may have fewer).
     patience : int
-        Epochs without a lower validation log loss before a head stops; 0: never.
+        Epochs without a lower validation log loss after which a head stops; 0: it never stops early.
     order_seed : int
-        Of the order of rows.
+        Random seed of the row order.
     class_weights : tuple of float, optional
-        Weight of a row in the loss by its class, like ``class_weight`` of ``fit``. Validation is not weighted.
+        Weight of each class in the loss, like ``class_weight`` of ``fit``. Validation is not weighted.
     """
 
     classes: int
@@ -59,15 +60,15 @@ class BankSpec:
         check_given("activation", self.activation, self.activation in SLOPES, known)
         weights = (1.0,) * self.classes if self.class_weights is None else self.class_weights
         good = len(weights) == self.classes and all(0 <= weight < math.inf for weight in weights)
-        check_given("class_weights", weights, good, f"{self.classes} numbers from 0")
+        check_given("class_weights", weights, good, f"{self.classes} finite numbers of 0 or more")
 
     @property
     def outputs(self) -> int:
-        """Logits."""
+        """Number of logits."""
         return 1 if self.classes == 2 else self.classes
 
     def weighted(self, class_weights: tuple[float, ...] | None) -> BankSpec:
-        """The same with class weights."""
+        """Return the same settings with these class weights."""
         return dataclasses.replace(self, class_weights=class_weights)
 
 
@@ -83,52 +84,54 @@ ops: Any = _Late()
 
 
 def draws(seeds: Any, step: Any, purpose: int, rows: int, columns: int) -> Any:
-    """Uniform numbers by position: a hash of (seed, purpose, step, row, column), the same on all backends and devices.
+    """Uniform random numbers by position: a hash of (seed, purpose, step, row, column), equal on all backends and devices.
 
     Parameters
     ----------
     seeds : int32 tensor, (...)
-        One per head or group.
+        One seed per head or group.
     step : int32 tensor, ()
-        Counted from the start of training.
+        Step, counted from the start of training.
     purpose : int
-        Keeps the draws of one step apart.
+        Distinguishes several draws within one step.
 
     Returns
     -------
     float32 tensor, (..., rows, columns), 0 <= value < 1
     """
     row_keys = _mix(_mix(_mix(_mix(seeds) + purpose) + step)[..., None] + ops.arange(rows, dtype="int32"))
-    column_keys = _mix(ops.arange(columns, dtype="int32") + 0x632BE5AB)  # else row 0 of seed 0 would be all zeros
+    column_keys = _mix(
+        ops.arange(columns, dtype="int32") + 0x632BE5AB
+    )  # without it, row 0 of seed 0 would be all zeros
     mixed = _mix(ops.bitwise_xor(row_keys[..., None], column_keys))
     return ops.cast(_shifted(mixed, 8), "float32") * 2.0**-24
 
 
 def _mix(words: Any) -> Any:
-    """Hash 32-bit words (lowbias32 of Wellons's hash-prospector). Signed, as PyTorch has no unsigned arithmetic."""
+    """Hash 32-bit words (lowbias32 of Wellons's hash-prospector). They are signed: PyTorch lacks unsigned arithmetic."""
     for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B - 2**32)):
         words = ops.bitwise_xor(words, _shifted(words, shift)) * factor
     return ops.bitwise_xor(words, _shifted(words, 16))
 
 
 def _shifted(words: Any, bits: int) -> Any:
-    """To the right, filling with zeros."""
+    """Shift words to the right, filling with zeros."""
     return ops.bitwise_and(ops.bitwise_right_shift(words, bits), (1 << (32 - bits)) - 1)
 
 
 def _normal(seeds: Any, step: Any, rows: int, columns: int) -> Any:
-    """Standard normal numbers, by the inverse of their distribution function, which XLA does faster than a cosine."""
+    """Standard normal numbers by the inverse distribution function, which XLA computes faster than Box-Muller."""
     return math.sqrt(2) * ops.erfinv(2 * draws(seeds, step, 1, rows, columns) - (1 - 2.0**-24))
 
 
 def _mask(seeds: Any, rates: Any, step: Any, purpose: int, rows: int, columns: int) -> Any:
-    """Dropout as a factor: 0, or what keeps the mean."""
+    """Dropout as a factor: 0 for dropped values, 1 / (1 - rate) for the others."""
     rates = rates[..., None, None]
     return ops.where(draws(seeds, step, purpose, rows, columns) >= rates, 1 / (1 - rates), 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- mathematics
-# Slopes of keras.activations: Keras has no differentiation that is the same on all backends.
+# Derivatives of keras.activations, as Keras has no automatic differentiation that works on all backends.
 SLOPES: dict[str, Callable[[Any], Any]] = {
     "relu": lambda z: ops.cast(z > 0, "float32"),
     "gelu": lambda z: 0.5 * (1 + ops.erf(z / 2**0.5)) + z * ops.exp(-0.5 * z * z) / math.sqrt(2 * math.pi),
@@ -141,7 +144,7 @@ SLOPES: dict[str, Callable[[Any], Any]] = {
 
 
 def forward(spec: BankSpec, kernels: Sequence[Any], x: Any, members: int, mask: Any = 1.0) -> tuple[Any, list[Any]]:
-    """Logits (G, M, b, outputs) of inputs (G or 1, b, d), and what `_slopes` needs."""
+    """Logits (G, M, b, outputs) of inputs (G or 1, b, d), and the intermediate values that `_gradients` needs."""
     inputs = _with_ones(x)
     z = ops.matmul(inputs, kernels[0])
     z = ops.swapaxes(ops.reshape(z, (*z.shape[:2], members, z.shape[2] // members)), 1, 2)
@@ -151,8 +154,8 @@ def forward(spec: BankSpec, kernels: Sequence[Any], x: Any, members: int, mask: 
     return ops.matmul(hidden, kernels[1]), [inputs, z, hidden]
 
 
-def _slopes(spec: BankSpec, kernels: Sequence[Any], kept: list[Any], slope: Any, mask: Any) -> list[Any]:
-    """Slopes of the loss by the kernels, from those by the logits."""
+def _gradients(spec: BankSpec, kernels: Sequence[Any], kept: list[Any], slope: Any, mask: Any) -> list[Any]:
+    """Gradients of the loss with respect to the kernels, from those with respect to the logits (backpropagation)."""
     found = []
     if spec.hidden:
         _, z, hidden = kept
@@ -164,7 +167,7 @@ def _slopes(spec: BankSpec, kernels: Sequence[Any], kept: list[Any], slope: Any,
 
 
 def _losses(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
-    """Cross-entropy (G, M, b), and its slope by the logits (G, M, b, outputs)."""
+    """Cross-entropy (G, M, b), and its gradient with respect to the logits (G, M, b, outputs)."""
     one_hot = ops.cast(labels[:, None], "float32") if spec.outputs == 1 else ops.one_hot(labels, spec.classes)
     target = one_hot * (1 - smoothing) + smoothing / spec.classes
     if spec.outputs == 1:
@@ -180,7 +183,7 @@ def _with_ones(x: Any) -> Any:
 
 
 def spread(values: Any, kernels: Sequence[Any]) -> list[Any]:
-    """One number per head (G, M), shaped to multiply the kernels."""
+    """Reshape one number per head, (G, M), so that it multiplies the kernels."""
     groups, members = values.shape
     columns = kernels[0].shape[-1]
     wide = ops.broadcast_to(values[..., None], (groups, members, columns // members))
@@ -191,14 +194,15 @@ def spread(values: Any, kernels: Sequence[Any]) -> list[Any]:
 def programs(
     spec: BankSpec, *, drops: tuple[bool, ...], noisy: bool, mixed: bool
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Compiled functions: train a chunk for some steps; score it on some rows.
+    """Compile two functions: one trains a chunk for a number of steps, the other scores it on rows.
 
-    Rows are (steps, V, b, d): of each the variants that heads ask for, with ``mixed`` more than one.
+    Training rows are (steps, V, b, d) with V variants of each batch, such as view 0 and a drawn view; with ``mixed``
+    there is more than one variant, and each group chooses its own.
     """
 
     def train(state: Any, per: Any, rows: Any, labels: Any, weights: Any, shares: Any, first: Any, steps: Any) -> Any:
         smoothing = per["label_smoothing"][..., None, None]
-        # Spread here, not in the loop, where the arithmetic on indices would keep the update from being vectorised.
+        # Reshaped outside the loop, in which the index arithmetic would prevent vectorisation of the update.
         paces, decays = spread(per["learning_rate"], state[0]), spread(per["weight_decay"], state[0])
         shrinks = [1 - pace * decay for pace, decay in zip(paces, decays, strict=True)]
         batch, width = rows.shape[2:]
@@ -215,7 +219,7 @@ def programs(
                 mask = _mask(per["seed"], per["dropout"], now, 3, batch, spec.hidden)
             logits, kept = forward(spec, kernels, x, per["seed"].shape[1], mask)
             loss, slope = _losses(spec, logits, labels[i], smoothing)
-            slopes = _slopes(spec, kernels, kept, slope * (weights[i] * shares[i])[:, None], mask)
+            slopes = _gradients(spec, kernels, kept, slope * (weights[i] * shares[i])[:, None], mask)
             means = [m + (g - m) * (1 - BETA_1) for m, g in zip(means, slopes, strict=True)]
             squares = [v + (g * g - v) * (1 - BETA_2) for v, g in zip(squares, slopes, strict=True)]
             count = ops.cast(now + 1, "float32")
@@ -230,7 +234,7 @@ def programs(
 
     def score(kernels: Any, per: Any, x: Any, labels: Any, weights: Any) -> Any:
         groups, members = per["seed"].shape
-        first = ops.swapaxes(kernels[0], 0, 1)  # without masks and noise, all groups are one
+        first = ops.swapaxes(kernels[0], 0, 1)  # without dropout and noise all groups have the same inputs
         merged = [ops.reshape(first, (1, first.shape[0], groups * first.shape[2]))]
         merged += [ops.reshape(kernel, (1, groups * members, *kernel.shape[2:])) for kernel in kernels[1:]]
         logits, _ = forward(spec, merged, x[None], groups * members)
@@ -243,6 +247,6 @@ def programs(
 
 
 def check_given(name: str, received: object, good: bool, expected: str) -> None:
-    """Raise ``ConfigurationError`` unless ``good``."""
+    """Raise ``ConfigurationError`` with the received and the expected value unless ``good``."""
     if not good:
         raise ConfigurationError(f"{name}: received {received}, expected {expected}")

@@ -1,4 +1,4 @@
-"""Heads that are scikit-learn classifiers: how each is fitted, searched and loaded again."""
+"""Heads that are scikit-learn classifiers: how they are fitted, how their parameter is chosen, how they are loaded."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ from pipeline.scores.metrics import (
 )
 from pipeline.scores.selection import SEARCH_ROWS, stratified_folds
 
-SMALL = 1 << 24  # numbers in a feature matrix that is worth a float64 copy, and not worth threads
-# What scikit-learn raises for rows or parameters that a classifier cannot cope with.
+SMALL = 1 << 24  # a feature matrix of fewer numbers is copied to float64 and fitted with a single thread
+# What scikit-learn raises for rows or parameters that a classifier cannot handle.
 REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
-SEARCH_STEPS = 6  # values that are usually tried, for the progress bar
-STREAMED = "sklearn.linear_model.SGDClassifier"  # what can be fitted piece by piece
+SEARCH_STEPS = 6  # values that a search usually tries, for the progress bar
+STREAMED = "sklearn.linear_model.SGDClassifier"  # the only class here that can be fitted piece by piece
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,20 +47,20 @@ class Classifier:
     Parameters
     ----------
     parameter : str
-        What cross-validation chooses.
+        Name of the parameter that cross-validation chooses.
     values : tuple
-        Where it climbs, three powers of ten (least, start, greatest), between which the best half decade is looked for.
-        Else: the values to compare.
+        With ``climbs``: three exponents of ten (least, start, greatest); the best half decade between them is searched.
+        Otherwise: the values to compare.
     climbs : bool
-        The score has one valley.
+        Whether the score has a single minimum, so that `climb` can walk towards it.
     linear : bool
-        ``coef_ X + intercept_`` gives the margins.
+        Whether ``coef_ X + intercept_`` gives the logits or margins.
     margins : bool
-        The margins are not log odds: a temperature is fitted on out-of-fold margins.
+        Whether the outputs are margins rather than log odds; a temperature is then fitted on out-of-fold margins.
     spanned : bool
-        The penalty is L2, so that the solution lies in the span of the rows.
+        Whether the penalty is L2, so that the solution lies in the span of the rows.
     fixed, search : mapping
-        Further arguments; those of ``search`` hold only while values are compared.
+        Further arguments of the class; those of ``search`` are used only while values are compared.
     """
 
     parameter: str
@@ -74,7 +74,7 @@ class Classifier:
 
 
 CLASSIFIERS = {
-    # Searched with the tolerance of the last fit: stopping earlier is a penalty too, and would mislead the choice.
+    # The search uses the tolerance of the final fit: stopping earlier also regularises, and would bias the choice.
     "sklearn.linear_model.LogisticRegression": Classifier("C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}),
     "sklearn.linear_model.RidgeClassifier": Classifier("alpha", (-2, 3, 7)),
     "sklearn.svm.LinearSVC": Classifier("C", (-7, -4, 2), fixed={"dual": True}, search={"tol": 1e-2}),
@@ -100,12 +100,12 @@ CLASSIFIERS = {
     ),
 }
 _OTHER = Classifier("", (), climbs=False, linear=False, margins=False, spanned=False)
-# What a fit leaves behind and prediction does not need: the covariance is (d, d).
-_LEFT_BEHIND = ("covariance_",)
+# Attributes that prediction does not need; the covariance is (d, d).
+_NOT_NEEDED = ("covariance_",)
 
 
 class SklearnHead(Head):
-    """A scikit-learn classifier on pooled, standardised features, perhaps after a projection on principal components."""
+    """A scikit-learn classifier on pooled, standardised features, optionally projected onto principal components."""
 
     parameters: ClassifierParameters
     files = ("head.json", "head.skops")
@@ -133,20 +133,20 @@ class SklearnHead(Head):
 
     @property
     def margins(self) -> bool:
-        """Whether the outputs are margins that a temperature makes probabilities of."""
+        """Whether the outputs are margins, which a temperature turns into probabilities."""
         if self.kind in CLASSIFIERS:
             return self.row.margins
-        # Asked of an object: some classes have probabilities only with certain parameters.
+        # This needs an object: some classes give probabilities only with certain parameters.
         return not hasattr(self._new(None) if self.estimator is None else self.estimator, "predict_proba")
 
     @property
     def given(self) -> Any:
-        """The value of what would be searched, if it is given."""
+        """The given value of the parameter that would otherwise be searched; None if there is none."""
         return getattr(self.parameters, self.row.parameter) if self.searchable else None
 
     @property
     def searchable(self) -> bool:
-        """Whether this head has something that cross-validation can choose."""
+        """Whether this head has a parameter that cross-validation can choose."""
         return bool(self.row.parameter)
 
     @property
@@ -156,7 +156,7 @@ class SklearnHead(Head):
     def _train(self, data: Prepared, progress: Progress) -> History:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
-        # Below some 100 MB, handing out threads for each step takes longer than the step: five times on a busy machine.
+        # Below about 100 MB, distributing a step over threads takes longer than the step: 5 times on a busy machine.
         small = len(data.train) * data.train.views * data.train.width < SMALL
         with threadpool_limits(limits=1 if small else None):
             try:
@@ -176,7 +176,7 @@ class SklearnHead(Head):
             Z = self._project(Z)
         rows, combination = Z, None
         if self.row.spanned and self.searchable and Z.shape[1] > len(Z):
-            rows, combination = row_space(Z)  # with fewer rows than columns nothing is lost
+            rows, combination = row_space(Z)  # an exact reduction, as there are fewer rows than columns
         elif self.row.linear and Z.size < SMALL:
             rows = Z.astype(np.float64)
         value, history = self._search(rows, train, groups, progress)
@@ -184,16 +184,16 @@ class SklearnHead(Head):
         if combination is not None:
             self.estimator.coef_ = times(self.estimator.coef_ @ combination, Z)
             self.estimator.n_features_in_ = Z.shape[1]
-        for name in _LEFT_BEHIND:
+        for name in _NOT_NEEDED:
             vars(self.estimator).pop(name, None)
         return history
 
     def _fit_streamed(self, train: FeatureStream, data: Prepared, progress: Progress) -> History:
-        """Partial fits; what has to be searched is searched on some rows."""
+        """Train by partial fits; the penalty is first chosen on a sample of the rows."""
         value = self.given
         if self.searchable and value is None:
-            some, groups = self._sample(train, data.groups)
-            value, _ = self._search(some.flat, some, groups, lambda stage, done, total: None)
+            sample, groups = self._sample(train, data.groups)
+            value, _ = self._search(sample.flat, sample, groups, lambda stage, done, total: None)
         estimator = self._new(value)
         if estimator.class_weight == "balanced":
             weights = class_weights(data.y, len(self.classes))
@@ -211,7 +211,7 @@ class SklearnHead(Head):
         return fitted.history
 
     def _sample(self, train: FeatureStream, groups: np.ndarray | None) -> tuple[ArrayRows, np.ndarray | None]:
-        """View 0 of as many rows of each class as take part in a search, or as there is room for."""
+        """View 0 of a random, stratified sample of at most `SEARCH_ROWS` rows, fewer where memory does not suffice."""
         share = min(SEARCH_ROWS, train.memory_bytes // (16 * train.width)) / len(train)
         generator, y = np.random.default_rng(self.seed), train.labels
         by_class = [generator.permutation(np.flatnonzero(y == k)) for k in range(len(self.classes))]
@@ -226,20 +226,21 @@ class SklearnHead(Head):
         most = min(Z.shape)
         if self.parameters.pca > most:
             raise HeadError(
-                f"pca: received {self.parameters.pca}, expected at most {most}: {Z.shape[0]} rows of {Z.shape[1]}"
+                f"pca: received {self.parameters.pca}, expected at most {most}, as there are {Z.shape[0]} training rows of "
+                f"{Z.shape[1]} columns"
             )
         self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
         return self.projection.transform(Z)
 
     @property
     def arguments(self) -> Mapping[str, Any]:
-        """What scikit-learn's class is given besides what is searched."""
+        """Arguments of the scikit-learn class other than the searched parameter."""
         return self.row.fixed
 
     def fit_bytes(self, rows: int, columns: int, views: int = 1) -> int:
-        """About, and rather too much: copies of rows, and what the solver needs; each view of an image is a row.
+        """Estimate, generously, the bytes of copies of the rows and of the solver; each view of an image is a row.
 
-        From scikit-learn's source: what each class converts its input to, and the matrices that its solver builds.
+        The figures follow scikit-learn's source: the type each class converts its input to, and its solver's matrices.
         """
         rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
         outputs = 1 if len(self.classes) == 2 else len(self.classes)
@@ -249,7 +250,7 @@ class SklearnHead(Head):
             columns = min(components, columns)
         spanned = self.row.spanned and self.searchable and columns > rows
         if spanned:
-            need += 8 * 3 * rows**2  # inner products, their vectors, the coordinates
+            need += 8 * 3 * rows**2  # inner products, their eigenvectors, the coordinates
             columns = rows
         double = spanned or (self.row.linear and rows * columns < SMALL)
         need += 8 * rows * columns * double
@@ -266,14 +267,14 @@ class SklearnHead(Head):
     def _search(
         self, Z: np.ndarray, rows: ArrayRows, groups: np.ndarray | None, progress: Progress
     ) -> tuple[Any, History]:
-        """Choose the parameter by out-of-fold score, and keep the temperature that goes with it.
+        """Choose the parameter by its out-of-fold score, and keep the temperature that belongs to it.
 
-        ``Z`` are all views of the rows, perhaps in other coordinates; those of one image are in one fold.
+        ``Z`` holds all views of the rows, possibly in other coordinates; the views of one image are in one fold.
         """
         views, y = rows.views, np.repeat(rows.labels, rows.views)
         folds = np.repeat(stratified_folds(rows.labels, self.parameters.folds, self.seed, groups), views)
         searched = self.searchable and self.given is None
-        kept = not searched and self.folds == self.parameters.folds  # what is searched is not judged by its own search
+        kept = not searched and self.folds == self.parameters.folds  # a search would be biased in its own favour
         values = self._values(y, folds)
         name = self.row.parameter if self.searchable else ""
         if folds.max() < 0 or not (searched or self.margins or kept):
@@ -303,7 +304,7 @@ class SklearnHead(Head):
         return chosen, history
 
     def _values(self, y: np.ndarray, folds: np.ndarray) -> list[Any]:
-        """What to compare; one value where it is given or nothing can be compared."""
+        """The values to compare: a single one where the value is given or there are no folds to compare on."""
         if not self.searchable:
             return [None]
         if self.row.climbs:
@@ -316,11 +317,13 @@ class SklearnHead(Head):
                 most = int(np.sum(folds != -2) - np.bincount(folds[folds >= 0]).max())
             values = [value for value in values if value <= most]
             if not values:
-                raise HeadError(f"n_neighbors={self.given}: there are only {most} training rows")
+                raise HeadError(
+                    f"n_neighbors: received {self.given}, expected at most {most}, the number of training rows"
+                )
         return values if folds.max() >= 0 else values[:1]
 
     def _held_out(self, value: Any, Z: np.ndarray, y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Outputs for rows that were not fitted on, and which rows these are."""
+        """Outputs for the rows in a fold, each by a model fitted on the other folds, and the mask of these rows."""
         from sklearn.exceptions import ConvergenceWarning
 
         used = folds != -2
@@ -328,7 +331,7 @@ class SklearnHead(Head):
         more = self.row.search if self.given is None else {}
         for fold in range(folds.max() + 1):
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", ConvergenceWarning)  # a rough fit ranks values well enough
+                warnings.simplefilter("ignore", ConvergenceWarning)  # an approximate fit is good enough for ranking
                 rows = used & (folds != fold)
                 model = self._new(value, **more).fit(Z[rows], y[rows])
             outputs[folds == fold] = self._outputs_of(model, Z[folds == fold])
@@ -336,7 +339,7 @@ class SklearnHead(Head):
         return outputs[tested], tested
 
     def _score(self, outputs: np.ndarray, y: np.ndarray) -> tuple[Any, float, float, float]:
-        """What is compared (low is good), loss, temperature and accuracy of one parameter value."""
+        """Score of one parameter value (lower is better), and its loss, temperature and accuracy."""
         guess = outputs.argmax(axis=1)
         accuracy = float(np.mean(guess == y))
         balanced = getattr(self.parameters, "class_weight", None) is not None
@@ -347,7 +350,7 @@ class SklearnHead(Head):
         elif self.row.linear:
             loss = log_loss(softmax(outputs), y, weights)
         else:
-            loss = brier_score(outputs, y)  # votes may be 0, which the log loss does not forgive
+            loss = brier_score(outputs, y)  # probabilities from votes can be 0, where the log loss is infinite
         if getattr(self.parameters, "choose", "log_loss") == "log_loss":
             return loss, loss, temperature, accuracy
         table = confusion(y, guess, len(self.classes))
@@ -357,7 +360,7 @@ class SklearnHead(Head):
 
     @property
     def _soft(self) -> bool:
-        """Whether outputs become probabilities by a softmax."""
+        """Whether softmax turns the outputs into probabilities."""
         return self.row.linear or self.margins
 
     def _outputs_of(self, model: Any, Z: np.ndarray) -> np.ndarray:
@@ -376,7 +379,9 @@ class SklearnHead(Head):
 
     def as_dense(self) -> KerasHead:
         if not self.row.linear:
-            raise HeadError(f"head {self.name!r} is not a network; train a linear or Keras head instead")
+            raise HeadError(
+                f"head {self.name!r} has no equivalent network; train a linear head or a Keras head instead"
+            )
         head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
         for name in ("classes", "layer", "fingerprint", "input_shape", "mean", "std", "temperature"):
             setattr(head, name, getattr(self, name))
@@ -386,7 +391,7 @@ class SklearnHead(Head):
             onto = self.projection.components_.T
             kernel, bias = onto @ kernel, bias - self.projection.mean_ @ onto @ kernel
         if self._outputs > 1:
-            # What all classes share does not change the softmax, but would cost the float32 network digits.
+            # A shift common to all classes does not change the softmax, but costs the float32 network precision.
             kernel, bias = kernel - kernel.mean(axis=1, keepdims=True), bias - bias.mean()
         head.weights = [kernel, bias]
         return head
@@ -398,7 +403,7 @@ class SklearnHead(Head):
         from sklearn.pipeline import Pipeline
 
         whole = self.estimator
-        _not_mapped(whole)
+        _unmap(whole)
         if self.projection is not None:
             whole = Pipeline([("pca", self.projection), ("classifier", self.estimator)])
         save_estimator(whole, folder / "head.skops")
@@ -412,15 +417,15 @@ class SklearnHead(Head):
         if type(estimator) is Pipeline:
             steps = getattr(estimator, "steps", None)
             if not isinstance(steps, list) or [step[0] for step in steps] != ["pca", "classifier"]:
-                raise HeadError(f"{path}: holds a pipeline of other steps than pca and classifier")
+                raise HeadError(f"{path}: contains a pipeline, expected one of the steps pca and classifier")
             projection, estimator = steps[0][1], steps[1][1]
             if type(projection) is not PCA or projection.whiten or projection.components_.shape[1:] != (columns,):
-                raise HeadError(f"{path}: its projection does not take {columns} columns as head.json asks for")
+                raise HeadError(f"{path}: its pca step does not accept {columns} columns, which head.json expects")
             check_finite(path, [projection.components_, projection.mean_])
             self.projection, columns = projection, len(projection.components_)
         found = f"{type(estimator).__module__}.{type(estimator).__qualname__}"
         if type(estimator) is not find_class(self.kind):
-            raise HeadError(f"{path}: holds a {found}, head.json says {self.kind}")
+            raise HeadError(f"{path}: contains a {found}, but head.json says {self.kind}; train the head again")
         expected: dict[str, Any] = {"n_features_in_": columns, "classes_": list(range(len(self.classes)))}
         if self.row.linear:
             expected["coef_"] = (self._outputs, columns)
@@ -428,20 +433,20 @@ class SklearnHead(Head):
             stored: Any = getattr(estimator, attribute, None)
             shown = np.shape(np.atleast_2d(stored)) if attribute == "coef_" else stored
             if not np.array_equal(np.asarray(shown), np.asarray(value)):
-                raise HeadError(f"{path}: {attribute} is {shown}, head.json asks for {value}")
+                raise HeadError(f"{path}: {attribute} is {shown}, but head.json expects {value}; train the head again")
         if self.row.linear:
             check_finite(path, [estimator.coef_, estimator.intercept_])
         self.estimator = estimator
 
 
 class EstimatorHead(SklearnHead):
-    """A scikit-learn classifier by its import path, with its own parameters; nothing is searched."""
+    """A scikit-learn classifier named by its import path, with its own parameters, none of which is searched."""
 
     parameters: EstimatorParameters
 
     @classmethod
     def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
-        """Ours and the classifier's own stand side by side."""
+        """Separate the parameters that all heads have from those of the classifier, which go to ``params``."""
         ours = {key: value for key, value in params.items() if key in ("folds", "scale", "pca")}
         own = {key: value for key, value in params.items() if key not in ours}
         check_estimator(name, own, classes)
@@ -469,12 +474,15 @@ class EstimatorHead(SklearnHead):
         return make_estimator(self.kind, self.parameters.params, self.seed)
 
 
-def _not_mapped(found: Any) -> None:
-    """Neighbours keep the rows they were fitted to. From a worker these come back as a map of its file, a type that is
-    not loaded from a run; as an array they are the same bytes."""
+def _unmap(found: Any) -> None:
+    """Replace memory maps in a fitted classifier by plain arrays of the same values.
+
+    Neighbour classifiers keep their training rows. A worker returns these as a memory map of its file, which is not one
+    of the types that are loaded from a run.
+    """
     for name, value in vars(found).items():
         if isinstance(value, np.memmap):
             setattr(found, name, np.asarray(value))
         for inner in value if isinstance(value, list | tuple) else (value,):
             if hasattr(inner, "get_params") and hasattr(inner, "__dict__"):
-                _not_mapped(inner)
+                _unmap(inner)

@@ -1,4 +1,4 @@
-"""How much memory training a head takes, beside the rows themselves, and how much there is."""
+"""The memory that training a head needs in addition to its rows, and the memory that is available."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12, "ki": 2**10, "
 
 
 def parse_memory(text: str) -> int:
-    """``"2GB"`` -> 2000000000; ``"512MiB"`` -> 536870912.
+    """Parse a size in bytes: ``"2GB"`` gives 2000000000, ``"512MiB"`` gives 536870912.
 
     Raises
     ------
     ConfigurationError
-        For anything else.
+        If the text is not a positive size.
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
     if match is None or float(match[1]) == 0:
@@ -29,7 +29,7 @@ def parse_memory(text: str) -> int:
 
 
 def usable_memory() -> int:
-    """Half of what is free now, in bytes."""
+    """Half of the memory that is available now, in bytes."""
     try:
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
@@ -39,7 +39,7 @@ def usable_memory() -> int:
 
 
 def shown(size: float) -> str:
-    """Bytes for a person.
+    """Format a number of bytes for a person.
 
     Examples
     --------
@@ -52,24 +52,24 @@ def shown(size: float) -> str:
 
 
 def check_bytes(head: Head, rows: int, columns: int, memory: int, views: int = 1) -> int:
-    """What fitting a head allocates, if it is allowed; see `pipeline.heads.head.Head.fit_bytes`.
+    """Return the bytes that fitting a head allocates (see `pipeline.heads.head.Head.fit_bytes`) if they are allowed.
 
     Raises
     ------
     HeadError
-        With both figures.
+        If they exceed ``memory``; the message gives both figures.
     """
     need = head.fit_bytes(rows, columns, views)
     if need > memory:
         raise HeadError(
-            f"head {head.name!r} needs about {shown(need)} of memory for {rows * views} x {columns} features, {shown(memory)} "
-            "are allowed; give more (--memory), another solver, pooling or pca"
+            f"head {head.name!r} needs about {shown(need)} of memory for {rows * views} x {columns} features, but only "
+            f"{shown(memory)} are allowed; give more (--memory), or use another solver or pooling, or fewer columns (pca)"
         )
     return need
 
 
 def solver_bytes(name: str, params: Mapping[str, Any], rows: int, columns: int, outputs: int) -> int:
-    """Bytes that the solver of a scikit-learn class builds, by the class's name; generous where it is not known."""
+    """Bytes that the solver of a scikit-learn class allocates, by class name; a generous guess for unknown classes."""
     values = rows * columns
     square = columns**2
     if name == "LogisticRegression":
@@ -82,7 +82,7 @@ def solver_bytes(name: str, params: Mapping[str, Any], rows: int, columns: int, 
     if name in ("RidgeClassifier", "RidgeClassifierCV"):
         return 4 * values + 2 * 8 * min(rows, columns) ** 2
     if name == "LinearSVC":
-        return 24 * values  # liblinear has its own sparse copy: 16 bytes a value
+        return 24 * values  # liblinear makes a sparse copy of its own, 16 bytes per value
     if name == "LinearDiscriminantAnalysis":
         return 8 * values + 4 * 8 * square
     if name == "QuadraticDiscriminantAnalysis":

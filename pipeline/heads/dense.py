@@ -1,4 +1,4 @@
-"""Heads of dense layers: trained by the bank where it can, else by Keras's ``fit``."""
+"""Heads of dense layers: trained by the bank where possible, otherwise by Keras."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from pipeline.scores.metrics import class_weights, fit_temperature, softmax
 
 
 class KerasHead(Head):
-    """Dense layers on pooled, standardised features. Two classes have one logit."""
+    """A head of dense layers on pooled, standardised features. Two classes have a single logit."""
 
     parameters: DenseParameters
     files = ("head.json", "head.weights.h5")
-    parallel = False  # Keras is loaded once; the bank trains many at a time
+    parallel = False  # Keras is loaded in one process only, and the bank trains many heads together
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
@@ -38,7 +38,7 @@ class KerasHead(Head):
 
     @property
     def weights(self) -> list[np.ndarray]:
-        """Kernel and bias of each layer, float32, as they are now: fine-tuning moves those of `network`."""
+        """Present kernel and bias of each layer, float32; fine-tuning changes them through `network`."""
         return self._weights if self._built is None else self._built.get_weights()
 
     @weights.setter
@@ -72,7 +72,7 @@ class KerasHead(Head):
 
     @property
     def bank_spec(self) -> BankSpec | None:
-        """What this head has in common with those that it can be trained beside; None if the bank cannot train it."""
+        """Settings shared with the heads that it can be trained with; None if the bank cannot train this head."""
         settings = self.parameters
         other = settings.batch_norm or settings.l2 or settings.mixup or settings.schedule != "constant"
         if settings.optimizer != "adam" or len(settings.hidden) > 1 or other:
@@ -89,7 +89,7 @@ class KerasHead(Head):
 
     @property
     def bank_head(self) -> BankHead:
-        """What is this head's own."""
+        """Settings that belong to this head alone."""
         settings = self.parameters
         return BankHead(
             settings.learning_rate,
@@ -134,7 +134,7 @@ class KerasHead(Head):
         return stored if self.parameters.views == "draw" else 1
 
     def class_weights(self, y: np.ndarray) -> tuple[float, ...] | None:
-        """Weight of a row by its class: n / (c x rows of the class), as scikit-learn's "balanced"."""
+        """Weight of each class: n / (c x rows of the class), like scikit-learn's "balanced"; None for equal weights."""
         if self.parameters.class_weight is None:
             return None
         return tuple(class_weights(y, len(self.classes)).tolist())
@@ -158,7 +158,7 @@ class KerasHead(Head):
         return self.take(result, data)
 
     def take(self, result: BankResult, data: Prepared) -> History:
-        """Become what the bank has trained.
+        """Take over the weights and the history that the bank has trained.
 
         Raises
         ------
@@ -172,7 +172,7 @@ class KerasHead(Head):
         if not finite.all():
             raise HeadError(
                 f"training diverged in epoch {int(np.argmin(finite)) + 1}: "
-                f"lower learning_rate (now {self.parameters.learning_rate:g})"
+                f"choose a lower learning_rate (now {self.parameters.learning_rate:g})"
             )
         self.weights = list(weights)
         if self.parameters.calibrate and data.held_out is not None:
@@ -208,9 +208,9 @@ class KerasHead(Head):
     def _save_weights(self, folder: Path) -> None:
         network = self._built
         if network is None:
-            # Building one for each of hundreds of heads would take longer than training them.
+            # Building one network for each of hundreds of heads would take longer than training them.
             layers = dropout_rates(self.parameters)
-            network = _scratch(self.input_shape, self.pool or "none", self._widths(), tuple(map(bool, layers)))
+            network = _template(self.input_shape, self.pool or "none", self._widths(), tuple(map(bool, layers)))
             network.set_weights(self._weights)
         network.save_weights(folder / "head.weights.h5")
 
@@ -224,8 +224,8 @@ class KerasHead(Head):
             network.load_weights(path)
         except (OSError, ValueError, KeyError) as problem:
             shapes = [tuple(variable.shape) for variable in network.trainable_variables]
-            reason = " ".join(str(problem).partition("Target variable")[0].split())  # then Keras shows the whole matrix
-            raise HeadError(f"{path}: the weights do not fit head.json, which asks for {shapes}: {reason}") from problem
+            reason = " ".join(str(problem).partition("Target variable")[0].split())  # what follows is the whole matrix
+            raise HeadError(f"{path}: the weights do not fit head.json, which expects {shapes}: {reason}") from problem
         check_finite(path, network.get_weights())
         self._built = network
 
@@ -237,13 +237,13 @@ class KerasHead(Head):
 
 @functools.cache
 def standardize_layer() -> Any:
-    """The Keras layer class ``(x - mean) / std``: constants, no weights. Made late, as Keras is slow to import."""
+    """The Keras layer class ``(x - mean) / std``, without weights. It is made on first use: Keras imports slowly."""
     keras = load_keras()
     base: Any = keras.layers.Layer
 
     @keras.saving.register_keras_serializable(package="bottleneck")
     class Standardize(base):
-        """``(x - mean) / std`` over the last axis."""
+        """Computes ``(x - mean) / std`` along the last axis."""
 
         def __init__(self, mean: Sequence[float], std: Sequence[float], **keywords: Any) -> None:
             super().__init__(**keywords)
@@ -264,7 +264,7 @@ def standardize_layer() -> Any:
 
 
 def build_network(head: KerasHead) -> Any:
-    """The network of a head, from a stored row to logits, with new weights."""
+    """Build the network of a head, from a stored row to logits, with new weights."""
     settings = head.parameters
     standardize = standardize_layer()(head.mean, head.std, name="standardize")
     pool = head.pool or "none"
@@ -274,8 +274,8 @@ def build_network(head: KerasHead) -> Any:
 
 
 @functools.lru_cache(maxsize=8)
-def _scratch(input_shape: tuple[int, ...], pool: str, widths: tuple[int, ...], drops: tuple[bool, ...]) -> Any:
-    """A network whose weights are saved under the same names as those of all heads built so."""
+def _template(input_shape: tuple[int, ...], pool: str, widths: tuple[int, ...], drops: tuple[bool, ...]) -> Any:
+    """A reusable network that saves the weights of any head of this shape under the same names as `build_network`."""
     identity = load_keras().layers.Identity(name="standardize")
     return _chain(input_shape, pool, identity, widths, [0.5 * drop for drop in drops], activation="relu")
 

@@ -1,4 +1,4 @@
-"""Epochs until validation gets no better: one rule for everything that is trained pass by pass."""
+"""Early stopping: one rule for everything that is trained epoch by epoch."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from pipeline.config import History
 
 
 class Patience:
-    """Counts epochs without a lower validation loss, of one training or of many at a time.
+    """Counts the epochs without a lower validation loss, for one head or for many heads at once.
 
     Parameters
     ----------
     limit : int
-        Epochs to wait; 0: for ever.
+        Number of such epochs after which training stops; 0: it never stops early.
     lowest, waited : float and int, or arrays of them
-        Lowest loss so far, and epochs since then.
+        Lowest loss so far, and number of epochs since then.
     """
 
     def __init__(self, limit: int, lowest: Any = np.inf, waited: Any = 0) -> None:
         self.limit, self.lowest, self.waited = limit, lowest, waited
 
     def lower(self, loss: Any) -> Any:
-        """Take the loss of one epoch more; whether it is lower than all before."""
+        """Record the loss of the next epoch and return whether it is lower than all earlier ones."""
         lower = loss < self.lowest
         self.waited = np.where(lower, 0, self.waited + 1)
         self.lowest = np.where(lower, loss, self.lowest)
@@ -34,7 +34,7 @@ class Patience:
 
     @property
     def over(self) -> Any:
-        """Whether the limit is reached."""
+        """Whether training should stop."""
         return self.waited >= self.limit if self.limit else np.zeros(np.shape(self.waited), bool)
 
 
@@ -47,27 +47,27 @@ def train_epochs(
     patience: int,
     progress: Progress | None = None,
 ) -> tuple[History, Any]:
-    """Train pass by pass.
+    """Train epoch by epoch with early stopping.
 
     Parameters
     ----------
     pass_over : callable
-        Trains one epoch, counted from 1; what it returns goes into the history.
+        Trains the epoch of a given number, counted from 1, and returns values for the history.
     measure : callable, optional
-        Log loss and accuracy of the validation rows.
+        Returns log loss and accuracy of the validation rows.
     snapshot : callable
-        Copies what is trained.
+        Returns a copy of the trained weights.
     epochs, patience : int
-        Upper limit of passes; epochs without a lower log loss before training stops, 0: never.
+        Maximum number of epochs; epochs without a lower log loss after which training stops, 0: it never stops early.
     progress : callable, optional
         Called with ("train-head", epochs done, epochs).
 
     Returns
     -------
     history : dict of str to list of float
-        ``epoch``, what ``pass_over`` gives, and with validation ``val_loss val_accuracy``.
+        ``epoch``, the values returned by ``pass_over`` and, with validation, ``val_loss val_accuracy``.
     best : object
-        The snapshot of the epoch with the lowest log loss; without validation, of the last.
+        The snapshot of the epoch with the lowest log loss; without validation, of the last epoch.
     """
     history: History = {"epoch": []}
     waiting, best = Patience(patience), None

@@ -1,5 +1,4 @@
-"""scikit-learn classifiers by their import path: found, made from plain values, and tried on a handful of rows before
-any real ones are spent on them."""
+"""scikit-learn classifiers by import path: found, made from plain values, and tried on a few rows before training."""
 
 from __future__ import annotations
 
@@ -19,17 +18,17 @@ from pipeline.heads.persistence import foreign_types
 from pipeline.presets import is_path
 
 _PATH = re.compile(r"sklearn\.([a-z][a-z_]*)\.([A-Za-z]\w*)")
-TRIAL_ROWS, TRIAL_COLUMNS = 20, 6  # rows of each class
-_SMALL = {"n_estimators": 4, "max_iter": 20, "n_init": 1}  # in a trial
+TRIAL_ROWS, TRIAL_COLUMNS = 20, 6  # size of a trial: rows of each class, and columns
+_SMALL = {"n_estimators": 4, "max_iter": 20, "n_init": 1}  # upper limits in a trial
 
 
 def find_class(path: str) -> Any:
-    """The classifier of ``sklearn.MODULE.CLASS``, as scikit-learn documents it.
+    """Import the classifier ``sklearn.MODULE.CLASS``; it must be public in scikit-learn.
 
     Raises
     ------
     ConfigurationError
-        If there is none; the nearest names are given.
+        If there is no such classifier; the message suggests the nearest name.
     """
     import sklearn
 
@@ -38,32 +37,33 @@ def find_class(path: str) -> Any:
     if match is None or match[1] not in modules:
         received = path.split(".")[1] if path.count(".") else path
         raise ConfigurationError(
-            f"head {path!r}: expected sklearn.MODULE.CLASS, such as sklearn.svm.LinearSVC{nearest(received, modules)}"
+            f"head {path!r}: expected sklearn.MODULE.CLASS such as sklearn.svm.LinearSVC{nearest(received, modules)}"
         )
     module = importlib.import_module(f"sklearn.{match[1]}")
     names = [name for name, found in vars(module).items() if name[0] != "_" and _is_classifier(found)]
     if match[2] not in names:
-        word = "is no classifier" if match[2] in vars(module) else "does not exist"
+        word = "is not a classifier" if match[2] in vars(module) else "does not exist"
         raise ConfigurationError(f"head {path!r} {word}{nearest(match[2], names) or f' (known: {names})'}")
     return getattr(module, match[2])
 
 
 def make_estimator(path: str, params: Mapping[str, Any], seed: int) -> Any:
-    """An unfitted classifier.
+    """Make an unfitted classifier.
 
     Parameters
     ----------
     path : str
         ``sklearn.MODULE.CLASS``.
     params : mapping
-        Arguments. One that is an import path, or a mapping from one to arguments, is a classifier itself.
+        Arguments of the class. A value that is an import path, or a mapping from an import path to arguments, is
+        replaced by that classifier.
     seed : int
-        For every ``random_state`` that is not given.
+        Value of every ``random_state`` that is not given.
 
     Raises
     ------
     ConfigurationError
-        Unknown class or argument (the nearest is named), or one that the class refuses.
+        The class or an argument is unknown (the nearest name is suggested), or the class refuses an argument.
     """
     found = find_class(path)
     known = [name for name in inspect.signature(found).parameters if name not in ("args", "kwargs")]
@@ -82,14 +82,14 @@ def make_estimator(path: str, params: Mapping[str, Any], seed: int) -> Any:
 
 
 def check_estimator(path: str, params: Mapping[str, Any], classes: int = 3) -> None:
-    """Fit a classifier to a handful of rows: its parameters are accepted, and what is fitted can be loaded again.
+    """Fit a classifier to a few rows to check that it accepts its parameters and can be loaded from a run later.
 
-    Of more than three classes it is tried on three.
+    The trial uses at most three classes.
 
     Raises
     ------
     ConfigurationError
-        Saying which parameter, or which types are not on our list.
+        If it fails; the message names the parameter, or the types that are not trusted when loading.
     """
     _tried(path, json.dumps(params, sort_keys=True, default=str), min(classes, 3))
 
@@ -108,7 +108,7 @@ def _tried(path: str, params: str, classes: int) -> None:
     labels = np.repeat(np.arange(classes), TRIAL_ROWS)
     rows = np.random.default_rng(0).normal(size=(len(labels), TRIAL_COLUMNS)).astype(np.float32) + labels[:, None]
     with warnings.catch_warnings(), threadpool_limits(limits=1):
-        warnings.simplefilter("ignore")  # about convergence; real rows will tell
+        warnings.simplefilter("ignore")  # such as those about convergence, which mean nothing on a few rows
         try:
             made.set_params(**small).fit(rows, labels)
         except (TypeError, ValueError, AttributeError, LookupError, ArithmeticError, RuntimeError) as problem:
@@ -116,14 +116,14 @@ def _tried(path: str, params: str, classes: int) -> None:
         foreign = foreign_types(made)
     if foreign:
         raise ConfigurationError(
-            f"head {path!r} is refused: once fitted it holds {', '.join(foreign)}, which is not on the list of types "
-            "that are loaded from a file, so the run could never be opened again"
+            f"head {path!r} is refused: once fitted it contains {', '.join(foreign)}, which is not on the list of types "
+            "that may be loaded from a file, so the run could never be opened again; choose another classifier"
         )
     if not hasattr(made, "predict_proba") and not hasattr(made, "decision_function"):
-        raise ConfigurationError(f"head {path!r} gives neither probabilities nor margins")
+        raise ConfigurationError(f"head {path!r} gives neither probabilities nor margins; choose another classifier")
     wanted = (1,) if classes == 2 else (1, classes)
     if not hasattr(made, "predict_proba") and made.decision_function(rows[:1]).shape != wanted:
-        raise ConfigurationError(f"head {path!r}: one margin per class is needed (decision_function_shape: ovr)")
+        raise ConfigurationError(f"head {path!r}: needs one margin per class; set decision_function_shape: ovr")
 
 
 def _is_classifier(found: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Heads trained and judged on prepared rows, one by one or with their companions; failures come back as text.
+"""Train heads on prepared rows and predict held-out rows, alone or with companions; failures are returned as text.
 
-heads, `Prepared` --fit, folds--> `Fitted`: history, probabilities of validation and of held-out training rows
+heads, `Prepared` --fit, folds--> `Fitted`: history, probabilities of validation rows and of held-out training rows
 """
 
 from __future__ import annotations
@@ -19,14 +19,17 @@ from pipeline.heads.head import Head
 from pipeline.heads.prepared import Prepared
 from pipeline.scores.selection import stratified_folds
 
-# What numerical code raises for data or parameters that it cannot cope with.
+# What numerical code raises for data or parameters that it cannot handle.
 FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, LookupError)
 
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
-    """What training gave: the head, its history, seconds, probabilities of validation rows and of held-out ones, and
-    whether the rows came piece by piece."""
+    """The result of training a head.
+
+    ``seconds`` is the training time, ``probabilities`` float64 (n, c) those of the validation rows, ``out_of_fold``
+    those of the held-out training rows; ``streamed`` says whether the rows were read from the store piece by piece.
+    """
 
     head: Head
     history: History
@@ -37,7 +40,7 @@ class Fitted:
 
 
 def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[int, Fitted | str]:
-    """`fit_head` in a worker."""
+    """Run `fit_head` in a worker; return ``number`` and the result, or the reason of the failure."""
     try:
         return number, fit_head(head, prepared, folds)
     except FAILURES as problem:
@@ -45,7 +48,7 @@ def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[in
 
 
 def fit_head(head: Head, prepared: Prepared, folds: int = 0, progress: Progress | None = None) -> Fitted:
-    """Train and judge one head."""
+    """Train one head and predict the validation rows and, with ``folds``, the held-out training rows."""
     head.warm_up()
     fresh = head.fresh()
     head.folds = folds
@@ -62,14 +65,14 @@ def fit_head(head: Head, prepared: Prepared, folds: int = 0, progress: Progress 
 
 
 def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
-    """Probabilities of training rows, each by a head that was trained, and its strength chosen, without them.
+    """Predict the training rows by cross-validation: each by a head trained, and its penalty chosen, without its fold.
 
-    Columns were standardised once, with all training rows. Early stopping looks at the validation rows.
+    The columns are standardised only once, with all training rows. Early stopping uses the validation rows.
 
     Returns
     -------
     float64, (n, c)
-        NaN for rows that took no part.
+        Probabilities; NaN for rows that are in no fold.
     """
     numbers = stratified_folds(prepared.y, folds, head.seed, prepared.groups)
     found = np.full((len(prepared.y), len(head.classes)), np.nan)
@@ -82,7 +85,7 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
 
 
 def fit_companions(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[Fitted | str]:
-    """Train heads that are `Head.companions` and judge them; a text says why there is nothing."""
+    """Do what `fit_head` does for heads with equal `Head.companions`, together; a text is the reason of a failure."""
     heads[0].warm_up()
     started = time.perf_counter()
     try:
@@ -101,7 +104,7 @@ def fit_companions(heads: Sequence[Head], prepared: Prepared, folds: int) -> lis
 
 
 def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
-    """`cross_validate` for companions; None where training diverged in a fold."""
+    """Do what `cross_validate` does for companions; None where training diverged in a fold."""
     found: list[np.ndarray | None] = [None] * len(heads)
     by_seed = collections.defaultdict(list)
     for number, head in enumerate(heads):
@@ -126,6 +129,6 @@ def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> l
 
 
 def reason_of(problem: BaseException) -> str:
-    """One line for the report."""
+    """Describe a failure in one line; the exception type is named unless the message is one of ours."""
     text = str(problem).strip() or type(problem).__name__
     return text if isinstance(problem, BottleneckError) else f"{type(problem).__name__}: {text.splitlines()[0]}"

@@ -1,7 +1,7 @@
-"""Rows of a store for the heads that are to be trained on them.
+"""Get the rows of a store that heads are trained on.
 
-store --they fit into memory--> read once, `Prepared` in memory or in files
-      --they do not-----------> `FeatureStream`: left in the store, for heads that take pieces; the others are refused
+store --they fit into memory--> read once: `Prepared` in memory or in files
+      --they do not-----------> `FeatureStream`: read piece by piece, by heads that can do so; other heads are refused
 """
 
 from __future__ import annotations
@@ -25,19 +25,20 @@ from pipeline.scores.selection import stratified_folds
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Training and validation rows of one data set, as heads of one pooling take them.
+    """Training and validation rows of one feature set, with one pooling.
 
     Parameters
     ----------
     store : FeatureStore
+        The store to read.
     name : str
-        Data set.
-    pool : str
+        Name of the feature set.
+    pool : {"none", "avg", "max", "flatten"}
         Pooling of spatial features.
     views : int
-        Views of each training row that are looked at.
+        Number of views of each training row that are used.
     memory : int
-        Bytes that training may take.
+        Bytes that training may use.
     """
 
     store: Any
@@ -48,7 +49,7 @@ class Source:
 
     @property
     def need(self) -> int:
-        """Bytes to train in memory: the rows, and as much again for what training makes of them."""
+        """Bytes that training in memory needs: the rows, and the same again for what training makes of them."""
         return 2 * self.views * self.stream("train").nbytes
 
     @property
@@ -57,36 +58,37 @@ class Source:
         return self.need > self.memory
 
     def stream(self, split: str) -> FeatureStream:
-        """The rows of a split, not standardised."""
+        """Make a stream of the rows of a split, not standardised."""
         rows = self.store.rows(split)
         labels, half = self.store.images.labels[rows], self.memory // 2  # the other half is for what training makes
         return FeatureStream(self.store, self.name, rows, labels, half, self.pool)
 
     def check(self, head: Head) -> None:
-        """Refuse a head that cannot be trained on these rows in so much memory.
+        """Refuse a head that cannot be trained on these rows within ``memory``.
 
         Raises
         ------
         HeadError
-            For labels that cannot be trained on; for want of memory, with both figures and the heads that need less.
+            If the labels cannot be trained on, or memory does not suffice; the message then gives both figures and the
+            heads that need less.
         """
         rows = self.stream("train")
         head.check_labels(rows.labels, len(rows))
         if self.streamed and not head.streams:
             can = ", ".join(name for name in PRESETS if make_head(name).streams)
             raise HeadError(
-                f"head {head.name!r} takes all rows at once: {self.views * len(rows)} x {rows.width} features and what it "
-                f"makes of them need {shown(self.need)}, {shown(self.memory)} are allowed. Give more (--memory), "
-                f"another pooling, or a head that is trained piece by piece: {can}"
+                f"head {head.name!r} needs all rows in memory: {self.views * len(rows)} x {rows.width} features and the work "
+                f"on them take {shown(self.need)}, but only {shown(self.memory)} are allowed. Give more (--memory), or use "
+                f"another pooling or a head that reads rows piece by piece: {can}"
             )
 
     def prepare(self, *, scale: bool, folder: Path | None = None) -> Prepared:
-        """The rows, in memory or in the store; with ``folder`` in files instead of in memory.
+        """Prepare the rows in memory, or in files in ``folder``; rows that do not fit into memory stay in the store.
 
         Raises
         ------
         HeadError
-            If they do not fit on the disk.
+            If the files do not fit on the disk.
         """
         train, held_out = self.stream("train"), self.stream("validation")
         groups = train_groups(self.store)
@@ -101,80 +103,83 @@ class Source:
         train, held_out = (dataclasses.replace(rows, mean=mean, std=std) for rows in (train, held_out))
         shape = tuple(self.store.shape(self.name)[2:])
         codes = None if groups is None else group_codes(groups)
-        left = self.memory // 4  # half of it is the stream's
+        left = self.memory // 4  # the stream uses half of the memory
         return Prepared(self.pool, shape, mean, std, train, held_out, codes, memory=left)
 
 
 def train_groups(store: Any) -> list[str] | None:
-    """Group of each training row, where there are groups."""
+    """Group of each training row; None if the store has no groups."""
     groups = store.images.groups
     return None if groups is None else [groups[row] for row in store.rows("train")]
 
 
 def rows_for(head: Head, store: Any, name: str, split: str) -> FeatureStream:
-    """Rows of a split as a trained head takes them: pooled and standardised its way. To be read in their order."""
+    """Make a stream of the rows of a split, pooled and standardised as a trained head needs them, for ordered reading."""
     rows = store.rows(split)
     return FeatureStream(store, name, rows, store.images.labels[rows], 0, head.pool or "none", head.mean, head.std)
 
 
 def feature_set(store: Any, name: str | None) -> str:
-    """A feature set of the store by name, or the only one.
+    """Find a feature set of the store by its name, or the only one.
 
     Raises
     ------
     ConfigurationError
-        If there is none of that name (the nearest is named), or several and none is named.
+        If there is no feature set of that name (the nearest is suggested), or there are several and no name is given.
     """
     if name is not None and name in store.names:
         return name
     if name is not None:
         held = ", ".join(store.names)
-        raise ConfigurationError(f"{store.path}: no data set {name!r}, it holds {held}{nearest(name, store.names)}")
+        raise ConfigurationError(f"{store.path}: no feature set {name!r}, it holds {held}{nearest(name, store.names)}")
     if len(store.names) != 1:
-        raise ConfigurationError(f"{store.path}: several data sets, name one of {', '.join(store.names)} (--features)")
+        raise ConfigurationError(
+            f"{store.path}: several feature sets, choose one (--features): {', '.join(store.names)}"
+        )
     return store.names[0]
 
 
 def views_seen(head: Head, store: Any, name: str) -> int:
-    """Views of each image that a head is trained on."""
+    """Number of views of each image that a head is trained on."""
     return head.views_used(store.shape(name)[1])
 
 
 def needs_rows(store: Any, *splits: str) -> None:
-    """Refuse a store in which a split is empty.
+    """Check that a store has labels and that none of the given splits is empty.
 
     Raises
     ------
     HeadError
-        With the way out.
+        If not; the message says how to mend it.
     """
     if not store.classes:
         raise HeadError(
             f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into a "
-            "folder of its name, or write a CSV manifest path,label, and extract again (features are kept)"
+            "folder named after the class, or write a CSV manifest with the columns path,label, and extract again (existing "
+            "features are kept)"
         )
     for split in splits:
         if not len(store.rows(split)):
             out = ", or leave --test out" if split == "test" else ""
             raise HeadError(
-                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1, or, where the "
-                f"images bring their own splits, --validation-from-train 0.1 (features are kept){out}"
+                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1 or, if the data set "
+                f"has its own splits, with --validation-from-train 0.1 (existing features are kept){out}"
             )
 
 
 def needs_folds(store: Any) -> None:
-    """Refuse a store of whose training rows none can be held out for the others.
+    """Check that the training rows of a store can be divided into folds.
 
     Raises
     ------
     HeadError
-        With the way out.
+        If not; the message says how to mend it.
     """
     names = train_groups(store)
     y = store.images.labels[store.rows("train")]
     if stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() < 0:
         raise HeadError(
-            f"--folds: {store.path}: no class has two training rows, of two groups where there are groups, so that one could "
+            f"--folds: {store.path}: no class has two training rows (in different groups, if there are groups), so none can "
             "be held out; leave --folds out"
         )
 
@@ -183,6 +188,6 @@ def _check_disk(folder: Path, need: int) -> None:
     free = shutil.disk_usage(folder).free
     if need > 0.9 * free:
         raise HeadError(
-            f"{folder.parent}: the standardised rows take {shown(need)} there while the sweep runs, {shown(free)} are "
-            "free. Free some space, or give another --runs folder"
+            f"{folder.parent}: the standardised rows need {shown(need)} of disk space while the sweep runs, but only "
+            f"{shown(free)} are free. Free some space, or give another folder with --runs"
         )

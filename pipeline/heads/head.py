@@ -1,7 +1,8 @@
-"""What every head does, whatever library is behind it.
+"""The interface of all heads, independent of the library that trains them.
 
-Every head does the same to a row: pool it to one vector, standardise that with the training rows' mean and
-standard deviation, compute one logit per class (two classes: one logit m, read as [0, m]), softmax.
+Every head treats a row of features in the same way: it pools the row to one vector, standardises the vector with the
+mean and standard deviation of the training rows, computes one logit per class (for two classes a single logit m, read
+as [0, m]) and applies softmax.
 """
 
 from __future__ import annotations
@@ -23,38 +24,40 @@ from pipeline.presets import Preset
 
 
 class Head(abc.ABC):
-    """A model from features to class probabilities. Made by `pipeline.heads.kinds.make_head` or `load_head`.
+    """A model from features to class probabilities, made by `make_head` or `load_head` of `pipeline.heads.kinds`.
 
     Attributes
     ----------
     name, kind : str
-        Preset; ``"dense"`` or the dotted path of the scikit-learn class.
+        Name of the preset; ``"dense"`` or the dotted path of the scikit-learn class.
     parameters : Settings
-        How it is trained.
+        Training parameters.
     pool : str or None
-        Pooling of spatial features; None until `fit` where the usual one is to be used.
+        Pooling of spatial features. None stands for `usual_pool` and is replaced in `fit`.
     usual_pool : str
-        The preset's default.
+        The preset's default pooling.
     classes : tuple of str
         Class names, in label order.
     layer, fingerprint : str
-        Backbone layer and fingerprint of the features.
+        Layer of the network that the features come from, and their fingerprint.
     input_shape : tuple of int
         Shape of one stored row.
     mean, std : float32, (d,)
-        Of the pooled training rows; ``std`` has a lower bound, see `pipeline.heads.pooling.LEAST_DEVIATION`.
-    temperature : float
-        Margins are divided by it.
+        Statistics of the pooled training rows; ``std`` has a lower bound, see
+        `pipeline.heads.pooling.LEAST_DEVIATION`.
+    temperature : float, > 0
+        Logits or margins are divided by it before softmax.
     folds : int
-        Set it before `fit` to have predictions of held-out training rows in `out_of_fold`, where fitting makes them
-        anyway.
+        Number of folds for which `fit` should keep held-out predictions in `out_of_fold`. They are kept only where
+        fitting computes them anyway.
     out_of_fold : float64, (n, c), or None
-        Probabilities of the training rows, each by a model that had not seen it; NaN for rows that took no part.
+        Probabilities of the training rows, each predicted by a model that was not trained on it; NaN for rows that
+        were in no fold.
     parallel : bool
-        Whether several heads are trained by processes side by side; False: in this process, alone or beside their
-        `companions`.
+        True: several heads are trained in parallel processes. False: they are trained in this process, alone or
+        together with their `companions`.
     file_model : type
-        What ``head.json`` holds.
+        Schema of ``head.json``.
     """
 
     parallel: bool = True
@@ -95,7 +98,7 @@ class Head(abc.ABC):
         groups: Sequence[str] | None = None,
         progress: Progress | None = None,
     ) -> History:
-        """Train.
+        """Train the head.
 
         Parameters
         ----------
@@ -104,21 +107,21 @@ class Head(abc.ABC):
         y : int32, (n,), 0 to c - 1
             Labels; every class must occur.
         X_validation, y_validation : optional
-            For early stopping of Keras heads; scikit-learn heads do not look at them.
+            Validation rows for early stopping of dense heads; scikit-learn heads ignore them.
         groups : sequence of str, optional
-            Rows of one group (patient, animal, scene) stay together where cross-validation chooses something.
+            Group (patient, animal, scene) of each row. Cross-validation keeps the rows of a group in one fold.
         progress : callable, optional
             Called with ("train-head", done, total).
 
         Returns
         -------
         dict of str to list of float
-            Columns of ``history.csv``: epochs, or the grid that was searched.
+            Columns of ``history.csv``: one row per epoch, or per parameter value that was tried.
 
         Raises
         ------
         HeadError
-            Features that are not finite or cannot be pooled so, a class without rows, diverging training.
+            Features are not finite or cannot be pooled in this way, a class has no rows, or training diverges.
         """
         y = np.asarray(y)
         self.check_labels(y, len(X))
@@ -134,24 +137,24 @@ class Head(abc.ABC):
         return self.fit_prepared(prepared, progress)
 
     def fit_prepared(self, prepared: Prepared, progress: Progress | None = None) -> History:
-        """Train on rows that are pooled and standardised already, as this head wants them; they are not changed."""
+        """Train on rows that are already pooled and standardised as this head needs them. They are not modified."""
         self.adopt(prepared)
         return self._train(prepared, progress or (lambda stage, done, total: None))
 
     def adopt(self, prepared: Prepared) -> None:
-        """Take over how rows were prepared.
+        """Copy pooling, input shape, mean and standard deviation from prepared rows.
 
         Raises
         ------
         HeadError
-            For labels that cannot be trained on.
+            If the head cannot be trained on their labels.
         """
         self.check_labels(prepared.y, len(prepared.train))
         self.pool, self.input_shape = prepared.pool, prepared.input_shape
         self.mean, self.std = prepared.mean, prepared.std
 
     def fresh(self) -> Self:
-        """The same head, not trained."""
+        """Make an untrained head with the same configuration."""
         new = type(self)(
             self.name, self.kind, self.parameters, pool=self.pool, usual_pool=self.usual_pool, seed=self.seed
         )
@@ -165,58 +168,58 @@ class Head(abc.ABC):
 
     @property
     def streams(self) -> bool:
-        """Whether it can be trained on rows that come piece by piece."""
+        """Whether the head can be trained on rows that are read from the store piece by piece."""
         return False
 
     @property
     def companions(self) -> Hashable | None:
-        """Heads for which this is equal can be trained by one `train_together`; None: each is trained alone."""
+        """Key that is equal for heads which one call of `train_together` can train; None: the head trains alone."""
         return None
 
     @classmethod
     def train_together(cls, heads: Sequence[Self], data: Prepared) -> list[History | HeadError]:
-        """Train heads that are companions; the history of each, or why there is none."""
+        """Train heads with equal `companions`. Each gets its history, or the error that explains why it has none."""
         return [head.fit_prepared(data) for head in heads]
 
     def fit_bytes(self, rows: int, columns: int, views: int = 1) -> int:
-        """Bytes that fitting allocates beside the rows, about; 0 where it is little.
+        """Estimate the bytes that fitting allocates in addition to the rows; 0 where they are few.
 
         Parameters
         ----------
         rows, columns : int
-            Training images, and numbers of each after pooling.
+            Number of training images, and length of their vectors after pooling.
         views : int
-            Views of each image that are trained on.
+            Number of views of each image used for training.
         """
         return 0
 
     @classmethod
     def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
-        """Parameters of a preset with some of them given.
+        """Replace some parameters of a preset by given values.
 
         Raises
         ------
         ConfigurationError
-            For one that it does not have, or a value that it does not take.
+            If the head does not have a given parameter, or does not accept its value.
         """
         return parse(type(preset.parameters), {**preset.parameters.model_dump(), **params}, f"head {name!r}")
 
     @classmethod
     @abc.abstractmethod
     def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:
-        """Name and parameters of a head that is read from ``head.json``; how it was trained stands in the run."""
+        """Name and parameters of a head read from ``head.json``. The training settings are in the run's config."""
 
     @classmethod
     def has_dense_form(cls, kind: str) -> bool:
-        """Whether heads of that kind have the form that `as_dense` gives."""
+        """Whether `as_dense` works for heads of this kind."""
         return False
 
     def views_used(self, stored: int) -> int:
-        """How many views of each image training looks at, of so many that there are."""
+        """Number of views of each image that training uses, given how many are stored."""
         return stored
 
     def predict_proba(self, X: np.ndarray) -> np.ndarray:
-        """Class probabilities.
+        """Predict class probabilities from stored features.
 
         Parameters
         ----------
@@ -232,12 +235,12 @@ class Head(abc.ABC):
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
 
     def predict_rows(self, rows: Rows) -> np.ndarray:
-        """Class probabilities of rows that are pooled and standardised as those of `fit_prepared`: float64, (n, c)."""
+        """Predict class probabilities, float64 (n, c), of rows prepared in the same way as those of `fit_prepared`."""
         parts = [self._probabilities(Z) for _, Z in rows.pieces()]
         return np.concatenate(parts) if parts else np.zeros((0, len(self.classes)))
 
     def predict_views(self, pieces: Iterable[tuple[slice, np.ndarray]]) -> np.ndarray:
-        """Class probabilities averaged over views: of pieces of rows (k, K, d) as of `predict_rows`, float64, (n, c)."""
+        """Predict class probabilities, float64 (n, c), averaged over the views of each row; pieces are (k, K, d)."""
         parts = [np.zeros((0, len(self.classes)))]
         for _, Z in pieces:
             values = self._probabilities(Z.reshape(-1, Z.shape[2]))
@@ -245,37 +248,37 @@ class Head(abc.ABC):
         return np.concatenate(parts)
 
     def save(self, folder: Path) -> None:
-        """Write ``head.json`` and the weights into an existing folder."""
+        """Write ``head.json`` and the weights to an existing folder."""
         self._check_fitted()
         (folder / "head.json").write_text(json.dumps(self._description()) + "\n", encoding="utf-8")
         self._save_weights(folder)
 
     @property
     def network(self) -> Any:
-        """A functional ``keras.Model`` from a stored row (``input_shape``) to logits, everything included.
+        """Functional ``keras.Model`` from a stored row (``input_shape``) to logits, with pooling and standardisation.
 
-        Softmax of the logits divided by `temperature` is `predict_proba` (sigmoid of the one logit of two classes).
+        Softmax of the logits divided by `temperature` equals `predict_proba` (for two classes: sigmoid of one logit).
         """
         self._check_fitted()
         return self._network()
 
     @abc.abstractmethod
     def warm_up(self) -> None:
-        """Import the library behind the head, so that the time of `fit` is its own."""
+        """Import the library that trains the head, so that the measured time of `fit` does not include the import."""
 
     @property
     @abc.abstractmethod
     def parameter_count(self) -> int | None:
-        """Trained numbers; None where the notion does not apply."""
+        """Number of trained parameters; None where counting them makes no sense (neighbours, trees)."""
 
     @property
     @abc.abstractmethod
     def files(self) -> tuple[str, ...]:
-        """Names of the files that `save` writes."""
+        """Names of the files written by `save`."""
 
     @abc.abstractmethod
     def as_dense(self) -> Head:
-        """The same function as a head of dense layers, which can be fine-tuned; `HeadError` if there is none."""
+        """An equivalent head of dense layers, which can be fine-tuned; `HeadError` if there is none."""
 
     @abc.abstractmethod
     def _train(self, data: Prepared, progress: Progress) -> History: ...
@@ -305,34 +308,36 @@ class Head(abc.ABC):
 
     def _check_fitted(self) -> None:
         if not self.input_shape:
-            raise HeadError(f"head {self.name!r} is not trained yet; call fit first")
+            raise HeadError(f"head {self.name!r} is not trained yet; call fit() first")
 
     def check_labels(self, y: np.ndarray, rows: int) -> None:
-        """Refuse labels that cannot be trained on.
+        """Refuse labels that no head can be trained on.
 
         Raises
         ------
         HeadError
-            Unlabelled rows, labels outside the classes, a class without rows, one class.
+            Rows are unlabelled, a label is outside the classes, a class has no rows, or there is only one class.
         """
         if y.shape != (rows,) or not rows:
-            raise HeadError(f"labels: received shape {y.shape} for {rows} rows of features")
+            raise HeadError(f"labels: received shape {y.shape}, expected one label for each of {rows} rows of features")
         if y.min() < 0:
-            raise HeadError(f"labels: {int((y < 0).sum())} training rows are unlabelled (-1)")
+            raise HeadError(
+                f"labels: {int((y < 0).sum())} training rows are unlabelled (-1); label them or leave them out"
+            )
         self.classes = self.classes or tuple(str(k) for k in range(int(y.max()) + 1))
         counts = np.bincount(y, minlength=len(self.classes))
         if len(counts) > len(self.classes):
-            raise HeadError(f"labels: received {len(counts) - 1}, expected 0 to {len(self.classes) - 1}")
+            raise HeadError(f"labels: received a label of {len(counts) - 1}, expected 0 to {len(self.classes) - 1}")
         missing = [repr(self.classes[k]) for k in np.flatnonzero(counts == 0)]
         if missing:
             raise HeadError(
-                f"no training rows of {', '.join(missing)}: every class needs some; "
-                "give the class more images or another split (--split), or leave it out"
+                f"no training rows of {', '.join(missing)}: every class needs at least one. "
+                "Add images of the class, choose another split (--split), or leave the class out"
             )
         if len(self.classes) < 2:
             raise HeadError(
-                f"all training rows are of one class ({self.classes[0]!r}); a classifier needs two. Add images of another "
-                "class and extract again (features are kept)"
+                f"all training rows are of one class ({self.classes[0]!r}), but a classifier needs at least two. Add images "
+                "of another class and extract again (existing features are kept)"
             )
 
     def _description(self) -> dict[str, Any]:
@@ -354,11 +359,11 @@ class Head(abc.ABC):
 
 
 def two_columns(margins: np.ndarray) -> np.ndarray:
-    """One margin m of two classes becomes [0, m]."""
+    """Turn the single margin m of two classes into [0, m]; leave the margins of more classes as they are."""
     return np.hstack([np.zeros_like(margins), margins]) if margins.shape[1] == 1 else margins
 
 
 def check_finite(path: Path, weights: Sequence[np.ndarray]) -> None:
-    """Refuse a file whose weights hold NaN or infinity."""
+    """Raise ``HeadError`` if any weight read from ``path`` is NaN or infinite."""
     if not all(np.isfinite(values).all() for values in weights):
         raise HeadError(f"{path}: holds weights that are not finite; train the head again")

@@ -1,6 +1,6 @@
-"""Training of dense heads by Keras, batch by batch, for what the bank does not do: deep heads, SGD, BatchNorm, mixup.
+"""Train dense heads with Keras where the bank cannot: several hidden layers, SGD, BatchNorm, mixup.
 
-rows --an epoch in random order, a view of each--> batches --mixup--> train_on_batch --> plain dense layers
+rows --shuffled each epoch, one view of each--> batches --mixup--> train_on_batch --> plain dense layers
 """
 
 from __future__ import annotations
@@ -35,24 +35,24 @@ def fit_dense(
     Parameters
     ----------
     settings : DenseParameters
-        What and how.
+        Layers and training settings.
     data : Prepared
-        Rows, wherever they are: a batch is read at a time.
+        Training and validation rows, read one batch at a time.
     classes : int
-        Two classes have one logit.
+        Number of classes; two classes have a single logit.
     seed : int
-        Of initial values, dropout, noise and mixup.
+        Random seed of initial weights, dropout, noise and mixup.
     class_weights : sequence of float, optional
-        Weight of a row in the loss by its class.
+        Weight of each class in the loss.
     progress : callable
         Called with ("train-head", epochs done, epochs).
 
     Returns
     -------
     weights : list of float32 arrays
-        Kernel and bias of each dense layer, BatchNorm folded in.
+        Kernel and bias of each dense layer, with BatchNorm folded in.
     history : dict of str to list of float
-        ``epoch loss``, with validation rows ``val_loss val_accuracy``.
+        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy``.
 
     Raises
     ------
@@ -79,10 +79,12 @@ def fit_dense(
             batch: tuple[np.ndarray, ...] = X[:, 0], targets[y], weights[y]
             if settings.mixup:
                 batch = _mixed(batch, settings.mixup, seed, (epoch - 1) * steps + number)
-            body.reset_metrics()  # else Keras gives the mean over all batches so far
+            body.reset_metrics()  # otherwise Keras returns the mean over all batches so far
             total += len(y) * float(body.train_on_batch(*batch, return_dict=True)["loss"])
         if not np.isfinite(total):
-            raise HeadError(f"training diverged in epoch {epoch}: lower learning_rate (now {settings.learning_rate:g})")
+            raise HeadError(
+                f"training diverged in epoch {epoch}: choose a lower learning_rate (now {settings.learning_rate:g})"
+            )
         return {"loss": total / len(train)}
 
     def measure() -> tuple[float, float]:
@@ -90,7 +92,7 @@ def fit_dense(
         parts = [keras.ops.convert_to_numpy(body(Z, training=False)) for _, Z in held_out.pieces()]
         logits = two_columns(np.concatenate(parts).astype(np.float64))
         right = float(np.mean(logits.argmax(axis=1) == held_out.labels))
-        return log_loss(softmax(logits), held_out.labels), right  # without the penalty of l2
+        return log_loss(softmax(logits), held_out.labels), right  # without the l2 penalty
 
     history, best = train_epochs(
         pass_over,
@@ -105,7 +107,7 @@ def fit_dense(
 
 
 def _mixed(batch: tuple[np.ndarray, ...], mixup: float, seed: int, step: int) -> tuple[np.ndarray, ...]:
-    """Rows, targets and weights of a batch, mixed in pairs with one share."""
+    """Mix the rows, targets and weights of a batch in pairs, all with the same share."""
     generator = np.random.Generator(np.random.Philox(key=np.array([seed, step], np.uint64)))
     share = np.float32(generator.beta(mixup, mixup))
     other = generator.permutation(len(batch[0]))
@@ -113,25 +115,25 @@ def _mixed(batch: tuple[np.ndarray, ...], mixup: float, seed: int, step: int) ->
 
 
 def dropout_rates(settings: DenseParameters) -> list[float]:
-    """Rate in front of each dense layer.
+    """Dropout rate before each dense layer.
 
     Raises
     ------
     ConfigurationError
-        For another number of rates than of dense layers.
+        If the number of rates is not the number of dense layers.
     """
     layers = len(settings.hidden) + 1
     if isinstance(settings.dropout, tuple):
         if len(settings.dropout) != layers:
             raise ConfigurationError(
-                f"dropout: received {len(settings.dropout)} rates, expected {layers}, one in front of each dense layer"
+                f"dropout: received {len(settings.dropout)} rates, expected {layers}, one before each dense layer"
             )
         return list(settings.dropout)
     return [0.0] + [settings.dropout] * (layers - 1) if layers > 1 else [settings.dropout]
 
 
 def _training_body(settings: DenseParameters, width: int, outputs: int) -> tuple[Any, Any]:
-    """The network as it is trained, and a function that gives its weights as plain dense layers."""
+    """The layers to train, and a function that returns their weights as plain dense layers."""
     keras = load_keras()
     layers = keras.layers
     penalty = keras.regularizers.L2(settings.l2) if settings.l2 else None
@@ -143,7 +145,7 @@ def _training_body(settings: DenseParameters, width: int, outputs: int) -> tuple
         if rate:
             tensor = layers.Dropout(rate)(tensor)
         if units is None:
-            # Zeros: a head starts at even chances, and a linear one needs no luck.
+            # With zeros all classes are equally likely at first, and a linear head does not depend on the seed.
             dense = layers.Dense(outputs, kernel_initializer="zeros", kernel_regularizer=penalty)
             tensor = dense(tensor)
             pairs.append((dense, None))

@@ -1,7 +1,7 @@
-"""The kinds of head: made by name, read back from a file. All are behind the interface of `pipeline.heads.head.Head`.
+"""The kinds of head: heads are made by name here and loaded from files. All implement `pipeline.heads.head.Head`.
 
-`KINDS` has a row for each. What a name stands for is in `pipeline.presets`; dense layers are in `pipeline.heads.dense`,
-scikit-learn classifiers in `pipeline.heads.classifiers`.
+`KINDS` has one row per kind. Names of heads are defined in `pipeline.presets`, heads of dense layers in
+`pipeline.heads.dense`, scikit-learn classifiers in `pipeline.heads.classifiers`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ KINDS: dict[str, type[Head]] = {DENSE: KerasHead, **dict.fromkeys(CLASSIFIERS, S
 
 
 def register(name: str, preset: Preset, kind: type[Head]) -> None:
-    """Add a head under a name of its own, and its kind; afterwards it can be trained, swept, saved and loaded."""
+    """Register a named head and its kind. From then on it can be trained, used in sweeps, saved and loaded."""
     PRESETS[name], KINDS[preset.kind] = preset, kind
 
 
@@ -43,7 +43,7 @@ def make_head(
     fingerprint: str = "",
     **params: Any,
 ) -> Head:
-    """An untrained head.
+    """Make an untrained head.
 
     Parameters
     ----------
@@ -52,18 +52,18 @@ def make_head(
     pool : {"none", "avg", "max", "flatten"}, optional
         Pooling of spatial features; default: the preset's. Features that are vectors need none.
     seed : int
-        Seed of the folds, initial values, dropout and the order of rows.
+        Random seed of the folds, initial weights, dropout and row order.
     classes : sequence of str
-        Class names; default: ``"0"``, ``"1"``, ... as far as the labels go.
+        Class names; default: ``"0"``, ``"1"``, ... up to the highest label.
     layer, fingerprint : str
-        Kept in ``head.json``.
+        Stored in ``head.json``.
     **params
         Parameters of the preset: fields of `LogisticParameters`, ..., `DenseParameters`.
 
     Raises
     ------
     ConfigurationError
-        Unknown head, parameter or pooling.
+        If the head, a parameter or the pooling is unknown.
     """
     if pool is not None:
         check_choice("pool", pool, POOLINGS)
@@ -76,12 +76,12 @@ def make_head(
 
 
 def load_head(folder: str | Path) -> Head:
-    """Rebuild a saved head. The folder is untrusted input: nothing in it is executed.
+    """Load a saved head. The folder is untrusted input: nothing in it is executed.
 
     Raises
     ------
     HeadError
-        A missing or malformed file, weights of other shapes, or a type that is not on our list.
+        A file is missing or malformed, weights have the wrong shape, or a type is not on the list of trusted types.
     """
     folder = Path(folder)
     path = folder / "head.json"
@@ -101,22 +101,22 @@ def load_head(folder: str | Path) -> Head:
     columns = pooled_width(stored.input_shape, stored.pool)
     if (len(head.mean), len(head.std)) != (columns, columns):
         raise HeadError(
-            f"{path}: scaler has {len(head.mean)} means and {len(head.std)} deviations, expected {columns} for "
-            f"features {stored.input_shape} pooled by {stored.pool!r}"
+            f"{path}: scaler has {len(head.mean)} means and {len(head.std)} deviations, expected {columns} of each for "
+            f"features of shape {stored.input_shape} with pooling {stored.pool!r}; train the head again"
         )
     head._load_weights(folder)
     return head
 
 
 def head_of(run: Run) -> Head:
-    """The head of a run, rebuilt from its files.
+    """Load the head of a run from the run folder.
 
     Raises
     ------
     HeadError
-        If a file of it is malformed.
+        If one of its files is malformed.
     RunError
-        If it is not the head of this run.
+        If the head in the folder belongs to another run.
     """
     head = load_head(run.folder)
     for name, own, noted in (
@@ -124,18 +124,20 @@ def head_of(run: Run) -> Head:
         ("fingerprint", head.fingerprint, run.config["features"]["fingerprint"]),
     ):
         if own != noted:
-            raise RunError(f"{run.folder / 'head.json'}: {name} is {own!r}, config.yaml says {noted!r}")
+            raise RunError(
+                f"{run.folder / 'head.json'}: {name} is {own!r}, but config.yaml says {noted!r}; train the head again"
+            )
     head.name = run.config["head"]["name"]
     return head
 
 
 def can_finetune(run: Run) -> bool:
-    """Whether the head of a run is a Keras network, or equal to one, so that fine-tuning can start from it."""
+    """Whether fine-tuning can start from a run: its head is a Keras network or has an equivalent one."""
     name = run.config["head"]["name"]
     kind = PRESETS[name].kind if name in PRESETS else name
     return set(KerasHead.files) <= set(run.config["model"]) or KINDS.get(kind, EstimatorHead).has_dense_form(kind)
 
 
 def resolve_pool(name: str, pool: str | None, shape: Sequence[int]) -> str:
-    """Pooling of a preset for rows of this shape; see `pipeline.heads.pooling.choose_pool`."""
+    """Choose the pooling for rows of this shape, by default that of the preset; see `pooling.choose_pool`."""
     return choose_pool(pool, find_preset(name).pool, shape)

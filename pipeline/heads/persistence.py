@@ -1,4 +1,4 @@
-"""scikit-learn classifiers in skops files: written, and read with our own list of types, never the file's."""
+"""Write scikit-learn classifiers to skops files, and read them with a fixed list of trusted types."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ import numpy as np
 
 from features.errors import HeadError
 
-# The only types that a head.skops may name besides those that skops 0.16 trusts by itself. Never extended by
-# what a file asks for.
+# The only types that a head.skops may contain besides those that skops 0.16 trusts by itself. The list is never
+# extended by what a file asks for.
 TRUSTED_TYPES = (
     "sklearn.calibration._CalibratedClassifier",
     "sklearn.calibration._SigmoidCalibration",
@@ -28,26 +28,26 @@ TRUSTED_TYPES = (
 
 
 def foreign_types(estimator: Any) -> list[str]:
-    """Types in a fitted estimator that would not be loaded from a file again."""
+    """Types in a fitted estimator that `load_estimator` would refuse."""
     import skops.io
 
     return sorted(set(skops.io.get_untrusted_types(data=skops.io.dumps(estimator))) - set(TRUSTED_TYPES))
 
 
 def save_estimator(estimator: Any, path: Path) -> None:
-    """Write a skops file."""
+    """Write a fitted estimator to a skops file."""
     import skops.io
 
     skops.io.dump(estimator, path)
 
 
 def load_estimator(path: Path) -> Any:
-    """Read a skops file.
+    """Read an estimator from a skops file, which is untrusted input.
 
     Raises
     ------
     HeadError
-        For a type that is not on the list, and for what is no skops file.
+        If the file contains a type that is not trusted, or is not a valid skops file.
     """
     import skops.io
     from skops.io.exceptions import UntrustedTypesFoundException
@@ -55,27 +55,28 @@ def load_estimator(path: Path) -> Any:
     try:
         foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED_TYPES))
         if foreign:
-            raise HeadError(f"{path}: holds types that are not loaded from a file: {', '.join(foreign)}")
+            raise HeadError(f"{path}: contains types that must not be loaded from a file: {', '.join(foreign)}")
         estimator = skops.io.load(path, trusted=list(TRUSTED_TYPES))
         check_structures(estimator, path)
         return estimator
     except (zipfile.BadZipFile, UntrustedTypesFoundException, OSError) as problem:
-        raise HeadError(f"{path}: is not a head that can be loaded: {problem}") from problem
+        raise HeadError(f"{path}: cannot be loaded as a head: {problem}; train the head again") from problem
     except (ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RecursionError) as problem:
         if isinstance(problem, HeadError):
             raise
-        raise HeadError(f"{path}: is not a head that can be loaded: {problem!r}") from problem
+        raise HeadError(f"{path}: cannot be loaded as a head: {problem!r}; train the head again") from problem
 
 
 def check_structures(estimator: Any, path: Path) -> None:
-    """Refuse trees whose indices lead outside of them: scikit-learn follows them in C without looking.
+    """Refuse estimators whose indices are out of bounds: scikit-learn follows them in C without a check.
 
-    Neighbour trees are built anew from their rows, support vectors are counted.
+    Decision trees are checked node by node, the counts of support vectors must agree, and neighbour trees are rebuilt
+    from their rows.
 
     Raises
     ------
     HeadError
-        Naming the file.
+        If an index or a count is wrong; the message names the file.
     """
     for item in _parts(estimator, set()):
         kind = type(item).__name__
@@ -106,11 +107,13 @@ def check_structures(estimator: Any, path: Path) -> None:
         else:
             continue
         if not good:
-            raise HeadError(f"{path}: its {kind} leads outside of itself; the file was edited or damaged")
+            raise HeadError(
+                f"{path}: its {kind} has indices out of bounds; the file was edited or damaged, train again"
+            )
 
 
 def _leads_on(nodes: Any, left: str, right: str, feature: str, leaf: np.ndarray, width: int) -> bool:
-    """Whether every inner node leads to later ones and asks for a column that there is."""
+    """Whether every inner node leads to later nodes and tests an existing column."""
     inner = np.flatnonzero(~leaf)
     sides = [nodes[name][inner].astype(np.int64) for name in (left, right)]
     columns = nodes[feature][inner].astype(np.int64)
@@ -119,7 +122,7 @@ def _leads_on(nodes: Any, left: str, right: str, feature: str, leaf: np.ndarray,
 
 
 def _parts(item: Any, seen: set[int]) -> Iterator[Any]:
-    """An estimator and everything of scikit-learn inside it."""
+    """Yield an estimator and all scikit-learn objects inside it."""
     if id(item) in seen or isinstance(item, str | bytes | int | float | type(None)):
         return
     seen.add(id(item))

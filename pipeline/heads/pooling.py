@@ -1,4 +1,4 @@
-"""From stored features to vectors, and the statistics that standardise them."""
+"""Pool stored features to vectors, and compute the statistics that standardise them."""
 
 from __future__ import annotations
 
@@ -9,43 +9,47 @@ import numpy as np
 from features.errors import HeadError
 
 CHUNK_BYTES = 16 << 20
-LEAST_DEVIATION = 0.1  # of a column, as a share of the root mean square over all columns
+LEAST_DEVIATION = 0.1  # lower bound of a column's deviation, as a share of the root mean square over all columns
 
 
 def choose_pool(asked: str | None, usual: str, shape: Sequence[int]) -> str:
-    """Pooling for rows of this shape: what was asked for, else the usual one; ``none`` for vectors.
+    """Choose the pooling for rows of this shape: ``asked``, or else ``usual``; always ``none`` for vectors.
 
     Raises
     ------
     HeadError
-        For rows that are neither (d,) nor (h, w, c), and for poolings that make no vector of them.
+        If rows are neither (d,) nor (h, w, c), or the pooling does not turn them into vectors.
     """
     if len(shape) == 1:
         if asked in ("avg", "max"):
-            raise HeadError(f"pool: {asked!r} needs spatial features, these are vectors of {shape[0]}; leave it out")
+            raise HeadError(
+                f"pool: {asked!r} needs spatial features, but these are vectors of length {shape[0]}; leave --pool out"
+            )
         return "none"
     if len(shape) != 3:
-        raise HeadError(f"features: rows of shape {tuple(shape)}; heads take (d,) or (h, w, c)")
+        raise HeadError(f"features: received rows of shape {tuple(shape)}, but heads expect (d,) or (h, w, c)")
     chosen = asked or usual
     if chosen == "none":
-        raise HeadError(f"pool: 'none' leaves {tuple(shape)}, a head needs a vector; use avg, max or flatten")
+        raise HeadError(
+            f"pool: 'none' leaves rows of shape {tuple(shape)}, but heads need vectors; use avg, max or flatten"
+        )
     return chosen
 
 
 def pooled_width(shape: Sequence[int], pool: str) -> int:
-    """Columns after pooling."""
+    """Number of columns after pooling."""
     return int(np.prod(shape)) if pool in ("none", "flatten") else shape[-1]
 
 
 def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) -> np.ndarray:
-    """Pool rows to vectors, a piece at a time; always a copy, into ``out`` where it is given.
+    """Pool rows to vectors, piece by piece. The result is always a copy, written to ``out`` if it is given.
 
     Parameters
     ----------
     X : float16 or float32, (n, d) or (n, h, w, c)
-        Features, as stored; averages are taken in float32.
+        Features, as stored; averages are computed in float32.
     pool : {"none", "avg", "max", "flatten"}
-        How.
+        Pooling of spatial features.
 
     Returns
     -------
@@ -54,7 +58,7 @@ def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) ->
     Raises
     ------
     HeadError
-        If values are not finite; the number of rows is named.
+        If values are not finite; the message gives the number of such rows.
     """
     pooled = np.empty((len(X), pooled_width(X.shape[1:], pool)), dtype=np.float32) if out is None else out
     bad = 0
@@ -72,19 +76,19 @@ def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) ->
 
 
 def check_rows(X: np.ndarray, shape: Sequence[int]) -> None:
-    """Refuse rows of another shape.
+    """Refuse rows of the wrong shape.
 
     Raises
     ------
     HeadError
-        Naming both.
+        If the shapes differ; the message gives both.
     """
     if X.shape[1:] != tuple(shape):
-        raise HeadError(f"features: received rows of shape {X.shape[1:]}, this head takes {tuple(shape)}")
+        raise HeadError(f"features: received rows of shape {X.shape[1:]}, but this head expects {tuple(shape)}")
 
 
 def chunks(X: np.ndarray) -> Iterator[slice]:
-    """Rows in pieces of at most `CHUNK_BYTES`, counted as float32."""
+    """Slices that cut the rows into pieces of at most `CHUNK_BYTES`, counted as float32."""
     rows = max(1, CHUNK_BYTES // max(1, 4 * int(np.prod(X.shape[1:]))))
     return (slice(start, start + rows) for start in range(0, len(X), rows))
 
@@ -92,10 +96,10 @@ def chunks(X: np.ndarray) -> Iterator[slice]:
 def column_statistics(pieces: Iterable[np.ndarray], width: int) -> tuple[np.ndarray, np.ndarray]:
     """Mean and standard deviation of each column, float32, (d,), in one pass over pieces of rows, (k, d).
 
-    Sums are float64, put together as by Chan, Golub and LeVeque (The American Statistician 37, 1983, equation 1.5). The
-    deviation is at least `LEAST_DEVIATION`: dividing by that of a column that hardly varies (5e-7 was met) would blow up
-    whatever the column does on other images, and every step of fine-tuning behind it. Where nothing varies at all, all
-    deviations are 1.
+    Sums are float64 and combined as in Chan, Golub and LeVeque (The American Statistician 37, 1983, equation 1.5). The
+    deviation has the lower bound `LEAST_DEVIATION`: dividing by the deviation of a nearly constant column (5e-7 has
+    occurred) would amplify any difference on other images, and every step of later fine-tuning. If no column varies,
+    all deviations are 1.
     """
     count = 0
     mean, squares = np.zeros(width), np.zeros(width)

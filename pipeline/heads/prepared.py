@@ -1,10 +1,9 @@
-"""Rows as heads are trained on: selected, pooled and standardised once; in memory, in files that processes share, or
-still in the store.
+"""Prepared rows: selected, pooled and standardised once. They are in memory, in files shared by processes, or in the store.
 
     arrays | store --pool--> views (n, K, d) --mean and deviation of view 0--> `Prepared` --epochs, pieces--> heads
 
-Where an image has several views, dense heads draw one of them per epoch, scikit-learn heads see all, as rows of their
-own; what is scored is view 0.
+If an image has several views, dense heads draw one of them in each epoch, and scikit-learn heads use all of them as
+separate rows. Scores are computed on view 0.
 """
 
 from __future__ import annotations
@@ -20,41 +19,41 @@ import numpy as np
 from pipeline.heads.pooling import check_rows, chunks, column_statistics, pool_features, pooled_width
 
 Batch = tuple[np.ndarray, np.ndarray]
-PLAIN = (False,)  # one copy of each row, view 0
+PLAIN = (False,)  # value of ``draws`` for view 0 only
 
 
 class Rows(Protocol):
-    """Vectors with their labels, wherever they are: `ArrayRows`, or `pipeline.heads.streaming.FeatureStream`."""
+    """Vectors and labels, in memory (`ArrayRows`) or in the store (`pipeline.heads.streaming.FeatureStream`)."""
 
     @property
     def labels(self) -> np.ndarray:
-        """int32, (n,)."""
+        """Label of each row: int32, (n,)."""
 
     @property
     def views(self) -> int:
-        """Views of each row."""
+        """Number of views of each row."""
 
     @property
     def width(self) -> int:
-        """Columns."""
+        """Number of columns."""
 
     @property
     def at_once(self) -> int:
-        """Rows that may be asked for at once."""
+        """Number of rows that may be requested in one batch."""
 
     def __len__(self) -> int: ...
 
     def epoch(self, number: int, *, size: int, seed: int, draws: Sequence[bool] = PLAIN) -> Iterator[Batch]:
-        """Every row once, shuffled, ``size`` at a time; only the last piece is smaller.
+        """Every row once, in random order, in batches of ``size`` rows; only the last batch may be smaller.
 
         Parameters
         ----------
         number : int
-            Of the epoch, from 0.
+            Number of the epoch, from 0.
         seed : int
-            Of the order, and of the views.
+            Random seed of the order and of the views.
         draws : sequence of bool
-            What is wanted of each row: True for a view that is drawn anew in each epoch, False for view 0.
+            Variants of each row to return: True for a view drawn anew in each epoch, False for view 0.
 
         Returns
         -------
@@ -63,10 +62,10 @@ class Rows(Protocol):
         """
 
     def pieces(self, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """View 0 of all rows in their order: where a piece stands, and float32, (k, d), ``size`` rows but for the last."""
+        """View 0 of all rows in order, in pieces of ``size`` rows: the position of a piece, and its float32 (k, d)."""
 
     def take(self, chosen: np.ndarray) -> Self:
-        """Some of the rows, by their ascending numbers or as a mask."""
+        """Select rows by ascending index or by a mask."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -76,11 +75,11 @@ class ArrayRows:
     Parameters
     ----------
     values : float16 or float32, (N, d) or (N, K, d)
-        Vectors, or all views of each.
+        Vectors, or all views of each row.
     labels : int32, (n,)
-        Of the rows that are chosen.
+        Labels of the chosen rows.
     chosen : int64, (n,), optional
-        Numbers of these rows; all without it. They are read when they are asked for.
+        Indices of the chosen rows; default: all rows. They are read only when requested.
     """
 
     values: np.ndarray
@@ -108,7 +107,7 @@ class ArrayRows:
 
     @property
     def flat(self) -> np.ndarray:
-        """All views of all rows, those of one row beside each other: (n * K, d); no copy unless rows were chosen."""
+        """All views of all rows, (n * K, d), the views of a row next to each other; a copy only if ``chosen`` is set."""
         values = self.values if self.chosen is None else self.values[self.chosen]
         return values.reshape(-1, self.width)
 
@@ -134,27 +133,27 @@ class ArrayRows:
 
 @dataclasses.dataclass(frozen=True)
 class Prepared:
-    """What a head is trained on.
+    """The rows that a head is trained on.
 
     Parameters
     ----------
-    pool : str
-        How rows were pooled.
+    pool : {"none", "avg", "max", "flatten"}
+        How the rows were pooled.
     input_shape : tuple of int
-        Of a stored row.
+        Shape of a stored row.
     mean, std : float32, (d,)
-        What was subtracted from and divided out of each column: of view 0 of the training rows, so that a head that
-        sees views and one that does not standardise alike.
+        Mean that was subtracted from each column, and deviation that it was divided by. They come from view 0 of the
+        training rows, so that heads standardise alike whether or not they use other views.
     train : Rows
-        Training rows; read-only where they lie in a file.
+        Training rows; read-only if they are in a file.
     held_out : Rows, optional
         Validation rows.
     groups : int64, (n,), optional
-        Rows of one group stay together in folds.
+        Group of each training row; folds keep the rows of a group together.
     folder : Path, optional
-        Where the arrays lie: another process opens them there instead of receiving a copy.
+        Folder of the files with the arrays. Other processes open these files instead of receiving a copy.
     memory : int
-        Bytes that training may take beside them.
+        Bytes that training may use in addition to the rows.
     """
 
     pool: str
@@ -178,7 +177,7 @@ class Prepared:
         return not isinstance(self.train, ArrayRows)
 
     def part(self, rows: np.ndarray) -> Prepared:
-        """Some of the training rows, by their ascending numbers or as a mask."""
+        """Select training rows by ascending index or by a mask."""
         groups = None if self.groups is None else self.groups[rows]
         return dataclasses.replace(self, train=self.train.take(rows), groups=groups, folder=None)
 
@@ -186,7 +185,7 @@ class Prepared:
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         if self.folder is not None:
             fields |= {"train": self.train.labels, "held_out": self.held_out and self.held_out.labels}
-        return _again, (fields,)
+        return _reopened, (fields,)
 
 
 def prepare(
@@ -200,7 +199,7 @@ def prepare(
     groups: Sequence[str] | np.ndarray | None = None,
     folder: Path | None = None,
 ) -> Prepared:
-    """Pool rows to vectors and standardise them with the training rows' statistics.
+    """Pool rows to vectors and standardise them with the statistics of the training rows.
 
     Parameters
     ----------
@@ -209,29 +208,29 @@ def prepare(
     y, y_validation : int32, (n,)
         Labels.
     pool : {"none", "avg", "max", "flatten"}
-        How.
+        Pooling of spatial features.
     scale : bool
-        Standardise; without it mean is 0 and deviation 1.
+        Whether to standardise; if not, the mean is 0 and the deviation 1.
     groups : sequence of str, optional
-        Group of each training row; "" is a group of its own for each row.
+        Group of each training row; each row with group "" is a group of its own.
     folder : Path, optional
-        An empty folder for the arrays. They are then made a piece at a time and mapped read-only.
+        An empty folder for the arrays. They are then written there piece by piece and mapped read-only.
 
     Raises
     ------
     HeadError
-        If values are not finite, in training or validation; the number of rows is named.
+        If training or validation values are not finite; the message gives the number of such rows.
     """
     width, held_out = pooled_width(X.shape[1:], pool), None
-    Z = _room(folder, "train", (len(X), 1, width))
+    Z = _allocate(folder, "train", (len(X), 1, width))
     pool_features(X, pool, out=Z[:, 0])
     if X_validation is not None and y_validation is not None and len(y_validation):
         check_rows(X_validation, X.shape[1:])
-        V = _room(folder, "validation", (len(X_validation), 1, width))
+        V = _allocate(folder, "validation", (len(X_validation), 1, width))
         pool_features(X_validation, pool, out=V[:, 0])
         held_out = ArrayRows(V, np.asarray(y_validation))
     shape = tuple(int(size) for size in X.shape[1:])
-    return _finished(pool, shape, ArrayRows(Z, np.asarray(y)), held_out, groups, folder, scale=scale)
+    return _standardised(pool, shape, ArrayRows(Z, np.asarray(y)), held_out, groups, folder, scale=scale)
 
 
 def prepare_stream(
@@ -243,53 +242,55 @@ def prepare_stream(
     groups: Sequence[str] | np.ndarray | None = None,
     folder: Path | None = None,
 ) -> Prepared:
-    """`prepare` for rows of a store, which are read a piece at a time, with the first so many views of each.
+    """Prepare rows of a store, which are read piece by piece; see `prepare`.
 
     Parameters
     ----------
     train, held_out : FeatureStream
-        Not standardised.
+        Rows that are not standardised yet.
+    views : int
+        Number of views of each training row to use, starting with view 0.
     """
     arrays = []
     for name, stream, kept in (("train", train, views), ("validation", held_out, 1)):
-        Z = _room(folder, name, (len(stream), kept, stream.width))
+        Z = _allocate(folder, name, (len(stream), kept, stream.width))
         for piece, values in stream.all_views(kept):
             Z[piece] = values
         arrays.append(ArrayRows(Z, stream.labels))
     shape = tuple(train.store.shape(train.name)[2:])
-    return _finished(train.pool, shape, arrays[0], arrays[1], groups, folder, scale=scale)
+    return _standardised(train.pool, shape, arrays[0], arrays[1], groups, folder, scale=scale)
 
 
 def standardise(Z: np.ndarray, mean: np.ndarray, std: np.ndarray) -> None:
-    """In place, a piece at a time."""
+    """Standardise rows in place, piece by piece."""
     for rows in chunks(Z):
         Z[rows] -= mean
         Z[rows] /= std
 
 
 def group_codes(groups: Sequence[str] | np.ndarray) -> np.ndarray:
-    """Names -> numbers; each row without a name gets one of its own."""
+    """Number the groups: int64, (n,). Each row without a group name gets a number of its own."""
     names = np.array([name or f"\0{row}" for row, name in enumerate(groups)])
     return np.unique(names, return_inverse=True)[1].astype(np.int64)
 
 
-# ------------------------------------------------------------------------------------------ what is drawn
+# ------------------------------------------------------------------------------------- random order and views
 def row_order(seed: int, epoch: int, rows: int) -> np.ndarray:
-    """Order of the training rows in an epoch, counted from 0: int64, (rows,)."""
+    """Random order of the training rows in an epoch (counted from 0): int64, (rows,)."""
     return np.random.Generator(np.random.Philox(key=np.array([seed, epoch], np.uint64))).permutation(rows)
 
 
 def drawn_views(seed: int, epoch: int, rows: int, views: int) -> np.ndarray:
-    """View that each row shows in an epoch, counted from 0: int64, (rows,), 0 to views - 1.
+    """Random view of each row in an epoch (counted from 0): int64, (rows,), 0 to views - 1.
 
-    It comes from (seed, epoch, row) alone: the generator's number for row r does not depend on how many rows there are.
+    It depends only on (seed, epoch, row), as the generator's number for a row does not depend on the number of rows.
     """
-    key = np.array([seed, (1 << 63) + epoch], np.uint64)  # other numbers than those of the order
+    key = np.array([seed, (1 << 63) + epoch], np.uint64)  # not the key of `row_order`
     return (np.random.Generator(np.random.Philox(key=key)).random(rows) * views).astype(np.int64)
 
 
 def chosen_views(drawn: np.ndarray | None, rows: np.ndarray, draws: Sequence[bool]) -> np.ndarray:
-    """View of each row for each of ``draws``: int64, (k, len(draws))."""
+    """Number of the view to use for each row and each entry of ``draws``: int64, (k, len(draws))."""
     found = np.zeros((len(rows), len(draws)), np.int64)
     if drawn is not None:
         found[:, np.asarray(draws)] = drawn[rows, None]
@@ -297,7 +298,7 @@ def chosen_views(drawn: np.ndarray | None, rows: np.ndarray, draws: Sequence[boo
 
 
 # -------------------------------------------------------------------------------------------------- files
-def _finished(
+def _standardised(
     pool: str,
     shape: tuple[int, ...],
     train: ArrayRows,
@@ -307,7 +308,7 @@ def _finished(
     *,
     scale: bool,
 ) -> Prepared:
-    """Standardise pooled rows, and map them if they lie in files."""
+    """Standardise pooled rows; if they are in files, map these read-only."""
     mean, std = np.zeros(train.width, np.float32), np.ones(train.width, np.float32)
     if scale:
         plain = train.values[:, 0]
@@ -322,7 +323,7 @@ def _finished(
     return Prepared(pool, shape, mean, std, train, held_out, codes, folder)
 
 
-def _room(folder: Path | None, name: str, shape: tuple[int, ...]) -> np.ndarray:
+def _allocate(folder: Path | None, name: str, shape: tuple[int, ...]) -> np.ndarray:
     if folder is None:
         return np.empty(shape, np.float32)
     return np.lib.format.open_memmap(folder / f"{name}.npy", "w+", np.float32, shape)
@@ -334,7 +335,7 @@ def _mapped(folder: Path, name: str, labels: np.ndarray, written: Any = None) ->
     return ArrayRows(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False), labels)
 
 
-def _again(fields: dict[str, Any]) -> Prepared:
+def _reopened(fields: dict[str, Any]) -> Prepared:
     folder = fields["folder"]
     if folder is not None:
         for field, name in (("train", "train"), ("held_out", "validation")):

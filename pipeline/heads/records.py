@@ -1,4 +1,4 @@
-"""A trained head becomes a run: its id, what it says of its features, its scores, its folder.
+"""Turn a trained head into a run: its run id, the description of its features, its scores and its folder.
 
 store, head --run_id_of()--> id        fitted head --write_fitted()--> run folder
 """
@@ -19,9 +19,9 @@ from pipeline.scores.metrics import evaluate
 
 
 def run_id_of(head: Head, store: Any, name: str) -> str:
-    """Run id: the same id means the same head configuration, features, views, data and seed."""
+    """Compute the run id. Equal ids mean equal head configuration, features, views, data and seed."""
     parameters = head.parameters.described()
-    parameters.pop("views", None)  # what it comes to is said below
+    parameters.pop("views", None)  # the resulting number of views is added below
     decided = {
         "head": {"name": head.name, "pool": head.pool, "parameters": parameters},
         "fingerprint": head.fingerprint,
@@ -33,7 +33,7 @@ def run_id_of(head: Head, store: Any, name: str) -> str:
 
 
 def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
-    """Fields of `pipeline.config.RunFeatures`, of a head that was trained on so many views."""
+    """Fields of `pipeline.config.RunFeatures` for a head that was trained on ``views`` views of each image."""
     recipe = store.recipes[name]
     provenance = store.provenance
     return {
@@ -63,7 +63,7 @@ def write_fitted(
     cv: Mapping[str, Any] | None = None,
     plots: bool = True,
 ) -> None:
-    """Score a trained head on validation and write its run folder; see `pipeline.runs.writing.write_run`."""
+    """Score a trained head on the validation split and write its run folder with `pipeline.runs.writing.write_run`."""
     head, rows = fitted.head, store.rows("validation")
     y = store.images.labels[rows]
     paths = [store.images.paths[row] for row in rows]
@@ -82,11 +82,11 @@ def write_fitted(
 
 
 def test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
-    """Scores of a head on the test split."""
+    """Score a head on the test split."""
     rows = rows_for(head, store, name, "test")
     return evaluate(head.predict_rows(rows), rows.labels, store.classes, seed)
 
 
 def _several(views: int) -> dict[str, int]:
-    """Said only of more than one, so that older run ids hold."""
+    """The number of views, given only where there are several, so that earlier run ids stay valid."""
     return {"views": views} if views > 1 else {}

@@ -1,4 +1,4 @@
-"""Numerical helpers of scikit-learn heads: the search for a penalty, and rows in the space that they span."""
+"""Numerical helpers of scikit-learn heads: the search for a penalty, and rows expressed in a basis of their span."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from pipeline.heads.pooling import CHUNK_BYTES
 
 
 def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) -> float:
-    """The value with the lowest score, in half decades: decades from ``10**start`` on, then the halves beside.
+    """Find the power of ten with the lowest score: first whole exponents, starting at ``start``, then half exponents.
 
-    The out-of-fold score of an L2 penalty has one valley; walking to it saves the slow, weakly penalised fits.
+    The out-of-fold score of an L2 penalty has a single minimum; walking to it avoids the slow fits with weak penalties.
     """
     tried: dict[float, Any] = {}
 
@@ -30,12 +30,12 @@ def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) 
 
 
 def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Rows in an orthonormal basis of their span.
+    """Express rows in an orthonormal basis of their span.
 
     Returns
     -------
     coordinates : float64, (n, r), r <= n
-        The same distances and inner products as the rows of ``Z``.
+        Coordinates of the rows, with the same distances and inner products as the rows of ``Z``.
     combination : float64, (r, n)
         ``combination @ Z`` is the basis.
     """
@@ -51,7 +51,7 @@ def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def times(left: np.ndarray, Z: np.ndarray) -> np.ndarray:
-    """``left @ Z`` in float64, some columns at a time: no copy of all rows."""
+    """Compute ``left @ Z`` in float64, a few columns at a time, so that ``Z`` is not copied as a whole."""
     step = max(1, CHUNK_BYTES // (8 * len(Z)))
     parts = [left @ Z[:, start : start + step].astype(np.float64) for start in range(0, Z.shape[1], step)]
     return np.concatenate(parts, axis=-1)

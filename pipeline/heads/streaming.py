@@ -1,10 +1,10 @@
-"""Training from a store that does not fit into memory: rows read piece by piece, shuffled, standardised.
+"""Training from a store that does not fit into memory: rows are read piece by piece, shuffled and standardised.
 
-    store --read runs of rows in random order--> window --shuffle--> pieces --> bank | Keras | partial_fit
+    store --read stretches of rows in random order--> window --shuffle--> batches --> bank | Keras | partial_fit
 
-A window is as many rows as half of the memory budget holds, and is filled from hundreds of short runs from all over
-the store, so that a store sorted by class gives mixed batches. What is not asked for at the moment is not in memory:
-validation goes through in order, in pieces.
+A window holds as many rows as fit into half of the memory budget. It is filled from hundreds of short stretches of rows
+from the whole store, so that batches are mixed even if the store is sorted by class. Rows are in memory only while they
+are needed; validation rows are read in order, in pieces.
 """
 
 from __future__ import annotations
@@ -29,36 +29,36 @@ from pipeline.scores.metrics import fit_temperature
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
 
-READ_BYTES = 4 << 20  # of one read, as stored
-RUNS_OF_A_WINDOW = 512  # the shares of 10 sorted classes in a window of that many runs vary by 0.013 around 0.1
+READ_BYTES = 4 << 20  # size of one read, as stored
+RUNS_OF_A_WINDOW = 512  # stretches per window; the shares of 10 sorted classes in it then vary by 0.013 around 0.1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class FeatureStream:
-    """Rows of one data set as pooled and standardised vectors; at no time all of them. See `pipeline.heads.prepared.Rows`.
+    """Rows of one feature set as pooled and standardised vectors, never all in memory; see `pipeline.heads.prepared.Rows`.
 
     Parameters
     ----------
     store : FeatureStore
-        Where the rows are.
+        The store to read.
     name : str
-        Feature data set.
+        Name of the feature set.
     rows : int64, (n,), ascending
         Row numbers, such as ``store.rows("train")``.
     labels : int32, (n,), 0 to c - 1
-        Of these rows.
+        Labels of these rows.
     memory_bytes : int
-        What the stream may keep in memory. Half of it is the window that is shuffled; the rest is left to batches,
-        and to whoever takes them.
+        Bytes that the stream may use. Half of them hold the window that is shuffled; the rest is for batches and for
+        their consumer.
     pool : {"none", "avg", "max", "flatten"}
         Pooling of spatial features.
     mean, std : float32, (d,), optional
-        Taken off and divided by; see `statistics`.
+        Mean to subtract and deviation to divide by; see `statistics`.
 
     Raises
     ------
     ConfigurationError
-        If rows and labels do not belong together.
+        If the numbers of rows and labels differ, or row numbers are not ascending or not in the store.
     """
 
     store: FeatureStore
@@ -72,43 +72,45 @@ class FeatureStream:
 
     def __post_init__(self) -> None:
         if self.rows.shape != self.labels.shape or self.rows.ndim != 1:
-            raise ConfigurationError(f"stream: {self.rows.shape} rows and {self.labels.shape} labels, expected as many")
+            raise ConfigurationError(
+                f"stream: received rows {self.rows.shape} and labels {self.labels.shape}, expected one label for each row"
+            )
         if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(self.store) or (np.diff(self.rows) <= 0).any()):
-            raise ConfigurationError(f"stream: expected ascending row numbers, 0 to {len(self.store) - 1}")
+            raise ConfigurationError(f"stream: rows: expected ascending row numbers from 0 to {len(self.store) - 1}")
 
     def __len__(self) -> int:
         return len(self.rows)
 
     @functools.cached_property
     def width(self) -> int:
-        """Columns of a pooled row."""
+        """Number of columns of a pooled row."""
         return pooled_width(self.store.shape(self.name)[2:], self.pool)
 
     @functools.cached_property
     def views(self) -> int:
-        """Views of each row."""
+        """Number of views of each row."""
         return self.store.shape(self.name)[1]
 
     @property
     def nbytes(self) -> int:
-        """What one view of all rows would take in memory, pooled, as float32."""
+        """Bytes that one view of all rows would need in memory, pooled, as float32."""
         return 4 * self.width * len(self.rows)
 
     @property
     def at_once(self) -> int:
-        """Rows that may be asked for at once: whoever takes them makes several copies on their way to a device."""
+        """Number of rows that may be requested in one batch; their consumer makes several copies of them."""
         return max(1, self._window // 8)
 
     def statistics(self) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and deviation of each column of view 0; see `pipeline.heads.pooling.column_statistics`."""
+        """Mean and standard deviation of each column of view 0; see `pipeline.heads.pooling.column_statistics`."""
         return column_statistics((Z for _, Z in self.pieces()), self.width)
 
     def take(self, chosen: np.ndarray) -> FeatureStream:
-        """Some of the rows, by their ascending numbers or as a mask."""
+        """Select rows by ascending index or by a mask."""
         return dataclasses.replace(self, rows=self.rows[chosen], labels=self.labels[chosen])
 
     def pieces(self, size: int | None = None) -> Iterator[tuple[slice, np.ndarray]]:
-        """View 0 of all rows in their order: where a piece stands, and float32, (k, d), ``size`` rows but for the last."""
+        """View 0 of all rows in order, in pieces of ``size`` rows: the position of a piece, and its float32 (k, d)."""
         read = ((piece, self._read(piece)[:, 0]) for piece in self._runs(READ_BYTES))
         if size is None:
             yield from read
@@ -123,46 +125,48 @@ class FeatureStream:
             yield slice(done, done + len(waiting)), waiting
 
     def all_views(self, count: int) -> Iterator[tuple[slice, np.ndarray]]:
-        """The first so many views of all rows in their order: where a piece stands, and float32, (k, count, d)."""
+        """The first ``count`` views of all rows in order: the position of each piece, and its float32 (k, count, d)."""
         for piece in self._runs(READ_BYTES):
             yield piece, self._read(piece, np.tile(np.arange(count), (piece.stop - piece.start, 1)))
 
     def epoch(self, number: int, *, size: int, seed: int, draws: Sequence[bool] = PLAIN) -> Iterator[Batch]:
-        """Every row once, in random order, in batches; only the last one is smaller.
+        """Every row once, in random order, in batches; only the last batch may be smaller.
 
         The order depends on ``seed``, ``number``, ``size`` and the memory budget.
 
         Parameters
         ----------
         number : int
-            Of the epoch, from 0.
+            Number of the epoch, from 0.
         size : int
-            Rows of a batch.
+            Rows per batch.
         seed : int
-            Of the order, and of the views.
+            Random seed of the order and of the views.
         draws : sequence of bool
             See `pipeline.heads.prepared.Rows.epoch`.
 
         Returns
         -------
         iterator of (float32, (k, len(draws), d)) and (int32, (k,))
-            Features and labels; they stay as they are when the next batch is made.
+            Features and labels; later batches do not overwrite them.
 
         Raises
         ------
         ConfigurationError
-            If the memory does not hold four batches, two of them in the window.
+            If the memory budget does not hold four batches, two of them in the window.
         HeadError
             If a row has no label.
         """
         check_range("batch size", size, 1, 1 << 20)
         if (self.labels < 0).any():
-            raise HeadError(f"labels: {int((self.labels < 0).sum())} training rows are unlabelled (-1)")
+            raise HeadError(
+                f"labels: {int((self.labels < 0).sum())} training rows are unlabelled (-1); label them or leave them out"
+            )
         least = 4 * size * self._row_bytes
         if self.memory_bytes < least:
             raise ConfigurationError(
                 f"memory: batches of {size} rows of {self.width} columns need at least {least / 1e6:.3g} MB; "
-                f"received {self.memory_bytes / 1e6:.3g} MB. Give more, a smaller batch size, or pool the features."
+                f"received {self.memory_bytes / 1e6:.3g} MB. Give more, choose a smaller batch size, or pool the features"
             )
         generator = np.random.default_rng([seed, number])
         drawn = drawn_views(seed, number, len(self.store), self.views) if any(draws) else None
@@ -183,14 +187,14 @@ class FeatureStream:
                     order = generator.permutation(window)
                     whole = window - window % size
                     yield from _cut(features, labels, order[:whole], size)
-                    # What makes no whole batch goes on to the next window.
+                    # Rows that do not fill a batch move on to the next window.
                     filled = window - whole
                     features[:filled], labels[:filled] = features[order[whole:]], labels[order[whole:]]
         yield from _cut(features, labels, generator.permutation(filled), size)
 
     @property
     def _row_bytes(self) -> int:
-        """Of a row in the window. Of stores with views two are counted, so that the order is the same for any draws."""
+        """Bytes of a row in the window. If there are views, two are counted, so that the order is equal for any draws."""
         return 4 * self.width * min(2, self.views)
 
     @property
@@ -203,14 +207,14 @@ class FeatureStream:
         return int(np.prod(row)) * np.dtype(self.store.recipes[self.name].dtype).itemsize
 
     def _runs(self, size: int) -> list[slice]:
-        """Cut the rows into runs of neighbours, each within so many bytes of the store."""
+        """Cut the rows into stretches of neighbours, each within ``size`` bytes of the store."""
         step = max(1, size // self._stored_bytes)
         edges = np.flatnonzero(np.diff(self.rows // step)) + 1
         bounds = [0, *edges.tolist(), len(self.rows)]
         return [slice(a, b) for a, b in itertools.pairwise(bounds) if a < b]
 
     def _read(self, piece: slice, views: np.ndarray | None = None) -> np.ndarray:
-        """Float32, (k, V, d), of so many views (k, V) of each row; without them of view 0."""
+        """Read the given views, (k, V), of each row as float32, (k, V, d); by default view 0."""
         rows = self.rows[piece]
         stored = self.store.read(self.name, int(rows[0]), int(rows[-1]) + 1)
         if views is None:
@@ -225,7 +229,7 @@ class FeatureStream:
 
 @dataclasses.dataclass(frozen=True)
 class StreamedFit:
-    """A fitted ``SGDClassifier`` on standardised rows, the temperature of its margins, and its history."""
+    """An ``SGDClassifier`` fitted on standardised rows, the temperature of its margins, and its history."""
 
     estimator: Any
     temperature: float
@@ -244,26 +248,28 @@ def fit_sgd_streaming(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> StreamedFit:
-    """Train a ``sklearn.linear_model.SGDClassifier`` by partial fits. Of images with views each pass draws one.
+    """Train a ``sklearn.linear_model.SGDClassifier`` by partial fits; each epoch draws one view of each row.
 
-    Averaging is done here, over what each partial fit leaves: across them scikit-learn mixes up the averaged intercept
-    and the one that is trained (seen in 1.9).
+    The average is computed here, over the weights after each partial fit, because across partial fits scikit-learn
+    confuses the averaged intercept with the trained one (seen in 1.9).
 
     Parameters
     ----------
     estimator : SGDClassifier
-        Not fitted; class weights as a mapping of numbers.
+        Not fitted; its class weights are None or a mapping of numbers.
     train, held_out : Rows
-        Standardised alike. Held-out rows are what early stopping looks at, by log loss at the best temperature, which
-        is that of the probabilities then.
+        Rows, standardised alike. Early stopping uses the log loss of the held-out rows at their best temperature, which
+        becomes the temperature of the head.
     classes : int
-        Number of classes, also of those that a batch lacks.
+        Number of classes; a batch may lack some of them.
     epochs, patience : int
-        Upper limit of passes; epochs without a lower loss before training stops, 0: never. The best epoch is kept.
+        Maximum number of epochs; epochs without a lower loss after which training stops, 0: it never stops early. The
+        weights of the best epoch are kept.
     batch_size : int
-        Rows of one partial fit. It takes one row after the other, so this decides speed, and how fine an average is.
+        Rows of one partial fit. As a partial fit takes one row after the other, this only decides the speed, and how
+        often the average is updated.
     seed : int
-        Of the order.
+        Random seed of the order.
     progress : callable, optional
         Called with ("train-head", epochs done, epochs).
 
@@ -275,7 +281,7 @@ def fit_sgd_streaming(
     temperature, size = 1.0, min(batch_size, train.at_once)
     averaged = bool(estimator.average)
     estimator.set_params(average=False)
-    sums = [np.zeros(()), np.zeros(())]  # of coefficients and intercepts, by the rows they were trained on
+    sums = [np.zeros(()), np.zeros(())]  # sums of coefficients and intercepts, weighted by the rows of each partial fit
     seen = 0
 
     def solution() -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +297,7 @@ def fit_sgd_streaming(
             for k, values in enumerate((estimator.coef_, estimator.intercept_)):
                 sums[k] = sums[k] + len(y) * values
         if not np.isfinite(estimator.coef_).all():
-            raise HeadError(f"training diverged in epoch {epoch}: give a larger alpha, or a smaller learning rate")
+            raise HeadError(f"training diverged in epoch {epoch}: choose a larger alpha or a smaller learning rate")
         return {}
 
     def measure() -> tuple[float, float]:
