@@ -1,4 +1,4 @@
-"""Configuration and the files of a run, as frozen objects that refuse unknown keys."""
+"""The configuration and the files of a run as frozen objects, which refuse unknown keys."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class Settings(BaseModel):
-    """Base of every configuration object: immutable, unknown keys refused, NaN and infinity refused."""
+    """Base class of all configuration objects. They are immutable and refuse unknown keys, NaN and infinity."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def described(self) -> dict[str, Any]:
-        """Plain values, as a run records them."""
+        """The settings as plain values, in the form that a run records."""
         return self.model_dump(mode="json")
 
 
@@ -48,9 +48,9 @@ class Scaler(Settings):
 
 
 class HeadFile(Settings):
-    """``head.json``: what is needed to rebuild a head around its weights.
+    """``head.json``: what is needed besides the weights to load a head.
 
-    ``kind`` is ``"dense"`` for a Keras head, else the dotted path of the scikit-learn class.
+    ``kind`` is ``"dense"`` for a Keras head, otherwise the dotted path of the scikit-learn class.
     """
 
     format: Literal[1] = 1
@@ -68,7 +68,7 @@ class HeadFile(Settings):
 
 
 class Scores(Settings):
-    """Scores of one split, as ``pipeline.scores.metrics.evaluate`` gives them."""
+    """Scores of one split, computed by `pipeline.scores.metrics.evaluate`."""
 
     accuracy: Share
     accuracy_interval: tuple[Share, Share]
@@ -93,7 +93,7 @@ class ViewScores(Scores):
 
 
 class MetricsFile(Settings):
-    """``metrics.json`` of a run. ``averaged`` is about validation, and there only if it was asked for."""
+    """``metrics.json`` of a run. ``averaged``, over the views of validation images, is there only if requested."""
 
     format: Literal[1] = 1
     run_id: str
@@ -108,7 +108,7 @@ class MetricsFile(Settings):
 
 
 class RunHead(Settings):
-    """The head of a run: preset, resolved pooling and parameters."""
+    """The head of a run: name of the preset, resolved pooling and parameters."""
 
     name: str
     pool: str
@@ -118,8 +118,8 @@ class RunHead(Settings):
 class RunFeatures(Settings):
     """The features of a run.
 
-    ``backbone`` and ``weights`` are what the extraction was asked for, ``data_digest`` covers images, labels and splits,
-    ``views`` is how many views of each image training saw.
+    ``backbone`` and ``weights`` are the options that the extraction was given, ``data_digest`` covers images, labels and
+    splits, ``views`` is the number of views of each image used for training.
     """
 
     store: str
@@ -136,7 +136,7 @@ class RunFeatures(Settings):
 
 
 class RunConfig(Settings):
-    """``config.yaml`` of a run: everything that decided it. ``finetune`` holds the settings of stage three."""
+    """``config.yaml`` of a run: everything that determines its result. ``finetune`` holds the settings of fine-tuning."""
 
     format: Literal[1] = 1
     run_id: str
@@ -152,7 +152,7 @@ class RunConfig(Settings):
 def parse(
     model_class: type[Model], mapping: Any, where: str, *, error: type[BottleneckError] = ConfigurationError
 ) -> Model:
-    """Validate plain values.
+    """Validate plain values and make a settings object from them.
 
     Parameters
     ----------
@@ -161,16 +161,17 @@ def parse(
     mapping : mapping
         Plain values, as read from YAML, JSON or keyword arguments.
     where : str
-        What the message starts with: the file, or what was being configured.
+        Start of an error message: the file, or what is being configured.
     error : type, default ConfigurationError
-        What is raised.
+        Class of the exception to raise.
 
     Raises
     ------
     ConfigurationError
-        (or ``error``) Names every wrong key, what was received and, for an unknown key, the nearest known one.
+        (or ``error``) If values are invalid. The message names every wrong key, what was received and what was
+        expected, and for an unknown key the nearest known one.
     FormatVersionError
-        ``format`` is there and is a number that this release does not know.
+        If ``format`` is a number that this release does not know.
 
     Examples
     --------
@@ -195,12 +196,12 @@ def parse(
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
-    """Read a YAML mapping with the safe loader; a key given twice is an error.
+    """Read a YAML file that holds a mapping, with PyYAML's safe loader.
 
     Raises
     ------
     ConfigurationError
-        No such file, no valid YAML, a repeated key, or something else than a mapping at the top.
+        The file cannot be read, is not valid YAML, repeats a key, or holds something other than a mapping.
     """
     path = Path(path)
     try:
@@ -220,7 +221,7 @@ def load_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _UniqueKeyLoader(yaml.SafeLoader):
-    """PyYAML keeps the last of two equal keys silently; this refuses them."""
+    """A safe loader that refuses repeated keys, of which PyYAML would silently keep the last."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -235,7 +236,7 @@ class _UniqueKeyLoader(yaml.SafeLoader):
 
 
 def _describe(model_class: type[BaseModel], problem: Any) -> str:
-    """One pydantic error as ``key: received X, expected Y``."""
+    """Describe one pydantic error as ``key: received X, expected Y``."""
     location = list(problem["loc"])
     known, path = _known_keys(model_class, location)
     dotted = ".".join(path)
@@ -245,16 +246,16 @@ def _describe(model_class: type[BaseModel], problem: Any) -> str:
     if problem["type"] == "missing":
         return f"the key {dotted!r} is missing"
     expected = problem["msg"].replace("Input should be ", "expected ").replace("Input should ", "expected to ")
-    expected = expected.removeprefix("Value error, ")  # of our own validators, which say what they expected
+    expected = expected.removeprefix("Value error, ")  # the prefix of messages from our own validators
     return f"{dotted or 'value'}: received {_shown(problem['input'])}, {expected}"
 
 
 def _known_keys(model_class: type[BaseModel], location: Iterable[Any]) -> tuple[list[str], list[str]]:
-    """Keys allowed where the last word of ``location`` stands, and ``location`` without pydantic's type tags."""
+    """The keys allowed at the place of the last word of ``location``, and ``location`` without pydantic's type tags."""
     known: list[str] = list(model_class.model_fields)
     path: list[str] = []
     inner: type[BaseModel] | None = model_class
-    any_key = False  # the next word is a key of a mapping, which may be any
+    any_key = False  # whether the next word is a key of a mapping in which any key is allowed
     for word in location:
         if isinstance(word, int) or any_key:
             path.append(str(word))

@@ -1,4 +1,4 @@
-"""Files that a command is asked to write: what they would destroy is refused before any work."""
+"""Output files of a command: a file that would destroy something else is refused before any work is done."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from features.sources.scan import ImageSet
 
 
 def output_file(path: str | Path, option: str, example: str) -> Path:
-    """Where a file is to be written: behind a link, so that the link stays one. Its folder is made.
+    """Check an output path, make its folder, and return the path to write; links are followed, so that they are kept.
 
     Parameters
     ----------
     path : Path
-        As given.
+        Path given by the user.
     option : str
-        Its name on the command line.
+        Name of the option on the command line.
     example : str
-        A name for it, shown where a folder was given.
+        Name of a file to suggest if the path is a folder.
 
     Raises
     ------
     ConfigurationError
-        If it is a folder, or a device or pipe, which a whole file would replace.
+        If the path is a folder, or a device or a pipe, which the file would replace.
     StoreError
-        If its folder cannot be written.
+        If the folder of the path cannot be written.
     """
     given, path = path, behind_link(Path(path))
     if path.is_dir():
         raise ConfigurationError(f"{option} {given}: is a folder; expected a file, such as {Path(given) / example}")
     if path.exists() and not path.is_file():
         raise ConfigurationError(
-            f"{option} {given}: is a device or a pipe, in whose place the file would be put; expected the name of a file, "
+            f"{option} {given}: is a device or a pipe, which the file would replace; expected the name of a file, "
             f"such as {example}"
         )
     writable_folder(path.parent)
@@ -43,12 +43,12 @@ def output_file(path: str | Path, option: str, example: str) -> Path:
 
 
 def refuse_overwriting(path: Path, option: str, read: Iterable[str | Path]) -> None:
-    """Make sure that what is to be written is none of the files that are read.
+    """Refuse an output path that is one of the input files.
 
     Raises
     ------
     ConfigurationError
-        If it is.
+        If it is one of them.
     """
     if path.exists():
         place = os.path.realpath(path)
@@ -59,7 +59,7 @@ def refuse_overwriting(path: Path, option: str, read: Iterable[str | Path]) -> N
 
 
 def files_of(images: ImageSet) -> Iterable[str]:
-    """Files that a source is read from: its own, or those of its images; absolute, links in folders followed."""
+    """Yield the files that a source of images is read from, as absolute paths with links in folders resolved."""
     yield os.path.realpath(images.description)
     if images.reader is None:
         root = os.path.realpath(images.root)

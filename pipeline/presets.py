@@ -1,6 +1,6 @@
-"""The heads that have a name: how each is trained unless something else is asked for.
+"""The named heads and their default parameters.
 
-name --find_preset()--> kind, parameters, pooling        what a kind does is in ``pipeline.heads``
+name --find_preset()--> kind, parameters, pooling        the kinds of head are in ``pipeline.heads``
 """
 
 from __future__ import annotations
@@ -18,16 +18,17 @@ DENSE = "dense"  # the kind of heads of dense layers
 
 
 class ClassifierParameters(Settings):
-    """What all scikit-learn heads have.
+    """The parameters that all scikit-learn heads have.
 
     Parameters
     ----------
-    folds : int
-        Folds of the cross-validation on the training rows that chooses what is None, and the temperature of margins.
+    folds : int, >= 2
+        Number of folds of the cross-validation on the training rows that chooses a parameter left at None, and the
+        temperature of margins.
     scale : bool
-        Standardise the columns.
+        Whether to standardise the columns.
     pca : int, optional
-        Project onto so many principal components first.
+        Number of principal components to project onto first; default: no projection.
     """
 
     folds: Annotated[int, Field(ge=2)] = 5
@@ -35,7 +36,7 @@ class ClassifierParameters(Settings):
     pca: PositiveInt | None = None
 
     def described(self) -> dict[str, Any]:
-        """As `Settings.described`, without what is as it was before it could be said: older run ids hold."""
+        """Like `Settings.described`, but without the defaults of parameters added later, so that old run ids stay valid."""
         return _without(super().described(), {"scale": True, "pca": None, "class_weight": None, "choose": "log_loss"})
 
 
@@ -44,14 +45,14 @@ def _without(values: dict[str, Any], later: Mapping[str, Any]) -> dict[str, Any]
 
 
 class SearchedParameters(ClassifierParameters):
-    """Of heads whose penalty is searched.
+    """The parameters of heads whose penalty can be chosen by cross-validation.
 
     Parameters
     ----------
     class_weight : {"balanced"}, optional
-        Weigh each row by rows / (classes x rows of its class), as scikit-learn does.
+        Weight each row by rows / (classes x rows of its class), as scikit-learn does.
     choose : {"log_loss", "balanced_accuracy"}
-        What the cross-validation chooses by.
+        Score that the cross-validation chooses by.
     """
 
     class_weight: Literal["balanced"] | None = None
@@ -77,30 +78,30 @@ class LinearSvmParameters(SearchedParameters):
 
 
 class SgdParameters(SearchedParameters):
-    """Averaged stochastic gradient descent on the log loss; ``alpha`` is the L2 penalty, None: chosen."""
+    """Averaged stochastic gradient descent on the log loss; ``alpha`` is the L2 penalty, None: chosen by cross-validation."""
 
     alpha: PositiveFloat | None = None
 
 
 class LdaParameters(ClassifierParameters):
-    """``shrinkage`` of the covariance towards a multiple of the identity, 0-1; None: chosen."""
+    """``shrinkage`` of the covariance towards a multiple of the identity, 0-1; None: chosen by cross-validation."""
 
     shrinkage: Share | None = None
 
 
 class KnnParameters(ClassifierParameters):
-    """``n_neighbors`` is the number of voters; None: chosen by cross-validation with ``folds`` folds."""
+    """``n_neighbors`` is the number of neighbours that vote; None: chosen by cross-validation with ``folds`` folds."""
 
     n_neighbors: PositiveInt | None = None
 
 
 class EstimatorParameters(ClassifierParameters):
-    """Of any other scikit-learn classifier: ``params`` are its own, everything unsaid is as scikit-learn has it."""
+    """Any other scikit-learn classifier: ``params`` are its own parameters; others keep scikit-learn's defaults."""
 
     params: dict[str, Any] = Field(default_factory=dict)
 
     def described(self) -> dict[str, Any]:
-        """Its own parameters stand beside ours."""
+        """Plain values, with the classifier's own parameters on the same level as the others."""
         kept = super().described()
         return {**kept.pop("params"), **kept}
 
@@ -115,38 +116,39 @@ class DenseParameters(Settings):
     activation : str
         Activation of the hidden layers.
     dropout : float, or tuple of float, 0 <= rate < 1
-        One number: the rate after every hidden layer, or on the features where there is none. Several: the
-        rate in front of each dense layer, ``len(hidden) + 1`` numbers.
+        One number: the rate after every hidden layer, or on the features if there is no hidden layer. Several
+        numbers: the rates before each dense layer, ``len(hidden) + 1`` of them.
     batch_norm : bool
-        BatchNorm between each hidden layer and its activation while training; folded into the layer afterwards.
-    l2 : float
-        Penalty: this times the sum of squares of all kernels is added to the loss (not to what is reported).
+        Whether to train with BatchNorm between each hidden layer and its activation; it is folded into the layer
+        afterwards.
+    l2 : float, >= 0
+        Penalty: ``l2`` times the sum of squares of all kernels is added to the training loss.
     optimizer : {"adam", "sgd", "rmsprop"}
-        ``momentum`` and ``nesterov`` apply to ``sgd``, ``momentum`` to ``rmsprop`` too.
+        Optimizer. ``momentum`` applies to ``sgd`` and ``rmsprop``, ``nesterov`` to ``sgd`` only.
     learning_rate, weight_decay : float
-        Step size; decoupled weight decay.
+        Learning rate, > 0; decoupled weight decay, >= 0.
     schedule : {"constant", "cosine"}
-        Of the learning rate; cosine falls to 0 over ``epochs`` (Loshchilov and Hutter, SGDR, ICLR 2017).
+        Schedule of the learning rate; cosine falls to 0 over ``epochs`` (Loshchilov and Hutter, SGDR, ICLR 2017).
     batch_size, epochs : int
-        Rows per step; upper limit of passes over the rows.
+        Rows per step; maximum number of epochs.
     patience : int
-        Epochs without a lower validation log loss before training stops; 0: train all epochs. Either way the
-        weights of the best epoch are kept.
+        Epochs without a lower validation log loss after which training stops; 0: train all epochs. In both cases
+        the weights of the best epoch are kept.
     class_weight : {"balanced"}, optional
-        Weigh each row by rows / (classes x rows of its class), as scikit-learn does.
+        Weight each row by rows / (classes x rows of its class), as scikit-learn does.
     label_smoothing : float, 0-1
         Share of the target that is spread evenly over all classes.
-    feature_noise : float
+    feature_noise : float, >= 0
         Standard deviation of Gaussian noise on the standardised features.
-    mixup : float
-        Rows are mixed in pairs, with shares drawn from Beta(mixup, mixup) (Zhang et al., mixup, ICLR 2018); 0: not.
+    mixup : float, >= 0
+        Mix rows in pairs, with shares drawn from Beta(mixup, mixup) (Zhang et al., mixup, ICLR 2018); 0: no mixing.
     calibrate : bool
-        Fit a temperature on the validation rows (Guo et al., ICML 2017). Log loss and calibration error of these
-        rows are then a little better than they will be elsewhere; accuracy is not touched.
+        Whether to fit a temperature on the validation rows (Guo et al., ICML 2017). Log loss and calibration error on
+        these rows are then slightly better than on other images; the accuracy does not change.
     order_seed : int
-        Of the order of rows, and of the views. Heads of one bank have it in common.
+        Random seed of the row order and of the views. Heads that are trained together have the same one.
     views : {"draw", "plain"}
-        Where images have several views: each epoch draws one of each image anew, or sees the plain image only.
+        If images have several views: draw one view of each image in each epoch, or use the plain image only.
     """
 
     hidden: tuple[PositiveInt, ...] = ()
@@ -172,7 +174,7 @@ class DenseParameters(Settings):
     views: Literal["draw", "plain"] = "draw"
 
     def described(self) -> dict[str, Any]:
-        """As of `ClassifierParameters`."""
+        """Like `Settings.described`, but without the default of ``views``, which was added later; old run ids stay valid."""
         return _without(super().described(), {"views": "draw"})
 
 
@@ -183,13 +185,13 @@ class Preset:
     Parameters
     ----------
     kind : str
-        What ``head.json`` calls it: ``"dense"``, or the dotted path of the scikit-learn class.
+        Its kind in ``head.json``: ``"dense"``, or the dotted path of the scikit-learn class.
     parameters : Settings
-        How it is trained unless something else is asked for.
+        Default parameters.
     pool : {"avg", "max", "flatten"}
-        Usual pooling of spatial features.
+        Default pooling of spatial features.
     by_path : bool
-        Named by the import path of a scikit-learn class, whose own parameters it takes.
+        Whether the head is named by the import path of a scikit-learn class and takes the parameters of this class.
     """
 
     kind: str
@@ -208,7 +210,7 @@ PRESETS = {
     "dense": Preset(DENSE, DenseParameters()),
     "dropout-linear": Preset(DENSE, DenseParameters(dropout=0.2)),
     "mlp-256": Preset(DENSE, DenseParameters(hidden=(256,), dropout=0.5, learning_rate=3e-4), pool="flatten"),
-    # The heads of published recipes, as they were trained.
+    # The heads of published experiments, with the parameters they were trained with.
     "linear-sgd": Preset(
         DENSE, DenseParameters(optimizer="sgd", learning_rate=1e-3, momentum=0.9, weight_decay=1e-3, epochs=20)
     ),
@@ -234,23 +236,23 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset:
-    """The preset of that name, or one made for an import path.
+    """Find the preset of a name, or make one for an import path.
 
     Raises
     ------
     ConfigurationError
-        If it is neither; the nearest names are given.
+        If the name is neither; the message suggests the nearest name.
     """
     if is_path(name):
         return Preset(name, EstimatorParameters(), by_path=True)
     if name not in PRESETS:
         raise ConfigurationError(
-            f"head: received {name!r}, expected one of {', '.join(PRESETS)}, or a classifier of scikit-learn such as "
+            f"head: received {name!r}, expected one of {', '.join(PRESETS)}, or a scikit-learn classifier such as "
             f"sklearn.ensemble.RandomForestClassifier{nearest(name, PRESETS)}"
         )
     return PRESETS[name]
 
 
 def is_path(text: object) -> bool:
-    """Whether a head is named by an import path."""
+    """Whether the name of a head is an import path."""
     return isinstance(text, str) and text.startswith("sklearn.")

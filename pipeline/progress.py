@@ -1,4 +1,4 @@
-"""Progress on stderr: a bar with rate and time left on a terminal, a plain line now and then elsewhere, or nothing."""
+"""Progress on stderr: on a terminal a bar with rate and time left, elsewhere a plain line now and then."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
-PLAIN_SECONDS = 15.0  # between lines where stderr is not a terminal
-QUIET = threading.Event()  # of the whole process; see `set_quiet`
+PLAIN_SECONDS = 15.0  # between lines if stderr is not a terminal
+QUIET = threading.Event()  # set if the whole process is quiet; see `set_quiet`
 _UNITS = {
     "extract": "images",
     "assemble": "rows",
@@ -23,7 +23,7 @@ _UNITS = {
 
 
 def set_quiet(*, quiet: bool) -> None:
-    """Whether this process says nothing on stderr but errors: no progress, no hints, no warnings."""
+    """Make this process quiet or not. A quiet process writes only errors to stderr: no progress, hints or warnings."""
     if quiet:
         QUIET.set()
     else:
@@ -32,7 +32,7 @@ def set_quiet(*, quiet: bool) -> None:
 
 
 class StderrHandler(logging.StreamHandler[TextIO]):
-    """Log lines to whatever ``sys.stderr`` is when they come: while a bar is drawn, above the bar."""
+    """Writes log lines to the ``sys.stderr`` of the moment; while a bar is drawn, this puts them above the bar."""
 
     def __init__(self) -> None:
         logging.Handler.__init__(self)
@@ -44,8 +44,9 @@ class StderrHandler(logging.StreamHandler[TextIO]):
 
 
 class ConsoleProgress:
-    """Called with ``(stage, done, total)``, total 0 where it is not known; a context manager, so that a bar never
-    outlives its work.
+    """Shows progress. It is called with ``(stage, done, total)``, where a total of 0 means unknown.
+
+    It is a context manager, so that the bar is removed when the work ends.
     """
 
     def __init__(self) -> None:
@@ -53,7 +54,7 @@ class ConsoleProgress:
         self._task: Any = None
         self._stage = ""
         self._started = self._said = 0.0
-        self._first = 0  # done when the clock was started
+        self._first = 0  # value of ``done`` when the clock was started
 
     def __enter__(self) -> ConsoleProgress:
         return self

@@ -1,4 +1,4 @@
-"""Hidden folders that are there while something is made; what a killed process has left behind goes with the next one."""
+"""Hidden temporary folders. Those that a killed process left behind are removed when the next one is made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from pathlib import Path
 
 
 def scratch_folder(root: Path, name: str) -> Path:
-    """Make ``.NAME.MACHINE-PROCESS-TOKEN.tmp``, and remove those of this name whose process, on this machine, is gone."""
+    """Make the folder ``.NAME.MACHINE-PROCESS-TOKEN.tmp`` in ``root``.
+
+    Folders of the same name and machine whose process no longer runs are removed.
+    """
     prefix = f".{name}.{platform.node()}-"
     for left in root.glob(f"{glob.escape(prefix)}*.tmp"):
         process = left.name.removeprefix(prefix).partition("-")[0]
@@ -28,5 +31,5 @@ def _lives(process: int) -> bool:
     except ProcessLookupError:
         return False
     except (OSError, OverflowError):
-        return True  # somebody else's
+        return True  # it belongs to another user
     return True

@@ -1,4 +1,4 @@
-"""Rows of plain values as text: aligned for a person, CSV for a program."""
+"""Format rows of plain values as text: aligned columns for a person, CSV for a program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """CSV with a header line; empty without rows.
+    """Format rows as CSV with a header line; the text is empty if there are no rows.
 
     Examples
     --------
@@ -25,7 +25,7 @@ def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
 
 
 def table_text(rows: Sequence[Mapping[str, Any]], indent: str = "") -> str:
-    """Aligned columns, numbers to the right; each line begins with ``indent``.
+    """Format rows in aligned columns, numbers to the right; each line begins with ``indent``.
 
     Examples
     --------
@@ -51,7 +51,7 @@ def table_text(rows: Sequence[Mapping[str, Any]], indent: str = "") -> str:
 
 
 def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
-    """Of `pipeline.scores.metrics`, what a person looks at first."""
+    """The scores by `pipeline.scores.metrics.evaluate` that a person looks at first, as columns of a table."""
     return {
         "images": scores["n"],
         "accuracy": scores["accuracy"],
@@ -61,7 +61,7 @@ def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """The metrics of a run for a person, one row per split that was measured."""
+    """Format the metrics of a run for a person, one row per split that was scored."""
     rows = []
     for split in ("validation", "averaged", "test"):
         values = metrics.get(split)
@@ -72,14 +72,14 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
 
 
 def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
-    """The leaderboard for a person: without what is the same in all rows, an asterisk at the chosen one.
+    """Format the leaderboard for a person: some columns that are equal in all rows are omitted, an asterisk marks the choice.
 
     Parameters
     ----------
     rows : sequence of mapping
-        Of `pipeline.runs.folder.leaderboard`.
+        Rows made by `pipeline.runs.board.leaderboard`.
     most : int, optional
-        Show so many of them, and the chosen one.
+        Maximum number of rows to show in addition to the chosen one; default: all.
     """
     shown = [row for number, row in enumerate(rows) if most is None or number < most or row["chosen"]]
     names = ["run_id", "head", "settings", "features", "accuracy", "accuracy_interval", "cv_accuracy", "test_accuracy"]
@@ -96,7 +96,7 @@ def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> st
 
 
 def counted(count: int, noun: str) -> str:
-    """A number of things, in words.
+    """Format a number of things, with the plural of the noun.
 
     Examples
     --------
@@ -107,7 +107,7 @@ def counted(count: int, noun: str) -> str:
 
 
 def shortened(text: str, most: int = 60) -> str:
-    """A name for a column: the middle of a long one goes, as names differ at both ends.
+    """Shorten a long name to ``most`` characters by cutting out the middle, as names differ at both ends.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Stage two: one head on cached features -> one run folder.
+"""Stage two: train one head on cached features and write its run folder.
 
 store --`pipeline.heads.gather`--> rows --`pipeline.heads.fitting`--> head, probabilities --scores--> run folder
 """
@@ -29,22 +29,22 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class RunResult:
-    """What `train_head` did.
+    """The result of `train_head`.
 
     Parameters
     ----------
     run_id : str
         Name of the run.
     folder : Path
-        Its folder.
+        The run folder.
     metrics : dict
         Content of ``metrics.json``.
     fit_seconds : float
-        Time the training took, now or when it was done.
+        Training time in seconds, now or when the run was made.
     cached : bool
-        The run was there already; nothing was trained.
+        True: the run already existed, and nothing was trained.
     streamed : bool
-        Rows were read piece by piece, as they did not fit into memory.
+        True: rows were read piece by piece, as they did not fit into memory.
     """
 
     run_id: str
@@ -69,45 +69,45 @@ def train_head(
     ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
-    """Train a head, score it on validation and write its run folder.
+    """Train a head, score it on the validation split and write its run folder.
 
     Parameters
     ----------
     store : FeatureStore
         Cached features.
     head_name : str
-        Key of `pipeline.presets.PRESETS`.
+        Key of `pipeline.presets.PRESETS`, or the import path of a scikit-learn classifier.
     runs : Path
         Folder of run folders.
     name : str, optional
-        Feature data set; may be left out where the store has one.
+        Feature set; may be left out if the store has only one.
     pool : {"avg", "max", "flatten"}, optional
-        Pooling of spatial features; default: the head's.
-    seed : int
-        Of everything that is drawn.
+        Pooling of spatial features; default: that of the head.
+    seed : int, 0 to 2**32 - 1
+        Random seed.
     params : dict, optional
         Parameters of the head.
     memory : int, optional
-        Bytes that training may take; default: half of what is free. Rows that do not fit are read piece by piece, by
-        heads that can be trained so. It does not decide the run id, though the order of rows then is another.
+        Bytes that training may use; default: half of the available memory. Rows that do not fit are read piece by piece
+        if the head can be trained in this way. The run id does not depend on it, although the order of rows then differs.
     test : bool
-        Score the test split too. It takes no part in any choice.
+        Whether to score the test split too. It never influences a choice.
     ready : callable, optional
-        Called when there is something to train and nothing speaks against it, before rows are read.
+        Called once all checks have passed and there is something to train, before rows are read.
     progress : callable, optional
         Called with ("train-head", done, total).
 
     Returns
     -------
     RunResult
-        The same head configuration, features, data and seed are trained once: a finished run is returned as it is.
+        If a run with the same head configuration, features, data and seed is finished, it is returned unchanged.
 
     Raises
     ------
     ConfigurationError
-        Unknown head, parameter or data set.
+        The head, a parameter or the feature set is unknown.
     HeadError
-        Splits or features that a head cannot be trained on.
+        The head cannot be trained on these splits or features.
     """
     check_range("seed", seed, 0, 2**32 - 1)
     name = feature_set(store, name)
@@ -144,11 +144,11 @@ def train_head(
 
 
 def _loads(run: Run) -> bool:
-    """Whether the head of a finished run is whole; one that is not is trained again."""
+    """Whether the head of a finished run can be loaded; if not, the run is removed, to be trained again."""
     try:
         head_of(run)
     except (HeadError, RunError) as problem:
-        logger.warning("%s; it is trained again", problem)
+        logger.warning("%s; the run is trained again now", problem)
         shutil.rmtree(run.folder)
         return False
     return True
@@ -162,30 +162,30 @@ def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
 
 
 def needs_views(store: Any, names: Sequence[str] = ()) -> None:
-    """Refuse a store that has one view of each image.
+    """Check that a store has several views of each image.
 
     Raises
     ------
     ConfigurationError
-        With the way out.
+        If not; the message says how to add views.
     """
     for name in names or store.names:
         if name in store.names and store.shape(name)[1] == 1:
             raise ConfigurationError(
-                f"--average-views: {store.path} has one view of each image in {name}; extract again with --views 4 "
+                f"--average-views: {store.path} has only one view of each image in {name}; extract again with --views 4 "
                 "--augment flip-rotation (only the new views are computed)"
             )
 
 
 def add_averaged(run: Run, stores: Sequence[Any]) -> Run:
-    """Put into ``metrics.json`` of a run what averaging probabilities over the views of each validation image scores.
+    """Score a run with probabilities averaged over the views of each validation image; add this to ``metrics.json``.
 
     Parameters
     ----------
     run : Run
-        Finished.
+        A finished run.
     stores : sequence of FeatureStore
-        One of them is what it was trained on; see `needs_views`.
+        Stores that include the one the run was trained on; see `needs_views`.
     """
     features = run.config["features"]
     name, decided = features["name"], (features["data_digest"], features["fingerprint"])
@@ -204,6 +204,6 @@ def _checked(params: Mapping[str, Any]) -> Mapping[str, Any]:
     options = sorted({"pool", "seed", "classes", "layer", "fingerprint"} & set(params))
     if options:
         raise ConfigurationError(
-            f"{', '.join(options)}: no parameter of a head; pool and seed are options of their own"
+            f"{', '.join(options)}: received as a parameter of the head; give pool and seed as options, and leave out others"
         )
     return params

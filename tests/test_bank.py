@@ -106,7 +106,10 @@ def test_activations_are_those_of_dense_heads() -> None:
         (lambda: BankSpec(classes=1), "classes: received 1, expected 2 or more"),
         (lambda: BankSpec(classes=2, epochs=0), "epochs: received 0, expected 1 or more"),
         (lambda: BankSpec(classes=2, activation="relo"), "activation: received relo, .*did you mean 'relu'"),
-        (lambda: BankSpec(classes=3, class_weights=(1.0, 2.0)), "class_weights: .*expected 3 finite numbers of 0 or more"),
+        (
+            lambda: BankSpec(classes=3, class_weights=(1.0, 2.0)),
+            "class_weights: .*expected 3 finite numbers of 0 or more",
+        ),
     ],
 )
 def test_bad_settings_are_refused(make: Any, message: str) -> None:

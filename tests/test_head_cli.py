@@ -163,7 +163,7 @@ MISTAKES: dict[str, tuple[int, list[str], str]] = {
         "unknown parameter 'CC'",
     ),
     "a value out of range": (2, ["--head", "dense", "--param", "dropout=1"], "dropout"),
-    "views of a plain store": (2, ["--head", "ridge", "--average-views"], "has one view of each image"),
+    "views of a plain store": (2, ["--head", "ridge", "--average-views"], "has only one view of each image"),
     "a size that is none": (2, ["--memory", "much"], "--memory: received 'much', expected a size such as 2GB"),
     "too little memory": (1, ["--head", "logistic", "--memory", "500b"], "needs all rows in memory: 30 x 6 features"),
     "too little for batches": (2, ["--head", "linear-sgd", "--memory", "1kB"], "batches of 32 rows of 6 columns need"),

@@ -332,7 +332,10 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
         ({"temperature": 0}, "temperature: received 0, expected greater than 0"),
         ({"input_shape": [5]}, "6 means and 6 deviations, expected 5"),
         ({"classes": ["a", "b"]}, "classes_ is"),
-        ({"input_shape": [2], "scaler": {"mean": [0, 0], "std": [1, 1]}}, "n_features_in_ is 6, but head.json expects 2"),
+        (
+            {"input_shape": [2], "scaler": {"mean": [0, 0], "std": [1, 1]}},
+            "n_features_in_ is 6, but head.json expects 2",
+        ),
     ],
 )
 def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

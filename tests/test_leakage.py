@@ -66,7 +66,7 @@ def test_the_list_is_capped_and_says_how_many_there_are(tmp_path: Path) -> None:
     store = write_store(tmp_path / "features.h5", [X], np.arange(2000) % 2, np.arange(2000) % 2)
     found = near_duplicates(store, limit=5)
     assert (len(found.pairs), found.found) == (5, 1_000_000)
-    assert found.capped == "only the 100 most similar of 1000000 candidates were looked at more closely"
+    assert found.capped == "only the 100 most similar of 1000000 candidates were compared exactly"
     assert [pair.similarity for pair in found.pairs] == pytest.approx([1.0] * 5, abs=1e-6)
 
 
@@ -160,7 +160,7 @@ def test_altered_copies_of_real_images_are_found(assets: Path, tmp_path: Path) -
 def test_they_are_said_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     store = planted(tmp_path / "features.h5")
     leakage.warn_near_duplicates(store)
-    assert "4 pairs of near-duplicates lie in two splits (cosine of " in caplog.text
+    assert "4 pairs of near-duplicates are in different splits (cosine of " in caplog.text
     assert f"such as {store.images.paths[0]} ~ {store.images.paths[301]}" in caplog.text
     caplog.clear()
     leakage.warn_near_duplicates(store, ["no such data set"])  # which is refused where it is used

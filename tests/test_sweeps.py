@@ -94,7 +94,10 @@ def test_random_search_draws_some_combinations_once() -> None:
             r"heads.0.grid: received 3, expected a valid list",
         ),
         ("version: 1\nheads: [{head: dense, log: {learning_rate: [0, 1, 3]}}]", "received 0, expected greater than 0"),
-        ("version: 1\nheads: [{head: dense, grid: {l2: [1]}, log: {l2: [1, 2, 2]}}]", "l2 stands in grid and in log"),
+        (
+            "version: 1\nheads: [{head: dense, grid: {l2: [1]}, log: {l2: [1, 2, 2]}}]",
+            "l2 is given in both grid and log",
+        ),
         ("version: 1\nheads: [{head: dense, log: {l2: [1, 2, 9999], mixup: [1, 2, 9999]}}]", "more than 100,000 heads"),
         ("version: 1\nheads: [{head: dense, log: {l2: [1, 2, 1000000000]}}]", "log.2: received 1000000000"),
         (
@@ -299,10 +302,10 @@ def test_the_test_split_is_touched_once_for_the_chosen_head(tmp_path: Path, capl
     assert looked == [chosen["run_id"]]
     assert chosen["test_accuracy"] == Run.open(tmp_path / looked[0]).metrics["test"]["accuracy"]
     run_sweep([store], logistic(), runs=tmp_path, jobs=1, test=True)
-    assert "looked at before" not in caplog.text
+    assert "already used" not in caplog.text
     knn = sweep({"head": "knn", "grid": {"n_neighbors": [3]}})
     run_sweep([store], knn, runs=tmp_path, jobs=1, test=True)
-    assert f"the test split was looked at before, for {chosen['run_id']}" in caplog.text
+    assert f"the test split was already used for {chosen['run_id']}" in caplog.text
 
 
 @pytest.mark.slow
@@ -350,7 +353,10 @@ def test_a_solver_that_needs_too_much_is_refused_with_the_figure(tmp_path: Path)
     assert shown(head.fit_bytes(28, 25_088)) == "10.1 GB"
     heads = single(path, {"solver": "newton-cholesky"})
     result = run_sweep([store], heads, runs=tmp_path, jobs=1, memory=parse_memory("2GB"))
-    assert "needs about 10.1 GB of memory for 28 x 25088 features, but only 2.0 GB are allowed" in result.failed[0]["reason"]
+    assert (
+        "needs about 10.1 GB of memory for 28 x 25088 features, but only 2.0 GB are allowed"
+        in result.failed[0]["reason"]
+    )
     with pytest.raises(HeadError, match=r"needs about 10\.1 GB .*--memory"):
         train_head(store, path, runs=tmp_path, params={"solver": "newton-cholesky"}, memory=parse_memory("2GB"))
 
@@ -500,12 +506,12 @@ def test_damaged_files_of_one_run_stop_no_sweep_and_no_leaderboard(
         shutil.rmtree(tmp_path / run_id / "plots")
         (tmp_path / run_id / "history.csv").write_text("rows\nmany\n")
         (tmp_path / run_id / "predictions.csv").write_text("path\na\n")
-    with pytest.raises(RunError, match=r"history\.csv: is not what a run writes"):
+    with pytest.raises(RunError, match=r"history\.csv: cannot be read as the history of a run"):
         log_run(tmp_path / "logs", tmp_path / first.runs[0])
     more = sweep({"head": "logistic", "grid": {"C": [*CS, 1.0]}})
     result = run_sweep([store], more, runs=tmp_path, jobs=1, choose="balanced_accuracy")
     assert (result.trained, len(result.board)) == (1, 4)
-    assert "predictions.csv: is not what a run of 2 classes writes" in caplog.text
+    assert "predictions.csv: cannot be read as the predictions of a run of 2 classes" in caplog.text
     assert len(leaderboard(tmp_path, by="balanced_accuracy")) == 4
 
 
@@ -556,7 +562,7 @@ def test_a_sweep_on_the_command_line_and_again_without_keras(
     )
     again = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert again.returncode == 0, again.stderr
-    assert "0 trained, 5 there already, 1 failed" in again.stdout
+    assert "0 trained, 5 already there, 1 failed" in again.stdout
     assert "failed: knn n_neighbors=999 on last.avg" in again.stdout
     assert main(["leaderboard", str(tmp_path / "runs")]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -564,7 +570,7 @@ def test_a_sweep_on_the_command_line_and_again_without_keras(
     assert sum(line.startswith("*") for line in table) == 1
     nothing = write(tmp_path / "nothing.yaml", "version: 1\nheads: [{head: knn, grid: {n_neighbors: [998, 999]}}]")
     assert main(["train-head", str(file), "--heads", str(nothing), "--runs", str(tmp_path / "none")]) == 1
-    assert "0 trained, 0 there already, 2 failed" in capsys.readouterr().out
+    assert "0 trained, 0 already there, 2 failed" in capsys.readouterr().out
     assert main(["train-head", str(file), "--heads", str(path), "--head", "knn"]) == 2
     assert "give one or the other" in capsys.readouterr().err
 

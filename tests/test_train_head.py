@@ -369,12 +369,12 @@ def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pyt
     shutil.copytree(good.folder, tmp_path / ".copy.tmp")
     with caplog.at_level(logging.WARNING):
         assert [run.run_id for run in find_runs(tmp_path)] == [good.run_id]
-    assert f"{bad.folder}: the run is incomplete, head.skops is missing" in caplog.text
+    assert f"{bad.folder}: the run is incomplete, missing: head.skops" in caplog.text
     assert [run.run_id for run in find_runs(good.folder)] == [good.run_id]
     for path, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "notes", "holds no finished run")):
         with pytest.raises(RunError, match=message):
             choose_run(path)
-    with pytest.raises(RunError, match="is no run folder"):
+    with pytest.raises(RunError, match="is not a run folder"):
         Run.open(tmp_path)
 
 

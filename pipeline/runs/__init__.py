@@ -1,6 +1,6 @@
-"""Run folders: what every training leaves behind. May import ``scores`` and the ground; knows no kind of head.
+"""Run folders, the result of every training. May import ``scores`` and the ground; knows no kind of head.
 
     outcome --writing--> folder --Run.open--> config, metrics, predictions --board--> leaderboard
 
-Use ``Run``, ``choose_run``, ``write_run``, ``leaderboard``.
+Other rooms use ``Run``, ``choose_run``, ``write_run`` and ``leaderboard``.
 """

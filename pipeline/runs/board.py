@@ -1,4 +1,4 @@
-"""Runs compared: the leaderboard, and which of them to choose."""
+"""Compare runs: the leaderboard, and the choice of one run."""
 
 from __future__ import annotations
 
@@ -18,24 +18,24 @@ logger = logging.getLogger(__name__)
 def leaderboard(
     root: str | Path, *, by: str = "accuracy", folds: bool = False, only: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """One row per run, best validation accuracy first, then lowest log loss.
+    """Make the leaderboard: one row per run, best score on the validation split first, then lowest log loss.
 
     Parameters
     ----------
     root : Path
         Folder of run folders.
     by : {"accuracy", "balanced_accuracy"}
-        What is compared.
+        Score to compare.
     folds : bool
         Compare by cross-validation; runs without it come last.
     only : collection of str, optional
-        Run ids to take.
+        Ids of the runs to include; default: all.
 
     Returns
     -------
     list of dict
-        ``comparable`` is False where the images, labels or splits are not those of the first row (``data`` differs):
-        such scores do not measure the same thing. ``chosen`` marks one of the comparable ones, see
+        ``comparable`` is False if images, labels or splits differ from those of the first row (``data`` differs), as
+        such scores do not measure the same thing. ``chosen`` marks one of the comparable runs, see
         `pipeline.scores.selection.choose`.
     """
     check_choice(by)
@@ -49,7 +49,7 @@ def leaderboard(
 
 
 def check_choice(by: str) -> None:
-    """Raise ``ConfigurationError`` unless runs can be compared by it."""
+    """Raise ``ConfigurationError`` unless ``by`` is a score that runs can be compared by."""
     if by not in CHOICES:
         raise ConfigurationError(f"choose: received {by!r}, expected one of {', '.join(CHOICES)}{nearest(by, CHOICES)}")
 
@@ -81,20 +81,20 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
 
 
 def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
-    """Number of the run to choose of comparable ones, best first."""
+    """Index of the run to choose from comparable runs, which are given best first."""
     judged = "cv" if folds and runs[0].metrics["cv"] else "validation"
     runs = [run for run in runs if run.metrics[judged]]
     best = runs[0].metrics[judged]
     low = best["accuracy_interval"][0]
     if by == "balanced_accuracy":
-        # Recall is the mean over classes; the interval of the accuracy is as wide about.
+        # First guess: the interval of the accuracy, shifted, as both intervals are about equally wide.
         low += best["balanced_accuracy"] - best["accuracy"]
         if judged == "validation":
             try:
                 rows = read_predictions(runs[0])
                 low = balanced_accuracy_interval(rows.labels, rows.probabilities.argmax(axis=1))[0]
             except RunError as problem:
-                logger.warning("%s; the interval of its accuracy is taken", problem)
+                logger.warning("%s; the interval of its accuracy is used instead", problem)
     candidates = [
         Candidate(
             run.metrics[judged][by], run.environment.get("parameters"), float(run.environment.get("fit_seconds") or 0)

@@ -1,4 +1,4 @@
-"""Run folders: open them, find them, choose one. `pipeline.runs.writing` makes them."""
+"""Open and find run folders, and choose one. They are written by `pipeline.runs.writing`."""
 
 from __future__ import annotations
 
@@ -23,11 +23,14 @@ logger = logging.getLogger(__name__)
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
-LARGEST = 1e15  # seconds and parameters
+LARGEST = 1e15  # upper limit of seconds and of parameter counts that are accepted from a file
 
 
 class Predictions(NamedTuple):
-    """Validation rows: path, content hash uint8 (n, 32), label int32 (n,), probabilities float64 (n, c)."""
+    """Predictions of the validation rows: paths, content hashes, labels and probabilities.
+
+    ``sha256`` is uint8 (n, 32), ``labels`` int32 (n,), ``probabilities`` float64 (n, c).
+    """
 
     paths: Sequence[str]
     sha256: np.ndarray
@@ -42,9 +45,9 @@ class Run:
     Attributes
     ----------
     folder : Path
-        Where it is.
+        The run folder.
     config, metrics, environment : dict
-        Plain values of ``config.yaml``, ``metrics.json``, ``environment.json``.
+        Plain values of ``config.yaml``, ``metrics.json`` and ``environment.json``.
     """
 
     folder: Path
@@ -54,18 +57,18 @@ class Run:
 
     @classmethod
     def open(cls, folder: str | Path) -> Run:
-        """Read a run folder; the head itself is loaded when it is asked for.
+        """Read a run folder, but not yet the head in it.
 
         Raises
         ------
         RunError
-            No run, a file of it missing or malformed; the file is named.
+            The folder is not a run, or one of its files is missing or malformed; the message names the file.
         FormatVersionError
-            Written by another release.
+            The run was written by another release.
         """
         folder = Path(folder)
         if not (folder / "config.yaml").is_file():
-            raise RunError(f"{folder}: is no run folder (there is no config.yaml); bottleneck leaderboard lists runs")
+            raise RunError(f"{folder}: is not a run folder (it has no config.yaml); bottleneck leaderboard lists runs")
         try:
             values = load_yaml(folder / "config.yaml")
         except ConfigurationError as problem:
@@ -73,18 +76,21 @@ class Run:
         config = parse(RunConfig, values, str(folder / "config.yaml"), error=RunError)
         missing = [name for name in (*FILES, *config.model) if not (folder / name).is_file()]
         if missing:
-            raise RunError(f"{folder}: the run is incomplete, {', '.join(missing)} is missing; train it again")
+            raise RunError(f"{folder}: the run is incomplete, missing: {', '.join(missing)}; train it again")
         metrics = parse(MetricsFile, _read_json(folder / "metrics.json"), str(folder / "metrics.json"), error=RunError)
         if metrics.run_id != config.run_id:
-            raise RunError(f"{folder / 'metrics.json'}: belongs to {metrics.run_id}, config.yaml to {config.run_id}")
+            raise RunError(
+                f"{folder / 'metrics.json'}: belongs to run {metrics.run_id}, but config.yaml to {config.run_id}; "
+                "train the run again"
+            )
         environment = _read_json(folder / "environment.json")
         if not isinstance(environment, dict):
-            raise RunError(f"{folder / 'environment.json'}: expected a mapping")
+            raise RunError(f"{folder / 'environment.json'}: expected a mapping of keys to values")
         for name, kinds in (("fit_seconds", (int, float)), ("parameters", (int,))):
             value = environment.get(name)
             if value is not None and not (type(value) in kinds and 0 <= value <= LARGEST):
                 raise RunError(
-                    f"{folder / 'environment.json'}: {name}: received {str(value)[:40]!r}, expected a number"
+                    f"{folder / 'environment.json'}: {name}: received {str(value)[:40]!r}, expected a number of 0 or more"
                 )
         return cls(folder, config.model_dump(mode="json"), metrics.model_dump(mode="json"), environment)
 
@@ -100,43 +106,43 @@ class Run:
 
     @functools.cached_property
     def recipe(self) -> Recipe:
-        """Recipe of the features; of a fine-tuned run: with its own weights."""
+        """Recipe of the features; for a fine-tuned run with the weights of its own network."""
         try:
             recipe = Recipe.from_dict(self.config["features"]["recipe"])
         except (ConfigurationError, TypeError) as problem:
             raise RunError(f"{self.folder / 'config.yaml'}: features.recipe: {problem}") from problem
         if recipe.fingerprint != self.config["features"]["fingerprint"]:
             raise RunError(
-                f"{self.folder / 'config.yaml'}: the recipe has fingerprint {recipe.fingerprint}, "
-                f"{self.config['features']['fingerprint']} is noted; one of them was edited"
+                f"{self.folder / 'config.yaml'}: the recipe has fingerprint {recipe.fingerprint}, but the file says "
+                f"{self.config['features']['fingerprint']}; one of them was edited, so train the run again"
             )
         return recipe
 
     @property
     def split_rule(self) -> str:
-        """Text of the split rule, as ``extract --split`` takes it."""
+        """Split rule, in the form that ``extract --split`` accepts."""
         return self.config["features"]["split_rule"]
 
     @property
     def backbone_argument(self) -> str:
-        """What ``extract --backbone`` would be given: a name, or the path of a model file."""
+        """Value for ``extract --backbone``: a name, or the path of a model file."""
         own = BACKBONE_MODEL in self.config["model"]
         return str(self.folder / BACKBONE_MODEL) if own else self.config["features"]["backbone"]
 
     @property
     def weights_argument(self) -> str:
-        """What ``extract --weights`` would be given; of a fine-tuned run: its own file."""
+        """Value for ``extract --weights``; for a fine-tuned run the weights file in its folder."""
         own = BACKBONE_WEIGHTS in self.config["model"]
         return str(self.folder / BACKBONE_WEIGHTS) if own else self.config["features"]["weights"]
 
     @property
     def target(self) -> str | None:
-        """Label column of the manifest that the features were made of."""
+        """Label column of the manifest that the features were made from; None if there was no choice."""
         return self.config["features"]["target"] or None
 
     @property
     def settings(self) -> str:
-        """Parameters, pooling and seed that are not the usual ones of its head, ``name=value``."""
+        """Parameters, pooling and seed that differ from the defaults of the head, as ``name=value`` separated by spaces."""
         head = self.config["head"]
         preset = PRESETS.get(head["name"], Preset(head["name"], EstimatorParameters(), by_path=True))
         usual = preset.parameters.described()
@@ -149,12 +155,12 @@ class Run:
 
 
 def read_predictions(run: Run) -> Predictions:
-    """The validation rows of a run, as ``predictions.csv`` has them.
+    """Read the predictions of the validation rows from ``predictions.csv`` of a run.
 
     Raises
     ------
     RunError
-        If the file is not what a run writes.
+        If the file is malformed.
     """
     path, numbers = run.folder / "predictions.csv", {name: k for k, name in enumerate(run.classes)}
     try:
@@ -164,35 +170,37 @@ def read_predictions(run: Run) -> Predictions:
         labels = np.array([numbers[line[2]] for line in lines], np.int32)
         probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
     except (KeyError, ValueError, IndexError, csv.Error) as problem:
-        raise RunError(f"{path}: is not what a run of {len(numbers)} classes writes: {problem!r}") from problem
+        raise RunError(
+            f"{path}: cannot be read as the predictions of a run of {len(numbers)} classes: {problem!r}; train it again"
+        ) from problem
     return Predictions([line[0] for line in lines], digests, labels, probabilities)
 
 
 def read_history(folder: Path) -> History:
-    """Columns of ``history.csv`` of a run.
+    """Read the columns of ``history.csv`` from a run folder.
 
     Raises
     ------
     RunError
-        If the file is not what a run writes.
+        If the file is malformed.
     """
     path = folder / "history.csv"
     try:
         with open(path, newline="", encoding="utf-8") as stream:
             lines = list(csv.DictReader(stream))
     except (ValueError, csv.Error) as problem:
-        raise RunError(f"{path}: is not what a run writes: {problem!r}") from problem
+        raise RunError(f"{path}: cannot be read as the history of a run: {problem!r}; train it again") from problem
     history: History = {}
     for name in lines[0] if lines else ():
         try:
             history[name] = [float(line[name]) for line in lines]
         except (TypeError, ValueError) as problem:
-            raise RunError(f"{path}: column {name!r} holds what is no number: {problem}") from problem
+            raise RunError(f"{path}: column {name!r} holds a value that is not a number: {problem}") from problem
     return history
 
 
 def is_finished(folder: str | Path) -> bool:
-    """Whether a run folder is whole; a missing one is not."""
+    """Whether a folder exists and holds a complete run."""
     try:
         Run.open(folder)
     except RunError:
@@ -201,7 +209,9 @@ def is_finished(folder: str | Path) -> bool:
 
 
 def find_runs(root: str | Path) -> list[Run]:
-    """All finished runs in a folder, by name; the folder may be a run itself. Broken ones are warned about.
+    """Find all finished runs in a folder, sorted by name; the folder may also be a run itself.
+
+    Damaged runs are left out with a warning.
 
     Raises
     ------
@@ -228,50 +238,50 @@ def find_runs(root: str | Path) -> list[Run]:
         try:
             found.append(Run.open(folder))
         except (RunError, FormatVersionError) as problem:
-            logger.warning("left out: %s", problem)
+            logger.warning("run left out: %s", problem)
     return found
 
 
 def choose_run(path: str | Path) -> Run:
-    """The run in ``path``, or the best one below it: see `pipeline.runs.board.leaderboard`."""
-    return _some(path, sorted(find_runs(path), key=rank))[0]
+    """Return the run in ``path``, or the best one below it by the order of `pipeline.runs.board.leaderboard`."""
+    return _require_runs(path, sorted(find_runs(path), key=rank))[0]
 
 
 def newest_run(path: str | Path, *, accept: Callable[[Run], bool] | None = None) -> Run:
-    """The run in ``path``, or the newest one below it.
+    """Return the run in ``path``, or the newest one below it.
 
     Parameters
     ----------
     path : Path
         Run folder, or folder of run folders.
     accept : callable, optional
-        Only runs from which fine-tuning can start, as it says; below a folder of runs, those of stage three are
-        passed over.
+        Says whether fine-tuning can start from a run. Other runs are skipped, and so are fine-tuned runs if ``path`` is
+        a folder of runs.
 
     Raises
     ------
     RunError
-        If there is none.
+        If there is no such run.
     """
-    runs = _some(path, find_runs(path))
+    runs = _require_runs(path, find_runs(path))
     if accept is not None:
         several = not (Path(path) / "config.yaml").is_file()
         runs = [run for run in runs if accept(run) and not (several and run.config["stage"] == "finetune")]
         if not runs:
             raise RunError(
-                f"{path}: holds no run of a Keras head or a linear one, which fine-tuning starts from (dense, dropout-linear, "
-                "mlp-256, logistic, ridge, linear-svm, sgd, lda); train one with bottleneck train-head --head dropout-linear"
+                f"{path}: holds no run of a Keras head or a linear one, and fine-tuning needs one (dense, dropout-linear, "
+                "mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck train-head --head dropout-linear"
             )
     return max(runs, key=lambda run: (str(run.environment.get("created", "")), run.run_id))
 
 
 def rank(run: Run, by: str = "accuracy", *, folds: bool = False) -> tuple[bool, float, float, str]:
-    """What runs are sorted by: the best first; with ``folds`` by cross-validation, those without it last."""
+    """Sort key that puts the best run first; with ``folds`` by cross-validation, runs without it last."""
     scores = run.metrics["cv"] if folds and run.metrics["cv"] else run.metrics["validation"]
     return folds and not run.metrics["cv"], -scores[by], scores["log_loss"], run.run_id
 
 
-def _some(path: str | Path, runs: list[Run]) -> list[Run]:
+def _require_runs(path: str | Path, runs: list[Run]) -> list[Run]:
     if not runs:
         raise RunError(f"{path}: holds no finished run; bottleneck train-head makes one")
     return runs

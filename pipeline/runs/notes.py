@@ -1,4 +1,4 @@
-"""What a run folder says about itself: the software behind it, and a page for whoever opens it."""
+"""The description of a run in its folder: software versions, and a README for whoever opens it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PACKAGES = (
 
 
 def environment() -> dict[str, Any]:
-    """Python, machine and package versions; nothing heavy is imported for it."""
+    """Python version, machine and package versions, found without importing the packages."""
     return {
         "created": datetime.now(UTC).isoformat(timespec="microseconds"),
         "python": platform.python_version(),
@@ -48,7 +48,7 @@ def _versions() -> dict[str, str]:
 
 
 def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:
-    """``README.md`` of a run, from its ``config.yaml`` and ``metrics.json``."""
+    """Text of the ``README.md`` of a run, made from its ``config.yaml`` and ``metrics.json``."""
     features, head = config["features"], config["head"]
     recipe = features["recipe"]
     lines = [

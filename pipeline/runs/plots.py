@@ -1,8 +1,8 @@
-"""Plots of a run: images for its folder, drawn without a display.
+"""Plots of a run, drawn without a display and saved as images in its folder.
 
-One column of a page wide (3.5 inches, 7 points of type and more), two where the classes need it. Blue and vermillion
-of Okabe and Ito (Color Universal Design, 2008) are told apart by everyone, and what they mean is never said by colour
-alone: lines differ in dash and marker, cells in place and number.
+A plot is as wide as one column of a page (3.5 inches, type of at least 7 points), or two where the classes need more
+room. The colours blue and vermillion of Okabe and Ito (Color Universal Design, 2008) can be distinguished with all kinds
+of colour vision, and never carry a meaning alone: lines also differ in dash and marker, cells in position and number.
 """
 
 from __future__ import annotations
@@ -39,24 +39,24 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.5,
 }
 
-MOST_CLASSES = 1000  # of a confusion matrix: with more a class is less than a pixel
+MOST_CLASSES = 1000  # upper limit for a confusion matrix: with more classes, each is smaller than a pixel
 
 
 def plot_run(
     folder: Path, history: History, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
 ) -> None:
-    """Confusion matrix and, for epochs, learning curves.
+    """Draw the confusion matrix and, if the head was trained in epochs, the learning curves.
 
     Parameters
     ----------
     folder : Path
-        Made here; gets ``confusion.png`` (up to `MOST_CLASSES` classes) and ``learning.png``.
+        Folder to make; receives ``confusion.png`` (up to `MOST_CLASSES` classes) and ``learning.png``.
     history : dict of str to list of float
         Columns of ``history.csv``.
     labels : int32, (n,)
-        Of the validation rows.
+        Labels of the validation rows.
     probabilities : float64, (n, c), 0-1
-        Of the same rows.
+        Predictions of the same rows.
     classes : sequence of str
         Class names, in label order.
     """
@@ -74,8 +74,8 @@ def plot_run(
 def shades(table: np.ndarray) -> np.ndarray:
     """Colours of a confusion matrix, float64, (c, c, 3), 0-1.
 
-    Hits go from pale grey to blue with their share of the true class, mistakes to vermillion with the root of theirs, so
-    that rare ones are seen.
+    Correct predictions range from pale grey to blue by their share of the true class, mistakes from pale grey to
+    vermillion by the square root of their share, so that rare mistakes are visible.
     """
     share = table / np.maximum(table.sum(axis=1, keepdims=True), 1)
     hit = np.eye(len(table), dtype=bool)
@@ -85,7 +85,7 @@ def shades(table: np.ndarray) -> np.ndarray:
 
 
 def ink_on(colour: np.ndarray) -> str:
-    """White or dark text, whichever stands out more (relative luminance of WCAG 2.1)."""
+    """Choose white or dark text, whichever has more contrast (relative luminance of WCAG 2.1)."""
     linear = np.where(colour <= 0.04045, colour / 12.92, ((colour + 0.055) / 1.055) ** 2.4)
     luminance = float(linear @ [0.2126, 0.7152, 0.0722])
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.0637 else INK
@@ -127,7 +127,7 @@ def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
 
 
 def _learning(history: History) -> Any:
-    """Log loss and, where it is known, accuracy under it, over the same epochs."""
+    """Draw the log loss and, if known, the accuracy in a second panel below it, over the same epochs."""
     epochs = history["epoch"]
     panels = {"log loss": {"loss": "training", "val_loss": "validation"}}
     panels["accuracy"] = {"accuracy": "training", "val_accuracy": "validation"}

@@ -1,8 +1,8 @@
-"""Histories of runs as TensorBoard logs.
+"""Write the histories of runs as TensorBoard logs.
 
     history.csv --scalars, one step per row--> DIR/<run id>/events.out.tfevents...
 
-Written with TensorBoard's own records, without TensorFlow.
+The logs are written with TensorBoard's own record writer, without TensorFlow.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from features.errors import ConfigurationError, RunError
 from features.files import atomic_file
 from pipeline.runs.folder import read_history
 
-NAME = "events.out.tfevents.0.bottleneck"  # one per run: writing again replaces
+NAME = "events.out.tfevents.0.bottleneck"  # a single file per run, which is replaced when it is written again
 
 
 def require_tensorboard() -> Any:
-    """TensorBoard's protocol and record writer.
+    """Import TensorBoard's event and summary messages and its record writer.
 
     Raises
     ------
     ConfigurationError
-        If the package is not installed; the extra is named.
+        If the package is not installed; the message names the extra to install.
     """
     try:
         from tensorboard.compat.proto import event_pb2, summary_pb2  # type: ignore[import-untyped]
@@ -33,22 +33,22 @@ def require_tensorboard() -> Any:
     except ImportError as problem:
         raise ConfigurationError(
             f"--tensorboard: the package tensorboard cannot be imported ({problem}); "
-            "pip install 'bottleneck-features[tensorboard]'"
+            "install it with pip install 'bottleneck-features[tensorboard]'"
         ) from problem
     return event_pb2.Event, summary_pb2.Summary, RecordWriter
 
 
 def write_history(folder: Path, run_id: str, history: Mapping[str, Sequence[float]]) -> Path:
-    """Write a history as scalars, whole or not at all; a log of the same run is replaced.
+    """Write a history as scalars. The log is written atomically and replaces an earlier log of the same run.
 
     Parameters
     ----------
     folder : Path
-        What ``tensorboard --logdir`` is given.
+        Folder for ``tensorboard --logdir``.
     run_id : str
-        Name of the run there.
+        Name of the run in TensorBoard.
     history : mapping of str to sequence of float
-        Columns. ``epoch``, where there is one, gives the steps, else they are counted from 1.
+        Columns. The column ``epoch``, if there is one, gives the steps; otherwise they are counted from 1.
 
     Returns
     -------
@@ -82,5 +82,5 @@ def write_history(folder: Path, run_id: str, history: Mapping[str, Sequence[floa
 
 
 def log_run(folder: Path, run_folder: Path) -> Path:
-    """`write_history` of a finished run, from its ``history.csv``."""
+    """Call `write_history` with the ``history.csv`` of a finished run."""
     return write_history(folder, run_folder.name, read_history(run_folder))

@@ -1,4 +1,4 @@
-"""Write run folders whole or not at all, and add to them."""
+"""Write run folders atomically, and add scores and plots to them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 class TrainedHead(Protocol):
-    """What a run needs of a head: what to say of it, and how to save it."""
+    """What writing a run needs from a head: its description, and a way to save it."""
 
     name: str
     pool: str | None
@@ -56,24 +56,24 @@ class TrainedHead(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a training gives to its run.
+    """The result of a training, as its run records it.
 
     Parameters
     ----------
     head : TrainedHead
-        Trained.
+        The trained head.
     history : dict of str to list of float
         Columns of ``history.csv``.
     scores, test : dict
-        What `pipeline.scores.metrics.evaluate` gave for validation and, where asked, test.
+        Scores by `pipeline.scores.metrics.evaluate` on the validation split and, if requested, the test split.
     predictions : Predictions
-        Validation rows.
+        Predictions of the validation rows.
     seconds : float
-        Time spent training.
+        Training time.
     cv : dict, optional
-        The scores of held-out training rows, and ``folds``.
+        Scores of the training rows by cross-validation, and the number of ``folds``.
     notes : dict, optional
-        More for ``environment.json``: how it was trained, where that decides nothing.
+        Further entries of ``environment.json`` about the training, which do not affect the result.
     """
 
     head: TrainedHead
@@ -98,34 +98,34 @@ def write_run(
     plots: bool = True,
     prove: Callable[[Path], object] | None = None,
 ) -> Path:
-    """Write a run folder under a temporary name and rename it.
+    """Write a run folder under a temporary name, then rename it.
 
     Parameters
     ----------
     root : Path
         Folder of run folders.
     run_id : str
-        Name of the new one. A finished run of that name is kept, an incomplete one replaced.
+        Name of the new run folder. A finished run of that name is kept, an incomplete one is replaced.
     outcome : Outcome
-        What was trained, and how good it is.
+        The trained head and its scores.
     features : dict, optional
-        Fields of `RunFeatures`; those of ``start`` without it.
+        Fields of `RunFeatures`; default: those of ``start``.
     start, backbone, settings
-        Of fine-tuning: the run it began from, the fine-tuned network (a ``keras.Model``) and the settings.
+        For fine-tuning: the run that it started from, the fine-tuned network (a ``keras.Model``) and the settings.
     plots : bool
-        Draw them, which takes longer than everything else; `add_plots` does it later.
+        Whether to draw the plots, which takes longer than the rest; `add_plots` can draw them later.
     prove : callable, optional
-        Called with the folder while it has its temporary name; what it raises leaves nothing.
+        Called with the folder under its temporary name. If it raises an exception, the run is not written.
 
     Returns
     -------
     Path
-        The folder.
+        The run folder.
 
     Raises
     ------
     RunError
-        If it cannot be written.
+        If the folder cannot be written.
     """
     root = Path(root)
     folder, head = root / run_id, outcome.head
@@ -136,7 +136,7 @@ def write_run(
         if start is not None and features is None:
             features = start.config["features"]
         if features is None:
-            raise RunError(f"{folder}: neither the features nor the run it began with are given")
+            raise RunError(f"{folder}: received neither features nor start, expected one of them")
         model, count = list(head.files), head.parameter_count
         if backbone is not None:
             name, recipe = _save_backbone(temporary, backbone, Recipe.from_dict(features["recipe"]))
@@ -192,7 +192,7 @@ def write_run(
 
 
 def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
-    """Put the scores of ``test`` or ``cv`` into ``metrics.json`` of a finished run."""
+    """Add scores (``test``, ``cv`` or ``averaged``) to ``metrics.json`` of a finished run."""
     path = run.folder / "metrics.json"
     with atomic_file(path) as temporary:
         _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
@@ -200,7 +200,7 @@ def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
 
 
 def add_plots(run: Run) -> None:
-    """Draw the plots of a run that was written without them, from its ``predictions.csv`` and ``history.csv``."""
+    """Draw the plots of a run that has none yet, from its ``predictions.csv`` and ``history.csv``."""
     if (run.folder / "plots").exists():
         return
     rows, history = read_predictions(run), read_history(run.folder)
@@ -213,7 +213,7 @@ def add_plots(run: Run) -> None:
 
 
 def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
-    """Save a fine-tuned backbone; the recipe of its features has its weights."""
+    """Save a fine-tuned network; return the file name and the recipe with the digest of the new weights."""
     from features.networks.weights import model_digest, save_weights
 
     if recipe.backbone == "model":
@@ -232,8 +232,8 @@ def _publish(temporary: Path, folder: Path) -> None:
                 os.fsync(stream.fileno())
     if folder.exists():
         if is_finished(folder):
-            return  # another process was faster; the same id means the same run
-        logger.warning("%s was incomplete and is replaced", folder)
+            return  # another process was faster; equal ids mean equal runs
+        logger.warning("%s: the run was incomplete and is replaced", folder)
         old = temporary.with_suffix(".old")
         os.rename(folder, old)
         os.rename(temporary, folder)
@@ -255,7 +255,7 @@ def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
 
 
 def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
-    """Nine digits: enough to check the assembled network against."""
+    """Write ``predictions.csv``, with nine digits: enough to check a network with this head against them."""
     rows = []
     for name, sha256, label, values in zip(*predictions, strict=True):
         guess = int(values.argmax())

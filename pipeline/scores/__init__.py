@@ -1,6 +1,6 @@
-"""How good predictions are, and which head to choose. Pure numpy; imports the ground only.
+"""Scores of predictions, and the choice of a head. Works on numpy arrays; imports the ground only.
 
     probabilities, labels --evaluate()--> scores --choose()--> one of several
 
-Use ``evaluate``, ``stratified_folds``, ``choose``.
+Other rooms use ``evaluate``, ``stratified_folds`` and ``choose``.
 """

@@ -9,13 +9,13 @@ import numpy as np
 
 from features.errors import HeadError
 
-RESAMPLES = 2000
-BINS = 15
-Z_95 = 1.959964  # of the normal distribution, two-sided
+RESAMPLES = 2000  # bootstrap samples
+BINS = 15  # of the calibration error
+Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
 def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
-    """Score one split.
+    """Score the predictions of one split.
 
     Parameters
     ----------
@@ -26,20 +26,20 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
     classes : sequence of str, c names
         Used for the number of classes and in messages.
     seed : int
-        Seed of the bootstrap.
+        Random seed of the bootstrap.
 
     Returns
     -------
     dict
         ``accuracy``; ``accuracy_interval`` [low, high], 95 % percentile bootstrap; ``balanced_accuracy``, the mean
         recall over the classes that occur; ``macro_f1`` over the classes that occur or are predicted;
-        ``log_loss`` in nats; ``roc_auc`` (one against the rest, averaged over classes; None where a class does not
-        occur); ``ece``; ``n``.
+        ``log_loss`` in nats; ``roc_auc`` (one against the rest, averaged over classes; None if a class does not
+        occur); ``ece``, the expected calibration error; ``n``, the number of rows.
 
     Raises
     ------
     HeadError
-        No rows, shapes that do not fit, probabilities that are not finite, or a label outside the classes.
+        There are no rows, shapes do not fit, probabilities are not finite, or a label is outside the classes.
 
     Examples
     --------
@@ -77,7 +77,7 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes_count: int) -
     Returns
     -------
     int64, (c, c)
-        True classes down, predicted classes across.
+        One row per true class, one column per predicted class.
 
     Examples
     --------
@@ -89,11 +89,11 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes_count: int) -
 
 
 def accuracy_interval(correct: int, n: int, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap of an accuracy, [low, high].
+    """95 % percentile bootstrap interval of an accuracy, [low, high].
 
-    The mean of n draws with replacement from n zeros and ones is Binomial(n, p) / n, so that is what is drawn
-    (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5). Where all or none are right every draw
-    is the same, so it is Wilson's interval there (Wilson 1927; Agresti and Coull 1998).
+    The mean of n draws with replacement from n zeros and ones is distributed as Binomial(n, p) / n, from which the
+    samples are drawn (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5). If all or none of the
+    predictions are correct, all samples are equal; Wilson's interval is then used (Wilson 1927; Agresti and Coull 1998).
     """
     if correct in (0, n):
         missed = float(Z_95**2 / (n + Z_95**2))
@@ -103,19 +103,19 @@ def accuracy_interval(correct: int, n: int, seed: int = 0) -> list[float]:
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:
-    """Mean of -ln(probability of the true class), probabilities clipped to [eps, 1 - eps] as scikit-learn does."""
+    """Mean of -ln(probability of the true class); probabilities are clipped to [eps, 1 - eps], as in scikit-learn."""
     smallest = np.finfo(np.float64).eps
     chosen = probabilities[np.arange(len(labels)), labels]
     return float(np.average(-np.log(np.clip(chosen, smallest, 1 - smallest)), weights=weights))
 
 
 def balanced_weights(y: np.ndarray) -> np.ndarray:
-    """Weight of each row under which all classes that occur count the same; their mean is 1: float64, (n,)."""
+    """Weight of each row, float64 (n,) with mean 1, such that all classes that occur have the same total weight."""
     return class_weights(y)[y]
 
 
 def class_weights(y: np.ndarray, classes: int = 0) -> np.ndarray:
-    """Weight of each class, rows / (classes that occur x rows of the class), as scikit-learn's "balanced": float64, (c,)."""
+    """Weight of each class, float64 (c,): rows / (classes that occur x rows of the class), scikit-learn's "balanced"."""
     counts = np.bincount(y, minlength=classes)
     return len(y) / (np.count_nonzero(counts) * np.maximum(counts, 1))
 
@@ -126,7 +126,7 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
-    """Expected calibration error of the top label over 15 bins (low, high] of equal width.
+    """Expected calibration error of the predicted class over 15 bins (low, high] of equal width.
 
     Guo et al., On Calibration of Modern Neural Networks, ICML 2017, equation 3.
     """
@@ -138,14 +138,14 @@ def calibration_error(probabilities: np.ndarray, labels: np.ndarray) -> float:
 
 
 def softmax(outputs: np.ndarray) -> np.ndarray:
-    """Softmax over columns, float64."""
+    """Softmax of each row: float64, (n, c)."""
     from scipy import special
 
     return special.softmax(np.asarray(outputs, dtype=np.float64), axis=1)
 
 
 def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
-    """The T > 0 that minimises the log loss of softmax(margins / T), and that loss.
+    """Find the temperature T > 0 that minimises the log loss of softmax(margins / T); return T and that loss.
 
     Parameters
     ----------
@@ -154,12 +154,12 @@ def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | No
     y : int32, (n,)
         Labels.
     weights : float64, (n,), optional
-        Of the rows.
+        Weights of the rows.
 
     Notes
     -----
-    Temperature scaling: Guo et al., ICML 2017. As in Platt (1999) the targets are a little less than certain,
-    here as if one row in n + 1 bore a wrong label, so that perfectly separated rows do not drive T to zero.
+    Temperature scaling: Guo et al., ICML 2017. As in Platt (1999) the targets are smoothed, here as if one row in n + 1
+    had a wrong label, so that T does not tend to zero if the classes are perfectly separated.
     """
     from scipy.optimize import minimize_scalar
 
@@ -190,7 +190,7 @@ def _check(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]
         )
     odd = int(np.sum(~np.isfinite(probabilities).all(axis=1)))
     if odd:
-        raise HeadError(f"probabilities: {odd} of {len(labels)} rows are not finite")
+        raise HeadError(f"probabilities: {odd} of {len(labels)} rows are not finite; expected numbers from 0 to 1")
     if labels.min() < 0 or labels.max() >= len(classes):
         raise HeadError(
             f"labels: received values {labels.min()} to {labels.max()}, expected 0 to {len(classes) - 1} "

@@ -1,4 +1,4 @@
-"""Choosing honestly: folds that keep classes and groups, intervals, and ties that go to the simpler and faster head."""
+"""Folds that respect classes and groups, intervals of scores, and a choice that prefers simple and fast heads."""
 
 from __future__ import annotations
 
@@ -11,25 +11,36 @@ import numpy as np
 
 from pipeline.scores.metrics import RESAMPLES
 
-SEARCH_ROWS = 20_000  # rows that take part in cross-validation; more change a choice little and cost much
+SEARCH_ROWS = 20_000  # rows used in cross-validation; more rows cost much and rarely change a choice
 CHOICES = ("accuracy", "balanced_accuracy")
 
 
 def stratified_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
-    """Deal the rows of each class over the folds; rows of one group go to one fold.
+    """Distribute the rows of each class evenly over folds; the rows of a group are in one fold.
+
+    Parameters
+    ----------
+    y : int32, (n,)
+        Labels.
+    folds : int
+        Number of folds; fewer are made if no class has as many rows.
+    seed : int
+        Random seed of the distribution.
+    groups : int64, (n,), optional
+        Group of each row.
 
     Returns
     -------
     int64, (n,)
-        Fold of each row; -1: only ever trained on (its class has one row, or one group), -2: left out, so that about
-        `SEARCH_ROWS` take part. All -1 where no class has two rows.
+        Fold of each row. -1: the row is only used for training, as its class has a single row or group. -2: the row is
+        not used, so that about `SEARCH_ROWS` rows are. All are -1 if no class has two rows.
     """
     if groups is not None and len(np.unique(groups)) < len(groups):
         return _grouped_folds(y, folds, seed, groups)
     generator = np.random.default_rng(seed)
     result = np.full(len(y), -1, dtype=np.int64)
     share = min(1.0, SEARCH_ROWS / len(y))
-    start = 0  # the next class goes on where the last one stopped, which keeps the folds equally large
+    start = 0  # each class continues at the fold where the last one stopped, which keeps the folds equally large
     counts = np.bincount(y)
     folds = min(folds, int(counts.max()))
     for k in np.flatnonzero(counts):
@@ -55,19 +66,19 @@ def _grouped_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray) -> 
     if folds < 2:
         return np.full(len(y), -1, dtype=np.int64)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes with fewer rows than folds, which are seen to below
+        warnings.simplefilter("ignore", UserWarning)  # about classes with fewer rows than folds, handled below
         splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
         for fold, (_, tested) in enumerate(splitter.split(rows, y[rows], groups[rows])):
             result[rows[tested]] = fold
     for fold in range(folds):
         trained_on = np.unique(y[(result != -2) & (result != fold)])
-        result[(result == fold) & ~np.isin(y, trained_on)] = -1  # else its class would be unknown to this fold
+        result[(result == fold) & ~np.isin(y, trained_on)] = -1  # otherwise the fold's training rows lack this class
     found, result[result >= 0] = np.unique(result[result >= 0], return_inverse=True)
     return result if len(found) > 1 else np.full(len(y), -1, dtype=np.int64)
 
 
 def balanced_accuracy_interval(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap of the mean recall, rows drawn within each class that occurs, [low, high]."""
+    """95 % percentile bootstrap interval of the mean recall, [low, high]; rows are resampled within each class."""
     generator = np.random.default_rng(seed)
     recalls = []
     for k in np.unique(labels):
@@ -77,7 +88,7 @@ def balanced_accuracy_interval(labels: np.ndarray, predicted: np.ndarray, seed: 
 
 
 class Candidate(NamedTuple):
-    """What is compared (high is good), trained numbers (None: without a count), seconds of training."""
+    """A head to choose from: score (higher is better), number of parameters (None: unknown), training time in seconds."""
 
     score: float
     parameters: int | None
@@ -85,19 +96,24 @@ class Candidate(NamedTuple):
 
 
 def choose(candidates: Sequence[Candidate], low: float) -> int:
-    """Number of the one to choose: of those that the best one's interval does not tell apart, the simplest and fastest.
+    """Choose the simplest and fastest of the candidates whose score lies within the interval of the best one.
 
     Parameters
     ----------
     candidates : sequence of Candidate
-        Best first.
+        Candidates, best score first.
     low : float
-        Lower end of the best one's interval.
+        Lower end of the interval of the best score.
+
+    Returns
+    -------
+    int
+        Index of the chosen candidate.
 
     Notes
     -----
-    Simple: few parameters; a head without a count (neighbours, trees) comes after those with one. Fast: the power of
-    ten of the seconds, as smaller differences are noise. What is as simple and as fast goes by the score.
+    Candidates are compared by the number of parameters (those without a count, such as neighbours and trees, come last),
+    then by the power of ten of their training time, as smaller differences are noise, then by their score.
     """
 
     def order(number: int) -> tuple[float, ...]:

@@ -1,6 +1,6 @@
-"""Many heads on one store: listed, trained side by side, compared. May import ``heads`` and what lies below.
+"""Sweeps: many heads are trained on the same stores and compared. May import ``heads`` and the rooms below it.
 
     sweep file --expand--> trials --> workers | bank --> runs --> leaderboard
 
-Use ``run_sweep``, ``read_sweep``, ``near_duplicates``.
+Other rooms use ``run_sweep``, ``read_sweep`` and ``near_duplicates``.
 """

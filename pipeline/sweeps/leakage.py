@@ -1,9 +1,9 @@
-"""Near-duplicates across splits: images whose features are almost the same on both sides of a split.
+"""Find near-duplicates across splits: images in different splits whose features are almost equal.
 
     rows --pool, normalise, project--> short vectors --matrix product in blocks--> candidates --exact--> pairs
 
-Files with the same bytes are found by their hash when a store is assembled; here it is the same picture encoded
-again, resized, mirrored or cropped a little, or the same scene photographed twice.
+Files with the same bytes are found by their hash when a store is assembled. This module finds the same picture encoded
+again, resized, mirrored or slightly cropped, and two photographs of the same scene.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Measured with MobileNetV2 features, out_relu.avg at 224 px, on 200 images of cats-dogs and 200 of flowers17. Share of
-# altered copies at or above 0.92: JPEG quality 75 1.00, cropped by 5 % 0.99, mirrored 0.92 and 0.94, half the size 0.66
-# (of images that were small already) and 1.00. Above it are 1 of 4.5 million pairs of cats-dogs, and 82 of 0.9 million of
-# flowers17: 80 of them are copies or show the same flower, 2 are of two flowers that look alike.
+# Measured with MobileNetV2 features (out_relu.avg, 224 px) on 200 images each of cats-dogs and flowers17. The share of
+# altered copies at or above 0.92 is 1.00 for JPEG quality 75, 0.99 for a 5 % crop, 0.92 and 0.94 for mirrored images,
+# 0.66 (where the images were already small) and 1.00 for half the size. At or above it are 1 of 4.5 million pairs of
+# cats-dogs and 82 of 0.9 million pairs of flowers17: 80 of these are copies or show the same flower, 2 show two flowers
+# that look alike.
 THRESHOLD = 0.92
-PROJECTED = 128  # columns that cosines are estimated in where there are too many rows
-EXACT_WORK = 1 << 38  # products of two numbers, a few seconds
+PROJECTED = 128  # columns after projection, used to estimate cosines if there are too many rows
+EXACT_WORK = 1 << 38  # multiplications up to which cosines are computed without projection, a few seconds
 PAIRS_CHECKED = 1 << 34  # comparisons of projected rows, about a minute on two processors
-# The cosine c of two random projections to k columns deviates by (1 - c^2) / sqrt(k): 0.014 at 0.92. Candidates are
-# taken from three deviations below, and compared exactly.
+# The standard deviation of the cosine c after a random projection to k columns is (1 - c^2) / sqrt(k), 0.014 at 0.92.
+# Candidates are pairs down to three deviations below the threshold; they are then compared exactly.
 DEVIATIONS = 3.0
-KEPT = 20  # candidates kept for each pair that is reported
-QUICK_PAIRS, SHOWN = 1 << 31, 5  # before training: some seconds at most, and what is named
-READ_BYTES = 4 << 20
-PRODUCTS_BYTES = 16 << 20  # of one step
+KEPT = 20  # candidates kept per reported pair
+QUICK_PAIRS, SHOWN = 1 << 31, 5  # in the check before training: comparisons (a few seconds), and pairs in the warning
+READ_BYTES = 4 << 20  # of one read, as stored
+PRODUCTS_BYTES = 16 << 20  # of one matrix product
 
 
 @dataclasses.dataclass(frozen=True)
 class NearDuplicate:
-    """Two images in different splits whose features are almost the same; ``similarity`` is their cosine, -1 to 1."""
+    """Two images in different splits with almost equal features; ``similarity`` is the cosine of these, -1 to 1."""
 
     first: str
     second: str
@@ -55,20 +56,20 @@ class NearDuplicate:
 
 @dataclasses.dataclass(frozen=True)
 class Leakage:
-    """What `near_duplicates` found.
+    """The result of `near_duplicates`.
 
     Parameters
     ----------
     pairs : tuple of NearDuplicate
-        The most similar first.
+        The pairs, most similar first.
     found : int
-        Pairs at or above the threshold, which may be more than those listed; an estimate where ``capped`` says so.
+        Number of pairs at or above the threshold, possibly more than are listed; an estimate if ``capped`` says so.
     checked, possible : int
-        Pairs compared, and pairs across splits there are.
+        Number of pairs that were compared, and number of all pairs across splits.
     capped : str
-        What was left out and why; empty if nothing was.
+        What was left out and why; empty if nothing was left out.
     threshold : float
-        Least similarity of a pair.
+        Minimum similarity of a pair.
     """
 
     pairs: tuple[NearDuplicate, ...]
@@ -89,29 +90,30 @@ def near_duplicates(
     seed: int = 0,
     pairs_checked: int = PAIRS_CHECKED,
 ) -> Leakage:
-    """Compare train with validation and test, and validation with test, by the cosine of their features.
+    """Find near-duplicates between train, validation and test by the cosine of their features.
 
     Parameters
     ----------
     store : FeatureStore
-        The features; view 0 is compared, spatial ones averaged.
+        The features. View 0 is compared; spatial features are averaged.
     name : str, optional
-        Feature data set; may be left out where there is one.
-    threshold : float
-        Least cosine of a near-duplicate; the default was measured with MobileNetV2, see `THRESHOLD`.
+        Feature set; may be left out if the store has only one.
+    threshold : float, 0-1
+        Minimum cosine of a near-duplicate; the default was measured with MobileNetV2, see `THRESHOLD`.
     limit : int
-        Pairs to list.
+        Maximum number of pairs to list.
     memory_bytes : int
-        For vectors and products; rows come and go in pieces.
+        Bytes for vectors and products; rows are read in pieces.
     seed : int
-        Of the projection, and of the images that are compared where there are too many.
+        Random seed of the projection, and of the sample of images if there are too many.
     pairs_checked : int
-        Comparisons at most. Above it only some images of each split are compared, and ``capped`` says so.
+        Maximum number of comparisons. If there are more pairs, only a random sample of the images of each split is
+        compared, and ``capped`` says so.
 
     Raises
     ------
     ConfigurationError
-        If a number is out of range, or there is no such data set.
+        If a number is out of range, or there is no such feature set.
     """
     check_range("threshold", threshold, 0, 1)
     check_range("limit", limit, 1, 1_000_000)
@@ -130,12 +132,12 @@ def near_duplicates(
     checked = sum(len(parts[a]) * len(parts[b]) for a, b in sides)
     if checked * search.width > EXACT_WORK and search.width > PROJECTED:
         search.project(seed)
-    # Train, the largest, is read once for each part of the others that memory holds.
+    # The training split, the largest, is read once for each stretch of the other split that fits into memory.
     for a, b in sides:
         search.compare(parts[a], parts[b])
     first, second, similarity = search.verified()
     if search.dropped:
-        notes.append(f"only the {len(first)} most similar of {search.found} candidates were looked at more closely")
+        notes.append(f"only the {len(first)} most similar of {search.found} candidates were compared exactly")
     listed = np.argsort(-similarity, kind="stable")[:limit]
     table = store.images
     pairs = tuple(
@@ -152,7 +154,7 @@ def near_duplicates(
 
 
 class _Search:
-    """Vectors of rows, and the candidates found so far: the most similar ones, and how many there were."""
+    """The vectors of rows, and the candidates so far: the most similar pairs, and the number of all pairs found."""
 
     def __init__(self, store: FeatureStore, name: str | None, threshold: float, memory_bytes: int, keep: int) -> None:
         self.store, self.threshold, self.memory_bytes, self.keep = store, threshold, memory_bytes, keep
@@ -168,13 +170,13 @@ class _Search:
         self.found, self.dropped = 0, False
 
     def project(self, seed: int) -> None:
-        """From now on estimate cosines from random projections."""
+        """Estimate cosines from random projections from now on."""
         generator = np.random.default_rng(seed)
         self._projection = generator.standard_normal((self.width, PROJECTED), dtype=np.float32)
         self._floor = self.threshold - DEVIATIONS * (1 - self.threshold**2) / np.sqrt(PROJECTED)
 
     def compare(self, many: np.ndarray, few: np.ndarray) -> None:
-        """Add the similar pairs of two sets of rows to the candidates."""
+        """Add the similar pairs between two sets of rows to the candidates."""
         columns = self.width if self._projection is None else PROJECTED
         held = max(1, self.memory_bytes // 4 // (4 * columns))
         for start in range(0, len(few), held):
@@ -190,7 +192,7 @@ class _Search:
                         self._add(np.stack([piece[a], rows[begin + b]], axis=1), products[a, b])
 
     def verified(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows and exact cosines of the candidates that are at or above the threshold."""
+        """Row numbers and exact cosines of the candidates at or above the threshold."""
         pairs = np.concatenate([np.zeros((0, 2), np.int64), *self._candidates])
         similarity = np.concatenate([np.zeros(0, np.float32), *self._similarities])
         if self._projection is not None and len(pairs):
@@ -206,7 +208,7 @@ class _Search:
         return pairs[kept, 0], pairs[kept, 1], np.minimum(similarity[kept], 1)
 
     def _add(self, pairs: np.ndarray, similarity: np.ndarray) -> None:
-        """Keep the most similar candidates."""
+        """Add candidates, and keep only the most similar ones if there are too many."""
         self._candidates.append(pairs)
         self._similarities.append(similarity)
         if sum(map(len, self._similarities)) > 2 * self.keep:
@@ -217,7 +219,7 @@ class _Search:
             self._cut = similarity[best].min()
 
     def _vectors(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Row numbers and their normalised vectors, float32, (k, columns), in pieces."""
+        """Yield row numbers and their normalised vectors, float32, (k, columns), piece by piece."""
         step = max(1, READ_BYTES // self._row_bytes)
         edges = np.flatnonzero(np.diff(rows // step)) + 1
         for piece in np.split(rows, edges) if len(rows) else ():
@@ -226,20 +228,22 @@ class _Search:
             if self._projection is not None:
                 values = values @ self._projection
             lengths = np.linalg.norm(values, axis=1, keepdims=True)
-            yield piece, values / np.where(lengths > 0, lengths, 1)  # a row of zeros resembles none
+            yield piece, values / np.where(lengths > 0, lengths, 1)  # a row of zeros is similar to no other
 
 
 def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None:
-    """Log how many images of one split look like one of another, by the store's first data set asked for."""
+    """Log a warning about near-duplicates across splits, found with the first of the given feature sets."""
     known = [name for name in names or store.names if name in store.names]
     if not known:
-        return  # the names are refused where they are used
+        return  # unknown names are refused later, where they are used
     found = near_duplicates(store, known[0], limit=SHOWN, pairs_checked=QUICK_PAIRS)
     if found.found:
-        alike = ". So many mean that all such images look alike to this network" if found.found > len(store) else ""
+        alike = (
+            ". So many pairs mean that this network cannot tell such images apart" if found.found > len(store) else ""
+        )
         pairs = "; ".join(f"{printable(pair.first)} ~ {printable(pair.second)}" for pair in found.pairs)
         logger.warning(
-            "%s: %d pairs of near-duplicates lie in two splits (cosine of %s at least %g), such as %s%s",
+            "%s: %d pairs of near-duplicates are in different splits (cosine of %s at least %g), such as %s%s",
             *(
                 store.path,
                 found.found,

@@ -1,6 +1,6 @@
-"""Many heads on cached features: what is missing is trained, each a run of its own, and one is chosen.
+"""Train many heads on cached features. Each becomes a run, finished runs are kept, and the best run is chosen.
 
-stores x data sets x trials -> jobs -> prepared rows -> workers (scikit-learn) | bank | Keras -> run folders
+stores x feature sets x trials -> jobs -> prepared rows -> workers (scikit-learn) | bank | Keras -> run folders
 """
 
 from __future__ import annotations
@@ -38,25 +38,27 @@ from pipeline.tables import board_text
 
 logger = logging.getLogger(__name__)
 
-SHOWN = 10  # rows of the summary
-PLOTTED = 5  # runs of a sweep whose plots are drawn: 0.15 s each, more than most heads take to train
-BANK_HEADS = 256  # that are trained together at most; their runs are written before the next ones begin
+SHOWN = 10  # rows in the summary
+PLOTTED = 5  # runs of a sweep that get plots: 0.15 s each, which is longer than most heads take to train
+BANK_HEADS = 256  # heads trained together at most; their runs are written before the next heads are trained
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """One head to train on one data set of one store.
+    """One head to train on one feature set of one store.
 
     Parameters
     ----------
     trial : Trial
-        What was asked for.
+        The trial of the sweep that this job belongs to.
     head : Head
-        Untrained, pooling resolved.
+        The untrained head, with its pooling resolved.
     store : FeatureStore
+        The store to train on.
     name : str
-        Data set.
+        Name of the feature set.
     run_id : str
+        Id of the run that the job produces.
     """
 
     trial: Trial
@@ -67,7 +69,7 @@ class Job:
 
     @property
     def rows(self) -> tuple[int, str, str, bool]:
-        """Jobs for which this is equal are trained on the same prepared rows."""
+        """Key that is equal for jobs which can be trained on the same prepared rows."""
         return id(self.store), self.name, self.head.pool or "", self.head.scale
 
     def __str__(self) -> str:
@@ -76,20 +78,20 @@ class Job:
 
 @dataclasses.dataclass
 class SweepResult:
-    """What `run_sweep` did.
+    """The result of `run_sweep`.
 
     Parameters
     ----------
     runs : list of str
-        Run ids of the sweep that there are now.
+        Ids of the sweep's runs that exist now.
     trained, cached : int
-        How many were trained now, and how many were there.
+        Number of heads that were trained now, and number of runs that already existed.
     failed : list of dict
-        ``head`` and ``reason`` of each that could not be trained.
+        ``head`` and ``reason`` of each head that could not be trained.
     board : list of dict
-        Their leaderboard; the chosen one is marked.
+        Leaderboard of the runs; the chosen run is marked.
     seconds : float
-        Of the whole sweep.
+        Time of the whole sweep.
     """
 
     runs: list[str]
@@ -115,48 +117,49 @@ def run_sweep(
     ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> SweepResult:
-    """Train what is missing of a sweep.
+    """Train the heads of a sweep that have no finished run yet, and choose one run.
 
     Parameters
     ----------
     stores : sequence of FeatureStore
-        Every head is trained on each.
+        Stores to train on; every head is trained on each of them.
     sweep : SweepFile
-        The heads.
+        The heads to train.
     runs : Path
         Folder of run folders.
     names : sequence of str
-        Data sets to take of each store; default: all.
+        Feature sets of each store to use; default: all.
     jobs : int, optional
-        Processes for scikit-learn heads; default: the processors. Fewer where `memory` does not suffice.
+        Number of processes for scikit-learn heads; default: the number of processors. Fewer are used if `memory` does
+        not suffice.
     folds : int
-        Score each head by stratified cross-validation on the training rows too, groups kept together, and choose by
-        it; 0: by the validation split.
+        Number of folds. Each head is then also scored by stratified cross-validation on the training rows, groups kept
+        together, and the choice is made by that score. 0: the choice is made by the validation split.
     memory : int, optional
-        Bytes that training may take; default: half of what is free. Rows that do not fit are left in the store, and
-        heads that cannot be trained on pieces of them fail.
+        Bytes that training may use; default: half of the available memory. Rows that do not fit are read from the store
+        piece by piece, and heads that cannot be trained in this way fail.
     choose : {"accuracy", "balanced_accuracy"}, optional
-        Default: what the sweep says.
+        Score to choose by; default: the one in the sweep.
     test : bool
-        Score the chosen head, and no other, on the test split.
+        Whether to score the chosen head, and no other, on the test split.
     where : str
-        What messages call the sweep.
+        Name of the sweep in messages.
     ready : callable, optional
-        Called when there is something to train and nothing speaks against it, before rows are read.
+        Called once all checks have passed and there is something to train, before rows are read.
     progress : callable, optional
         Called with ("heads", done, total).
 
     Returns
     -------
     SweepResult
-        A head that fails is in `failed` and does not stop the others.
+        A head that fails is listed in `failed` and does not stop the others.
 
     Raises
     ------
     ConfigurationError
-        Unknown heads, parameters or data sets, before anything is trained.
+        A head, parameter or feature set is unknown; raised before anything is trained.
     HeadError
-        Splits that cannot be used; a worker that was killed.
+        A split cannot be used, or a worker was killed.
     """
     started = time.monotonic()
     if folds and folds < 2:
@@ -193,37 +196,37 @@ def run_sweep(
         for row in board[:PLOTTED]:
             try:
                 add_plots(Run.open(runs / row["run_id"]))
-            except (RunError, OSError) as problem:  # of a run that was there and has been damaged since; of a full disk
-                logger.warning("no plots of %s: %s", row["run_id"], problem)
+            except (RunError, OSError) as problem:  # an existing run that was damaged, or a full disk
+                logger.warning("%s: the plots could not be drawn: %s", row["run_id"], problem)
     if test and board:
         _test_chosen(every, board, runs)
     return SweepResult(made, trained, len(every) - len(missing), failed, board, time.monotonic() - started)
 
 
 def result_document(result: SweepResult, runs: str | Path) -> dict[str, Any]:
-    """What ``--json`` prints."""
+    """The document that ``--json`` prints."""
     chosen = next((row["run_id"] for row in result.board if row["chosen"]), None)
     values = dataclasses.asdict(result)
     return {"format": 1, "folder": str(runs), "chosen": chosen, **values}
 
 
 def summary(result: SweepResult, runs: str | Path) -> str:
-    """The result for a person: counts, failures, the best heads."""
+    """The result as text for a person: counts, failures, the best heads."""
     failed = f", {len(result.failed)} failed" if result.failed else ""
-    lines = [f"{runs}: {result.trained} trained, {result.cached} there already{failed}, in {result.seconds:.1f} s"]
+    lines = [f"{runs}: {result.trained} trained, {result.cached} already there{failed}, in {result.seconds:.1f} s"]
     for reason, number in collections.Counter(item["reason"] for item in result.failed).most_common(SHOWN):
         first = next(item["head"] for item in result.failed if item["reason"] == reason)
         lines.append(f"  failed: {first}{f' and {number - 1} more' if number > 1 else ''}: {reason}")
     if result.board:
         lines.append(board_text(result.board, SHOWN))
-        lines.append("* the simplest and fastest of those that the interval of the best one does not tell apart")
+        lines.append("* chosen: the simplest and fastest head whose score lies within the interval of the best one")
     return "\n".join(lines)
 
 
 def _plan(
     stores: Sequence[Any], sweep: SweepFile, names: Sequence[str], where: str
 ) -> tuple[list[Job], list[dict[str, str]]]:
-    """All jobs, each once, and what cannot be one."""
+    """All jobs of a sweep without repetitions, and the heads whose pooling does not fit, with the reason."""
     trials = expand(sweep, where)
     jobs: dict[tuple[int, str], Job] = {}
     failed = []
@@ -240,7 +243,7 @@ def _plan(
                     **trial.params,
                 )
                 try:
-                    # Vectors need no pooling, whatever the sweep says for its spatial data sets.
+                    # Vectors need no pooling, whatever the sweep says for its spatial feature sets.
                     head.pool = resolve_pool(trial.name, None if len(shape) == 1 else trial.pool, shape)
                 except HeadError as problem:
                     failed.append({"head": f"{trial} on {name}", "reason": str(problem)})
@@ -260,7 +263,7 @@ def _is_done(folder: Path, folds: int) -> bool:
 def _train_all(
     missing: Sequence[Job], runs: Path, jobs: int, folds: int, memory: int, ready: Callable[[], None] | None
 ) -> Iterator[tuple[Job, Fitted | str]]:
-    """Outcomes as they come; a text says why there is none."""
+    """Train the missing jobs and yield their results as they come; a text is the reason of a failure."""
     together = collections.defaultdict(list)
     for job in missing:
         together[job.rows].append(job)
@@ -285,11 +288,11 @@ def _train_all(
 def _train_alike(
     alike: Sequence[Job], source: Source, runs: Path, jobs: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
-    """Jobs that share their rows."""
+    """Train jobs that use the same prepared rows."""
     folder = scratch_folder(runs, "sweep")
     try:
         prepared = source.prepare(scale=alike[0].head.scale, folder=folder)
-    except (HeadError, MemoryError) as problem:  # a damaged store is no matter of a head
+    except (HeadError, MemoryError) as problem:  # not a damaged store, which stops the whole sweep
         yield from ((job, reason_of(problem)) for job in alike)
     else:
         yield from _in_parallel([job for job in alike if job.head.parallel], prepared, source, jobs, folds)
@@ -299,7 +302,7 @@ def _train_alike(
 
 
 def source_of(alike: Sequence[Job], memory: int) -> Source:
-    """Where the rows of jobs that share them come from, with as many views as any of them looks at."""
+    """Make the source of rows that jobs share, with the most views that any of them uses."""
     store, name, head = alike[0].store, alike[0].name, alike[0].head
     views = max(views_seen(job.head, store, name) for job in alike)
     return Source(store, name, head.pool or "none", views, memory)
@@ -308,7 +311,7 @@ def source_of(alike: Sequence[Job], memory: int) -> Source:
 def _in_parallel(
     jobs: Sequence[Job], prepared: Prepared, source: Source, count: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
-    """The most that memory allows side by side; heads that take more of it with fewer beside them."""
+    """Train jobs in up to ``count`` processes, in fewer where each needs much memory."""
     turns: dict[int, list[int]] = collections.defaultdict(list)
     for number, job in enumerate(jobs):
         job.head.folds = folds
@@ -328,7 +331,7 @@ def _in_parallel(
 
 
 def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
-    """Companions are trained together, other heads one by one."""
+    """Train jobs in this process: companions together, other heads one by one."""
     together = collections.defaultdict(list)
     for job in jobs:
         if job.head.companions is None:
@@ -361,7 +364,7 @@ def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[s
 
 
 def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -> None:
-    """Touch the test split once, for the chosen head."""
+    """Score the chosen head, and no other, on the test split."""
     row = next(row for row in board if row["chosen"])
     job = next(job for job in jobs if job.run_id == row["run_id"])
     run = Run.open(runs / job.run_id)
@@ -369,7 +372,7 @@ def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -
         seen = [other["run_id"] for other in leaderboard(runs) if other["test_accuracy"] is not None]
         if seen:
             logger.warning(
-                "the test split was looked at before, for %s: the more often, the less its score means",
+                "the test split was already used for %s: the more often it is used, the less its score means",
                 ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
             )
         run = add_scores(run, test=test_scores(job.store, job.name, head_of(run), run.config["seed"]))

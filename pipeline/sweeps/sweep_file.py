@@ -1,4 +1,4 @@
-"""The file that says which heads to try, and what it comes to: one trial per head and combination of parameters."""
+"""The sweep file, which lists the heads to try, and its trials: one per head and combination of parameter values."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 class SweepHead(Settings):
-    """One head and what is tried of it.
+    """One head and the parameter values to try for it.
 
     Parameters
     ----------
     head : str
-        A preset, or the import path of a scikit-learn classifier.
+        Name of a preset, or import path of a scikit-learn classifier.
     grid : dict of str to list
-        Values by parameter; ``pool`` and ``seed`` count as parameters. All combinations are tried.
+        Values of each parameter; ``pool`` and ``seed`` may be listed too. All combinations are tried.
     log : dict of str to [low, high, n]
-        n values from low to high, each as many times the one before, rounded to 6 digits.
+        For each parameter n values from low to high with constant ratio, rounded to 6 digits.
     random : int, optional
-        Only so many of the combinations, drawn with the sweep's seed.
+        Number of combinations to draw at random, with the sweep's seed; default: all are tried.
     """
 
     head: str
@@ -46,7 +46,7 @@ class SweepHead(Settings):
 
 
 class SweepFile(Settings):
-    """A sweep. ``seed`` is that of every head and of the order of rows, ``choose`` what the best one is best at."""
+    """A sweep. ``seed`` is the random seed of every head and of the row order, ``choose`` the score to choose by."""
 
     version: Literal[1]
     seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
@@ -56,7 +56,7 @@ class SweepFile(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class Trial:
-    """One head of a sweep: preset or import path, its parameters, pooling (None: its own) and seed."""
+    """One head of a sweep: preset or import path, parameters, pooling (None: the default of the head) and seed."""
 
     name: str
     params: dict[str, Any]
@@ -74,24 +74,24 @@ def read_sweep(path: str | Path) -> SweepFile:
     Raises
     ------
     ConfigurationError
-        No valid YAML, or not of the schema; the file and the key are named.
+        The file is not valid YAML or does not match the schema; the message names the file and the key.
     """
     return parse(SweepFile, _numbers(load_yaml(path)), str(path))
 
 
 def single(name: str, params: dict[str, Any], pool: str | None = None) -> SweepFile:
-    """A sweep of one head."""
+    """Make a sweep of a single head."""
     grid = {key: [value] for key, value in ({**params, "pool": pool} if pool else params).items()}
     return SweepFile(version=1, heads=[SweepHead(head=name, grid=grid)])
 
 
 def expand(sweep: SweepFile, where: str = "sweep") -> list[Trial]:
-    """The trials of a sweep, in its order.
+    """List the trials of a sweep, in the order of the sweep.
 
     Raises
     ------
     ConfigurationError
-        An unknown head or parameter (the nearest is named), a value that it does not take, or more than
+        A head or parameter is unknown (the nearest name is suggested), a value is not accepted, or there are more than
         `MOST_TRIALS` combinations.
     """
     trials: list[Trial] = []
@@ -99,7 +99,7 @@ def expand(sweep: SweepFile, where: str = "sweep") -> list[Trial]:
         place = f"{where}: heads.{number}"
         both = sorted(set(entry.grid) & set(entry.log))
         if both:
-            raise ConfigurationError(f"{place}: {', '.join(both)} stands in grid and in log; give it once")
+            raise ConfigurationError(f"{place}: {', '.join(both)} is given in both grid and log; give it once")
         values = {**entry.grid, **{name: _geometric(*given) for name, given in entry.log.items()}}
         count = math.prod(map(len, values.values()))
         chosen = range(count)
@@ -112,7 +112,7 @@ def expand(sweep: SweepFile, where: str = "sweep") -> list[Trial]:
             chosen = sorted(generator.choice(count, entry.random, replace=False).tolist())  # type: ignore[assignment]
         if len(trials) + len(chosen) > MOST_TRIALS:
             raise ConfigurationError(
-                f"{place}: the sweep comes to more than {MOST_TRIALS:,} heads; give fewer values, or random: N"
+                f"{place}: the sweep has more than {MOST_TRIALS:,} heads; give fewer values, or limit them with random: N"
             )
         sizes = [len(column) for column in values.values()]
         for index in chosen:
@@ -130,7 +130,7 @@ def _trial(name: str, params: dict[str, Any], seed: int, place: str) -> Trial:
         raise ConfigurationError(f"{place}: seed: received {own!r}, expected a whole number from 0 to 4294967295")
     try:
         if seed and find_preset(name).kind == "dense":
-            params.setdefault("order_seed", seed)  # the heads of a sweep see the same batches
+            params.setdefault("order_seed", seed)  # so that all heads of a sweep see the same batches
         make_head(name, seed=own, **params)
     except ConfigurationError as problem:
         raise ConfigurationError(f"{place}: {problem}") from problem
@@ -138,13 +138,13 @@ def _trial(name: str, params: dict[str, Any], seed: int, place: str) -> Trial:
 
 
 def _geometric(low: float, high: float, count: int) -> list[float]:
-    """Rounded, so that a value, and the name of its run, is the same on every machine."""
+    """A geometric series, rounded so that the values, and with them the run ids, are equal on every machine."""
     values = np.geomspace(low, high, count) if count > 1 else np.array([low])
     return [float(f"{value:.6g}") for value in values]
 
 
 def _numbers(value: Any) -> Any:
-    """YAML 1.1 reads 1e-4 as text; here it is a number."""
+    """Convert texts such as 1e-4 to numbers, as YAML 1.1 does not read them as numbers."""
     if isinstance(value, dict):
         return {key: _numbers(item) for key, item in value.items()}
     if isinstance(value, list):

@@ -1,4 +1,4 @@
-"""Calls spread over processes; the only module that uses joblib, and of it only `Parallel`."""
+"""Run calls in parallel processes. This is the only module that uses joblib, and it uses only `Parallel`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _cluster: contextvars.ContextVar[Any] = contextvars.ContextVar("cluster", defaul
 
 @contextlib.contextmanager
 def on_cluster(client: Any) -> Iterator[None]:
-    """Have `in_parallel` use the workers of a Dask cluster, which see the same files, instead of processes here."""
+    """Make `in_parallel` use the workers of a Dask cluster, which must see the same files, instead of local processes."""
     token = _cluster.set(client)
     try:
         yield
@@ -24,9 +24,10 @@ def on_cluster(client: Any) -> Iterator[None]:
 
 
 def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
-    """Results of ``function(*arguments)`` as they come, in any order; in this process where one is enough.
+    """Yield the results of ``function(*arguments)`` as they come, in any order.
 
-    Arrays that lie in files are mapped by the workers, not copied to them. Each worker has one thread.
+    A single call, or ``jobs`` of 1, needs no other process. Workers map arrays that are in files instead of receiving
+    copies. Each worker has one thread.
 
     Raises
     ------
@@ -49,13 +50,13 @@ def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
                 yield from results
             except BrokenProcessPool as problem:
                 raise HeadError(
-                    "a worker was killed, most likely by the system for want of memory. What was finished is kept: "
+                    "a worker process was killed, most likely by the system because memory ran out. Finished heads are kept: "
                     "run the same command again with a smaller --memory, or with --n-jobs 1"
                 ) from problem
 
 
 def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """By joblib's backend, one call at a time in each thread of the workers; what a lost worker did is done again."""
+    """Run calls by joblib's Dask backend, one per thread of the workers; calls of a lost worker are run again."""
     import distributed
     import joblib
 
@@ -68,13 +69,13 @@ def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[An
                 yield from results
             except distributed.scheduler.KilledWorker as problem:
                 raise HeadError(
-                    "a head has killed every worker that trained it, most likely for want of memory. What was finished is "
-                    "kept: give the workers more, or leave that head out"
+                    "every worker that trained a certain head was killed, most likely because memory ran out. Finished heads "
+                    "are kept: give the workers more memory, or leave that head out"
                 ) from problem
 
 
 def _in_one_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """As loky's processes compute, so that the results are the same."""
+    """Call a function with a single thread, as in loky's processes, so that the results are the same."""
     import threadpoolctl  # type: ignore[import-untyped]
 
     with threadpoolctl.threadpool_limits(1):
