@@ -469,7 +469,7 @@ def test_an_edited_run_is_named_and_never_a_crash(tmp_path: Path, caplog: pytest
         ("predictions.csv", "".join(lines[:-1]), r"holds 2 images, metrics\.json is about 3"),
         ("predictions.csv", "".join(lines).replace("0.9,0.1", "1e300,0"), "probabilities that are not from 0 to 1"),
         ("predictions.csv", "".join(lines).replace("0.9,0.1", "nan,0"), "probabilities that are not from 0 to 1"),
-        ("predictions.csv", "".join(lines) + "x" * 200_000, "cannot be read as the predictions of a run of 2 classes"),
+        ("predictions.csv", "".join(lines) + "x" * 200_000, "cannot be read as predictions of 2 classes"),
         ("history.csv", "epoch,loss\n1,low\n", "column 'loss' holds a value that is not a number"),
         ("history.csv", "\udcff", "history.csv: cannot be read as the history of a run"),
     )

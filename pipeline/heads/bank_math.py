@@ -100,9 +100,7 @@ def draws(seeds: Any, step: Any, purpose: int, rows: int, columns: int) -> Any:
     float32 tensor, (..., rows, columns), 0 <= value < 1
     """
     row_keys = _mix(_mix(_mix(_mix(seeds) + purpose) + step)[..., None] + ops.arange(rows, dtype="int32"))
-    column_keys = _mix(
-        ops.arange(columns, dtype="int32") + 0x632BE5AB
-    )  # without it, row 0 of seed 0 would be all zeros
+    column_keys = _mix(ops.arange(columns, dtype="int32") + 0x632BE5AB)  # without it row 0 of seed 0 is all zeros
     mixed = _mix(ops.bitwise_xor(row_keys[..., None], column_keys))
     return ops.cast(_shifted(mixed, 8), "float32") * 2.0**-24
 

@@ -226,8 +226,7 @@ class SklearnHead(Head):
         most = min(Z.shape)
         if self.parameters.pca > most:
             raise HeadError(
-                f"pca: received {self.parameters.pca}, expected at most {most}, as there are {Z.shape[0]} training rows of "
-                f"{Z.shape[1]} columns"
+                f"pca: received {self.parameters.pca}, expected at most {most} for features of shape {Z.shape}"
             )
         self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
         return self.projection.transform(Z)
@@ -317,9 +316,7 @@ class SklearnHead(Head):
                 most = int(np.sum(folds != -2) - np.bincount(folds[folds >= 0]).max())
             values = [value for value in values if value <= most]
             if not values:
-                raise HeadError(
-                    f"n_neighbors: received {self.given}, expected at most {most}, the number of training rows"
-                )
+                raise HeadError(f"n_neighbors: received {self.given}, expected at most {most}, the rows to fit")
         return values if folds.max() >= 0 else values[:1]
 
     def _held_out(self, value: Any, Z: np.ndarray, y: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -379,9 +376,7 @@ class SklearnHead(Head):
 
     def as_dense(self) -> KerasHead:
         if not self.row.linear:
-            raise HeadError(
-                f"head {self.name!r} has no equivalent network; train a linear head or a Keras head instead"
-            )
+            raise HeadError(f"head {self.name!r} has no equivalent network; train a linear or Keras head instead")
         head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
         for name in ("classes", "layer", "fingerprint", "input_shape", "mean", "std", "temperature"):
             setattr(head, name, getattr(self, name))

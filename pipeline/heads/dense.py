@@ -172,7 +172,7 @@ class KerasHead(Head):
         if not finite.all():
             raise HeadError(
                 f"training diverged in epoch {int(np.argmin(finite)) + 1}: "
-                f"choose a lower learning_rate (now {self.parameters.learning_rate:g})"
+                f"lower learning_rate (now {self.parameters.learning_rate:g})"
             )
         self.weights = list(weights)
         if self.parameters.calibrate and data.held_out is not None:

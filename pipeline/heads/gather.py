@@ -133,9 +133,7 @@ def feature_set(store: Any, name: str | None) -> str:
         held = ", ".join(store.names)
         raise ConfigurationError(f"{store.path}: no feature set {name!r}, it holds {held}{nearest(name, store.names)}")
     if len(store.names) != 1:
-        raise ConfigurationError(
-            f"{store.path}: several feature sets, choose one (--features): {', '.join(store.names)}"
-        )
+        raise ConfigurationError(f"{store.path}: several feature sets, use --features with {' or '.join(store.names)}")
     return store.names[0]
 
 
@@ -154,9 +152,8 @@ def needs_rows(store: Any, *splits: str) -> None:
     """
     if not store.classes:
         raise HeadError(
-            f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into a "
-            "folder named after the class, or write a CSV manifest with the columns path,label, and extract again (existing "
-            "features are kept)"
+            f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into "
+            "a folder named after the class, or write a CSV manifest path,label, and extract again (features are kept)"
         )
     for split in splits:
         if not len(store.rows(split)):

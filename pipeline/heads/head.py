@@ -321,9 +321,7 @@ class Head(abc.ABC):
         if y.shape != (rows,) or not rows:
             raise HeadError(f"labels: received shape {y.shape}, expected one label for each of {rows} rows of features")
         if y.min() < 0:
-            raise HeadError(
-                f"labels: {int((y < 0).sum())} training rows are unlabelled (-1); label them or leave them out"
-            )
+            raise HeadError(f"labels: {int((y < 0).sum())} training rows are unlabelled (-1); label or remove them")
         self.classes = self.classes or tuple(str(k) for k in range(int(y.max()) + 1))
         counts = np.bincount(y, minlength=len(self.classes))
         if len(counts) > len(self.classes):

@@ -82,9 +82,7 @@ def fit_dense(
             body.reset_metrics()  # otherwise Keras returns the mean over all batches so far
             total += len(y) * float(body.train_on_batch(*batch, return_dict=True)["loss"])
         if not np.isfinite(total):
-            raise HeadError(
-                f"training diverged in epoch {epoch}: choose a lower learning_rate (now {settings.learning_rate:g})"
-            )
+            raise HeadError(f"training diverged in epoch {epoch}: lower learning_rate (now {settings.learning_rate:g})")
         return {"loss": total / len(train)}
 
     def measure() -> tuple[float, float]:

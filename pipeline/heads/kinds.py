@@ -124,9 +124,7 @@ def head_of(run: Run) -> Head:
         ("fingerprint", head.fingerprint, run.config["features"]["fingerprint"]),
     ):
         if own != noted:
-            raise RunError(
-                f"{run.folder / 'head.json'}: {name} is {own!r}, but config.yaml says {noted!r}; train the head again"
-            )
+            raise RunError(f"{run.folder / 'head.json'}: {name} is {own!r}, but config.yaml says {noted!r}")
     head.name = run.config["head"]["name"]
     return head
 

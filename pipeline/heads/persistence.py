@@ -107,9 +107,7 @@ def check_structures(estimator: Any, path: Path) -> None:
         else:
             continue
         if not good:
-            raise HeadError(
-                f"{path}: its {kind} has indices out of bounds; the file was edited or damaged, train again"
-            )
+            raise HeadError(f"{path}: its {kind} has indices out of bounds; the file was edited or damaged")
 
 
 def _leads_on(nodes: Any, left: str, right: str, feature: str, leaf: np.ndarray, width: int) -> bool:

@@ -22,17 +22,13 @@ def choose_pool(asked: str | None, usual: str, shape: Sequence[int]) -> str:
     """
     if len(shape) == 1:
         if asked in ("avg", "max"):
-            raise HeadError(
-                f"pool: {asked!r} needs spatial features, but these are vectors of length {shape[0]}; leave --pool out"
-            )
+            raise HeadError(f"pool: {asked!r} needs spatial features, but these are vectors ({shape[0]}); leave it out")
         return "none"
     if len(shape) != 3:
         raise HeadError(f"features: received rows of shape {tuple(shape)}, but heads expect (d,) or (h, w, c)")
     chosen = asked or usual
     if chosen == "none":
-        raise HeadError(
-            f"pool: 'none' leaves rows of shape {tuple(shape)}, but heads need vectors; use avg, max or flatten"
-        )
+        raise HeadError(f"pool: 'none' leaves shape {tuple(shape)}, but heads need vectors; use avg, max or flatten")
     return chosen
 
 

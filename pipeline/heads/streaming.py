@@ -72,9 +72,7 @@ class FeatureStream:
 
     def __post_init__(self) -> None:
         if self.rows.shape != self.labels.shape or self.rows.ndim != 1:
-            raise ConfigurationError(
-                f"stream: received rows {self.rows.shape} and labels {self.labels.shape}, expected one label for each row"
-            )
+            raise ConfigurationError(f"stream: labels: received {self.labels.shape}, expected {self.rows.shape}")
         if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(self.store) or (np.diff(self.rows) <= 0).any()):
             raise ConfigurationError(f"stream: rows: expected ascending row numbers from 0 to {len(self.store) - 1}")
 
@@ -158,10 +156,8 @@ class FeatureStream:
             If a row has no label.
         """
         check_range("batch size", size, 1, 1 << 20)
-        if (self.labels < 0).any():
-            raise HeadError(
-                f"labels: {int((self.labels < 0).sum())} training rows are unlabelled (-1); label them or leave them out"
-            )
+        if unlabelled := int((self.labels < 0).sum()):
+            raise HeadError(f"labels: {unlabelled} training rows are unlabelled (-1); label or remove them")
         least = 4 * size * self._row_bytes
         if self.memory_bytes < least:
             raise ConfigurationError(

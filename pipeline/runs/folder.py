@@ -79,10 +79,7 @@ class Run:
             raise RunError(f"{folder}: the run is incomplete, missing: {', '.join(missing)}; train it again")
         metrics = parse(MetricsFile, _read_json(folder / "metrics.json"), str(folder / "metrics.json"), error=RunError)
         if metrics.run_id != config.run_id:
-            raise RunError(
-                f"{folder / 'metrics.json'}: belongs to run {metrics.run_id}, but config.yaml to {config.run_id}; "
-                "train the run again"
-            )
+            raise RunError(f"{folder / 'metrics.json'}: belongs to {metrics.run_id}, config.yaml to {config.run_id}")
         environment = _read_json(folder / "environment.json")
         if not isinstance(environment, dict):
             raise RunError(f"{folder / 'environment.json'}: expected a mapping of keys to values")
@@ -170,9 +167,7 @@ def read_predictions(run: Run) -> Predictions:
         labels = np.array([numbers[line[2]] for line in lines], np.int32)
         probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
     except (KeyError, ValueError, IndexError, csv.Error) as problem:
-        raise RunError(
-            f"{path}: cannot be read as the predictions of a run of {len(numbers)} classes: {problem!r}; train it again"
-        ) from problem
+        raise RunError(f"{path}: cannot be read as predictions of {len(numbers)} classes: {problem!r}") from problem
     return Predictions([line[0] for line in lines], digests, labels, probabilities)
 
 

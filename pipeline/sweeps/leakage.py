@@ -238,9 +238,7 @@ def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None
         return  # unknown names are refused later, where they are used
     found = near_duplicates(store, known[0], limit=SHOWN, pairs_checked=QUICK_PAIRS)
     if found.found:
-        alike = (
-            ". So many pairs mean that this network cannot tell such images apart" if found.found > len(store) else ""
-        )
+        alike = ". So many pairs mean that such images look alike to this network" if found.found > len(store) else ""
         pairs = "; ".join(f"{printable(pair.first)} ~ {printable(pair.second)}" for pair in found.pairs)
         logger.warning(
             "%s: %d pairs of near-duplicates are in different splits (cosine of %s at least %g), such as %s%s",
