@@ -85,8 +85,8 @@ def _replacement(path: Path, *, once: bool = False) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Hold the writer's lock of a store, or refuse at once.
+def locked(out: Path, *, seconds: float = 0.0) -> Iterator[None]:
+    """Hold the writer's lock of a store, after waiting for it at most so many seconds.
 
     Raises
     ------
@@ -99,7 +99,7 @@ def locked(out: Path) -> Iterator[None]:
     path = out.with_name(f".{out.name}.lock")
     lock = filelock.FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock.acquire(timeout=seconds)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
         raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error

@@ -155,7 +155,7 @@ def assemble(out: Path, plan: Plan, contents: Contents, progress: Progress | Non
     else:
         blocks = {recipe.name: _blocks(recipe, specs[recipe.name], places[recipe.name], known) for recipe in recipes}
     provenance = {**contents.provenance, "software": software_versions()}
-    _write(out, specs, blocks, dataclasses.replace(contents, provenance=provenance), shards, progress)
+    write_store(out, specs, blocks, dataclasses.replace(contents, provenance=provenance), shards, progress)
 
 
 def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> None:
@@ -173,17 +173,18 @@ def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> No
     }
     blocks = {name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()}
     contents = Contents(**{field.name: getattr(store, field.name) for field in dataclasses.fields(Contents)})
-    _write(out, specs, blocks, contents, None, progress)
+    write_store(out, specs, blocks, contents, None, progress)
 
 
-def _write(
+def write_store(
     out: Path,
     features: Mapping[str, FeatureSpec],
     blocks: Mapping[str, Iterable[np.ndarray]],
     contents: Contents,
-    shards: ShardTable | None,
-    progress: Progress | None,
+    shards: ShardTable | None = None,
+    progress: Progress | None = None,
 ) -> None:
+    """Write a store from blocks of rows, or, as an index, of places; ``out`` is whole or as it was before."""
     kind, rows = "store" if shards is None else "index", len(contents.images)
     total, done = len(features) * rows, 0
     with atomic_file(out) as temporary:

@@ -13,7 +13,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -256,7 +256,7 @@ def make_plan(
         recipes = tuple(wanted[number] for number in numbers)
         step = options.shard_rows or rows_per_shard(network.row_bytes * len(views_of_group), options.batch_size)
         for start in range(0, len(rows), step):
-            specs.append(_untaken(_spec(images, rows[start : start + step], recipes, views_of_group), taken))
+            specs.append(_spec(images, rows[start : start + step], recipes, views_of_group).untaken(taken))
     if old is not None:
         counts["removed"] = len(set(old.images.paths) - set(images.paths))
         before = {digest.tobytes() for digest in old.images.sha256}
@@ -295,13 +295,6 @@ def _layout(wanted: str | None, old: FeatureStore | None, parts: PartsFolder, ou
         )
     is_sharded = any(record.kept for record in parts.records.values()) if old is None else old.kind == "index"
     return wanted or ("sharded" if is_sharded else "packed")
-
-
-def _untaken(spec: ShardSpec, taken: Collection[str]) -> ShardSpec:
-    """The same shard under a name that none has."""
-    while spec.identity in taken:
-        spec = dataclasses.replace(spec, attempt=spec.attempt + 1)
-    return spec
 
 
 def _with_what_is_there(

@@ -1,6 +1,6 @@
 """The unit of extraction: a spec names images and recipes, ``extract_shard`` makes one durable shard of them.
 
-    spec -> read bytes -> decode, render views (threads) -> batch -> infer -> rows -> shard file -> record -> journal
+    spec -> read bytes -> decode, render views (threads) -> batch -> infer -> rows in memory -> shard file -> record -> journal
 
 A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside the
 store (``features.h5.parts/``), entered in a journal (``features.extraction.journal``); assembly
@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -73,6 +73,13 @@ class ShardSpec:
         columns = {name: getattr(self, name)[start:stop] for name in ("paths", "sizes", "mtimes_ns")}
         return dataclasses.replace(self, **columns)
 
+    def untaken(self, taken: Collection[str]) -> ShardSpec:
+        """The same shard under a name that none of these has."""
+        spec = self
+        while spec.identity in taken:
+            spec = dataclasses.replace(spec, attempt=spec.attempt + 1)
+        return spec
+
     @property
     def pixels(self) -> PixelRule:
         """How its images are decoded and resized; all its recipes say the same."""
@@ -89,6 +96,25 @@ class ShardSpec:
         images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
         fingerprints = [recipe.fingerprint for recipe in self.recipes]
         return digest_of([self.root, images, fingerprints, list(self.views), self.attempt])[:20]
+
+
+@dataclasses.dataclass(frozen=True)
+class ShardRows:
+    """What one shard holds, in memory.
+
+    Parameters
+    ----------
+    images : list of (int, bytes, int, int)
+        One entry per row: index in the spec, sha256, width and height of the decoded image in pixels.
+    features : dict of str to float32 or float16, (rows, views, ...)
+        By data set; empty where no image could be read.
+    refused : list of (int, bytes, UnreadableImageError)
+        Images without a row: index in the spec, sha256 (zeros where no byte was read), and why.
+    """
+
+    images: list[tuple[int, bytes, int, int]]
+    features: dict[str, np.ndarray]
+    refused: list[tuple[int, bytes, UnreadableImageError]] = dataclasses.field(default_factory=list)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,6 +182,22 @@ def extract_shard(
     StoreError
         If the shard cannot be written.
     """
+    rows = infer_shard(spec, read=read, infer=infer, decoders=decoders, batch_size=batch_size, advance=advance)
+    for index, _, error in rows.refused:
+        logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), error)
+    return write_shard(spec, folder, rows)
+
+
+def infer_shard(
+    spec: ShardSpec,
+    *,
+    read: Callable[[str], bytes],
+    infer: Infer,
+    decoders: Executor,
+    batch_size: int,
+    advance: Callable[[int], None] | None = None,
+) -> ShardRows:
+    """Compute the rows of one shard and write nothing; parameters and errors are those of ``extract_shard``."""
     views = len(spec.views)
     hashes: dict[int, bytes] = {}
 
@@ -164,34 +206,32 @@ def extract_shard(
         hashes[index] = hashlib.sha256(data).digest()
         return spec.render(data, hashes[index])
 
-    refused: list[tuple[int, bytes, str]] = []  # index in the spec, sha256 (zeros where no byte was read), reason
-    good: list[tuple[int, bytes, int, int]] = []  # index in the spec, sha256, width, height
+    rows = ShardRows([], {})
     features: dict[str, np.ndarray] = {}  # views behind each other, image by image
     inferred = 0
     for batch in batches(decoders, load, range(len(spec)), spec.pixels, batch_size, views=views):
-        for index, error in batch.refused:
-            logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), error)
-            refused.append((index, hashes.get(index, bytes(32)), error.reason))
-        good += [(index, hashes[index], decoded.width, decoded.height) for index, decoded in batch.done]
+        rows.refused.extend((index, hashes.get(index, bytes(32)), error) for index, error in batch.refused)
+        rows.images.extend((index, hashes[index], decoded.width, decoded.height) for index, decoded in batch.done)
         if len(batch.pixels):
-            for name, rows in _stored(infer(batch.pixels), spec.recipes).items():
+            for name, values in _stored(infer(batch.pixels), spec.recipes).items():
                 if name not in features:
-                    features[name] = np.empty((len(spec) * views, *rows.shape[1:]), rows.dtype)
-                features[name][inferred : inferred + len(rows)] = rows
+                    features[name] = np.empty((len(spec) * views, *values.shape[1:]), values.dtype)
+                features[name][inferred : inferred + len(values)] = values
             inferred += len(batch.pixels)
         if advance and (finished := len(batch.done) + len(batch.refused)):
             advance(finished)
-    kept = {name: rows[:inferred].reshape(len(good), views, *rows.shape[1:]) for name, rows in features.items()}
-    return _write(spec, folder, good, refused, kept)
+    for name, values in features.items():
+        rows.features[name] = values[:inferred].reshape(len(rows.images), views, *values.shape[1:])
+    return rows
 
 
 def refuse_image(spec: ShardSpec, folder: Path, *, read: Callable[[str], bytes], reason: str) -> ShardRecord:
     """Make the shard of a single image that is set aside without being decoded: its bytes are hashed and that is all."""
     try:
-        sha256 = hashlib.sha256(read(spec.paths[0])).digest()
+        sha256, refusal = hashlib.sha256(read(spec.paths[0])).digest(), UnreadableImageError(reason)
     except UnreadableImageError as error:
-        sha256, reason = bytes(32), error.reason
-    return _write(spec, folder, [], [(0, sha256, reason)], {})
+        sha256, refusal = bytes(32), error
+    return write_shard(spec, folder, ShardRows([], {}, [(0, sha256, refusal)]))
 
 
 def _stored(outputs: Mapping[str, np.ndarray], recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
@@ -210,13 +250,9 @@ def _stored(outputs: Mapping[str, np.ndarray], recipes: Sequence[Recipe]) -> dic
     return result
 
 
-def _write(
-    spec: ShardSpec,
-    folder: Path,
-    good: Sequence[tuple[int, bytes, int, int]],
-    refused: Sequence[tuple[int, bytes, str]],
-    arrays: Mapping[str, np.ndarray],
-) -> ShardRecord:
+def write_shard(spec: ShardSpec, folder: Path, rows: ShardRows) -> ShardRecord:
+    """Make the file of one shard; a whole one that has its name is left as it is."""
+    good, refused = rows.images, rows.refused
     path = shard_path(folder, spec.identity)
     there = find_shard(path) if path.is_file() else None
     if there is not None:  # another worker has made it, as this one was thought to be lost: its checksum may be noted
@@ -225,12 +261,12 @@ def _write(
     with atomic_file(path, once=True) as temporary:
         features = {}
         for recipe in spec.recipes:
-            shape = arrays[recipe.name].shape[2:] if arrays else (0,)
+            shape = rows.features[recipe.name].shape[2:] if rows.features else (0,)
             features[recipe.name] = FeatureSpec(recipe, len(spec.views), shape)
         writer = StoreWriter(temporary, kind="shard", rows=len(good), features=features)
         try:
-            for name, rows in arrays.items():
-                writer.append(name, rows)
+            for name, values in rows.features.items():
+                writer.append(name, values)
             rows_of = [row[0] for row in good]
             writer.finish(
                 images=ImageTable(
@@ -247,7 +283,7 @@ def _write(
                 quarantine=Quarantine(
                     paths=tuple(spec.paths[row[0]] for row in refused),
                     sha256=digest_rows(row[1] for row in refused),
-                    reasons=tuple(row[2] for row in refused),
+                    reasons=tuple(row[2].reason for row in refused),
                     sizes=np.array([spec.sizes[row[0]] for row in refused], np.int64),
                     mtimes_ns=np.array([spec.mtimes_ns[row[0]] for row in refused], np.int64),
                 ),
