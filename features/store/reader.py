@@ -13,7 +13,7 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -196,6 +196,11 @@ class FeatureStore:
             every &= here[places].all(axis=1)
         return every
 
+    def in_place(self) -> bool:
+        """Whether the path still leads to this very file, and not to another that a writer has put there."""
+        assert self._descriptor is not None  # a shard never changes
+        return self.path.exists() and os.path.samestat(os.stat(self.path), os.fstat(self._descriptor))
+
     @functools.cached_property
     def digest(self) -> bytes:
         """sha256 over everything that decides what the file says: its attributes, and the checksums of all blocks."""
@@ -279,11 +284,8 @@ class FeatureStore:
         size, step = (stop - start) * entry.row_bytes, block_rows(entry.shape, entry.dtype)
         if self.kind == "index" or not 0 < size < 1 << 30:  # a single system call reads no more
             return self.array(name)[start : max(start, stop)]
+        self._check_blocks(key, range(start // step, -(-stop // step)))
         with self._stream() as stream:
-            for block in range(start // step, -(-stop // step)) if key not in self._verified else ():
-                if (key, block) not in self._verified_blocks:
-                    self._read_block(stream, key, block)
-                    self._verified_blocks.add((key, block))
             data = os.pread(stream.fileno(), size, entry.offset + start * entry.row_bytes)
         if len(data) != size:
             raise IntegrityError(f"{self.path}: {key} rows {start} to {stop - 1} are cut off. {WAY_OUT}")
@@ -455,14 +457,13 @@ class FeatureStore:
             )
         return shard
 
-    def _shard_rows(self, name: str, number: int) -> np.ndarray:
+    def _shard_rows(self, name: str, number: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         if not 0 <= number < len(self.shards.names):
             raise IntegrityError(f"{self.path}: a place in shard {number}, of {len(self.shards.names)}. {WAY_OUT}")
         if number not in self._shards:
             self._shards[number] = self._open_shard(number)
         self._check_holds(self._shards[number], number, name)
-        with reading(self._shards[number].path):
-            return np.asarray(self._shards[number].array(name))
+        return functools.partial(self._shards[number]._values_at, name)
 
     def _check_holds(self, shard: FeatureStore, number: int, name: str, places: np.ndarray | None = None) -> None:
         """That a shard has the data set that the index says, and all of these places."""
@@ -490,6 +491,24 @@ class FeatureStore:
                 pass
             self._verified.add(key)
         return self._map(key)
+
+    def _values_at(self, name: str, rows: np.ndarray, views: np.ndarray) -> np.ndarray:
+        """Values of one view of one row each, ``(n, ...)``; only the blocks of these rows are verified."""
+        key, shape = self._key_of(name), self.shape(name)
+        if (rows < 0).any() or (rows >= shape[0]).any() or (views < 0).any() or (views >= shape[1]).any():
+            raise IntegrityError(f"{self.path}: a place outside this shard, which has {shape[:2]} rows and views")
+        with reading(self.path):
+            self._check_blocks(key, np.unique(rows // block_rows(shape, self._entries[key].dtype)).tolist())
+            return np.asarray(self._map(key)[rows, views])
+
+    def _check_blocks(self, key: str, blocks: Iterable[int]) -> None:
+        """Verify those of these blocks that were not verified before."""
+        if key in self._verified or not (new := {(key, block) for block in blocks} - self._verified_blocks):
+            return
+        with self._stream() as stream:
+            for _, block in sorted(new):
+                self._read_block(stream, key, block)
+        self._verified_blocks |= new
 
     def _map(self, key: str) -> np.ndarray:
         entry = self._entries[key]

@@ -7,8 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import IntegrityError
-
 
 def by_shard(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
     """For each shard of ``places`` (int32, (..., 3)), ascending, where it stands among them, int64, flat."""
@@ -30,7 +28,8 @@ class ShardedArray:
     dtype : numpy.dtype
         Of the values.
     open_shard : callable
-        Number of a shard -> its rows, ``(rows, views, *shape)``, memory-mapped and verified.
+        Number of a shard -> a function of rows and positions on the view axis, int32, (n,) each, that gives the
+        verified values there, (n, *shape), or raises ``IntegrityError`` where there is no such place.
     """
 
     def __init__(
@@ -38,7 +37,7 @@ class ShardedArray:
         places: np.ndarray,
         shape: tuple[int, ...],
         dtype: np.dtype,
-        open_shard: Callable[[int], np.ndarray],
+        open_shard: Callable[[int], Callable[[np.ndarray, np.ndarray], np.ndarray]],
     ) -> None:
         self._places, self._row_shape, self._open_shard = places, shape, open_shard
         self.shape, self.dtype = (*places.shape[:2], *shape), dtype
@@ -66,13 +65,9 @@ class ShardedArray:
         if places.shape[-1:] != (3,) or places.ndim < 1:
             raise IndexError(f"{key!r} chooses more than images and views")
         flat = places.reshape(-1, 3)
-        shards = [
-            (shard, here, self._open_shard(shard)) for shard, here in by_shard(flat)
-        ]  # before any memory is asked for
+        # Opened before any memory is asked for.
+        shards = [(here, self._open_shard(shard)) for shard, here in by_shard(flat)]
         values = np.empty((len(flat), *self._row_shape), self.dtype)
-        for shard, here, rows in shards:
-            chosen = flat[here, 1:]
-            if (chosen < 0).any() or (chosen >= rows.shape[:2]).any():
-                raise IntegrityError(f"a place outside shard {shard}, which has {rows.shape[:2]} rows and views")
-            values[here] = rows[chosen[:, 0], chosen[:, 1]]
+        for here, values_at in shards:
+            values[here] = values_at(flat[here, 1], flat[here, 2])
         return values.reshape(*places.shape[:-1], *self._row_shape)

@@ -167,13 +167,13 @@ def _walk(
         path = f"{key}/{name}"
         if not isinstance(group.get(name, getlink=True), h5py.HardLink):
             raise IntegrityError(f"{path}: a soft or external link, which a feature store never has")
-        kind = group.get(name, getclass=True)
-        if kind is h5py.Group:
-            _walk(group[name], path, attributes, datasets, seen)
-        elif kind is h5py.Dataset:
-            _check_new(group[name], path, seen)
-            datasets[path] = group[name]
-            attributes[path] = {item: _attribute(group[name], item) for item in group[name].attrs}
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            _walk(item, path, attributes, datasets, seen)
+        elif isinstance(item, h5py.Dataset):
+            _check_new(item, path, seen)
+            datasets[path] = item
+            attributes[path] = {attribute: _attribute(item, attribute) for attribute in item.attrs}
         else:
             raise IntegrityError(f"{path}: neither a group nor a data set")
 
