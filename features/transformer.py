@@ -13,7 +13,7 @@ import hashlib
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,23 +21,21 @@ from typing import Any, NamedTuple
 import numpy as np
 from sklearn.base import BaseEstimator, TransformerMixin
 
-from features.errors import ConfigurationError, ExtractionError, LockedError, UnreadableImageError, check_range
-from features.files import atomic_file, locked, printable, sweep, writable_folder
+from features.errors import ConfigurationError, UnreadableImageError, check_range
+from features.extraction.growing import Append, GrowingStore
+from features.extraction.shard import SHARD_BYTES, ShardRows, ShardSpec, infer_shard, rows_per_shard
+from features.files import printable
 from features.machine import processors, software_versions
 from features.networks.network import Network, resolve_network
-from features.pixels.batches import ahead
-from features.pixels.decode import Decoded, decode_image, read_bytes
+from features.pixels.batches import loaded
+from features.pixels.decode import read_bytes
 from features.pixels.png import plain_png
-from features.recipe import NetworkOptions, PixelRule, Recipe
-from features.sources.splits import UNLABELLED
-from features.store.reader import FeatureStore
-from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
-from features.store.writer import StoreWriter
+from features.recipe import NetworkOptions, Recipe
 
 logger = logging.getLogger(__name__)
 SOURCE = "images given to FeatureExtractor"  # stores of this source are ours to extend
-SAVE_SECONDS = 60.0  # what is computed since is lost if the process is killed
-COPY_BYTES = 4 << 20
+SHARD_SECONDS = 10.0  # shards double in size up to the usual one, unless that takes longer; a kill loses one of them
+HASHED_AHEAD = 64  # images read ahead
 STORE_SUFFIXES = (".h5", ".hdf5")
 NAMED = 10  # unreadable images that an error lists
 
@@ -58,10 +56,11 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     resize, fit_rule, decode, dtype, engine, precision, device : str
         As in ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here.
     store : path, optional
-        Where features are kept; without it every call computes them. A path that ends in ``.h5`` is one file, of one
-        recipe; any other is a folder that gets a file per recipe, so that a grid search may vary layers. The
-        file grows by what it lacks. One that ``extract`` made is read and never changed: what it lacks is computed
-        each time.
+        Where features are kept; without it every call computes them. A path that ends in ``.h5`` is one store, of one
+        recipe; any other is a folder that gets a store per recipe, so that a grid search may vary layers. The
+        store grows by what it lacks: it is an index, with shards in the folder ``.h5.parts`` beside it, which are added
+        to and never rewritten, but that many small ones are merged. A store that ``extract`` made is read and never
+        changed: what it lacks is computed each time.
     batch_size : int
         Images of one forward pass.
     workers : int, optional
@@ -158,38 +157,24 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         """
         images = images_of(X)
         network = self._network()
-        recipe = network.recipes[0]
-        path = self._path(recipe)
+        path = self._path(network.recipes[0])
+        store = None if path is None else GrowingStore(path, network.recipes[0], SOURCE)
         features = np.empty((len(images), _width(network)), np.float32)
+        lines: dict[bytes, list[int]] = {}  # content hash -> where its features go
         with ThreadPoolExecutor(self.workers or processors(), "decode") as pool:
-            store = _open(path, recipe)
-            hashes = _hashes(images, store, pool)
-            first: dict[bytes, _Image] = {}
-            for sha256, image in zip(hashes, images, strict=True):
-                first.setdefault(sha256, image)
-            infer = functools.partial(self._infer, network, pool)
-            if path is not None and (store is None or store.source == SOURCE) and first.keys() - _rows(store).keys():
-                writable_folder(path.parent)
-                with _patiently_locked(path, self.lock_timeout):
-                    sweep(path)
-                    # Opened again: while this process waited, another one may have computed the same images.
-                    store = self._extend(path, _open(path, recipe), first, network, infer)
-            rows = _rows(store)
-            here = np.array([rows.get(sha256, -1) for sha256 in hashes], np.int64)
-            if store is not None:
-                _copy(store, recipe.name, here, features)
-            lacking = {sha256: image for sha256, image in first.items() if sha256 not in rows}
-            if lacking and path is not None:
-                logger.warning(
-                    "%s lacks %d of these images; it was made by an extraction, so they are computed and not kept",
-                    *(path, len(lacking)),
-                )
-            places: dict[bytes, list[int]] = {}
-            for place in np.flatnonzero(here < 0).tolist():
-                places.setdefault(hashes[place], []).append(place)
-            for made, values in infer(lacking):
-                for number, entry in enumerate(made):
-                    features[places[entry.sha256]] = values[number].reshape(-1)
+            for line, sha256 in enumerate(_hashes(images, store, pool)):
+                lines.setdefault(sha256, []).append(line)
+            with self._extending(store, lines.keys(), network) as append:
+                # Looked up again: while this process waited, another one may have computed the same images.
+                stored = store.rows.keys() if store is not None else ()
+                lacking = {sha256: images[there[0]] for sha256, there in lines.items() if sha256 not in stored}
+                for spec, rows in self._inferred(network, pool, lacking):
+                    append(spec, rows)
+                    values = rows.features[network.recipes[0].name]
+                    for number, (_, sha256, *_) in enumerate(rows.images):
+                        features[lines[sha256]] = values[number].reshape(-1)
+        if store is not None:
+            store.copy({sha256: there for sha256, there in lines.items() if sha256 not in lacking}, features)
         return features
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
@@ -235,64 +220,74 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
             return path
         return path / f"{recipe.backbone}-{recipe.fingerprint[:16]}.h5"
 
-    def _infer(self, network: Network, pool: Executor, images: dict[bytes, _Image]) -> Iterator[_Made]:
-        """Features of images, a batch at a time; the unreadable ones are named when all others are done."""
-        recipe = network.recipes[0]
+    def _extending(
+        self, store: GrowingStore | None, wanted: Collection[bytes], network: Network
+    ) -> contextlib.AbstractContextManager[Append]:
+        """What keeps the rows that are computed, if some are lacking and the store may grow."""
+        lacking = 0 if store is None else len(wanted - store.rows.keys())
+        if store is not None and lacking and store.grows:
+            return store.extending(
+                shard_rows=max(1, SHARD_BYTES // network.row_bytes),
+                provenance={
+                    "backbone": network.backbone_argument,
+                    "weights": network.weights_argument,
+                    "batch_size": self.batch_size,
+                    "software": software_versions(),
+                },
+                lock_timeout=self.lock_timeout,
+            )
+        if store is not None and lacking:
+            logger.warning(
+                "%s lacks %d of these images; it was made by an extraction, so they are computed and not kept",
+                *(store.path, lacking),
+            )
+        return contextlib.nullcontext(lambda spec, rows: None)
+
+    def _inferred(
+        self, network: Network, pool: Executor, images: Mapping[bytes, _Image]
+    ) -> Iterator[tuple[ShardSpec, ShardRows]]:
+        """Rows of images, a shard at a time; the unreadable ones are named when all others are done."""
+        named: dict[str, tuple[bytes, _Image]] = {}
+        for sha256, image in images.items():
+            is_file = (
+                image.size >= 0 and image.name not in named
+            )  # one that was changed while it was hashed comes twice
+            named[image.name if is_file else f"pixels/{sha256.hex()[:20]}.png"] = sha256, image
+
+        def read(name: str) -> bytes:
+            sha256, image = named[name]
+            data = image.read()
+            if hashlib.sha256(data).digest() != sha256:
+                raise UnreadableImageError("unreadable", "its content changed in the meantime")
+            return data
+
         refused: list[tuple[_Image, UnreadableImageError]] = []
-        batch: list[_Entry] = []
-        pixels = np.empty((self.batch_size, recipe.pixels.height, recipe.pixels.width, 3), np.uint8)
-        outcomes = ahead(pool, functools.partial(_decode, recipe.pixels), [*images.items()], 2 * self.batch_size)
-        for (sha256, image), outcome in zip(images.items(), outcomes, strict=True):
-            if isinstance(outcome, UnreadableImageError):
-                refused.append((image, outcome))
-                continue
-            pixels[len(batch)] = outcome.pixels
-            batch.append(_Entry(sha256, image, outcome.width, outcome.height))
-            if len(batch) == self.batch_size:
-                yield batch, self._forward(network, pixels)
-                batch = []
-        if batch:
-            yield batch, self._forward(network, pixels[: len(batch)])
+        names, start, count = list(named), 0, self.batch_size
+        while start < len(names):
+            began, chosen = time.monotonic(), names[start : start + count]
+            some = [named[name][1] for name in chosen]
+            spec = ShardSpec(
+                root="",
+                paths=tuple(chosen),
+                sizes=tuple(image.size for image in some),
+                mtimes_ns=tuple(image.mtime_ns for image in some),
+                recipes=network.recipes,
+            )
+            infer = functools.partial(self._infer, network)
+            rows = infer_shard(spec, read=read, infer=infer, decoders=pool, batch_size=self.batch_size)
+            refused += [(some[index], error) for index, _, error in rows.refused]
+            if rows.images:
+                yield spec, ShardRows(rows.images, rows.features)
+            start += count
+            if time.monotonic() - began < SHARD_SECONDS:
+                count = min(2 * count, rows_per_shard(network.row_bytes, self.batch_size))
         _refuse(refused, len(images))
 
-    def _forward(self, network: Network, pixels: np.ndarray) -> np.ndarray:
-        recipe = network.recipes[0]
-        key = (recipe.fingerprint, self.batch_size, self.device, self.engine)
+    def _infer(self, network: Network, pixels: np.ndarray) -> Mapping[str, np.ndarray]:
+        key = (network.recipes[0].fingerprint, self.batch_size, self.device, self.engine)
         if getattr(self, "_kept", (None,))[0] != key:
             self._kept = key, network.engine(network.recipes, batch_size=self.batch_size, device=self.device)
-        engine = self._kept[1]
-        with np.errstate(over="ignore"):
-            values = engine(pixels)[recipe.name].astype(recipe.dtype)
-        if not np.isfinite(values).all():
-            raise ExtractionError(
-                f"layer {recipe.layer}: a feature is not finite as {recipe.dtype}. Use dtype='float32', or check the "
-                "weights."
-            )
-        return values
-
-    def _extend(
-        self,
-        path: Path,
-        store: FeatureStore | None,
-        images: dict[bytes, _Image],
-        network: Network,
-        infer: Callable[[dict[bytes, _Image]], Iterator[_Made]],
-    ) -> FeatureStore | None:
-        """Compute what a store lacks and write it; the lock is held."""
-        rows = _rows(store)
-        made: list[_Made] = []
-        saved = time.monotonic()
-        try:
-            for batch in infer({sha256: image for sha256, image in images.items() if sha256 not in rows}):
-                made.append(batch)
-                if time.monotonic() - saved > SAVE_SECONDS:
-                    store, made = _write(path, store, made, network, self.batch_size), []
-                    saved = time.monotonic()
-        except UnreadableImageError:
-            if made:
-                _write(path, store, made, network, self.batch_size)
-            raise
-        return _write(path, store, made, network, self.batch_size) if made else store
+        return self._kept[1](pixels)
 
 
 # --- input ------------------------------------------------------------------------------------------------
@@ -305,16 +300,6 @@ class _Image(NamedTuple):
     size: int
     mtime_ns: int
     read: Callable[[], bytes]
-
-
-class _Entry(NamedTuple):
-    sha256: bytes
-    image: _Image
-    width: int
-    height: int
-
-
-_Made = tuple[list[_Entry], np.ndarray]
 
 
 def images_of(X: Any) -> list[_Image]:
@@ -358,41 +343,20 @@ def _is_image(pixels: np.ndarray) -> bool:
     return pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
 
 
-def _hashes(images: Sequence[_Image], store: FeatureStore | None, pool: Executor) -> list[bytes]:
+def _hashes(images: Sequence[_Image], store: GrowingStore | None, pool: Executor) -> list[bytes]:
     """Content hash of each image; a file that the store knows by path, size and time is not read."""
-    known: dict[tuple[str, int, int], bytes] = {}
-    if store is not None:
-        table, root = store.images, str(store.provenance.get("root", ""))
-        columns = zip(table.paths, table.sizes.tolist(), table.mtimes_ns.tolist(), table.sha256, strict=True)
-        known = {(os.path.join(root, path), size, time): sha256.tobytes() for path, size, time, sha256 in columns}
-
-    def digest(image: _Image) -> bytes | UnreadableImageError:
-        try:
-            return hashlib.sha256(image.read()).digest()
-        except UnreadableImageError as error:
-            return error
-
+    known = {} if store is None else store.files([image.mtime_ns for image in images])
     found = [known.get(image[:3]) if image.size >= 0 else None for image in images]
     unknown = [number for number, sha256 in enumerate(found) if sha256 is None]
     refused: list[tuple[_Image, UnreadableImageError]] = []
-    for number, outcome in zip(unknown, ahead(pool, digest, [images[number] for number in unknown], 64), strict=True):
+    digests = loaded(pool, lambda number: hashlib.sha256(images[number].read()).digest(), unknown, HASHED_AHEAD)
+    for number, outcome in digests:
         if isinstance(outcome, UnreadableImageError):
             refused.append((images[number], outcome))
         else:
             found[number] = outcome
     _refuse(refused, len(images))
     return [sha256 for sha256 in found if sha256 is not None]
-
-
-def _decode(rule: PixelRule, item: tuple[bytes, _Image]) -> Decoded | UnreadableImageError:
-    sha256, image = item
-    try:
-        data = image.read()
-        if hashlib.sha256(data).digest() != sha256:
-            return UnreadableImageError("unreadable", "its content changed in the meantime")
-        return decode_image(data, rule)
-    except UnreadableImageError as error:
-        return error
 
 
 def _refuse(refused: Sequence[tuple[_Image, UnreadableImageError]], count: int) -> None:
@@ -407,110 +371,5 @@ def _refuse(refused: Sequence[tuple[_Image, UnreadableImageError]], count: int) 
     )
 
 
-# --- store ------------------------------------------------------------------------------------------------
-
-
 def _width(network: Network) -> int:
     return network.row_bytes // np.dtype(network.recipes[0].dtype).itemsize
-
-
-def _open(path: Path | None, recipe: Recipe) -> FeatureStore | None:
-    """The store as it is; None if there is none yet."""
-    if path is None or not path.exists():
-        return None
-    store = FeatureStore.open(path)
-    if all(held.fingerprint != recipe.fingerprint for held in store.recipes.values()):
-        differences = [recipe.difference(held) for held in store.recipes.values()]
-        fields = "; ".join(
-            f"{field} is {held!s:.40}, not {mine!s:.40}" for field, (mine, held) in differences[0].items()
-        )
-        raise ConfigurationError(
-            f"{path}: holds features of another recipe ({fields}). Give another store, or a folder (a path that does not "
-            "end in .h5), which gets a file per recipe."
-        )
-    return store
-
-
-def _rows(store: FeatureStore | None) -> dict[bytes, int]:
-    return {} if store is None else {sha256.tobytes(): row for row, sha256 in enumerate(store.images.sha256)}
-
-
-def _copy(store: FeatureStore, name: str, rows: np.ndarray, features: np.ndarray) -> None:
-    """Fill those lines of ``features`` whose row in the store is not negative."""
-    step = max(1, COPY_BYTES // (4 * features.shape[1]))
-    order = np.argsort(rows, kind="stable")
-    order = order[rows[order] >= 0]
-    for lines in np.split(order, np.flatnonzero(np.diff(rows[order] // step)) + 1) if len(order) else ():
-        start = int(rows[lines[0]])
-        stored = store.read(name, start, int(rows[lines[-1]]) + 1)
-        features[lines] = stored[rows[lines] - start, 0].reshape(len(lines), -1)
-
-
-@contextlib.contextmanager
-def _patiently_locked(path: Path, seconds: float) -> Iterator[None]:
-    """Hold the writer's lock, after waiting for it as long as that."""
-    deadline = time.monotonic() + seconds
-    with contextlib.ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(locked(path))
-                break
-            except LockedError:
-                if time.monotonic() >= deadline:
-                    raise
-                time.sleep(0.1)
-        yield
-
-
-def _write(
-    path: Path, store: FeatureStore | None, made: Sequence[_Made], network: Network, batch_size: int
-) -> FeatureStore:
-    """Put a store of the rows that there were and the new ones in the place of the old one."""
-    recipe = network.recipes[0]
-    entries = [entry for batch, _ in made for entry in batch]
-    names = tuple(
-        entry.image.name if entry.image.size >= 0 else f"pixels/{entry.sha256.hex()[:20]}.png" for entry in entries
-    )
-    new = ImageTable(
-        paths=names,
-        sha256=digest_rows(entry.sha256 for entry in entries),
-        labels=np.full(len(entries), -1, np.int32),
-        splits=np.full(len(entries), UNLABELLED, np.int8),
-        groups=None,
-        widths=np.array([entry.width for entry in entries], np.int32),
-        heights=np.array([entry.height for entry in entries], np.int32),
-        sizes=np.array([entry.image.size for entry in entries], np.int64),
-        mtimes_ns=np.array([entry.image.mtime_ns for entry in entries], np.int64),
-    )
-    table = new if store is None else _joined(store.images, new)
-    spec = FeatureSpec(recipe, 1, made[0][1].shape[1:])
-    with atomic_file(path) as temporary:
-        writer = StoreWriter(temporary, kind="store", rows=len(table), features={recipe.name: spec})
-        try:
-            step = max(1, COPY_BYTES // network.row_bytes)
-            for start in range(0, 0 if store is None else len(store), step):
-                assert store is not None
-                writer.append(recipe.name, store.read(recipe.name, start, start + step))
-            for _, values in made:
-                writer.append(recipe.name, values[:, None])
-            writer.finish(
-                images=table,
-                quarantine=Quarantine((), digest_rows(()), (), np.zeros(0, np.int64), np.zeros(0, np.int64)),
-                source=SOURCE,
-                provenance={
-                    "backbone": network.backbone_argument,
-                    "weights": network.weights_argument,
-                    "batch_size": batch_size,
-                    "root": "",
-                    "software": software_versions(),
-                },
-            )
-        finally:
-            writer.close()
-    return FeatureStore.open(path)
-
-
-def _joined(old: ImageTable, new: ImageTable) -> ImageTable:
-    arrays = ("sha256", "labels", "splits", "widths", "heights", "sizes", "mtimes_ns")
-    columns: dict[str, Any] = {name: np.concatenate([getattr(old, name), getattr(new, name)]) for name in arrays}
-    return ImageTable(paths=old.paths + new.paths, groups=None, **columns)
