@@ -3,9 +3,9 @@
     sources --> pixels --+--> extraction --> store            transformer: the same for scikit-learn
     networks ------------+
 
-Each folder is a room with a docstring that says what may be imported from it; the modules beside this file are the
-ground under all rooms. README.md has the map, FORMAT.md says what a store holds. The public names below are loaded
-when they are first used, so that importing the package costs nothing.
+Each folder is a room; its docstring says what lives there and what it may import. The modules beside this file are
+the ground, which every room may import. README.md has a map of the rooms, and FORMAT.md specifies the store. The public
+names below are loaded on first use, so importing the package costs nothing.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From which ranges the views of an image are drawn: a frozen, checked specification, and the presets. Pure."""
+"""The ranges from which the random views of an image are drawn, and named presets of them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from features.errors import ConfigurationError, check_range, nearest
 
-AUGMENT_VERSION = 1  # raised when the same numbers would give other pixels
+AUGMENT_VERSION = 1  # increased when the same numbers would give different pixels
 FILLS = ("reflect", "nearest", "constant")
 _LIMITS = {
     "rotation_degrees": (0.0, 180.0),
@@ -40,38 +40,40 @@ def _pair(name: str, value: object, limits: tuple[float, float]) -> tuple[float,
 
 @dataclasses.dataclass(frozen=True)
 class AugmentSpec:
-    """From which ranges the views are drawn; without arguments, no augmentation. Part of the recipe.
+    """The ranges from which random views are drawn; the default is no augmentation. Part of the recipe.
 
-    Every draw is uniform unless said otherwise.
+    Every value is drawn uniformly unless stated otherwise.
 
     Parameters
     ----------
     horizontal_flip : bool
-        Mirror every second view, on average.
+        Mirror a view left to right with probability 1/2.
     rotation_degrees : float
-        Angle within plus or minus this, 0-180 degrees (Keras' ``RandomRotation(f)`` is ``360 * f``).
+        Largest angle in either direction, 0-180 degrees (Keras' ``RandomRotation(f)`` is ``360 * f``).
     zoom : float
-        Extent shown, width and height apart, in [1 - zoom, 1 + zoom], 0-0.9 (Keras' ``zoom_range``).
+        The visible extent is scaled by a factor in [1 - zoom, 1 + zoom], drawn separately for width and height;
+        0-0.9 (Keras' ``zoom_range``).
     shift : float
-        Shift within plus or minus this share of width and height, 0-1 (Keras' ``width_shift_range`` and
+        Largest shift in either direction, as a fraction of width and height, 0-1 (Keras' ``width_shift_range`` and
         ``height_shift_range``).
     crop_scale : (float, float) or None
-        Share of the image's area that a crop keeps, 0.01-1; None for no crop.
+        Fraction of the image's area that a crop keeps, 0.01-1; None for no crop.
     crop_ratio : (float, float)
-        Width to height of a crop, relative to the target's, 0.1-10; its logarithm is uniform
-        (torchvision's ``RandomResizedCrop``, whose target is square).
+        Aspect ratio (width / height) of a crop relative to that of the target, 0.1-10; its logarithm is drawn
+        uniformly (torchvision's ``RandomResizedCrop``, whose target is square).
     brightness, contrast, saturation : float
-        Factor in [1 - x, 1 + x], 0-1 (torchvision's ``ColorJitter``, in this order, then hue).
+        x of a factor in [1 - x, 1 + x], 0-1. They are applied in this order, then the hue (torchvision's
+        ``ColorJitter``).
     hue : float
-        Turn of the hue within plus or minus this, 0-0.5 of a full circle.
+        Largest rotation of the hue in either direction, 0-0.5 of a full circle.
     fill : {"reflect", "nearest", "constant"}
-        What lies outside the image: ``reflect`` mirrors it at its edge (d c b a | a b c d | d c b a), ``nearest``
-        repeats the edge, ``constant`` is black.
+        How the area outside the image is filled: ``reflect`` mirrors the image at its edge
+        (d c b a | a b c d | d c b a), ``nearest`` repeats the edge, ``constant`` is black.
 
     Raises
     ------
     ConfigurationError
-        If a value is of the wrong type or out of its range.
+        If a value has the wrong type or is out of range.
 
     Examples
     --------
@@ -110,22 +112,22 @@ class AugmentSpec:
 
     @property
     def name(self) -> str:
-        """The preset with these values, or ``"custom"``; the values alone decide the pixels."""
+        """Name of the preset with these values, or ``"custom"``. Only the values decide the pixels."""
         return next((name for name, preset in PRESETS.items() if preset == self), "custom")
 
     @property
     def is_plain(self) -> bool:
-        """Whether every view would be the plain image."""
+        """Whether every view would equal the plain image."""
         return self == dataclasses.replace(AugmentSpec(), crop_ratio=self.crop_ratio, fill=self.fill)
 
     @classmethod
     def parse(cls, text: str) -> AugmentSpec:
-        """The preset of that name.
+        """Return the preset named ``text``.
 
         Raises
         ------
         ConfigurationError
-            If there is none; the message names the nearest and all.
+            If there is no such preset; the message lists all and names the nearest.
         """
         if text not in PRESETS:
             raise ConfigurationError(
@@ -134,14 +136,14 @@ class AugmentSpec:
         return PRESETS[text]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values as JSON gives them back, with the version of the algorithm."""
+        """Return the values as JSON returns them, with the version of the algorithm."""
         values = dataclasses.asdict(self)
         lists = {key: list(value) for key, value in values.items() if isinstance(value, tuple)}
         return {"version": AUGMENT_VERSION, **values, **lists}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> AugmentSpec:
-        """Rebuild what ``to_dict`` gave.
+        """Rebuild a specification from ``to_dict``.
 
         Raises
         ------
@@ -149,12 +151,12 @@ class AugmentSpec:
             For another version, unknown or missing fields, or values out of range.
         """
         if not isinstance(values, Mapping):
-            raise ConfigurationError(f"augmentation: received {type(values).__name__}, expected a table of fields")
+            raise ConfigurationError(f"augmentation: received {type(values).__name__}, expected a mapping of fields")
         fields = dict(values)
         version = fields.pop("version", None)
         if version != AUGMENT_VERSION:
             raise ConfigurationError(
-                f"augmentation version {version!r} is not known here (expected {AUGMENT_VERSION}): made by another release"
+                f"augmentation: received version {version!r}, expected {AUGMENT_VERSION}; another release wrote it"
             )
         known = [field.name for field in dataclasses.fields(cls)]
         for name in fields:
@@ -162,7 +164,7 @@ class AugmentSpec:
                 raise ConfigurationError(f"augmentation has no field {name!r}{nearest(str(name), known)}")
         missing = [name for name in known if name not in fields]
         if missing:
-            raise ConfigurationError(f"augmentation lacks {', '.join(missing)}")
+            raise ConfigurationError(f"augmentation: these fields are missing: {', '.join(missing)}")
         return cls(**fields)
 
 

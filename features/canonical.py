@@ -1,4 +1,4 @@
-"""One text and one digest for one value, and the check that a word is one of a closed list."""
+"""Canonical JSON of a value, its digest, and a check that a word is in a closed list."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from features.errors import ConfigurationError, nearest
 
 
 def canonical_json(value: Any) -> str:
-    """Sorted keys, no spaces, ASCII only, no NaN: one text for one value.
+    """Return the canonical JSON of ``value``, the same text for equal values: sorted keys, no spaces, ASCII, no NaN.
 
     Examples
     --------
@@ -21,12 +21,12 @@ def canonical_json(value: Any) -> str:
 
 
 def digest_of(value: Any) -> str:
-    """Hexadecimal sha256 of the canonical JSON of ``value``."""
+    """Return the hexadecimal sha256 of the canonical JSON of ``value``."""
     return hashlib.sha256(canonical_json(value).encode("ascii")).hexdigest()
 
 
 def check_choice(field: str, value: str, known: tuple[str, ...]) -> None:
-    """Raise ConfigurationError, naming the nearest, if ``value`` is none of the known ones."""
+    """Raise ``ConfigurationError`` unless ``value`` is one of ``known``; the message names the nearest."""
     if value not in known:
         raise ConfigurationError(
             f"{field}: received {value!r}, expected one of {', '.join(known)}{nearest(str(value), known)}"

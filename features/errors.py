@@ -1,6 +1,6 @@
-"""One exception tree. Each class also inherits the builtin that a caller would expect to catch.
+"""The exceptions of this project. Each also inherits the built-in exception that a caller would expect to catch.
 
-``exit_code`` is what the command line returns when the error reaches it: 1 failed, 2 wrong usage or
+``exit_code`` is the exit code of the command line when the error reaches it: 1 failed, 2 wrong usage or
 configuration, 3 integrity failure, 4 too many unreadable images.
 """
 
@@ -24,18 +24,18 @@ class ConfigurationError(BottleneckError, ValueError):
 
 
 class SourceError(BottleneckError, ValueError):
-    """An image source that cannot be used: missing, empty, one class only, a malformed manifest."""
+    """An image source that cannot be used, for example a missing or empty folder, or a malformed manifest."""
 
 
 class UnreadableImageError(BottleneckError, OSError):
-    """One image that cannot be decoded. ``reason`` is one of ``features.pixels.decode.REASONS``.
+    """One image that cannot be read or decoded.
 
     Parameters
     ----------
     reason : str
-        A word of the fixed vocabulary.
+        One of ``features.pixels.decode.REASONS``.
     detail : str
-        What exactly was met, for a person.
+        What exactly was found, in words for the user.
     """
 
     def __init__(self, reason: str, detail: str = "") -> None:
@@ -51,11 +51,11 @@ class TooManyUnreadableError(BottleneckError, ValueError):
 
 
 class WeightsError(BottleneckError, ValueError):
-    """Weights that do not fit the backbone, or are not what their checksum promises."""
+    """Weights that do not fit the network, or whose checksum is not the expected one."""
 
 
 class WeightsNotFoundError(WeightsError, FileNotFoundError):
-    """No route led to the weights; the message names every route tried."""
+    """Weights that were not found; the message lists every place that was searched."""
 
 
 class StoreError(BottleneckError, OSError):
@@ -63,7 +63,7 @@ class StoreError(BottleneckError, OSError):
 
 
 class IntegrityError(StoreError, ValueError):
-    """A feature store whose content is not what was written."""
+    """A feature store whose content differs from what was written."""
 
     exit_code = 3
 
@@ -81,23 +81,23 @@ class ExtractionError(BottleneckError, RuntimeError):
 
 
 class ClusterError(BottleneckError, RuntimeError):
-    """A cluster that cannot be reached, or workers that cannot do the work; the message names the way out."""
+    """A cluster that cannot be reached, or workers that cannot do the work; the message says what to do."""
 
 
 class OpenVinoError(BottleneckError, RuntimeError):
-    """OpenVINO cannot run this network here, or not correctly; Keras can."""
+    """A network that OpenVINO cannot run on this machine, or not correctly; the Keras engine can."""
 
 
 class HeadError(BottleneckError, ValueError):
-    """A head that cannot be trained on these features, or be loaded."""
+    """A head that cannot be trained on these features, or cannot be loaded."""
 
 
 class RunError(BottleneckError, ValueError):
-    """A run folder that is missing, incomplete or does not fit what it is used for."""
+    """A run folder that is missing or incomplete, or that does not fit its use."""
 
 
 class ParityError(BottleneckError, ArithmeticError):
-    """The assembled model does not give the probabilities of the cached head."""
+    """An assembled model whose probabilities differ from those of its head on the cached features."""
 
     exit_code = 3
 
@@ -109,13 +109,13 @@ def check_range(name: str, value: float, low: float, high: float) -> None:
 
 
 def check_batch(images: Any, shape: tuple[int, ...]) -> None:
-    """Raise ``ConfigurationError`` unless an engine can take ``images``: uint8, at most ``shape[0]`` of ``shape[1:]``."""
+    """Raise ``ConfigurationError`` unless ``images`` are uint8, at most ``shape[0]`` of them, each ``shape[1:]``."""
     if len(images) > shape[0] or images.shape[1:] != shape[1:] or images.dtype != "uint8":
         raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {shape}")
 
 
 def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
-    """A hint that names the known words nearest to ``name``.
+    """Return a hint that names the known words nearest to ``name``; empty if none is near.
 
     Examples
     --------

@@ -1,4 +1,4 @@
-"""Files on disk: whole or absent, durable, held by one writer, named by their hash, shown safely."""
+"""Write files atomically and durably, lock them against a second writer, hash them, and print their paths safely."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ CACHE_NAME = "bottleneck-features"
 
 @contextlib.contextmanager
 def atomic_file(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """Give a temporary name beside ``path``; on a clean exit make it durable and rename it, else remove it.
+    """Yield a temporary path beside ``path``; on a clean exit flush it to disk and rename it, else remove it.
 
-    With ``once`` a file that has come there meanwhile stays, and this one goes.
+    With ``once``, a file that has appeared at ``path`` in the meantime is kept, and the new file is removed.
 
     Raises
     ------
@@ -37,7 +37,7 @@ def atomic_file(path: Path, *, once: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say of ``path`` what the file system refuses while it is written, as StoreError."""
+    """Turn an ``OSError`` raised while ``path`` is written into a ``StoreError``."""
     try:
         yield
     except OSError as error:
@@ -55,12 +55,12 @@ def writing(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """`atomic_file` opened for writing, in a folder that is made if it is missing; for files of a cache.
+    """Open an ``atomic_file`` for writing, for files of a cache; a missing folder is created.
 
     Raises
     ------
     OSError
-        As the file system does: the caller decides whether the file mattered.
+        As the file system raises it: the caller decides whether the file matters.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with _replacement(path) as temporary, open(temporary, "xb") as file:
@@ -69,9 +69,9 @@ def whole_file(path: Path) -> Iterator[BinaryIO]:
 
 @contextlib.contextmanager
 def _replacement(path: Path, *, once: bool = False) -> Iterator[Path]:
-    """What both have in common; OSError passes through."""
+    """Do what ``atomic_file`` and ``whole_file`` have in common; an ``OSError`` is passed on."""
     if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "is no regular file; give another name", str(path))
+        raise OSError(errno.EINVAL, "not a regular file; give another name", str(path))
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         yield temporary
@@ -86,12 +86,12 @@ def _replacement(path: Path, *, once: bool = False) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def locked(out: Path, *, seconds: float = 0.0) -> Iterator[None]:
-    """Hold the writer's lock of a store, after waiting for it at most so many seconds.
+    """Hold the writer's lock of the store ``out``; wait for it for at most ``seconds``.
 
     Raises
     ------
     LockedError
-        Naming the process that holds it.
+        If another process holds the lock; the message names the process.
     """
     import filelock
 
@@ -102,34 +102,34 @@ def locked(out: Path, *, seconds: float = 0.0) -> Iterator[None]:
         lock.acquire(timeout=seconds)
     except filelock.Timeout as error:
         who = holder.read_text() if holder.exists() else "another process"
-        raise LockedError(f"{out}: {who} is writing it. Wait for it to end, or stop it.") from error
+        raise LockedError(f"{out} is being written by {who}. Wait until that process has ended, or stop it.") from error
     try:
         with writing(out):
             holder.write_text(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         holder.unlink(missing_ok=True)
-        path.unlink(missing_ok=True)  # while it is held: filelock does not accept a lock on a file without a name
+        path.unlink(missing_ok=True)  # before the release: filelock refuses a lock on an unlinked file
         lock.release()
 
 
 def behind_link(path: Path) -> Path:
-    """The file that a link leads to, so that the link stays one; any other path as it was given."""
+    """Return the target of a symbolic link, so that it is replaced and not the link; any other path unchanged."""
     return Path(os.path.realpath(path)) if path.is_symlink() else path
 
 
 def sweep(out: Path) -> None:
-    """Remove what a process that was killed left beside a store; nobody else writes while its lock is held."""
+    """Remove the temporary files that a killed process left beside a store. The caller must hold the writer's lock."""
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.*.tmp"):
         leftover.unlink(missing_ok=True)
 
 
 class PatientFile:
-    """A new file for a library that cannot bear an error while it writes.
+    """A new file for libhdf5, whose methods never raise while the library writes.
 
-    libhdf5 leaves a file that it could not flush half open, keeps its space until the process ends, and crashes
-    there. So from the first error on (a full disk, a quota, Ctrl-C) every call succeeds and does nothing, and
-    ``check`` raises that error. It has what ``h5py.File`` asks of a file object.
+    When libhdf5 cannot flush a file, it leaves the file half open, keeps its disk space until the process ends, and
+    then crashes. Therefore, after the first error (a full disk, a quota, Ctrl-C) every call does nothing and reports
+    success; ``check`` raises the error. The class has the methods that ``h5py.File`` needs of a file object.
     """
 
     def __init__(self, path: Path) -> None:
@@ -138,12 +138,12 @@ class PatientFile:
         self._error: BaseException | None = None
 
     def check(self) -> None:
-        """Raise the first error there was."""
+        """Raise the first error, if there was one."""
         if self._error is not None:
             raise self._error
 
     def close(self) -> None:
-        """Give the file back to the system; more than once is harmless."""
+        """Close the file; closing it again is harmless."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -172,20 +172,20 @@ class PatientFile:
         return size
 
     def flush(self) -> None:
-        """Nothing is held back."""
+        """Do nothing, because nothing is buffered here."""
 
     def _attempt(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """The result of a system call; None from the first error on."""
+        """Return the result of a system call, or None if this call or an earlier one failed."""
         if self._error is None:
             try:
                 return call(self._descriptor, *arguments)
-            except BaseException as error:  # noqa: BLE001  Ctrl-C too: `check` raises it
+            except BaseException as error:  # noqa: BLE001  including Ctrl-C: `check` raises it
                 self._error = error
         return None
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in ``folder`` durable."""
+    """Flush a folder to disk, so that new file names in it survive a crash."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -194,24 +194,24 @@ def sync_folder(folder: Path) -> None:
 
 
 def file_digest(path: Path) -> str:
-    """sha256 of a file, 64 hexadecimal digits."""
+    """Return the sha256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def printable(path: str) -> str:
-    """A path as text that any terminal takes: bytes that are no UTF-8 and control characters are escaped."""
+    """Return a path as text that any terminal can show: control characters and bytes that are not UTF-8 are escaped."""
     text = path.encode("utf-8", "backslashreplace").decode("utf-8")
     return "".join(mark if mark.isprintable() else mark.encode("unicode_escape").decode("ascii") for mark in text)
 
 
 def writable_folder(folder: Path) -> None:
-    """Make a folder, if it is missing, and make sure, before any work, that files can be created in it.
+    """Create a folder if it is missing, and check, before any work, that files can be created in it.
 
     Raises
     ------
     StoreError
-        If not.
+        If they cannot.
     """
     with _checking(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -219,19 +219,19 @@ def writable_folder(folder: Path) -> None:
 
 
 def creatable_folder(folder: Path) -> None:
-    """Make sure, before any work, that files can be created in a folder that may be missing; nothing is made.
+    """Check, before any work, that files can be created in a folder that may be missing; create nothing.
 
     Raises
     ------
     StoreError
-        If not.
+        If they cannot.
     """
     with _checking(folder):
         _try_to_write(next(path for path in (folder, *folder.absolute().parents) if path.exists()))
 
 
 def _try_to_write(folder: Path) -> None:
-    with tempfile.TemporaryFile(dir=folder):  # without a name, so that a kill leaves nothing
+    with tempfile.TemporaryFile(dir=folder):  # it has no name, so a killed process leaves nothing behind
         pass
 
 
@@ -241,21 +241,21 @@ def _checking(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         in_the_way = next((path for path in (folder, *folder.parents) if path.is_file()), None)
-        reason = f"{in_the_way} is a file, no folder" if in_the_way else error.strerror or error
+        reason = f"{in_the_way} is a file, not a folder" if in_the_way else error.strerror or error
         raise StoreError(f"{folder}: cannot write there ({reason}). Give another folder.") from error
 
 
 def cache_folder() -> Path:
-    """The user's cache folder, absolute. It is not made here; whoever writes into it makes it.
+    """Return the absolute path of the user's cache folder. It is created by the code that writes to it, not here.
 
     ``BOTTLENECK_CACHE`` if set, else ``$XDG_CACHE_HOME/bottleneck-features``, else
     ``~/.cache/bottleneck-features`` (XDG Base Directory Specification 0.8, which also says that a
-    relative ``XDG_CACHE_HOME`` is to be ignored).
+    relative ``XDG_CACHE_HOME`` must be ignored).
 
     Raises
     ------
     ConfigurationError
-        If there is no home folder to put it in.
+        If there is no home folder for it.
     """
     try:
         if own := os.environ.get("BOTTLENECK_CACHE"):
@@ -263,4 +263,4 @@ def cache_folder() -> Path:
         shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
         return (shared if shared.is_absolute() else Path.home() / ".cache") / CACHE_NAME
     except RuntimeError as error:
-        raise ConfigurationError(f"no home folder for the cache ({error}); set BOTTLENECK_CACHE to a folder") from error
+        raise ConfigurationError(f"the cache has no home folder ({error}); set BOTTLENECK_CACHE to a folder") from error

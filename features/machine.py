@@ -1,4 +1,4 @@
-"""What the machine offers, asked without importing anything heavy."""
+"""Processors, GPUs, memory and software of this machine, found without importing a heavy library."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ import resource
 import sys
 from pathlib import Path
 
-# What the drivers of NVIDIA, AMD and of Windows' Linux put there: without any of them there is no GPU to look for.
+# Device files of the NVIDIA and AMD drivers and of WSL (Linux on Windows). Without any of them there is no GPU.
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
 
 def processors() -> int:
-    """Processors that this process may use."""
+    """Return the number of processors that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def has_bfloat16() -> bool:
-    """Whether the processor multiplies bfloat16 (AVX512-BF16, AMX, or Arm's extension), as Linux lists it."""
+    """Whether the processor has bfloat16 instructions (AVX512-BF16, AMX or Arm's extension), according to Linux."""
     try:
         flags = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -30,12 +30,15 @@ def has_bfloat16() -> bool:
 
 
 def may_have_gpu(device: str = "auto") -> bool:
-    """Whether it is worth asking Keras for a GPU."""
+    """Whether a GPU may be present, so that it is worth asking Keras for one."""
     return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
 
 
 def peak_memory() -> int:
-    """Bytes that this process has held at most; its own, while the maximum of ``getrusage`` begins with its parent's."""
+    """Return the peak memory of this process in bytes.
+
+    ``VmHWM`` is used where it exists, because the maximum of ``getrusage`` starts at that of the parent process.
+    """
     with contextlib.suppress(OSError, StopIteration), open("/proc/self/status") as lines:
         return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -43,7 +46,7 @@ def peak_memory() -> int:
 
 
 def keras_backend() -> str:
-    """Name of the backend that Keras has, or would start with (https://keras.io/getting_started/#configuring-your-backend)."""
+    """Return the backend that Keras uses or would use (https://keras.io/getting_started/#configuring-your-backend)."""
     if "keras" in sys.modules:
         return str(sys.modules["keras"].backend.backend())
     named = os.environ.get("KERAS_BACKEND")
@@ -57,7 +60,7 @@ def keras_backend() -> str:
 
 
 def software_versions() -> dict[str, str]:
-    """Versions of what decided the numbers, read without importing it."""
+    """Return the versions of the software that affects the features, read without importing it."""
     versions = {"python": platform.python_version()}
     for name in ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow"):
         try:

@@ -1,4 +1,4 @@
-"""How long work tells whoever waits for it how far it is."""
+"""The type of a callback that reports progress."""
 
 from __future__ import annotations
 

@@ -24,7 +24,8 @@ DECODE_RULES = ("full", "fast")
 ENGINES = ("auto", "keras", "openvino")
 ARITHMETIC = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "gpu")
-# Rounded to 8 or 11 bits in every layer, two engines differ by much more than rounding: each is another recipe.
+# Half precision rounds to 8 or 11 bits in every layer, so two engines differ by far more than in float32. The engine
+# is therefore part of the precision.
 PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
     f"{kind}:keras-{backend}" for kind in ("bfloat16", "float16") for backend in ("tensorflow", "jax", "torch")
 )
@@ -98,12 +99,12 @@ class NetworkOptions:
 
 @dataclasses.dataclass(frozen=True)
 class PixelRule:
-    """How bytes become ``uint8`` pixels; part of every recipe.
+    """How an image file becomes ``uint8`` pixels; part of every recipe.
 
     Parameters
     ----------
     height, width : int
-        Size given to the network, in pixels, 1-4096.
+        Size of the input of the network, in pixels, 1-4096.
     resize : {"antialias", "keras"}
         ``antialias``: Pillow's bilinear filter, width first, which averages when it shrinks. ``keras``: bilinear at
         half-pixel centres without antialiasing, as ``keras.utils.image_dataset_from_directory`` does by default.
@@ -112,7 +113,7 @@ class PixelRule:
         ratio, ``pad`` keeps the whole image, centred on black.
     decode : {"full", "fast"}
         ``full`` decodes every pixel of the file. ``fast`` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size
-        where that is still at least the size wanted, and resizes that.
+        where that is still at least the size needed, and resizes the result.
     """
 
     height: int
@@ -125,7 +126,7 @@ class PixelRule:
         for name in ("height", "width"):
             value = getattr(self, name)
             if not 1 <= value <= 4096:
-                raise ConfigurationError(f"image size: {name} must be 1 to 4096 pixels, received {value}")
+                raise ConfigurationError(f"image size: received the {name} {value}, expected 1 to 4096 pixels")
         check_choice("resize", self.resize, RESIZE_RULES)
         check_choice("fit", self.fit, FIT_RULES)
         check_choice("decode", self.decode, DECODE_RULES)
@@ -140,19 +141,19 @@ class PixelRule:
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """Everything that decides one feature data set's values (the number of views does not).
+    """Everything that decides the values of one feature set. The number of views is not part of it.
 
     Parameters
     ----------
     backbone : str
         Name of a row of ``features.networks.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
     weights : str
-        sha256 over the canonical tensors, 64 hexadecimal digits (``features.networks.weights.tensor_digest``); of a model file,
-        over them and its architecture.
+        sha256 of the canonical tensors, 64 hexadecimal digits (``features.networks.weights.tensor_digest``); for a
+        model file, of the tensors and the architecture.
     layer : str
-        Backbone layer whose output is kept.
+        Layer of the network whose output is kept.
     pooling : {"none", "avg", "max", "flatten"}
-        What is done to a 4-D output.
+        How a 4-D output is reduced.
     pixels : PixelRule
         Decoding and resizing.
     preprocessing : str
@@ -160,14 +161,14 @@ class Recipe:
     colour : str
         The rule of ``features.pixels.decode`` for colour, orientation and transparency.
     augmentation : AugmentSpec or None
-        From what views 1 and above are drawn; None where there are none.
+        Ranges from which views 1 and above are drawn; None if there is only view 0.
     seed : int
-        Seed of the views; 0 where there are none.
+        Random seed of the views; 0 if there is only view 0.
     precision : {"float32", "bfloat16:openvino", "bfloat16:keras-tensorflow", "float16:keras-tensorflow", ...}
-        Arithmetic of the forward pass, and the engine where that is part of what decides the values; the features
-        are float32 or float16 (``dtype``) all the same.
+        Arithmetic of the forward pass, followed by the engine where it affects the values. The features are stored
+        as ``dtype`` in any case.
     dtype : {"float32", "float16"}
-        How the features are stored.
+        Element type of the stored features.
     """
 
     backbone: str
@@ -189,17 +190,17 @@ class Recipe:
 
     @property
     def name(self) -> str:
-        """Name of the data set: the layer, with the pooling behind it where there is one (``out_relu.avg``)."""
+        """Name of the feature set: the layer, followed by the pooling if there is one (``out_relu.avg``)."""
         layer = self.layer.replace("/", "|")
         return layer if self.pooling == "none" else f"{layer}.{self.pooling}"
 
     @functools.cached_property
     def plain(self) -> Recipe:
-        """The recipe of view 0: neither augmentation nor seed decides it."""
+        """The recipe of view 0, which depends on neither augmentation nor seed."""
         return self if self.augmentation is None else dataclasses.replace(self, augmentation=None, seed=0)
 
     def augmented(self, spec: AugmentSpec | None, seed: int) -> Recipe:
-        """The same recipe with other views; a specification that changes nothing is none, and then has no seed."""
+        """Return this recipe with another augmentation and seed; without both if ``spec`` changes nothing."""
         if spec is None or spec.is_plain:
             return self.plain
         return dataclasses.replace(self, augmentation=spec, seed=seed)
@@ -235,14 +236,14 @@ class Recipe:
         )
 
     def cell(self, view: int) -> Cell:
-        """What decides the values of one view of any image.
+        """Return the key to the values of one view of any image: a fingerprint and the number of the view.
 
-        View 0 is the same whatever the others are drawn from, so it is found again when views are added to a store.
+        View 0 has the same key whatever the augmentation, so it is reused when views are added to a store.
         """
         return (self.plain if view == 0 else self).fingerprint, view
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, flat but for the augmentation, with the recipe's own version."""
+        """Return the fields and the recipe version as plain values; only ``augmentation`` is nested."""
         values = dataclasses.asdict(self)
         values["augmentation"] = None if self.augmentation is None else self.augmentation.to_dict()
         pixels = values.pop("pixels")
@@ -250,22 +251,22 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """Rebuild a recipe; unknown or missing fields and another version are errors."""
+        """Rebuild a recipe from ``to_dict``; unknown or missing fields and another version are errors."""
         version = values.get("version")
         if version != RECIPE_VERSION:
-            raise ConfigurationError(f"recipe version {version!r} is not known here (expected {RECIPE_VERSION})")
+            raise ConfigurationError(f"recipe: received version {version!r}, expected {RECIPE_VERSION}")
         fields = dict(values)
         fields.pop("version")
         pixel_names = [field.name for field in dataclasses.fields(PixelRule)]
         known = {field.name for field in dataclasses.fields(cls)} - {"pixels"} | set(pixel_names)
         if set(fields) != known:
             odd = sorted(set(fields) ^ known)
-            raise ConfigurationError(f"recipe has unknown or missing fields: {', '.join(odd)}")
+            raise ConfigurationError(f"recipe: unknown or missing fields: {', '.join(odd)}")
         kinds: dict[str, type | tuple[type, ...]] = {"height": int, "width": int, "seed": int}
         kinds["augmentation"] = (dict, type(None))
         for name, value in fields.items():
             if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
-                raise ConfigurationError(f"recipe: {name} is {value!r}, of the wrong type")
+                raise ConfigurationError(f"recipe: {name}: received {value!r}, which has the wrong type")
         pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
         if fields["augmentation"] is not None:
             fields["augmentation"] = AugmentSpec.from_dict(fields["augmentation"])
@@ -278,11 +279,11 @@ class Recipe:
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 of the canonical JSON, 64 hexadecimal digits."""
+        """sha256 of the canonical JSON, as 64 hexadecimal digits."""
         return digest_of(self.to_dict())
 
     def difference(self, other: Recipe) -> dict[str, tuple[Any, Any]]:
-        """Fields that differ, as ``{field: (self's value, other's value)}``; two augmentations field by field."""
+        """Return the fields that differ, as ``{field: (own value, other's value)}``; augmentations field by field."""
         mine, theirs = self.to_dict(), other.to_dict()
         if self.augmentation is not None and other.augmentation is not None:
             for values in (mine, theirs):

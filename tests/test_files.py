@@ -14,7 +14,7 @@ from features.files import atomic_file
 
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(StoreError, match="is no regular file"), atomic_file(tmp_path / "pipe") as temporary:
+    with pytest.raises(StoreError, match="not a regular file"), atomic_file(tmp_path / "pipe") as temporary:
         temporary.write_text("gone")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert os.listdir(tmp_path) == ["pipe"]

@@ -101,13 +101,13 @@ def test_a_stored_augmentation_is_checked() -> None:
     assert Recipe.from_dict(json.loads(DRAWN.canonical)) == DRAWN
     values = DRAWN.to_dict()
     for change, message in (
-        ({"version": 2}, "augmentation version 2 is not known here"),
+        ({"version": 2}, "augmentation: received version 2, expected 1; another release wrote it"),
         ({"hue": 3}, "hue: received 3, expected 0.0 to 0.5"),
         ({"tint": 1}, "no field 'tint'"),
     ):
         with pytest.raises(ConfigurationError, match=message):
             Recipe.from_dict({**values, "augmentation": {**values["augmentation"], **change}})
-    with pytest.raises(ConfigurationError, match="augmentation is 'flip', of the wrong type"):
+    with pytest.raises(ConfigurationError, match="augmentation: received 'flip', which has the wrong type"):
         Recipe.from_dict({**values, "augmentation": "flip"})
 
 
@@ -119,13 +119,13 @@ def test_names_of_data_sets() -> None:
 
 def test_round_trip_and_refusals() -> None:
     assert Recipe.from_dict(EXAMPLE.to_dict()) == EXAMPLE
-    with pytest.raises(ConfigurationError, match="version 2"):
+    with pytest.raises(ConfigurationError, match="received version 2, expected 1"):
         Recipe.from_dict({**EXAMPLE.to_dict(), "version": 2})
     with pytest.raises(ConfigurationError, match="colour_space"):
         Recipe.from_dict({**EXAMPLE.to_dict(), "colour_space": "rgb"})
     with pytest.raises(ConfigurationError, match="did you mean 'antialias'"):
         PixelRule(8, 8, resize="antialiased")
-    with pytest.raises(ConfigurationError, match="1 to 4096 pixels, received 0"):
+    with pytest.raises(ConfigurationError, match="received the height 0, expected 1 to 4096 pixels"):
         PixelRule(0, 8)
 
 

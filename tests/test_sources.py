@@ -141,7 +141,7 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert images.classes == ("a", "b")
     assert "5 files of other kinds are left out: .heic 2, .txt 2, no suffix 1" in caplog.text
     assert "1 images beside the class folders" in caplog.text
-    assert "folders without images are no classes: 'empty'" in caplog.text
+    assert "folders without images are not classes: 'empty'" in caplog.text
     assert "MACOSX" not in caplog.text
     assert ".db" not in caplog.text
 
@@ -270,7 +270,7 @@ def test_sources_that_do_not_exist(tmp_path: Path) -> None:
 def test_sources_of_another_kind(tmp_path: Path) -> None:
     touch(tmp_path, "a.7z", "b.tar.zst", "c.gz", "d.docx")
     for name in ("a.7z", "b.tar.zst", "c.gz"):
-        assert "no archive of this kind is read (.csv .parquet .zip .tar " in refusal(tmp_path / name)
+        assert "archives of this kind cannot be read, only .csv .parquet .zip .tar " in refusal(tmp_path / name)
         assert "unpack it and give the folder" in refusal(tmp_path / name)
     assert "neither a folder, an image, nor one of .csv .parquet .zip" in refusal(tmp_path / "d.docx")
     assert "there is no sample" in refusal("sample:cats")
@@ -397,14 +397,14 @@ def test_manifest_names_with_other_bytes(tmp_path: Path) -> None:
             "line 3: unknown split 'trian'; expected train, validation",
         ),
         ("path,label,split\n1.png,a,traim\n", "did you mean 'train'"),
-        ("path,label\n1.png,a\n\n2.png,a\n./1.png,b\n", "line 5: '1.png' is listed already in line 2"),
-        ("path,label\n1.png,a,b\n", "line 2: 3 fields, expected 2"),
-        ('path,label\n"1.png\nx",a\n2.png,a,b\n', "line 4: 3 fields"),
+        ("path,label\n1.png,a\n\n2.png,a\n./1.png,b\n", "line 5: '1.png' is already listed in line 2"),
+        ("path,label\n1.png,a,b\n", "line 2: received 3 fields, expected 2"),
+        ('path,label\n"1.png\nx",a\n2.png,a,b\n', "line 4: received 3 fields"),
         ("path,label\n1.png,a\n,b\n", "line 3: the path is empty"),
         ("path,label\n1.png,a\nhttp://x.org/1.png,b\n", "line 3: 'http://x.org/1.png' is an address"),
-        ('path,label\n1.png,a\n"2.png" x,b\n', "line 3: not CSV"),
-        ('path,label\n1.png,"a\n', "line 2: not CSV"),
-        ("path,label\n1.png,a\n2.p\0ng,b\n", "line 3: a NUL character"),
+        ('path,label\n1.png,a\n"2.png" x,b\n', "line 3: not valid CSV"),
+        ('path,label\n1.png,"a\n', "line 2: not valid CSV"),
+        ("path,label\n1.png,a\n2.p\0ng,b\n", "line 3: received a NUL character"),
         ('path,label\n1.png,"a\tb"\n', "line 2: label 'a\\tb' is not plain"),
         ("paht,label\n1.png,a\n", "no column 'path', received 'paht', 'label'; expected"),
         ("paht,label\n1.png,a\n", "did you mean 'paht'"),
@@ -413,7 +413,7 @@ def test_manifest_names_with_other_bytes(tmp_path: Path) -> None:
         ("path,label,label\n1.png,a,b\n", "two columns are named 'label'"),
         ("path,label\n", "lists no images"),
         ("", "no column 'path', received nothing"),
-        ("path,label\nabsent/1.png,a\n", "none of its 1 files exists, such as"),
+        ("path,label\nabsent/1.png,a\n", "none of its 1 files exists, for example"),
         ("path,label\n1.png,a\n".encode("utf-16"), "UTF-16"),
     ],
 )
@@ -526,13 +526,16 @@ def test_parquet_columns_that_are_no_values(tmp_path: Path, caplog: pytest.LogCa
             {"path": ["1.png", "2.png"], "label": ["a", "a"], "split": ["train", "trian"]},
             ", row 2: unknown split 'trian'",
         ),
-        ({"path": ["1.png", "./1.png"], "label": ["a", "b"]}, ", row 2: '1.png' is listed already in row 1"),
-        ({"path": ["1.png", "2\0.png"], "label": ["a", "b"]}, ", row 2: a NUL character in the path '2\\x00.png'"),
+        ({"path": ["1.png", "./1.png"], "label": ["a", "b"]}, ", row 2: '1.png' is already listed in row 1"),
+        (
+            {"path": ["1.png", "2\0.png"], "label": ["a", "b"]},
+            ", row 2: received a NUL character in the path '2\\x00.png'",
+        ),
         ({"path": ["1.png", None], "label": ["a", "b"]}, ", row 2: the path is empty"),
         ({"path": ["1.png"], "label": ["a\tb"]}, ", row 1: label 'a\\tb' is not plain UTF-8 text"),
         ({"file": ["1.png"], "label": ["a"]}, ", columns: no column 'path', received 'file', 'label'"),
         ({"path": ["1.png"], "label": [["a", "b"]]}, ", columns: 'label' holds list<"),
-        ({"path": ["1.png"], "label": [b"a"]}, ", columns: 'label' holds binary; expected one plain value"),
+        ({"path": ["1.png"], "label": [b"a"]}, ", columns: 'label' holds binary; expected one plain value per image"),
         ({"path": ["1.png"], "label": ["a"], "Group": [["a"]]}, ", columns: 'Group' holds list<"),
         ({"path": ["1.png"] * 0, "label": ["a"] * 0}, "lists no images"),
         ({"path": ["1.png", "2.png", "3.png"], "label": [0.1, 0.2, 0.3]}, "looks like a measurement"),
@@ -853,7 +856,7 @@ def test_groups_that_given_splits_tear_apart_are_warned_about() -> None:
 
 
 def test_stratified_refuses_groups() -> None:
-    with pytest.raises(ConfigurationError, match="tear groups apart"):
+    with pytest.raises(ConfigurationError, match="put one group into several splits"):
         split(contents(3), "stratified", groups=["a", "a", "b"])
     assert split(contents(2), "stratified", given_splits=np.array([0, 1]), groups=["a", "b"]) == [0, 1]
 

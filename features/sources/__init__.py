@@ -2,5 +2,6 @@
 
     path --scan()--> ImageSet: paths, labels, splits, groups, and a function that reads the bytes of one image
 
-``scan`` is the door; ``folders archives arrays manifests sample`` are the kinds of source; ``splits`` makes splits.
+``scan`` is the entry point; ``folders archives arrays manifests sample`` each read one kind of source; ``splits`` makes
+splits.
 """

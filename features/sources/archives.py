@@ -1,9 +1,9 @@
-"""Zip and tar archives, read in place: every member is checked before any is read, and none is written out.
+"""Read zip and tar archives in place: every member is checked before any is read, and none is extracted to a file.
 
     archive --open_archive()--> Archive.members (path -> Member) --Archive.read(path)--> bytes
 
-``zipfile`` and ``tarfile`` list the members; every read opens the file anew, so any number of threads may read at
-once. A compressed tar has no random access: it is expanded into the cache folder once, within limits.
+``zipfile`` and ``tarfile`` only list the members. Every read opens the file again, so many threads may read at the same
+time. A compressed tar has no random access: it is expanded into the cache folder once, within limits.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ logger = logging.getLogger(__name__)
 _EXPANDERS: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 ARCHIVE_SUFFIXES = (".zip", ".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
 
-# Images hardly compress, deflate reaches 1030 at most. Below the sizes named, expansion does no harm.
+# Limits against archive bombs: images hardly compress, while deflate reaches a ratio of 1030. Members and archives that
+# expand to no more than FREE_MEMBER and FREE_TOTAL bytes do no harm.
 MAX_RATIO = 200
 FREE_MEMBER, FREE_TOTAL = 16 << 20, 256 << 20
 
@@ -45,7 +46,7 @@ _WINDOWS = 0
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _TAR_BLOCK = 512
 _CHUNK = 1 << 20
-# What listing or expanding hostile bytes raises; tarfile follows chains of long names by recursion.
+# Exceptions of listing or expanding hostile bytes. RecursionError: tarfile follows chains of long names recursively.
 # fmt: off
 _DAMAGE = (
     zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, struct.error, OSError, EOFError, ValueError,
@@ -57,29 +58,29 @@ _DAMAGE = (
 class Member(NamedTuple):
     """One file of an archive."""
 
-    size: int  # bytes, expanded
-    offset: int  # where its data begin in the file that is read; in a zip, where its local header does
-    stored: int  # bytes that it takes there
+    size: int  # bytes, when expanded
+    offset: int  # of the data in the file that is read; in a zip, of the local header before them
+    stored: int  # bytes that it takes up there
     crc: int | None = None  # CRC-32 of the data; a tar has none
     deflated: bool = False
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Archive:
-    """The checked list of an archive's files, and their bytes.
+    """An archive whose members have been listed and checked.
 
     Parameters
     ----------
     path : Path
         The archive, for messages.
     file : Path
-        What is read: the archive itself, or its expanded copy in the cache.
+        The file that is read: the archive itself, or its expanded copy in the cache.
     state : tuple of int
-        Size and time of ``file`` before it was listed.
+        Size in bytes and modification time in nanoseconds of ``file`` before its members were listed.
     members : dict of str to Member
-        By path with ``/``; never absolute, never with ``..``.
+        Members by path, with ``/`` between folders; a path is never absolute and never contains ``..``.
     folders : list of str
-        Folders that the archive names.
+        Folders that the archive lists.
     """
 
     path: Path
@@ -89,12 +90,12 @@ class Archive:
     folders: list[str]
 
     def read(self, path: str, limit: int | None = None) -> bytes:
-        """Bytes of a member, or its first ``limit`` ones; may run on many threads.
+        """Return the bytes of a member, or its first ``limit`` bytes; may be called from many threads.
 
         Raises
         ------
         UnreadableImageError
-            ``truncated`` or ``unreadable``: this member is damaged.
+            If this member is damaged; the reason is ``truncated`` or ``unreadable``.
         SourceError
             If the archive has been changed or removed since it was listed.
         """
@@ -103,18 +104,23 @@ class Archive:
         try:
             with open(self.file, "rb") as stream:
                 if _state(os.fstat(stream.fileno())) != self.state:
-                    raise SourceError(f"{self.file} has been changed since its members were listed; run again")
+                    raise SourceError(
+                        f"{self.file} has been changed since its members were listed; run the command again"
+                    )
                 data = _member_data(stream, member, wanted)
         except FileNotFoundError as error:
-            raise SourceError(f"{self.file} has been removed since its members were listed; run again") from error
+            raise SourceError(
+                f"{self.file} has been removed since its members were listed; put it back and run the command again"
+            ) from error
         except (OSError, zlib.error, struct.error) as error:
             raise UnreadableImageError("unreadable", f"{path} in {self.path}: {error}") from error
         if len(data) < wanted:
             raise UnreadableImageError(
-                "truncated", f"{path} in {self.path}: {len(data)} bytes, the archive's list says {member.size}"
+                "truncated",
+                f"{path} in {self.path}: received {len(data)} bytes, expected {member.size} as listed in the archive",
             )
         if member.crc is not None and wanted == member.size and zlib.crc32(data) != member.crc:
-            raise UnreadableImageError("unreadable", f"{path} in {self.path}: the data do not fit their CRC-32")
+            raise UnreadableImageError("unreadable", f"{path} in {self.path}: the data do not match their CRC-32")
         return data
 
 
@@ -127,23 +133,23 @@ def _member_data(stream: BinaryIO, member: Member, wanted: int) -> bytes:
     if member.crc is not None:
         signature, *_, name_length, extra_length = _LOCAL_HEADER.unpack(stream.read(_LOCAL_HEADER.size))
         if signature != b"PK\3\4":
-            raise struct.error("no member begins where the archive's list says")
+            raise struct.error("no member begins at the listed offset")
         stream.seek(name_length + extra_length, os.SEEK_CUR)
     if not member.deflated:
         return stream.read(wanted)
-    # A byte takes 15 bits at most: what is asked for the beginning only is not read to its end.
+    # A byte takes at most 15 bits when compressed, so the beginning of a member needs only the beginning of these data.
     data = stream.read(min(member.stored, 2 * wanted + _CHUNK))
     return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, wanted) if wanted else b""
 
 
 def open_archive(path: Path) -> Archive:
-    """List a zip or tar, by its name; a compressed tar is expanded into the cache the first time.
+    """List the members of a zip or tar archive, as its suffix says; a compressed tar is expanded into the cache.
 
     Raises
     ------
     SourceError
-        If it is no such archive, or damaged, or any member is absolute, climbs (``..``), a link, a device, there
-        twice, encrypted, larger than the limits or compressed like a bomb.
+        If the file is damaged or is not such an archive, or if a member has an absolute path or one with ``..``, is a
+        link or a device, occurs twice, is encrypted, exceeds the limits or is compressed like a bomb.
     """
     name = path.name.lower()
     if name.endswith(".zip"):
@@ -160,20 +166,20 @@ def open_archive(path: Path) -> Archive:
 
 @contextlib.contextmanager
 def _reading(path: Path, kind: str) -> Iterator[None]:
-    """Say of an archive what its library cannot make of it, as SourceError."""
+    """Turn an error of a library that reads the archive into a ``SourceError``."""
     try:
         yield
     except SourceError:
         raise
     except _DAMAGE as error:
         raise SourceError(
-            f"{path} cannot be read as a {kind} ({error or type(error).__name__}): it is another kind of file, cut or "
-            "damaged. Download or pack it again, or give the unpacked folder."
+            f"{path} cannot be read as a {kind} ({error or type(error).__name__}): it is another kind of file, "
+            "truncated or damaged. Download or pack it again, or give the unpacked folder."
         ) from error
 
 
 class _Listing:
-    """Members so far, each checked as it is added."""
+    """The members listed so far; each is checked when it is added."""
 
     def __init__(self, path: Path, file: Path, member_limit: int) -> None:
         self._path, self._file, self._state = path, file, _state(os.stat(file))
@@ -185,21 +191,25 @@ class _Listing:
         return Archive(self._path, self._file, self._state, self._members, self._folders)
 
     def refuse(self, name: str, problem: str) -> NoReturn:
-        raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
+        raise SourceError(
+            f"{self._path}: the member {name!r} {problem}. Unpack the archive with care, and give the folder."
+        )
 
     def add(self, name: str, member: Member) -> None:
         path = self._checked(name)
         if not path:
             self.refuse(name, "has no name")
         if path in self._members:
-            self.refuse(name, "is there twice")
+            self.refuse(name, "occurs twice")
         if member.size > self._member_limit:
-            self.refuse(name, f"would expand to {member.size} bytes, the limit is {self._member_limit}")
+            self.refuse(name, f"would expand to {member.size} bytes; the limit is {self._member_limit}")
         if member.size > max(FREE_MEMBER, MAX_RATIO * member.stored):
-            self.refuse(name, f"would expand from {member.stored} to {member.size} bytes; images do not, bombs do")
+            self.refuse(
+                name, f"would expand from {member.stored} to {member.size} bytes, like a bomb and unlike an image"
+            )
         self._total += member.size
         if self._total > self._total_limit:
-            self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes; bombs do")
+            self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes, like a bomb")
         self._members[path] = member
 
     def add_folder(self, name: str) -> None:
@@ -212,7 +222,7 @@ class _Listing:
         if re.match(r"[/\\]|[A-Za-z]:", name):
             self.refuse(name, "has an absolute path")
         if ".." in re.split(r"[/\\]", name):
-            self.refuse(name, "climbs out of its folder with '..'")
+            self.refuse(name, "leaves its folder with '..'")
         return "/".join(part for part in name.split("/") if part not in ("", "."))
 
 
@@ -227,7 +237,7 @@ def open_zip(path: Path, *, member_limit: int = MAX_BYTES) -> Archive:
     path : Path
         The file.
     member_limit : int
-        Largest expanded size of a member, bytes.
+        Largest size of an expanded member, in bytes.
     """
     with _reading(path, "zip archive"):
         listing = _Listing(path, path, member_limit)
@@ -243,22 +253,22 @@ def open_zip(path: Path, *, member_limit: int = MAX_BYTES) -> Archive:
         if info.flag_bits & _ENCRYPTED_OR_PATCHED:
             listing.refuse(name, "is encrypted")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-            listing.refuse(name, f"is compressed by method {info.compress_type}; expected stored (0) or deflated (8)")
+            listing.refuse(name, f"is compressed with method {info.compress_type}; expected stored (0) or deflated (8)")
         deflated = info.compress_type == zipfile.ZIP_DEFLATED
         if not deflated and info.compress_size != info.file_size:
-            listing.refuse(name, f"has two sizes, {info.compress_size} and {info.file_size}, though not compressed")
+            listing.refuse(name, f"is not compressed, but has two sizes, {info.compress_size} and {info.file_size}")
         listing.add(name, Member(info.file_size, info.header_offset, info.compress_size, info.CRC, deflated))
-    # Members that share their data are the other way to make a bomb.
+    # Members that share their data are the other kind of bomb.
     infos.sort(key=lambda info: info.header_offset)
     starts = [info.header_offset for info in infos]
     for info, following in zip(infos, [*starts, end][1:], strict=True):
         if info.header_offset < 0 or info.header_offset + _LOCAL_HEADER.size + info.compress_size > following:
-            listing.refuse(_zip_name(info), "overlaps another member, or reaches beyond the end")
+            listing.refuse(_zip_name(info), "overlaps another member, or extends beyond the end of the archive")
     return listing.archive()
 
 
 def _zip_name(info: zipfile.ZipInfo) -> str:
-    """The whole name. Without the UTF-8 flag many writers mean UTF-8 all the same, else code page 437."""
+    """Return the whole name of a member. Many writers use UTF-8 without setting its flag; else it is code page 437."""
     name = info.orig_filename  # ``filename`` ends at the first NUL
     if not info.flag_bits & _UTF8_NAME:
         with contextlib.suppress(UnicodeError):
@@ -270,14 +280,14 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 class _Headers:
-    """What tarfile reads headers from. It would believe one that says it is as long as the file."""
+    """The stream from which tarfile reads headers. It limits a header that claims to be as long as the file."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.seek, self.tell = stream, stream.seek, stream.tell
 
     def read(self, count: int) -> bytes:
         if not 0 <= count <= _CHUNK:
-            raise tarfile.ReadError(f"a header of {count} bytes")
+            raise tarfile.ReadError(f"a header claims to have {count} bytes")
         return self._stream.read(count)
 
 
@@ -289,9 +299,9 @@ def _open_tar(path: Path, file: Path) -> Archive:
         with tarfile.open(fileobj=_Headers(stream), **options) as archive:  # type: ignore[call-overload]
             last = -1
             while (info := archive.next()) is not None:
-                archive.members.clear()  # else tarfile keeps all of them
+                archive.members.clear()  # otherwise tarfile keeps all of them in memory
                 if info.offset_data <= last or info.size < 0:
-                    listing.refuse(info.name, "does not lie behind the one before it")
+                    listing.refuse(info.name, "does not lie after the previous member")
                 last = info.offset_data
                 if info.isdir():
                     listing.add_folder(info.name)
@@ -300,13 +310,13 @@ def _open_tar(path: Path, file: Path) -> Archive:
                 else:
                     listing.refuse(info.name, "is a link, a device or a sparse file; expected files and folders")
             stream.seek(archive.offset)
-            if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):  # tarfile takes a damaged header for the end
+            if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):  # tarfile mistakes a damaged header for the end
                 raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
     return listing.archive()
 
 
 def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
-    """The uncompressed tar in the cache, made when it is missing or the archive has changed."""
+    """Return the expanded copy of a tar in the cache; it is made if it is missing or the archive has changed."""
     size, mtime_ns = _state(os.stat(path))
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:20]
     folder = cache_folder() / "archives"
@@ -315,22 +325,22 @@ def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
         return copy
     logger.info("%s: expanding into %s", path, copy)
     try:
-        for former in set(folder.glob(f"{key}-*.tar")) - {copy}:  # of the archive as it was
+        for former in set(folder.glob(f"{key}-*.tar")) - {copy}:  # of the archive before it changed
             former.unlink(missing_ok=True)
         with whole_file(copy) as out:
             for chunk in _chunks(path, expand):
                 if out.tell() + len(chunk) > limit:
                     raise SourceError(
-                        f"{path} expands from {size} to more than {limit} bytes; images do not, bombs do. "
+                        f"{path} expands from {size} to more than {limit} bytes, like a bomb and unlike images. "
                         "Unpack it with care, and give the folder."
                     )
                 out.write(chunk)
             out.flush()
-            os.utime(out.fileno(), ns=(mtime_ns, mtime_ns))  # made by two processes at once, it is still the same
+            os.utime(out.fileno(), ns=(mtime_ns, mtime_ns))  # so that two processes make identical copies
     except OSError as error:
         raise SourceError(
             f"{path} cannot be expanded into {folder} ({error.strerror or error}); unpack it yourself and give the "
-            "folder, or set BOTTLENECK_CACHE to a folder with room"
+            "folder, or set BOTTLENECK_CACHE to a folder with enough space"
         ) from error
     return copy
 

@@ -1,7 +1,7 @@
-"""``.npz`` files in the Keras convention: ``x_train y_train x_test y_test``, and ``x_val y_val``.
+"""Read ``.npz`` files in the Keras convention: ``x_train y_train x_test y_test``, and ``x_val y_val``.
 
-Each image is handed on as an uncompressed PNG, so that whatever comes after need not know where it came from.
-Labels are read when the file is opened; pixels when the first image is asked for, and they stay in memory.
+Each image is returned as an uncompressed PNG, so that the following steps treat it like any other image file. Labels
+are read when the file is opened. Pixels are read when the first image is requested, and stay in memory.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ logger = logging.getLogger(__name__)
 
 MAX_ARRAY_BYTES = 8 << 30
 _HEADER_BYTES = 1 << 14  # numpy refuses headers above 10,000 characters
-# Ending of an array's name -> folder in the paths, in the order of these.
-_PARTS = {"test": "test", "train": "train", "val": "validation", "validation": "validation"}
+# Ending of an array's name -> folder in the paths of its images; sorted by folder.
+_FOLDERS = {"test": "test", "train": "train", "val": "validation", "validation": "validation"}
 _HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, RecursionError, MemoryError)
 
 
@@ -39,7 +39,7 @@ class _Header(NamedTuple):
     offset: int
 
 
-class _Part(NamedTuple):
+class _Subset(NamedTuple):
     folder: str
     name: str
     header: _Header
@@ -47,7 +47,7 @@ class _Part(NamedTuple):
 
 
 def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[[str], bytes]]:
-    """List the images of an ``.npz``. Nothing is unpickled, and no array of a wrong or absurd size is made.
+    """List the images of an ``.npz``. Nothing is unpickled, and no array is allocated before its size is checked.
 
     ``x_*`` are ``uint8``, (n, h, w), (n, h, w, 1) or (n, h, w, 3), 0-255; ``y_*`` whole numbers, (n,) or (n, 1), -1
     for unlabelled. Only ``x_test`` may lack labels.
@@ -57,47 +57,45 @@ def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[
     files : list of File
         Sorted by path: ``train/000123`` is row 123 of ``x_train``.
     labels : list of str
-        The numbers as class names, with leading zeros so that they sort as numbers; empty for none.
+        The numbers as class names, with leading zeros so that they sort as numbers; empty if unlabelled.
     splits : list of int
-        Index into ``SPLITS``.
+        Indices into ``SPLITS``.
     read : callable
-        Path -> PNG, the same bytes everywhere; may run on many threads.
+        Path -> PNG, the same bytes on every machine; may be called from many threads.
 
     Raises
     ------
     SourceError
-        Naming the array that cannot be used.
+        If an array cannot be used; the message names it.
     """
     mtime_ns = os.stat(path).st_mtime_ns
     archive = open_zip(path, member_limit=MAX_ARRAY_BYTES)
     names = {member.removesuffix(".npy") for member in archive.members if member.endswith(".npy")}
-    parts = [_part(archive, word, names) for word in _PARTS if names & {f"x_{word}", f"y_{word}"}]
-    if not parts:
+    subsets = [_subset(archive, word, names) for word in _FOLDERS if names & {f"x_{word}", f"y_{word}"}]
+    if not subsets:
         received = listed(sorted(names)) or "no arrays"
-        raise SourceError(
-            f"{path} holds {received}; expected x_train, y_train and, as far as there are, x_test, y_test"
-        )
+        raise SourceError(f"{path} holds {received}; expected x_train, y_train and, optionally, x_test, y_test")
     if names >= {"x_val", "x_validation"}:
-        _refuse(archive, "x_validation", "is there beside 'x_val'; expected one of them")
-    if others := sorted(names - {f"{kind}_{word}" for kind in "xy" for word in _PARTS}):
+        _refuse(archive, "x_validation", "and 'x_val' are both present; expected only one of them")
+    if others := sorted(names - {f"{kind}_{word}" for kind in "xy" for word in _FOLDERS}):
         logger.warning("%s: arrays of other names are left out: %s", path, listed(others))
-    width = len(str(max((label for part in parts for label in part.labels), default=0)))
+    width = len(str(max((label for subset in subsets for label in subset.labels), default=0)))
     files, labels, splits = list[File](), list[str](), list[int]()
-    for folder, _, header, numbers in parts:
+    for folder, _, header, numbers in subsets:
         digits, size = max(6, len(str(len(numbers)))), png_size(header.shape)
         files += [File(f"{folder}/{number:0{digits}d}", size, mtime_ns) for number in range(len(numbers))]
         labels += [f"{number:0{width}d}" if number >= 0 else "" for number in numbers]
         splits += [SPLIT_WORDS[folder]] * len(numbers)
     if not files:
         raise SourceError(f"{path} holds no images: its arrays are empty")
-    return files, labels, splits, _Pixels(archive, parts)
+    return files, labels, splits, _Pixels(archive, subsets)
 
 
-def _part(archive: Archive, word: str, names: set[str]) -> _Part:
-    """Pixels and labels of one split; the pixels are not read."""
+def _subset(archive: Archive, word: str, names: set[str]) -> _Subset:
+    """Check the arrays of one split and read its labels; the pixels are not read yet."""
     x, y = f"x_{word}", f"y_{word}"
     if x not in names:
-        _refuse(archive, y, f"has no {x!r}")
+        _refuse(archive, y, f"has no matching array {x!r}")
     header = _header(archive, x)
     shape, dtype = header.shape, header.dtype
     if dtype != np.uint8 or len(shape) not in (3, 4) or (len(shape) == 4 and shape[3] not in (1, 3)):
@@ -105,14 +103,14 @@ def _part(archive: Archive, word: str, names: set[str]) -> _Part:
         hint = hint or (": channels go last" if len(shape) == 4 and shape[1] in (1, 3) else "")
         _refuse(archive, x, f"is {dtype} {shape}; expected uint8, 0-255, (n, h, w) or (n, h, w, 3){hint}")
     if not shape[1] * shape[2]:
-        _refuse(archive, x, f"is {shape}: images without pixels")
+        _refuse(archive, x, f"has the shape {shape}: its images have no pixels")
     if y in names:
         labels = _labels(archive, y, shape[0])
     elif word == "test":
         labels = [-1] * shape[0]
     else:
-        _refuse(archive, x, f"has no {y!r}; only x_test may lack labels")
-    return _Part(_PARTS[word], x, header, labels)
+        _refuse(archive, x, f"has no matching array {y!r}; only x_test may lack labels")
+    return _Subset(_FOLDERS[word], x, header, labels)
 
 
 def _labels(archive: Archive, name: str, count: int) -> list[int]:
@@ -132,23 +130,23 @@ def _refuse(archive: Archive, name: str, problem: str) -> NoReturn:
 
 
 def _header(archive: Archive, name: str) -> _Header:
-    """What an array is declared to be, checked against the bytes that are there."""
+    """Read the header of an array, and check the declared size against the bytes that are present."""
     stream = io.BytesIO(_bytes(archive, name, _HEADER_BYTES))
     try:
         version = np.lib.format.read_magic(stream)
         reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
         shape, fortran, dtype = reader(stream)
     except KeyError:
-        _refuse(archive, name, "is of a version other than 1.0 or 2.0; save it with numpy.savez")
+        _refuse(archive, name, "has a format version other than 1.0 or 2.0; save it with numpy.savez")
     except _HEADER_ERRORS as error:
         _refuse(archive, name, f"has no valid header ({error})")
     if dtype.hasobject:
         _refuse(archive, name, "holds Python objects, which are never unpickled; save it as numbers")
     declared, there = dtype.itemsize, archive.members[f"{name}.npy"].size - stream.tell()
-    for length in shape:  # numpy's product would wrap around
+    for length in shape:  # the product in numpy would overflow
         declared *= length
     if declared != there or any(length < 0 for length in shape):
-        _refuse(archive, name, f"is declared {dtype} {shape}, that is {declared} bytes, and {there} are there")
+        _refuse(archive, name, f"is declared as {dtype} {shape}, which is {declared} bytes, but {there} are present")
     return _Header(shape, fortran, dtype, stream.tell())
 
 
@@ -165,10 +163,10 @@ def _bytes(archive: Archive, name: str, limit: int | None = None) -> bytes:
 
 
 class _Pixels:
-    """Path -> PNG. An array is expanded when its first image is asked for; two at a time would be twice the memory."""
+    """The function path -> PNG. An array is read when its first image is requested, one at a time to save memory."""
 
-    def __init__(self, archive: Archive, parts: Sequence[_Part]) -> None:
-        self._archive, self._parts = archive, {part.folder: part for part in parts}
+    def __init__(self, archive: Archive, subsets: Sequence[_Subset]) -> None:
+        self._archive, self._subsets = archive, {subset.folder: subset for subset in subsets}
         self._arrays: dict[str, np.ndarray] = {}
         self._lock = threading.Lock()
 
@@ -176,6 +174,7 @@ class _Pixels:
         folder, number = path.split("/")
         with self._lock:
             if folder not in self._arrays:
-                self._arrays[folder] = _array(self._archive, self._parts[folder].name, self._parts[folder].header)
+                subset = self._subsets[folder]
+                self._arrays[folder] = _array(self._archive, subset.name, subset.header)
         pixels = self._arrays[folder][int(number)]
         return plain_png(pixels[..., 0] if pixels.shape[2:] == (1,) else pixels)

@@ -1,4 +1,4 @@
-"""The images below a folder: which files count, which folders are entered, what is left out and said so."""
+"""Find the images below a folder: which files count, which folders are entered, what is left out and reported."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ IMAGE_SUFFIXES = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
 })
 # fmt: on
-IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # and hidden ones
+IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # besides all hidden ones
 
 ODD_CHARACTERS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
-# Links to folders are followed where split and class folders stand (as Keras does), not below.
+# Links to folders are followed at the depths of split and class folders, as Keras does, but not below them.
 _LINKED_DEPTH = 2
 
 
 class File(NamedTuple):
-    """An image file: path with ``/``, size in bytes and time of the last change in nanoseconds, -1 if missing."""
+    """An image file: path with ``/``, size in bytes and modification time in nanoseconds, both -1 if it is missing."""
 
     path: str
     size: int
@@ -37,7 +37,7 @@ class File(NamedTuple):
 
 
 def look_at(root: Path, path: str) -> File:
-    """Size and time of a file, which may be missing."""
+    """Return the size and modification time of a file, which may be missing."""
     try:
         status = os.stat(os.path.join(root, path))
     except OSError:
@@ -46,9 +46,9 @@ def look_at(root: Path, path: str) -> File:
 
 
 def walk(root: Path) -> tuple[list[File], list[str]]:
-    """Images at any depth, and all folders, both relative to ``root`` and sorted by code point.
+    """Return the images at any depth, and all folders, both relative to ``root`` and sorted by code point.
 
-    No folder is entered twice, whichever links lead to it; real folders come before linked ones.
+    No folder is entered twice, whatever links lead to it; real folders are entered before linked ones.
     """
     files: list[File] = []
     folders: list[str] = []
@@ -83,7 +83,7 @@ def walk(root: Path) -> tuple[list[File], list[str]]:
                     else:
                         left_out[suffix_of(name) or "no suffix"] += 1
         except OSError as error:
-            raise SourceError(f"{folder} cannot be listed ({error.strerror}); an image set must be complete") from error
+            raise SourceError(f"{folder} cannot be listed ({error.strerror}); every folder must be readable") from error
     warn_left_out(root, left_out)
     if skipped:
         logger.warning("%s: links to folders that are not followed: %s", root, listed(sorted(skipped)))
@@ -91,17 +91,17 @@ def walk(root: Path) -> tuple[list[File], list[str]]:
 
 
 def is_ignored(name: str) -> bool:
-    """Whether a file or folder of that name is passed over without a word: hidden, or litter of a system."""
+    """Whether a file or folder of that name is skipped silently: it is hidden, or made by an operating system."""
     return name[0] == "." or name in IGNORED_NAMES
 
 
 def suffix_of(name: str) -> str:
-    """The suffix in lower case, with its dot; empty for none."""
+    """Return the suffix in lower case with its dot; empty if there is none."""
     return os.path.splitext(name)[1].lower()
 
 
 def warn_left_out(root: Path, left_out: Counter[str]) -> None:
-    """Say how many files of which suffix are no images."""
+    """Log how many files of which suffix are left out because they are not images."""
     if left_out:
         kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]
         logger.warning("%s: %d files of other kinds are left out: %s", root, left_out.total(), ", ".join(kinds[:20]))
@@ -110,6 +110,6 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
 def _look_at_entry(entry: os.DirEntry[str], path: str) -> File:
     try:
         status = entry.stat()
-    except OSError:  # a link to nothing: kept, so that it is listed as missing
+    except OSError:  # a broken link: kept, so that it is listed as missing
         return File(path, -1, -1)
     return File(path, status.st_size, status.st_mtime_ns)

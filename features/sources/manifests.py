@@ -1,4 +1,4 @@
-"""CSV and Parquet manifests: ``path,label[,split][,group]``, one row an image. Every refusal names the row."""
+"""Read CSV and Parquet manifests: ``path,label[,split][,group]``, one row per image. Every error names the row."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Manifest(NamedTuple):
-    """Columns of a manifest, one entry per image, in its order; an empty label or group means none.
+    """The columns of a manifest, one entry per image, in its order; an empty label or group means none.
 
-    ``columns`` are the others, by name, as text.
+    ``columns`` holds the other columns by name, as text.
     """
 
     paths: list[str]
@@ -36,21 +36,21 @@ class Manifest(NamedTuple):
 
 
 def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) -> Manifest:
-    """Read a manifest; the images themselves are not looked at.
+    """Read a manifest; the image files are not accessed.
 
     Parameters
     ----------
     manifest : Path
         CSV in UTF-8, or Parquet (``.parquet``), which needs ``pyarrow``.
     target : str or None
-        The label column, ``label`` by default.
+        Name of the label column, ``label`` by default.
     labelled : bool
-        Whether labels are wanted. Without them no label column is looked for.
+        Whether labels are needed. If False, no label column is looked for.
 
     Raises
     ------
     SourceError
-        Naming the row that cannot be understood, or a target that is no class.
+        If a row cannot be understood (the message names it), or if the target does not hold class names.
     """
     lines = _parquet_rows(manifest, target) if _is_parquet(manifest) else _csv_rows(manifest)
     header = next(lines, (1, []))[1]
@@ -62,11 +62,11 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) 
     for line, row in lines:
         if len(row) != len(header):
             _refuse_line(
-                manifest, line, f"{len(row)} fields, expected {len(header)} (quote a field that holds a comma)"
+                manifest, line, f"received {len(row)} fields, expected {len(header)} (quote a field that holds a comma)"
             )
         path = _manifest_path(manifest, line, row[columns["path"]])
         if path in first_line:
-            _refuse_line(manifest, line, f"{path!r} is listed already in {_place(manifest, first_line[path])}")
+            _refuse_line(manifest, line, f"{path!r} is already listed in {_place(manifest, first_line[path])}")
         first_line[path] = line
         cells = {key: row[index].strip() for key, index in columns.items() if key != "path"}
         for key, cell in cells.items():
@@ -89,7 +89,7 @@ def _is_parquet(manifest: Path) -> bool:
 
 
 def _place(manifest: Path, line: int) -> str:
-    """Where a row stands: a line of CSV, whose first has the names, or a row of Parquet, counted from 1."""
+    """Describe where a row is: a line of CSV, where line 1 is the header, or a row of Parquet, counted from 1."""
     if not _is_parquet(manifest):
         return f"line {line}"
     return f"row {line - 1}" if line > 1 else "columns"
@@ -100,7 +100,7 @@ def _refuse_line(manifest: Path, line: int, message: str) -> NoReturn:
 
 
 def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
-    """Rows that are not blank, each with the number of the line on which it starts."""
+    """Yield the rows that are not blank, each with the number of the line on which it starts."""
     try:
         data = manifest.read_bytes()
     except OSError as error:
@@ -108,7 +108,9 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise SourceError(f"{manifest} is UTF-16 text; save it as CSV in UTF-8")
     if b"\0" in data:
-        _refuse_line(manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "a NUL character; expected text in UTF-8")
+        _refuse_line(
+            manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "received a NUL character, expected text in UTF-8"
+        )
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
     line = 1
     try:
@@ -117,11 +119,11 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
                 yield line, row
             line = reader.line_num + 1
     except csv.Error as error:
-        _refuse_line(manifest, line, f"not CSV: {error}")
+        _refuse_line(manifest, line, f"not valid CSV: {error}")
 
 
 def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, list[str]]]:
-    """The same from Parquet: numbers as text, nothing for null; columns that are no plain values are left out."""
+    """Yield the same from Parquet: every value as text, null as an empty text; columns of other types are left out."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -141,7 +143,7 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
                 if name.strip().lower() in ("path", "split", "group", (target or "label").strip().lower()):
                     kind = schema.field(name).type
                     _refuse_line(
-                        manifest, 1, f"{name!r} holds {kind}; expected one plain value, such as text, an image"
+                        manifest, 1, f"{name!r} holds {kind}; expected one plain value per image, such as text"
                     )
             if left_out:
                 logger.warning("%s: columns that hold no plain values are left out: %s", manifest, listed(left_out))
@@ -149,7 +151,10 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
             for batch in table.iter_batches():
                 for row in zip(*(batch.column(number).to_pylist() for number in plain), strict=True):
                     line += 1
-                    yield line, ["" if cell is None or cell != cell else str(cell) for cell in row]  # NaN is no value
+                    yield (
+                        line,
+                        ["" if cell is None or cell != cell else str(cell) for cell in row],
+                    )  # NaN counts as null
     except SourceError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
@@ -164,7 +169,7 @@ def _is_plain(types: Any, kind: Any) -> bool:
 
 
 def _columns(manifest: Path, header: Sequence[str], target: str | None, *, labelled: bool) -> dict[str, int]:
-    """Where ``path``, ``label``, ``split`` and ``group`` stand, as far as they are there."""
+    """Return the positions of those of the columns ``path``, ``label``, ``split`` and ``group`` that are present."""
     names = [name.strip().lower() for name in header]
     twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
     if twice:
@@ -192,7 +197,7 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
         _refuse_line(
             manifest,
             1,
-            f"no column 'label', received {shown}; name the column of classes as the target (--target), or rename it",
+            f"no column 'label', received {shown}; name the column of classes with --target, or rename it to 'label'",
         )
     return found
 
@@ -201,7 +206,7 @@ def _manifest_path(manifest: Path, line: int, text: str) -> str:
     if not text.strip():
         _refuse_line(manifest, line, "the path is empty")
     if "\0" in text:
-        _refuse_line(manifest, line, f"a NUL character in the path {text!r}")
+        _refuse_line(manifest, line, f"received a NUL character in the path {text!r}")
     if _ADDRESS.match(text):
         _refuse_line(manifest, line, f"{text!r} is an address; expected a file (download it first)")
     path = os.path.normpath(text)
@@ -218,11 +223,11 @@ def _split_code(manifest: Path, line: int, word: str) -> int:
 
 
 def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) -> None:
-    """One class per image is all that this project learns: refuse measurements and lists of classes.
+    """Refuse labels that are measurements or lists of classes, because an image must have a single class.
 
-    Measurements: every label is a number, one of them is not whole, and more than half are distinct.
-    Lists: ``|`` or ``;`` splits more than half of the labels, or splits one into parts of which another
-    label consists or which another list shares.
+    Labels count as measurements if all are numbers, at least one is not whole, and more than half are distinct.
+    They count as lists if ``|`` or ``;`` splits more than half of them, or if it splits one of them into words of
+    which one is also a whole label or occurs in another list.
     """
     distinct = set(labels)
     if len(labels) > 2 and len(distinct) > len(labels) / 2:
@@ -233,13 +238,13 @@ def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) ->
                 f"such as {labels[0]}); expected class names. Regression is not supported: write ranges as names, "
                 "or choose another target"
             )
-    parted = {label: [part.strip() for part in re.split("[|;]", label)] for label in sorted(distinct)}
-    lists = {label: parts for label, parts in parted.items() if len(parts) > 1}
+    words_of = {label: [word.strip() for word in re.split("[|;]", label)] for label in sorted(distinct)}
+    lists = {label: words for label, words in words_of.items() if len(words) > 1}
     if not lists:
         return
-    uses = Counter(part for parts in lists.values() for part in set(parts))
+    uses = Counter(word for words in lists.values() for word in set(words))
     mixed = next(
-        (label for label, parts in lists.items() if any(part in distinct or uses[part] > 1 for part in parts)), None
+        (label for label, words in lists.items() if any(word in distinct or uses[word] > 1 for word in words)), None
     )
     if mixed is not None or sum(label in lists for label in labels) > len(labels) / 2:
         raise SourceError(

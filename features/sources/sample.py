@@ -1,4 +1,4 @@
-"""The embedded sample: scikit-learn's 1,797 handwritten digits as PNG class folders, the same bytes everywhere."""
+"""The built-in sample: scikit-learn's 1,797 handwritten digits as PNG files, the same bytes on every machine."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
 
 
 def sample_folder(name: str) -> Path:
-    """The folder of a sample, written when it is first asked for.
+    """Return the folder of a sample; its files are written on first use.
 
     Raises
     ------
     SourceError
-        For an unknown sample, or a cache folder that cannot be written.
+        If the sample is unknown, or the cache folder cannot be written.
     """
     if name != SAMPLE:
         raise SourceError(f"there is no sample {name!r}; expected {SAMPLE!r}{nearest(name, [SAMPLE])}")
@@ -34,15 +34,17 @@ def sample_folder(name: str) -> Path:
                 try:
                     made.rename(folder)
                 except OSError:
-                    if not folder.is_dir():  # else another process was faster, with the same files
+                    if not folder.is_dir():  # otherwise another process has just written the same files
                         raise
     except OSError as error:
-        raise SourceError(f"cannot write the sample to {folder} ({error}); set BOTTLENECK_CACHE to a folder") from error
+        raise SourceError(
+            f"cannot write the sample to {folder} ({error}); set BOTTLENECK_CACHE to a writable folder"
+        ) from error
     return folder
 
 
 def _write_digits(folder: Path) -> None:
-    """scikit-learn's handwritten digits, 8x8 of 17 grey levels, as 32x32 PNG files in folders 0 to 9."""
+    """Write scikit-learn's handwritten digits (8x8, 17 grey levels) as 32x32 PNG files in folders 0 to 9."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()

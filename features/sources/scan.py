@@ -1,6 +1,6 @@
-"""Where images come from: folders, archives, arrays, manifests, the embedded sample; their labels and splits.
+"""List the images of a source, with their labels and splits: a folder, an archive, arrays, a manifest or the sample.
 
-Folders and archives become a list of files first; one function then tells classes and splits from their paths.
+Folders and archives first become a list of files; one function then derives classes and splits from the paths.
 """
 
 from __future__ import annotations
@@ -42,34 +42,34 @@ OTHER_ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class ImageSet:
-    """Images and what is known of each; row ``i`` of every column is image ``i``.
+    """Images and what is known about each; row ``i`` of every column is image ``i``.
 
     Parameters
     ----------
     description : str
-        What was scanned, for messages.
+        The source as the user named it, for messages.
     root : Path
-        Absolute folder, or archive, that ``paths`` are relative to.
+        Absolute path of the folder or archive to which ``paths`` are relative.
     paths : tuple of str, length n
-        With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute where a manifest
-        points outside ``root``. A name that is not UTF-8 holds lone surrogates (``os.fsdecode``): it opens
-        as it is, and must be written with ``errors="surrogateescape"``.
+        With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute if a manifest
+        points outside ``root``. A name that is not UTF-8 contains lone surrogates (``os.fsdecode``): the file can be
+        opened with it, but it must be encoded with ``errors="surrogateescape"``.
     labels : int32, (n,)
         Index into ``classes``, -1 for unlabelled.
     classes : tuple of str
         Sorted by code point.
     given_splits : int8, (n,)
-        Index into ``SPLITS``, -1 where the source gives none.
+        Index into ``SPLITS``, -1 if the source gives none.
     groups : tuple of str, length n, or None
-        Images of one group must not cross splits; empty for an image without a group.
+        Images of one group must stay in one split; empty for an image without a group.
     sizes : int64, (n,)
-        Bytes, -1 for a missing file.
+        Size in bytes, -1 for a missing file.
     mtimes_ns : int64, (n,)
-        Time of the last change, nanoseconds since 1970, -1 for a missing file. In an archive, that of the archive.
+        Modification time in nanoseconds since 1970, -1 for a missing file. In an archive, that of the archive.
     columns : mapping of str to tuple of str, length n
         Further columns of a manifest, as text.
     reader : callable, optional
-        Path -> bytes, where the images are not files.
+        Path -> bytes, if the images are not files on disk.
     """
 
     description: str
@@ -88,12 +88,13 @@ class ImageSet:
         return len(self.paths)
 
     def read(self, index: int) -> bytes:
-        """The file of one image; may run on many threads.
+        """Return the bytes of one image file; may be called from many threads.
 
         Raises
         ------
         UnreadableImageError
-            As ``features.pixels.decode.read_bytes`` does; ``truncated`` or ``unreadable`` for a damaged member of an archive.
+            As raised by ``features.pixels.decode.read_bytes``; with the reason ``truncated`` or ``unreadable`` for a
+            damaged member of an archive.
         SourceError
             If an archive was changed or removed after it was scanned.
         """
@@ -113,18 +114,22 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
         (unlabelled); a CSV or Parquet manifest with the columns ``path,label[,split][,group]``; an ``.npz`` with
         ``x_train y_train x_test y_test``; or ``"sample:digits"``.
     target : str, optional
-        The manifest's label column, ``label`` by default.
+        Name of the manifest's label column, ``label`` by default.
     labelled : bool
-        Whether a manifest has to say what its images are; without it they may be of no or of other classes.
+        Whether a manifest must name the classes of its images. If False, its label column is not used.
 
     Raises
     ------
     SourceError
-        If there is no such source, or it holds no images, or it cannot be understood.
+        If the source does not exist, holds no images, or cannot be understood.
+    ConfigurationError
+        If ``target`` is given and the source is not a manifest.
     """
     text = os.fspath(source)
     if "://" in text:
-        raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
+        raise SourceError(
+            f"{text} is a web address, and nothing is downloaded. Download it first, then give the file or folder."
+        )
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -135,8 +140,8 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
         return _scan_manifest(path, text, target, labelled=labelled)
     if target is not None:
         raise ConfigurationError(
-            f"target {target!r} names a column of a manifest (CSV, Parquet), and {text} is none. Leave --target out, or "
-            "give the manifest."
+            f"target {target!r} names a column of a manifest (CSV, Parquet), but {text} is not a manifest. Leave "
+            "--target out, or give the manifest."
         )
     if os.path.isdir(path):
         return _scan_folder(path, text)
@@ -150,14 +155,14 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
         return _scan_arrays(path, text)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
     if is_file and name.endswith(OTHER_ARCHIVES):
-        raise SourceError(f"{path}: no archive of this kind is read ({known} are); unpack it and give the folder")
+        raise SourceError(f"{path}: archives of this kind cannot be read, only {known}; unpack it and give the folder")
     raise SourceError(
         f"{path} is neither a folder, an image, nor one of {known}. Give the folder that holds your class folders."
     )
 
 
 def is_manifest(source: str | Path) -> bool:
-    """Whether a source is named as a manifest is, the only kind that takes a ``target``."""
+    """Whether a source has the name of a manifest, the only kind of source that takes a ``target``."""
     return os.fspath(source).lower().endswith(MANIFEST_SUFFIXES)
 
 
@@ -166,7 +171,7 @@ def _refuse_missing(path: Path) -> NoReturn:
     missing = path.relative_to(parent).parts[0]
     try:
         hint = nearest(missing, os.listdir(parent))
-    except OSError:  # a folder that may not be listed has no hints to give
+    except OSError:  # no hint can be taken from a folder that cannot be listed
         hint = ""
     raise SourceError(f"{path} does not exist: no {missing!r} in {parent}{hint}")
 
@@ -181,11 +186,11 @@ def _image_set(
     columns: Mapping[str, tuple[str, ...]] | None = None,
     reader: Callable[[str], bytes] | None = None,
 ) -> ImageSet:
-    """Columns to ImageSet; ``names`` are the class names, empty for unlabelled."""
+    """Build an ``ImageSet`` from its columns; ``names`` are class names, empty for unlabelled images."""
     classes = tuple(sorted(set(names) - {""}))
     shapes = Counter(unicodedata.normalize("NFC", name) for name in classes)
     if alike := [name for name in classes if shapes[unicodedata.normalize("NFC", name)] > 1]:
-        logger.warning("%s: classes that look the same but are spelt with other code points: %a", description, alike)
+        logger.warning("%s: these classes look the same but consist of different code points: %a", description, alike)
     index = {name: number for number, name in enumerate(classes)} | {"": -1}
     labels = np.fromiter((index[name] for name in names), np.int32, len(files))
     return ImageSet(
@@ -225,16 +230,16 @@ def _scan_archive(path: Path, description: str) -> ImageSet:
             left_out[suffix_of(member) or "no suffix"] += 1
     warn_left_out(path, left_out)
     seen = [folder for folder in folders if not any(is_ignored(part) for part in folder.split("/") if part)]
-    # A folder that only wraps the others is often packed with them; unlike a folder's, its name cannot be left away.
-    skip = _wrapping({os.path.dirname(file.path) for file in files} - {""})
+    # An archive often holds one outer folder around all others. On disk one would give the inner folder instead.
+    skip = _outer_folders({os.path.dirname(file.path) for file in files} - {""})
     return _from_tree(path, description, sorted(files), sorted(seen), skip=skip, reader=archive.read)
 
 
-def _wrapping(parents: set[str]) -> int:
-    """How many folders stand one in another before the class or split folders begin."""
+def _outer_folders(parents: set[str]) -> int:
+    """Count the outer folders, one inside another, that contain all class or split folders."""
     common = [part for part in os.path.commonpath(parents or [""]).split("/") if part]
     below = {tuple(parent.split("/")[: len(common) + 1]) for parent in parents} - {tuple(common)}
-    if len(below) < 2:  # these folders are one class
+    if len(below) < 2:  # there is a single class
         return 0
     return next((depth for depth, part in enumerate(common) if SPLIT_WORDS.get(part.lower()) == 0), len(common))
 
@@ -248,14 +253,14 @@ def _from_tree(
     skip: int = 0,
     reader: Callable[[str], bytes] | None = None,
 ) -> ImageSet:
-    """Tell classes and splits from the paths of images, the first ``skip`` folders of which mean nothing."""
+    """Derive classes and splits from the paths of images; the first ``skip`` folders of each path are ignored."""
     if not files:
         known = " ".join(sorted(IMAGE_SUFFIXES))
         raise SourceError(
             f"{root} holds no images: {len(folders)} folder{'s were' if len(folders) > 1 else ' was'} searched for {known}. "
             "Give the folder that holds them; for training it has one folder for each class, as in cat/1.jpg and dog/1.jpg"
         )
-    # Everything is decided per folder: there are few of them, and may be millions of files.
+    # Decide once per folder: there are few folders, but there may be millions of files.
     parents = [os.path.dirname(file.path) for file in files]
     parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
     tops = {part[0] for part in parts.values() if part}
@@ -266,7 +271,7 @@ def _from_tree(
     split_tops = {top for top in tops if top.lower() in SPLIT_WORDS}
     codes = {SPLIT_WORDS[top.lower()] for top in split_tops}
     below_splits = (0 in codes or len(codes) > 1) and (split_tops == tops or bool(split_tops & nested))
-    rows: dict[str, tuple[str, int] | None]  # class and split of the images in a folder, None: beside the classes
+    rows: dict[str, tuple[str, int] | None]  # class and split of a folder's images; None beside class folders
     if below_splits:
         _check_splits(root, split_tops, nested, tops)
         rows = {parent: _row_below_split(part, nested) for parent, part in parts.items()}
@@ -284,7 +289,7 @@ def _from_tree(
     inner = ["/".join(folder.split("/")[skip:]) for folder in folders]
     bare = [folder for folder in inner if folder.count("/") < depth and folder not in used]
     if bare:
-        logger.warning("%s: folders without images are no classes: %s", root, listed(bare))
+        logger.warning("%s: folders without images are not classes: %s", root, listed(bare))
     names, splits = [name for _, name, _ in kept], [split for _, _, split in kept]
     return _image_set(description, root, [file for file, _, _ in kept], names, splits, reader=reader)
 
@@ -312,7 +317,7 @@ def _check_splits(root: Path, split_tops: set[str], nested: set[str], tops: set[
 
 
 def _check_depth(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a folder whose class folders lie below a single other one: it would make a single class."""
+    """Refuse a folder whose class folders lie inside a single other folder: all images would form one class."""
     common = os.path.commonpath(parts)
     if common and common not in parts:
         depth = common.count("/") + 1
@@ -335,7 +340,9 @@ def _scan_sample(text: str) -> ImageSet:
     folder = sample_folder(text)
     images = _scan_folder(folder, SAMPLE)
     if len(images) != SAMPLE_IMAGES:
-        raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it, it is made anew")
+        raise SourceError(
+            f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it, and it will be made again"
+        )
     return images
 
 
@@ -346,8 +353,8 @@ def _scan_manifest(manifest: Path, description: str, target: str | None, *, labe
     missing = [file.path for file in files if file.size < 0]
     if len(missing) == len(files):
         raise SourceError(
-            f"{manifest}: none of its {len(files)} files exists, such as {os.path.join(root, missing[0])}; "
-            "paths are absolute or start at the manifest's folder"
+            f"{manifest}: none of its {len(files)} files exists, for example {os.path.join(root, missing[0])}; "
+            "expected paths that are absolute or relative to the manifest's folder"
         )
     if missing:
         logger.warning("%s: %d files do not exist: %s", manifest, len(missing), listed(missing))

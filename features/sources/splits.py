@@ -1,4 +1,4 @@
-"""Who is trained on and who is measured on: given splits, and rules for the images without one. Pure."""
+"""Assign images to train, validation and test: splits that the source gives are kept, a rule decides the others."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NOT_GIVEN, UNLABELLED = -1, 3
 SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2}
 SPLIT_KINDS = ("hash", "stratified")
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
-# Given split -> the one that a share of it goes to
+# Option -> the given split that a share is taken from, and the split that it goes to
 MOVES = {"validation-from-train": ("train", "validation"), "test-from-validation": ("validation", "test")}
 
 
@@ -27,16 +27,16 @@ class SplitRule:
     Parameters
     ----------
     kind : {"hash", "stratified"}
-        ``hash``: each image by itself, from its group or its content, so it never changes sides when
-        others are added; the fractions hold in expectation. ``stratified``: the fractions hold in each
-        class to within one image, but images may change sides when others are added.
+        ``hash`` looks at each image alone, at its group or its content, so an image never changes its split when
+        others are added; the fractions hold on average. ``stratified`` meets the fractions in each class to within
+        one image, but images may change their split when others are added.
     fractions : tuple of three float
-        Shares of train, validation and test; they add up to 1.
+        Fractions of train, validation and test; they add up to 1.
     seed : int
-        Another seed, other splits.
+        Another seed gives other splits.
     validation_from_train, test_from_validation : float, 0 to below 1
-        Share of the images given as train (validation) that are kept for validation (testing), drawn by hash. It is
-        the one way in which a given split is changed, and only on request.
+        Share of the given train (validation) images that moves to validation (test), drawn by hash. Nothing else
+        changes a given split.
 
     Examples
     --------
@@ -61,8 +61,8 @@ class SplitRule:
         if self.kind not in SPLIT_KINDS:
             hint = nearest(self.kind, SPLIT_KINDS)
             raise ConfigurationError(
-                f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}, with shares of train, validation and "
-                f"test if you like, such as stratified:0.8,0.1,0.1{hint}"
+                f"split: received {self.kind!r}, expected {' or '.join(SPLIT_KINDS)}, optionally with shares of train, "
+                f"validation and test, such as stratified:0.8,0.1,0.1{hint}"
             )
         inside = len(self.fractions) == 3 and all(0 <= share <= 1 for share in self.fractions)
         if not inside or abs(sum(self.fractions) - 1) > 1e-9 or self.fractions[0] == 0:
@@ -73,15 +73,15 @@ class SplitRule:
 
     @classmethod
     def parse(cls, text: str, seed: int = 0) -> SplitRule:
-        """Read ``hash``, ``stratified``, or either with two (no test) or three fractions: ``hash:0.7,0.15,0.15``.
+        """Parse ``hash``, ``stratified``, or either with two (no test) or three fractions: ``hash:0.7,0.15,0.15``.
 
-        ``+validation-from-train:0.1`` and ``+test-from-validation:0.2`` may follow. A seed behind ``@``, as ``str``
-        gives it, goes before ``seed``.
+        ``+validation-from-train:0.1`` and ``+test-from-validation:0.2`` may follow. A seed after ``@``, as ``str``
+        writes it, takes precedence over ``seed``.
         """
         text, at, stated = text.strip().partition("@")
         if at:
             if not stated.removeprefix("-").isdecimal():
-                raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number behind '@'")
+                raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number after '@'")
             seed = int(stated)
         text, *additions = text.split("+")
         moved: dict[str, Any] = {}
@@ -124,16 +124,15 @@ def assign_splits(
     sha256: np.ndarray,
     rule: SplitRule,
 ) -> tuple[np.ndarray, list[str]]:
-    """Give every image its split. Given splits stay; unlabelled images are ``unlabelled``.
+    """Assign a split to every image. Given splits are kept; images without a label become ``unlabelled``.
 
-    With ``rule.test_from_validation`` a given validation image goes to test if its draw, with the word
-    ``test-from-validation`` between seed and key, is below that share; likewise ``rule.validation_from_train``.
+    Each image draws u = (first 8 bytes of sha256(seed in decimal + key), big-endian) / 2^64, where key is its group
+    in UTF-8, or the sha256 of its content if it has no group. ``hash``: train if u < train share, validation if
+    u < train + validation share, else test; so a group, or identical files, never cross splits. ``stratified``: each
+    class is sorted by u and divided by largest remainders; identical files of one class stay together.
 
-    An image draws u = (first 8 bytes of sha256(seed in decimal + key), big-endian) / 2^64, where key is its group
-    in UTF-8, or the sha256 of its content where it has none. ``hash``: train if u < train share,
-    validation if u < train + validation share, else test; so a group, or identical bytes, never cross.
-    ``stratified``: each class is ordered by u and cut by largest remainders; identical bytes of one
-    class stay together.
+    With ``rule.test_from_validation``, a given validation image moves to test if its u, drawn with the word
+    ``test-from-validation`` between seed and key, is below that share; ``rule.validation_from_train`` likewise.
 
     Parameters
     ----------
@@ -142,7 +141,7 @@ def assign_splits(
         Index into ``SPLITS``, -1 for not given.
     groups : sequence of str, length n, or None
     sha256 : uint8, (n, 32)
-        Of each file's content.
+        Hash of the content of each file.
     rule : SplitRule
 
     Returns
@@ -150,12 +149,12 @@ def assign_splits(
     splits : int8, (n,)
         Index into ``SPLITS``.
     warnings : list of str
-        Groups that cross splits because the given splits make them.
+        Groups that lie in more than one split because of given splits.
 
     Raises
     ------
     ConfigurationError
-        For ``stratified`` with groups: exact proportions and whole groups exclude each other.
+        If ``stratified`` is used with groups: exact proportions and whole groups exclude each other.
     """
     splits = np.array(given_splits, dtype=np.int8)
     splits[np.asarray(labels) < 0] = UNLABELLED
@@ -174,14 +173,14 @@ def assign_splits(
     rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
     if rule.kind == "stratified" and groups is not None and len(rows):
         raise ConfigurationError(
-            "split 'stratified' would tear groups apart; use 'hash', or give splits in the manifest"
+            "split 'stratified' would put one group into several splits; use 'hash', or give splits in the manifest"
         )
     draws = draws_of(rows)
     if rule.kind == "stratified":
         splits[rows] = _stratify(np.asarray(labels)[rows], draws, rule.fractions)
     else:
         train, validation, test = rule.fractions
-        # A share of 0 must stay empty even where adding up the others falls short of 1, or u rounds to 1.
+        # A split with share 0 must stay empty even if the other shares add up to just below 1, or if u rounds to 1.
         last = np.inf if test == 0 else train + validation
         splits[rows] = np.searchsorted([last if validation == 0 else train, last], draws, side="right")
     return splits, _crossing_groups(groups, splits)
@@ -205,7 +204,7 @@ def _stratify(labels: np.ndarray, draws: np.ndarray, fractions: Sequence[float])
         counts = np.floor(exact + 1e-9).astype(np.int64)
         remainders = np.round(exact - counts, 9)
         counts[np.argsort(-remainders, kind="stable")[: len(rows) - counts.sum()]] += 1
-        # Identical bytes draw the same u: all stand at the place of their first.
+        # Identical files draw the same u; all of them take the place of the first.
         places = np.arange(len(rows))
         places[1:][np.diff(draws[rows]) == 0] = 0
         places = np.maximum.accumulate(places)
@@ -225,7 +224,7 @@ def _crossing_groups(groups: Sequence[str] | None, splits: np.ndarray) -> list[s
 
 
 def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -> list[tuple[str, str]]:
-    """Identical files in two of train, validation and test.
+    """Find identical files that lie in two of train, validation and test.
 
     Parameters
     ----------
@@ -236,7 +235,7 @@ def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -
     Returns
     -------
     list of (path, path)
-        The first file of a content, with the first one of each other split it is in; in row order.
+        The first of several identical files, with the first of them in each other split; in row order.
     """
     contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
     order = np.argsort(contents, kind="stable")
@@ -256,7 +255,7 @@ def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -
 
 
 def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """What would hurt training: too few classes or images, classes or splits that are empty.
+    """Return warnings about what would harm training: too few classes or images, and empty classes or splits.
 
     Parameters
     ----------
@@ -293,7 +292,7 @@ def _named(classes: Sequence[str], mask: np.ndarray) -> str:
 
 
 def number_or_none(text: str) -> float | None:
-    """The number that a text is, if it is one."""
+    """Return ``text`` as a number, or None if it is not a number."""
     try:
         return float(text)
     except ValueError:
@@ -301,6 +300,6 @@ def number_or_none(text: str) -> float | None:
 
 
 def listed(names: Sequence[str], count: int = 8) -> str:
-    """The first few names, quoted, and how many more there are."""
+    """Return the first few names, quoted, and how many more there are."""
     more = f" and {len(names) - count} more" if len(names) > count else ""
     return ", ".join(map(repr, names[:count])) + more
