@@ -335,7 +335,7 @@ def test_read_bytes_refuses_what_is_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     (tmp_path / "loop").symlink_to("loop")
     assert read_refusal(tmp_path / "absent.jpg").reason == "missing"
-    assert "link to nothing" in read_refusal(tmp_path / "dangling").detail
+    assert "a broken link" in read_refusal(tmp_path / "dangling").detail
     assert read_refusal(tmp_path / "loop").reason == "missing"
     assert read_refusal("a\0b").reason == "missing"
     assert read_refusal(tmp_path).reason == "not-a-file"

@@ -1,4 +1,4 @@
-"""From bytes to pixels: decoding, resizing, augmented views, and the one loop that batches them. Imports the ground.
+"""From bytes to pixels: decoding, resizing, augmented views, and the loop that makes batches. May import the ground.
 
     bytes --decode--> uint8 pixels of one image --views--> of all its views --batches--> one forward pass after another
 

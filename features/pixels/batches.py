@@ -1,8 +1,8 @@
-"""Read ahead, decode, batch: the one loop between images and a network.
+"""Read images ahead, decode them and make batches: the only loop between images and a network.
 
-    items --loaded()--> (item, loaded or refused), in order --batches()--> pixels for one forward pass after another
+    items --loaded()--> (item, pixels or error), in order --batches()--> pixels for one forward pass after another
 
-``load`` is injected: it turns an item into an object with ``pixels``, or raises ``UnreadableImageError``.
+The caller passes ``load``, which turns an item into an object with ``pixels`` or raises ``UnreadableImageError``.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ import numpy as np
 from features.errors import UnreadableImageError
 from features.recipe import PixelRule
 
-WINDOW_MIN = 8  # images read ahead, however many views each has
+WINDOW_MIN = 8  # fewest images to read ahead, however many views each has
 
 
 class Pictures(Protocol):
-    """What ``load`` gives: at least the pixels of an image's views, uint8, ``(views, h, w, 3)``."""
+    """What ``load`` must return: an object with the pixels of an image's views, uint8, ``(views, h, w, 3)``."""
 
     @property
     def pixels(self) -> Sequence[np.ndarray] | np.ndarray: ...
@@ -35,17 +35,17 @@ Loaded = TypeVar("Loaded", bound=Pictures)
 
 @dataclasses.dataclass(frozen=True)
 class Batch(Generic[Item, Loaded]):
-    """Pictures for one forward pass, and the images that are complete with it.
+    """The pictures of one forward pass, and the images that are complete after it.
 
     Parameters
     ----------
     pixels : uint8, (k, h, w, 3), 0-255
-        Views of one image or of several, in order; valid until the next batch is asked for. ``k`` is 0 where all
-        images since the last batch were refused.
+        Views of one or several images, in order; valid until the next batch is requested. ``k`` is 0 if no image
+        since the last batch could be read.
     done : list of (item, loaded)
         Images whose last view is in this batch, in order.
     refused : list of (item, UnreadableImageError)
-        Images met since the last batch that cannot be read.
+        Images since the last batch that could not be read.
     """
 
     pixels: np.ndarray
@@ -62,7 +62,7 @@ def batches(
     *,
     views: int = 1,
 ) -> Iterator[Batch[Item, Loaded]]:
-    """Decode images on threads and fill one batch after another, in the order of the items.
+    """Decode images on threads and yield full batches, in the order of the items.
 
     Parameters
     ----------
@@ -71,13 +71,13 @@ def batches(
     load : callable
         Item -> object with ``pixels``, (views, h, w, 3); raises ``UnreadableImageError``.
     items : iterable
-        What to load, taken a little ahead.
+        What to load; items are taken a little ahead.
     rule : PixelRule
-        Gives height and width.
+        Gives the height and width of a picture.
     batch_size : int
-        Pictures of one batch; only the last one may have fewer.
+        Number of pictures in a batch; only the last batch may have fewer.
     views : int
-        Pictures of one image; more of them mean fewer images read ahead.
+        Number of pictures of one image; the more there are, the fewer images are read ahead.
     """
     pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
     batch: Batch[Item, Loaded] = Batch(pixels, [], [])
@@ -102,19 +102,19 @@ def batches(
 def loaded(
     pool: Executor, load: Callable[[Item], Result], items: Iterable[Item], window: int
 ) -> Iterator[tuple[Item, Result | UnreadableImageError]]:
-    """Load items on threads; those that cannot be read come with their error. At least 8 are read ahead."""
+    """Load items on threads and yield each with its result or its error. At least 8 items are read ahead."""
 
     def attempt(item: Item) -> tuple[Item, Result | UnreadableImageError]:
         try:
             return item, load(item)
         except UnreadableImageError as error:
-            return item, error.with_traceback(None)  # its frames would keep the file's bytes in memory
+            return item, error.with_traceback(None)  # the traceback would keep the bytes of the file in memory
 
     return ahead(pool, attempt, items, max(WINDOW_MIN, window))
 
 
 def ahead(pool: Executor, function: Callable[[Item], Result], items: Iterable[Item], window: int) -> Iterator[Result]:
-    """Map in order with at most ``window`` results waiting, so that memory stays constant."""
+    """Yield results in the order of the items; at most ``window`` of them wait, so that memory stays constant."""
     waiting: deque[Future[Result]] = deque()
     try:
         for item in items:

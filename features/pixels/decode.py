@@ -1,6 +1,6 @@
-"""Bytes -> decoded, resized ``uint8`` pixels. Every refusal is a word of ``REASONS``.
+"""Decode and resize image files to ``uint8`` pixels. An unreadable image gets a reason from ``REASONS``.
 
-Pillow decodes; nothing here touches its global settings, so all functions may run on many threads.
+Pillow decodes. Its global settings are never changed, so all functions may be called from many threads.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ REASON_MEANINGS = {
     "truncated": "the data end before the image does",
     "too-large": "more pixels, bytes or memory than the limit",
     "unreadable": "it begins like an image, but the decoder or the disk refuses the rest",
-    "missing": "no such file, or a link to nothing",
+    "missing": "no such file, or a broken link",
     "no-permission": "the file may not be read",
     "not-a-file": "a folder, pipe, socket or device",
 }
@@ -58,7 +58,7 @@ for _plugin in _PLUGINS.values():
     except ImportError:  # an older Pillow has no AVIF
         logger.debug("Pillow has no decoder %s", _plugin)
 
-# What Pillow's decoders raise on hostile bytes. Warning: a caller may have turned warnings into errors.
+# Exceptions of Pillow's decoders on hostile bytes. Warning: a caller may have turned warnings into errors.
 _DECODER_ERRORS = (
     OSError,
     SyntaxError,
@@ -87,7 +87,7 @@ _END_OF_DATA_WORDS = (
     "cannot load this image",  # a header, and no data after it
 )
 
-# Decoders that look no further than they must: one that reached the end of the file was looking for more.
+# Decoders that read only as far as they must: if one of them reached the end of the file, it needed more data.
 _READ_STEP_BY_STEP = ("JPEG", "PNG", "TIFF")
 
 _TRANSPOSITIONS = {
@@ -105,15 +105,15 @@ _BITS_TAG, _PHOTOMETRIC_TAG = 258, 262
 
 
 class Upright(NamedTuple):
-    """One decoded image, not resized yet.
+    """One decoded image before resizing.
 
     Parameters
     ----------
     image : PIL.Image.Image
-        RGB, loaded, orientation applied.
+        RGB, loaded, with its orientation applied.
     width, height : int
-        Size of the file's image after its orientation was applied, in pixels. The image itself is smaller where the
-        decoder shrank it.
+        Size of the image in the file after its orientation was applied, in pixels. ``image`` is smaller if the decoder
+        shrank it.
     """
 
     image: Image.Image
@@ -129,7 +129,7 @@ class Decoded(NamedTuple):
     pixels : uint8, (rule.height, rule.width, 3), 0-255
         RGB, C-contiguous, possibly read-only.
     width, height : int
-        Size of the file's image after its orientation was applied, in pixels.
+        Size of the image in the file after its orientation was applied, in pixels.
     """
 
     pixels: np.ndarray
@@ -138,24 +138,24 @@ class Decoded(NamedTuple):
 
 
 def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
-    """All bytes of a regular file; links are followed. Never waits on a pipe.
+    """Return all bytes of a regular file; links are followed. A pipe is refused and never waited for.
 
     Raises
     ------
     UnreadableImageError
-        ``missing``, ``no-permission``, ``not-a-file``, ``too-large`` or ``unreadable``.
+        With the reason ``missing``, ``no-permission``, ``not-a-file``, ``too-large`` or ``unreadable``.
     """
     try:
-        # Looked at before it is opened, because opening a device may already do something, and again
-        # after, because the file may have been replaced in between.
+        # Checked before the file is opened, because opening a device may have an effect, and again
+        # afterwards, because the file may have been replaced in between.
         _require_regular(os.stat(path).st_mode, path)
         descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
         with open(descriptor, "rb", buffering=0) as file:
             status = os.fstat(descriptor)
             _require_regular(status.st_mode, path)
             if status.st_size > max_bytes:
-                raise UnreadableImageError("too-large", f"{path}: {status.st_size} bytes, the limit is {max_bytes}")
-            # It may be growing, so the size that was looked up is no limit on what is read.
+                raise UnreadableImageError("too-large", f"{path}: {status.st_size} bytes; the limit is {max_bytes}")
+            # The file may be growing, so the size found above does not limit what is read.
             data = file.read(status.st_size + 1)
             while more := file.read(min(len(data) + 65536, max_bytes + 1 - len(data))):
                 data += more
@@ -170,7 +170,7 @@ def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
         raise UnreadableImageError("missing", f"{path!r}: {error}") from error
     except OSError as error:
         absent = error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-        link = " (a link to nothing)" if absent and os.path.islink(path) else ""
+        link = " (a broken link)" if absent and os.path.islink(path) else ""
         raise UnreadableImageError("missing" if absent else "unreadable", f"{path}: {error.strerror}{link}") from error
 
 
@@ -181,10 +181,10 @@ def _require_regular(mode: int, path: str | Path) -> None:
 
 
 def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Decoded:
-    """Decode the first frame, upright, as RGB, and resize it by ``rule``.
+    """Decode the first frame of an image file, upright, as RGB, and resize it by ``rule``.
 
-    Grey of more than 8 bits is scaled to 0-255, transparency is laid over white, CMYK is converted
-    without a colour profile; one fixed rule, named ``features.recipe.COLOUR_RULE``.
+    Grey values of more than 8 bits are scaled to 0-255, transparent images are laid over white, and CMYK is converted
+    without a colour profile. This rule is fixed; its name is ``features.recipe.COLOUR_RULE``.
 
     Parameters
     ----------
@@ -195,7 +195,7 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
         ``keras.utils.image_dataset_from_directory`` rounded to whole grey levels; JPEG files differ by about
         one level on average, because TensorFlow decodes them with libjpeg's fast, less accurate transform.
     max_pixels : int
-        Larger images are refused from their header, before a pixel is decoded.
+        Larger images are refused after their header is read, before any pixel is decoded.
 
     Raises
     ------
@@ -207,7 +207,7 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
 
 
 def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Upright:
-    """The part of ``decode_image`` before the resize; of ``rule`` it needs to know how small it may decode.
+    """Do the part of ``decode_image`` before the resize; ``rule`` says how far the decoder may shrink the image.
 
     Raises
     ------
@@ -216,7 +216,7 @@ def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS
     """
     if ImageFile.LOAD_TRUNCATED_IMAGES:
         raise ConfigurationError(
-            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True: half an image would pass as a whole one; set it to False"
+            "PIL.ImageFile.LOAD_TRUNCATED_IMAGES is True, so half an image would pass as a whole one; set it to False"
         )
     if not data:
         raise UnreadableImageError("empty", "0 bytes")
@@ -237,12 +237,12 @@ def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS
 
 
 def _open(data: bytes) -> Image.Image:
-    """Read the header only.
+    """Read only the header of an image.
 
-    ``Image.open`` is not used because above its own limit it warns (which only process-wide state
+    ``Image.open`` is not used because above its own size limit it warns (which only process-wide state
     can silence) or raises, and because it hides why a header was refused.
     """
-    prefix = data[:16].ljust(16, b"\0")  # some signature tests of older Pillows need two bytes
+    prefix = data[:16].ljust(16, b"\0")  # some signature tests of older releases of Pillow need two bytes
     for name in _PLUGINS:
         factory, accept = Image.OPEN.get(name, (None, None))
         if factory is None or accept is None or accept(prefix) is not True:
@@ -253,27 +253,27 @@ def _open(data: bytes) -> Image.Image:
         except _DECODER_ERRORS as error:
             if name in _READ_STEP_BY_STEP and stream.tell() >= len(data):
                 raise UnreadableImageError("truncated", f"{name}: the file ends within its header") from error
-            if name == "AVIF" and b"avif" not in data[8:64]:  # HEIC, in the container that AVIF uses too
+            if name == "AVIF" and b"avif" not in data[8:64]:  # HEIC, which uses the same container as AVIF
                 break
             raise _refusal(error, name, data) from error
     raise UnreadableImageError(
-        "not-an-image", f"the first bytes, {prefix!r}, are those of no known format ({', '.join(_PLUGINS)})"
+        "not-an-image", f"the first bytes, {prefix!r}, match no known format ({', '.join(_PLUGINS)})"
     )
 
 
 def _check_size(image: Image.Image, max_pixels: int) -> None:
     if image.width * image.height > max_pixels:
         raise UnreadableImageError(
-            "too-large", f"{image.width}x{image.height} pixels, the limit is {max_pixels} in all"
+            "too-large", f"{image.width}x{image.height} pixels; the limit is {max_pixels} in total"
         )
 
 
 def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageError:
-    """The reason behind an exception of the decoder ``name``."""
+    """Find the reason for an exception that the decoder ``name`` raised."""
     text = str(error) or type(error).__name__
     ended = isinstance(error, _END_OF_DATA) or isinstance(error.__cause__, _END_OF_DATA)
     bomb = isinstance(error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning)
-    if bomb or "decompressed data too large" in text.lower():  # the latter: a text or colour profile within a PNG
+    if bomb or "decompressed data too large" in text.lower():  # the latter: a text or colour profile in a PNG
         reason = "too-large"
     elif ended or any(word in text.lower() for word in _END_OF_DATA_WORDS) or _promised_length(data, name) > len(data):
         reason = "truncated"
@@ -283,7 +283,7 @@ def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageErr
 
 
 def _promised_length(data: bytes, name: str) -> int:
-    """Bytes that a container says it holds; 0 where it does not say. Their decoders do not tell cut from damaged."""
+    """Return the size in bytes that a container declares, or 0. Its decoder cannot tell truncated from damaged data."""
     if name == "WEBP":
         return 8 + int.from_bytes(data[4:8], "little")
     position = 0
@@ -294,11 +294,11 @@ def _promised_length(data: bytes, name: str) -> int:
 
 
 def _shrink_on_load(image: Image.Image, rule: PixelRule) -> tuple[int, int]:
-    """Have libjpeg decode no more pixels than the rule needs; the whole image's size, upright."""
+    """Make libjpeg decode no more pixels than ``rule`` needs; return the upright size of the whole image."""
     method = _orientation(image)
     turned = method in _SIDEWAYS
     width, height = image.size[::-1] if turned else image.size
-    if rule.fit == "crop":  # of the window that is kept, as many pixels as are wanted
+    if rule.fit == "crop":  # the window that is kept must have at least the target's size
         _, _, inner_width, inner_height = crop_window(width, height, rule)
         wanted = (-(-width * rule.width // inner_width), -(-height * rule.height // inner_height))
     elif rule.fit == "pad":
@@ -310,13 +310,13 @@ def _shrink_on_load(image: Image.Image, rule: PixelRule) -> tuple[int, int]:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    # After load(): Pillow turns TIFF by itself while it loads, and then forgets the tag.
+    # Called after load(), because Pillow rotates a TIFF by itself while loading, and then removes the tag.
     method = _orientation(image)
     return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
-    """What the EXIF or XMP orientation asks for; damaged metadata count as none."""
+    """Return what the EXIF or XMP orientation requires; damaged metadata are ignored."""
     try:
         return _TRANSPOSITIONS.get(image.getexif().get(_ORIENTATION_TAG, 1))
     except _DECODER_ERRORS as error:
@@ -327,7 +327,7 @@ def _orientation(image: Image.Image) -> Image.Transpose | None:
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_deep_grey_to_8_bits(image)).convert("RGB")
-    if image.mode == "La":  # grey multiplied by its alpha, which Pillow turns into nothing else
+    if image.mode == "La":  # grey premultiplied by its alpha, which Pillow converts to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
         coloured = image.convert("RGBA")
@@ -338,7 +338,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
-    """Bring the one transparent colour of a PNG to 8 bits, as Pillow does with the samples but not with it."""
+    """Scale the transparent colour of a PNG to 8 bits, because Pillow scales only the samples."""
     transparent = image.info.get("transparency")
     if image.mode == "L" and bits in (2, 4) and isinstance(transparent, int):
         image.info["transparency"] = transparent * 255 // (2**bits - 1)
@@ -347,16 +347,17 @@ def _scale_transparent_colour(image: Image.Image, *, bits: int) -> None:
 
 
 def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
-    """Scale grey of 16 or 32 bits or floating point to uint8, (h, w), where Pillow's ``convert`` would clip.
+    """Scale grey of 16 or 32 bits or floating point to uint8, (h, w); Pillow's ``convert`` would clip it.
 
-    A file does not say which value is white. 16-bit: 65535. 32-bit: 65535 if nothing is larger, else
-    the largest integer. Floating point: the smallest of 1, 255 and 65535 that holds all values, else
-    the largest value. Below zero is black, as is NaN. A TIFF may say that it has 12 bits (4095), or that zero is white.
+    A file does not say which value is white. It is taken to be 65535 for 16 bits. For 32 bits it is 65535 if no value
+    is larger, else the largest integer. For floating point it is the smallest of 1, 255 and 65535 that no value
+    exceeds, else the largest value. Negative values and NaN are black. A TIFF may state that it has 12 bits (white is
+    4095), or that zero is white.
     """
     values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=np.inf)
     largest = float(values.max(initial=0, where=np.isfinite(values)))
     scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0, largest)}.get(image.mode, (65535.0,))
-    tags = getattr(image, "tag_v2", {})  # of a TIFF
+    tags = getattr(image, "tag_v2", {})  # only a TIFF has them
     if tags.get(_BITS_TAG) == (12,):
         scales = (4095.0,)
     white = next((scale for scale in scales if largest <= scale), scales[-1])
@@ -370,7 +371,7 @@ def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
 
 
 def resize_image(image: Image.Image, rule: PixelRule) -> np.ndarray:
-    """Bring a decoded image to the size of ``rule``, by its ``fit`` and ``resize``.
+    """Resize a decoded image to the size of ``rule``, by its ``fit`` and ``resize``.
 
     Returns
     -------
@@ -380,7 +381,7 @@ def resize_image(image: Image.Image, rule: PixelRule) -> np.ndarray:
     Raises
     ------
     UnreadableImageError
-        ``too-large``, if there is no memory for it.
+        With the reason ``too-large``, if there is not enough memory.
     """
     try:
         return _resize(image, rule)
@@ -404,15 +405,16 @@ def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:
 def _resample(image: Image.Image, width: int, height: int, rule: PixelRule) -> np.ndarray:
     if rule.resize == "keras":
         return _resample_keras(np.asarray(image), width, height)
-    # Width first, whatever the release of Pillow: from 13 on it takes the faster order, which moves grey levels by one.
+    # The width is resized first in every release of Pillow. From version 13 on, Pillow would choose the faster order,
+    # which changes grey levels by one.
     across = image.resize((width, image.height), Image.Resampling.BILINEAR)
     return np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
 
 
 def crop_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
-    """Left, top, width and height of the largest centred window with the ratio of ``rule``.
+    """Return left, top, width and height of the largest centred window with the aspect ratio of ``rule``.
 
-    The arithmetic, float32 and truncation included, is that of Keras' ``crop_to_aspect_ratio=True``
+    The arithmetic, including float32 and truncation, is that of Keras' ``crop_to_aspect_ratio=True``
     (``keras.utils.image_utils.smart_resize``).
 
     Examples
@@ -426,11 +428,11 @@ def crop_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int
 
 
 def pad_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
-    """Left, top, width and height, within the target, of the whole image scaled to fit; the rest is black.
+    """Return left, top, width and height, in the target, of the whole image scaled to fit; the rest is black.
 
     With ``resize="keras"`` the arithmetic is that of ``image_dataset_from_directory(...,
-    pad_to_aspect_ratio=True)``, that is of ``tf.image.resize_with_pad`` in float32, which for some
-    sizes (8 in 100 at 224) comes out one pixel short of the target; otherwise it is exact.
+    pad_to_aspect_ratio=True)``, that is, of ``tf.image.resize_with_pad`` in float32. For some sizes (8 in
+    100 at 224) its result is one pixel short of the target. Otherwise the arithmetic is exact.
 
     Examples
     --------
@@ -451,10 +453,10 @@ def pad_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int,
 
 
 def _resample_keras(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
-    """Bilinear at half-pixel centres without antialiasing, columns first, in float32, then rounded.
+    """Resize bilinearly at half-pixel centres without antialiasing, columns first, in float32, then round.
 
-    The arithmetic of TensorFlow's ``ResizeBilinear`` kernel (``half_pixel_centers=True``); of the
-    source it touches only the two rows and two columns next to each target centre.
+    The arithmetic is that of TensorFlow's ``ResizeBilinear`` kernel (``half_pixel_centers=True``). Only the two
+    rows and two columns next to each target centre are read.
     """
     rows, row_weight = _taps(pixels.shape[0], height)
     columns, column_weight = _taps(pixels.shape[1], width)
@@ -471,7 +473,7 @@ def _resample_keras(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
 
 
 def _taps(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    """The two source positions next to each target centre.
+    """Return the two source positions next to each target centre, and their weights.
 
     Returns
     -------

@@ -11,9 +11,9 @@ _DEFLATE_BLOCK = 65535
 
 
 def plain_png(pixels: np.ndarray) -> bytes:
-    """An uncompressed PNG of uint8, (h, w) or (h, w, 3) (PNG 1.2, chapter 3; RFC 1950 and 1951).
+    """Return an uncompressed PNG of pixels, uint8, (h, w) or (h, w, 3) (PNG 1.2, chapter 3; RFC 1950 and 1951).
 
-    Written by hand because the bytes decide the splits, and Pillow's depend on the zlib it was built with.
+    It is not written by Pillow because the bytes decide the splits, and Pillow's bytes depend on its build of zlib.
     """
     height, width = pixels.shape[:2]
     lines = np.zeros((height, 1 + pixels[0].size), np.uint8)  # each line begins with its filter, 0
@@ -33,6 +33,6 @@ def plain_png(pixels: np.ndarray) -> bytes:
 
 
 def png_size(shape: tuple[int, ...]) -> int:
-    """Bytes of one such PNG of an array ``(n, h, w)`` or ``(n, h, w, channels)``."""
+    """Return the size in bytes of one such PNG from an array of shape ``(n, h, w)`` or ``(n, h, w, channels)``."""
     raw = shape[1] * (1 + shape[2] * (shape[3] if len(shape) == 4 else 1))
     return 63 + raw + 5 * -(-raw // _DEFLATE_BLOCK)

@@ -1,15 +1,16 @@
-"""Deterministic augmentation: view 0 is the plain image, view k a random variation that never changes. Pure.
+"""Deterministic augmentation: view 0 is the plain image, view k a random variation that is always the same.
 
     (seed, content hash, k) --draw_view()--> ViewParameters --render_views()--> uint8 pixels
-    bytes --decode_views()--> uint8 pixels of all views asked for
+    bytes --decode_views()--> uint8 pixels of all requested views
 
-The numbers of a view depend on nothing but the seed, the image's sha256 and k: not on the order of the images, nor
-on batch, shard, thread, process or the other views. Only integers, IEEE arithmetic element by element, and Pillow's
-fixed-point resize touch the pixels; no sum of floating-point numbers, whose order would differ between processors.
+The parameters of a view depend only on the seed, the image's sha256 and k: not on the order of the images, nor on
+batch, shard, thread, process or the other views. Pixels are computed with integers, element-wise IEEE arithmetic and
+Pillow's fixed-point resize only. Floating-point numbers are never summed, because the order would differ between
+processors.
 
-A view is resampled as seldom as its kind allows. A crop is cut from the whole decoded image and resized once, by the
-recipe's own rule, so a small window keeps its detail. Flip, zoom, shift and rotation are one affine map of the
-resized image, as in Keras. (Composing that map with the resize as well would lose the antialiasing.)
+A view is resampled as few times as possible. A crop is cut from the whole decoded image and resized once, by the
+recipe's own rule, so a small window keeps its detail. Zoom, shift and rotation are one affine map of the resized
+image, as in Keras; a flip needs no resampling. (Combining the map with the resize would lose the antialiasing.)
 """
 
 from __future__ import annotations
@@ -27,34 +28,34 @@ from features.augmentation import AugmentSpec
 from features.pixels.decode import decode_image, decode_upright, resize_image
 from features.recipe import PixelRule
 
-CROP_ATTEMPTS = 10  # as torchvision
-_BAND = 32  # rows mapped at a time: their intermediate arrays stay in the processor's cache
-_GREY = (np.float32(0.299), np.float32(0.587), np.float32(0.114))  # ITU-R BT.601, as Pillow's "L"
-_FINE = 2.0**24  # sine and cosine are rounded to it, because mathematical libraries differ in the last bit
+CROP_ATTEMPTS = 10  # as in torchvision
+_BAND = 32  # rows computed at a time, so that the intermediate arrays stay in the processor's cache
+_GREY = (np.float32(0.299), np.float32(0.587), np.float32(0.114))  # ITU-R BT.601, as in Pillow's "L"
+_FINE = 2.0**24  # sine and cosine are rounded to 1 / _FINE, because mathematical libraries differ in the last bit
 
 Resize = Callable[[Image.Image, PixelRule], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class ViewParameters:
-    """What is done to one image for one view, in this order; without arguments, nothing.
+    """The changes that turn an image into one view, applied in this order; the defaults change nothing.
 
     Parameters
     ----------
     crop : (int, int, int, int) or None
-        Left, top, width and height in pixels of the decoded image.
+        Left, top, width and height of a window, in pixels of the decoded image.
     flip : bool
         Mirror left and right.
     angle : float
-        Counter-clockwise, in degrees, about the centre.
+        Rotation about the centre, counter-clockwise, in degrees.
     zoom : (float, float)
-        Extent shown, width and height: 1.3 shows more, and everything smaller; as in Keras.
+        Factors of the visible width and height; 1.3 shows more of the image, and everything smaller, as in Keras.
     shift : (float, float)
-        To the right and down, as shares of width and height, before the rotation.
+        Shift to the right and down, as fractions of width and height, before the rotation.
     brightness, contrast, saturation : float
         Factors; 1 changes nothing.
     hue : float
-        Turns of the colour circle; 0 changes nothing.
+        Rotation of the hue in full circles; 0 changes nothing.
     """
 
     crop: tuple[int, int, int, int] | None = None
@@ -71,31 +72,33 @@ class ViewParameters:
 def draw_view(
     spec: AugmentSpec, *, seed: int, sha256: bytes, view: int, width: int, height: int, aspect: float = 1.0
 ) -> ViewParameters:
-    """Draw one view's parameters; the same arguments give the same ones for ever.
+    """Draw the parameters of one view; the same arguments always give the same result.
 
-    Each parameter has its own place in the stream of random numbers: changing one range leaves the others' draws.
+    Each parameter has a fixed place in the stream of random numbers, so changing one range does not affect the others.
 
     Parameters
     ----------
     spec : AugmentSpec
-        The ranges.
+        Ranges of the parameters.
     seed : int
         The recipe's seed.
     sha256 : bytes
         Hash of the image file, 32 bytes.
     view : int
-        0 is always plain.
+        Number of the view; 0 is the plain image.
     width, height : int
         Size of the decoded image in pixels; a crop is drawn from it.
     aspect : float
-        Width to height of the target.
+        Width / height of the target.
     """
     if view < 0 or len(sha256) != 32:
-        raise ValueError(f"received view {view} and {len(sha256)} bytes of hash, expected 0 or more, and 32")
+        raise ValueError(
+            f"received view {view} and a hash of {len(sha256)} bytes, expected a view of 0 or more and 32 bytes"
+        )
     if view == 0:
         return ViewParameters()
     key = hashlib.sha256(f"view:{seed}:{sha256.hex()}:{view}".encode("ascii")).digest()[:16]
-    # The raw stream, because only bit generators, not distributions, are promised to stay as they are (NumPy's NEP 19).
+    # The raw stream is used, because NumPy promises stability only for bit generators, not for distributions (NEP 19).
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(12 + 2 * CROP_ATTEMPTS)
     unit = [int(value >> 11) / 2**53 for value in raw.tolist()]  # [0, 1)
     centred = [2 * value - 1 for value in unit]
@@ -115,7 +118,7 @@ def draw_view(
 def _draw_crop(
     spec: AugmentSpec, unit: Sequence[float], width: int, height: int, aspect: float
 ) -> tuple[int, int, int, int] | None:
-    """A window as torchvision's ``RandomResizedCrop.get_params`` draws it: ten tries, then the largest centred one."""
+    """Draw a window like torchvision's ``RandomResizedCrop.get_params``: ten tries, else the largest centred window."""
     if spec.crop_scale is None:
         return None
     low, high = (ratio * aspect for ratio in spec.crop_ratio)
@@ -141,7 +144,7 @@ class DecodedViews(NamedTuple):
     pixels : uint8, (views, rule.height, rule.width, 3), 0-255
         RGB.
     width, height : int
-        Size of the file's image after its orientation was applied, in pixels.
+        Size of the image in the file after its orientation was applied, in pixels.
     """
 
     pixels: np.ndarray
@@ -152,10 +155,10 @@ class DecodedViews(NamedTuple):
 def decode_views(
     data: bytes, rule: PixelRule, spec: AugmentSpec | None, *, seed: int, sha256: bytes, views: Sequence[int]
 ) -> DecodedViews:
-    """Decode an image file once, and render views of it. View 0 is what ``decode_image`` gives.
+    """Decode an image file once, and render views of it. View 0 is what ``decode_image`` returns.
 
-    Views are cut from the whole image: with ``decode="fast"`` it is decoded whole for those of a specification that
-    crops, as the smallest crop needs every pixel, and shrunk for view 0. Other views are made of the shrunk image.
+    With ``decode="fast"`` all views are made from the shrunk image, unless ``spec`` crops. The smallest crop needs
+    every pixel, so the image is then decoded in full for the other views, and once more, shrunk, for view 0.
 
     Parameters
     ----------
@@ -164,13 +167,13 @@ def decode_views(
     rule : PixelRule
         Decoding and resizing.
     spec : AugmentSpec or None
-        The ranges; None for no augmentation.
+        Ranges of the parameters; None for no augmentation.
     seed : int
         The recipe's seed.
     sha256 : bytes
         Hash of ``data``, 32 bytes.
     views : sequence of int
-        The views wanted, in any order.
+        Numbers of the requested views, in any order.
 
     Raises
     ------
@@ -199,7 +202,7 @@ def render_views(
     views: Sequence[int],
     resize: Resize,
 ) -> np.ndarray:
-    """Views of one image that was decoded once; where none crops, it is resized once too.
+    """Render views of one decoded image; if no view crops, it is also resized only once.
 
     Parameters
     ----------
@@ -208,13 +211,13 @@ def render_views(
     rule : PixelRule
         Size and resampling. A crop fills the whole target: it replaces the rule's ``fit``.
     spec : AugmentSpec
-        The ranges.
+        Ranges of the parameters.
     seed : int
         The recipe's seed.
     sha256 : bytes
         Hash of the image file, 32 bytes.
     views : sequence of int
-        The views wanted, in any order.
+        Numbers of the requested views, in any order.
     resize : callable
         ``(image, rule) -> uint8, (rule.height, rule.width, 3)``, such as ``features.pixels.decode.resize_image``.
 
@@ -246,21 +249,21 @@ def render_views(
 
 
 def apply_view(pixels: np.ndarray, parameters: ViewParameters, *, fill: str) -> np.ndarray:
-    """Flip, move and colour an image of the target's size; the crop is not done here.
+    """Apply flip, geometry and colour to an image of the target's size; the crop is not applied here.
 
     Parameters
     ----------
     pixels : uint8, (h, w, 3), 0-255
         RGB; not changed.
     parameters : ViewParameters
-        What to do. The default returns ``pixels`` as they are.
+        The changes. The default returns ``pixels`` unchanged.
     fill : {"reflect", "nearest", "constant"}
-        What lies outside.
+        How the area outside the image is filled.
 
     Returns
     -------
     uint8, (h, w, 3), 0-255
-        Bilinear, rounded to the nearest level (half a level up).
+        Interpolated bilinearly, rounded to the nearest level (halves up).
     """
     if parameters.flip:
         pixels = pixels[:, ::-1]
@@ -271,9 +274,9 @@ def apply_view(pixels: np.ndarray, parameters: ViewParameters, *, fill: str) -> 
 
 
 def _source_map(parameters: ViewParameters, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The affine map from target to source positions in pixels, (2, 2) matrix and (2,) offset, x before y.
+    """Return the affine map from target to source positions in pixels: (2, 2) matrix and (2,) offset, x before y.
 
-    source - centre = rotation (zoom (target - centre) - shift): Keras' ``apply_affine_transform``.
+    source - centre = rotation (zoom (target - centre) - shift), as in Keras' ``apply_affine_transform``.
     """
     angle = math.radians(parameters.angle)
     cosine, sine = (round(value * _FINE) / _FINE for value in (math.cos(angle), math.sin(angle)))
@@ -290,14 +293,14 @@ def _source_map(parameters: ViewParameters, height: int, width: int) -> tuple[np
 
 
 def _warp(pixels: np.ndarray, matrix: np.ndarray, offset: np.ndarray, fill: str) -> np.ndarray:
-    """Bilinear values at ``matrix @ (x, y) + offset``.
+    """Interpolate bilinearly at ``matrix @ (x, y) + offset``.
 
-    Not Pillow's ``transform``: it cuts fractions off, which darkens by half a level, and fills with a colour only.
+    Pillow's ``transform`` is not used: it truncates, which darkens by half a level, and can only fill with a colour.
     """
     height, width = pixels.shape[:2]
     corners = np.array([[0, width - 1, 0, width - 1], [0, 0, height - 1, height - 1]])
     reach = matrix[:, :1] * corners[0] + matrix[:, 1:] * corners[1] + offset[:, None]
-    # The image is first extended as far as the map reaches, so that no position needs the fill rule any more.
+    # Extend the image as far as the map reaches, so that no position needs the fill rule afterwards.
     first, last = np.floor(reach.min(axis=1)).astype(int) - 1, np.floor(reach.max(axis=1)).astype(int) + 2
     extended = _extend(pixels, (first[1], last[1]), (first[0], last[0]), fill)
     line = extended.shape[1]
@@ -320,7 +323,7 @@ def _warp(pixels: np.ndarray, matrix: np.ndarray, offset: np.ndarray, fill: str)
 
 
 def _between(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.ndarray:
-    """Linear interpolation; the arguments are temporary and overwritten."""
+    """Interpolate linearly between two temporary arrays, which are overwritten."""
     second -= first
     second *= share
     second += first
@@ -328,8 +331,8 @@ def _between(first: np.ndarray, second: np.ndarray, share: np.ndarray) -> np.nda
 
 
 def _extend(pixels: np.ndarray, rows: tuple[int, int], columns: tuple[int, int], fill: str) -> np.ndarray:
-    """Rows and columns from the first to the last number, both included, of the image continued by ``fill``."""
-    if fill == "constant":  # the edge of an image with a black border is black
+    """Return rows and columns from the first to the last number, both included, of the image extended by ``fill``."""
+    if fill == "constant":  # add a black border, which is then repeated
         pixels = np.pad(pixels, ((1, 1), (1, 1), (0, 0)))
         rows, columns = (rows[0] + 1, rows[1] + 1), (columns[0] + 1, columns[1] + 1)
     for axis, (first, last) in enumerate((rows, columns)):
@@ -342,13 +345,15 @@ def _extend(pixels: np.ndarray, rows: tuple[int, int], columns: tuple[int, int],
 
 
 def _jitter(pixels: np.ndarray, parameters: ViewParameters) -> np.ndarray:
-    """Brightness, contrast, saturation, hue, in this order, clipped to 0-255 after each (torchvision shuffles them)."""
+    """Change brightness, contrast, saturation, hue, in this order (torchvision shuffles it); clip to 0-255 after each."""
     result = np.empty(pixels.shape, np.uint8)
     bands = [slice(start, start + _BAND) for start in range(0, len(pixels), _BAND)]
     mean = np.float32(0)
     if parameters.contrast != 1:
         grey = (_grey(_brightened(pixels[band], parameters)) + np.float32(0.5) for band in bands)
-        total = sum(int(levels.astype(np.uint8).sum(dtype=np.int64)) for levels in grey)  # integers: in any order
+        total = sum(
+            int(levels.astype(np.uint8).sum(dtype=np.int64)) for levels in grey
+        )  # integers, so the order does not matter
         mean = np.float32(total / (pixels.shape[0] * pixels.shape[1]))
     for band in bands:
         planes = _brightened(pixels[band], parameters)
@@ -370,7 +375,7 @@ def _brightened(pixels: np.ndarray, parameters: ViewParameters) -> list[np.ndarr
 
 
 def _blend(plane: np.ndarray, other: np.ndarray | np.float32, factor: float) -> np.ndarray:
-    """``factor`` of a plane and the rest of another, beyond it where the factor is above 1; clipped to 0-255."""
+    """Blend ``factor`` of a plane with ``1 - factor`` of another (a factor above 1 extrapolates); clip to 0-255."""
     return np.clip((plane - other) * np.float32(factor) + other, np.float32(0), np.float32(255))
 
 
@@ -380,9 +385,10 @@ def _grey(planes: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _turn_hue(planes: Sequence[np.ndarray], turns: float) -> list[np.ndarray]:
-    """Turn the hue of HSV, keeping saturation and value.
+    """Rotate the hue of HSV, keeping saturation and value.
 
-    Back to RGB without cases: value - chroma * clip(min(k, 4 - k), 0, 1) with k = n + 6 hue (mod 6) and n = 5, 3, 1.
+    The conversion back to RGB needs no cases:
+    value - chroma * clip(min(k, 4 - k), 0, 1) with k = n + 6 hue (mod 6) and n = 5, 3, 1.
     """
     red, green, blue = planes
     value = np.maximum(np.maximum(red, green), blue)
