@@ -273,7 +273,7 @@ def test_the_image_is_resized_once_unless_a_view_crops() -> None:
 
 @pytest.mark.parametrize(("view", "sha256"), [(-1, SHA256), (1, b"short")])
 def test_an_impossible_key_is_refused(view: int, sha256: bytes) -> None:
-    with pytest.raises(ValueError, match="expected a view of 0 or more and 32 bytes"):
+    with pytest.raises(ValueError, match="expected 0 or more, and 32 bytes"):
         draw_view(PRESETS["flip"], seed=0, sha256=sha256, view=view, width=1, height=1)
 
 

@@ -92,9 +92,7 @@ def draw_view(
         Width / height of the target.
     """
     if view < 0 or len(sha256) != 32:
-        raise ValueError(
-            f"received view {view} and a hash of {len(sha256)} bytes, expected a view of 0 or more and 32 bytes"
-        )
+        raise ValueError(f"received view {view} and a hash of {len(sha256)} bytes, expected 0 or more, and 32 bytes")
     if view == 0:
         return ViewParameters()
     key = hashlib.sha256(f"view:{seed}:{sha256.hex()}:{view}".encode("ascii")).digest()[:16]
@@ -351,9 +349,8 @@ def _jitter(pixels: np.ndarray, parameters: ViewParameters) -> np.ndarray:
     mean = np.float32(0)
     if parameters.contrast != 1:
         grey = (_grey(_brightened(pixels[band], parameters)) + np.float32(0.5) for band in bands)
-        total = sum(
-            int(levels.astype(np.uint8).sum(dtype=np.int64)) for levels in grey
-        )  # integers, so the order does not matter
+        # The sum of integers does not depend on their order.
+        total = sum(int(levels.astype(np.uint8).sum(dtype=np.int64)) for levels in grey)
         mean = np.float32(total / (pixels.shape[0] * pixels.shape[1]))
     for band in bands:
         planes = _brightened(pixels[band], parameters)

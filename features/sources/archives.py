@@ -104,20 +104,15 @@ class Archive:
         try:
             with open(self.file, "rb") as stream:
                 if _state(os.fstat(stream.fileno())) != self.state:
-                    raise SourceError(
-                        f"{self.file} has been changed since its members were listed; run the command again"
-                    )
+                    raise SourceError(f"{self.file} has been changed since its members were listed; run again")
                 data = _member_data(stream, member, wanted)
         except FileNotFoundError as error:
-            raise SourceError(
-                f"{self.file} has been removed since its members were listed; put it back and run the command again"
-            ) from error
+            raise SourceError(f"{self.file} has been removed since its members were listed; run again") from error
         except (OSError, zlib.error, struct.error) as error:
             raise UnreadableImageError("unreadable", f"{path} in {self.path}: {error}") from error
         if len(data) < wanted:
             raise UnreadableImageError(
-                "truncated",
-                f"{path} in {self.path}: received {len(data)} bytes, expected {member.size} as listed in the archive",
+                "truncated", f"{path} in {self.path}: received {len(data)} bytes, expected the {member.size} listed"
             )
         if member.crc is not None and wanted == member.size and zlib.crc32(data) != member.crc:
             raise UnreadableImageError("unreadable", f"{path} in {self.path}: the data do not match their CRC-32")
@@ -191,9 +186,7 @@ class _Listing:
         return Archive(self._path, self._file, self._state, self._members, self._folders)
 
     def refuse(self, name: str, problem: str) -> NoReturn:
-        raise SourceError(
-            f"{self._path}: the member {name!r} {problem}. Unpack the archive with care, and give the folder."
-        )
+        raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
 
     def add(self, name: str, member: Member) -> None:
         path = self._checked(name)
@@ -204,12 +197,10 @@ class _Listing:
         if member.size > self._member_limit:
             self.refuse(name, f"would expand to {member.size} bytes; the limit is {self._member_limit}")
         if member.size > max(FREE_MEMBER, MAX_RATIO * member.stored):
-            self.refuse(
-                name, f"would expand from {member.stored} to {member.size} bytes, like a bomb and unlike an image"
-            )
+            self.refuse(name, f"would expand from {member.stored} to {member.size} bytes, as bombs do, not images")
         self._total += member.size
         if self._total > self._total_limit:
-            self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes, like a bomb")
+            self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes, as bombs do")
         self._members[path] = member
 
     def add_folder(self, name: str) -> None:
@@ -331,7 +322,7 @@ def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
             for chunk in _chunks(path, expand):
                 if out.tell() + len(chunk) > limit:
                     raise SourceError(
-                        f"{path} expands from {size} to more than {limit} bytes, like a bomb and unlike images. "
+                        f"{path} expands from {size} to more than {limit} bytes, as bombs do, not images. "
                         "Unpack it with care, and give the folder."
                     )
                 out.write(chunk)

@@ -76,7 +76,7 @@ def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[
         received = listed(sorted(names)) or "no arrays"
         raise SourceError(f"{path} holds {received}; expected x_train, y_train and, optionally, x_test, y_test")
     if names >= {"x_val", "x_validation"}:
-        _refuse(archive, "x_validation", "and 'x_val' are both present; expected only one of them")
+        _refuse(archive, "x_validation", "stands beside 'x_val'; expected only one of them")
     if others := sorted(names - {f"{kind}_{word}" for kind in "xy" for word in _FOLDERS}):
         logger.warning("%s: arrays of other names are left out: %s", path, listed(others))
     width = len(str(max((label for subset in subsets for label in subset.labels), default=0)))

@@ -108,9 +108,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         raise SourceError(f"{manifest} is UTF-16 text; save it as CSV in UTF-8")
     if b"\0" in data:
-        _refuse_line(
-            manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "received a NUL character, expected text in UTF-8"
-        )
+        _refuse_line(manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "a NUL character; expected UTF-8 text")
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
     line = 1
     try:
@@ -151,10 +149,7 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
             for batch in table.iter_batches():
                 for row in zip(*(batch.column(number).to_pylist() for number in plain), strict=True):
                     line += 1
-                    yield (
-                        line,
-                        ["" if cell is None or cell != cell else str(cell) for cell in row],
-                    )  # NaN counts as null
+                    yield line, ["" if cell is None or cell != cell else str(cell) for cell in row]  # NaN is null too
     except SourceError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
@@ -206,7 +201,7 @@ def _manifest_path(manifest: Path, line: int, text: str) -> str:
     if not text.strip():
         _refuse_line(manifest, line, "the path is empty")
     if "\0" in text:
-        _refuse_line(manifest, line, f"received a NUL character in the path {text!r}")
+        _refuse_line(manifest, line, f"a NUL character in the path {text!r}")
     if _ADDRESS.match(text):
         _refuse_line(manifest, line, f"{text!r} is an address; expected a file (download it first)")
     path = os.path.normpath(text)

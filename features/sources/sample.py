@@ -37,9 +37,7 @@ def sample_folder(name: str) -> Path:
                     if not folder.is_dir():  # otherwise another process has just written the same files
                         raise
     except OSError as error:
-        raise SourceError(
-            f"cannot write the sample to {folder} ({error}); set BOTTLENECK_CACHE to a writable folder"
-        ) from error
+        raise SourceError(f"{folder} cannot be written ({error}); set BOTTLENECK_CACHE to a writable folder") from error
     return folder
 
 

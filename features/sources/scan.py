@@ -127,9 +127,7 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
     """
     text = os.fspath(source)
     if "://" in text:
-        raise SourceError(
-            f"{text} is a web address, and nothing is downloaded. Download it first, then give the file or folder."
-        )
+        raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -340,9 +338,7 @@ def _scan_sample(text: str) -> ImageSet:
     folder = sample_folder(text)
     images = _scan_folder(folder, SAMPLE)
     if len(images) != SAMPLE_IMAGES:
-        raise SourceError(
-            f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it, and it will be made again"
-        )
+        raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it and run again")
     return images
 
 
