@@ -230,29 +230,29 @@ CASES: dict[str, tuple[Change, str]] = {
         late(link(f"checksums/{KEY}", h5py.SoftLink("/images/sha256"))),
         "/checksums/features/last.avg: a soft",
     ),
-    "hard link to the root": (link("features/b", "/"), "another name for an object that has one"),
-    "hard link to a neighbour": (link("features/b", KEY), "another name for an object that has one"),
-    "hard links to the root, many": (many_names, "another name for an object"),
+    "hard link to the root": (link("features/b", "/"), "a second name for the same object"),
+    "hard link to a neighbour": (link("features/b", KEY), "a second name for the same object"),
+    "hard links to the root, many": (many_names, "a second name for the same object"),
     "checksums that are the data": (
         late(link("checksums/images/sha256", "images/sha256")),
-        "another name for an object that has one",
+        "a second name for the same object",
     ),
     "named type": (lambda file: file.__setitem__("features/t", np.dtype("<f4")), "/features/t: neither a group nor"),
-    "groups in groups": (deep, "nested deeper"),
+    "groups in groups": (deep, "nested more deeply"),
     # where the data lies
     "external storage": (
         replace(KEY, shape=(ROWS, 1, 5), dtype=FLOAT32, external=[("/etc/passwd", 0, 240)]),
-        "/features/last.avg: not a contiguous data set",
+        "/features/last.avg: not a contiguous array",
     ),
-    "virtual data set": (virtual, "/features/last.avg: not a contiguous data set"),
-    "chunks": (replace(KEY, data=np.zeros((ROWS, 1, 5), FLOAT32), chunks=True), "not a contiguous data set"),
-    "compressed bomb": (bomb, "/features/last.avg: not a contiguous data set"),
+    "virtual array": (virtual, "/features/last.avg: not a contiguous array"),
+    "chunks": (replace(KEY, data=np.zeros((ROWS, 1, 5), FLOAT32), chunks=True), "not a contiguous array"),
+    "compressed bomb": (bomb, "/features/last.avg: not a contiguous array"),
     "chunked checksums": (
         late(replace(f"checksums/{KEY}", shape=(1 << 40, 32), dtype="u1", chunks=(1024, 32))),
         "/checksums/features/last.avg: not a contiguous",
     ),
     "no data space": (replace(KEY, data=h5py.Empty(FLOAT32)), "/features/last.avg: not a contiguous"),
-    "a scalar": (replace("images/size", data=np.int64(3)), "/images/size: a scalar"),
+    "a scalar": (replace("images/size", data=np.int64(3)), "/images/size: received a scalar, expected rows"),
     # declared sizes
     "absurd rows": (replace(KEY, shape=(1 << 40, 1, 5), dtype=FLOAT32), "declares 21990232555520 bytes"),
     "absurd rows of a table": (replace("images/label", shape=(1 << 50,), dtype="<i4"), "/images/label: declares"),
@@ -309,22 +309,22 @@ CASES: dict[str, tuple[Change, str]] = {
         "/checksums/features/last.avg: received",
     ),
     # missing and extra
-    "no labels": (delete("images/label"), "data sets and checksums do not pair: /images/label"),
+    "no labels": (delete("images/label"), "arrays without a checksum, or checksums without an array: /images/label"),
     "no labels, no checksum": (
         lambda file: (delete("images/label")(file), delete("checksums/images/label")(file)),  # type: ignore[dict-item]
-        "unknown or missing data sets: /images/label",
+        "unknown or missing arrays: /images/label",
     ),
     "no classes": (
         lambda file: (delete("classes")(file), delete("checksums/classes")(file)),  # type: ignore[dict-item]
-        "unknown or missing data sets: /classes/ends, /classes/utf8",
+        "unknown or missing arrays: /classes/ends, /classes/utf8",
     ),
     "no features": (
         lambda file: (emptied("features")(file), delete("checksums/features")(file)),  # type: ignore[dict-item]
-        "/features: no data set",
+        "/features: no feature set",
     ),
-    "no checksums": (late(emptied("checksums")), "data sets and checksums do not pair"),
-    "an extra table": (replace("images/secret", data=np.zeros(ROWS, "<i4")), "unknown or missing data sets"),
-    "an extra data set": (replace("more", data=np.zeros(3, "u1")), "unknown or missing data sets: /more"),
+    "no checksums": (late(emptied("checksums")), "arrays without a checksum, or checksums without an array"),
+    "an extra table": (replace("images/secret", data=np.zeros(ROWS, "<i4")), "unknown or missing arrays"),
+    "an extra array": (replace("more", data=np.zeros(3, "u1")), "unknown or missing arrays: /more"),
     "an extra group": (lambda file: file.create_group("more"), "does not have: /more"),  # type: ignore[dict-item]
     "an extra attribute of the root": (attribute("/", "x", np.bytes_("y")), "root attributes"),
     "an extra attribute of a table": (attribute("images/label", "x", 1, INT64), "does not have: /images/label"),
@@ -334,7 +334,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "no recipe": (attribute(KEY, "recipe", None), "expected fingerprint and recipe"),
     "features under another name": (
         lambda file: file.move(KEY, "features/other"),  # type: ignore[dict-item,return-value]
-        "do not pair|not that of its recipe",
+        "without a checksum|does not match its recipe",
     ),
     "features in a folder": (
         lambda file: (  # type: ignore[dict-item]
@@ -359,7 +359,7 @@ CASES: dict[str, tuple[Change, str]] = {
     # recipes
     "fingerprint of another recipe": (
         recipe_text(lambda values: canonical_json({**values, "seed": 1}), honest=False),
-        "/features/last.avg: the fingerprint or the name is not that of its recipe",
+        "/features/last.avg: the fingerprint or the name does not match its recipe",
     ),
     "recipe of an unknown version": (recipe_text(lambda values: canonical_json({**values, "version": 2})), "version 2"),
     "recipe with an extra field": (
@@ -371,10 +371,10 @@ CASES: dict[str, tuple[Change, str]] = {
         "unknown or missing fields: fit",
     ),
     "recipe with NaN": (recipe_text(lambda values: json.dumps({**values, "seed": float("nan")})), "not a readable"),
-    "recipe with spaces": (recipe_text(lambda values: json.dumps(values, sort_keys=True)), "not that of its recipe"),
+    "recipe with spaces": (recipe_text(lambda values: json.dumps(values, sort_keys=True)), "does not match its recipe"),
     "recipe with a field twice": (
         recipe_text(lambda values: canonical_json(values)[:-1] + ',"seed":0}'),
-        "not that of its recipe",
+        "does not match its recipe",
     ),
     "recipe that is deep": (recipe_text(lambda values: '{"a":' * 9_000 + "1" + "}" * 9_000), "not a readable"),
     "recipe with a deep field": (
@@ -412,7 +412,7 @@ CASES: dict[str, tuple[Change, str]] = {
     "split that does not exist": (put("images/split", 4, 3), "/images/split holds 0 to 4, expected 0 to 3"),
     "split not decided": (put("images/split", -1, 3), "/images/split holds -1 to 3, expected 0 to 3"),
     "classes not sorted": (put("classes/utf8", np.frombuffer(b"dogcat", "u1")), "/classes are not sorted"),
-    "a class twice": (put("classes/utf8", np.frombuffer(b"catcat", "u1")), "/classes are not sorted, or one is there"),
+    "a class twice": (put("classes/utf8", np.frombuffer(b"catcat", "u1")), "/classes are not sorted, or one occurs"),
 }
 
 

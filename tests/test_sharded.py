@@ -82,7 +82,7 @@ def test_indexing_is_that_of_numpy(source: Path, out: Path) -> None:
     rows = np.random.default_rng(0).permutation(33)
     for key in (5, -1, slice(3, 30, 4), rows, rows % 2 == 0, (rows, 0), (slice(None), 0), ([2, 2, 7], slice(0, 1)), []):
         np.testing.assert_array_equal(array[key], whole[key])
-    with pytest.raises(IndexError, match=r"only images and views"):
+    with pytest.raises(IndexError, match=r"by images and views only"):
         array[0, 0, 1]
     for key in (..., (..., 0), (slice(None), ...), np.ones((33, 1, 3), bool)):
         with pytest.raises(IndexError):
@@ -319,7 +319,7 @@ def test_lost_shards_are_not_lost_images(source: Path, out: Path, tmp_path: Path
     assert_rows_are_their_images(extract(source, out, network).store, source)
     assert sum(network.batches) == 33 - (store.places("last.avg")[..., 0] == 0).sum()
     out.rename(tmp_path / "moved.h5")
-    with pytest.raises(IntegrityError, match=r"its shards lie in moved\.h5\.parts, which is not beside it; move them"):
+    with pytest.raises(IntegrityError, match=r"the folder of its shards, moved\.h5\.parts, is not beside it; move"):
         FeatureStore.open(tmp_path / "moved.h5").load()
     (tmp_path / "link.h5").symlink_to(tmp_path / "moved.h5")
     parts_folder(out).rename(parts_folder(tmp_path / "moved.h5"))
@@ -378,7 +378,7 @@ def test_a_store_given_to_another_process_is_that_one_or_an_error(source: Path, 
     assert opener(*arguments).data_digest == store.data_digest
     paint(source / "cat" / "new.png", (1, 2, 3))
     extract(source, out)
-    with pytest.raises(StoreError, match="was brought up to date after this process was given it"):
+    with pytest.raises(StoreError, match="was brought up to date after it was passed to this process"):
         opener(*arguments)
     assert store.array().filename is None  # nobody opens another store by its name
 
@@ -488,17 +488,17 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
 
     np.testing.assert_array_equal(written().load()[0], np.ones((2, 3)))
     for options, message in (
-        ({"name": "../../" + "0" * 14}, "no name of a shard"),
+        ({"name": "../../" + "0" * 14}, "invalid name of a shard"),
         ({"name": "1" * 20}, "the shard is missing"),
         ({"place": (1, 0, 0)}, "shard"),
         ({"place": (-1, 0, 0)}, "shard"),
-        ({"place": (0, 2, 0)}, "a place outside"),
-        ({"place": (0, 0, 1)}, "a place outside"),
-        ({"place": (0, -1, 0)}, "a place outside"),
-        ({"width": 4}, "does not hold last.avg"),
-        ({"width": 2 * 10**10}, "does not hold last.avg"),
+        ({"place": (0, 2, 0)}, "a place lies outside"),
+        ({"place": (0, 0, 1)}, "a place lies outside"),
+        ({"place": (0, -1, 0)}, "a place lies outside"),
+        ({"width": 4}, "does not hold the feature set last.avg"),
+        ({"width": 2 * 10**10}, "does not hold the feature set last.avg"),
         ({"width": 2**62}, "attribute shape|does not hold"),
-        ({"layer": "corner"}, "does not hold corner.avg"),
+        ({"layer": "corner"}, "does not hold the feature set corner.avg"),
     ):
         for check in (FeatureStore.load, FeatureStore.verify):
             with pytest.raises(IntegrityError, match=message):

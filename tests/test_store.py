@@ -102,7 +102,7 @@ def test_load_selects_rows_with_their_own_labels(path: Path) -> None:
 
 def test_wrong_questions_get_the_names(path: Path) -> None:
     store = FeatureStore.open(path)
-    with pytest.raises(ConfigurationError, match=r"holds 2 data sets: name one of last.avg, spatial"):
+    with pytest.raises(ConfigurationError, match=r"holds 2 feature sets: name one of last.avg, spatial"):
         store.load("train")
     with pytest.raises(ConfigurationError, match="did you mean 'spatial'"):
         store.load("train", name="spatials")
@@ -145,7 +145,7 @@ def test_rows_that_were_promised_must_be_written(tmp_path: Path) -> None:
     writer.append("last.avg", np.zeros((2, 1, 4), np.float32))
     with pytest.raises(StoreError, match="expected"):
         writer.append("last.avg", np.zeros((2, 1, 4), np.float32))
-    with pytest.raises(StoreError, match="2 rows were written, 3 promised"):
+    with pytest.raises(StoreError, match="received 2 rows, expected 3"):
         writer.finish(images=table(), quarantine=QUARANTINE)
     writer.close()
 

@@ -1,7 +1,7 @@
-"""The feature store, read: a finished feature file, and nothing in it trusted.
+"""Read a feature store. Nothing in the file is trusted.
 
-``FORMAT.md`` beside this file is normative. ``features.store.writer`` makes what is read here; ``features.store.untrusted`` checks
-how a file is built before any value of it is used.
+``features/FORMAT.md`` is normative. ``features.store.writer`` writes these files. ``features.store.untrusted`` checks
+the structure of a file before any value of it is used.
 """
 
 from __future__ import annotations
@@ -27,10 +27,7 @@ from features.sources.splits import SPLITS
 from features.store.schema import (
     FURTHER_COLUMNS,
     IMAGE_COLUMNS,
-    OPTIONAL_COLUMNS,
-    PLACE,
     QUARANTINE_COLUMNS,
-    SHARD_COLUMNS,
     ImageTable,
     Quarantine,
     ShardTable,
@@ -40,30 +37,30 @@ from features.store.schema import (
     values_group,
 )
 from features.store.sharded import ShardedArray, by_shard
-from features.store.untrusted import WAY_OUT, Structure, read_structure, reading
+from features.store.untrusted import WAY_OUT, check_tables, read_recipes, read_structure, reading
 
 logger = logging.getLogger(__name__)
 _SHARD_NAME = re.compile("[0-9a-f]{20}")
 
 
 def parts_folder(path: Path) -> Path:
-    """Where the shards of a store lie: beside the file, not beside a link to it."""
+    """Return the folder of a store's shards, which lies beside the file and not beside a link to it."""
     path = Path(os.path.realpath(path))
     return path.with_name(path.name + ".parts")
 
 
 def is_shard_name(text: str) -> bool:
-    """Whether a shard may be called so."""
+    """Whether ``text`` is a valid name of a shard."""
     return _SHARD_NAME.fullmatch(text) is not None
 
 
 def shard_path(folder: Path, identity: str) -> Path:
-    """Where the shard of that identity lies."""
+    """Return the path of the shard with that identity."""
     return folder / f"{identity}.h5"
 
 
 class FeatureStore:
-    """A finished feature file, opened for reading. Untrusted: every value is checked before it is handed out.
+    """A feature store opened for reading. The file is untrusted: every value is checked before it is returned.
 
     Examples
     --------
@@ -90,24 +87,25 @@ class FeatureStore:
         StoreError
             If there is no such file.
         FormatVersionError
-            If it is of a version unknown to this release.
+            If this release does not know the format version.
         IntegrityError
-            If it is not a feature store, or its structure is not what FORMAT.md says.
+            If it is not a feature store, or its structure does not follow FORMAT.md.
         """
         return cls(Path(path), kinds=("store", "index"))
 
     @classmethod
     def open_shard(cls, path: str | Path) -> FeatureStore:
-        """Open one shard. Its labels and splits are not yet decided, or stand in the index."""
+        """Open one shard. Its labels and splits are assigned later, at assembly or in an index."""
         return cls(Path(path), kinds=("shard",))
 
     def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Path]]:
-        return functools.partial(_open_again, kinds=self._kinds, digest=self.digest), (self.path,)  # no open files
+        # Open files are not pickled.
+        return functools.partial(_open_again, kinds=self._kinds, digest=self.digest), (self.path,)
 
     # -- what is inside
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the feature data sets, sorted."""
+        """Names of the feature sets, sorted."""
         return tuple(sorted(self.recipes))
 
     def __len__(self) -> int:
@@ -115,12 +113,12 @@ class FeatureStore:
         return self._rows
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of one data set, ``(images, views, ...)``."""
+        """Return the shape of one feature set, ``(images, views, ...)``."""
         entry = self._entries[self._key_of(name)]
         return entry.shape if self.kind != "index" else (*entry.shape[:2], *self._row_shapes[name])
 
     def views(self, name: str) -> int:
-        """Number of views in one data set."""
+        """Return the number of views in one feature set."""
         return self.shape(name)[1]
 
     @functools.cached_property
@@ -139,7 +137,7 @@ class FeatureStore:
             mtimes_ns=column("mtime_ns"),
             columns=self._further_columns(),
         )
-        # Rows of a shard get their labels and splits at assembly.
+        # The rows of a shard have no labels and splits until assembly.
         splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
         self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
         self._check_range("/images/split", table.splits, *splits)
@@ -162,12 +160,12 @@ class FeatureStore:
         """Class names; a label is an index into them."""
         names = self._strings_of("/classes")
         if list(names) != sorted(set(names)):
-            raise IntegrityError(f"{self.path}: /classes are not sorted, or one is there twice. {WAY_OUT}")
+            raise IntegrityError(f"{self.path}: /classes are not sorted, or one occurs twice. {WAY_OUT}")
         return names
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
+        """sha256 of the classes and of each row's content hash, label and split: the data that train a head."""
         table = self.images
         return data_digest(self.classes, table.sha256, table.labels, table.splits)
 
@@ -178,15 +176,15 @@ class FeatureStore:
             return ShardTable((), np.zeros((0, 32), np.uint8))
         table = ShardTable(self._strings_of("/shards/name"), self._values_of("/shards/digest"))
         if not all(map(is_shard_name, table.names)):
-            raise IntegrityError(f"{self.path}: /shards/name holds what is no name of a shard. {WAY_OUT}")
+            raise IntegrityError(f"{self.path}: /shards/name holds an invalid name of a shard. {WAY_OUT}")
         return table
 
     def places(self, name: str) -> np.ndarray:
-        """Where the rows of a sharded store lie, int32, ``(images, views, 3)``: shard, row, position of the view."""
+        """Return the places of the rows of a sharded store, int32, ``(images, views, 3)``: shard, row, view position."""
         return self._verified_map(self._key_of(name))
 
     def present(self) -> np.ndarray:
-        """Whether each row is there, bool, ``(images,)``: false where a shard is missing, or known to be damaged."""
+        """Return whether each row is present, bool, ``(images,)``; rows of missing or known damaged shards are not."""
         numbers = range(len(self.shards.names))
         here = np.array([n not in self._damaged and self._shard_path(n).is_file() for n in numbers], bool)
         every = np.ones(len(self), bool)
@@ -203,7 +201,7 @@ class FeatureStore:
 
     @functools.cached_property
     def digest(self) -> bytes:
-        """sha256 over everything that decides what the file says: its attributes, and the checksums of all blocks."""
+        """sha256 of everything that decides the content of the file: its attributes and the checksums of all blocks."""
         listed = {key: [entry.dtype.str, list(entry.shape)] for key, entry in sorted(self._entries.items())}
         digest = hashlib.sha256(canonical_json([self._attributes_digest, listed]).encode("ascii"))
         for key in sorted(self._entries):
@@ -212,7 +210,7 @@ class FeatureStore:
 
     # -- arrays
     def rows(self, split: str | None = None) -> np.ndarray:
-        """Row numbers of one split, int64, ascending; all rows without ``split``."""
+        """Return the row numbers of one split, int64, ascending; all rows if ``split`` is None."""
         if split is None:
             return np.arange(len(self), dtype=np.int64)
         if split not in SPLITS:
@@ -224,30 +222,30 @@ class FeatureStore:
     def load(
         self, split: str | None = None, name: str | None = None, views: int | str = 0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Features and labels of one split, each row with its own label.
+        """Return the features and the labels of one split.
 
         Parameters
         ----------
         split : {"train", "validation", "test", "unlabelled"}, optional
-            All rows without it.
+            By default all rows.
         name : str, optional
-            Feature data set; may be left out where there is one.
+            Feature set; may be left out if there is only one.
         views : int or "all"
             One view (0 is the plain image), or all of them.
 
         Returns
         -------
         X : float32 or float16, (n, ...), or (n, K, ...) with ``views="all"``
-            Memory-mapped, read-only, where the split is one run of rows; else a copy.
+            Read-only and memory-mapped if the rows of the split are contiguous, else a copy.
         y : int32, (n,)
             Labels, -1 for unlabelled.
 
         Raises
         ------
         IntegrityError
-            If a block of rows is not what was written.
+            If the checksum of a block of rows does not match.
         """
-        name = self._data_set(name)
+        name = self._feature_set(name)
         array = self.array(name)
         rows = self.rows(split)
         labels = self.images.labels[rows]
@@ -261,11 +259,11 @@ class FeatureStore:
         return array[rows, chosen], labels
 
     def array(self, name: str | None = None) -> np.ndarray | ShardedArray:
-        """One whole data set, ``(images, views, ...)``, read-only, verified on first use.
+        """Return one whole feature set, ``(images, views, ...)``, read-only; it is verified on first use.
 
-        Memory-mapped in a packed store; in a sharded one an object that copies the rows it is indexed with.
+        In a packed store it is memory-mapped. In a sharded store it is an object that copies the rows it is indexed by.
         """
-        name = self._data_set(name)
+        name = self._feature_set(name)
         values = self._verified_map(self._key_of(name))
         if self.kind != "index":
             return values
@@ -273,16 +271,17 @@ class FeatureStore:
         return ShardedArray(values, self._row_shapes[name], np.dtype(self.recipes[name].dtype), rows_of)
 
     def read(self, name: str | None, start: int, stop: int) -> np.ndarray:
-        """A run of rows of one data set, ``(stop - start, views, ...)``, each block verified the first time.
+        """Return contiguous rows of one feature set, ``(stop - start, views, ...)``; blocks are verified on first use.
 
-        For going through a data set larger than memory: not mapped, as mapped pages count as memory of the process.
+        Use it to read a feature set larger than memory. It does not map the file, because mapped pages count as memory
+        of the process.
         """
-        name = self._data_set(name)
+        name = self._feature_set(name)
         key, (images, *row) = self._key_of(name), self.shape(name)
         start, stop, _ = slice(start, stop).indices(images)
         entry = self._entries[key]
         size, step = (stop - start) * entry.row_bytes, block_rows(entry.shape, entry.dtype)
-        if self.kind == "index" or not 0 < size < 1 << 30:  # a single system call reads no more
+        if self.kind == "index" or not 0 < size < 1 << 30:  # one system call reads no more than this
             return self.array(name)[start : max(start, stop)]
         self._check_blocks(key, range(start // step, -(-stop // step)))
         with self._stream() as stream:
@@ -302,7 +301,7 @@ class FeatureStore:
         Raises
         ------
         IntegrityError
-            Naming the data set and the rows of the first block that differs.
+            If a checksum differs; the message names the array and the rows of the first such block.
         """
         blocks = sum(len(entry.digests) for entry in self._entries.values())
         total, done = blocks + len(self.shards.names), 0
@@ -322,12 +321,12 @@ class FeatureStore:
             if progress:
                 progress("verify", done, total)
         if any(set(groups) - set(range(len(self.shards.names))) for groups in here.values()):
-            raise IntegrityError(f"{self.path}: a place in a shard that there is not. {WAY_OUT}")
-        _ = self.images, self.quarantine  # texts are whole, labels and splits are in range
+            raise IntegrityError(f"{self.path}: a place lies in a shard that does not exist. {WAY_OUT}")
+        _ = self.images, self.quarantine  # reading them checks texts, labels and splits
         return blocks
 
     def set_damaged_shards_aside(self) -> None:
-        """Verify each shard; rows of one that is damaged count as missing from now on, which is logged."""
+        """Verify each shard. A damaged one is logged, and its rows count as missing from then on."""
         for number in range(len(self.shards.names)):
             try:
                 self._open_shard(number).verify()
@@ -336,21 +335,21 @@ class FeatureStore:
                 self._damaged.add(number)
 
     # -- inside
-    def _data_set(self, name: str | None) -> str:
+    def _feature_set(self, name: str | None) -> str:
         if name is None:
             if len(self.recipes) == 1:
                 return next(iter(self.recipes))
             raise ConfigurationError(
-                f"{self.path} holds {len(self.recipes)} data sets: name one of {', '.join(self.names)}"
+                f"{self.path} holds {len(self.recipes)} feature sets: name one of {', '.join(self.names)}"
             )
         if name not in self.recipes:
             raise ConfigurationError(
-                f"{self.path} has no data set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
+                f"{self.path} has no feature set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
             )
         return name
 
     def _key_of(self, name: str) -> str:
-        return f"/{values_group(self.kind)}/{self._data_set(name)}"
+        return f"/{values_group(self.kind)}/{self._feature_set(name)}"
 
     def _open(self) -> None:
         if not self.path.exists():
@@ -360,8 +359,8 @@ class FeatureStore:
         if not self.path.is_file():
             if self.path.is_dir():
                 raise IntegrityError(
-                    f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To make "
-                    f"one of a folder of images: bottleneck extract {self.path} --out features.h5"
+                    f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To "
+                    f"make one of a folder of images: bottleneck extract {self.path} --out features.h5"
                 )
             raise IntegrityError("not a feature store, but a pipe or a device")
         structure = read_structure(self.path, self._kinds, keep_open="shard" not in self._kinds)
@@ -374,108 +373,52 @@ class FeatureStore:
         self.provenance = json.loads(str(root["provenance"]))
         if not isinstance(self.provenance, dict):
             raise IntegrityError(f"attribute provenance: received {str(root['provenance'])[:40]}, expected an object")
-        self._check_columns()
-        self.recipes = self._read_recipes(structure)
-
-    def _check_columns(self) -> None:
-        expected: dict[str, tuple[str, tuple[int, ...]]] = {}
-        tables_of_file = {"/images": IMAGE_COLUMNS, "/quarantine": QUARANTINE_COLUMNS}
-        if self.kind == "index":
-            tables_of_file["/shards"] = SHARD_COLUMNS
-        for group, columns in tables_of_file.items():
-            for name, kind in columns.items():
-                key = f"{group}/{name}"
-                if kind is not None:
-                    expected[key] = kind
-                elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in self._entries:
-                    expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
-        further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in self._entries else ()
-        for key in ("/classes", *further):
-            expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
-        tables = {key for key in self._entries if not key.startswith(f"/{values_group(self.kind)}/")}
-        if tables != set(expected):
-            raise IntegrityError(f"unknown or missing data sets: {', '.join(sorted(tables ^ set(expected))[:5])}")
-        counts: dict[str, set[int]] = {group: set() for group in tables_of_file}
-        for key, (dtype, tail) in expected.items():
-            entry = self._entries[key]
-            if entry.dtype != np.dtype(dtype) or entry.shape[1:] != tail:
-                raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} (n, {tail})")
-            if not key.endswith("/utf8") and not key.startswith(("/classes", "/columns")):
-                counts["/" + key.split("/")[1]].add(entry.shape[0])
-        for group, lengths in counts.items():
-            if len(lengths) != 1:
-                raise IntegrityError(f"{group}: columns of different lengths {sorted(lengths)}")
-        self._rows = counts["/images"].pop()
-
-    def _read_recipes(self, structure: Structure) -> dict[str, Recipe]:
-        recipes: dict[str, Recipe] = {}
-        self._row_shapes: dict[str, tuple[int, ...]] = {}  # of an index, whose values lie elsewhere
-        group, extra = f"/{values_group(self.kind)}/", ["shape"] if self.kind == "index" else []
-        for key, entry in self._entries.items():
-            if not key.startswith(group):
-                continue
-            values = structure.attributes.get(key, {})
-            if sorted(values) != ["fingerprint", "recipe", *extra]:
-                raise IntegrityError(f"{key}: attributes {sorted(values)}, expected fingerprint and recipe")
-            recipe = Recipe.from_dict(json.loads(str(values["recipe"])))
-            name = key.removeprefix(group)
-            if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
-                raise IntegrityError(f"{key}: the fingerprint or the name is not that of its recipe")
-            dtype = PLACE if self.kind == "index" else np.dtype(recipe.dtype)
-            if entry.dtype != dtype or len(entry.shape) < 3 or entry.shape[0] != self._rows or not entry.shape[1]:
-                raise IntegrityError(
-                    f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} and {self._rows} rows"
-                )
-            if self.kind == "index":
-                self._row_shapes[name] = _row_shape(key, entry.shape, str(values["shape"]))
-            recipes[name] = recipe
-        if not recipes:
-            raise IntegrityError(f"{group[:-1]}: no data set")
-        return recipes
+        self._rows = check_tables(structure)
+        self.recipes, self._row_shapes = read_recipes(structure, self._rows)
 
     def _shard_path(self, number: int) -> Path:
         return shard_path(parts_folder(self.path), self.shards.names[number])
 
     def _open_shard(self, number: int) -> FeatureStore:
-        """A shard that is the one the index was made of: its digest vouches for all that it says."""
+        """Open a shard, and check by its digest that it is the one from which the index was made."""
         path = self._shard_path(number)
         if not path.parent.is_dir():
             raise IntegrityError(
-                f"{self.path}: its shards lie in {path.parent.name}, which is not beside it; move them along"
+                f"{self.path}: the folder of its shards, {path.parent.name}, is not beside it; move them together"
             )
         try:
             shard = FeatureStore.open_shard(path)
         except (StoreError, FileNotFoundError) as error:
             raise IntegrityError(
-                f"{path}: the shard is missing, a part of {self.path}. If that was brought up to date in the meantime, "
-                "open it again; else run the extraction again: only the images of this shard are computed."
+                f"{path}: the shard is missing; it belongs to {self.path}. If that was brought up to date in the "
+                "meantime, open it again; else run the extraction again: only the images of this shard are computed."
             ) from error
         if shard.digest != self.shards.digests[number].tobytes():
             raise IntegrityError(
-                f"{path}: the shard is not the one that was written, a part of {self.path}. Move it away and run the "
+                f"{path}: the shard is not the one that was written for {self.path}. Move it away and run the "
                 "extraction again: only its images are computed."
             )
         return shard
 
     def _shard_rows(self, name: str, number: int) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:
         if not 0 <= number < len(self.shards.names):
-            raise IntegrityError(f"{self.path}: a place in shard {number}, of {len(self.shards.names)}. {WAY_OUT}")
+            raise IntegrityError(f"{self.path}: a place lies in shard {number} of {len(self.shards.names)}. {WAY_OUT}")
         if number not in self._shards:
             self._shards[number] = self._open_shard(number)
         self._check_holds(self._shards[number], number, name)
         return functools.partial(self._shards[number]._values_at, name)
 
     def _check_holds(self, shard: FeatureStore, number: int, name: str, places: np.ndarray | None = None) -> None:
-        """That a shard has the data set that the index says, and all of these places."""
+        """Check that a shard has the feature set that the index names, and all of these places."""
         recipe, mine = shard.recipes.get(name), self.recipes[name]
         same = recipe is not None and (recipe == mine or self._only_view_0(shard, number, name, recipe))
         if not same or shard.shape(name)[2:] != self._row_shapes[name]:
-            raise IntegrityError(f"{shard.path}: does not hold {name} of {self.path}. {WAY_OUT}")
+            raise IntegrityError(f"{shard.path} does not hold the feature set {name} of {self.path}. {WAY_OUT}")
         if places is not None and ((places < 0).any() or (places[:, 1:] >= shard.shape(name)[:2]).any()):
-            raise IntegrityError(f"{self.path}: a place outside {shard.path}. {WAY_OUT}")
+            raise IntegrityError(f"{self.path}: a place lies outside {shard.path}. {WAY_OUT}")
 
     def _only_view_0(self, shard: FeatureStore, number: int, name: str, recipe: Recipe) -> bool:
-        """Whether the index takes nothing but view 0 of this shard, which neither augmentation nor seed decides."""
+        """Whether the index uses only view 0 of this shard, which depends on neither augmentation nor seed."""
         places, views = self.places(name), shard.provenance.get("views")
         here = places[..., 0] == number
         position = views.index(0) if isinstance(views, list) and 0 in views else -1
@@ -516,10 +459,10 @@ class FeatureStore:
             return np.zeros(entry.shape, dtype=entry.dtype)
         with self._stream() as stream:
             array = np.memmap(stream, dtype=entry.dtype, mode="r", offset=entry.offset, shape=entry.shape)
-        return array  # it has no file name: whoever opened that would read the rows of a later store
+        return array  # without a file name, because a later store may have that name
 
     def _verify_blocks(self, key: str) -> Iterator[np.ndarray]:
-        """Blocks of rows that are what was written. Read, not mapped: what is mapped counts as memory of the process."""
+        """Yield verified blocks of rows. They are read and not mapped: mapped pages count as memory of the process."""
         with self._stream() as stream:
             for block in range(len(self._entries[key].digests)):
                 yield self._read_block(stream, key, block)
@@ -556,7 +499,7 @@ class FeatureStore:
             return {}
         names, values = map(self._strings_of, FURTHER_COLUMNS)
         if list(names) != sorted(set(names)) or len(values) != len(names) * len(self):
-            raise IntegrityError(f"{self.path}: {len(names)} further columns of {len(values)} values. {WAY_OUT}")
+            raise IntegrityError(f"{self.path}: {len(names)} further columns have {len(values)} values. {WAY_OUT}")
         return {name: values[number * len(self) : (number + 1) * len(self)] for number, name in enumerate(names)}
 
     def _values_of(self, key: str) -> np.ndarray:
@@ -573,18 +516,8 @@ class FeatureStore:
 
 
 def _open_again(path: Path, *, kinds: tuple[str, ...], digest: bytes) -> FeatureStore:
-    """A store in another process: the same one, or an error."""
+    """Open a store again, in another process; a store that has changed is an error."""
     store = FeatureStore(path, kinds=kinds)
     if store.digest != digest:
-        raise StoreError(f"{path}: was brought up to date after this process was given it. Open it again.")
+        raise StoreError(f"{path} was brought up to date after it was passed to this process. Open it again.")
     return store
-
-
-def _row_shape(key: str, places: tuple[int, ...], text: str) -> tuple[int, ...]:
-    """Shape of one view of one image, as an index states it."""
-    shape = json.loads(text)
-    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
-        raise IntegrityError(f"{key}: attribute shape is {text[:40]}, expected positive lengths")
-    if places[2:] != (3,):
-        raise IntegrityError(f"{key}: received {places}, expected a shard, a row and a view each")
-    return tuple(shape)

@@ -1,4 +1,4 @@
-"""What a store consists of: tables, column types and block checksums, as FORMAT.md says. Pure, no HDF5 here."""
+"""The schema of a store as FORMAT.md specifies it: tables, column types and block checksums. No HDF5 is used here."""
 
 from __future__ import annotations
 
@@ -16,34 +16,34 @@ from features.recipe import Recipe
 FORMAT = "bottleneck-features"
 FORMAT_VERSION = 1
 CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
-TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes leave the object header
-PLACE = np.dtype("<i4")  # a place is three of them: shard, row, position on the shard's view axis
+TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes would not fit into the object header
+PLACE = np.dtype("<i4")  # a place is three such numbers: shard, row, position on the shard's view axis
 
 
 @dataclasses.dataclass(frozen=True)
 class ImageTable:
-    """One entry per row of every feature data set, in row order.
+    """What is known about each image: one entry per row of every feature set, in row order.
 
     Parameters
     ----------
     paths : tuple of str
-        Path inside the source, ``/`` between parts.
+        Path inside the source, with ``/`` between folders.
     sha256 : uint8, (n, 32)
-        Content hash of the bytes that were decoded.
+        Hash of the bytes that were decoded.
     labels : int32, (n,)
         Index into the classes, -1 for unlabelled.
     splits : int8, (n,)
         Index into ``features.sources.scan.SPLITS``.
     groups : tuple of str or None
-        Group of each image, where the source has groups.
+        Group of each image, if the source has groups.
     widths, heights : int32, (n,)
-        Size of the decoded image in pixels, after orientation, before resizing.
+        Size of the decoded image in pixels, after its orientation was applied and before resizing.
     sizes : int64, (n,)
         File size in bytes.
     mtimes_ns : int64, (n,)
         Modification time in nanoseconds since 1970.
     columns : mapping of str to tuple of str, length n
-        What else the source says of each image, by name.
+        Further columns of the source, by name.
     """
 
     paths: tuple[str, ...]
@@ -63,7 +63,7 @@ class ImageTable:
 
 @dataclasses.dataclass(frozen=True)
 class Quarantine:
-    """Images that could not be read: path, hash of the bytes (zeros where there were none), reason, size, time."""
+    """Images that could not be read: path, hash of the bytes (zeros if there were none), reason, size and time."""
 
     paths: tuple[str, ...]
     sha256: np.ndarray
@@ -77,7 +77,7 @@ class Quarantine:
 
 @dataclasses.dataclass(frozen=True)
 class FeatureSpec:
-    """Shape and meaning of one feature data set: ``(rows, views, *shape)`` of ``recipe.dtype``."""
+    """Recipe and shape of one feature set, an array ``(rows, views, *shape)`` of ``recipe.dtype``."""
 
     recipe: Recipe
     views: int
@@ -86,7 +86,7 @@ class FeatureSpec:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTable:
-    """The shards that an index points into: name, and digest of what each says (``FeatureStore.digest``)."""
+    """The shards to which an index refers: the name and the ``FeatureStore.digest`` of each."""
 
     names: tuple[str, ...]
     digests: np.ndarray
@@ -112,30 +112,30 @@ QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "mtime_ns": ("<i8", ()),
 }
 SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "digest": ("u1", (32,))}
-# Names of the further columns, and their values, one column behind the other.
+# Names of the further columns, and their values, one column after the other.
 FURTHER_COLUMNS = ("/columns/name", "/columns/value")
 OPTIONAL_COLUMNS = {"/images/group"}
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
 
 
 def digest_rows(digests: Iterable[bytes]) -> np.ndarray:
-    """Digests of 32 bytes each -> uint8, (n, 32)."""
+    """Return digests of 32 bytes each as one array, uint8, (n, 32)."""
     return np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32)
 
 
 def values_group(kind: str) -> str:
-    """Where the features are, or in an index their places."""
+    """Return the name of the group that holds the features or, in an index, their places."""
     return "places" if kind == "index" else "features"
 
 
 def root_groups(kind: str) -> tuple[str, ...]:
-    """Groups directly under the root of a store, an index or a shard."""
+    """Return the names of the groups directly under the root of a store, an index or a shard."""
     shards = ("shards",) if kind == "index" else ()
     return (values_group(kind), *shards, "images", "classes", "quarantine", "checksums")
 
 
 def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
-    """sha256 over classes and every row's content hash, label and split: what a head was trained on."""
+    """Return the sha256 of the classes and of each row's content hash, label and split: the data that train a head."""
     digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
     for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
         digest.update(np.ascontiguousarray(column).tobytes())
@@ -143,15 +143,17 @@ def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, 
 
 
 def block_rows(shape: tuple[int, ...], dtype: np.dtype) -> int:
+    """Return the number of rows in one block of an array."""
     return max(1, CHECKSUM_BLOCK_BYTES // max(1, dtype.itemsize * math.prod(shape[1:])))
 
 
 def block_hash(key: str, dtype: np.dtype, shape: tuple[int, ...], block: int) -> Any:
-    # The place is part of what is hashed, so that two exchanged blocks or data sets do not pass.
+    """Start the hash of one block. It covers the block's place too, so that exchanged blocks or arrays are detected."""
     return hashlib.sha256(f"{key}|{dtype.str}|{list(shape)}|{block}|".encode("utf-8", "surrogateescape"))
 
 
 def attributes_digest(attributes: Mapping[str, Mapping[str, str | int]]) -> str:
+    """Return the hexadecimal sha256 of all attributes, given as ``{object path: {name: value}}``."""
     plain = {key: dict(values) for key, values in attributes.items() if values}
     return hashlib.sha256(canonical_json(plain).encode("ascii")).hexdigest()
 

@@ -1,4 +1,4 @@
-"""Rows that lie in many shards, read as one array."""
+"""Read rows that lie in many shards as one array."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 
 
 def by_shard(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
-    """For each shard of ``places`` (int32, (..., 3)), ascending, where it stands among them, int64, flat."""
+    """Yield each shard number of ``places``, int32 (..., 3), ascending, and the flat positions of its places, int64."""
     numbers = places[..., 0].reshape(-1)
     order = np.argsort(numbers, kind="stable")
     shards, starts = np.unique(numbers[order], return_index=True)
@@ -17,16 +17,16 @@ def by_shard(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 class ShardedArray:
-    """What ``numpy`` would show of rows that lie in many files: ``array[rows]`` and ``array[rows, views]``, as copies.
+    """An array whose rows lie in many files. ``array[rows]`` and ``array[rows, views]`` return copies, as in ``numpy``.
 
     Parameters
     ----------
     places : int32, (images, views, 3)
-        Shard, row in it, and position on its view axis.
+        Number of the shard, row in the shard, and position on its view axis.
     shape : tuple of int
         Shape of one view of one image.
     dtype : numpy.dtype
-        Of the values.
+        Element type of the values.
     open_shard : callable
         Number of a shard -> a function of rows and positions on the view axis, int32, (n,) each, that gives the
         verified values there, (n, *shape), or raises ``IntegrityError`` where there is no such place.
@@ -50,22 +50,22 @@ class ShardedArray:
         return np.asarray(self[:], dtype=dtype)
 
     def __getitem__(self, key: Any) -> np.ndarray:
-        """The rows, and views, that numpy's indexing of the first two axes chooses.
+        """Return the rows and views that are chosen by numpy's indexing of the first two axes.
 
         Raises
         ------
         IndexError
-            For more than two axes: index what is returned.
+            If more than two axes are indexed. Index the returned array instead.
         IntegrityError
-            If a place is not in its shard, or the shard is damaged or missing.
+            If a place does not exist in its shard, or the shard is damaged or missing.
         """
         if key is Ellipsis or (isinstance(key, tuple) and (len(key) > 2 or any(part is Ellipsis for part in key))):
-            raise IndexError("only images and views of a sharded array can be chosen: array[rows, views][..., more]")
+            raise IndexError("a sharded array can be indexed by images and views only: array[rows, views][..., more]")
         places = self._places[key]
         if places.shape[-1:] != (3,) or places.ndim < 1:
-            raise IndexError(f"{key!r} chooses more than images and views")
+            raise IndexError(f"{key!r} indexes more than images and views")
         flat = places.reshape(-1, 3)
-        # Opened before any memory is asked for.
+        # Every shard is opened before memory is allocated.
         shards = [(here, self._open_shard(shard)) for shard, here in by_shard(flat)]
         values = np.empty((len(flat), *self._row_shape), self.dtype)
         for here, values_at in shards:

@@ -1,12 +1,14 @@
-"""Read the structure of an untrusted HDF5 file: what lies where, before any value of it is used.
+"""Read the structure of an untrusted HDF5 file and check it against the schema, before any value is used.
 
-path --read_structure()--> attributes, and for every data set its shape, type, offset and block checksums
+path --read_structure()--> attributes, and for every array its shape, type, offset and block checksums
+structure --check_tables()--> number of rows            structure --read_recipes()--> recipes of the feature sets
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,10 +18,17 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import FormatVersionError, IntegrityError, StoreError
+from features.recipe import Recipe
 from features.store.schema import (
     FORMAT,
     FORMAT_VERSION,
+    FURTHER_COLUMNS,
+    IMAGE_COLUMNS,
+    OPTIONAL_COLUMNS,
+    PLACE,
+    QUARANTINE_COLUMNS,
     ROOT_ATTRIBUTES,
+    SHARD_COLUMNS,
     TEXT_ATTRIBUTE_LIMIT,
     attributes_digest,
     block_rows,
@@ -30,13 +39,13 @@ from features.store.schema import (
 if TYPE_CHECKING:
     import h5py
 
-_ROW_LIMIT = 1 << 40  # values of one row, in a data set that may have no rows
+_ROW_LIMIT = 1 << 40  # values in one row, even of an array without rows
 WAY_OUT = "Move the file away and extract again; no row of it is used."
 
 
 @dataclasses.dataclass(frozen=True)
 class Structure:
-    """What a file consists of; ``descriptor`` is the caller's to close, -1 where none was to be kept."""
+    """The structure of a file. The caller closes ``descriptor``, which is -1 if the file was not kept open."""
 
     root: Mapping[str, str | int]
     attributes: Mapping[str, Mapping[str, str | int]]
@@ -46,22 +55,22 @@ class Structure:
 
 
 def read_structure(path: Path, kinds: Sequence[str], *, keep_open: bool) -> Structure:
-    """Check everything about a file but its values.
+    """Check the structure of a file, but not its values.
 
     Parameters
     ----------
     path : Path
         The file.
     kinds : sequence of {"store", "index", "shard"}
-        What it may be.
+        The kinds that are accepted.
     keep_open : bool
-        Keep a hold on the file: when a writer puts another one in its place, these rows stay these. Shards never
-        change, and there may be more of them than a process may open.
+        Keep the file open, so that its rows stay the same when a writer replaces it. Shards are not kept open: they
+        never change, and there may be more of them than a process may open.
 
     Raises
     ------
     IntegrityError, FormatVersionError
-        If it is not what FORMAT.md says.
+        If the file does not follow FORMAT.md.
     """
     import h5py
 
@@ -84,7 +93,7 @@ def read_structure(path: Path, kinds: Sequence[str], *, keep_open: bool) -> Stru
         checksums = {key.removeprefix("/checksums"): datasets.pop(key) for key in list(datasets) if _is_checksum(key)}
         if set(checksums) != set(datasets):
             odd = sorted(set(checksums) ^ set(datasets))
-            raise IntegrityError(f"data sets and checksums do not pair: {', '.join(odd[:5])}")
+            raise IntegrityError(f"arrays without a checksum, or checksums without an array: {', '.join(odd[:5])}")
         entries = {key: Entry.read(key, data, checksums[key], size) for key, data in datasets.items()}
         return Structure(root, attributes, str(stated), entries, os.dup(handle) if keep_open else -1)
 
@@ -104,7 +113,7 @@ def _check_version(path: Path, file: h5py.File) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """Where one contiguous data set lies in the file, and the checksums of its blocks."""
+    """Where one contiguous array lies in the file, and the checksums of its blocks."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
@@ -117,32 +126,32 @@ class Entry:
 
     @classmethod
     def read(cls, key: str, dataset: h5py.Dataset, checksum: h5py.Dataset, file_size: int) -> Entry:
-        shape, dtype, offset = _checked_layout(key, dataset, file_size)
+        shape, dtype, offset = _checked_storage(key, dataset, file_size)
         blocks = -(-shape[0] // block_rows(shape, dtype))
-        sum_shape, sum_dtype, _ = _checked_layout(f"/checksums{key}", checksum, file_size)
+        sum_shape, sum_dtype, _ = _checked_storage(f"/checksums{key}", checksum, file_size)
         if sum_shape != (blocks, 32) or sum_dtype != np.dtype("u1"):
             raise IntegrityError(f"/checksums{key}: received {sum_shape}, expected {(blocks, 32)}")
         return cls(shape, dtype, offset, checksum[()] if blocks else np.zeros((0, 32), "u1"))
 
 
-def _checked_layout(key: str, dataset: h5py.Dataset, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
-    """Shape, dtype and file offset of a data set that lies wholly inside this file, contiguous and unfiltered."""
+def _checked_storage(key: str, dataset: h5py.Dataset, file_size: int) -> tuple[tuple[int, ...], np.dtype, int]:
+    """Return shape, dtype and file offset of an array that lies wholly inside this file, contiguous and unfiltered."""
     import h5py
 
     properties = dataset.id.get_create_plist()
     if properties.get_layout() != h5py.h5d.CONTIGUOUS or properties.get_external_count() or dataset.shape is None:
-        raise IntegrityError(f"{key}: not a contiguous data set of this file (chunked, virtual, external or empty)")
+        raise IntegrityError(f"{key}: not a contiguous array of this file (chunked, virtual, external or empty)")
     dtype = dataset.dtype
     if dtype.kind not in "uif" or dtype.hasobject:
         raise IntegrityError(f"{key}: element type {dtype.str} is not allowed")
     if not dataset.shape:
-        raise IntegrityError(f"{key}: a scalar, expected rows")
+        raise IntegrityError(f"{key}: received a scalar, expected rows")
     shape = tuple(int(length) for length in dataset.shape)
     if (shape[0] and 0 in shape[1:]) or math.prod(max(1, length) for length in shape[1:]) > _ROW_LIMIT:
         raise IntegrityError(
             f"{key}: received shape {shape}, expected rows of at least one value and at most {_ROW_LIMIT}"
         )
-    declared = dtype.itemsize * math.prod(shape)  # Python integers: a product over 64 bits must not look small
+    declared = dtype.itemsize * math.prod(shape)  # Python integers, so that the product does not overflow
     offset = dataset.id.get_offset()
     if declared and (offset is None or offset + declared > file_size or dataset.id.get_storage_size() != declared):
         raise IntegrityError(f"{key}: declares {declared} bytes, which the file of {file_size} bytes does not hold")
@@ -156,11 +165,11 @@ def _is_checksum(key: str) -> bool:
 def _walk(
     group: Any, key: str, attributes: dict[str, dict[str, str | int]], datasets: dict[str, Any], seen: set[int]
 ) -> None:
-    """Collect attributes and data sets, following hard links only, to a bounded depth and each object once."""
+    """Collect attributes and arrays. Only hard links are followed, to a limited depth, and each object only once."""
     import h5py
 
     if key.count("/") > 4:
-        raise IntegrityError(f"{key}: groups nested deeper than the format has")
+        raise IntegrityError(f"{key}: groups are nested more deeply than the format allows")
     _check_new(group, key, seen)
     attributes[key or "/"] = {name: _attribute(group, name) for name in group.attrs}
     for name in _names(group):
@@ -175,14 +184,14 @@ def _walk(
             datasets[path] = item
             attributes[path] = {attribute: _attribute(item, attribute) for attribute in item.attrs}
         else:
-            raise IntegrityError(f"{path}: neither a group nor a data set")
+            raise IntegrityError(f"{path}: neither a group nor an array")
 
 
 def _names(group: Any) -> list[str]:
-    """Names of the links in a group, in the order in which they are stored, then sorted here.
+    """Return the names of the links in a group, read in the order in which they are stored and sorted here.
 
-    To sort them itself libhdf5 (up to 1.14.6) builds a table, which it frees uninitialised where a link is damaged:
-    a crash (https://github.com/HDFGroup/hdf5/issues/5375).
+    If libhdf5 (up to 1.14.6) sorts them, it builds a table, and it crashes when it frees this table uninitialised
+    after it met a damaged link (https://github.com/HDFGroup/hdf5/issues/5375).
     """
     import h5py
 
@@ -192,17 +201,17 @@ def _names(group: Any) -> list[str]:
 
 
 def _check_new(item: Any, key: str, seen: set[int]) -> None:
-    """One object under many names makes a short file endless."""
+    """Refuse a second name for an object: one object under many names makes a short file endless."""
     import h5py
 
     address = h5py.h5o.get_info(item.id).addr
     if address in seen:
-        raise IntegrityError(f"{key or '/'}: another name for an object that has one")
+        raise IntegrityError(f"{key or '/'}: a second name for the same object")
     seen.add(address)
 
 
 def _check_objects(kind: str, attributes: Mapping[str, Mapping[str, str | int]], datasets: Mapping[str, Any]) -> None:
-    """No group, and no attribute, where the format has none."""
+    """Refuse groups and attributes that the format does not have."""
     known = {"/", *(f"/{name}" for name in root_groups(kind))}
     for key in datasets:
         parts = key.split("/")
@@ -222,9 +231,77 @@ def _attribute(owner: Any, name: str) -> str | int:
     return value.decode("utf-8", "surrogateescape") if dtype.kind == "S" else int(value)
 
 
+def check_tables(structure: Structure) -> int:
+    """Check the arrays of all tables against the schema, and return the number of images (rows)."""
+    kind, entries = str(structure.root["kind"]), structure.entries
+    expected: dict[str, tuple[str, tuple[int, ...]]] = {}
+    shards = {"/shards": SHARD_COLUMNS} if kind == "index" else {}
+    known = {"/images": IMAGE_COLUMNS, "/quarantine": QUARANTINE_COLUMNS, **shards}
+    for group, columns in known.items():
+        for name, column in columns.items():
+            key = f"{group}/{name}"
+            if column is not None:
+                expected[key] = column
+            elif key not in OPTIONAL_COLUMNS or f"{key}/ends" in entries:
+                expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
+    further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in entries else ()
+    for key in ("/classes", *further):
+        expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
+    tables = {key for key in entries if not key.startswith(f"/{values_group(kind)}/")}
+    if tables != set(expected):
+        raise IntegrityError(f"unknown or missing arrays: {', '.join(sorted(tables ^ set(expected))[:5])}")
+    counts: dict[str, set[int]] = {group: set() for group in known}
+    for key, (dtype, tail) in expected.items():
+        entry = entries[key]
+        if entry.dtype != np.dtype(dtype) or entry.shape[1:] != tail:
+            raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} (n, {tail})")
+        if not key.endswith("/utf8") and not key.startswith(("/classes", "/columns")):
+            counts["/" + key.split("/")[1]].add(entry.shape[0])
+    for group, lengths in counts.items():
+        if len(lengths) != 1:
+            raise IntegrityError(f"{group}: columns of different lengths {sorted(lengths)}")
+    return counts["/images"].pop()
+
+
+def read_recipes(structure: Structure, rows: int) -> tuple[dict[str, Recipe], dict[str, tuple[int, ...]]]:
+    """Read the recipe of every feature set and, from an index, the shape of one view of one image."""
+    kind = str(structure.root["kind"])
+    recipes, row_shapes = dict[str, Recipe](), dict[str, tuple[int, ...]]()
+    group, extra = f"/{values_group(kind)}/", ["shape"] if kind == "index" else []
+    for key, entry in structure.entries.items():
+        if not key.startswith(group):
+            continue
+        values = structure.attributes.get(key, {})
+        if sorted(values) != ["fingerprint", "recipe", *extra]:
+            raise IntegrityError(f"{key}: attributes {sorted(values)}, expected fingerprint and recipe")
+        recipe = Recipe.from_dict(json.loads(str(values["recipe"])))
+        name = key.removeprefix(group)
+        if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
+            raise IntegrityError(f"{key}: the fingerprint or the name does not match its recipe")
+        dtype = PLACE if kind == "index" else np.dtype(recipe.dtype)
+        if entry.dtype != dtype or len(entry.shape) < 3 or entry.shape[0] != rows or not entry.shape[1]:
+            raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} and {rows} rows")
+        if kind == "index":
+            row_shapes[name] = _row_shape(key, entry.shape, str(values["shape"]))
+        recipes[name] = recipe
+    if not recipes:
+        raise IntegrityError(f"{group[:-1]}: no feature set")
+    return recipes, row_shapes
+
+
+def _row_shape(key: str, places: tuple[int, ...], text: str) -> tuple[int, ...]:
+    """Return the shape of one view of one image, as an index states it."""
+    shape = json.loads(text)
+    if not isinstance(shape, list) or not shape or not all(type(size) is int and size > 0 for size in shape):
+        raise IntegrityError(f"{key}: attribute shape is {text[:40]}, expected positive lengths")
+    if places[2:] != (3,):
+        raise IntegrityError(f"{key}: received the shape {places}, expected (images, views, 3)")
+    return tuple(shape)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """Whatever the HDF5 library or a parser says of a damaged file becomes one error that names the file."""
+    """Turn any error of the HDF5 library or of a parser into a ``StoreError`` that names the file and the way out."""
     try:
         yield
     except (StoreError, FormatVersionError) as error:
@@ -236,7 +313,7 @@ def reading(path: Path) -> Iterator[None]:
     except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as error:
         if "file signature not found" in str(error):
             raise IntegrityError(
-                f"{path}: not a readable feature store, nor any HDF5 file. Give the file that bottleneck extract wrote (for "
-                "--out a name that is free); if this was it, it is damaged: move it away and extract again"
+                f"{path}: not a readable feature store, nor any HDF5 file. Give the file that bottleneck extract wrote "
+                "(for --out a name that is free); if this was it, it is damaged: move it away and extract again"
             ) from error
         raise IntegrityError(f"{path}: not a readable feature store ({error}). {WAY_OUT}") from error

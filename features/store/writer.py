@@ -1,4 +1,4 @@
-"""Write a finished file from blocks of rows: a store, an index of shards, or a shard, as FORMAT.md says."""
+"""Write a finished file from blocks of rows: a store, an index of shards, or a shard, as FORMAT.md specifies it."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class StoreWriter:
     Parameters
     ----------
     path : Path
-        File to create (give the temporary name of ``atomic_file``).
+        File to create; pass the temporary path that ``atomic_file`` yields.
     kind : {"store", "index", "shard"}
-        A shard has no labels and splits: they are decided at assembly. An index holds no features, but the place
-        of each in a shard.
+        A shard has no labels and splits, because they are assigned at assembly. An index holds no features, but
+        their places in the shards.
     rows : int
-        Number of rows of every data set.
+        Number of rows of every feature set.
     features : mapping of str to FeatureSpec
-        Data sets by name.
+        Feature sets by name.
     """
 
     def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
         import h5py
 
         self._sink = PatientFile(path)
-        # v110: every metadata structure carries a checksum, so a flipped bit is an error and not another value.
+        # With v110 every metadata structure has a checksum, so a flipped bit causes an error and not a wrong value.
         self._file = h5py.File(self._sink, "w-", libver=("v110", "v110"))
         self._rows = rows
         self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
@@ -79,12 +79,12 @@ class StoreWriter:
                 self._open[name] = dataset
 
     def append(self, name: str, block: np.ndarray) -> None:
-        """Append rows to one feature data set.
+        """Append rows to one feature set.
 
         Parameters
         ----------
         name : str
-            Data set.
+            Name of the feature set.
         block : float32 or float16, (k, views, ...), or int32, (k, views, 3) in an index
             The next k rows.
         """
@@ -105,7 +105,7 @@ class StoreWriter:
         """Write the tables, the checksums and the attributes, and close the file."""
         for dataset in self._open.values():
             if dataset.position != self._rows:
-                raise StoreError(f"{dataset.key}: {dataset.position} rows were written, {self._rows} promised")
+                raise StoreError(f"{dataset.key}: received {dataset.position} rows, expected {self._rows}")
         with self._checked():
             self._table("/images", IMAGE_COLUMNS, image_columns(images))
             self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
@@ -131,7 +131,7 @@ class StoreWriter:
 
     @contextlib.contextmanager
     def _checked(self) -> Iterator[None]:
-        """An error of the disk ends the writing, and comes before what the library made of it."""
+        """Close the file on any error. An error of the disk is raised instead of the one that libhdf5 makes of it."""
         try:
             yield
             self._sink.check()
@@ -144,7 +144,7 @@ class StoreWriter:
         for name, value in values.items():
             stored: Any = value
             if isinstance(value, str):
-                # One NUL behind an empty text: HDF5 has no string type of length 0.
+                # An empty text is stored as one NUL, because HDF5 has no string type of length 0.
                 stored = np.bytes_(value.encode("utf-8", "surrogateescape") or b"\0")
                 if len(stored) > TEXT_ATTRIBUTE_LIMIT:
                     raise StoreError(f"attribute {name} of {key}: {len(stored)} bytes, at most {TEXT_ATTRIBUTE_LIMIT}")
@@ -180,7 +180,7 @@ class StoreWriter:
 
 
 class _HashedDataset:
-    """A data set written front to back, hashed in blocks of rows on the way."""
+    """An array that is written from front to back, and hashed in blocks of rows while it is written."""
 
     def __init__(self, key: str, dataset: h5py.Dataset) -> None:
         self.key, self._dataset, self.position = key, dataset, 0
@@ -197,7 +197,7 @@ class _HashedDataset:
         done = 0
         while done < len(block):
             step = min(len(block) - done, self._block_rows - self.position % self._block_rows)
-            # In small steps: h5py copies what it hands to a file object.
+            # In small steps, because h5py copies the data that it passes to a file object.
             self._dataset[self.position : self.position + step] = block[done : done + step]
             self._hash.update(block[done : done + step].data)
             done += step
