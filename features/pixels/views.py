@@ -343,7 +343,7 @@ def _extend(pixels: np.ndarray, rows: tuple[int, int], columns: tuple[int, int],
 
 
 def _jitter(pixels: np.ndarray, parameters: ViewParameters) -> np.ndarray:
-    """Change brightness, contrast, saturation, hue, in this order (torchvision shuffles it); clip to 0-255 after each."""
+    """Change brightness, contrast, saturation, hue in this order (torchvision shuffles it); clip to 0-255 each time."""
     result = np.empty(pixels.shape, np.uint8)
     bands = [slice(start, start + _BAND) for start in range(0, len(pixels), _BAND)]
     mean = np.float32(0)

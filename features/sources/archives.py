@@ -271,7 +271,7 @@ def _zip_name(info: zipfile.ZipInfo) -> str:
 
 
 class _Headers:
-    """The stream from which tarfile reads headers. It limits a header that claims to be as long as the file."""
+    """The stream from which tarfile reads headers. It refuses huge ones, which tarfile would otherwise believe."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream, self.seek, self.tell = stream, stream.seek, stream.tell

@@ -165,7 +165,7 @@ class FeatureStore:
 
     @functools.cached_property
     def data_digest(self) -> str:
-        """sha256 of the classes and of each row's content hash, label and split: the data that train a head."""
+        """sha256 of the classes and of each row's content hash, label and split: it identifies training data."""
         table = self.images
         return data_digest(self.classes, table.sha256, table.labels, table.splits)
 
@@ -180,7 +180,7 @@ class FeatureStore:
         return table
 
     def places(self, name: str) -> np.ndarray:
-        """Return the places of the rows of a sharded store, int32, ``(images, views, 3)``: shard, row, view position."""
+        """Return the places of a sharded store's rows, int32, ``(images, views, 3)``: shard, row, view position."""
         return self._verified_map(self._key_of(name))
 
     def present(self) -> np.ndarray:

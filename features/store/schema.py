@@ -135,7 +135,7 @@ def root_groups(kind: str) -> tuple[str, ...]:
 
 
 def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
-    """Return the sha256 of the classes and of each row's content hash, label and split: the data that train a head."""
+    """Return the sha256 of the classes and of each row's content hash, label and split: it identifies training data."""
     digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
     for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
         digest.update(np.ascontiguousarray(column).tobytes())

@@ -17,7 +17,7 @@ def by_shard(places: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
 
 
 class ShardedArray:
-    """An array whose rows lie in many files. ``array[rows]`` and ``array[rows, views]`` return copies, as in ``numpy``.
+    """An array whose rows lie in many files. It is indexed like a numpy array, by rows and views, and returns copies.
 
     Parameters
     ----------
