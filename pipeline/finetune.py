@@ -1,4 +1,4 @@
-"""Stage three: train the last block together with the head, from where the head already is.
+"""Stage three, fine-tuning: train the last block of the network together with the trained head.
 
 run + images, or a store of cut features -> split network -> parity gate -> train -> run folder -> parity again
 """
@@ -56,26 +56,28 @@ def finetune(
     progress: Progress | None = None,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Fine-tune from a run of a Keras head, or of a linear one of scikit-learn.
+    """Fine-tune network and head of a run, whose head is a Keras head or a linear one of scikit-learn.
 
-    Killed or interrupted, the same call goes on after the last finished epoch.
+    If it is killed or interrupted, the same call resumes after the last finished epoch.
 
     Parameters
     ----------
     run : str or Path
         Run folder, or a folder of runs, of which the newest one that can be fine-tuned is taken.
     images : str or Path, optional
-        The images that the features were made of. With ``from_cache`` they are only looked at to prove parity from
-        pixels, and may be left out.
+        The images that the features were made of. With ``from_cache`` they are optional, and only used to prove parity
+        from pixels.
     from_cache : str or Path, optional
-        A store of the features before the first trained layer (``extract --layer boundary``): neither images nor the
-        layers before it are needed. Of several views each epoch sees one per image.
+        A store of the features just before the first trained layer (``extract --layer boundary``), which replaces the
+        images and the layers before it. If it has several views, each epoch reads one per image.
     weights : str, optional
-        Where the backbone's weights are now, if not where the extraction found them.
-    workers, device
-        As everywhere.
+        Where the network's weights are now, if they have moved since the extraction.
+    workers : int, optional
+        Threads that read and decode images, 1-1024; by default one per processor.
+    device : {"auto", "cpu", "gpu"}
+        Where the network runs.
     runs : Path, optional
-        Folder of the new run; that of the given one without it.
+        Folder for the new run; by default the folder that holds the given run.
     tensorboard : Path, optional
         Folder for TensorBoard's event files.
     progress : callable, optional
@@ -87,18 +89,18 @@ def finetune(
     -------
     dict
         ``run``, ``before`` and ``after`` (validation scores), ``parity_gap`` (largest difference in probability
-        before the first step; None from new weights), ``minutes``, ``trainable_variables``, ``resumed``, ...
+        before the first step; None with new weights), ``minutes``, ``trainable_variables``, ``resumed``, ...
 
     Raises
     ------
     ConfigurationError
-        For unknown or contradictory settings.
+        If settings are unknown or contradict each other.
     ParityError
-        If backbone and head together do not give the probabilities of the cached head; nothing is trained.
+        If network and head together do not give the probabilities of the cached head; nothing is trained.
     RunError
         If the run cannot be fine-tuned on these images or features.
     HeadError
-        If its head is neither linear nor a network.
+        If its head is neither linear nor a Keras model.
     """
     chosen = settings_of(settings)
     check_range("workers", 1 if workers is None else workers, 1, 1024)
@@ -113,7 +115,7 @@ def finetune(
     log = _logger_of(tensorboard)
     load_keras().utils.set_random_seed(chosen.seed)
     if chosen.mixed_precision and choose_device(device) != "gpu":
-        raise ConfigurationError("mixed precision pays on a GPU, and Keras sees none: leave --mixed-precision out")
+        raise ConfigurationError("mixed_precision: faster only on a GPU, Keras finds none; leave --mixed-precision out")
     job = prepare(start, chosen, from_cache, weights)
     with ThreadPoolExecutor(workers or processors()) as pool:
         data = read_rows(job, source, pool)
@@ -121,7 +123,7 @@ def finetune(
         decided = {**job.decided, "fingerprint": start.recipe.fingerprint, "data": data.digest}
         checkpoint = Checkpoint(checkpoint_path(runs, identity), decided)
         if is_finished(runs / identity):
-            if checkpoint.path.exists():  # of a process that was killed before it removed it
+            if checkpoint.path.exists():  # left by a process that was killed just before it would have removed it
                 with locked(runs / identity):
                     checkpoint.remove()
             log(runs / identity)
@@ -141,7 +143,7 @@ def finetune(
             statistics = job.split.statistics()
             outcome = train(tail, inputs, data, chosen, classes=start.classes, checkpoint=checkpoint, progress=progress)
             if chosen.bn != "train" and not all(map(np.array_equal, statistics, job.split.statistics())):
-                raise ParityError("BatchNorm statistics moved, which must never happen; nothing is kept")
+                raise ParityError("the stored BatchNorm statistics changed, which must never happen; nothing is kept")
             validation = inputs.readable(data.rows("validation"))
             predicted = _predictions(data, validation, tail.probabilities(inputs, validation))
             folder = write_run(
@@ -160,30 +162,30 @@ def finetune(
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The result for a person: was it worth the minutes?"""
+    """Summarise the result for a person: was it worth the minutes?"""
     before, after = document["before"], document["after"]
     gained = (after["accuracy"] - before["accuracy"]) * after["n"]
     high = before["accuracy_interval"][1]
     if document["parity_gap"] is None:
-        verdict, proof = "begun with new weights", "no parity to prove"
+        verdict, proof = "started from new weights", "no parity to prove"
     else:
         proof = f"parity gap before the first step {document['parity_gap']:.1e}"
         if after["accuracy"] > high:
-            verdict = "worth it: above the interval of the head alone"
+            verdict = "worth it: the accuracy is above the confidence interval of the head alone"
         elif gained > 0:
-            verdict = "within the interval of the head alone: perhaps chance"
+            verdict = "perhaps by chance: the accuracy is within the confidence interval of the head alone"
         else:
-            verdict = "not worth it: no validation image more is right"
+            verdict = "not worth it: no more validation images are classified correctly"
     scores = [{"": name, **score_columns(values)} for name, values in (("before", before), ("after", after))]
     lines = [
         f"{document['run']}: {'already fine-tuned' if document['cached'] else 'fine-tuned'}, in {document['minutes']:.1f} minutes",
-        f"  {document['trainable_variables']} variables, {document['trainable_parameters']:,} parameters trained behind "
+        f"  {document['trainable_variables']} variables with {document['trainable_parameters']:,} parameters trained after "
         f"{document['cut']}; {proof}",
         table_text(scores, "  "),
-        f"  {verdict} ({gained:+.0f} of {after['n']})",
+        f"  {verdict} ({gained:+.0f} of {after['n']} images)",
     ]
     if document["resumed"] is not None:
-        lines.insert(1, f"  went on after epoch {document['resumed']}, where it was interrupted")
+        lines.insert(1, f"  resumed after epoch {document['resumed']}, where it had been interrupted")
     return "\n".join(lines)
 
 
@@ -203,18 +205,20 @@ def _report(run: Run, *, cached: bool, resumed: int | None = None) -> dict[str, 
 
 def _check_sources(images: str | Path | None, cache: str | Path | None, settings: TuningSettings) -> None:
     if images is None and cache is None:
-        raise ConfigurationError("nothing to train on: give --images, or --from-cache with a store of cut features")
+        raise ConfigurationError(
+            "nothing to train on: give --images, or --from-cache with a store made by extract --layer boundary"
+        )
     if cache is not None and settings.augmentation is not None:
         raise ConfigurationError(
             "augment: the views of a store were drawn when it was made (extract --layer boundary --views K --augment "
-            "PRESET), and each epoch sees one of them; leave --augment out"
+            "PRESET), and each epoch reads one of them; leave --augment out"
         )
     if cache is not None and settings.scratch:
-        raise ConfigurationError("scratch: every layer is trained, from pixels; leave --from-cache out")
+        raise ConfigurationError("scratch: every layer is trained, from pixels; leave --from-cache out, give --images")
 
 
 def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
-    """What logs a run's history for TensorBoard; nothing where no folder is given. A missing package is said at once."""
+    """Return a function that logs a run's history for TensorBoard; without a folder it does nothing. Fails early."""
     if folder is None:
         return lambda run_folder: None
     from pipeline.runs.tensorboard import log_run, require_tensorboard
@@ -235,7 +239,7 @@ def _check_classes(run: Run, source: ImageSet) -> None:
 
 
 def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None) -> Job:
-    """Network and head as one, cut where the inputs come in."""
+    """Join network and head, and cut the result where the inputs come in."""
     network, head = network_of(start, weights), head_of(start).as_dense()
     head = untrained_head(head) if settings.scratch or settings.new_head else head
     cached: list[CachedCut] = []
@@ -259,6 +263,7 @@ def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weig
 
 
 def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
+    """Read the rows to train on from the store, or else from the images."""
     if job.cached is not None:
         return data_of(job.cached.store)
     assert source is not None
@@ -266,7 +271,7 @@ def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
 
 
 def make_inputs(job: Job, data: Data, source: ImagePass | None, *, folder: Path, progress: Progress | None) -> Inputs:
-    """Where cut features come from: a store, images once, or images anew each epoch."""
+    """Choose the source of cut features: a store, the images once, or views of the images in each epoch."""
     settings = job.settings
     if job.cached is not None:
         return CachedFeatures(job.cached, batch_size=settings.batch_size, seed=settings.seed)
@@ -279,12 +284,12 @@ def make_inputs(job: Job, data: Data, source: ImagePass | None, *, folder: Path,
 
 
 def _sweep(runs: Path, identity: str, checkpoint: Checkpoint) -> None:
-    """Remove what a killed process left, but for its checkpoint; say what other trainings left."""
+    """Remove what a killed process left, except its checkpoint, and warn about checkpoints with other settings."""
     for leftover in runs.glob(f".{identity}.*.tmp"):
         shutil.rmtree(leftover, ignore_errors=True)
     for other in checkpoint.others():
         logger.warning(
-            "an interrupted training with other settings is not used: %s. Remove it if it is not wanted", other
+            "an interrupted training with other settings is not resumed: %s. Remove it if you do not need it", other
         )
 
 
@@ -293,28 +298,29 @@ def _predictions(data: Data, rows: np.ndarray, probabilities: np.ndarray) -> Pre
 
 
 def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
-    """What the new run says of its features: those of the run it began from, on the data of now."""
+    """Describe the new run's features: those of the run that it started from, on the current data."""
     about = {**job.start.config["features"], "data_digest": data.digest}
     return about if source is None else {**about, "source": source.description}
 
 
 def _pixels(source: ImageSet, data: Data, rows: np.ndarray, rule: PixelRule, pool: Executor) -> np.ndarray:
-    """Pixels of some rows, found in the source by path and checked by content: uint8, (n, h, w, 3).
+    """Decode the images of some rows, found in the source by path and checked by content: uint8, (n, h, w, 3).
 
     Raises
     ------
     RunError
-        If one is not there, or not the image that it was.
+        If an image is missing or has changed.
     """
     places = {path: number for number, path in enumerate(source.paths)}
+    fix = "give the original images; with --from-cache they may be left out"
 
     def load(row: int) -> np.ndarray:
         path = data.paths[row]
         if path not in places:
-            raise RunError(f"{source.description}: {printable(path)} is not there, which the features were made of")
+            raise RunError(f"{source.description}: {printable(path)} is missing, although it has features; {fix}")
         content = source.read(places[path])
         if hashlib.sha256(content).digest() != data.sha256[row].tobytes():
-            raise RunError(f"{source.description}: {printable(path)} is not the image that the features were made of")
+            raise RunError(f"{source.description}: {printable(path)} changed after its features were made; {fix}")
         return decode_image(content, rule).pixels
 
     return np.stack(list(pool.map(load, rows.tolist())))

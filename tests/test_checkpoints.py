@@ -51,7 +51,7 @@ def test_a_checkpoint_of_another_configuration_is_refused_with_what_differs(tmp_
     path = checkpoint_path(tmp_path, "a")
     Checkpoint(path, CONFIGURATION).save(a_state())
     other = Checkpoint(path, {**CONFIGURATION, "epochs": 5, "optimizer": "sgd"})
-    with pytest.raises(RunError, match=r"configuration \(epochs: 3 -> 5; optimizer: as usual -> sgd\).*remove it"):
+    with pytest.raises(RunError, match=r"configuration \(epochs: 3 -> 5; optimizer: default -> sgd\).*remove it"):
         other.load(a_state())
     shorter = a_state(0)
     shorter.variables = shorter.variables[:1]

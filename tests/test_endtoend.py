@@ -359,7 +359,7 @@ def test_unfreezing_behind_the_features_and_unknown_layers(published: Network) -
     head = fitted_head(1280)
     with pytest.raises(ConfigurationError, match="did you mean 'block_11_expand'"):
         split_for_training(published, published.recipes[0], head, unfreeze="block11_expand")
-    with pytest.raises(ConfigurationError, match="layers 0 to 153"):
+    with pytest.raises(ConfigurationError, match="received layer 154, expected one of the network's layers 0 to 153"):
         split_for_training(published, published.recipes[0], head, unfreeze="154")
     with pytest.raises(ConfigurationError, match="frozen, affine"):
         split_for_training(published, published.recipes[0], head, bn="train")

@@ -299,7 +299,7 @@ def test_half_precision_runs_predict_as_they_were_made_and_are_not_fine_tuned(tm
     assert refused.returncode == 2
     assert "features computed in bfloat16; fine-tuning continues from float32 ones" in refused.stderr
     other = run_pipeline("predict", run, source, KERAS_BACKEND="torch")
-    assert "computed in bfloat16:keras-tensorflow, which is not at hand here" in other.stderr
+    assert "computed in bfloat16:keras-tensorflow, which is not available here" in other.stderr
     assert other.returncode == 1
 
 

@@ -231,7 +231,7 @@ def test_pain_05_statistics_move_from_scratch_only(tiny: TinyWorld, tmp_path: Pa
 
 @pytest.mark.slow
 def test_half_precision_trains_in_bfloat16_and_measures_in_float32(tiny: TinyWorld, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"pays on a GPU.*leave --mixed-precision out"):
+    with pytest.raises(ConfigurationError, match=r"faster only on a GPU.*leave --mixed-precision out"):
         tiny.finetune(mixed_precision=True, device="cpu", runs=tmp_path)
     start = Run.open(tiny.run)
     features = np.random.default_rng(0).normal(size=(8, 12, 12, 12)).astype(np.float32)
@@ -262,7 +262,7 @@ def test_bad_input_is_refused_before_any_training(
     ):
         stage.finetune(votes.folder, tiny.images)
     for unfreeze, message in (
-        ("99", "received layer 99, the backbone has layers 0 to 10"),
+        ("99", "received layer 99, expected one of the network's layers 0 to 10"),
         ("relu3", "has no layer 'relu3'; did you mean 'relu_3'"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -300,7 +300,7 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
 
     for name, options in (("conv_3", {}), ("norm_2", {"unfreeze": "all"})):
         monkeypatch.setattr(stage, "split_for_training", wrong_layer(name))
-        refused(rf"^before fine-tuning: .* The first layer that differs is '{name}', by", **options)
+        refused(rf"^before fine-tuning: .* The first layer that differs is '{name}' \(relative", **options)
     monkeypatch.undo()
 
     def wrong_trunk(*arguments: Any, **options: Any) -> Any:
@@ -309,7 +309,7 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
     trunk = stage.trunk_function
     cache = tiny.extract("cut.h5", layers=["relu_2"]).path
     monkeypatch.setattr(stage, "trunk_function", wrong_trunk)
-    refused(r"^before fine-tuning: .* The first layer that differs is 'relu_3': its features in .*f\.h5 differ by")
+    refused(r"^before fine-tuning: .* The first layer that differs is 'relu_3': its features in .*f\.h5 differ from")
     refused(r"from pixels: .* cached features at 'relu_2' differ from those of its pixels", from_cache=cache)
     monkeypatch.undo()
     assert listing(tmp_path / "runs") == []

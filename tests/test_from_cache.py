@@ -141,14 +141,17 @@ def test_a_cache_that_does_not_belong_to_the_run_is_refused(tiny: TinyWorld, tmp
             finetune(tiny.run, from_cache=cache, runs=tmp_path / "runs", **options)
 
     resized = tiny.extract("resized.h5", layers=["relu_2"], resize="keras", fit="crop").path
-    refused(resized, r"relu_2 is of another network than .* \(resize: antialias -> keras; fit: stretch -> crop\)")
+    refused(
+        resized,
+        r"relu_2 has another recipe than the features of .* \(resize: antialias -> keras; fit: stretch -> crop\)",
+    )
     other = save_network(tmp_path / "other.keras", seed=8)
     refused(
         tiny.extract("other.h5", layers=["relu_2"], backbone=str(other)).path,
         r"\(weights: [0-9a-f]{64} -> [0-9a-f]{64}\)",
     )
     pooled = tiny.extract("pooled.h5", layers=["relu_2"], pooling="avg").path
-    refused(pooled, r"holds relu_2\.avg; expected relu_2 as it is .*--layer relu_2", ConfigurationError)
+    refused(pooled, r"holds relu_2\.avg; expected relu_2 without pooling .*--layer relu_2", ConfigurationError)
     late = tiny.extract("late.h5", layers=["relu_3"]).path
     refused(late, r"holds relu_3; expected relu_2", ConfigurationError)
     good = tiny.extract("cut.h5", layers=["relu_2"]).path

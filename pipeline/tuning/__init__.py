@@ -1,6 +1,6 @@
-"""Fine-tuning: network and head as one, cut where training begins, proven equal first. May import ``heads`` and below.
+"""Fine-tuning: network and head are joined, proven equal to the run, and trained. May import ``heads`` and below.
 
-    run + images | cache --endtoend--> split network --parity gate--> training --> run
+    run + images | store --endtoend--> trunk (frozen) + tail (trained) --parity gate--> training --> run
 
 Use ``network_of``, ``split_for_training``, ``Gate``, ``TuningSettings``.
 """

@@ -1,6 +1,6 @@
-"""Cut features from a store (``extract --layer boundary``): no images, no decoding, no trunk.
+"""Cut features, the values at the cut, read from a store (``extract --layer boundary``) instead of computed from images.
 
-store -> the data set that this network's trunk would give -> CachedFeatures
+store -> the feature set that this run's trunk would compute -> CachedFeatures
 """
 
 from __future__ import annotations
@@ -20,59 +20,59 @@ from pipeline.runs.folder import Run
 from pipeline.tuning.inputs import PLAIN, Data
 
 logger = logging.getLogger(__name__)
-_FREE = {"layer", "pooling", "dtype", "augmentation", "seed"}  # fields that cut features need not share with the run's
+_FREE = {"layer", "pooling", "dtype", "augmentation", "seed"}  # recipe fields in which cut features may differ
 
 
 class CachedCut(NamedTuple):
-    """A data set of a store, taken as the input of the trained layers."""
+    """A feature set of a store that serves as the input of the trained layers."""
 
     store: FeatureStore
     name: str
 
     @property
     def recipe(self) -> Recipe:
-        """Of the data set."""
+        """Recipe of the feature set."""
         return self.store.recipes[self.name]
 
     @property
     def identity(self) -> dict[str, str | int]:
-        """What of it decides the result of training."""
+        """The facts about the feature set that decide the result of training."""
         return {"fingerprint": self.recipe.fingerprint, "views": self.store.views(self.name)}
 
 
 def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
-    """The data set of a store that training can begin from.
+    """Find the feature set of a store from which training can start.
 
     Parameters
     ----------
     path : str or Path
         The store.
     run : Run
-        Whose network and data it must share.
+        The run to fine-tune; the store must hold features of its network and its data.
     cuts : list of str
-        Where the network can be cut before the first trained layer, in graph order, the first of which is `PIXELS`.
-        The latest that the store holds is taken.
+        Layers before the first trained one at which the network can be cut, in graph order, after `PIXELS`, which
+        comes first. The latest one that the store holds is used.
 
     Raises
     ------
     RunError
-        If it holds other images, labels or splits than the run was trained on, or features of another network.
+        If the store holds other images, labels or splits than the run was trained on, or features of another network.
     ConfigurationError
-        If it holds none of the layers.
+        If the store holds none of these layers.
     """
     store = FeatureStore.open(path)
     _check_rows(store, run)
     allowed = cuts[1:]
     if not allowed:
         raise ConfigurationError(
-            "from cache: no single tensor lies before the first trained layer, so there is nothing to cache; give --images, "
-            "or unfreeze a later layer"
+            "from_cache: no single tensor separates the first trained layer from the layers before it, so there is "
+            "nothing to cache; give --images, or unfreeze from a later layer"
         )
     found = [name for name in store.names if (r := store.recipes[name]).pooling == "none" and r.layer in allowed]
     if not found:
         raise ConfigurationError(
-            f"{path}: holds {', '.join(store.names)}; expected {allowed[-1]} as it is (no pooling), or an earlier cut "
-            f"({', '.join(allowed[-4:-1]) or 'there is none'}). Make it with: bottleneck extract IMAGES --out FILE.h5 "
+            f"{path}: holds {', '.join(store.names)}; expected {allowed[-1]} without pooling (earlier layers that would "
+            f"do: {', '.join(allowed[-4:-1]) or 'none'}). Make it with: bottleneck extract IMAGES --out FILE.h5 "
             f"--layer {allowed[-1]}, and the --backbone, --weights and --image-size of the run"
         )
     cut = CachedCut(store, max(found, key=lambda name: allowed.index(store.recipes[name].layer)))
@@ -82,7 +82,7 @@ def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
     if differences:
         listed = "; ".join(f"{field}: {ours} -> {theirs}" for field, (ours, theirs) in differences.items())
         raise RunError(
-            f"{path}: {cut.name} is of another network than {run.run_id} was trained on ({listed}). Extract both with the "
+            f"{path}: {cut.name} has another recipe than the features of {run.run_id} ({listed}). Extract both with the "
             "same --backbone, --weights, --image-size, --resize, --fit, --decode and --precision."
         )
     return cut
@@ -94,35 +94,35 @@ def _check_rows(store: FeatureStore, run: Run) -> None:
     where = f"{store.path}: its images are not those that {run.run_id} was trained on"
     if store.classes != run.classes:
         missing, added = sorted(set(run.classes) - set(store.classes)), sorted(set(store.classes) - set(run.classes))
-        raise RunError(f"{where} (classes missing {missing[:10]}, not in the run {added[:10]})")
-    rule = run.split_rule
-    other = (
-        f"splits {store.split_rule or 'as given'}, the run's {rule or 'as given'}" if store.split_rule != rule else ""
-    )
+        raise RunError(
+            f"{where} (classes missing {missing[:10]}, not in the run {added[:10]}). Give a store of the same images."
+        )
+    ours, theirs = (rule or "as given" for rule in (store.split_rule, run.split_rule))
+    other = "the split rule is the same" if ours == theirs else f"it is split {ours}, the run {theirs}"
     raise RunError(
-        f"{where}: images, labels or splits differ ({other or 'the split rule is the same'}; {len(store)} rows). Extract "
-        "both from the same images with the same --split and --seed; several layers fit into one store."
+        f"{where}: images, labels or splits differ ({other}; {len(store)} rows). Extract both from the same images with "
+        "the same --split and --seed; one store can hold several layers."
     )
 
 
 def data_of(store: FeatureStore) -> Data:
-    """Rows of a store."""
+    """The rows of a store as the data to train on."""
     table = store.images
     description = f"{store.path} ({store.source})" if store.source else str(store.path)
     return Data(description, table.paths, table.labels, table.splits, table.sha256, store.data_digest)
 
 
 class CachedFeatures:
-    """Cut features read from a store: view 0 where there is no other, else in each epoch one view per image.
+    """Cut features read from a store. If it holds several views, each epoch reads one of them per image.
 
     Parameters
     ----------
     cut : CachedCut
-        Memory-mapped; verified against its checksums when it is first read.
+        The feature set. It is memory-mapped, and verified against its checksums when it is first read.
     batch_size : int
-        Rows of a batch.
+        Rows per batch.
     seed : int
-        Which view an epoch sees depends on this, the epoch and the image's content, not on order or batch.
+        The view that an epoch reads depends on this seed, the epoch and the image's content, not on order or batch.
     """
 
     def __init__(self, cut: CachedCut, *, batch_size: int, seed: int) -> None:
@@ -143,12 +143,12 @@ class CachedFeatures:
 
 
 def drawn_views(sha256: np.ndarray, views: int, *, seed: int, epoch: int) -> np.ndarray:
-    """The view of each image that an epoch sees, int64, (n,): each of the ``views`` with the same chance.
+    """Draw the view of each image that an epoch reads, int64, (n,); each of the ``views`` is equally likely.
 
     Parameters
     ----------
     sha256 : uint8, (n, 32)
-        Content of the images.
+        Content hashes of the images.
     """
     prefix = f"epoch view:{seed}:{epoch}:".encode("ascii")
     draws = [hashlib.sha256(prefix + content.tobytes()).digest()[:8] for content in sha256]

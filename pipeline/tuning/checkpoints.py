@@ -1,4 +1,4 @@
-"""Where an interrupted training goes on: one file beside the run, written whole after each epoch, gone at the end."""
+"""Checkpoints: one file beside the run, replaced after each epoch, from which an interrupted training resumes."""
 
 from __future__ import annotations
 
@@ -22,29 +22,29 @@ CHECKPOINT_VERSION = 1
 _ABOUT = "about"
 _DAMAGED = (
     *(OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error, NotImplementedError),
-    *(MemoryError, RecursionError),  # of shapes and brackets that nobody saved
+    *(MemoryError, RecursionError),  # raised for absurd array shapes and deeply nested JSON
 )
 
 
 @dataclasses.dataclass
 class State:
     """Everything that the next epoch depends on. The order of rows, views, dropout and the learning rate follow from
-    seed and epoch, so they need not be kept.
+    seed and epoch, so they are not kept.
 
     Parameters
     ----------
     epoch : int
-        The last finished one; 0 before the first.
+        Last finished epoch; ``initial_epoch`` (by default 0) before the first.
     history : dict of str to list of float
         Columns of ``history.csv`` so far.
     before, best : dict
-        Validation scores before the first epoch and of the best one.
+        Validation scores before the first epoch, and after the best one.
     waited : int
         Epochs since the lowest validation log loss.
     lowest : float
-        That log loss.
+        Lowest validation log loss so far.
     variables, optimizer, kept : list of arrays
-        Variables of the trained layers, of the optimizer, and those of the best epoch.
+        Values of the trained layers' variables, of the optimizer's, and of the trained layers' after the best epoch.
     """
 
     epoch: int
@@ -62,31 +62,31 @@ _ARRAYS = ("variables", "optimizer", "kept")
 
 
 class Checkpoint:
-    """The file of one training. Whoever uses it holds the run's lock.
+    """The checkpoint file of one training. The caller must hold the run's lock.
 
     Parameters
     ----------
     path : Path
         ``.<run id>.checkpoint`` in the folder of runs.
     configuration : dict
-        What decides the training, as plain values; a checkpoint is bound to it.
+        Plain values that decide the training. Only a training with the same values may use the checkpoint.
     """
 
     def __init__(self, path: Path, configuration: Mapping[str, Any]) -> None:
         self.path, self._configuration = path, _plain(configuration)
 
     def load(self, like: State) -> State | None:
-        """The state after the last finished epoch; None where there is none, or where the file is damaged, which is logged.
+        """Read the state after the last finished epoch; None if there is no file, or a damaged one, which is logged.
 
         Parameters
         ----------
         like : State
-            Of the same training, for the number and shapes of its arrays.
+            A state of the same training, which gives the expected number and shapes of the arrays.
 
         Raises
         ------
         RunError
-            If the checkpoint is of another configuration.
+            If the checkpoint belongs to another configuration.
         """
         sweep(self.path)
         if not self.path.exists():
@@ -102,22 +102,22 @@ class Checkpoint:
             if theirs == self._configuration:
                 _check_values(state, like)
         except _DAMAGED as error:
-            logger.warning("%s is damaged (%s); training begins anew", self.path, error)
+            logger.warning("%s is damaged (%s); training starts from the beginning", self.path, error)
             return None
         _check_same(self.path, theirs, self._configuration)
         for name in _ARRAYS:
             shapes = [[value.shape for value in getattr(item, name)] for item in (state, like)]
             if shapes[0] != shapes[1]:
-                raise RunError(f"{self.path}: is a checkpoint of a network with other {name}; remove it to begin anew")
+                raise RunError(f"{self.path}: belongs to a network with other {name}; remove it to start again")
         return state
 
     def save(self, state: State) -> None:
-        """Replace the file, whole or not at all.
+        """Replace the file as a whole, or leave it as it was.
 
         Raises
         ------
         StoreError
-            If it cannot be written; the one of the epoch before is then untouched.
+            If the file cannot be written; the checkpoint of the previous epoch is then untouched.
         """
         fields = {field.name: getattr(state, field.name) for field in dataclasses.fields(State)}
         lists = {name: fields.pop(name) for name in _ARRAYS}
@@ -132,11 +132,11 @@ class Checkpoint:
             np.savez(stream, **{_ABOUT: text}, **arrays)  # type: ignore[arg-type]
 
     def remove(self) -> None:
-        """After the run is finished."""
+        """Remove the file, once the run is finished."""
         self.path.unlink(missing_ok=True)
 
     def others(self) -> list[str]:
-        """Checkpoints beside this one that began from the same run with other settings, and what differs."""
+        """List other checkpoints in the folder whose training started from the same run, and how their settings differ."""
         found = []
         for path in sorted(self.path.parent.glob(".*.checkpoint")):
             if path == self.path:
@@ -153,7 +153,7 @@ class Checkpoint:
 
 
 def checkpoint_path(runs: Path, run_id: str) -> Path:
-    """Where the checkpoint of a run lies while it is trained."""
+    """Path of a run's checkpoint while the run is trained."""
     return runs / f".{run_id}.checkpoint"
 
 
@@ -166,15 +166,15 @@ def _about(file: Any) -> dict[str, Any]:
 
 
 def _check_values(state: State, like: State) -> None:
-    """Refuse, with ValueError, what no training of the same configuration has saved."""
+    """Raise ValueError for values that no training with the same configuration saves."""
     if not (type(state.epoch) is int and state.epoch >= like.epoch and type(state.waited) is int):
-        raise ValueError(f"epoch {state.epoch!r}, waited {state.waited!r}")
+        raise ValueError(f"received epoch {state.epoch!r}, waited {state.waited!r}")
     lengths = {name: len(values) for name, values in dict(state.history).items()}
     if lengths != dict.fromkeys(like.history, state.epoch - like.epoch + 1):
-        raise ValueError(f"{state.epoch} epochs, history {lengths}")
+        raise ValueError(f"after epoch {state.epoch} the columns of the history have the lengths {lengths}")
     for name, scores in (("before", state.before), ("best", state.best)):
         if set(scores) != set(like.before):
-            raise ValueError(f"{name} holds other scores")
+            raise ValueError(f"{name!r} holds unexpected scores")
     numbers = [
         state.lowest,
         *(scores[key] for scores in (state.before, state.best) for key in ("accuracy", "log_loss")),
@@ -184,17 +184,17 @@ def _check_values(state: State, like: State) -> None:
     for name in _ARRAYS:
         for value, own in zip(getattr(state, name), getattr(like, name), strict=False):
             if value.dtype != own.dtype or not np.isfinite(value).all():
-                raise ValueError(f"{name} hold {value.dtype}, or numbers that are not finite")
+                raise ValueError(f"{name!r} holds {value.dtype} instead of {own.dtype}, or values that are not finite")
 
 
 def _check_same(path: Path, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
     if theirs != mine:
         raise RunError(
-            f"{path}: is a checkpoint of another configuration ({_differences(theirs, mine)}). Give those settings to go on "
-            "with it, or remove it to begin anew."
+            f"{path}: is the checkpoint of another configuration ({_differences(theirs, mine)}). Give its settings to "
+            "resume that training, or remove it to start again."
         )
 
 
 def _differences(theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> str:
     names: Sequence[str] = [name for name in {**theirs, **mine} if theirs.get(name) != mine.get(name)]
-    return "; ".join(f"{name}: {theirs.get(name, 'as usual')} -> {mine.get(name, 'as usual')}" for name in names)
+    return "; ".join(f"{name}: {theirs.get(name, 'default')} -> {mine.get(name, 'default')}" for name in names)

@@ -1,4 +1,4 @@
-"""Backbone and head as one network again: the very weights that made the features, checked by fingerprint.
+"""Joins a run's head to the network that made its features, checked by recipe, and cuts the result in two.
 
 run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
 """
@@ -25,25 +25,25 @@ from pipeline.scores.metrics import softmax
 from pipeline.tuning.settings import ALL, HEAD, LAST_BLOCK
 
 BATCHNORM_MODES = ("frozen", "affine", "train")
-PIXELS = "pixels"  # the cut of a network that is trained as a whole
+PIXELS = "pixels"  # name of the cut if every layer is trained: the tail then takes pixels
 
 
 def network_of(run: Run, weights: str | None = None, *, device: str = "auto") -> Network:
-    """The network whose features the run's head was trained on.
+    """Find the network whose features the run's head was trained on.
 
     Parameters
     ----------
     run : Run
-        Of any head.
+        A run of any head.
     weights : str, optional
-        Where the weights are now, if not where the extraction found them.
+        Where the weights are now, if they have moved since the extraction.
     device : {"auto", "cpu", "gpu"}
-        Where it is to run.
+        Where the network will run.
 
     Raises
     ------
     RunError
-        If backbone or weights are not those of the run.
+        If the network that is found has another recipe than the run, such as other weights.
     """
     recipe = run.recipe
     options = recipe.options(run.backbone_argument, weights or run.weights_argument, device=device)
@@ -51,9 +51,9 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
     differences = recipe.plain.difference(network.recipes[0])
     if "precision" in differences:
         raise RunError(
-            f"{run.folder}: its features were computed in {recipe.precision}, which is not at hand here "
-            f"({network.recipes[0].precision} is). Install what computed them (for openvino: pip install "
-            "'bottleneck-features[openvino]'; else set KERAS_BACKEND), or extract again in float32."
+            f"{run.folder}: its features were computed in {recipe.precision}, which is not available here "
+            f"({network.recipes[0].precision} is). Install the engine that computed them (for openvino: pip install "
+            "'bottleneck-features[openvino]'; for others set KERAS_BACKEND), or extract again in float32."
         )
     if differences:
         listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
@@ -66,24 +66,25 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """A network cut in two for training.
+    """A network and its head, joined and cut in two for training.
 
     Parameters
     ----------
     original : keras.Model
-        The backbone as it was loaded, of ordinary layers.
+        The network as it was loaded, made of ordinary layers.
     backbone : keras.Model
-        The backbone that the tail shares its layers with: the original, or a copy with other BatchNorm layers.
+        The network that shares its layers with the tail: the original, or a copy with other BatchNorm layers.
     trunk : keras.Model or None
-        Preprocessed pixels -> cut tensor, the original's layers. Never trained, never in training mode. None where the cut is `PIXELS`.
+        Preprocessed pixels -> cut tensor, made of the original's layers. It is never trained and never runs in training
+        mode. None if the cut is `PIXELS`.
     tail : keras.Model
-        Cut tensor -> logits, the head included; from `PIXELS` it is the whole network, preprocessing too.
+        Cut tensor -> logits, including the head. If the cut is `PIXELS`, the whole network including preprocessing.
     head : keras.Model
-        The last part of the tail.
+        The head, which is the last part of the tail.
     pool : str
-        Layer of the tail that gives the head its features.
+        Name of the tail's layer whose output the head takes.
     cut : str
-        Layer whose output is the cut tensor, or `PIXELS`.
+        Name of the layer whose output is the cut tensor, or `PIXELS`.
     """
 
     original: Any
@@ -95,24 +96,24 @@ class Split:
     cut: str
 
     def statistics_variables(self) -> list[Any]:
-        """Moving mean and variance of every BatchNorm layer, nested ones too."""
+        """List moving mean and variance of every BatchNorm layer, including those of nested models."""
         layers = batch_normalizations(self.backbone)
         return [item for layer in layers for item in (layer.moving_mean, layer.moving_variance)]
 
     def statistics(self) -> list[np.ndarray]:
-        """Copies of their values."""
+        """Copy the values of the `statistics_variables`."""
         convert = load_keras().ops.convert_to_numpy
         return [np.array(convert(item)) for item in self.statistics_variables()]
 
     def layers_of_tail(self) -> list[Any]:
-        """The backbone's layers in the tail, nested ones too, without the head's."""
+        """List the tail's layers, including those of nested models, but without the head's."""
         keras = load_keras()
         head = {id(layer) for layer in self.head._flatten_layers()}
         layers = self.tail._flatten_layers(include_self=False)
         return [layer for layer in layers if id(layer) not in head and not isinstance(layer, keras.Model)]
 
     def trained_backbone(self) -> Any:
-        """The original with the trained weights: it can be saved and opened without any class of ours."""
+        """Return the original with the trained weights, which can be saved and opened without this project's classes."""
         if self.original is not self.backbone:
             self.original.set_weights(self.backbone.get_weights())
         return self.original
@@ -128,32 +129,32 @@ def split_for_training(
     scratch: bool = False,
     cut_of: Callable[[list[str]], str] = lambda cuts: cuts[-1],
 ) -> Split:
-    """Put a head on a backbone and make the layers from ``unfreeze`` on trainable.
+    """Join a head to a network, make the layers from ``unfreeze`` on trainable, and cut the result in two.
 
     Parameters
     ----------
     network : Network
-        Backbone and weights.
+        The network and its weights.
     recipe : Recipe
-        The features that the head takes.
+        Recipe of the features that the head takes; its precision must be float32.
     head : Head
-        A head with a Keras network.
+        A head that is a Keras model.
     unfreeze : str
         ``"last-block"``, ``"all"``, ``"head"``, the name of the first layer to train, or its number in ``model.layers``.
     bn : {"frozen", "affine", "train"}
-        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are, in layers whose call
+        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are trained, in layers whose call
         forces inference statistics. In both, moving statistics are never updated: ``base(x, training=False)`` alone
-        does not ensure that under ``fit`` in Keras 3.15. ``train``: as Keras trains them, from scratch only.
+        does not ensure that under ``fit`` in Keras 3.15. ``train``: they are trained as Keras does it, from scratch only.
     scratch : bool
-        Draw the backbone's weights anew, by Keras's own initialisers and the global seed.
+        Draw new weights for the network, with Keras's own initialisers and the global seed.
     cut_of : callable
-        Chooses among the cuts before the first trained layer, in graph order, the first of which is `PIXELS`; the
-        last by default.
+        Receives the possible cuts before the first trained layer, in graph order and beginning with `PIXELS`, and
+        returns the one to use; by default the last.
 
     Raises
     ------
     ConfigurationError
-        For an unknown mode or layer, or one behind the features.
+        If the mode or the layer is unknown, the layer comes after the features, or the features are not float32.
     """
     if recipe.precision != "float32":
         raise ConfigurationError(
@@ -170,8 +171,8 @@ def split_for_training(
     names = [layer.name for layer in backbone.layers]
     if names.index(recipe.layer) < first < len(names):
         raise ConfigurationError(
-            f"unfreeze: {names[first]!r} lies behind the features, which are taken at {recipe.layer!r}; there is "
-            "nothing to train. Extract a later --layer, or unfreeze an earlier one."
+            f"unfreeze: {names[first]!r} comes after {recipe.layer!r}, whose output the head takes, so there is nothing "
+            "to train. Extract features of a later --layer, or unfreeze from an earlier one."
         )
     for index, layer in enumerate(backbone.layers):
         layer.trainable = index >= first  # a nested model passes this on to all its layers
@@ -188,14 +189,14 @@ def split_for_training(
         tail = keras.Model(pixels, whole(preprocess(network.backbone)(pixels)), name="from_pixels")
         return Split(original, backbone, None, tail, *parts)
     _, tail = cut_at(whole, cut)
-    # Of the original's ordinary layers, whose BatchNorm can be folded: faster, and what a store's features went through.
+    # The original's ordinary layers have BatchNorm that can be folded: faster, and the way a store's features were made.
     trunk = keras.Model(original.inputs[0], layer_tensors(original)[cut], name="trunk")
     trunk.trainable = False
     return Split(original, backbone, trunk, tail, *parts)
 
 
 def untrained(network: Network) -> Any:
-    """The backbone's architecture with new weights, as Keras draws them."""
+    """Build the network's architecture with new weights, drawn by Keras's initialisers."""
     keras = load_keras()
     if network.backbone.own_weights is not None:
         return keras.models.clone_model(network.load())
@@ -204,7 +205,7 @@ def untrained(network: Network) -> Any:
 
 
 def untrained_head(head: Head) -> Head:
-    """A head of the same layers with new weights, which standardises nothing: there are no features yet."""
+    """Make a head of the same layers with new weights. It does not standardise, as there are no features yet."""
     new = head.fresh()
     new.pool, new.input_shape = head.pool, head.input_shape
     new.mean, new.std = np.zeros_like(head.mean), np.ones_like(head.std)
@@ -212,7 +213,7 @@ def untrained_head(head: Head) -> Head:
 
 
 def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
-    """Number in ``backbone.layers`` of the first layer to train; the number of layers if none is."""
+    """Find the first layer to train, as an index into ``backbone.layers``; the number of layers if none is trained."""
     names = [layer.name for layer in backbone.layers]
     if unfreeze in (ALL, HEAD):
         return 0 if unfreeze == ALL else len(names)
@@ -221,14 +222,14 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
         if boundary is None:
             raise ConfigurationError(
                 f"unfreeze: {network.backbone.name} has no {BOUNDARY}: no single tensor separates its last block. Give the "
-                f"first layer to train, or its number; the last layers are {', '.join(names[-5:])}"
+                f"name or number of the first layer to train; the last layers are {', '.join(names[-5:])}"
             )
         return names.index(boundary) + 1
     if unfreeze.lstrip("-").isdecimal():
         number = int(unfreeze)
         if not -len(names) <= number < len(names):
             raise ConfigurationError(
-                f"unfreeze: received layer {number}, the backbone has layers 0 to {len(names) - 1}"
+                f"unfreeze: received layer {number}, expected one of the network's layers 0 to {len(names) - 1}"
             )
         return number % len(names)
     if unfreeze not in names:
@@ -241,7 +242,7 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
 
 @functools.cache
 def stored_statistics_layer() -> Any:
-    """BatchNormalization that normalises with its stored statistics whatever it is told, gamma and beta trainable."""
+    """Make the class of a BatchNorm layer that always uses its stored statistics; gamma and beta can be trained."""
     import keras
 
     @keras.saving.register_keras_serializable(package="bottleneck")
@@ -253,7 +254,7 @@ def stored_statistics_layer() -> Any:
 
 
 def with_stored_statistics(model: Any) -> Any:
-    """A copy of a model, with its weights, whose BatchNorm layers never compute or update statistics."""
+    """Copy a model and its weights, with BatchNorm layers that never compute or update statistics."""
     import keras
 
     def clone(layer: Any) -> Any:
@@ -268,7 +269,7 @@ def with_stored_statistics(model: Any) -> Any:
 
 
 def batch_normalizations(model: Any) -> list[Any]:
-    """Every BatchNorm layer of a model, also inside nested models."""
+    """List every BatchNorm layer of a model, including those of nested models."""
     import keras
 
     found = []
@@ -283,7 +284,7 @@ def batch_normalizations(model: Any) -> list[Any]:
 def trunk_function(
     split: Split, network: Network, recipe: Recipe, *, batch_size: int, device: str
 ) -> Callable[[np.ndarray], np.ndarray]:
-    """The trunk as a compiled function of pixels, uint8 (n, h, w, 3) -> cut features; pixels themselves where there is none."""
+    """Compile the trunk to a function, uint8 pixels (n, h, w, 3) -> cut features; without a trunk these are the pixels."""
     if split.trunk is None:
         return lambda pixels: pixels
     cut = dataclasses.replace(recipe, layer=split.cut, pooling="none", dtype="float32")
@@ -292,14 +293,14 @@ def trunk_function(
 
 
 def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Softmax of logits; one logit m of two classes is read as [0, m].
+    """Softmax of logits; a single logit m for two classes is read as [0, m].
 
     Parameters
     ----------
     logits : float, (n, c), or (n, 1) for two classes
-        Outputs of a network.
+        Outputs of a head.
     temperature : float
-        Logits are divided by it.
+        The logits are divided by it.
 
     Returns
     -------

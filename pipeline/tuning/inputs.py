@@ -1,4 +1,4 @@
-"""What goes into the trained end of a network: which rows there are, and where their cut features come from.
+"""The input of the trained layers: which rows there are, and where their cut features come from.
 
 images ─┬─ trunk, once ─────────── KeptFeatures ────┐
         └─ augment, trunk, each epoch ─ LiveViews ──┼─▶ batches(rows, epoch) ─▶ pipeline.tuning.training
@@ -32,18 +32,18 @@ from features.store.schema import data_digest
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
-PLAIN = 0  # as an epoch: view 0 of every image
+PLAIN = 0  # the epoch number that stands for view 0 of every image
 Trunk = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
 class Data:
-    """Rows to train on and to measure, with the splits that extraction gave them.
+    """Rows to train and measure on, with the splits that the extraction assigned to them.
 
     Parameters
     ----------
     description : str
-        Where they come from, for messages.
+        Where the rows come from, for messages.
     paths : sequence of str
         Names of the images.
     labels : int32, (n,)
@@ -51,9 +51,9 @@ class Data:
     splits : int8, (n,)
         Index into ``SPLITS``; images that could not be read are in ``unlabelled``.
     sha256 : uint8, (n, 32)
-        Content; zeros where it could not be read.
+        Content hashes; zeros for images that could not be read.
     digest : str
-        ``features.store.schema.data_digest`` of those that could, as a feature store of them would have it.
+        ``features.store.schema.data_digest`` of the readable rows, which a feature store of the same rows would have.
     """
 
     description: str
@@ -68,17 +68,17 @@ class Data:
         return np.flatnonzero(self.splits == SPLITS.index(split))
 
     def by_content(self, rows: np.ndarray) -> np.ndarray:
-        """Rows sorted by content hash: an order that neither names nor the kind of source decide."""
+        """Sort rows by content hash, an order that depends neither on names nor on the kind of source."""
         return np.array(sorted(rows.tolist(), key=lambda row: self.sha256[row].tobytes()), dtype=np.int64)
 
 
 def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
-    """Hash every image and give it its split.
+    """Hash every image and assign its split.
 
     Raises
     ------
     RunError
-        If none could be read.
+        If no image could be read.
     """
 
     def digest(row: int) -> bytes:
@@ -103,30 +103,30 @@ def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
 
 
 class Inputs(Protocol):
-    """Where the cut features of rows come from."""
+    """A source of cut features."""
 
     def readable(self, rows: np.ndarray) -> np.ndarray:
-        """Those rows that have features, in their order."""
+        """Return those of ``rows`` that have features, in the same order."""
 
     def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches ``(rows, features (k, ...))`` in the order of ``rows``; every epoch may have another view, `PLAIN` view 0."""
+        """Yield ``(rows, features (k, ...))`` in the order of ``rows``. An epoch may read any view; `PLAIN` reads view 0."""
 
 
 class ImagePass:
-    """Images through the frozen trunk, a batch at a time. What cannot be read is left out, with one warning.
+    """Passes images through the frozen trunk in batches. Unreadable images are left out, with one warning each.
 
     Parameters
     ----------
     images : ImageSet
-        The source.
+        The images.
     trunk : callable
         ``uint8, (n, h, w, 3)`` -> ``(n, ...)``.
     rule : PixelRule
-        How the images are decoded.
+        How the images are decoded and resized.
     pool : Executor
         Threads that read and decode.
     batch_size : int
-        Images of one forward pass.
+        Images per forward pass.
     """
 
     def __init__(self, images: ImageSet, trunk: Trunk, rule: PixelRule, pool: Executor, batch_size: int) -> None:
@@ -136,7 +136,7 @@ class ImagePass:
     def features(
         self, rows: np.ndarray, decode: Callable[[int, bytes], DecodedViews]
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches ``(rows, features (k, ...))`` in the order of ``rows``; ``decode`` is given a row and its file's bytes."""
+        """Yield ``(rows, features (k, ...))`` in the order of ``rows``; ``decode`` takes a row and the bytes of its file."""
 
         def load(row: int) -> DecodedViews:
             return decode(row, self.images.read(row))
@@ -151,18 +151,18 @@ class ImagePass:
 
 
 class KeptFeatures:
-    """Trunk features of plain images, computed once: trunk and images stay as they are, so every epoch has the same.
+    """Trunk features of plain images. They are computed once, as neither trunk nor images change between epochs.
 
-    They are kept in memory up to 1 GiB, above that in a file that is removed afterwards.
+    Up to 1 GiB is kept in memory, more in a temporary file.
 
     Parameters
     ----------
     source : ImagePass
-        What makes them.
+        Computes the features.
     rows : int64, (n,)
-        Which images.
+        Rows of the images.
     folder : Path
-        Where the file goes, if one is needed.
+        Folder of the temporary file, if one is needed.
     progress : callable, optional
         Called with ``("trunk", done, total)``.
     """
@@ -178,7 +178,7 @@ class KeptFeatures:
         for done, features in source.features(rows, plain):
             start = len(self._place)
             if not start:
-                self._array = _room((len(rows), *features.shape[1:]), features.dtype, folder)
+                self._array = _allocated((len(rows), *features.shape[1:]), features.dtype, folder)
             self._array[start : start + len(features)] = features
             self._place |= {row: start + offset for offset, row in enumerate(done.tolist())}
             if progress:
@@ -194,22 +194,22 @@ class KeptFeatures:
 
 
 class LiveViews:
-    """Another view of each image in each epoch: decoded and augmented on threads, then through the frozen trunk.
+    """A new view of each image in each epoch: decoded and augmented on threads, then passed through the frozen trunk.
 
     View k of an image depends only on seed, content and k, so epoch k has the same pixels as view k in a store.
 
     Parameters
     ----------
     source : ImagePass
-        What makes them.
+        Computes the features.
     data : Data
-        Its rows.
+        Rows of the images.
     spec : AugmentSpec
-        What views are drawn from.
+        Augmentation that the views are drawn from.
     seed : int
-        Of the views.
+        Seed of the views.
     plain : Inputs
-        Where the plain images come from, which are measured.
+        Features of the plain images, which are used to measure.
     """
 
     def __init__(self, source: ImagePass, data: Data, spec: AugmentSpec, seed: int, plain: Inputs) -> None:
@@ -231,15 +231,15 @@ class LiveViews:
         yield from self._source.features(rows, drawn)
 
 
-def _room(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
+def _allocated(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:
     needed = dtype.itemsize * int(np.prod(shape, dtype=np.int64))
     if needed <= KEPT_BYTES:
         return np.empty(shape, dtype)
     free = shutil.disk_usage(folder).free
     if needed > 0.9 * free:
         raise StoreError(
-            f"{folder}: the features before the trained layers need {needed >> 20} MiB there, {free >> 20} MiB are "
-            "free. Free some space, give another --runs folder, or unfreeze from a later layer."
+            f"{folder}: the features before the trained layers need {needed >> 20} MiB of disk space, {free >> 20} MiB "
+            "are free. Free some space, give another --runs folder, or unfreeze from a later layer."
         )
-    with tempfile.TemporaryFile(dir=folder, prefix=".finetune-") as file:  # without a name: gone once unmapped
+    with tempfile.TemporaryFile(dir=folder, prefix=".finetune-") as file:  # it has no name, so it is gone once unmapped
         return np.memmap(file, dtype, "w+", shape=shape)

@@ -1,4 +1,4 @@
-"""The parity gate: the assembled network gives the probabilities that the cached head gave, or a layer is named.
+"""The parity gate: network and head, joined, must give the cached head's probabilities; if not, an error names a layer.
 
 predictions.csv of a run -> Reference ─ check(probabilities) ─▶ largest gap, or ParityError with the first layer that differs
 """
@@ -30,25 +30,25 @@ from pipeline.tuning.settings import TuningSettings
 from pipeline.tuning.training import Tail
 
 PARITY_IMAGES = 64
-# In probability. Heads trained on float16 features were trained on rounded numbers, the network gives them unrounded.
+# Largest difference in probability, by dtype of the stored features. float16 features are rounded, the network's are not.
 PARITY_TOLERANCE = {"float32": 1e-4, "float16": 1e-2}
-LAYER_TOLERANCE = 1e-3  # relative difference of a layer that is named as the first to differ
+LAYER_TOLERANCE = 1e-3  # relative difference above which a layer counts as different
 
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """What a run's head gave from cached features.
+    """Probabilities that a run's head gave from cached features, to compare with.
 
     Parameters
     ----------
     rows : int64, (n,)
-        Rows of the data, of its validation split.
+        Rows of the data, all in the validation split.
     paths : list of str
-        Their names, for messages.
+        Names of these images, for messages.
     probabilities : float64, (n, c)
-        What is to be met.
+        Expected probabilities.
     tolerance : float
-        In probability.
+        Largest accepted difference in probability.
     """
 
     rows: np.ndarray
@@ -57,62 +57,62 @@ class Reference:
     tolerance: float
 
     def check(self, received: np.ndarray, what: str, explain: Callable[[int], str]) -> float:
-        """Largest difference in probability.
+        """Return the largest difference in probability.
 
         Parameters
         ----------
         received : float64, (n, c)
             Probabilities of the same rows.
         what : str
-            Where the comparison is made, for the message.
+            Stage at which they are compared, with which the message begins.
         explain : callable
-            Says of a row what is to blame.
+            Takes a row and returns a sentence about the cause of its difference.
 
         Raises
         ------
         ParityError
-            If it exceeds the tolerance, or is not finite.
+            If the difference exceeds the tolerance or is not finite.
         """
         worst, gap = largest_gap(received, self.probabilities)
         if gap <= self.tolerance:
             return gap
         raise ParityError(
-            f"{what}: probabilities of {printable(self.paths[worst])} differ by {gap:.2e}, at most "
+            f"{what}: probabilities of {printable(self.paths[worst])} differ by {gap:.2e}; at most "
             f"{self.tolerance:.0e} is allowed. {explain(int(self.rows[worst]))}"
         )
 
-    def to_meet(self, probabilities: np.ndarray) -> Reference:
-        """The same rows with other probabilities to be met."""
+    def expecting(self, probabilities: np.ndarray) -> Reference:
+        """Make a reference for the same rows with other expected probabilities."""
         return dataclasses.replace(self, probabilities=probabilities)
 
 
 def largest_gap(received: np.ndarray, expected: np.ndarray) -> tuple[int, float]:
-    """Row and size of the largest difference between probabilities (n, c); where one is not finite, that row."""
+    """Row and size of the largest difference between probabilities (n, c); one that is not finite counts as largest."""
     gaps = np.abs(received - expected).max(axis=1)
     worst = int(np.argmax(np.nan_to_num(gaps, nan=np.inf)))
     return worst, float(gaps[worst])
 
 
 def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
-    """Up to `PARITY_IMAGES` predictions of a run, evenly spread over validation, found by content in the data.
+    """Take up to `PARITY_IMAGES` predictions of a run, evenly spread over validation, and find their images in the data.
 
     Parameters
     ----------
     run : Run
-        Its ``predictions.csv`` is read.
+        The run whose ``predictions.csv`` is read.
     data : Data
-        Images may have been renamed since.
+        Rows to search by content hash, as images may have been renamed.
     *dtypes : {"float32", "float16"}
-        How the features on both sides were stored, which decides the tolerance.
+        Dtypes of the stored features on both sides, which decide the tolerance.
 
     Raises
     ------
     RunError
-        If images of the run are missing, or the file is damaged.
+        If images of the run are missing, or its predictions are missing or damaged.
     """
     found = read_predictions(run)
     if not found.paths:
-        raise RunError(f"{run.folder / 'predictions.csv'}: holds no predictions to compare with")
+        raise RunError(f"{run.folder / 'predictions.csv'}: holds no predictions to compare with; train the head again")
     chosen = evenly_spread(len(found.paths), PARITY_IMAGES)
     hashes, values = [found.sha256[row].tobytes() for row in chosen], found.probabilities[chosen]
     validation = {data.sha256[row].tobytes(): row for row in data.rows("validation").tolist()}
@@ -120,7 +120,7 @@ def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
     if missing:
         raise RunError(
             f"{data.description}: {missing} of {len(hashes)} validation images of {run.run_id} are not here, "
-            "changed, or in another split. Extract and train the head again on these images."
+            "have changed, or are in another split. Extract and train the head again on these images."
         )
     rows = np.array([validation[sha256] for sha256 in hashes], dtype=np.int64)
     tolerance = max(PARITY_TOLERANCE[dtype] for dtype in dtypes)
@@ -129,22 +129,22 @@ def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What is fine-tuned.
+    """What is fine-tuned, and how.
 
     Parameters
     ----------
     start : Run
-        Where it begins.
+        The run that fine-tuning starts from.
     settings : TuningSettings
-        How.
+        Settings of the training.
     network : Network
-        The backbone, and where its weights are.
+        The network and its weights.
     head : Head
-        The run's, as a network; from scratch a new one.
+        The run's head as a Keras model, or a new one with the same layers.
     split : Split
-        Both, cut in two.
+        Network and head, joined and cut in two.
     cached : CachedCut or None
-        Where cut features come from, if not from images.
+        The stored feature set that is trained on; None if the cut features are computed from images.
     """
 
     start: Run
@@ -156,12 +156,12 @@ class Job:
 
     @property
     def decided(self) -> dict[str, Any]:
-        """What decides the result beside the features and the data: the identity of the new run."""
+        """The values that decide the result besides features and data, and so the new run's id."""
         cache = {} if self.cached is None else {"from_cache": self.cached.identity}
         return {**self.settings.described(), "start": self.start.run_id, **cache}
 
     def noted(self) -> dict[str, Any]:
-        """All settings, for ``config.yaml``."""
+        """Collect all settings for ``config.yaml``."""
         variables = self.split.tail.trainable_variables
         return {
             **self.settings.model_dump(mode="json"),
@@ -176,18 +176,18 @@ class Job:
 
 
 class Gate:
-    """Compares the network with the cached head before training, and with itself after it was saved.
+    """Compares the joined network with the cached head before training, and with its saved copy afterwards.
 
     Parameters
     ----------
     job : Job
         What is fine-tuned.
     data : Data
-        Rows.
+        The rows.
     inputs : Inputs
-        Cut features of them.
+        Cut features of the rows.
     tail : Tail
-        What is trained.
+        The trained layers and the head.
     """
 
     def __init__(self, job: Job, data: Data, inputs: Inputs, tail: Tail) -> None:
@@ -197,21 +197,21 @@ class Gate:
 
     @property
     def rows(self) -> np.ndarray:
-        """Rows that are compared."""
+        """The rows that are compared, int64, (n,)."""
         return self._reference.rows
 
     def before(self) -> float:
-        """Largest difference in probability between the network and the cached head; ``ParityError`` if too large."""
+        """Return the largest difference in probability between network and cached head; ``ParityError`` if too large."""
         received = self._tail.probabilities(self._inputs, self.rows)
         return self._reference.check(received, "before fine-tuning", self._explain_before)
 
     def before_from_pixels(self, pixels: np.ndarray, trunk: Trunk) -> float:
-        """The same of the network from pixels, where training begins from cached cut features.
+        """Compare as `before` does, but from pixels, if the training starts from stored cut features.
 
         Parameters
         ----------
         pixels : uint8, (n, h, w, 3), 0-255
-            Of `rows`.
+            Pixels of `rows`.
         trunk : callable
             Pixels -> cut features.
         """
@@ -221,21 +221,22 @@ class Gate:
         def explain(row: int) -> str:
             place = self.rows.tolist().index(row)
             difference = relative_difference(np.concatenate(cut)[place : place + 1], self._features(row))
-            return f"Its cached features at {self._job.split.cut!r} differ from those of its pixels by {difference:.1e} relative."
+            return f"Its cached features at {self._job.split.cut!r} differ from those of its pixels (relative difference {difference:.1e})."
 
         return self._reference.check(self._tail.probabilities_of(cut), "before fine-tuning, from pixels", explain)
 
     def after(self, finished: Run, pixels: np.ndarray | None, device: str) -> float:
-        """Largest difference in probability between the network in memory and the run that was saved, opened again.
+        """Return the largest difference in probability between the network in memory and the saved run, loaded again.
 
         Parameters
         ----------
         finished : Run
-            The new one.
+            The new run.
         pixels : uint8, (n, h, w, 3), 0-255, optional
-            Of `rows`: they go the way that ``predict`` goes. Without them, cut features go through the saved layers.
-        device : str
-            As everywhere.
+            Pixels of `rows`, which are predicted as ``predict`` does it. Without them, cut features are passed through
+            the saved layers.
+        device : {"auto", "cpu", "gpu"}
+            Where the network runs.
         """
         job, network, head = self._job, network_of(finished), head_of(finished)
         saved = functools.partial(
@@ -249,7 +250,7 @@ class Gate:
 
         def explain(row: int) -> str:
             found = differing_layer(saved(), job.split, self._features(row), network)
-            return found or f"It is a layer before {job.split.cut!r}."
+            return found or f"The layer that differs comes before {job.split.cut!r}."
 
         if pixels is None:
             received = Tail(saved(), head.temperature, job.settings).probabilities(self._inputs, self.rows)
@@ -258,7 +259,7 @@ class Gate:
             engine = network.engine(network.recipes, batch_size=size, device=device)
             parts = (engine(pixels[start : start + size]) for start in range(0, len(pixels), size))
             received = np.concatenate([head.predict_proba(*part.values()) for part in parts])
-        reference = self._reference.to_meet(self._tail.probabilities(self._inputs, self.rows))
+        reference = self._reference.expecting(self._tail.probabilities(self._inputs, self.rows))
         return reference.check(received, f"{finished.run_id}, loaded again after fine-tuning", explain)
 
     def _features(self, row: int) -> np.ndarray:
@@ -279,14 +280,14 @@ class Gate:
 
 
 def first_difference(received: Any, expected: Any, inputs: np.ndarray) -> tuple[str, float] | None:
-    """First layer whose output differs between two models of the same layers, and the relative difference.
+    """Find the first layer whose output differs between two models, and the relative difference; None if none differs.
 
     Parameters
     ----------
     received, expected : keras.Model
-        One input; layers are compared by name, in topological order.
+        Models with one input. Layers are compared by name, in topological order.
     inputs : float32, (n, ...)
-        What both are given.
+        Input of both.
     """
     keras = load_keras()
     mine, theirs = layer_tensors(received), layer_tensors(expected)
@@ -303,58 +304,58 @@ def first_difference(received: Any, expected: Any, inputs: np.ndarray) -> tuple[
 
 
 def differing_layer(received: Split, expected: Split, features: np.ndarray, network: Network) -> str:
-    """The first layer of a tail that differs from another one's, as a sentence; empty if none does.
+    """Name the first layer in which two tails differ, as a sentence; empty if none does.
 
     Parameters
     ----------
     received, expected : Split
-        Two forms of a network, cut at the same layer.
+        Two copies of a network, cut at the same layer.
     features : (n, ...)
-        Cut features of both.
+        Cut features, which both receive.
     network : Network
-        Its preprocessing is used.
+        Supplies the preprocessing.
     """
     model, values = _opened(received, features, network)
     found = first_difference(model, _opened(expected, features, network)[0], values)
-    return f"The first layer that differs is {found[0]!r}, by {found[1]:.1e} relative." if found else ""
+    return f"The first layer that differs is {found[0]!r} (relative difference {found[1]:.1e})." if found else ""
 
 
 def cached_difference(run: Run, sha256: bytes, split: Split, features: np.ndarray, network: Network) -> str:
-    """Whether the features that the head was trained on are those of the network, as a sentence.
+    """Compare the features that the head was trained on with the network's, and describe the result in a sentence.
 
     Parameters
     ----------
     run : Run
-        Its store is looked at, if it is still where it was.
+        The run whose store is read, if it is still where it was.
     sha256 : bytes
-        Content of an image.
+        Content hash of an image.
     split, features, network
-        As of `differing_layer`, of that image.
+        As for `differing_layer`, for that image.
     """
     about = run.config["features"]
     try:
         store = FeatureStore.open(about["store"])
         if store.recipes[about["name"]].fingerprint != about["fingerprint"]:
-            raise RunError("they are of another recipe by now")
+            raise RunError("they have another recipe now")
         (row, *_) = np.flatnonzero((store.images.sha256 == np.frombuffer(sha256, np.uint8)).all(axis=1))
         cached = np.asarray(store.array(about["name"])[[int(row)], [0]], np.float32)
     except (BottleneckError, KeyError, ValueError, OSError) as error:
-        return f"The network is the run's own; the features that its head was trained on cannot be read ({error})."
+        return f"The network is the run's own, but the features that its head was trained on cannot be read ({error})."
     keras = load_keras()
     model, values = _opened(split, features, network)
     pooled = keras.Model(model.inputs[0], layer_tensors(model)[split.pool])(values, training=False)
     difference = relative_difference(keras.ops.convert_to_numpy(pooled), cached)
     if difference > LAYER_TOLERANCE:
         return (
-            f"The first layer that differs is {run.recipe.layer!r}: its features in {about['store']} differ by "
-            f"{difference:.1e} relative from those of now. The images, or what computed them, changed: extract again and "
-            "train the head again."
+            f"The first layer that differs is {run.recipe.layer!r}: its features in {about['store']} differ from those "
+            f"computed now (relative difference {difference:.1e}). The images, or the software that computed the features, "
+            "have changed: extract again and train the head again."
         )
-    return f"The features of {run.recipe.layer!r} are the same, so it is the head: its files or predictions.csv were changed."
+    return f"The features of {run.recipe.layer!r} agree, so the head differs: its files or predictions.csv changed."
 
 
 def _opened(split: Split, features: np.ndarray, network: Network) -> tuple[Any, np.ndarray]:
-    """The tail as a model whose layers can be looked at, and its input."""
+    """Return the tail as a model whose layers can be inspected, and the input of that model."""
     values = np.asarray(features, np.float32)
     if split.cut != PIXELS:
         return split.tail, values

@@ -1,4 +1,4 @@
-"""How the end of a network is trained: frozen settings from flags, a recipe or Python; the learning rate of a step."""
+"""Settings of fine-tuning, from the command line, an experiment or Python, and the learning rate of each step."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from pipeline.config import Rate, Settings, parse
 LAST_BLOCK = "last-block"
 ALL = "all"
 HEAD = "head"
-# What there was before the other settings: the identity of older runs holds where the others are as usual.
+# The first settings there were; the others enter a run's id only if they are not the default, so that older ids stay.
 _ALWAYS = ("unfreeze", "bn", "epochs", "patience", "learning_rate", "batch_size", "seed")
 
 
 class TuningSettings(Settings):
-    """Settings of stage three. Everything here is part of a run's identity.
+    """Settings of fine-tuning. All of them decide the id of the run.
 
     Parameters
     ----------
     unfreeze : str
-        ``last-block``, ``all``, ``head`` (nothing of the backbone), the name of the first layer to train, or its number
+        ``last-block``, ``all``, ``head`` (no layer of the network), the name of the first layer to train, or its number
         in ``model.layers`` (so ``15`` freezes the first 15 layers).
     bn : {"frozen", "affine", "train"}
-        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are, while they normalise with
-        their stored statistics. ``train``: they use and update the statistics of each batch, from scratch only.
+        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are trained, while they normalise
+        with stored statistics. ``train``: they use and update the statistics of each batch, from scratch only.
     scratch : bool
-        Architecture only: all weights of backbone and head are drawn anew, and trained.
+        Keep only the architecture: draw new weights for network and head, and train all of them.
     new_head : bool
-        Draw the head's weights anew, and do not standardise its features: to train a head end to end as tutorials do.
+        Draw new weights for the head and do not standardise its features, to train a head end to end as tutorials do.
     epochs, initial_epoch : int
-        Most epochs to train; number of epochs that the head had before, from which the count goes on.
+        Largest number of epochs to train; number of epochs trained before, from which the count continues.
     patience : int
-        Epochs without a lower validation log loss before stopping; 0: train all epochs. The best epoch is kept.
+        Epochs without a lower validation log loss before training stops; 0 trains all epochs. The best epoch is kept.
     learning_rate : float
         Step size, above 0, at most 1.
     optimizer : {"adam", "rmsprop", "sgd"}
@@ -46,19 +46,19 @@ class TuningSettings(Settings):
     weight_decay : float
         Decoupled from the loss (Loshchilov and Hutter, ICLR 2019).
     schedule : {"constant", "cosine"}
-        Of the learning rate; cosine falls to 0 over all epochs (Loshchilov and Hutter, SGDR, ICLR 2017).
+        Course of the learning rate; ``cosine`` falls to 0 over all epochs (Loshchilov and Hutter, SGDR, ICLR 2017).
     warmup_epochs : float
-        The rate rises from 0 in a straight line over these. Adam's first steps, whose second moments are still
-        unknown, otherwise shake a good head (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 2.2).
+        Epochs over which the learning rate rises linearly from 0. Without them Adam's first steps, whose second moments
+        are still unknown, may spoil a good head (Goyal et al. 2017, https://arxiv.org/abs/1706.02677, section 2.2).
     class_weight : {"balanced"}, optional
-        Weigh each row by rows / (classes x rows of its class), as scikit-learn does.
+        Weight each row by rows / (classes x rows of its class), as scikit-learn does.
     augment : str or dict
-        Preset of ``features.augmentation``, or the fields of an ``AugmentSpec``: each epoch sees another view of each
-        training image, drawn from it.
+        Preset of ``features.augmentation``, or the fields of an ``AugmentSpec``. Each epoch trains on a new view of each
+        image, drawn from it.
     mixed_precision : bool
-        The trained layers compute in bfloat16 while training, on a GPU; weights and measurements are float32.
+        Compute the trained layers in bfloat16 during training, on a GPU; weights and scores stay float32.
     batch_size, seed : int
-        Images of one step; seed of order, views, dropout and, from scratch, the weights.
+        Images per step; seed of row order, views, dropout and new weights.
     """
 
     unfreeze: Annotated[str, BeforeValidator(str)] = LAST_BLOCK
@@ -82,7 +82,7 @@ class TuningSettings(Settings):
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def described(self) -> dict[str, Any]:
-        """What decides the result, as plain values, without what is as usual: older run ids hold."""
+        """The plain values that decide the result, without newer ones that are the default, so that older run ids stay."""
         values, usual = super().described(), TuningSettings().model_dump(mode="json")
         if self.augmentation is None:
             values["augment"] = usual["augment"]
@@ -92,7 +92,7 @@ class TuningSettings(Settings):
 
     @property
     def augmentation(self) -> AugmentSpec | None:
-        """What views are drawn from; None where every view would be the plain image."""
+        """The augmentation that views are drawn from; None if every view would be the plain image."""
         if isinstance(self.augment, str):
             spec = AugmentSpec.parse(self.augment)
         elif "version" in self.augment:
@@ -103,28 +103,28 @@ class TuningSettings(Settings):
 
 
 def settings_of(values: Mapping[str, Any]) -> TuningSettings:
-    """Settings from plain values, checked one by one and together.
+    """Make settings from plain values, which are checked one by one and together.
 
     Raises
     ------
     ConfigurationError
-        An unknown name (the nearest is offered), a value out of range, or settings that do not go together.
+        If a name is unknown (the nearest one is offered), a value is out of range, or settings contradict each other.
     """
     settings = parse(TuningSettings, values, "finetune")
     if settings.bn == "train" and not settings.scratch:
         raise ConfigurationError(
-            "bn: train is for training from scratch (--scratch). Trained weights keep their stored statistics, which a "
-            "few images would spoil: give frozen, or affine to train gamma and beta"
+            "bn: train is only for training from scratch (--scratch). Trained weights keep their stored statistics, which "
+            "a few images would spoil; give frozen, or affine to train gamma and beta"
         )
     if settings.scratch and settings.unfreeze not in (LAST_BLOCK, ALL):
         raise ConfigurationError(
             f"unfreeze: received {settings.unfreeze!r} with --scratch, which trains every layer; leave one of them out"
         )
     if settings.momentum and settings.optimizer == "adam":
-        raise ConfigurationError("momentum: adam has its own; give --optimizer sgd or rmsprop")
+        raise ConfigurationError("momentum: adam does not take it; give --optimizer sgd or rmsprop")
     if settings.nesterov and not (settings.optimizer == "sgd" and settings.momentum):
         raise ConfigurationError("nesterov: needs --optimizer sgd and a momentum above 0")
-    _ = settings.augmentation  # its own checks
+    _ = settings.augmentation  # raises an error if it is invalid
     return settings.model_copy(update={"unfreeze": ALL}) if settings.scratch else settings
 
 
@@ -147,7 +147,7 @@ def learning_rate(settings: TuningSettings, step: int, steps_per_epoch: int) -> 
 
 
 def make_optimizer(settings: TuningSettings) -> Any:
-    """A Keras optimizer; its learning rate is set before each step."""
+    """Make the Keras optimizer; its learning rate is set before each step."""
     optimizers = load_keras().optimizers
     common = {"learning_rate": settings.learning_rate, "weight_decay": settings.weight_decay or None}
     if settings.optimizer == "sgd":

@@ -1,4 +1,4 @@
-"""The training loop of the end of a network, the same for images, augmented images and cached features.
+"""The loop that trains the tail, the same for images, augmented images and cached features.
 
 Inputs ─ batches(rows, epoch) ─▶ Tail.step ─▶ scores on validation ─▶ checkpoint ─▶ best epoch
 """
@@ -28,16 +28,16 @@ logger = logging.getLogger(__name__)
 
 
 class Tail:
-    """The trained layers and the head: trained a batch at a time, measured at inference.
+    """The trained layers and the head: trained in batches, measured at inference.
 
     Parameters
     ----------
     split : Split
-        Its ``tail`` is trained.
+        Holds the ``tail`` to train.
     temperature : float
-        Logits are divided by it.
+        The logits are divided by it.
     settings : TuningSettings
-        Optimizer, batch size and the rest.
+        Optimizer, batch size and so on.
     """
 
     def __init__(self, split: Split, temperature: float, settings: TuningSettings) -> None:
@@ -50,7 +50,7 @@ class Tail:
             if self._binary
             else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
-        # Compiled after `trainable` was set: Keras looks at it when it compiles.
+        # This comes after `trainable` was set, because Keras reads it when it compiles.
         self.model.compile(optimizer=make_optimizer(settings), loss=loss)
         self.model.optimizer.build(self.model.trainable_variables)
         statistics = split.statistics_variables() if settings.bn == "train" else []
@@ -62,47 +62,47 @@ class Tail:
     def step(
         self, features: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None, rate: float | None = None
     ) -> float:
-        """Train on one batch; its mean loss.
+        """Train on one batch and return its mean loss.
 
         Parameters
         ----------
         features : (n, ...)
             Cut features.
         labels : int32, (n,)
-            Classes.
+            Class indices.
         weights : float, (n,), optional
-            Of the rows in the loss.
+            Weights of the rows in the loss.
         rate : float, optional
-            Learning rate from now on.
+            Learning rate from this step on.
         """
         targets = labels[:, None].astype(np.float32) if self._binary else labels
         if rate is not None:
             self.model.optimizer.learning_rate = rate
-        self.model.reset_metrics()  # else Keras gives the mean over all batches so far
+        self.model.reset_metrics()  # otherwise Keras returns the mean over all batches so far
         values = np.asarray(features, np.float32)
         weights = None if weights is None else weights.astype(np.float32)
         return float(self.model.train_on_batch(values, targets, sample_weight=weights))
 
     def probabilities(self, inputs: Inputs, rows: np.ndarray) -> np.ndarray:
-        """Class probabilities of rows in their plain view, float64, (n, c)."""
+        """Compute class probabilities of the plain images of rows, float64, (n, c)."""
         return self.probabilities_of(features for _, features in inputs.batches(rows, PLAIN))
 
     def probabilities_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
-        """Class probabilities of batches of cut features, float64, (n, c)."""
+        """Compute class probabilities of batches of cut features, float64, (n, c)."""
         parts = []
         for features in batches:
             count = len(features)
-            batch = np.zeros((self.batch_size, *features.shape[1:]), np.float32)  # one shape, compiled once
+            batch = np.zeros((self.batch_size, *features.shape[1:]), np.float32)  # one shape, so compiled only once
             batch[:count] = features
-            parts.append(self.model.predict_on_batch(batch)[:count])  # compiled once, sees the variables of now
+            parts.append(self.model.predict_on_batch(batch)[:count])  # reads the current variables
         return probabilities_of(np.concatenate(parts), self._temperature)
 
     @contextlib.contextmanager
     def training(self, seed: int, epoch: int) -> Iterator[None]:
-        """One epoch's steps: dropout starts from seed and epoch, whatever came before; half precision if asked for.
+        """Prepare the steps of one epoch: dropout is seeded by seed and epoch only; half precision if asked for.
 
-        What is measured is compiled apart, in float32, before the first step; a backend that compiles nothing looks
-        at the layers each time.
+        Measuring stays in float32: it was compiled separately before the first step, and a backend that does not
+        compile reads the layers' precision at each call.
         """
         for number, generator in enumerate(self._generators):
             words = np.random.SeedSequence([seed, epoch, number]).generate_state(2) >> 1
@@ -116,26 +116,26 @@ class Tail:
                 layer.dtype_policy = "float32"
 
     def snapshot(self) -> list[np.ndarray]:
-        """Copies of all variables that training changes."""
+        """Copy all variables that training changes."""
         return _values(self._variables)
 
     def restore(self, values: Sequence[np.ndarray]) -> None:
-        """Set them."""
+        """Restore a `snapshot`."""
         _assign(self._variables, values)
 
     def optimizer_snapshot(self) -> list[np.ndarray]:
-        """Copies of the optimizer's variables."""
+        """Copy the optimizer's variables."""
         return _values(self.model.optimizer.variables)
 
     def restore_optimizer(self, values: Sequence[np.ndarray]) -> None:
-        """Set them."""
+        """Restore an `optimizer_snapshot`."""
         _assign(self.model.optimizer.variables, values)
 
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What `train` did: columns of ``history.csv``, validation scores before and of the best epoch, and the epoch after
-    which it went on where an earlier process was interrupted (None: it began anew)."""
+    """Result of `train`: the columns of ``history.csv``, the validation scores before the first and after the best epoch,
+    and the epoch after which an interrupted training was resumed (None if it was not)."""
 
     history: History
     before: dict[str, Any]
@@ -153,15 +153,15 @@ def train(
     checkpoint: Checkpoint | None = None,
     progress: Progress | None = None,
 ) -> Outcome:
-    """Train, and end with the best epoch: the highest validation accuracy, then the lowest log loss.
+    """Train, and end with the weights of the best epoch: highest validation accuracy, then lowest log loss.
 
-    The head as it came counts as epoch 0, so the result is never worse than that on validation. Where an earlier
-    process was killed, its last finished epoch is taken up.
+    The state before training counts as epoch 0, so the result is never worse on validation. If an earlier process was
+    killed, training resumes after its last finished epoch.
 
     Raises
     ------
     RunError
-        If train or validation is empty, or training diverges.
+        If there are no train or no validation images, or training diverges.
     """
     rows = inputs.readable(data.by_content(data.rows("train")))
     validation = inputs.readable(data.rows("validation"))
@@ -183,11 +183,11 @@ def train(
         state = found
         tail.restore(state.variables)
         tail.restore_optimizer(state.optimizer)
-        logger.info("%s: goes on after epoch %d", checkpoint.path if checkpoint else "", state.epoch)
+        logger.info("%s: training resumes after epoch %d", checkpoint.path if checkpoint else "", state.epoch)
     steps, last = -(-len(rows) // tail.batch_size), settings.initial_epoch + settings.epochs
     while state.epoch < last and not Patience(settings.patience, state.lowest, state.waited).over:
         epoch = state.epoch + 1
-        # The order depends on seed, epoch and the images' content only, whatever their order and kind of source.
+        # The order depends only on seed, epoch and the images' content, not on the order or kind of the source.
         order = np.random.default_rng([settings.seed, epoch]).permutation(rows)
         total, seen = 0.0, 0
         with tail.training(settings.seed, epoch):
@@ -202,8 +202,8 @@ def train(
                 if progress:
                     progress(f"epoch {epoch}/{last}", seen, len(order))
         if not seen or not np.isfinite(total):
-            why = "none of its images could be read" if not seen else "training diverged; lower the learning rate"
-            raise RunError(f"epoch {epoch}: {why} (now {settings.learning_rate:g})")
+            why = f"training diverged; lower the learning rate (now {settings.learning_rate:g})"
+            raise RunError(f"epoch {epoch}: {why if seen else 'no training image could be read'}")
         _close_epoch(state, tail, epoch, total / seen, measure())
         if checkpoint:
             checkpoint.save(state)
@@ -212,7 +212,7 @@ def train(
 
 
 def _first_state(tail: Tail, scores: dict[str, Any], epoch: int) -> State:
-    # No step was taken, so the loss of epoch 0 is that of validation.
+    # No step has been taken yet, so the validation loss also stands for the training loss of epoch 0.
     losses = [scores["log_loss"]]
     history: History = {
         "epoch": [epoch],
