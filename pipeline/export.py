@@ -1,4 +1,4 @@
-"""One artefact from pixels to probabilities: resize, preprocessing, backbone, head and class names in one graph.
+"""Export: resize, preprocessing, network, head and class names in one artefact, from pixels to probabilities.
 
 run -> network + head -> one Keras model -> parity -> convert -> parity by its own runtime, in a new process -> rename
 """
@@ -50,15 +50,14 @@ from pipeline.tuning.endtoend import network_of
 from pipeline.tuning.parity import largest_gap
 
 logger = logging.getLogger(__name__)
-# In probability, from the run's own prediction. LiteRT multiplies in another order, and in half precision on some chips.
-PARITY_IMAGES = 50
-_FEW = 8  # of them, by the network before it is converted
-# Exactly the network's size, larger, smaller, narrow, and one pixel: height and width.
+PARITY_IMAGES = 50  # images that are compared at most
+_FEW = 8  # images that are compared before the conversion
+# Heights and widths of the painted images, beside the network's own: larger, smaller, narrow, and one pixel.
 _REFERENCE_SIZES = ((375, 500), (500, 333), (96, 61), (640, 211), (1, 1))
 
 
 class Probe(NamedTuple):
-    """An image to compare on: its name, and uint8 (h, w, 3), not resized."""
+    """An image to compare on: its name, and its pixels, uint8 (h, w, 3), not resized."""
 
     name: str
     pixels: np.ndarray
@@ -73,38 +72,38 @@ def export(
     weights: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write a run as one artefact, prove it, or leave nothing.
+    """Write a run as one artefact and prove that it gives the run's probabilities; otherwise leave nothing behind.
 
     Parameters
     ----------
     run : str or Path
         Run folder, or a folder of runs, of which the best one is taken.
     format : {"keras", "saved_model", "onnx", "litert", "openvino"}
-        Kind of artefact.
+        Format of the artefact.
     out : str or Path
-        File to make; of ``saved_model`` and ``openvino`` a folder. It must not exist.
+        File to make; a folder for ``saved_model`` and ``openvino``. It must not exist.
     images : str or Path, optional
-        Images to compare on, any source; up to `PARITY_IMAGES` of them are taken. Without it: painted ones.
+        Source of the images to compare on; up to `PARITY_IMAGES` are used. By default images are painted.
     weights : str, optional
-        Where the backbone's weights are now, if not where the extraction found them.
+        Where the network's weights are now, if they have moved since the extraction.
     progress : callable, optional
         Called with ``("export", done, total)``.
 
     Returns
     -------
     dict
-        ``format`` 1, ``artefact``, ``path``, ``run``, ``classes``, ``bytes``, ``images`` compared, ``parity_gap``
-        (largest difference in probability), ``tolerance`` and ``note``.
+        ``format`` 1, ``artefact``, ``path``, ``run``, ``classes``, ``bytes``, ``images`` (number compared),
+        ``parity_gap`` (largest difference in probability), ``tolerance`` and ``note``.
 
     Raises
     ------
     ConfigurationError
-        An unknown format, a missing runtime, an ``out`` that exists or has another suffix, a pixel rule that no graph
-        computes exactly.
+        If the format is unknown, its runtime is missing, ``out`` exists or has another suffix, or no graph can compute
+        the pixel rule exactly.
     HeadError
-        A head that is not linear and no network.
+        If the head is neither linear nor a Keras model.
     RunError
-        A run of other weights.
+        If the weights are not those of the run.
     ParityError
         If graph or artefact give other probabilities than the run; the artefact is not kept.
     """
@@ -163,11 +162,11 @@ def export(
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The result for a person."""
+    """Summarise the result for a person."""
     text = (
         f"{document['path']}: {document['artefact']} of {document['run']}, {document['bytes'] / 1e6:.1f} MB\n"
-        f"  probabilities of {document['images']} images by its own runtime: at most {document['parity_gap']:.1e} from "
-        f"those of predict ({document['tolerance']:.0e} is allowed)"
+        f"  probabilities of {document['images']} images, computed by its own runtime, differ by at most "
+        f"{document['parity_gap']:.1e} from those of predict ({document['tolerance']:.0e} is allowed)"
     )
     return text + (f"\n  note: {document['note']}" if document["note"] else "")
 
@@ -176,7 +175,7 @@ def summary(document: dict[str, Any]) -> str:
 def _check_target(row: Format, path: Path) -> None:
     row.require()
     if row.suffix and path.suffix != row.suffix:
-        raise ConfigurationError(f"out: received {path}, a file of format {row.name} ends in {row.suffix}")
+        raise ConfigurationError(f"out: received {path}, expected a name ending in {row.suffix} for {row.name}")
     if path.exists() or path.is_symlink():
         raise ConfigurationError(f"out: {path} exists; remove it or give another name")
 
@@ -184,13 +183,13 @@ def _check_target(row: Format, path: Path) -> None:
 def _check_backend(row: Format, backend: str) -> None:
     if row.name != "keras" and backend != "tensorflow":
         raise ConfigurationError(
-            f"format {row.name}: is converted with TensorFlow, Keras runs on {backend}; unset KERAS_BACKEND"
+            f"format {row.name}: the conversion needs TensorFlow, but Keras runs on {backend}; unset KERAS_BACKEND"
         )
 
 
 @contextlib.contextmanager
 def _new(path: Path) -> Iterator[Path]:
-    """A temporary folder beside ``path``, removed in any case."""
+    """Make a temporary folder beside ``path``; it is removed in any case."""
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     with writing(path):
         try:
@@ -208,14 +207,14 @@ def _publish(made: Path, path: Path) -> None:
             with open(file, "rb") as stream:
                 os.fsync(stream.fileno())
     if path.exists():
-        raise ConfigurationError(f"out: {path} was made by someone else meanwhile; it is left as it is")
+        raise ConfigurationError(f"out: another process made {path} meanwhile; remove it or give another name")
     os.rename(made, path)
     sync_folder(path.parent)
 
 
 # -------------------------------------------------------------------------------------------------- parity
 def predicted(network: Network, recipe: Recipe, head: Head, probes: Sequence[Probe]) -> np.ndarray:
-    """Probabilities as ``predict`` computes them: float64, (n, c)."""
+    """Compute probabilities as ``predict`` does: float64, (n, c)."""
     pixels = np.stack([resize_image(Image.fromarray(probe.pixels), recipe.pixels) for probe in probes])
     engine = network.engine([recipe], batch_size=16)
     parts = []
@@ -226,12 +225,12 @@ def predicted(network: Network, recipe: Recipe, head: Head, probes: Sequence[Pro
 
 
 def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
-    """Probabilities by a new process that has only the artefact and its runtime: float64, (n, c).
+    """Compute probabilities in a new process that has only the artefact and its runtime: float64, (n, c).
 
     Raises
     ------
     ParityError
-        If it cannot load or run it.
+        If the process cannot load or run the artefact.
     """
     images, out = path.with_name("probes.npz"), path.with_name("probabilities.npy")
     arrays = {f"image_{number:04d}": probe.pixels for number, probe in enumerate(probes)}
@@ -254,7 +253,7 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Gate:
-    """What every form of the network is compared with: the run's own prediction, float64 (n, c), of some images."""
+    """Compares each form of the model with the run's own probabilities, float64 (n, c), of some images."""
 
     network: Network
     recipe: Recipe
@@ -262,27 +261,27 @@ class Gate:
     expected: np.ndarray
 
     def first(self, count: int) -> Gate:
-        """The same of the first few images."""
+        """Make a gate for the first images only."""
         return dataclasses.replace(self, probes=self.probes[:count], expected=self.expected[:count])
 
     def check(self, what: str, received: np.ndarray, tolerance: float, opened: Callable[[], Any] | None) -> float:
-        """Largest difference in probability.
+        """Return the largest difference in probability.
 
         Parameters
         ----------
         what : str
-            What gave ``received``, for the message.
+            The form of the model, with which the message begins.
         received : float64, (n, c)
-            Its probabilities.
+            Probabilities that it gave.
         tolerance : float
-            In probability.
+            Largest accepted difference in probability.
         opened : callable, optional
-            Gives the Keras model behind them, to look for the layer that is to blame.
+            Returns the Keras model that gave them, in which to look for the first layer that differs.
 
         Raises
         ------
         ParityError
-            If it exceeds the tolerance, or is not finite.
+            If the difference exceeds the tolerance or is not finite.
         """
         worst, gap = largest_gap(received, self.expected)
         if gap <= tolerance:
@@ -292,13 +291,13 @@ class Gate:
             layer = first_stage_that_differs(opened(), self.network, self.recipe, probe.pixels)
             where = f" The first layer that differs is {layer!r}."
         raise ParityError(
-            f"{what}: probabilities of {printable(probe.name)} differ by {gap:.2e} from those of predict, at most "
+            f"{what}: probabilities of {printable(probe.name)} differ by {gap:.2e} from those of predict; at most "
             f"{tolerance:.0e} is allowed.{where} The artefact is not kept."
         )
 
 
 def _opener(row: Format, path: Path) -> Callable[[], Any] | None:
-    """Only in Keras's own format do layers have outputs to look at."""
+    """Return a function that loads the artefact as a Keras model, or None if its format hides the layers' outputs."""
     return functools.partial(load_keras().saving.load_model, path, compile=False) if row.name == "keras" else None
 
 
@@ -308,7 +307,7 @@ def _call(model: Any, pixels: np.ndarray) -> np.ndarray:
 
 
 def _painted(recipe: Recipe) -> list[Probe]:
-    """Pictures of blotches with grain, of several sizes, always the same ones."""
+    """Paint grainy blotches in several sizes; the images are always the same."""
     probes = []
     for number, (height, width) in enumerate([(recipe.pixels.height, recipe.pixels.width), *_REFERENCE_SIZES]):
         grain = np.random.Generator(np.random.Philox(key=number)).integers(-24, 25, (height, width, 3))
@@ -318,7 +317,7 @@ def _painted(recipe: Recipe) -> list[Probe]:
 
 
 def _from(images: str | Path, recipe: Recipe) -> list[Probe]:
-    """Images spread evenly over a source; unreadable ones are left out."""
+    """Take images spread evenly over a source; unreadable and too large ones are left out."""
     source = scan(images, labelled=False)
     rows = evenly_spread(len(source), PARITY_IMAGES)
     longest = min(longest_side(side) for side in (recipe.pixels.height, recipe.pixels.width))

@@ -234,7 +234,7 @@ def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(
     for wrong in (pair[0], pair.astype(np.float32), pair[..., :1], pair[:0]):
         with pytest.raises(ConfigurationError, match=r"expected uint8 \(n, height, width, 3\)"):
             artefact(wrong)
-    with pytest.raises(ConfigurationError, match="takes sides up to 25905 pixels"):
+    with pytest.raises(ConfigurationError, match="height and width of at most 25905 pixels"):
         artefact(np.zeros((1, 1, 30_000, 3), np.uint8))
 
 
@@ -309,7 +309,7 @@ def test_bad_requests_are_refused_before_any_work(
     run = runs["logistic"]
     with pytest.raises(ConfigurationError, match=r"received 'onx'.*did you mean 'onnx'"):
         export(run, format="onx", out=tmp_path / "model.onnx")
-    with pytest.raises(ConfigurationError, match=r"model\.h5, a file of format keras ends in \.keras"):
+    with pytest.raises(ConfigurationError, match=r"model\.h5, expected a name ending in \.keras for keras"):
         export(run, format="keras", out=tmp_path / "model.h5")
     (tmp_path / "there.onnx").write_bytes(b"mine")
     with pytest.raises(ConfigurationError, match=r"there\.onnx exists; remove it"):
@@ -333,11 +333,11 @@ def test_files_that_export_did_not_make_are_refused(runs: dict[str, Path], tmp_p
     with pytest.raises(RunError, match="is no exported model"):
         open_artefact(runs["logistic"])
     (tmp_path / "text.keras").write_text("text")
-    with pytest.raises(RunError, match="says nothing about classes"):
+    with pytest.raises(RunError, match="holds no card with classes"):
         open_artefact(tmp_path / "text.keras")
     image = keras.Input((4,))
     keras.Model(image, keras.layers.Dense(2)(image)).save(tmp_path / "other.keras")
-    with pytest.raises(RunError, match="says nothing about classes and pixels; bottleneck export did not make it"):
+    with pytest.raises(RunError, match="holds no card with classes and recipe, so bottleneck export did not make it"):
         open_artefact(tmp_path / "other.keras")
     recipe = Run.open(runs["logistic"]).recipe.to_dict()
     values = {"run": "r", "classes": ("a", "b", "c"), "recipe": recipe, "input": "", "output": "", "packages": {}}

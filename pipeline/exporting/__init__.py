@@ -1,4 +1,4 @@
-"""One file from pixels to probabilities. May import ``tuning``, ``heads`` and what lies below.
+"""Export: one file or folder that turns pixels into probabilities. May import ``tuning``, ``heads`` and what lies below.
 
     network + head --assemble--> Keras model --a row of FORMATS--> artefact with a card
 

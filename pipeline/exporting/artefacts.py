@@ -1,8 +1,8 @@
-"""Exported models: what is written about them inside, and running one with its own runtime.
+"""Exported models: the card that is stored inside each of them, and running one with its own runtime.
 
     open_artefact(path) -> card (classes, recipe) + runtime -> probabilities of uint8 images of any size
 
-Nothing here needs the run, the backbone or the head that an artefact was made of.
+Nothing here needs the run, the network or the head that an artefact was made from.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from pipeline.exporting.resizing import longest_side
 
 
 class Card(Settings):
-    """What an artefact says about itself, as JSON.
+    """Description of an artefact, stored inside it as JSON.
 
     Parameters
     ----------
     artefact : str
         Key of `pipeline.exporting.formats.FORMATS`.
     run : str
-        Run that it was made of.
+        Id of the run that it was made from.
     classes : tuple of str
-        Names of the output's columns.
+        Class names, in the order of the output's columns.
     recipe : dict
-        Of the features that the head was trained on; see ``features.recipe.Recipe``.
+        Recipe of the features that the head was trained on; see ``features.recipe.Recipe``.
     input, output : str
-        Shape and meaning, for a person.
+        Shape and meaning of input and output, for a person.
     note : str
-        What whoever runs it without this project must know.
+        What everyone must know who runs the artefact without this project.
     packages : dict
-        Versions that it was made with.
+        Versions of the packages that made it.
     """
 
     format: Literal[1] = 1
@@ -62,15 +62,15 @@ class Artefact:
     Attributes
     ----------
     path : Path
-        Where it is.
+        File or folder of the artefact.
     card : Card
-        What it says about itself.
+        Its description.
     classes : tuple of str
         Class names, in the order of the probabilities.
     recipe : Recipe
-        What its pixels go through.
+        Recipe of the features that it computes.
     longest_side : int
-        Of an image, in pixels.
+        Largest height or width of an image that it takes, in pixels.
     """
 
     def __init__(self, path: Path, card: Card, runtime: Runtime) -> None:
@@ -82,12 +82,12 @@ class Artefact:
         self._runtime = runtime
 
     def __call__(self, images: np.ndarray) -> np.ndarray:
-        """Class probabilities.
+        """Compute class probabilities.
 
         Parameters
         ----------
         images : uint8, (n, h, w, 3), 0-255
-            Upright RGB pixels, of any size.
+            Upright RGB pixels; height and width up to `longest_side`.
 
         Returns
         -------
@@ -95,8 +95,10 @@ class Artefact:
 
         Raises
         ------
+        ConfigurationError
+            If the images have another dtype or shape, or are too large.
         RunError
-            If the runtime fails, or gives something else.
+            If the runtime fails, or its output has another shape.
         """
         if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or 0 in images.shape:
             raise ConfigurationError(
@@ -104,15 +106,15 @@ class Artefact:
             )
         if max(images.shape[1:3]) > self.longest_side:
             raise ConfigurationError(
-                f"images: received {images.shape[1:3]}, this model takes sides up to {self.longest_side} pixels"
+                f"images: received {images.shape[1:3]}, expected height and width of at most {self.longest_side} pixels"
             )
         try:
             received = np.asarray(self._runtime(np.ascontiguousarray(images)), np.float64)
-        except Exception as error:  # the runtimes raise whatever they meet, plain Exception too
+        except Exception as error:  # runtimes raise errors of any type, even plain Exception
             raise RunError(f"{self.path}: {self.card.artefact} cannot run it: {_first_line(error)}") from error
         expected = (len(images), len(self.classes))
         if received.shape != expected:
-            raise RunError(f"{self.path}: its output is {received.shape}, its card promises {expected}")
+            raise RunError(f"{self.path}: its output has the shape {received.shape}, expected {expected} from its card")
         return received
 
 
@@ -122,16 +124,16 @@ def open_artefact(path: str | Path) -> Artefact:
     Parameters
     ----------
     path : str or Path
-        What ``export`` wrote.
+        File or folder that ``export`` wrote.
 
     Raises
     ------
     RunError
-        If it is none, damaged, or of another kind than its card says.
+        If the path is no exported model, is damaged, or has another format than its card says.
     ConfigurationError
-        If its runtime is missing; the message says what to install.
+        If its runtime is not installed; the message says what to install.
     FormatVersionError
-        If another release wrote the card.
+        If the card has a format version that this release does not know.
     """
     path = Path(path)
     found, card = read_card(path)
@@ -144,39 +146,39 @@ def open_artefact(path: str | Path) -> Artefact:
 
 
 def is_artefact(path: str | Path) -> bool:
-    """Whether a path looks like something that ``export`` wrote; nothing is loaded."""
+    """Tell whether a path looks like something that ``export`` wrote; nothing is loaded."""
     return format_of(Path(path)) is not None
 
 
 def read_card(path: Path) -> tuple[Format, Card]:
-    """Format and card of an artefact; no runtime is loaded, but OpenVINO's, whose files only it reads."""
+    """Read format and card of an artefact. No runtime is loaded, except OpenVINO, which alone can read its files."""
     found = format_of(path)
     if found is None:
         raise RunError(
             f"{path}: is no exported model (expected a file ending in .keras, .onnx or .tflite, or a folder with "
-            "saved_model.pb or model.xml). bottleneck export makes one."
+            "saved_model.pb or model.xml). Make one with bottleneck export."
         )
     found.require()
     try:
         text = found.get(path)
         values = None if text is None else json.loads(text)
-    except Exception as error:  # a zip, a protocol buffer, XML, JSON: whatever their readers raise
-        raise RunError(f"{path}: what it says about itself cannot be read: {_first_line(error)}") from error
+    except Exception as error:  # readers of zip, protocol buffers, XML and JSON raise errors of any type
+        raise RunError(f"{path}: its card cannot be read ({_first_line(error)}); export the run again") from error
     if values is None:
-        raise RunError(f"{path}: says nothing about classes and pixels; bottleneck export did not make it")
+        raise RunError(f"{path}: holds no card with classes and recipe, so bottleneck export did not make it")
     card = parse(Card, values, f"{path}: card", error=RunError)
     if card.artefact != found.name:
-        raise RunError(f"{path}: its card says {card.artefact}, it is {found.name}")
+        raise RunError(f"{path}: its card says that the format is {card.artefact}, but it is {found.name}")
     return found, card
 
 
 def write_card(path: Path, card: Card) -> None:
-    """Put the card into a finished artefact."""
+    """Store the card inside a finished artefact."""
     FORMATS[card.artefact].put(path, canonical_json(card.model_dump(mode="json")))
 
 
 def full_pixels(data: bytes, rule: PixelRule) -> np.ndarray:
-    """Upright RGB pixels of a whole image file: uint8 (h, w, 3), not resized; raises as ``decode_upright``."""
+    """Decode an image file to upright RGB pixels, uint8 (h, w, 3), not resized; raises what ``decode_upright`` raises."""
     return np.asarray(decode_upright(data, rule).image)
 
 
@@ -193,7 +195,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """``ARTEFACT IMAGES.npz OUT.npy``: probabilities of the arrays of an ``.npz``, by this process alone."""
+    """``ARTEFACT IMAGES.npz OUT.npy``: compute probabilities of the images in an ``.npz``, by this process alone."""
     path, images, out = arguments
     artefact = open_artefact(path)
     with np.load(images, allow_pickle=False) as archive:

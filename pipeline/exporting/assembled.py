@@ -1,4 +1,4 @@
-"""Backbone and head as one network, from pixels of any size to probabilities, and where it differs from the run's own."""
+"""Joins network and head into one model, from pixels of any size to probabilities, and finds where it differs."""
 
 from __future__ import annotations
 
@@ -27,22 +27,22 @@ logger = logging.getLogger(__name__)
 
 
 def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
-    """Pixels to probabilities as one functional model of Keras's own layers and operations: it opens without ours.
+    """Build one functional model, from pixels to probabilities, of Keras's own layers, so that it opens without this project.
 
     Parameters
     ----------
     network : Network
-        Backbone and weights.
+        The network and its weights.
     recipe : Recipe
-        Pixels and features that the head takes.
+        Recipe of the features that the head takes.
     head : KerasHead
-        Its scaler and temperature are folded into its first and last layer.
+        The head. Its scaler and temperature are folded into its first and last layer.
 
     Returns
     -------
     keras.Model
-        uint8 (n, h, w, 3), any n, h, w -> float32 (n, c). Not trainable, so that BatchNorm keeps to its stored
-        statistics whatever it is told. Layers ``resized``, ``preprocessed`` and ``backbone`` are the stages.
+        uint8 (n, h, w, 3), any n, h, w -> float32 (n, c). It is not trainable, so that BatchNorm uses its stored
+        statistics in any mode. The layers ``resized``, ``preprocessed`` and ``backbone`` are its stages.
     """
     keras = load_keras()
     layers = keras.layers
@@ -63,12 +63,12 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
         dense.set_weights([kernel, bias])
     model = keras.Model(images, values, name="pixels_to_probabilities")
     model.trainable = False
-    model(keras.ops.zeros((1, 2, 2, 3), "uint8"), training=False)  # the ONNX converter wants one that was called
+    model(keras.ops.zeros((1, 2, 2, 3), "uint8"), training=False)  # the ONNX converter needs a model that was called
     return model
 
 
 def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Kernel and bias of each layer of a head, with its scaler and temperature in them; one column per class.
+    """Compute kernel and bias of each layer of a head, with scaler and temperature folded in and one column per class.
 
     Returns
     -------
@@ -81,7 +81,7 @@ def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
     kernel = kernel / head.std[:, None].astype(np.float64)
     pairs[0] = kernel, bias - head.mean.astype(np.float64) @ kernel
     kernel, bias = (part / head.temperature for part in pairs[-1])
-    if len(bias) == 1:  # one logit m of two classes is [0, m]
+    if len(bias) == 1:  # a single logit m for two classes means [0, m]
         kernel, bias = np.hstack([np.zeros_like(kernel), kernel]), np.append(0.0, bias)
     pairs[-1] = kernel, bias
     return [(kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in pairs]
@@ -94,18 +94,18 @@ def _features(network: Network, recipe: Recipe) -> Any:
 
 
 def as_network(head: Head) -> KerasHead:
-    """The head as dense layers; ``HeadError`` that says which heads can, if it cannot."""
+    """Return the head as dense layers; if that is impossible, raise ``HeadError``, which lists the heads that can be."""
     try:
         return head.as_dense()  # type: ignore[return-value]
     except HeadError as error:
         raise HeadError(
-            f"head {head.name!r} is neither linear nor a network, so it has no equal layers to export; heads that can be "
-            "exported: logistic, ridge, linear-svm, sgd, lda, and those of dense layers (dense, dropout-linear, mlp-256)"
+            f"head {head.name!r} is neither linear nor a network, so no layers can replace it. Heads that can be exported: "
+            "logistic, ridge, linear-svm, sgd, lda, and those made of dense layers (dense, dropout-linear, mlp-256)"
         ) from error
 
 
 def exact_recipe(run: Run) -> Recipe:
-    """The recipe in float32, if its pixels can be computed exactly in a graph."""
+    """Return the run's recipe in float32; ``ConfigurationError`` if a graph cannot compute its pixels exactly."""
     recipe = run.recipe
     check_rule(recipe.pixels)
     if recipe.precision == "float32":
@@ -115,22 +115,22 @@ def exact_recipe(run: Run) -> Recipe:
 
 
 def first_stage_that_differs(model: Any, network: Network, recipe: Recipe, pixels: np.ndarray) -> str:
-    """Name of the first layer of an assembled model whose output differs from that of the run's own network.
+    """Name the first layer of an assembled model whose output differs from that of the run's own network.
 
     Parameters
     ----------
     model : keras.Model
-        From `assemble`, perhaps saved and loaded again.
+        Result of `assemble`, possibly saved and loaded again.
     network, recipe
-        As there.
+        As for `assemble`.
     pixels : uint8, (h, w, 3), 0-255
         One image.
     """
     keras = load_keras()
     stages = keras.Model(model.inputs[0], [model.get_layer(name).output for name in ("resized", "preprocessed")])
-    grey, prepared = (keras.ops.convert_to_numpy(value) for value in outputs_of(stages, pixels[None]))
+    scaled, prepared = (keras.ops.convert_to_numpy(value) for value in outputs_of(stages, pixels[None]))
     expected = resize_image(Image.fromarray(pixels), recipe.pixels)[None].astype(np.float32)
-    if relative_difference(grey, expected) > LAYER_TOLERANCE:
+    if relative_difference(scaled, expected) > LAYER_TOLERANCE:
         return "resized"
     reference = keras.ops.convert_to_numpy(preprocess(network.backbone)(expected))
     if relative_difference(prepared, reference) > LAYER_TOLERANCE:
@@ -142,7 +142,7 @@ def first_stage_that_differs(model: Any, network: Network, recipe: Recipe, pixel
 
 
 def outputs_of(model: Any, images: np.ndarray) -> list[Any]:
-    """Outputs of a model at inference, as a list."""
+    """Run a model in inference mode and return its outputs as a list."""
     return _listed(model(load_keras().ops.convert_to_tensor(images), training=False))
 
 

@@ -1,6 +1,6 @@
-"""The formats of exported models: how each is written, run by its own runtime, and what it can say about itself.
+"""The formats of exported models: how each is written, run by its own runtime, and where its card is stored.
 
-One row of `FORMATS` each. Runtimes and converters are imported when a row needs them.
+Each format is one row of `FORMATS`. Runtimes and converters are imported only when a row needs them.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.openvino_engine import _openvino
 
-CARD = "bottleneck.json"  # name of the card where it is a file
-KEY = "bottleneck"  # and where it is an entry
+CARD = "bottleneck.json"  # name of the card, if it is a file
+KEY = "bottleneck"  # name of the card, if it is a metadata entry
 INPUT = "images"
 _LARGEST_CARD = 16 << 20
 Runtime = Callable[[np.ndarray], np.ndarray]
@@ -36,23 +36,23 @@ class Format:
     Parameters
     ----------
     name : str
-        As ``export --format`` takes it.
+        Value of ``export --format``.
     suffix : str
-        How the file's name ends; empty: a folder.
+        Suffix of the file; empty if the artefact is a folder.
     main : str
-        File within the folder that every runtime asks for; empty: it is a file itself.
+        File in the folder that every runtime opens; empty if the artefact is a file.
     packages : tuple of str
-        Modules that writing or running it needs besides Keras and TensorFlow.
+        Modules needed to write or run it, besides Keras and TensorFlow.
     write : callable
-        Keras model and path -> nothing; raises whatever its converter raises.
+        (Keras model, path) -> None; raises whatever its converter raises.
     load : callable
-        Path -> function of uint8 (n, h, w, 3) that gives float (n, c).
+        Path -> function that takes uint8 (n, h, w, 3) and returns float (n, c).
     put, get : callable
-        Write the card's text into a finished artefact; read it, None where there is none.
+        Write the card's text into a finished artefact; read it, None if there is none.
     tolerance : float
-        Largest difference in probability from the run that is allowed, 0-1.
+        Largest accepted difference in probability from the run, 0-1.
     note : str
-        What whoever runs it by hand must know.
+        What everyone must know who runs the artefact without this project.
     """
 
     name: str
@@ -67,7 +67,7 @@ class Format:
     note: str = ""
 
     def require(self) -> None:
-        """Raise ``ConfigurationError`` naming what to install, if a package is missing."""
+        """Raise ``ConfigurationError``, which says what to install, if a package is missing."""
         missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
         if missing:
             raise ConfigurationError(
@@ -77,13 +77,13 @@ class Format:
 
 
 def find_format(name: str) -> Format:
-    """The row of that name; ``ConfigurationError`` with the nearest one if there is none."""
+    """Look up a format; ``ConfigurationError`` with the nearest name if there is none."""
     check_choice("format", name, tuple(FORMATS))
     return FORMATS[name]
 
 
 def format_of(path: Path) -> Format | None:
-    """The format that a path looks like; nothing is loaded."""
+    """Recognise the format of a path by its name and files; nothing is loaded."""
     for row in FORMATS.values():
         if (path / row.main).is_file() if row.main else path.name.endswith(row.suffix) and path.is_file():
             return row
@@ -96,19 +96,19 @@ def convert(model: Any, row: Format, path: Path) -> None:
     Raises
     ------
     RunError
-        If the network has something that the format's converter does not know.
+        If the network has an operation that the format's converter does not support.
     """
     import tensorflow as tf
 
     loggers = [tf.get_logger(), logging.getLogger("tf2onnx")]
     levels = [item.level for item in loggers]
     try:
-        for item in loggers:  # they tell of their own old interfaces; what cannot be converted is raised
+        for item in loggers:  # they warn about their own deprecated calls; a failed conversion raises an error
             item.setLevel(logging.CRITICAL)
         row.write(model, path)
-    except OSError:  # such as a full disk, of which the network is innocent
+    except OSError:  # such as a full disk, which is not the fault of the network
         raise
-    except Exception as error:  # the converters raise whatever they meet, plain Exception too
+    except Exception as error:  # converters raise errors of any type, even plain Exception
         reason = " ".join(str(error).split())[:300] or repr(error)
         raise RunError(f"{row.name}: this network cannot be converted ({reason}); give another --format") from error
     finally:
@@ -130,15 +130,15 @@ def _write_litert(model: Any, path: Path) -> None:
 
 
 def _write_openvino(model: Any, path: Path) -> None:
-    _openvino()  # before Keras imports it
+    _openvino()  # switches its telemetry off before Keras imports it
     path.mkdir()
     model.export(str(path / "model.xml"), format="openvino", verbose=False)
 
 
 def _write_onnx(model: Any, path: Path) -> None:
-    """As Keras's exporter, which however lists constants of the graph, such as the means of preprocessing, as inputs.
+    """Write ONNX. Keras's own exporter lists constants of the graph, such as the means of preprocessing, as inputs.
 
-    tf2onnx also writes operations that ONNX does not have (of ConvNeXt's GELU); the checker raises for these.
+    tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error for them.
     """
     import onnx
     import tensorflow as tf
@@ -171,7 +171,7 @@ def _load_keras(path: Path) -> Runtime:
     if keras.backend.backend() == "tensorflow":
         import tensorflow as tf
 
-        # Compiled once for images of all sizes: six times as fast as one operation after the other.
+        # Compiled once for images of all sizes, this is six times as fast as running one operation after the other.
         forward = tf.function(
             forward, input_signature=[tf.TensorSpec((None, None, None, 3), tf.uint8)], autograph=False
         )
@@ -179,13 +179,13 @@ def _load_keras(path: Path) -> Runtime:
 
 
 def _load_saved_model(path: Path) -> Runtime:
-    load_keras()  # holds back what TensorFlow says at its start
+    load_keras()  # suppresses TensorFlow's messages at start-up
     import tensorflow as tf
 
     loaded = tf.saved_model.load(str(path))
 
     def run(images: np.ndarray) -> np.ndarray:
-        # Asked for here, because a signature does not keep the variables alive.
+        # The signature is looked up at each call, because it does not keep the variables alive.
         (output,) = loaded.signatures["serving_default"](**{INPUT: tf.constant(images)}).values()
         return output.numpy()
 
@@ -219,13 +219,15 @@ def _load_litert(path: Path) -> Runtime:
 
 def _load_openvino(path: Path) -> Runtime:
     core = _openvino().Core()
-    compiled = core.compile_model(str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # see _F32
+    compiled = core.compile_model(
+        str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )  # see the note _F32
     return lambda images: compiled(images)[0]
 
 
 # -------------------------------------------------------------------------------------------------- cards
 def _put_zip(path: Path, text: str) -> None:
-    """Add a member: a .keras file is a zip; behind a LiteRT file one may stand, as TensorFlow's own metadata do."""
+    """Append a zip member. A .keras file is a zip; a LiteRT file may end in one, as with TensorFlow's own metadata."""
     with zipfile.ZipFile(path, "a") as archive:
         archive.writestr(CARD, text)
 
@@ -242,7 +244,7 @@ def _get_zip(path: Path) -> str | None:
 
 
 def _put_asset(path: Path, text: str) -> None:
-    """``assets.extra`` is where TensorFlow leaves room for others' files, which nothing loads."""
+    """Write to ``assets.extra``, which TensorFlow reserves for files of others and does not load."""
     (path / "assets.extra").mkdir(exist_ok=True)
     (path / "assets.extra" / CARD).write_text(text, encoding="ascii")
 
@@ -296,7 +298,7 @@ FORMATS = {
         Format("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx, _put_onnx, _get_onnx),
         Format(
             *("litert", ".tflite", "", ("ai_edge_litert",), _write_litert, _load_litert, _put_zip, _get_zip),
-            tolerance=1e-3,
+            tolerance=1e-3,  # LiteRT multiplies in another order, and in half precision on some processors
         ),
         Format(
             *("openvino", "", "model.xml", ("openvino",)),

@@ -1,14 +1,15 @@
-"""The resize of ``features.pixels.decode`` as a graph: uint8 images of any size in, the very same grey levels out.
+"""The resize of ``features.pixels.decode`` as a graph: uint8 images of any size in, exactly the same pixel values out.
 
-Plain ``keras.ops`` on symbolic tensors, so that a saved model needs no class of ours and every converter takes it:
+It consists of ``keras.ops`` on symbolic tensors, so that a saved model needs no class of this project and every converter
+accepts it:
 
     lengths -> window -> weights of each target pixel -> one matrix product along each axis, rounded in between
 
-``antialias`` is Pillow's bilinear filter: triangle weights in 22-bit fixed point, whole grey levels between the two passes
+``antialias`` is Pillow's bilinear filter: triangle weights in 22-bit fixed point, values rounded between the two passes
 (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in https://github.com/python-pillow/Pillow, Resample.c).
-Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the grey levels are equal, not close.
-``keras`` is computed in whole numbers too; ``features.pixels.decode`` follows TensorFlow's float32, whose rounding decides where
-the exact value lies half-way between two grey levels: there they differ by one (0.1 % of the values, at some sizes 3 %).
+Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the values are equal, not just close.
+``keras`` is computed in integers too, but ``features.pixels.decode`` follows TensorFlow's float32. Where the exact value lies
+half-way between two integers, its rounding may differ from ours by one (0.1 % of the values, at some sizes 3 %).
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 from features.errors import ConfigurationError
 from features.recipe import PixelRule
 
-# Pillow's weights have 22 bits and pixels 8: more than a float32 sum keeps. Each weight is two numbers of 11 bits.
+# Pillow's weights have 22 bits and pixels 8, more than a float32 sum can hold: a weight is split into 11 and 11 bits.
 _HALF_BITS = 11
 _HALF = 1 << _HALF_BITS
 # Digits of the long division that gives a weight: int32 holds a remainder times 2^8 while remainders stay below 2^23.
@@ -28,18 +29,18 @@ _DIGITS = (8, 7, 7)
 
 
 class Axis(NamedTuple):
-    """How one axis is resized; numbers may be Python's or symbolic.
+    """How one axis is resized. The numbers are Python integers or symbolic tensors.
 
     Parameters
     ----------
     positions : int32, (length of the image,)
         0, 1, 2, ...
     first, length : int
-        Window of the image.
+        First pixel and length of the window that is taken from the image.
     size : int
-        Length of the result.
+        Length of the result, in pixels.
     start, inner : int
-        Where in the result the window's pixels go; the rest is black.
+        First pixel and length of the resized window within the result; the rest is black.
     """
 
     positions: Any
@@ -51,12 +52,12 @@ class Axis(NamedTuple):
 
     @property
     def padded(self) -> bool:
-        """Whether pixels around the window are black."""
+        """Whether the resized window is surrounded by black pixels."""
         return not isinstance(self.start, int)
 
 
 def longest_side(size: int) -> int:
-    """The longest side of an image whose weights int32 can hold, for a target of ``size`` pixels.
+    """Longest side of an image for which int32 can hold the weights, for a target of ``size`` pixels.
 
     Examples
     --------
@@ -68,26 +69,26 @@ def longest_side(size: int) -> int:
 
 
 def resized(images: Any, rule: PixelRule) -> Any:
-    """Images resized by ``rule`` within a graph.
+    """Resize images by ``rule`` within a graph.
 
     Parameters
     ----------
     images : uint8, symbolic, (n, h, w, 3), 0-255
-        RGB, n, h and w unknown.
+        RGB pixels; n, h and w are unknown.
     rule : PixelRule
-        ``decode`` does not matter: these are pixels.
+        The pixel rule; its ``decode`` does not matter, as the images are decoded already.
 
     Returns
     -------
     float32, symbolic, (n, rule.height, rule.width, 3)
-        Whole numbers, 0-255: those of ``features.pixels.decode.resize_image``.
+        Integers 0-255, equal to those of ``features.pixels.decode.resize_image``.
     """
     across, down = _axes(_positions(images[0, 0, :, 0]), _positions(images[0, :, 0, 0]), rule)
     return (_two_neighbours if rule.resize == "keras" else _antialiased)(images, across, down)
 
 
 def check_rule(rule: PixelRule) -> None:
-    """Raise ``ConfigurationError`` for a rule that runtimes would compute differently."""
+    """Raise ``ConfigurationError`` for a rule that different runtimes would compute differently."""
     if (rule.resize, rule.fit) == ("keras", "pad"):
         raise ConfigurationError(
             "pixels of --resize keras --fit pad cannot be exported: the window that Keras computes depends on float32 "
@@ -101,7 +102,7 @@ def check_rule(rule: PixelRule) -> None:
 
 
 def _positions(line: Any) -> Any:
-    """0, 1, 2, ... as long as a line of pixels: a symbolic shape cannot be asked for its numbers."""
+    """Number the pixels of a line 0, 1, 2, ...; this is computed, because a symbolic shape holds no numbers."""
     from keras import ops
 
     return ops.cumsum(ops.ones_like(line, dtype="int32")) - 1
@@ -109,7 +110,7 @@ def _positions(line: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- windows
 def _axes(xs: Any, ys: Any, rule: PixelRule) -> tuple[Axis, Axis]:
-    """Both axes, with the windows of ``features.pixels.decode.crop_window`` and ``pad_window``."""
+    """Describe both axes, with the windows of ``features.pixels.decode.crop_window`` and ``pad_window``."""
     from keras import ops
 
     width, height = ops.max(xs) + 1, ops.max(ys) + 1
@@ -148,7 +149,7 @@ def _at_least_one(number: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- antialias
 def _antialiased(images: Any, across: Axis, down: Axis) -> Any:
-    """Width first, or height first where Pillow does that."""
+    """Resize along the width and then along the height, as Pillow does."""
     from keras import ops
 
     planes = ops.transpose(ops.cast(images, "float32"), (0, 3, 1, 2))
@@ -160,18 +161,18 @@ def _along_width(planes: Any, weights: Any) -> Any:
     from keras import ops
 
     sums = ops.matmul(planes, ops.transpose(weights))
-    return _grey_levels(*ops.split(sums, 2, axis=-1))
+    return _pixel_values(*ops.split(sums, 2, axis=-1))
 
 
 def _along_height(planes: Any, weights: Any) -> Any:
     from keras import ops
 
     sums = ops.matmul(weights, planes)
-    return _grey_levels(*ops.split(sums, 2, axis=-2))
+    return _pixel_values(*ops.split(sums, 2, axis=-2))
 
 
 def _weights(axis: Axis) -> Any:
-    """Weights of every pixel of an axis for every target pixel, in units of 2^-22: upper halves, then lower halves.
+    """Compute the weight of every pixel for every target pixel, in units of 2^-22: upper halves, then lower halves.
 
     Returns
     -------
@@ -181,7 +182,7 @@ def _weights(axis: Axis) -> Any:
 
     x = ops.expand_dims(axis.positions - axis.first, 0)
     j = ops.expand_dims(_targets(axis), 1) if axis.padded else _targets(axis)[:, None]
-    # |centre of x - centre of j| and the filter's reach, both times 2 x the longer of the two lengths.
+    # Distance between the centres of x and j, and the filter's reach minus it, in 1 / (2 x inner) of an image pixel.
     distance = ops.abs((2 * x + 1) * axis.inner - axis.length * (2 * j + 1))
     triangle = ops.maximum(2 * ops.maximum(axis.length, axis.inner) - distance, 0)
     inside = _within(x, axis.length)
@@ -189,7 +190,7 @@ def _weights(axis: Axis) -> Any:
         inside = ops.logical_and(inside, _within(j, axis.inner))
     triangle = ops.where(inside, triangle, 0)
     total = _at_least_one(ops.sum(triangle, axis=1, keepdims=True))
-    # triangle / total x 2^22, rounded half up: long division
+    # Long division: triangle / total x 2^22, rounded half up.
     fixed, rest = 0, triangle
     for bits in _DIGITS:
         rest = rest * (1 << bits)
@@ -213,8 +214,8 @@ def _within(numbers: Any, end: Any) -> Any:
     return ops.logical_and(ops.greater_equal(numbers, 0), ops.less(numbers, end))
 
 
-def _grey_levels(upper: Any, lower: Any) -> Any:
-    """Sums over both halves of the weights -> whole grey levels, rounded half up."""
+def _pixel_values(upper: Any, lower: Any) -> Any:
+    """Combine the sums over both halves of the weights into integers, rounded half up."""
     from keras import ops
 
     carried = ops.floor((lower + 2.0 ** (2 * _HALF_BITS - 1)) * (1.0 / _HALF))
@@ -223,7 +224,7 @@ def _grey_levels(upper: Any, lower: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- keras
 def _two_neighbours(images: Any, across: Axis, down: Axis) -> Any:
-    """Bilinear between the two nearest pixels, in whole numbers, rounded half to even at the end."""
+    """Interpolate linearly between the two nearest pixels of each axis, in integers, rounded half to even at the end."""
     from keras import ops
 
     above, below, share_y = _neighbours(down)
@@ -243,7 +244,7 @@ def _two_neighbours(images: Any, across: Axis, down: Axis) -> Any:
 
 
 def _neighbours(axis: Axis) -> tuple[Any, Any, Any]:
-    """Positions of both neighbours of each target centre, and the share of the second in units of 1 / (2 x size)."""
+    """Find both neighbours of each target centre, and the share of the second one in units of 1 / (2 x size)."""
     from keras import ops
 
     unit = 2 * axis.size
