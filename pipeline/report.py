@@ -1,9 +1,8 @@
-"""One page of HTML about a folder of runs: self-contained, it loads nothing and runs no script but its own.
+"""The report: one self-contained page of HTML about a folder of runs, which loads nothing and runs only its own script.
 
     runs --by data digest--> groups --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
 
-All text passes Jinja2's autoescape; the page's Content-Security-Policy allows the one script in it, by its hash, and
-images in the page itself.
+Jinja2 escapes all text. The page's Content-Security-Policy allows its one script, by hash, and images embedded in the page.
 """
 
 from __future__ import annotations
@@ -32,9 +31,9 @@ logger = logging.getLogger(__name__)
 
 TEMPLATES = Path(__file__).parent / "templates"
 DETAILED = 8  # data sets that get more than a leaderboard
-BOARD_ROWS = 500
-MAP_POINTS, MAP_POINTS_ALL = 400, 1200  # of one feature map, and of all in the page
-PAGE_BYTES = 5_000_000
+BOARD_ROWS = 500  # rows of a leaderboard
+MAP_POINTS, MAP_POINTS_ALL = 400, 1200  # points of one feature map, and of all maps in the page
+PAGE_BYTES = 5_000_000  # size above which pictures are left out
 PARTS = {
     "board": "Leaderboard",
     "run": "Chosen run",
@@ -60,22 +59,22 @@ def make_report(
     folds: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Write the page.
+    """Write the report.
 
     Parameters
     ----------
     root : Path
         Folder of run folders, or one run.
     out : Path
-        HTML file, written whole or not at all.
+        HTML file, written as a whole or not at all.
     images : sequence of str
-        Where images are now, if not where the runs found them; any source that ``extract`` takes.
+        Where the images are now, if they have moved; any source that ``extract`` takes.
     stores : sequence of Path
-        Where feature stores are now, likewise.
+        Where the feature stores are now, if they have moved.
     by : {"accuracy", "balanced_accuracy"}
-        What runs are compared by.
+        Score by which the runs are compared.
     folds : bool
-        Compare by cross-validation.
+        Compare by cross-validation instead of validation.
     progress : callable, optional
         Called with ``("report", done, total)``.
 
@@ -83,14 +82,14 @@ def make_report(
     -------
     dict
         ``out``, ``bytes``, ``runs``, and for each group of comparable runs ``name``, ``digest``, ``runs``, ``chosen``
-        and ``pictures``, how many thumbnails there are.
+        and ``pictures``, the number of thumbnails.
 
     Raises
     ------
     RunError
-        No finished run, or a file of the chosen one is malformed.
+        If there is no finished run, or a file of the chosen one is malformed.
     ConfigurationError
-        ``out`` is a folder, a device or a file of another kind, or an option that does not exist.
+        If ``out`` is a folder, a device or a file other than an HTML page, or ``by`` is unknown.
     """
     check_choice(by)
     runs = find_runs(root)
@@ -98,7 +97,7 @@ def make_report(
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
     given, out = out, output_file(out, "--out", "report.html")
     if out.exists() and not _is_page(out):
-        raise ConfigurationError(f"--out {given}: exists and is no HTML page; give another name, or remove it")
+        raise ConfigurationError(f"--out {given}: exists and is not an HTML page; give another name, or remove it")
     opened = [FeatureStore.open(path) for path in stores]
     members: dict[str, list[Run]] = {}
     for run in sorted(runs, key=lambda run: rank(run, by, folds=folds)):
@@ -106,7 +105,7 @@ def make_report(
     order = sorted(members, key=lambda digest: (_name(members[digest][0]), digest))
     titles = Counter(_name(members[digest][0]) for digest in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(order), DETAILED)))
-    groups, summary = [], []
+    groups, listed = [], []
     for number, digest in enumerate(order):
         board = leaderboard(root, by=by, folds=folds, only={run.run_id for run in members[digest]})
         chosen_id = next(row["run_id"] for row in board if row["chosen"])
@@ -117,8 +116,8 @@ def make_report(
         name = _name(chosen) if titles[_name(chosen)] == 1 else f"{_name(chosen)} {digest[:6]}"
         group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=folds, detail=detail)
         groups.append(group)
-        summary.append({"name": name, "digest": digest, "runs": len(board), "chosen": chosen_id})
-        summary[-1]["pictures"] = detail.pictures if detail else 0
+        listed.append({"name": name, "digest": digest, "runs": len(board), "chosen": chosen_id})
+        listed[-1]["pictures"] = detail.pictures if detail else 0
         if progress:
             progress("report", number + 1, len(order))
     page = _fitting(groups, printable(str(root)), len(runs))
@@ -129,11 +128,11 @@ def make_report(
         if isinstance(problem, BottleneckError):
             raise
         raise RunError(f"{out}: the report could not be written ({problem}); nothing was left behind") from problem
-    return {"format": 1, "out": str(given), "bytes": len(page), "runs": len(runs), "groups": summary}
+    return {"format": 1, "out": str(given), "bytes": len(page), "runs": len(runs), "groups": listed}
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The result for a person."""
+    """Summarise the result for a person."""
     runs = counted(document["runs"], "run")
     lines = [f"{document['out']}: {runs}, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
     for group in document["groups"]:
@@ -149,7 +148,7 @@ def _is_page(path: Path) -> bool:
 
 
 def _name(run: Run) -> str:
-    """Last part of where the images are."""
+    """Name of the data set: the last component of the path of its images."""
     source = run.config["features"]["source"]
     return printable(source if source.startswith("sample:") else PurePath(source).name or source or "images")
 
@@ -204,12 +203,12 @@ def _with_chosen(board: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _fitting(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
-    """The page, without the pictures of the feature maps, then without any, where it would be too large with them."""
+    """Render the page; if it is too large, without the pictures of the feature maps, and then without any pictures."""
     page = _render(groups, folder, run_count)
     for said, drop in (("in the feature maps", _drop_sprites), ("at all", _drop_cards)):
         if len(page) <= PAGE_BYTES:
             break
-        logger.warning("the report has no thumbnails %s: with them it would have %d bytes", said, len(page))
+        logger.warning("the report has no thumbnails %s: with them it would be %d bytes large", said, len(page))
         for group in groups:
             drop(group["detail"])
         page = _render(groups, folder, run_count)
@@ -264,5 +263,5 @@ def _render(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
 
 
 def _hash(text: str) -> str:
-    """As a Content-Security-Policy names what may run."""
+    """Hash of a style sheet or script, in the notation of a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode("utf-8")).digest()).decode("ascii")

@@ -202,7 +202,7 @@ def test_a_picture_that_is_gone_changed_or_broken_is_counted(tmp_path: Path) -> 
     pictures = Pictures([str(tmp_path / "elsewhere"), str(source)], None, ["a/0000.png"])
     cards = pictures.cards(wanted)
     assert [bool(card) for card in cards] == [True, False, False, False]
-    assert dict(pictures.failures) == {"changed since": 1, "not-an-image": 1, "gone": 1}
+    assert dict(pictures.failures) == {"changed": 1, "not-an-image": 1, "missing": 1}
     sprite, places = pictures.sprite(wanted)
     assert (sprite[:23], places) == ("data:image/jpeg;base64,", [0, -1, -1, -1])
     none = Pictures([str(tmp_path / "elsewhere")], None, ["a/0000.png"])
@@ -288,7 +288,7 @@ def test_the_numbers_are_those_of_the_run(page: tuple[str, dict[str, Any], Run])
 def test_the_data_of_the_page(page: tuple[str, dict[str, Any], Run], store: FeatureStore) -> None:
     html, document, _ = page
     part = html[html.index('id="g2-data"') :]
-    assert "1 files could not be read" in part
+    assert "1 file could not be read" in part
     assert "dog/torn.png" in part
     assert "not-an-image" in part
     listed = json.loads(re.findall(r'<script type="application/json">(.*?)</script>', html)[-1])
@@ -320,7 +320,7 @@ def test_text_is_escaped_and_only_our_own_script_may_run(page: tuple[str, dict[s
 def test_a_run_without_images_or_store_says_so(page: tuple[str, dict[str, Any], Run]) -> None:
     html, document, _ = page
     first = html[html.index('id="g1-run"') : html.index('id="g2"')]
-    assert "There are no thumbnails, as the images are not at hand" in first
+    assert "There are no thumbnails, because the images were not found" in first
     assert "There is no feature map: /nowhere/features.h5: no such feature store" in first
     assert "Quarantine, duplicates and leakage are not known" in first
     assert document["groups"][0]["pictures"] == 0
@@ -437,7 +437,7 @@ def test_what_a_report_would_destroy_is_kept(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     for out, message in (
         (tmp_path, r"--out .*: is a folder; expected a file, such as .*report\.html"),
-        (config, r"config\.yaml: exists and is no HTML page"),
+        (config, r"config\.yaml: exists and is not an HTML page"),
         (pipe, "is a device or a pipe"),
     ):
         with pytest.raises(ConfigurationError, match=message):
@@ -466,9 +466,9 @@ def test_an_edited_run_is_named_and_never_a_crash(tmp_path: Path, caplog: pytest
     )
     lines = (folder / "predictions.csv").read_text().splitlines(keepends=True)
     refused = (
-        ("predictions.csv", "".join(lines[:-1]), r"holds 2 images, metrics\.json is about 3"),
-        ("predictions.csv", "".join(lines).replace("0.9,0.1", "1e300,0"), "probabilities that are not from 0 to 1"),
-        ("predictions.csv", "".join(lines).replace("0.9,0.1", "nan,0"), "probabilities that are not from 0 to 1"),
+        ("predictions.csv", "".join(lines[:-1]), r"holds 2 images, expected 3 from metrics\.json"),
+        ("predictions.csv", "".join(lines).replace("0.9,0.1", "1e300,0"), "probabilities that are not between 0 and 1"),
+        ("predictions.csv", "".join(lines).replace("0.9,0.1", "nan,0"), "probabilities that are not between 0 and 1"),
         ("predictions.csv", "".join(lines) + "x" * 200_000, "cannot be read as predictions of 2 classes"),
         ("history.csv", "epoch,loss\n1,low\n", "column 'loss' holds a value that is not a number"),
         ("history.csv", "\udcff", "history.csv: cannot be read as the history of a run"),
@@ -511,15 +511,15 @@ def test_a_finetuned_run_is_made_again_by_three_commands(tmp_path: Path) -> None
         *("--unfreeze", "15", "--bn", "affine", "--optimizer", "sgd", "--param", "momentum=0.9", "--mixed-precision"),
         *("--runs", str(tmp_path)),
     ]
-    assert commands(run)[0] == "# the run that it began with, logistic-1, is not here"
+    assert commands(run)[0] == "# the run it was fine-tuned from, logistic-1, is not here"
     run.config["finetune"]["augment"] = AugmentSpec(zoom=0.2).to_dict()  # of no preset, which no option names
     *before, note, last = commands(run, start=start)
     assert before == commands(start)
-    assert note == "# AUGMENT: AugmentSpec(zoom=0.2) is none of the presets; only Python takes it (augment=...)"
+    assert note == "# AUGMENT: AugmentSpec(zoom=0.2) is not a preset; it can be given in Python only (augment=...)"
     assert "--augment AUGMENT --unfreeze 15" in last
     start.config["features"]["recipe"] = recipe(augmentation=AugmentSpec(zoom=0.2)).to_dict()
     note, line = commands(start, views=4)[:2]
-    assert note.startswith("# AUGMENT: AugmentSpec(zoom=0.2) is none")
+    assert note.startswith("# AUGMENT: AugmentSpec(zoom=0.2) is not a preset")
     assert "--views 4 --augment AUGMENT --seed 0" in line
 
 

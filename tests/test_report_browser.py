@@ -223,7 +223,7 @@ def test_the_map_is_read_by_mouse_and_keyboard(page: Any, screenshots: Path) -> 
     text = tip.inner_text()
     assert fact["file"] in text
     assert facts["classes"][fact["label"]] in text
-    assert f"{fact['confidence']:.3f} sure" in text
+    assert f"confidence {fact['confidence']:.3f}" in text
     picture = tip.locator("img")
     assert picture.get_attribute("alt") == fact["file"]
     across, tile = (int(figure.get_attribute(f"data-{name}")) for name in ("across", "tile"))

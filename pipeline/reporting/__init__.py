@@ -1,4 +1,4 @@
-"""What people look at: charts, tables, thumbnails, grids. May import ``sweeps``, ``tuning``, ``heads`` and below.
+"""The report and image grids: charts, tables, thumbnails. May import ``sweeps``, ``tuning``, ``heads`` and below.
 
     run --data--> tables and mistakes --charts, thumbnails--> one page
 

@@ -1,4 +1,4 @@
-"""Charts as inline SVG: text is escaped, colours are classes of the page's style sheet, so that they follow light and dark."""
+"""Charts as inline SVG. Text is escaped; colours are classes of the style sheet, so that they fit its light or dark theme."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ import numpy as np
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 420, 264
-LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # room for the axes
-MARKERS = 4  # shapes in the page: circle, square, triangle, diamond
-COLOURS = 8
+LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins for the axes
+MARKERS = 4  # shapes defined in the page: circle, square, triangle, diamond
+COLOURS = 8  # colours defined in the style sheet
 
 
 class Series(NamedTuple):
-    """One line: name, positions and values, and the number of its colour, dash and marker."""
+    """One line of a chart: name, positions and values, and the number of its colour, dash and marker."""
 
     name: str
     xs: Sequence[float]
@@ -25,7 +25,7 @@ class Series(NamedTuple):
 
 
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """Round numbers from ``low`` to ``high``, steps of 1, 2 or 5 times a power of ten.
+    """Choose round numbers from ``low`` to ``high``, in steps of 1, 2 or 5 times a power of ten.
 
     Examples
     --------
@@ -46,7 +46,7 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Powers of ten from ``low`` to ``high``, at most seven; the ends where there are less than two."""
+    """Choose powers of ten from ``low`` to ``high``, at most seven; if there are fewer than two, both ends."""
     first, last = math.ceil(math.log10(low) - 1e-9), math.floor(math.log10(high) + 1e-9)
     step = max(1, -(-(last - first) // 6))
     found = [10.0**k for k in range(first, last + 1, step)]
@@ -54,7 +54,7 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def numbers(values: Sequence[float]) -> list[str]:
-    """Short texts for the marks of one axis, all with as many decimals.
+    """Format the tick labels of one axis, all with the same number of decimals.
 
     Examples
     --------
@@ -69,7 +69,7 @@ def numbers(values: Sequence[float]) -> list[str]:
 
 
 class _Scale:
-    """Values -> positions in the picture, rounded to a tenth of a pixel."""
+    """Maps values to positions in the picture, rounded to a tenth of a pixel."""
 
     def __init__(self, low: float, high: float, start: float, stop: float, *, log: bool = False) -> None:
         self.log = log
@@ -91,18 +91,18 @@ def line_chart(
     log_x: bool = False,
     kept: tuple[float, str] | None = None,
 ) -> Markup:
-    """Lines with markers.
+    """Draw lines with markers.
 
     Parameters
     ----------
     series : sequence of Series
-        At least one point in all.
+        The lines, with at least one point in all.
     title : str
-        What it shows, for those who do not see it.
+        Description of the chart for screen readers.
     log_x : bool
-        Logarithmic positions; all must be above 0.
+        Use a logarithmic x axis; all positions must be above 0.
     kept : (float, str), optional
-        A position to mark by an upright line, and what it is.
+        A position to mark with a vertical line, and its caption.
     """
     xs = [x for line in series for x in line.xs]
     ys = [y for line in series for y in line.ys]
@@ -139,19 +139,19 @@ def line_chart(
 
 
 def reliability_chart(bins: Sequence[Mapping[str, Any]], title: str) -> Markup:
-    """Share that is right over confidence, one bar for each bin, and under it how many images each bin holds."""
-    strip = 34  # height of the counts
+    """Draw accuracy over confidence, one bar for each bin, and below it the number of images in each bin."""
+    strip = 34  # height of the bars that show the numbers of images
     x_scale = _Scale(0, 1, LEFT, WIDTH - RIGHT)
     floor = HEIGHT - BOTTOM - strip - 8
     y_scale = _Scale(0, 1, floor, TOP)
     most = max(found["n"] for found in bins)
-    parts = [_axes(x_scale, y_scale, ticks(0, 1), ticks(0, 1), "confidence", "share that is right", floor=floor)]
+    parts = [_axes(x_scale, y_scale, ticks(0, 1), ticks(0, 1), "confidence", "accuracy", floor=floor)]
     for found in bins:
         x, width = x_scale(found["low"]) + 1, round(x_scale(found["high"]) - x_scale(found["low"]) - 2, 1)
         y, tall = y_scale(found["accuracy"]), round(strip * found["n"] / most, 1)
         said = (
             f"confidence {found['low']:.2f} to {found['high']:.2f}: "
-            f"{found['n']} images, {found['accuracy']:.1%} right, {found['confidence']:.1%} expected"
+            f"{found['n']} images, {found['accuracy']:.1%} correct, {found['confidence']:.1%} expected"
         )
         parts.append(
             Markup(
@@ -176,7 +176,7 @@ def reliability_chart(bins: Sequence[Mapping[str, Any]], title: str) -> Markup:
 
 
 def interval_bar(low: float, value: float, high: float, span: tuple[float, float], threshold: float) -> Markup:
-    """A value and its interval on the scale ``span``; ``threshold`` is marked by a line. The text stands beside it."""
+    """Draw a value and its interval on the scale ``span``, with a line at ``threshold``; the page shows them as text too."""
     scale = _Scale(*span, 4, 156)
     return Markup(
         '<svg class="interval" viewBox="0 0 160 16" width="160" height="16" aria-hidden="true" focusable="false">'
@@ -186,18 +186,18 @@ def interval_bar(low: float, value: float, high: float, span: tuple[float, float
 
 
 def scatter(places: np.ndarray, styles: Sequence[tuple[int, int]], wrong: Sequence[bool], name: str) -> Markup:
-    """Points of a map; what each one is stands in the page's data, by its number.
+    """Draw the points of a feature map; the page's data describe each point, by its number.
 
     Parameters
     ----------
     places : float, (n, 2)
-        Positions, in any unit; both axes have the same one.
+        Positions, in any unit that is the same for both axes.
     styles : sequence of (int, int)
-        Number of the marker and of the colour of each.
+        Number of each point's marker, and of its colour.
     wrong : sequence of bool
-        Drawn with a ring, above the others.
+        Whether each point is a mistake; mistakes get a ring and are drawn above the others.
     name : str
-        Of the map.
+        Name of the map.
     """
     side, edge = 480, 14
     low, high = places.min(axis=0), places.max(axis=0)
@@ -211,7 +211,7 @@ def scatter(places: np.ndarray, styles: Sequence[tuple[int, int]], wrong: Sequen
         parts.append(f'<use href="#m{marker}" class="c{colour}{ring}" data-i="{k}" x="{x:g}" y="{side - y:g}"/>')
     return Markup(
         '<svg class="map" viewBox="0 0 {0} {0}" role="group" tabindex="0" data-map aria-roledescription="scatter plot" '
-        'aria-label="{1}, {2} images. Arrow keys go from image to image.">'
+        'aria-label="{1}, {2} images. The arrow keys move from image to image.">'
         '{3}<circle class="cursor" r="9" visibility="hidden"/></svg>'
     ).format(side, name, len(shown), Markup("").join(map(Markup, parts)))
 

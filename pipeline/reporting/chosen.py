@@ -1,4 +1,4 @@
-"""Everything that the report says of one run beyond its line in the leaderboard."""
+"""Everything that the report says about a chosen run, beyond its row in the leaderboard."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
 
 logger = logging.getLogger(__name__)
 
-TWINS, TWIN_PICTURE = 12, 128  # near-duplicates shown, pixels of each
-QUARANTINED = 50
-LEAST_POINTS = 5
+TWINS, TWIN_PICTURE = 12, 128  # pairs of near-duplicates shown, and the side of their pictures in pixels
+QUARANTINED = 50  # files in quarantine that are listed
+LEAST_POINTS = 5  # fewest points of a feature map
 
 
 @dataclasses.dataclass(frozen=True)
 class Detail:
-    """``values`` for the template, and how many thumbnails are among them."""
+    """``values`` for the template, and the number of thumbnails among them."""
 
     values: dict[str, Any]
     pictures: int
@@ -43,25 +43,25 @@ class Detail:
 def describe_run(
     run: Run, *, beside: Sequence[Run], images: Sequence[str], stores: Sequence[FeatureStore], points: int
 ) -> Detail:
-    """All that the page says of one run.
+    """Collect all that the page says about one run.
 
     Parameters
     ----------
     run : Run
-        Which.
+        The run.
     beside : sequence of Run
-        Others at hand, among them perhaps the one it began with.
+        Other runs, which may include the one that it was fine-tuned from.
     images : sequence of str
         Image sources to try before the one that the run names.
     stores : sequence of FeatureStore
         Stores to try before the one that the run names.
     points : int
-        Most points of the feature map.
+        Largest number of points in the feature map.
 
     Raises
     ------
     RunError
-        If a file of the run is malformed. What lies outside the run may be absent: that is said, and no failure.
+        If a file of the run is malformed. Images and store may be missing, which the page then says.
     """
     rows = Rows.of(run)
     store, no_store = _store_of(run, stores)
@@ -77,7 +77,7 @@ def describe_run(
     if store is not None:
         try:
             data = _data(run, store, pictures)
-        except BottleneckError as problem:  # damaged features are no reason to keep the scores back
+        except BottleneckError as problem:  # the page shows the scores even if the features are damaged
             no_store = printable(str(problem))
     bins = facts.reliability(rows)
     scores = run.metrics["validation"]
@@ -119,7 +119,7 @@ def describe_run(
 
 
 def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | None, str]:
-    """The store that the run was trained on, or why it is not at hand."""
+    """Find the store that the run was trained on; if there is none, say why."""
     features = run.config["features"]
     why = "the run does not say where its features are"
     for candidate in (*stores, features["store"]):
@@ -128,7 +128,7 @@ def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | 
         try:
             store = candidate if isinstance(candidate, FeatureStore) else FeatureStore.open(candidate)
             if store.data_digest != features["data_digest"] or features["name"] not in store.names:
-                why = f"{store.path} holds other images or features than it did; --features says where the old ones are"
+                why = f"{store.path} no longer holds its images and features; give the store that does with --features"
                 continue
             own = (
                 run.config["stage"] == "finetune"
@@ -139,7 +139,7 @@ def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | 
             continue
         if own:
             return store, ""
-        why = f"{store.path} holds features of another recipe now"
+        why = f"{store.path} now holds features of another recipe"
     return None, printable(why)
 
 
@@ -157,7 +157,7 @@ def _map(
     chosen = facts.sample_rows(rows, points)
     chosen = chosen[known[chosen]]
     if len(chosen) < LEAST_POINTS:
-        return None, f"only {len(chosen)} validation images have features at hand"
+        return None, f"only {len(chosen)} validation images have features in the store"
     stored = np.array([place[rows.paths[row], rows.sha256[row]] for row in chosen.tolist()])
     order = np.argsort(stored)
     stored, chosen = stored[order], chosen[order]
@@ -168,19 +168,7 @@ def _map(
         return None, printable(str(problem))
     sprite, tiles = pictures.sprite([(rows.paths[row], rows.sha256[row]) for row in chosen.tolist()])
     wrong = (~rows.correct[chosen]).tolist()
-    by_class = len(rows.classes) <= COLOURS * MARKERS
-    if by_class:
-        styles = [(label // COLOURS, label % COLOURS) for label in rows.labels[chosen].tolist()]
-        legend = [
-            {"name": printable(title), "marker": k // COLOURS, "colour": k % COLOURS, "ring": False}
-            for k, title in enumerate(rows.classes)
-        ]
-    else:
-        styles = [(3, 5) if missed else (0, 0) for missed in wrong]
-        legend = [
-            {"name": "right", "marker": 0, "colour": 0, "ring": False},
-            {"name": "wrong", "marker": 3, "colour": 5, "ring": True},
-        ]
+    styles, legend = _marks(rows, chosen)
     listed = [
         {
             "file": printable(rows.paths[row]),
@@ -198,7 +186,7 @@ def _map(
             f"{sum(wrong)} of {int((~rows.correct).sum())} mistakes, and others drawn at random."
         )
     if run.config["stage"] == "finetune":
-        text += " They are those of before fine-tuning."
+        text += " They were computed before fine-tuning."
     return {
         "text": text,
         "pca": scatter(pca, styles, wrong, "PCA of the features"),
@@ -210,6 +198,21 @@ def _map(
         "legend": legend,
         "data": {"classes": [printable(title) for title in rows.classes], "images": listed},
     }, ""
+
+
+def _marks(rows: Rows, chosen: np.ndarray) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
+    """Choose marker and colour of each point, by class or, if there are too many classes, by right and wrong; and a legend."""
+    if len(rows.classes) <= COLOURS * MARKERS:
+        legend = [
+            {"name": printable(title), "marker": k // COLOURS, "colour": k % COLOURS, "ring": False}
+            for k, title in enumerate(rows.classes)
+        ]
+        return [(label // COLOURS, label % COLOURS) for label in rows.labels[chosen].tolist()], legend
+    legend = [
+        {"name": "right", "marker": 0, "colour": 0, "ring": False},
+        {"name": "wrong", "marker": 3, "colour": 5, "ring": True},
+    ]
+    return [(0, 0) if right else (3, 5) for right in rows.correct[chosen].tolist()], legend
 
 
 def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
@@ -244,7 +247,7 @@ def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
 
 
 def _learning(run: Run) -> dict[str, Any]:
-    """Learning curves of epochs, or the search of a parameter, or why there is nothing to see."""
+    """Describe the learning curves, or else the search for a parameter, or else say why there is neither."""
     history = facts.curves_of(run)
     columns = list(history)
     shown: dict[str, Any] = {
@@ -265,7 +268,7 @@ def _learning(run: Run) -> dict[str, Any]:
         for series, label in ((losses, "log loss"), (accuracies, "accuracy")):
             if series:
                 shown["charts"].append(_chart(series, "epoch", label, kept=kept))
-                kept = None if kept is None else (kept[0], "")  # said once
+                kept = None if kept is None else (kept[0], "")  # only the first chart shows the caption
         text = f"{len(xs)} epochs."
         if kept:
             text += " The weights of the epoch with the lowest validation loss are kept."
@@ -278,9 +281,9 @@ def _learning(run: Run) -> dict[str, Any]:
             if key in history:
                 series = [Series(label, xs, [history[key][k] for k in order], style)]
                 shown["charts"].append(_chart(series, parameter, label.partition(",")[0], log_x=min(xs) > 0))
-        text = f"{parameter} was chosen by cross-validation on the training rows, {len(xs)} values were tried."
-        return {**shown, "title": f"Search of {parameter}", "text": text}
-    return {**shown, "title": "Training", "text": "This head is fitted in one step: there is no curve to show."}
+        text = f"{parameter} was chosen among {len(xs)} values by cross-validation on the training rows."
+        return {**shown, "title": f"Search for {parameter}", "text": text}
+    return {**shown, "title": "Training", "text": "This head is fitted in one step, so there is no curve to show."}
 
 
 def _chart(series: Sequence[Series], x_label: str, y_label: str, **options: Any) -> dict[str, Any]:
@@ -290,7 +293,7 @@ def _chart(series: Sequence[Series], x_label: str, y_label: str, **options: Any)
 
 
 def _facts(run: Run) -> dict[str, dict[str, str]]:
-    """What decided the run, in words."""
+    """List what decided the run, as labels and texts."""
     features, head, environment = run.config["features"], run.config["head"], run.environment
     recipe = {key: value for key, value in features["recipe"].items() if key not in ("version", "augmentation")}
     augmentation = features["recipe"].get("augmentation") or {}
@@ -298,7 +301,7 @@ def _facts(run: Run) -> dict[str, dict[str, str]]:
     packages = known if isinstance(known, dict) else {}
     groups: dict[str, dict[str, Any]] = {
         "Features": {
-            "data set": features["name"],
+            "feature set": features["name"],
             **recipe,
             **{f"augment: {key}": value for key, value in augmentation.items()},
             "split": features["split_rule"],

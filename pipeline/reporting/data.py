@@ -1,4 +1,4 @@
-"""What a report says of one run, worked out from its files: tables, calibration, mistakes. Pure numpy, no pictures."""
+"""What a report says about one run, computed from its files with numpy: tables, calibration, mistakes. Draws nothing."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pipeline.config import History
 from pipeline.runs.folder import Run, read_history, read_predictions
 from pipeline.scores.metrics import BINS, confusion
 
-MATRIX_CLASSES = 30  # above this a confusion matrix cannot be read, and the most confused pairs are listed
-PAIRS = 40
-CARDS = 12
-ROUNDING = 1e-6  # of float32 probabilities
-LARGEST = 1e100  # numbers that a chart can be scaled to
+MATRIX_CLASSES = 30  # with more classes a confusion matrix is unreadable, and only the most confused pairs are listed
+PAIRS = 40  # confused pairs that are listed
+CARDS = 12  # mistakes, and correct predictions, that are shown
+ROUNDING = 1e-6  # float32 probabilities may be outside 0-1 by this much
+LARGEST = 1e100  # largest absolute value that a chart can show
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Rows:
     Parameters
     ----------
     paths : tuple of str, length n
-        As the source names them.
+        Names of the images in their source.
     sha256 : tuple of bytes, length n
         Content hash of each image.
     labels : int32, (n,)
         True classes.
     probabilities : float64, (n, c), 0-1
-        Of each class.
+        Probability of each class.
     classes : tuple of str, length c
-        Names.
+        Names of the classes.
     """
 
     paths: tuple[str, ...]
@@ -57,17 +57,17 @@ class Rows:
 
     @functools.cached_property
     def confidence(self) -> np.ndarray:
-        """Probability of that class, float64, (n,)."""
+        """Probability of the predicted class, float64, (n,)."""
         return self.probabilities.max(axis=1)
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
-        """Whether it is the true one, bool, (n,)."""
+        """Whether the predicted class is the true one, bool, (n,)."""
         return self.predicted == self.labels
 
     @functools.cached_property
     def table(self) -> np.ndarray:
-        """Confusion matrix, int64, (c, c), true classes down."""
+        """Confusion matrix, int64, (c, c); its rows are true classes, its columns predicted ones."""
         return confusion(self.labels, self.predicted, len(self.classes))
 
     @classmethod
@@ -77,31 +77,31 @@ class Rows:
         Raises
         ------
         RunError
-            If it is not what a run writes, or not about the images that ``metrics.json`` is about.
+            If the file is malformed, or does not have as many images as ``metrics.json`` says.
         """
         found, path = read_predictions(run), run.folder / "predictions.csv"
         if len(found.paths) != run.metrics["validation"]["n"]:
             raise RunError(
-                f"{path}: holds {len(found.paths)} images, metrics.json is about {run.metrics['validation']['n']}; "
-                "one of them was edited or cut off; train the head again"
+                f"{path}: holds {len(found.paths)} images, expected {run.metrics['validation']['n']} from metrics.json; "
+                "one of the two files was edited or truncated; train the head again"
             )
         if not ((found.probabilities >= -ROUNDING) & (found.probabilities <= 1 + ROUNDING)).all():
-            raise RunError(f"{path}: holds probabilities that are not from 0 to 1; train the head again")
+            raise RunError(f"{path}: holds probabilities that are not between 0 and 1; train the head again")
         digests = tuple(digest.tobytes() for digest in found.sha256)
         return cls(tuple(found.paths), digests, found.labels, found.probabilities, run.classes)
 
 
 def curves_of(run: Run) -> History:
-    """Columns of ``history.csv`` that a chart can show: numbers throughout."""
+    """Read the columns of ``history.csv`` that a chart can show: no value is beyond `LARGEST`."""
     history = read_history(run.folder)
     return {name: values for name, values in history.items() if all(abs(value) <= LARGEST for value in values)}
 
 
 def class_table(rows: Rows) -> list[dict[str, Any]]:
-    """Precision, recall, F1 and number of images of each class; None where there is nothing to divide by.
+    """Compute precision, recall, F1 and number of images of each class; None instead of a division by 0.
 
-    Precision: of those predicted as the class, the share that is; recall: of the class, the share that is found;
-    F1: their harmonic mean, 2 hits / (images + predictions).
+    Precision: share of the images predicted as the class that belong to it. Recall: share of the class's images that
+    are predicted as it. F1: harmonic mean of both, 2 hits / (images + predictions).
     """
     hits, support, predicted = rows.table.diagonal(), rows.table.sum(axis=1), rows.table.sum(axis=0)
     return [
@@ -122,7 +122,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def confused_pairs(rows: Rows, limit: int = PAIRS) -> list[dict[str, Any]]:
-    """Which class is taken for which other one, most often first, with the share of the true class."""
+    """List which class is mistaken for which other one, most often first, with the share of the true class."""
     table = rows.table.copy()
     np.fill_diagonal(table, 0)
     where = np.argwhere(table)
@@ -141,10 +141,10 @@ def confused_pairs(rows: Rows, limit: int = PAIRS) -> list[dict[str, Any]]:
 
 
 def matrix(rows: Rows) -> list[dict[str, Any]]:
-    """Rows of the confusion matrix, for up to `MATRIX_CLASSES` classes.
+    """Describe the rows of the confusion matrix, for up to `MATRIX_CLASSES` classes.
 
-    Each cell has a count, its share of the true class, and a step 0-10 of shade: of the hits that of the share, of
-    the mistakes that of its root, so that rare ones are seen.
+    Each cell has a count, its share of the true class, and a shade from 0 to 10. The shade follows the share for hits,
+    and the share's square root for mistakes, so that rare ones are visible.
     """
     support = rows.table.sum(axis=1)
     lines = []
@@ -159,9 +159,10 @@ def matrix(rows: Rows) -> list[dict[str, Any]]:
 
 
 def reliability(rows: Rows) -> list[dict[str, Any]]:
-    """Bins of the confidence, (low, high], that hold images: n, mean confidence, share that is right.
+    """Describe the bins of confidence, (low, high], that hold images: number, mean confidence and accuracy.
 
-    The bins of ``pipeline.scores.metrics.calibration_error``: the mean of |accuracy - confidence|, weighted by n, is the ECE.
+    These are the bins of ``pipeline.scores.metrics.calibration_error``: the mean of |accuracy - confidence| over them,
+    weighted by their numbers of images, is the expected calibration error (ECE).
     """
     bins = np.clip(np.ceil(rows.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
     return [
@@ -178,19 +179,19 @@ def reliability(rows: Rows) -> list[dict[str, Any]]:
 
 
 def most_confident_mistakes(rows: Rows, limit: int = CARDS) -> list[int]:
-    """Row numbers of wrong predictions, the most confident first."""
+    """Find the rows of wrong predictions, the most confident first."""
     wrong = np.flatnonzero(~rows.correct)
     return wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:limit].tolist()
 
 
 def least_confident_hits(rows: Rows, limit: int = CARDS) -> list[int]:
-    """Row numbers of right predictions, the least confident first."""
+    """Find the rows of correct predictions, the least confident first."""
     right = np.flatnonzero(rows.correct)
     return right[np.argsort(rows.confidence[right], kind="stable")][:limit].tolist()
 
 
 def card(rows: Rows, number: int) -> dict[str, Any]:
-    """What is said of one image: file, class, prediction, and what came second."""
+    """Describe one image: file, true class, predicted class, and the second most probable class."""
     ranked = np.argsort(-rows.probabilities[number], kind="stable")[:2].tolist()
     return {
         "file": printable(rows.paths[number]),
@@ -206,7 +207,7 @@ def card(rows: Rows, number: int) -> dict[str, Any]:
 
 
 def sample_rows(rows: Rows, limit: int, seed: int = 0) -> np.ndarray:
-    """Row numbers to show where there is no room for all: mistakes up to a third of them, else drawn; int64, sorted."""
+    """Choose up to ``limit`` rows, int64, sorted: at most a third are mistakes, the others are drawn from the rest."""
     if len(rows) <= limit:
         return np.arange(len(rows))
     generator = np.random.default_rng(seed)
@@ -219,18 +220,18 @@ def sample_rows(rows: Rows, limit: int, seed: int = 0) -> np.ndarray:
 def exact_duplicates(
     sha256: np.ndarray, splits: np.ndarray, labels: np.ndarray, paths: Sequence[str]
 ) -> dict[str, Any]:
-    """Files with the same bytes: how many in all, and groups that lie in two of train, validation and test.
+    """Find files with the same bytes: count all copies, and list groups in more than one of train, validation and test.
 
     Parameters
     ----------
     sha256 : uint8, (n, 32)
         Content hashes.
     splits : int8, (n,)
-        0, 1, 2 for train, validation and test.
+        Index into ``SPLITS``; 0, 1, 2 are train, validation and test.
     labels : int32, (n,)
-        Classes; the same bytes may bear two of them.
+        Classes; copies of a file may have different ones.
     paths : sequence of str
-        Names.
+        Names of the files.
     """
     keys = np.ascontiguousarray(sha256).view("V32").ravel()
     _, inverse, counts = np.unique(keys, return_inverse=True, return_counts=True)

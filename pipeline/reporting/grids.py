@@ -1,4 +1,4 @@
-"""Grids of small images with captions, drawn with Pillow: pixels are shown as they are, never resampled in between."""
+"""Grids of small images with captions, drawn with Pillow. Pixels are only repeated to enlarge them, never interpolated."""
 
 from __future__ import annotations
 
@@ -16,18 +16,16 @@ from features.files import atomic_file, printable
 from pipeline.reporting.thumbnails import whole_image
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}
-LEAST_SIDE = 112  # pixels; smaller images are enlarged by whole steps, so that a caption fits under them
-GAP, FRAME, MARGIN = 12, 4, 20
-TEXT, SMALL, TITLE = 14, 12, 18  # pixels of type
+LEAST_SIDE = 112  # pixels; smaller images are enlarged by a whole factor, so that a caption fits below them
+GAP, FRAME, MARGIN = 12, 4, 20  # pixels
+TEXT, SMALL, TITLE = 14, 12, 18  # font sizes in pixels
 INK, MUTED, PAPER, SOFT, EMPTY = (27, 33, 41), (87, 96, 108), (255, 255, 255), (225, 229, 234), (238, 241, 244)
-RIGHT, WRONG = (
-    (0, 110, 80),
-    (176, 72, 0),
-)  # green and vermillion of Okabe and Ito, darkened for text; told apart by marks
-COLUMNS = 6
+# Green and vermillion of Okabe and Ito, darkened for text; marks tell right from wrong as well.
+RIGHT, WRONG = (0, 110, 80), (176, 72, 0)
+COLUMNS = 6  # cells of a row by default
 TITLE_WIDTH = 560  # pixels; a page is at least as wide as its title, up to this
-LONGEST_SIDE, MOST_PIXELS = 65_000, 250_000_000  # what a JPEG file can hold, and 750 MB of memory
-TILE = 160  # pixels of a prediction's picture
+LONGEST_SIDE, MOST_PIXELS = 65_000, 250_000_000  # limits of a page: of the JPEG format, and 750 MB of memory
+TILE = 160  # side of a prediction's picture in pixels
 
 
 class Cell(NamedTuple):
@@ -38,9 +36,9 @@ class Cell(NamedTuple):
     pixels : uint8, (h, w, 3), 0-255
         RGB; all cells of a grid have the same size.
     caption, second : str
-        Lines under it; what is too long is cut.
+        First and second line below the image; long ones are shortened.
     right : bool, optional
-        Frame and mark: True a tick, False a cross, None neither.
+        True draws a green frame and a tick, False an orange frame and a cross, None neither.
     """
 
     pixels: np.ndarray
@@ -61,7 +59,7 @@ class PredictedImage(NamedTuple):
     probability : float, 0-1
         Its probability.
     label : str
-        The true class; empty where it is not known, and then neither tick nor cross is drawn.
+        The true class; empty if it is unknown, and then neither tick nor cross is drawn.
     """
 
     data: bytes
@@ -71,32 +69,32 @@ class PredictedImage(NamedTuple):
 
 
 def prediction_grid(items: Sequence[PredictedImage], path: str | Path, *, title: str = "") -> int:
-    """Draw predictions, right ones with a green tick and wrong ones with an orange cross and the true class.
+    """Draw predictions, right ones with a green tick, wrong ones with an orange cross and the true class.
 
     Parameters
     ----------
     items : sequence of PredictedImage
-        In the order they are shown, six to a row.
+        Images in the order in which they are shown, six to a row.
     path : Path
-        PNG or JPEG file, written whole or not at all.
+        PNG or JPEG file, written as a whole or not at all.
     title : str
-        Line above; how many are right is added where labels are known.
+        Line at the top, to which the number of right predictions is added if labels are known.
 
     Returns
     -------
     int
-        Images drawn: one that cannot be decoded is left out.
+        Number of images drawn; those that cannot be decoded are left out.
 
     Raises
     ------
     ConfigurationError
-        Nothing to draw, or a file name that stands for no image.
+        If there is nothing to draw, or the file name does not end as that of a PNG or JPEG file.
     """
     cells = []
     for item in items:
         try:
             image = whole_image(item.data, TILE)
-        except UnreadableImageError:  # predict has said so
+        except UnreadableImageError:  # predict has already reported it
             continue
         square = Image.new("RGB", (TILE, TILE), EMPTY)
         square.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
@@ -111,7 +109,7 @@ def prediction_grid(items: Sequence[PredictedImage], path: str | Path, *, title:
 
 
 def rows_of(cells: Sequence[Cell], columns: int = COLUMNS) -> list[Sequence[Cell]]:
-    """Cells, so many to a row."""
+    """Arrange cells in rows of ``columns``."""
     return [cells[start : start + columns] for start in range(0, len(cells), columns)]
 
 
@@ -123,18 +121,18 @@ def draw_grid(
     Parameters
     ----------
     rows : sequence of sequence of Cell
-        At least one cell in all.
+        Rows with at least one cell in all.
     path : Path
-        PNG or JPEG file, written whole or not at all.
+        PNG or JPEG file, written as a whole or not at all.
     title : str
-        Line above.
+        Line at the top.
     headings : sequence of str
-        Of the columns.
+        Headings of the columns.
 
     Raises
     ------
     ConfigurationError
-        Nothing to draw, or a file name that stands for no image.
+        If there is nothing to draw, or the file name does not end as that of a PNG or JPEG file.
     """
     path = Path(path)
     kind = check_picture(path)
@@ -164,12 +162,12 @@ def draw_grid(
 
 
 def check_picture(path: Path) -> str:
-    """The kind of image that a file's name stands for.
+    """Return the image format that a file's suffix stands for.
 
     Raises
     ------
     ConfigurationError
-        If it stands for none that is written here.
+        If it is not that of a PNG or JPEG file.
     """
     kind = FORMATS.get(path.suffix.lower())
     if kind is None:
@@ -180,12 +178,12 @@ def check_picture(path: Path) -> str:
 
 
 def check_page(rows: int, columns: int, height: int, width: int) -> None:
-    """Make sure, before any image is decoded, that a page of so many of this size can be drawn.
+    """Check, before any image is decoded, that a page with this many images of this size in pixels can be drawn.
 
     Raises
     ------
     ConfigurationError
-        If it would be too large.
+        If the page would be too large.
     """
     step_x, step_y = _step(height, width, 2)
     size = columns * step_x + 2 * MARGIN, rows * step_y + 3 * MARGIN
@@ -198,12 +196,12 @@ def check_page(rows: int, columns: int, height: int, width: int) -> None:
 
 
 def _scale(height: int, width: int) -> int:
-    """By how much small pictures are enlarged."""
+    """Factor by which small pictures are enlarged."""
     return max(1, -(-LEAST_SIDE // max(height, width)))
 
 
 def _step(height: int, width: int, lines: int) -> tuple[int, int]:
-    """Pixels from one cell to the next, across and down."""
+    """Distance from one cell to the next in pixels, across and down."""
     scale = _scale(height, width)
     return scale * width + 2 * FRAME + GAP, scale * height + 2 * FRAME + 6 + lines * (TEXT + 4) + GAP
 
@@ -212,7 +210,7 @@ def _draw_cell(page: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, x: int, 
     pixels = cell.pixels.repeat(scale, axis=0).repeat(scale, axis=1) if scale > 1 else cell.pixels
     height, width = pixels.shape[:2]
     colour = SOFT if cell.right is None else RIGHT if cell.right else WRONG
-    inset = FRAME - 1 if cell.right is None else 0  # a thin line, or a frame
+    inset = FRAME - 1 if cell.right is None else 0  # a thin line instead of a full frame
     pen.rectangle((x + inset, y + inset, x + width + 2 * FRAME - 1 - inset, y + height + 2 * FRAME - 1 - inset), colour)
     page.paste(Image.fromarray(np.ascontiguousarray(pixels)), (x + FRAME, y + FRAME))
     left, below = x + FRAME, y + height + 2 * FRAME + 4
@@ -226,7 +224,7 @@ def _draw_cell(page: Image.Image, pen: ImageDraw.ImageDraw, cell: Cell, x: int, 
 
 
 def _draw_mark(pen: ImageDraw.ImageDraw, x: int, y: int, colour: tuple[int, int, int], *, right: bool) -> None:
-    """A tick or a cross of 11 pixels: not every font has them."""
+    """Draw a tick or a cross of 11 pixels, because not every font has these characters."""
     if right:
         pen.line([(x, y + 6), (x + 4, y + 10), (x + 11, y + 1)], colour, 2, joint="curve")
     else:
@@ -236,14 +234,14 @@ def _draw_mark(pen: ImageDraw.ImageDraw, x: int, y: int, colour: tuple[int, int,
 
 @functools.cache
 def font(size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """DejaVu Sans, which comes with matplotlib and has Latin, Greek, Cyrillic and more; else Pillow's own."""
+    """Load DejaVu Sans, which comes with matplotlib and has Latin, Greek, Cyrillic and more; else Pillow's own font."""
     found = importlib.util.find_spec("matplotlib")
     path = Path(found.origin).parent / "mpl-data/fonts/ttf/DejaVuSans.ttf" if found and found.origin else None
     return ImageFont.truetype(path, size) if path and path.is_file() else ImageFont.load_default(size)
 
 
 def shortened(text: str, width: int, size: int) -> str:
-    """Text that takes at most so many pixels; the middle of a longer one goes, as names differ at both ends."""
+    """Shorten text to ``width`` pixels at a font ``size``. The middle is cut, since names differ at both ends."""
     text, face = printable(text)[:500], font(size)
     if face.getlength(text) <= width:
         return text

@@ -1,4 +1,4 @@
-"""The commands that make a run again, from its ``config.yaml`` alone, and from its store where that is at hand."""
+"""The commands that make a run again, derived from its ``config.yaml`` and, if it can be found, its store."""
 
 from __future__ import annotations
 
@@ -17,33 +17,33 @@ from pipeline.presets import PRESETS, EstimatorParameters
 from pipeline.runs.folder import Run
 from pipeline.tuning.settings import TuningSettings
 
-# Settings of stage three without an option of their own.
+# Settings of fine-tuning that have no option of their own and are given by --param.
 PARAMETERS = ("momentum", "nesterov", "weight_decay", "warmup_epochs", "class_weight", "initial_epoch")
 
 
 def commands(run: Run, *, start: Run | None = None, views: int | None = None, root: str = "") -> list[str]:
-    """``extract``, ``train-head`` and, of a fine-tuned run, ``finetune``, ready to be typed.
+    """List the commands ``extract``, ``train-head`` and, for a fine-tuned run, ``finetune``, ready to be typed.
 
     Parameters
     ----------
     run : Run
-        What is to be made again.
+        The run to make again.
     start : Run, optional
-        Of a fine-tuned run: the one it began with.
+        The run that a fine-tuned run started from.
     views : int, optional
-        Views of the store.
+        Number of views in the store, if it can be found.
     root : str
-        Absolute folder of the images as the store notes it, as the run may know them by a relative path.
+        Absolute folder of the images as the store notes it, since the run may know only a relative path.
 
     Returns
     -------
     list of str
-        Quoted for a POSIX shell; a line that begins with ``#`` says what cannot be known.
+        Commands quoted for a POSIX shell; a line that begins with ``#`` says what is unknown.
     """
     head = run if start is None else start
     lines = []
     if run.config["stage"] == "finetune" and start is None:
-        lines.append(f"# the run that it began with, {(run.config['finetune'] or {}).get('start')}, is not here")
+        lines.append(f"# the run it was fine-tuned from, {(run.config['finetune'] or {}).get('start')}, is not here")
     else:
         lines += [*_extract(head, _source(head, root), views), _train(head)]
     if run.config["stage"] == "finetune":
@@ -52,7 +52,7 @@ def commands(run: Run, *, start: Run | None = None, views: int | None = None, ro
 
 
 def _source(run: Run, root: str) -> str:
-    """The images, by an absolute path where that is sure."""
+    """Source of the images, as an absolute path if that is certain."""
     source = run.config["features"]["source"]
     if not root or source.startswith("sample:") or PurePath(source).is_absolute():
         return source
@@ -81,7 +81,7 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         preset, note = _preset(recipe.augmentation)
         words += ["--views", str(views or "VIEWS"), "--augment", preset, "--seed", str(recipe.seed)]
         if views is None:
-            notes.append("# VIEWS: as many as the store has, which is not at hand")
+            notes.append("# VIEWS: the number of views in the store, which was not found")
         notes += note
     return [*notes, _line(words)]
 
@@ -124,16 +124,16 @@ def _finetune(run: Run, source: str) -> list[str]:
 
 
 def _preset(spec: AugmentSpec) -> tuple[str, list[str]]:
-    """What ``--augment`` takes, and for an augmentation of one's own, which it does not take, a line that says so."""
+    """Return the value of ``--augment``; for an augmentation that is no preset, a placeholder and a line about it."""
     if spec.name in PRESETS_OF_VIEWS:
         return spec.name, []
     usual = AugmentSpec().to_dict()
     own = ", ".join(f"{name}={value!r}" for name, value in spec.to_dict().items() if usual[name] != value)
-    return "AUGMENT", [f"# AUGMENT: AugmentSpec({own}) is none of the presets; only Python takes it (augment=...)"]
+    return "AUGMENT", [f"# AUGMENT: AugmentSpec({own}) is not a preset; it can be given in Python only (augment=...)"]
 
 
 def _value(value: Any) -> str:
-    """As ``--param`` reads it back: JSON, or text that is none."""
+    """Format a value as ``--param`` reads it: as JSON, or as text that is not JSON."""
     if isinstance(value, str):
         try:
             json.loads(value)

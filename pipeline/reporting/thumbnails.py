@@ -1,4 +1,4 @@
-"""Small pictures of a run's images for a page: found in the source, checked by content, as data URIs."""
+"""Small pictures of a run's images for the report: found in the source, checked by content, encoded as data URIs."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ from features.sources.scan import ImageSet, is_manifest, scan
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-CARD, TILE = 192, 80  # pixels; a multiple of 16, so that the tiles of a JPEG do not bleed into each other
+CARD, TILE = 192, 80  # sides in pixels; multiples of 16, so that the tiles of a JPEG do not bleed into each other
 TILES_ACROSS = 20
 CARD_QUALITY, TILE_QUALITY = 72, 58
 
 
 class Pictures:
-    """Images of one data set, by the path that a run knows them by.
+    """Images of one data set, found by the path that a run knows them by.
 
     Parameters
     ----------
     sources : sequence of str
-        Where they may be, the first that can be scanned and holds one of ``paths`` is taken.
+        Sources to try; the first one that can be scanned and holds one of ``paths`` is used.
     target : str, optional
-        Label column, where a source is a manifest.
+        Label column, if a source is a manifest.
     paths : sequence of str
-        Some of what is wanted.
+        Paths of some of the images.
     """
 
     def __init__(self, sources: Sequence[str], target: str | None, paths: Sequence[str]) -> None:
@@ -61,11 +61,11 @@ class Pictures:
             self.missing = f"{source} holds other images"
 
     def read(self, path: str, sha256: bytes | None) -> bytes | None:
-        """The file, if it is there and still what it was; what is not is counted in ``failures``."""
+        """Read an image file if it exists and has not changed; otherwise return None and count it in ``failures``."""
         if self._images is None:
             return None
         if path not in self._rows:
-            self._failed("gone")
+            self._failed("missing")
             return None
         try:
             data = self._images.read(self._rows[path])
@@ -73,20 +73,20 @@ class Pictures:
             self._failed(problem.reason)
             return None
         if sha256 is not None and hashlib.sha256(data).digest() != sha256:
-            self._failed("changed since")
+            self._failed("changed")
             return None
         return data
 
     def _failed(self, reason: str) -> None:
-        with self._lock:  # counted on many threads
+        with self._lock:  # several threads count
             self.failures[reason] += 1
 
     def cards(self, wanted: Sequence[tuple[str, bytes | None]], size: int = CARD) -> list[str]:
-        """Data URIs of whole images within ``size`` pixels; empty where there is none."""
+        """Make data URIs of whole images that fit ``size`` pixels; an empty string if an image cannot be shown."""
         return self._each(wanted, lambda data: jpeg_uri(whole_image(data, size), CARD_QUALITY), "")
 
     def sprite(self, wanted: Sequence[tuple[str, bytes | None]]) -> tuple[str, list[int]]:
-        """One picture of many tiles, row by row, as a data URI (empty without tiles), and the tile of each or -1."""
+        """Put tiles, row by row, into one picture; return its data URI (empty without tiles) and each image's tile or -1."""
         rule = PixelRule(TILE, TILE, fit="crop", decode="fast")
         tiles = self._each(wanted, lambda data: decode_image(data, rule).pixels, None)
         known = [tile for tile in tiles if tile is not None]
@@ -122,12 +122,12 @@ class Pictures:
 
 
 def whole_image(data: bytes, size: int) -> Image.Image:
-    """An image file, decoded and made to fit into a square of ``size`` pixels; small ones are enlarged by whole steps.
+    """Decode an image file and fit it into a square of ``size`` pixels; small ones are enlarged by a whole factor.
 
     Raises
     ------
     UnreadableImageError
-        As ``features.pixels.decode.decode_upright``.
+        If ``features.pixels.decode.decode_upright`` cannot decode it.
     """
     image = decode_upright(data, PixelRule(size, size, decode="fast")).image
     step = size // max(image.size)
@@ -139,7 +139,7 @@ def whole_image(data: bytes, size: int) -> Image.Image:
 
 
 def jpeg_uri(image: Image.Image, quality: int) -> str:
-    """``data:image/jpeg;base64,...``."""
+    """Encode an image as ``data:image/jpeg;base64,...``."""
     stream = io.BytesIO()
     image.save(stream, "JPEG", quality=quality, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(stream.getvalue()).decode("ascii")

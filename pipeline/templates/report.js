@@ -1,9 +1,9 @@
 "use strict";
 (() => {
-  document.documentElement.classList.add("js"); // shows what only works by script
+  document.documentElement.classList.add("js"); // shows the parts that need this script
   const announce = document.getElementById("announce");
 
-  // Tables: sorted by the buttons in their headings, long ones cut until the button under them is pressed.
+  // Tables: the buttons in the headings sort them; a button below a long table shows or hides its later rows.
   const cellValue = (row, column) => row.cells[column].dataset.v ?? "";
   const compare = (a, b, numeric) => {
     if (a === b) return 0;
@@ -33,7 +33,7 @@
           const a = cellValue(first, column);
           const b = cellValue(second, column);
           const found = compare(a, b, numeric);
-          return a === "" || b === "" ? found : sign * found; // what has no value comes last either way
+          return a === "" || b === "" ? found : sign * found; // rows without a value always come last
         });
         table.tBodies[0].append(...rows);
         if (table.dataset.limit) cut(table);
@@ -61,7 +61,7 @@
     }
   }
 
-  // Feature maps: the point nearest to the pointer, or reached by arrow keys, is described; both maps mark it.
+  // Feature maps: a box describes the point nearest to the pointer or reached by arrow keys, and both maps mark it.
   for (const figure of document.querySelectorAll("figure.maps")) {
     const facts = JSON.parse(figure.querySelector("script").textContent);
     const tip = figure.querySelector(".tip");
@@ -84,7 +84,7 @@
       const label = facts.classes[fact.label];
       const guess = facts.classes[fact.predicted];
       text.textContent = `${fact.label === fact.predicted ? `✓ ${label}` : `✗ ${guess}, is ${label}`}\n`
-        + `${fact.confidence.toFixed(3)} sure\n${fact.file}`;
+        + `confidence ${fact.confidence.toFixed(3)}\n${fact.file}`;
       picture.hidden = !image || fact.tile < 0;
       if (image && fact.tile >= 0) {
         image.alt = fact.file;
@@ -144,7 +144,7 @@
         if (!step) return;
         event.preventDefault();
         const here = map.points.find((one) => one.number === current) ?? map.points[0];
-        // Forwards counts once, sideways twice: the next point is one ahead rather than one beside.
+        // The distance sideways counts twice, so that a point ahead is preferred to one beside.
         const { best } = nearest(here.x, here.y, (dx, dy) => {
           const ahead = dx * step[0] + dy * step[1];
           const aside = Math.abs(dx * step[1]) + Math.abs(dy * step[0]);
