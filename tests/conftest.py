@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import sys
@@ -9,11 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import typer.main
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 # Bytecode is kept, whatever the shell says: each of some 500 processes would compile the packages again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+# Typer builds the whole command line at every call; one is enough for all that a process makes.
+typer.main.get_command = functools.cache(typer.main.get_command)
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 

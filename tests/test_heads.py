@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -55,6 +56,9 @@ def fitted(name: str, *, classes: int = 3, columns: int = 6, rows: int = 90, **p
     head = make_head(name, classes=[f"class {k}" for k in range(classes)], layer="last", fingerprint="f" * 64, **params)
     head.fit(X, y, X_validation=X[::3], y_validation=y[::3])
     return head, blobs(40, columns, classes, seed=5)[0]
+
+
+shared = functools.cache(fitted)  # for tests that leave the head as it is
 
 
 def edit(folder: Path, **changes: Any) -> None:
@@ -208,7 +212,7 @@ def test_more_columns_than_rows_change_nothing(name: str, parameter: str, classe
 
 @pytest.mark.parametrize("name", ["ridge", "linear-svm"])
 def test_margins_become_probabilities_by_one_temperature(name: str) -> None:
-    head, X = fitted(name, classes=2)
+    head, X = shared(name, classes=2)
     assert isinstance(head, SklearnHead)
     margins = head.estimator.decision_function((X - head.mean) / head.std)
     expected = 1 / (1 + np.exp(-margins / head.temperature))
@@ -233,7 +237,7 @@ def test_search_separates_the_blobs(name: str, classes: int) -> None:
 @pytest.mark.parametrize("name", SKLEARN)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_loaded_head_gives_the_same_probabilities(name: str, classes: int, tmp_path: Path) -> None:
-    head, X = fitted(name, classes=classes)
+    head, X = shared(name, classes=classes)
     head.save(tmp_path)
     assert listing(tmp_path) == ["head.json", "head.skops"] == sorted(head.files)
     again = load_head(tmp_path)
@@ -256,9 +260,9 @@ def test_one_row_per_class_is_enough_to_fit(name: str) -> None:
 
 
 def test_parameter_count() -> None:
-    assert fitted("logistic", classes=2)[0].parameter_count == 7
-    assert fitted("ridge", classes=3)[0].parameter_count == 21
-    assert fitted("knn")[0].parameter_count is None
+    assert shared("logistic", classes=2)[0].parameter_count == 7
+    assert shared("ridge", classes=3)[0].parameter_count == 21
+    assert shared("knn")[0].parameter_count is None
 
 
 def test_more_neighbours_than_rows_are_refused() -> None:
@@ -308,13 +312,13 @@ def test_a_head_is_trained_before_it_predicts(tmp_path: Path) -> None:
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    head, X = fitted("logistic")
+    head, X = shared("logistic")
     with pytest.raises(HeadError, match=r"received rows of shape \(5,\), but this head expects \(6,\)"):
         head.predict_proba(X[:, :5])
 
 
 def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
-    head, _ = fitted("ridge")
+    head, _ = shared("ridge")
     head.save(tmp_path)
     values = json.loads((tmp_path / "head.json").read_text())
     assert list(values) == HEAD_KEYS
@@ -339,14 +343,14 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     ],
 )
 def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    fitted("ridge")[0].save(tmp_path)
+    shared("ridge")[0].save(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(HeadError, match=message):
         load_head(tmp_path)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    fitted("ridge")[0].save(tmp_path)
+    shared("ridge")[0].save(tmp_path)
     edit(tmp_path, format=2)
     with pytest.raises(FormatVersionError, match="format 2 is not known"):
         load_head(tmp_path)
@@ -355,14 +359,14 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"head\.json: cannot be read"):
         load_head(tmp_path)
-    fitted("ridge")[0].save(tmp_path)
+    shared("ridge")[0].save(tmp_path)
     (tmp_path / "head.skops").unlink()
     with pytest.raises(HeadError, match=r"head\.skops: cannot be loaded as a head"):
         load_head(tmp_path)
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
-    fitted("ridge")[0].save(tmp_path)
+    shared("ridge")[0].save(tmp_path)
     proof = tmp_path / "executed"
     (tmp_path / "head.skops").write_bytes(f"cposix\nsystem\n(S'touch {proof}'\ntR.".encode())
     with pytest.raises(HeadError, match="cannot be loaded as a head"):
@@ -372,12 +376,11 @@ def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
 
 def test_foreign_types_in_a_skops_file_are_named_and_not_made(tmp_path: Path) -> None:
     """The file's own list of types is not what it is trusted by."""
-    import functools
     import os
 
     import skops.io
 
-    fitted("ridge")[0].save(tmp_path)
+    shared("ridge")[0].save(tmp_path)
     proof = tmp_path / "executed"
     skops.io.dump({"model": functools.partial(os.system, f"touch {proof}"), "path": Path("x")}, tmp_path / "head.skops")
     with pytest.raises(HeadError, match=r"types that must not be loaded from a file: .*system"):
@@ -449,7 +452,7 @@ def test_network_and_predict_proba_agree_on_spatial_features(
 @pytest.mark.parametrize("classes", [2, 4])
 @pytest.mark.parametrize("pca", [None, 3])
 def test_a_linear_head_becomes_an_equal_keras_head(name: str, classes: int, pca: int | None, tmp_path: Path) -> None:
-    head, X = fitted(name, classes=classes, pca=pca)
+    head, X = shared(name, classes=classes, pca=pca)
     assert isinstance(head, SklearnHead)
     dense = head.as_dense()
     kernel, bias = dense.weights
@@ -463,7 +466,7 @@ def test_a_linear_head_becomes_an_equal_keras_head(name: str, classes: int, pca:
     assert loaded.temperature == head.temperature
     assert loaded.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-6)
     with pytest.raises(HeadError, match="has no equivalent network"):
-        _ = fitted("knn")[0].network
+        _ = shared("knn")[0].network
 
 
 @pytest.mark.slow
