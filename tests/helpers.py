@@ -23,6 +23,11 @@ from features.store.reader import FeatureStore
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def rounds(full: int) -> int:
+    """How often to kill, to flip or to draw: all of it in ``make stress``, a tenth in the suite."""
+    return full if os.environ.get("STRESS") else -(-full // 10)
+
+
 def recipe(layer: str = "last", pooling: str = "avg", size: int = 8, **changes: object) -> Recipe:
     values = {"backbone": "numpy", "weights": "0" * 64, "preprocessing": "none", **changes}
     return Recipe(layer=layer, pooling=pooling, pixels=PixelRule(size, size), **values)  # type: ignore[arg-type]
@@ -105,7 +110,7 @@ class NumpyNetwork:
 def extract(
     source: Path, out: Path, network: NumpyNetwork | None = None, split: str = "hash", **options: object
 ) -> ExtractionResult:
-    options = {"batch_size": 4, "shard_rows": 8, "workers": 2, "split": f"{split}@0", **options}
+    options = {"batch_size": 4, "shard_rows": 16, "workers": 2, "split": f"{split}@0", **options}
     asked = ExtractionOptions(**options)  # type: ignore[arg-type]
     return Extraction(scan(source), network or NumpyNetwork(), out, asked).run()  # type: ignore[arg-type]
 

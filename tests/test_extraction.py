@@ -208,12 +208,12 @@ def test_ctrl_c_while_a_shard_is_entered_loses_none(
 
     monkeypatch.setattr(PartsFolder, "commit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        extract(source, out, network)
+        extract(source, out, network, shard_rows=8)
     assert not [name for name in listing(parts_folder(out)) if name.endswith(".tmp")]
     before = sum(network.batches)
     assert before in (8, 16, 24)  # whole shards: the one to be entered, and those in flight
     monkeypatch.setattr(PartsFolder, "commit", commit)
-    assert_rows_are_their_images(extract(source, out, network).store, source)
+    assert_rows_are_their_images(extract(source, out, network, shard_rows=8).store, source)
     assert sum(network.batches) == 33  # nothing twice
 
 
@@ -223,11 +223,11 @@ def test_pain_08_an_interrupted_run_goes_on_where_it_was(source: Path, tmp_path:
     network = NumpyNetwork()
     network.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "f.h5", network)
+        extract(source, tmp_path / "f.h5", network, shard_rows=8)
     assert not (tmp_path / "f.h5").exists()
     kept = [name for name in listing(tmp_path / "f.h5.parts") if name.endswith(".h5")]
     assert 1 <= len(kept) < 5
-    result = extract(source, tmp_path / "f.h5", network)
+    result = extract(source, tmp_path / "f.h5", network, shard_rows=8)
     assert sum(network.batches) == 33  # nothing twice
     np.testing.assert_array_equal(result.store.array(), whole.array())
     assert result.store.images.paths == whole.images.paths
@@ -239,7 +239,7 @@ def test_pain_09_damaged_leftovers_are_not_accepted(source: Path, tmp_path: Path
     network = NumpyNetwork()
     network.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "f.h5", network)
+        extract(source, tmp_path / "f.h5", network, shard_rows=8)
     parts = tmp_path / "f.h5.parts"
     shards = sorted(parts.glob("*.h5"))
     data = bytearray(shards[0].read_bytes())
@@ -248,7 +248,7 @@ def test_pain_09_damaged_leftovers_are_not_accepted(source: Path, tmp_path: Path
     (parts / ".half.h5.1234.tmp").write_bytes(b"half")
     with open(parts / "manifest.jsonl", "ab") as journal:
         journal.write(b'{"identity": "torn')
-    result = extract(source, tmp_path / "f.h5", network)
+    result = extract(source, tmp_path / "f.h5", network, shard_rows=8)
     assert sum(network.batches) == 33 + 8  # the damaged shard again
     assert_rows_are_their_images(result.store, source)
 
@@ -257,9 +257,9 @@ def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: 
     network = NumpyNetwork()
     network.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "f.h5", network)
+        extract(source, tmp_path / "f.h5", network, shard_rows=8)
     (tmp_path / "f.h5.parts" / "manifest.jsonl").unlink()
-    result = extract(source, tmp_path / "f.h5", network)
+    result = extract(source, tmp_path / "f.h5", network, shard_rows=8)
     assert sum(network.batches) == 33
     assert_rows_are_their_images(result.store, source)
 
@@ -349,7 +349,7 @@ def test_the_same_bytes_in_two_splits_are_named_and_refused_with_strict(
 
 
 def test_peak_of_memory_is_not_that_of_who_started_the_process() -> None:
-    held = np.ones(300 << 20, np.uint8)
+    held = np.ones(210 << 20, np.uint8)
     here = peak_memory()
     command = [sys.executable, "-c", "from features.machine import peak_memory; print(peak_memory())"]
     there = int(subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout)
@@ -432,7 +432,7 @@ def test_shards_of_another_recipe_are_not_dropped_silently(source: Path, tmp_pat
     network = NumpyNetwork()
     network.fail_after = 3
     with pytest.raises(KeyboardInterrupt):
-        extract(source, tmp_path / "f.h5", network)
+        extract(source, tmp_path / "f.h5", network, shard_rows=8)
     kept = listing(tmp_path / "f.h5.parts")
     other = NumpyNetwork([recipe(size=16)])
     with pytest.raises(ConfigurationError, match="an interrupted extraction with another recipe"):

@@ -6,8 +6,8 @@ import dataclasses
 import json
 
 import pytest
-from helpers import recipe
-from hypothesis import given
+from helpers import recipe, rounds
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from features.augmentation import PRESETS, AugmentSpec
@@ -129,6 +129,8 @@ def test_round_trip_and_refusals() -> None:
         PixelRule(0, 8)
 
 
+@pytest.mark.stress
+@settings(max_examples=rounds(200))
 @given(
     st.dictionaries(
         st.text(),

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import rounds
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -727,8 +728,9 @@ def test_hash_rule_is_frozen() -> None:
     assert "".join(map(str, split(sha256))) == "0010100001002200000000002000000000000000"
 
 
+@pytest.mark.stress
 @given(count=st.integers(1, 60), more=st.integers(1, 60), seed=st.integers(0, 2**31), order=st.randoms())
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=rounds(200), deadline=None)
 def test_hash_added_images_never_move_others(count: int, more: int, seed: int, order) -> None:
     before = contents(count, seed)
     every = np.concatenate([before, contents(more, seed + 1)])
@@ -738,8 +740,9 @@ def test_hash_added_images_never_move_others(count: int, more: int, seed: int, o
     assert split(before, seed=seed) == [after[index] for index in range(count)]
 
 
+@pytest.mark.stress
 @given(st.lists(st.text(min_size=1, max_size=4), min_size=2, max_size=80), st.integers(0, 2**31))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=rounds(200), deadline=None)
 def test_hash_groups_never_cross(groups: list[str], seed: int) -> None:
     sides: dict[str, set[int]] = {}
     for group, code in zip(groups, split(contents(len(groups), seed), groups=groups, seed=seed), strict=True):
@@ -747,8 +750,9 @@ def test_hash_groups_never_cross(groups: list[str], seed: int) -> None:
     assert all(len(codes) == 1 for codes in sides.values())
 
 
+@pytest.mark.stress
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=60), st.sampled_from(["hash", "stratified:0.5,0.3,0.2"]))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=rounds(200), deadline=None)
 def test_identical_files_of_a_class_stay_together(kinds: list[int], rule: str) -> None:
     sha256 = contents(6)[kinds]
     sides: dict[int, set[int]] = {}
@@ -776,12 +780,13 @@ def test_a_share_of_nothing_stays_empty(monkeypatch: pytest.MonkeyPatch) -> None
     assert split(four, "hash:0.3,0.7,0") == [0, 1, 1, 1]
 
 
+@pytest.mark.stress
 @given(
     sizes=st.lists(st.integers(0, 40), min_size=1, max_size=5),
     shares=st.lists(st.integers(0, 10), min_size=3, max_size=3),
     seed=st.integers(0, 1000),
 )
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=rounds(200), deadline=None)
 def test_stratified_is_exact_per_class_and_ignores_order(sizes: list[int], shares: list[int], seed: int) -> None:
     assume(shares[0] > 0 and sum(sizes) > 0)
     fractions = np.array(shares) / sum(shares)
@@ -881,8 +886,9 @@ def test_find_leakage() -> None:
     assert find_leakage(nearly, np.array([0, 1, 2], np.int8), "xyz") == [("x", "y"), ("x", "z")]
 
 
+@pytest.mark.stress
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-1, 3)), max_size=30))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=rounds(200), deadline=None)
 def test_find_leakage_against_the_plain_definition(rows: list[tuple[int, int]]) -> None:
     sha256 = contents(5)[[kind for kind, _ in rows]] if rows else contents(0)
     found = find_leakage(sha256, np.array([code for _, code in rows], np.int8), list(range(len(rows))))  # type: ignore[arg-type]
