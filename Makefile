@@ -80,6 +80,7 @@ test: setup  ## run all tests
 
 stress: setup  ## kill a real extraction 50 times, flip thousands of bits (minutes)
 	$(BIN)/python tests/benchmarks/stress.py
+	STRESS=1 $(BIN)/python -m pytest -q -m stress --timeout 3600 $(ARGS)
 
 bench: setup  ## run the benchmarks and print ratios (three quarters of an hour); see tests/benchmarks/README.md
 	$(BIN)/python tests/benchmarks/bench_reuse.py

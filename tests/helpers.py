@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import _thread
+import contextlib
 import hashlib
+import io
+import logging
 import os
 import subprocess
 import sys
@@ -70,6 +73,22 @@ def run_pipeline(*arguments: object, cwd: Path | None = None, **environment: str
         timeout=580,
         check=False,
     )
+
+
+def call_pipeline(*arguments: object) -> subprocess.CompletedProcess[str]:
+    """The same in this process, where a process of its own is not the point: TensorFlow is loaded only once."""
+    from pipeline.cli import main
+    from pipeline.progress import StderrHandler
+
+    handler = StderrHandler()
+    out, errors = io.StringIO(), io.StringIO()
+    with contextlib.chdir(ROOT), contextlib.redirect_stdout(out), contextlib.redirect_stderr(errors):
+        logging.getLogger().addHandler(handler)
+        try:
+            code = main(list(map(str, arguments)))
+        finally:
+            logging.getLogger().removeHandler(handler)
+    return subprocess.CompletedProcess(arguments, code, out.getvalue(), errors.getvalue())
 
 
 def run_without(modules: set[str], *arguments: object) -> subprocess.CompletedProcess[str]:

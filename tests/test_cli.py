@@ -1,4 +1,4 @@
-"""The command line as processes: exit codes, messages, and what is left on disk after a mistake."""
+"""The command line, in this process and in others: exit codes, messages, and what is left on disk after a mistake."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from helpers import listing, paint, paint_folder, run_pipeline, run_without
+from helpers import call_pipeline, listing, paint, paint_folder, run_pipeline, run_without
 
 from features.store.reader import FeatureStore
 
@@ -39,13 +39,13 @@ def test_the_backends_chatter_is_held_back(source: Path, tmp_path: Path) -> None
 
 
 def test_inspect_verify_and_a_second_extract(store: Path, source: Path) -> None:
-    document = json.loads(run_pipeline("inspect", store, "--json").stdout)
+    document = json.loads(call_pipeline("inspect", store, "--json").stdout)
     assert document["splits"] == {"train": 48, "validation": 6, "test": 6}
     assert document["classes"] == {"cat": 30, "dog": 30}
     assert document["data_sets"]["out_relu.avg"]["shape"] == [60, 1, 1280]
     assert document["provenance"]["engine"] == "keras-tensorflow"
-    assert "every checksum holds" in run_pipeline("verify", store).stdout
-    again = run_pipeline("extract", source, "--out", store, "--split", "stratified", *SMALL)
+    assert "every checksum holds" in call_pipeline("verify", store).stdout
+    again = call_pipeline("extract", source, "--out", store, "--split", "stratified", *SMALL)
     assert "nothing to do: 60 rows cached, 0 inferred" in again.stdout
 
 
@@ -61,31 +61,33 @@ def test_verify_finds_one_changed_byte(store: Path, tmp_path: Path) -> None:
     data[opened.array().offset + opened.array().nbytes // 2] ^= 1
     damaged = tmp_path / "damaged.h5"
     damaged.write_bytes(data)
-    result = run_pipeline("verify", damaged)
+    result = call_pipeline("verify", damaged)
     assert result.returncode == 3
     assert "/features/out_relu.avg rows 0 to 59 are not what was written" in result.stderr
 
 
 def test_dry_run_writes_nothing(source: Path, tmp_path: Path) -> None:
-    result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *SMALL, "--dry-run", "--json")
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", *SMALL, "--dry-run", "--json")
     document = json.loads(result.stdout)
     assert (document["new"], document["to_infer"], document["cached"]) == (60, 60, 0)
     assert listing(tmp_path) == []
 
 
 def test_head_leaderboard_and_prediction(store: Path, source: Path, tmp_path: Path) -> None:
-    first = run_pipeline("train-head", store, "--head", "knn", "--runs", tmp_path / "runs", "--json")
+    first = call_pipeline("train-head", store, "--head", "knn", "--runs", tmp_path / "runs", "--json")
     assert first.returncode == 0, first.stderr
     document = json.loads(first.stdout)
     assert (document["cached"], document["metrics"]["validation"]["n"]) == (False, 6)
-    again = json.loads(run_pipeline("train-head", store, "--head", "knn", "--runs", tmp_path / "runs", "--json").stdout)
+    again = json.loads(
+        call_pipeline("train-head", store, "--head", "knn", "--runs", tmp_path / "runs", "--json").stdout
+    )
     assert again == {**document, "cached": True, "fit_seconds": again["fit_seconds"]}
-    rows = json.loads(run_pipeline("leaderboard", tmp_path / "runs", "--json").stdout)
+    rows = json.loads(call_pipeline("leaderboard", tmp_path / "runs", "--json").stdout)
     assert [row["head"] for row in rows] == ["knn"]
     assert rows[0]["accuracy"] == document["metrics"]["validation"]["accuracy"]
-    table = list(csv.DictReader(run_pipeline("leaderboard", tmp_path / "runs", "--csv").stdout.splitlines()))
+    table = list(csv.DictReader(call_pipeline("leaderboard", tmp_path / "runs", "--csv").stdout.splitlines()))
     assert table[0]["run_id"] == rows[0]["run_id"]
-    predicted = run_pipeline("predict", tmp_path / "runs", source / "cat")
+    predicted = call_pipeline("predict", tmp_path / "runs", source / "cat")
     assert predicted.returncode == 0, predicted.stderr
     lines = list(csv.DictReader(predicted.stdout.splitlines()))
     assert [line["file"] for line in lines] == [f"{index:04d}.png" for index in range(30)]
@@ -134,7 +136,7 @@ def test_mistakes_get_one_clear_error_and_leave_everything_as_it_was(store: Path
     cases = mistakes(source, store, tmp_path)
     before, kept = listing(tmp_path), store.read_bytes()
     for name, (arguments, code, message) in cases.items():
-        result = run_pipeline(*arguments)
+        result = call_pipeline(*arguments)
         assert (name, result.returncode) == (name, code), result.stderr
         assert message in result.stderr, (name, result.stderr)
         assert "Traceback" not in result.stderr, (name, result.stderr)
@@ -145,15 +147,15 @@ def test_mistakes_get_one_clear_error_and_leave_everything_as_it_was(store: Path
 
 def test_one_class_and_a_class_with_one_image(tmp_path: Path) -> None:
     one = paint_folder(tmp_path / "one", {"cat": 12})
-    result = run_pipeline("extract", one, "--out", tmp_path / "one.h5", *SMALL)
+    result = call_pipeline("extract", one, "--out", tmp_path / "one.h5", *SMALL)
     assert result.returncode == 0
     assert "only one class has images, 'cat': training needs two" in result.stderr
-    result = run_pipeline("train-head", tmp_path / "one.h5", "--runs", tmp_path / "runs")
+    result = call_pipeline("train-head", tmp_path / "one.h5", "--runs", tmp_path / "runs")
     assert result.returncode == 1
     assert "Traceback" not in result.stderr
     assert "'cat'" in result.stderr
     paint(tmp_path / "one" / "dog" / "single.png", (1, 99, 1))
-    result = run_pipeline("extract", one, "--out", tmp_path / "one.h5", *SMALL)
+    result = call_pipeline("extract", one, "--out", tmp_path / "one.h5", *SMALL)
     assert result.returncode == 0
     assert "classes with fewer than 2 images: 'dog'" in result.stderr
     assert "1 inferred" in result.stdout
@@ -161,17 +163,17 @@ def test_one_class_and_a_class_with_one_image(tmp_path: Path) -> None:
 
 def test_wrong_shaped_weights_name_the_tensor(source: Path, assets: Path, tmp_path: Path) -> None:
     weights = assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5"
-    result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", "--weights", weights, "--image-size", "32")
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", "--weights", weights, "--image-size", "32")
     assert result.returncode == 1
     assert "first misfit at 'Conv1/kernel', received shape (3, 3, 3, 16), expected shape (3, 3, 3, 32)" in result.stderr
     assert listing(tmp_path) == []
 
 
 def test_prediction_needs_no_labels(store: Path, source: Path, tmp_path: Path) -> None:
-    run = run_pipeline("train-head", store, "--runs", tmp_path / "runs", "--json")
+    run = call_pipeline("train-head", store, "--runs", tmp_path / "runs", "--json")
     assert run.returncode == 0, run.stderr
     first = sorted(source.rglob("*.png"))[0]
     (tmp_path / "new.csv").write_text(f"path,camera\n{first},left\n")
-    result = run_pipeline("predict", json.loads(run.stdout)["run"], tmp_path / "new.csv")
+    result = call_pipeline("predict", json.loads(run.stdout)["run"], tmp_path / "new.csv")
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[1].startswith(f"{first},{first.parent.name},")

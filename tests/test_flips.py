@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import rounds
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS_PER_FLIP = 20.0
@@ -166,8 +167,9 @@ def judge(outcomes: dict[int, str]) -> tuple[Counter[str], dict[int, str]]:
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 def test_a_flipped_bit_is_found_or_changes_nothing(tmp_path: Path) -> None:
-    count, seed = int(os.environ.get("FLIPS", "2000")), int(os.environ.get("FLIP_SEED", "1"))
+    count, seed = int(os.environ.get("FLIPS", rounds(2000))), int(os.environ.get("FLIP_SEED", "1"))
     path = write(tmp_path / "features.h5")
     outcomes = check_flips(path, tmp_path, random_bits(path, count, seed))
     counts, wrong = judge(outcomes)

@@ -1,9 +1,9 @@
 """Kill a real extraction 50 times, run it again each time, and compare the end with a run that nothing disturbed.
 
-MobileNetV2 on cats and dogs (BOTTLENECK_ASSETS) or on scikit-learn's digits; then bit flips in the store that came
-out of it. Prints what it did; exits 1 where a promise was broken.
+MobileNetV2 on cats and dogs (BOTTLENECK_ASSETS) or on scikit-learn's digits. Prints what it did; exits 1 where a
+promise was broken. `make stress` then runs the tests marked ``stress`` in full, of which the suite runs a tenth.
 
-    make stress               # KILLS=50 FLIPS=2000 IMAGES=1000 SEED=0
+    make stress               # KILLS=50 IMAGES=1000 SEED=0
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from faults import differences, inferred, kill_often, run  # noqa: E402
-from test_flips import check_flips, judge, random_bits, write  # noqa: E402
 
 SHARD_ROWS = 32
 
@@ -46,7 +45,7 @@ def some_images(folder: Path, count: int) -> tuple[Path, list[object]]:
 
 
 def main() -> int:
-    kills, flips = int(os.environ.get("KILLS", "50")), int(os.environ.get("FLIPS", "2000"))
+    kills = int(os.environ.get("KILLS", "50"))
     count, seed = int(os.environ.get("IMAGES", "1000")), int(os.environ.get("SEED", "0"))
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -70,14 +69,10 @@ def main() -> int:
             "differences": differences(whole, out),
             "left behind": sorted(path.name for path in out.parent.iterdir() if path != out),
         }
-        store = write(folder / "flips.h5")
-        counts, wrong = judge(check_flips(store, folder, random_bits(store, flips, seed)))
-        summary |= {"flips": dict(counts), "flips gone wrong": {str(bit): said for bit, said in wrong.items()}}
     good = (
         0 <= int(summary["inferred again"]) <= int(summary["allowed again"])
         and not summary["differences"]
         and not summary["left behind"]
-        and not wrong
     )
     print(json.dumps({**summary, "ok": good}, indent=2))
     return 0 if good else 1
