@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import NumpyNetwork, extract, run_pipeline, run_without
+from helpers import NumpyNetwork, call_pipeline, extract, run_without
 from PIL import Image, ImageOps
 
 from features.store.reader import FeatureStore
@@ -56,7 +56,7 @@ def test_a_run_with_nothing_to_do_over_3000_photographs_loads_nothing_heavy(phot
     out = tmp_path / "f.h5"
     arguments = ["extract", str(photographs), "--out", str(out), "--backbone", "mobilenetv2-0.35", "--image-size", "32"]
     arguments += ["--weights", "random"]
-    first = run_pipeline(*arguments)
+    first = call_pipeline(*arguments)
     assert first.returncode == 0, first.stderr
     before = out.stat()
     again = run_without({"tensorflow", "keras", "sklearn", "jax", "torch", "scipy"}, *arguments)

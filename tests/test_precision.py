@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import paint, paint_folder, recipe, run_pipeline
+from helpers import call_pipeline, paint, paint_folder, recipe
 
 from features.extraction.precision import check_precision, some_rows
 from features.recipe import Recipe
@@ -92,12 +92,12 @@ def test_the_command_line_keeps_and_shows_what_was_found(tmp_path: Path) -> None
     source = paint_folder(tmp_path / "images", {"cat": 10, "dog": 10})
     network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32, "--engine", "keras")
     half = ("--dtype", "float16", "--check-precision", 12)
-    result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, *half)
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, *half)
     assert result.returncode == 0, result.stderr
     assert "differs from float32 by " in result.stdout
-    document = json.loads(run_pipeline("inspect", tmp_path / "f.h5", "--json").stdout)
+    document = json.loads(call_pipeline("inspect", tmp_path / "f.h5", "--json").stdout)
     kept = document["provenance"]["precision_check"]
     assert kept["out_relu.avg"]["images"] == 12
     assert 1e-6 < kept["out_relu.avg"]["relative_error"] < 2**-10
-    again = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, "--dtype", "float16")
+    again = call_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, "--dtype", "float16")
     assert "file untouched" in again.stdout  # what was found stays

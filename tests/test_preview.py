@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import paint_folder, run_pipeline, run_without
+from helpers import call_pipeline, paint_folder, run_without
 from PIL import Image
 
 from features.augmentation import AugmentSpec
@@ -204,7 +204,7 @@ def test_long_names_are_cut_in_the_middle() -> None:
 def test_the_command_draws_and_loads_no_network(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "views.jpg"
     arguments = ("preview", source, "--out", out, "--augment", "flip-rotation", "--views", "3", "--image-size", "96")
-    result = run_pipeline(*arguments, "--json")
+    result = call_pipeline(*arguments, "--json")
     assert result.returncode == 0, result.stderr
     document = json.loads(result.stdout)
     assert (document["views"], document["image_size"], document["augment"]) == (3, [96, 96], "flip-rotation")
@@ -213,5 +213,5 @@ def test_the_command_draws_and_loads_no_network(source: Path, tmp_path: Path) ->
         assert image.width == 2 * MARGIN + 3 * (2 * 96 + 2 * FRAME + GAP) - GAP
     plain = run_without({"keras", "tensorflow", "sklearn", "matplotlib"}, "preview", source, "--out", out)
     assert plain.returncode == 0, plain.stderr
-    refused = run_pipeline("preview", source, "--out", tmp_path / "x.png", "--image-size", "big")
+    refused = call_pipeline("preview", source, "--out", tmp_path / "x.png", "--image-size", "big")
     assert (refused.returncode, "--image-size: received 'big'" in refused.stderr) == (2, True)

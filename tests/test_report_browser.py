@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import run_pipeline
+from helpers import call_pipeline
 
 pytestmark = pytest.mark.slow
 
@@ -46,7 +46,7 @@ def made(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
                 lines.writerow([image, label])
     weights = ("--weights", assets / "weights/mobilenet_v2_1.0_224_no_top.weights.h5")
     for source, store in (("cats-dogs", "cats.h5"), ("flowers <i>17.csv", "flowers.h5")):
-        result = run_pipeline("extract", folder / source, "--out", folder / store, *weights, *SIZE)
+        result = call_pipeline("extract", folder / source, "--out", folder / store, *weights, *SIZE)
         assert result.returncode == 0, result.stderr
     for store, *arguments in (
         ("cats.h5", "--head", "knn"),
@@ -55,9 +55,9 @@ def made(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         ("flowers.h5", "--head", "knn", "--param", "n_neighbors=5"),
         ("flowers.h5", "--head", "ridge", "--param", "alpha=100"),
     ):
-        result = run_pipeline("train-head", folder / store, *arguments, "--runs", folder / "runs")
+        result = call_pipeline("train-head", folder / store, *arguments, "--runs", folder / "runs")
         assert result.returncode == 0, result.stderr
-    result = run_pipeline("report", folder / "runs", "--out", folder / "report.html", "--json")
+    result = call_pipeline("report", folder / "runs", "--out", folder / "report.html", "--json")
     assert result.returncode == 0, result.stderr
     return {"folder": folder, "document": json.loads(result.stdout)}
 
@@ -288,9 +288,9 @@ def test_the_commands_in_the_report_make_the_same_runs(page: Any, made: dict[str
     for number in range(1, len(made["document"]["groups"]) + 1):
         lines = page.locator(f"section[data-part='g{number}-again'] pre").inner_text().strip().splitlines()
         extract, train = (shlex.split(line)[1:] for line in lines)
-        again = run_pipeline(*extract)
+        again = call_pipeline(*extract)
         assert re.search(r"nothing to do: \d+ rows cached", again.stdout), again.stdout + again.stderr
-        result = run_pipeline(*train, "--json")
+        result = call_pipeline(*train, "--json")
         assert result.returncode == 0, result.stderr
         answer = json.loads(result.stdout)
         cached = answer["cached"] if "run" in answer else answer["trained"] == 0

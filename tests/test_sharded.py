@@ -16,12 +16,12 @@ from helpers import (
     ROOT,
     NumpyNetwork,
     assert_rows_are_their_images,
+    call_pipeline,
     extract,
     listing,
     paint,
     paint_folder,
     recipe,
-    run_pipeline,
 )
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, StoreError
@@ -197,9 +197,9 @@ def test_an_added_layer_and_an_interrupted_increment(source: Path, out: Path) ->
 
 def test_the_command_line_packs(source: Path, out: Path) -> None:
     extract(source, out, layout="sharded")
-    result = run_pipeline("verify", out)
+    result = call_pipeline("verify", out)
     assert result.returncode == 0, result.stderr
-    result = run_pipeline("pack", out)
+    result = call_pipeline("pack", out)
     assert result.returncode == 0, result.stderr
     assert FeatureStore.open(out).kind == "store"
     assert not parts_folder(out).exists()

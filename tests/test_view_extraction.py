@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import contents, differences, inferred, kill_often, run
-from helpers import ROOT, NumpyNetwork, extract, listing, paint_folder, recipe, run_pipeline
+from helpers import ROOT, NumpyNetwork, call_pipeline, extract, listing, paint_folder, recipe
 from PIL import Image
 
 from features.augmentation import PRESETS, AugmentSpec
@@ -486,7 +486,7 @@ def test_the_command_line_makes_and_shows_views(tmp_path: Path) -> None:
     assert "60 views inferred (20 new)" in made.stdout
     again = command("--seed", 4)  # of the splits too
     assert "nothing to do: 20 rows cached, 0 inferred" in again.stdout
-    shown = run_pipeline("inspect", out, "--json")
+    shown = call_pipeline("inspect", out, "--json")
     entry = json.loads(shown.stdout)["data_sets"]["last.avg"]
     assert (entry["views"], entry["augment"], entry["shape"]) == (3, "crop-rotation-jitter", [20, 3, 3])
     refused = command("--views", 2)
@@ -498,7 +498,7 @@ def test_a_real_network_makes_views_and_checks_its_precision_on_view_0(tmp_path:
     source, out = paint_folder(tmp_path / "images", {"cat": 12, "dog": 12}), tmp_path / "f.h5"
     small = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", "32", "--engine", "keras")
     drawn = ("--views", 3, "--augment", "crop-rotation-jitter", "--dtype", "float16", "--check-precision", 8)
-    result = run_pipeline("extract", source, "--out", out, *small, *drawn, "--json")
+    result = call_pipeline("extract", source, "--out", out, *small, *drawn, "--json")
     assert result.returncode == 0, result.stderr
     store = FeatureStore.open(out)
     assert store.shape("out_relu.avg") == (24, 3, 1280)
