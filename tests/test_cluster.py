@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
-import json
 import math
 import os
 import shutil
@@ -23,7 +22,7 @@ import numpy as np
 import pytest
 from clusters import PRELOAD, WIDTH, Faults, Processes, Traffic, extract, extraction, processes, wrong_clock
 from faults import differences, finish, inferred, start
-from helpers import listing, paint_folder, recipe, run_pipeline
+from helpers import listing, paint_folder, recipe
 
 from features.errors import ClusterError, ConfigurationError, IntegrityError, StoreError
 from features.extraction.journal import PartsFolder
@@ -533,44 +532,3 @@ def test_begun_here_and_finished_on_a_cluster_with_a_full_disk_between(
         assert listing(disk) == ["f.h5"]
     finally:
         subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
-SWEEP = """
-version: 1
-heads:
-- {head: logistic, log: {C: [1e-3, 10, 3]}}
-- {head: ridge, log: {alpha: [1, 100, 2]}}
-- {head: knn, grid: {n_neighbors: [3, 5]}}
-"""
-
-
-@pytest.mark.slow
-def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path, source: Path) -> None:
-    """A real network of Keras, found by the worker by its name; sweeps here and there at the same time."""
-    network = ["--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32]
-    here, there = tmp_path / "here.h5", tmp_path / "there.h5"
-
-    def run(*command: object) -> dict[str, Any]:
-        done = run_pipeline(*command, "--json", cwd=tmp_path)
-        assert done.returncode == 0, done.stderr
-        document: dict[str, Any] = json.loads(done.stdout)
-        return document
-
-    extract = ["extract", source, "--shard-rows", 64, *network, "--out"]
-    for command in ([here], [there, "--cluster", "local:1"]):  # the first converts the network, the others use that
-        assert run(*extract, *command)["inferred"] == 300
-    assert differences(here, there) == []
-    (tmp_path / "sweep.yaml").write_text(SWEEP)
-    train = ["train-head", here, "--heads", tmp_path / "sweep.yaml", "--runs"]
-    boards = []
-    with ThreadPoolExecutor(2) as pool:
-        commands = [*train, "one", "--n-jobs", 1], [*train, "two", "--cluster", "local:2"]
-        documents = list(pool.map(lambda command: run(*command), commands))
-    for document in documents:
-        assert (document["trained"], document["failed"]) == (7, [])
-        timed = {"fit_seconds", "chosen"}
-        rows = [{key: value for key, value in row.items() if key not in timed} for row in document["board"]]
-        boards.append(sorted(rows, key=lambda row: str(row["run_id"])))
-    assert boards[0] == boards[1]
-    for name in ("one", "two"):
-        assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]
