@@ -114,7 +114,7 @@ def test_options_are_checked(tmp_path: Path) -> None:
     for options in ({"threshold": 1.5}, {"limit": 0}, {"memory_bytes": 1}):
         with pytest.raises(ConfigurationError, match="received"):
             near_duplicates(store, **options)
-    with pytest.raises(ConfigurationError, match=r"no data set 'last\.max'"):
+    with pytest.raises(ConfigurationError, match=r"no feature set 'last\.max'"):
         near_duplicates(store, "last.max")
 
 

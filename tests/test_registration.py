@@ -13,7 +13,7 @@ import pytest
 from finetuning import SIZE, TinyWorld, paint_noise, tiny_world
 from test_train_head import make_store
 
-from features.extraction.extraction import prepare
+from features.extraction.extraction import extract_features
 from features.networks import backbones
 from features.networks.backbones import Backbone
 from pipeline.config import HeadFile, Settings
@@ -212,7 +212,7 @@ def test_a_new_kind_of_network_is_extracted_trained_finetuned_and_predicts(
     monkeypatch.setattr(backbones, "FINDERS", [find, *backbones.FINDERS])
     images = paint_noise(tmp_path / "images")
     options = {"backbone": "striped:6", "weights": "random", "batch_size": 16}
-    store = prepare(images, tmp_path / "f.h5", **options).run().store
+    store = extract_features(images, tmp_path / "f.h5", **options)
     recipe = store.recipes["conv_2.avg"]
     assert (recipe.backbone, store.shape("conv_2.avg")[2:]) == ("striped-6", (6,))
     run = train_head(store, "dropout-linear", runs=tmp_path / "runs", params={"epochs": 3})
