@@ -98,7 +98,7 @@ def test_names_stay_apart_without_hyphens() -> None:
 def test_an_unknown_name_gets_the_nearest_ones() -> None:
     with pytest.raises(ConfigurationError, match=r"received 'resnet500'.*did you mean 'resnet50' or"):
         find_backbone("resnet500")
-    with pytest.raises(ConfigurationError, match="known are convnexttiny"):
+    with pytest.raises(ConfigurationError, match="the known names are convnexttiny"):
         find_backbone("zzz")
 
 
@@ -367,7 +367,7 @@ def test_a_model_file_is_a_backbone(tmp_path: Path, *, sequential: bool) -> None
     assert (last_layer(model), valid_cuts(model)) == ("second", ["scale", "first"])
     with pytest.raises(ConfigurationError, match="takes images of 20x30 pixels, received 30x30"):
         build_backbone(backbone, (30, 30))
-    with pytest.raises(ConfigurationError, match="brings its own weights"):
+    with pytest.raises(ConfigurationError, match="contains its own weights"):
         resolve_weights(backbone, "random")
 
 
@@ -405,7 +405,7 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="does not exist"):
         find_backbone(str(tmp_path / "absent.keras"))
     (tmp_path / "text.keras").write_text("hello")
-    with pytest.raises(ConfigurationError, match="no Keras model file"):
+    with pytest.raises(ConfigurationError, match="is not a Keras model file"):
         find_backbone(str(tmp_path / "text.keras"))
     with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"config": []}))

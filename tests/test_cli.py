@@ -115,7 +115,7 @@ def mistakes(source: Path, store: Path, folder: Path) -> dict[str, tuple[tuple[o
         "negative workers": (("predict", folder, source, "--workers", "-1"), 2, "received -1, expected 1 to 1024"),
         "negative seed of a head": (("train-head", store, "--seed", "-1", "--runs", folder / "r"), 2, "received -1"),
         "missing weights": (("extract", source, "--out", out, "--weights", folder / "none.h5"), 1, "none.h5"),
-        "weights that are none": (("extract", source, "--out", out, "--weights", folder / "text.weights.h5"), 1, "is no weights file"),
+        "weights that are none": (("extract", source, "--out", out, "--weights", folder / "text.weights.h5"), 1, "is not a weights file"),
         "no GPU": (("extract", source, "--out", out, *SMALL, "--device", "gpu"), 2, "Keras sees none"),
         "folder that cannot be written": (("extract", source, "--out", folder / "file" / "f.h5", *SMALL), 1, "cannot write there"),
         "another recipe": (("extract", source, "--out", store, *SMALL[:4], "--image-size", "48"), 2, "height: 32 -> 48"),
@@ -165,7 +165,10 @@ def test_wrong_shaped_weights_name_the_tensor(source: Path, assets: Path, tmp_pa
     weights = assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5"
     result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", "--weights", weights, "--image-size", "32")
     assert result.returncode == 1
-    assert "first misfit at 'Conv1/kernel', received shape (3, 3, 3, 16), expected shape (3, 3, 3, 32)" in result.stderr
+    assert (
+        "the first mismatch is 'Conv1/kernel', received shape (3, 3, 3, 16), expected shape (3, 3, 3, 32)"
+        in result.stderr
+    )
     assert listing(tmp_path) == []
 
 

@@ -70,11 +70,11 @@ def test_the_engine_is_chosen_by_what_is_there(
 def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture) -> None:
     machine(openvino=False, gpu=False, bfloat16=False)
     chosen_engine("openvino", "float32", "auto")
-    assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used" in caplog.text
+    assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using Keras" in caplog.text
     machine(openvino=True, gpu=False, bfloat16=False)
     chosen_engine("openvino", "bfloat16", "auto")
-    assert "OpenVINO has no bfloat16 on this processor; Keras is used" in caplog.text
-    assert "this processor has no bfloat16: it is computed all the same, but slower" in caplog.text
+    assert "OpenVINO does not support bfloat16 on this processor; using Keras" in caplog.text
+    assert "this processor has no bfloat16 instructions; bfloat16 works, but is slower" in caplog.text
     caplog.clear()
     chosen_engine("auto", "float32", "auto")
     assert caplog.text == ""
@@ -86,7 +86,7 @@ def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture)
         (("openvno", "float32", "auto"), "engine: received 'openvno'.*did you mean 'openvino'"),
         (("auto", "bf16", "auto"), "precision: received 'bf16', expected one of float32, bfloat16, float16"),
         (("auto", "float32", "cuda"), "device: received 'cuda', expected one of auto, cpu, gpu"),
-        (("openvino", "float16", "auto"), "openvino computes in float32 or bfloat16 on processors; received precision"),
+        (("openvino", "float16", "auto"), "openvino runs only on the CPU, in float32 or bfloat16; received precision"),
         (("openvino", "float32", "gpu"), "received precision float32 and device gpu"),
     ],
 )
@@ -129,7 +129,7 @@ def test_the_batch_is_halved_once_when_memory_does_not_suffice(caplog: pytest.Lo
         np.testing.assert_array_equal(device(images[:3])["sum"], expected[:3])
         np.testing.assert_array_equal(device(images)["sum"], expected)
     assert caplog.messages == [
-        "out of memory with batches of 7 images; going on with 4. Give --batch-size 4 to begin with that."
+        "out of memory with batches of 7 images; continuing with 4. Use --batch-size 4 to start with that."
     ]
     assert device.passes == [7, 4, 4, 4, 4, 4]
     assert device.images_inferred == 17
@@ -160,8 +160,8 @@ def test_a_network_that_openvino_cannot_run_falls_back_and_says_so(
 
     network("float32").engine(network("float32").recipes, batch_size=4)
     assert made == [{"batch_size": 4, "device": "auto", "precision": "float32"}]
-    assert "no rule for Erfinv; Keras is used, which gives the same features more slowly" in caplog.text
-    with pytest.raises(OpenVinoError, match=r"Erfinv\. Give --engine keras, or --precision float32"):
+    assert "no rule for Erfinv; using Keras, which computes the same features more slowly" in caplog.text
+    with pytest.raises(OpenVinoError, match=r"Erfinv\. Use --engine keras, or --precision float32"):
         network("bfloat16:openvino").engine(network("bfloat16:openvino").recipes, batch_size=4)
 
 
@@ -275,7 +275,7 @@ def test_a_broken_openvino_is_as_good_as_none(tmp_path: Path) -> None:
         engine = json.loads(result.stdout)["provenance"]["engine"]
         if warned:
             assert engine == "keras-tensorflow"
-            assert "cannot be imported: libopenvino.so is missing; Keras is used" in result.stderr
+            assert "cannot be imported: libopenvino.so is missing; using Keras" in result.stderr
         else:  # the folder hides no installed package
             assert "Traceback" not in result.stderr
 

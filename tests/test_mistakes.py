@@ -98,9 +98,9 @@ QUICK = [
 # These load Keras, or look for weights.
 SLOW = [
     Mistake("an unknown backbone", "extract photos --backbone mobilnetv2", 2, ("backbone: received 'mobilnetv2'", "a name of keras.applications or a .keras file", "did you mean 'mobilenetv2'")),
-    Mistake("a text for a model", "extract photos --backbone fake.keras", 2, ("fake.keras is no Keras model file", "Write one with model.save('NAME.keras')")),
+    Mistake("a text for a model", "extract photos --backbone fake.keras", 2, ("fake.keras is not a Keras model file", "Write one with model.save('NAME.keras')")),
     Mistake("an unknown layer", f"extract photos {SMALL} --layer out_rleu", 2, ("has no layer 'out_rleu'", "did you mean 'out_relu'", "Its last layers are")),
-    Mistake("images too small for the backbone", "extract photos --weights random --image-size 8", 2, ("mobilenetv2 cannot be built for images of 8x8 pixels", "at least 32x32", "Give a larger --image-size")),
+    Mistake("images too small for the backbone", "extract photos --weights random --image-size 8", 2, ("mobilenetv2 cannot be built for images of 8x8 pixels", "at least 32x32", "Choose a larger --image-size")),
     Mistake("an unknown pooling", f"extract photos {SMALL} --pooling average", 2, ("pooling: received 'average'", "none, avg, max, flatten", "did you mean 'avg'")),
     Mistake("an unknown number type", f"extract photos {SMALL} --dtype half", 2, ("dtype: received 'half'", "expected one of float32, float16")),
     Mistake("an unknown split", f"extract photos {SMALL} --split 80/20", 2, ("split: received '80/20'", "expected hash or stratified", "such as stratified:0.8,0.1,0.1")),
@@ -115,8 +115,8 @@ SLOW = [
     Mistake("another file as output", f"extract photos --out notes.txt {SMALL}", 3, ("notes.txt: not a readable feature store", "for --out a name that is free")),
     Mistake("an output of another recipe", f"extract photos --out g.h5 {SMALL} --image-size 48", 2, ("g.h5: holds features of another recipe (height: 32 -> 48; width: 32 -> 48)", "Give another --out, or --overwrite")),
     Mistake("an output of other images", f"extract other --out g.h5 {SMALL}", 2, ("g.h5: holds 60 images of", "only 0 of them are in", "give another --out, or --overwrite")),
-    Mistake("a weights file that is not there", "extract photos --weights none.h5", 1, ("weights: received 'none.h5', which is no file", "Expected 'imagenet', 'random', or a file")),
-    Mistake("a text for weights", "extract photos --weights notes.txt", 1, ("notes.txt is no weights file", "expected HDF5 (.weights.h5, .h5)")),
+    Mistake("a weights file that is not there", "extract photos --weights none.h5", 1, ("weights: received 'none.h5', which is not a file", "Expected 'imagenet', 'random', or a file")),
+    Mistake("a text for weights", "extract photos --weights notes.txt", 1, ("notes.txt is not a weights file", "expected HDF5 (.weights.h5, .h5)")),
     Mistake("fine-tuning without images", "finetune kerasruns", 2, ("nothing to train on: give --images",)),
     Mistake("fine-tuning on other classes", "finetune kerasruns --images birds", 1, ("its classes are not those of dropout-linear-", "missing ['cat', 'dog'], not in the run ['ape', 'bee']", "Give the images that its features were made of")),
     Mistake("fine-tuning on other images", "finetune kerasruns --images other", 1, ("other: 6 of 6 validation images of dropout-linear-", "are not here", "Extract and train the head again")),
@@ -272,7 +272,7 @@ def test_weights_without_a_network(
     here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     says = ("the ImageNet weights of 'mobilenetv2' were not found. Tried:", "4. download: https://")
-    says += ("What to do: fetch https://", "put it at ", "--weights FILE", "--weights random")
+    says += ("What to do: download https://", "save it as ", "--weights FILE", "--weights random")
     check([Mistake("no network", "extract photos", 1, says)], here, capsys, caplog)
 
 

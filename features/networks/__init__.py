@@ -1,7 +1,7 @@
-"""Frozen networks: what they are, where their weights are found, and the engines that run them. Imports the ground.
+"""Frozen networks: the table of them, where their weights are found, and the engines that run them.
 
     options --resolve_network()--> Network: recipes --engine()--> function of batches
 
-``backbones`` is the table of networks, ``weights`` finds and loads files, ``engines`` chooses what runs them.
-Use ``resolve_network``, ``Network`` and the ``Engine`` protocol.
+``backbones`` holds the table of networks, ``weights`` finds and loads weights files, ``engines`` chooses an engine.
+Other rooms use ``resolve_network``, ``Network`` and the ``Engine`` protocol. This room imports only the ground modules.
 """

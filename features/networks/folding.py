@@ -1,7 +1,7 @@
-"""Fold BatchNormalization into the layer with a kernel right before it: fewer passes over memory, the same numbers.
+"""Fold BatchNormalization into the layer with a kernel right before it, which saves passes over memory.
 
-With stored statistics a BatchNormalization is an affine map per channel (Ioffe & Szegedy 2015,
-https://arxiv.org/abs/1502.03167, equation 11), so kernel and bias of the layer before it can take it over.
+With stored statistics, BatchNormalization is an affine map per channel (Ioffe & Szegedy 2015,
+https://arxiv.org/abs/1502.03167, equation 11), so the kernel and bias of the preceding layer can absorb it.
 """
 
 from __future__ import annotations
@@ -17,64 +17,64 @@ from features.networks.graph import graph_nodes
 
 logger = logging.getLogger(__name__)
 
-TOLERANCE = 1e-4  # relative difference, max|a-b| / max|b|, that a folded model may have on the batch of the proof
+TOLERANCE = 1e-4  # largest accepted relative difference, max|a-b| / max|b|, of the folded model on the test batch
 _KINDS = ("Conv2D", "DepthwiseConv2D", "SeparableConv2D", "Dense")
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """A layer with a kernel, and the BatchNormalization that alone reads it."""
+    """A layer with a kernel, and the BatchNormalization that is the only reader of its output."""
 
     kernel: Any
     norm: Any
 
 
 def fold_batch_norms(model: Any, batch: np.ndarray) -> Any:
-    """The same function with fewer layers, proven on a batch.
+    """Fold the BatchNormalizations of a model, and check on a batch that the outputs stay the same.
 
     Parameters
     ----------
     model : keras.Model
-        Functional, one input; not changed. Its outputs may lie at any layer: where the tensor between kernel and
-        BatchNormalization is itself an output, that pair stays as it is.
+        A functional model with one input; it is not modified. Its outputs may be those of any layers: if the tensor
+        between a kernel and its BatchNormalization is itself an output, that pair is not folded.
     batch : float32, (n, ...)
-        Input of the model for the proof. On a GPU prove in full float32: TensorFloat-32 alone differs by 1e-3.
+        Input for the check. On a GPU, check in full float32: TensorFloat-32 alone makes a difference of 1e-3.
 
     Returns
     -------
     keras.Model
-        A new model that shares every layer with ``model`` but the folded ones; ``model`` itself where nothing can
-        be folded or an output would differ by more than ``TOLERANCE``, which is logged.
+        A new model that shares all layers with ``model`` except the folded ones. If nothing can be folded, or an
+        output would differ by more than ``TOLERANCE`` (which is logged), ``model`` itself.
     """
     import keras
 
     if not isinstance(model, keras.Model) or isinstance(model, keras.Sequential) or not getattr(model, "inputs", None):
-        logger.info("%s is no functional model; BatchNormalization is not folded", getattr(model, "name", model))
+        logger.info("%s is not a functional model; nothing is folded", getattr(model, "name", model))
         return model
     pairs = foldable(model)
     if not pairs:
-        logger.debug("%s has no BatchNormalization right behind a layer with a kernel", model.name)
+        logger.debug("%s has no BatchNormalization right after a layer with a kernel", model.name)
         return model
     folded = _rebuilt(model, pairs)
     found = largest_difference(_outputs(folded, batch), _outputs(model, batch))
-    if not found <= TOLERANCE:  # also NaN
+    if not found <= TOLERANCE:  # true for NaN too
         logger.warning(
-            "%s: with BatchNormalization folded the outputs differ by %.2g relative, at most %.0e is allowed; "
-            "the network runs as it was built, which is slower",
+            "%s: folding BatchNormalization changes the outputs by %.2g (relative), at most %.0e is allowed; "
+            "the network runs without folding, which is slower",
             model.name,
             found,
             TOLERANCE,
         )
         return model
-    logger.debug("%s: %d BatchNormalization folded, relative difference %.2g", model.name, len(pairs), found)
+    logger.debug("%s: folded %d BatchNormalizations, relative difference %.2g", model.name, len(pairs), found)
     return folded
 
 
 def foldable(model: Any) -> list[Pair]:
-    """Pairs of ``model`` that can become one layer, in topological order.
+    """Return the pairs of layers of ``model`` that can be merged into one, in topological order.
 
-    Both are called once, nothing else reads the tensor between them, which is no output either, the kernel's layer
-    has no activation of its own, and statistics and kernel have the same channels.
+    Both layers are called once; the tensor between them has no other reader and is not an output of the model; the
+    layer with the kernel has no activation; and the statistics are per channel of the kernel's output.
     """
     import keras
 
@@ -86,7 +86,7 @@ def foldable(model: Any) -> list[Pair]:
     makers = {
         id(outputs[0]): operation
         for operation, _, outputs in nodes
-        # the very classes: a subclass may compute something else
+        # exactly these classes: a subclass may compute something else
         if type(operation) in kinds and calls[id(operation)] == len(outputs) == 1
     }
     pairs = []
@@ -101,7 +101,9 @@ def foldable(model: Any) -> list[Pair]:
 
 
 def largest_difference(got: list[np.ndarray], expected: list[np.ndarray]) -> float:
-    """Largest relative difference, max|a-b| / max|b| per tensor; infinite where shapes differ, NaN for NaN.
+    """Return the largest relative difference, max|a-b| / max|b| per tensor.
+
+    It is infinite if two shapes differ, and NaN if a tensor contains NaN.
 
     Examples
     --------
@@ -114,7 +116,7 @@ def largest_difference(got: list[np.ndarray], expected: list[np.ndarray]) -> flo
     for one, other in zip(got, expected, strict=True):
         if one.shape != other.shape:
             return float("inf")
-        with np.errstate(invalid="ignore"):  # infinity minus infinity: NaN, which no tolerance accepts
+        with np.errstate(invalid="ignore"):  # infinity minus infinity is NaN, which exceeds every tolerance
             difference = float(np.abs(one - other).max(initial=0))
             scale = float(np.abs(other).max(initial=0))
         ratios.append(difference / scale if scale else float("inf") if difference else 0.0)
@@ -151,7 +153,7 @@ def _rebuilt(model: Any, pairs: list[Pair]) -> Any:
 
 
 def _merge(kernel: Any, norm: Any) -> Any:
-    """One layer of the kernel's kind that does the work of both."""
+    """Make one layer, of the same class as ``kernel``, that computes what both compute."""
     import keras
 
     scale, shift = affine(norm)
@@ -159,7 +161,8 @@ def _merge(kernel: Any, norm: Any) -> Any:
     layer.build_from_config(kernel.get_build_config())
     weights = [value.astype(np.float64) for value in kernel.get_weights()]
     bias = weights.pop() if kernel.use_bias else np.zeros_like(scale)
-    # A depthwise kernel is (h, w, channels, multiplier); of the two separable ones the last makes the channels.
+    # A depthwise kernel has the shape (h, w, channels, multiplier). A separable layer has two kernels; the second one
+    # makes the output channels.
     depthwise = isinstance(kernel, keras.layers.DepthwiseConv2D)
     weights[-1] *= scale.reshape(weights[-1].shape[-2:]) if depthwise else scale
     layer.set_weights([value.astype(np.float32) for value in [*weights, bias * scale + shift]])
@@ -167,7 +170,7 @@ def _merge(kernel: Any, norm: Any) -> Any:
 
 
 def affine(norm: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Scale and shift per channel that a BatchNormalization with stored statistics applies, float64, (channels,)."""
+    """Return scale and shift per channel of a BatchNormalization with stored statistics, each float64, (channels,)."""
     import keras
 
     mean, variance, gamma, beta = (

@@ -1,7 +1,7 @@
-"""The layer graph of a Keras model: stable names, tensors by layer, and where a single tensor separates it.
+"""The layer graph of a Keras model: stable layer names, tensors by layer, and where the graph can be cut in two.
 
-Pure graph work, for any functional or Sequential model on any Keras backend. ``_nodes`` is the one place that
-reads Keras' private call records (``_keras_history``, ``_inbound_nodes``); they have been the same since Keras 3.0.
+It works for functional and Sequential models on any Keras backend. Only ``graph_nodes`` reads Keras' private call
+records (``_keras_history``, ``_inbound_nodes``), which have not changed since Keras 3.0.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from typing import Any
 
 from features.errors import ConfigurationError, nearest
 
-_LARGEST_TAIL = 0.5  # share of the layers with kernels that may lie behind a boundary
+_LARGEST_TAIL = 0.5  # largest share of the layers with kernels that may follow a boundary
 
 
 def snake_case(class_name: str) -> str:
-    """The word that Keras makes of a class for automatic names and in weight files.
+    """Turn a class name into the word that Keras uses for it in automatic layer names and in weights files.
 
     Examples
     --------
@@ -30,11 +30,11 @@ def snake_case(class_name: str) -> str:
 
 
 def stable_names(layers: Sequence[Any]) -> list[str]:
-    """Layer names as a fresh process would give them.
+    """Return the layer names that the same model would have in a fresh process.
 
     Keras numbers unnamed layers over the whole process: the last layer of a second MobileNetV3Large is
-    ``activation_39``, not ``activation_19``. Here the lowest number of each kind becomes none, and the others move
-    down with it; names that someone chose stay.
+    ``activation_39``, not ``activation_19``. Here the numbers of each kind of layer start from the beginning again;
+    names that were chosen explicitly stay as they are.
 
     Parameters
     ----------
@@ -61,9 +61,10 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
 
 
 def layer_tensors(model: Any) -> dict[str, Any]:
-    """Output tensor of every layer that is called once and gives one tensor, in topological order, without inputs.
+    """Return the output tensor of every layer that is called once and has one output, in topological order.
 
-    ``layer.output`` is not asked, because for a nested model that is a tensor of the inner graph.
+    Input layers are left out. ``layer.output`` is not used, because for a nested model it is a tensor of the inner
+    graph.
     """
     import keras
 
@@ -79,9 +80,9 @@ def layer_tensors(model: Any) -> dict[str, Any]:
 
 
 def valid_cuts(model: Any) -> list[str]:
-    """Layers whose single output tensor lies on every path from the input to the output, in topological order.
+    """Return the layers whose single output tensor lies on every path from input to output, in topological order.
 
-    The input and the layer that gives the output are left out: cutting there separates nothing.
+    The input and the layer that gives the output are left out, because a cut there would separate nothing.
     """
     nodes = graph_nodes(model)
     last_use = {id(tensor): index for index, (_, inputs, _) in enumerate(nodes) for tensor in inputs}
@@ -100,24 +101,24 @@ def valid_cuts(model: Any) -> list[str]:
 
 
 def cut_at(model: Any, layer: str) -> tuple[Any, Any]:
-    """Two models that share the layers of ``model`` and compose to it.
+    """Cut a model in two at a layer; both halves share the layers of ``model``.
 
     Parameters
     ----------
     model : keras.Model
-        One input, one output.
+        A model with one input and one output.
     layer : str
-        A valid cut.
+        One of ``valid_cuts(model)``.
 
     Returns
     -------
     tuple of keras.Model
-        Trunk, from the input to the layer's output, and tail, from there to the output.
+        The trunk, from the input to the layer's output, and the tail, from there to the output.
 
     Raises
     ------
     ConfigurationError
-        If no single tensor separates the graph there; the nearest valid cuts are listed.
+        If the graph cannot be cut there; the message lists the nearest valid cuts.
     """
     import keras
 
@@ -139,25 +140,25 @@ def check_cut(model: Any, layer: str) -> None:
     before = [name for name in cuts if order.index(name) < place][-2:]
     after = [name for name in cuts if order.index(name) > place][:2]
     raise ConfigurationError(
-        f"{model.name} cannot be cut at {layer!r}: other paths lead past it to the output. "
+        f"{model.name} cannot be cut at {layer!r}, because other paths to the output bypass it. "
         f"Nearest valid cuts before it: {', '.join(before) or 'none'}; after it: {', '.join(after) or 'none'}"
     )
 
 
 def nearest_earlier_cut(model: Any, layer_index: int) -> str:
-    """The last valid cut before ``model.layers[layer_index]``.
+    """Return the last valid cut before ``model.layers[layer_index]``.
 
     Parameters
     ----------
     model : keras.Model
-        One input, one output.
+        A model with one input and one output.
     layer_index : int
-        Index of the first layer that is to be trained; negative ones count from the end.
+        Index of the first layer to train; a negative index counts from the end.
 
     Raises
     ------
     ConfigurationError
-        If the index does not exist, or everything before it is an input or a branch.
+        If the index is out of range, or there is no valid cut before it.
     """
     count = len(model.layers)
     if not -count <= layer_index < count:
@@ -167,24 +168,24 @@ def nearest_earlier_cut(model: Any, layer_index: int) -> str:
     if not earlier:
         raise ConfigurationError(
             f"{model.name}: no single tensor separates the graph before layer {layer_index} "
-            f"({model.layers[layer_index].name!r}). Train it end to end, or start at a later layer."
+            f"({model.layers[layer_index].name!r}). Train the network end to end, or start at a later layer."
         )
     return earlier[-1]
 
 
 def boundary_by_rule(model: Any) -> str:
-    """The layer just before the last stage, found from the graph.
+    """Find the boundary, the layer just before the last stage of a network, from its graph.
 
-    The last stage begins at the first layer with weights behind the last one whose output is larger (in height
-    times width) than that of the last layer with weights; the boundary is the last valid cut before it. From
-    there it moves back over at most one layer with a kernel if that leaves fewer values to store: the input of
-    an inverted residual instead of its expansion, a tensor instead of its padded copy. It must leave at most half
-    of the layers with kernels to the tail.
+    Among the layers with weights, find the last one whose output area (height times width) is larger than that of
+    the final one. The last stage begins with the layer with weights after it, and the boundary is the last valid cut
+    before that. The boundary then moves back past at most one layer with a kernel if fewer values have to be stored
+    there: to the input of an inverted residual instead of its expansion, or to a tensor instead of its padded copy.
+    At most half of the layers with kernels may follow the boundary.
 
     Raises
     ------
     ConfigurationError
-        If the graph has no such cut, as NASNet's, where every cell reads the two before it.
+        If the graph has no such cut, like that of NASNet, where every cell reads the two cells before it.
     """
     nodes = [(operation, outputs[0]) for operation, _, outputs in graph_nodes(model)]
     names = [operation.name for operation, _ in nodes]
@@ -195,7 +196,7 @@ def boundary_by_rule(model: Any) -> str:
     ]
     if not areas:
         raise ConfigurationError(
-            f"{model.name} has no layer with weights and a 4-D output of known size, so no boundary"
+            f"{model.name} has no boundary, because no layer has weights and a 4-D output of known size. Name a layer."
         )
     final = areas[-1][1]
     larger = [index for index, area in areas if area > final]
@@ -229,9 +230,9 @@ def _values(tensor: Any) -> int:
 
 
 def graph_nodes(model: Any) -> list[tuple[Any, list[Any], list[Any]]]:
-    """Calls that lead to the outputs of ``model``, as (operation, inputs, outputs), in topological order.
+    """Return the calls that lead to the outputs of ``model``, as (operation, inputs, outputs), in topological order.
 
-    Walked back from the outputs, so that calls of the same layers in other models do not matter.
+    The graph is walked backwards from the outputs, so calls of the same layers in other models do not matter.
     """
     order: list[tuple[Any, list[Any], list[Any]]] = []
     done: set[int] = set()

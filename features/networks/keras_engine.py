@@ -1,4 +1,4 @@
-"""A Keras model as an engine: compiled for batches of one size, on any backend and device."""
+"""The Keras engine: a model compiled for batches of one size, on any Keras backend and device."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ logger = logging.getLogger(__name__)
 
 
 def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..., Any]:
-    """Compile a function of tensors with Keras's backend. ``predict`` per batch is slower and has leaked.
+    """Compile a function of tensors with Keras's backend; ``predict`` per batch is slower and has leaked memory.
 
-    ``fuse`` asks TensorFlow for XLA too: fewer passes over memory, no copies between the steps of a loop; compiling
-    takes a second or two.
+    With ``fuse``, TensorFlow also uses XLA, which saves passes over memory and copies between the steps of a loop; the
+    compilation then takes a second or two.
     """
     import keras
 
@@ -43,25 +43,25 @@ def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..
 
 
 class KerasEngine:
-    """A Keras model as a function of fixed-size batches, on any backend and device.
+    """A Keras model as a function of fixed-size batches, on any Keras backend and device.
 
     Parameters
     ----------
     model : keras.Model
-        Float32 pixels after preprocessing -> one output per recipe, in their order.
+        Takes preprocessed float32 pixels; has one output per recipe, in the same order.
     preprocess : callable
-        Float32 RGB 0-255 -> what the backbone was trained on.
+        Turns float32 RGB 0-255 into the input that the network was trained on.
     recipes : sequence of Recipe
-        Data sets, one per output; they share the pixel rule.
+        The feature sets, one per output; they share the pixel rule.
     batch_size : int
-        Every forward pass has this many images; the last batch is padded with zeros and cut.
+        Images per forward pass. A smaller batch is padded with zeros, and the padding is removed from the features.
     device : {"auto", "cpu", "gpu"}
         Where to run.
     precision : {"float32", "bfloat16", "float16"}
-        Arithmetic of all layers but the pooling at the end; weights and outputs are float32.
+        Arithmetic of all layers except the final pooling; weights and outputs are float32.
     """
 
-    concurrent = False  # one batch at a time fills the device
+    concurrent = False  # a single batch already keeps the device busy
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class KerasEngine:
 
         if self.device == "gpu" and precision == "float32":
             exact_float32()
-        if self.device == "cpu" or keras.backend.backend() == "tensorflow":  # where the proof can run on processors
+        if self.device == "cpu" or keras.backend.backend() == "tensorflow":  # folding is checked on the CPU
             with keras.device("cpu:0"):
                 images = reference_images(rule.height, rule.width, 2).astype(np.float32)
                 model = fold_batch_norms(model, preprocess(images))
@@ -93,7 +93,7 @@ class KerasEngine:
             compute_in(model, precision)
 
         def forward(pixels: Any) -> list[Any]:
-            # Only bytes cross to the device; the cast and the preprocessing are part of the compiled function.
+            # Only uint8 pixels are copied to the device: the compiled function contains the cast and the preprocessing.
             outputs = model(preprocess(keras.ops.cast(pixels, "float32")), training=False)
             return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
@@ -101,7 +101,7 @@ class KerasEngine:
         self._forward = compiled(forward)
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Features of one batch.
+        """Compute the features of one batch.
 
         Parameters
         ----------
@@ -111,7 +111,7 @@ class KerasEngine:
         Returns
         -------
         dict of str to float32, (n, ...)
-            Features by data set.
+            Features by name of the feature set.
         """
         count = len(images)
         check_batch(images, self._shape)
@@ -128,7 +128,7 @@ class KerasEngine:
                 raise
             self._step = -(-self.batch_size // 2)
             logger.warning(
-                "out of memory with batches of %d images; going on with %d. Give --batch-size %d to begin with that.",
+                "out of memory with batches of %d images; continuing with %d. Use --batch-size %d to start with that.",
                 *(self.batch_size, self._step, self._step),
             )
         halves = [self._forward_pass(images[start : start + self._step]) for start in range(0, len(images), self._step)]
@@ -148,7 +148,7 @@ class KerasEngine:
 
 
 def compute_in(model: Any, precision: str) -> None:
-    """Make all layers of a model but those that give its outputs compute in half precision; weights stay float32."""
+    """Make all layers except those that give the outputs compute in half precision; the weights stay float32."""
     import keras
 
     policy = keras.DTypePolicy(f"mixed_{precision}")
@@ -159,7 +159,7 @@ def compute_in(model: Any, precision: str) -> None:
 
 
 def exact_float32() -> None:
-    """Have a GPU multiply float32 as such: its TensorFloat-32 keeps 10 bits, and features would differ by 1e-3."""
+    """Turn TensorFloat-32 off on a GPU: it multiplies with only 10 bits, which changes features by 1e-3."""
     import keras
 
     backend = keras.backend.backend()
@@ -178,7 +178,7 @@ def exact_float32() -> None:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a backend says that the device's memory does not suffice (TensorFlow and JAX by a code, torch by a class)."""
+    """Whether the device ran out of memory; TensorFlow and JAX report that by an error code, torch by a class."""
     return isinstance(error, MemoryError) or any(
         sign in f"{type(error).__name__} {error}" for sign in ("ResourceExhausted", "RESOURCE_EXHAUSTED", "OutOfMemory")
     )

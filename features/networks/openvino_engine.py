@@ -1,9 +1,9 @@
-"""OpenVINO on CPUs: convert a backbone once, prove it against Keras, keep it; later starts need no Keras.
+"""The OpenVINO engine for CPUs. A network is converted once and cached; later starts do not need Keras.
 
-    open_engine: kept file -> recheck -> engine
-                 else build with Keras -> convert -> prove -> keep -> engine
+    open_engine: cached file -> check against Keras's outputs -> engine
+                 else build with Keras -> convert -> check -> write to the cache -> engine
 
-A kept file is 32 bytes of sha256, then an ``.npz``: model, weights, reference batch, Keras's outputs for it.
+A cached file is 32 bytes of sha256, then an ``.npz``: model, weights, reference batch, Keras's outputs for that batch.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from features.recipe import Recipe
 logger = logging.getLogger(__name__)
 
 FORMAT = 1
-# Largest relative L2 difference from Keras float32 on the reference batch. bfloat16 has 8 significant bits, which
-# deep networks amplify (0.2 in MobileNetV2): its bound only tells rounding from a wrong result; what it
-# costs is measured elsewhere.
+# Largest accepted relative L2 difference from Keras float32 on the reference batch. Deep networks amplify the rounding
+# of bfloat16 to 8 significant bits (0.2 in MobileNetV2), so its bound only tells rounding from a wrong result; the
+# effect on accuracy is measured by ``features.extraction.precision``.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
-# Images of one request. The activations of few images stay in the processor's cache: with 4 instead of 32,
-# MobileNetV2 was 1.15-1.3 times as fast and took half the memory.
+# Images per inference request. The activations of a few images fit into the processor's cache: with 4 instead of 32,
+# MobileNetV2 was 1.15-1.3 times as fast and used half the memory.
 _REQUEST_IMAGES = 4
 _CHECKSUM_BYTES = 32
 
 
 def is_installed() -> bool:
-    """Whether the package ``openvino`` can be found; it is not imported."""
+    """Whether the package ``openvino`` is installed; it is not imported."""
     found = importlib.util.find_spec("openvino") if sys.modules.get("openvino", True) else None
-    return found is not None and found.origin is not None  # a mere folder of that name has none
+    return found is not None and found.origin is not None  # a folder that happens to have this name has no origin
 
 
 def supports(precision: str) -> bool:
-    """Whether this processor computes in that precision; OpenVINO would take float32 for it without saying so."""
+    """Whether OpenVINO computes in this precision on this processor; if not, it would silently use float32."""
     if precision == "float32":
         return True
     if precision not in _HINTS:
@@ -62,7 +62,7 @@ def supports(precision: str) -> bool:
     try:
         return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except RuntimeError as error:
-        raise OpenVinoError(f"OpenVINO cannot look at the processor: {_reason(error)}") from error
+        raise OpenVinoError(f"OpenVINO cannot query the processor: {_reason(error)}") from error
 
 
 def open_engine(
@@ -74,28 +74,28 @@ def open_engine(
     precision: str = "float32",
     threads: int | None = None,
 ) -> OpenVinoEngine:
-    """An engine from the kept file where there is a good one, else converted from Keras, proven and kept.
+    """Open an engine from a usable file in the cache; otherwise convert the network from Keras, check it and cache it.
 
     Parameters
     ----------
     recipes : sequence of Recipe
-        Data sets, one per output; they share the pixel rule.
+        The feature sets, one per output; they share the pixel rule.
     build : callable
-        Gives the Keras model (float32 pixels after preprocessing -> one output per recipe) and the preprocessing.
-        Called only if nothing good is kept.
+        Returns the Keras model (takes preprocessed float32 pixels, one output per recipe) and the preprocessing.
+        Called only if the cache contains no usable file.
     source : str
-        sha256 of the weights or model file: tensors alone do not say what a model file does with them.
+        sha256 of the weights or model file: the tensors alone do not determine what a model file computes.
     batch_size, precision, threads
         See ``OpenVinoEngine``.
 
     Raises
     ------
     OpenVinoError
-        If OpenVINO is missing, cannot convert the network, differs from Keras by more than ``TOLERANCES``, or the
-        processor lacks the precision.
+        If OpenVINO is missing, cannot convert the network, differs from Keras by more than ``TOLERANCES``, or does
+        not support the precision on this processor.
     """
     if not is_installed():
-        raise OpenVinoError("OpenVINO is not installed (pip install openvino)")
+        raise OpenVinoError("OpenVINO is not installed; install it with pip install openvino")
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
     about = _about(recipes, source)
@@ -105,10 +105,10 @@ def open_engine(
         try:
             return _proven(kept, recipes, batch_size, precision, threads)
         except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
-            logger.warning("%s is of no use here (%s); the network is converted again", path, error)
+            logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
     model, preprocess = build()
     made = _convert(model, preprocess, recipes[0].pixels.height, recipes[0].pixels.width)
-    engine = _proven(made, recipes, batch_size, "float32", threads)  # the strict bound, whatever is asked for
+    engine = _proven(made, recipes, batch_size, "float32", threads)  # always checked against the strict bound
     if precision != "float32":
         engine = _proven(made, recipes, batch_size, precision, threads)
     _write(path, about, made)
@@ -116,29 +116,30 @@ def open_engine(
 
 
 class OpenVinoEngine:
-    """A converted model as a function of batches. Threads may call it at the same time.
+    """A converted network as a function of batches; several threads may call it at the same time.
 
-    A batch is cut into requests of a few images that run side by side, one processor each: nothing waits at
-    the end of every layer, which is what costs when decoding shares the processors. The last request of a
-    batch is padded with zeros, so an image's features do not depend on its neighbours.
+    A batch is divided into requests of a few images, which run in parallel on one processor core each. The cores
+    therefore do not wait for each other after every layer, which would be slow while decoding uses the same cores.
+    The last request of a batch is padded with zeros, so the features of an image do not depend on its neighbours.
 
     Parameters
     ----------
     model, weights : uint8, (bytes,)
-        The two files of OpenVINO's intermediate representation: uint8 (n, h, w, 3) -> one output per recipe.
+        The two files of OpenVINO's intermediate representation; the model takes uint8 (n, h, w, 3) and has one output
+        per recipe.
     recipes : sequence of Recipe
-        Data sets, one per output; they share the pixel rule.
+        The feature sets, one per output; they share the pixel rule.
     batch_size : int
-        Most images of one call.
+        Largest number of images in one call.
     precision : {"float32", "bfloat16"}
-        Arithmetic inside; outputs are float32.
+        Arithmetic of the forward pass; the outputs are float32.
     threads : int, optional
-        Processors to use; those of this process without it.
+        Number of processor cores to use; by default, all that this process may use.
     """
 
     name = "openvino"
     device = "cpu"
-    concurrent = True  # the end of one caller's batch runs beside the beginning of another's
+    concurrent = True  # the end of one batch overlaps with the beginning of the next
 
     def __init__(
         self,
@@ -169,10 +170,10 @@ class OpenVinoEngine:
                 graph,
                 "CPU",
                 {
-                    "INFERENCE_PRECISION_HINT": _HINTS[precision],  # the default is bfloat16 where there is one
+                    "INFERENCE_PRECISION_HINT": _HINTS[precision],  # the default is bfloat16 if supported
                     "NUM_STREAMS": streams,
                     "INFERENCE_NUM_THREADS": threads,
-                    "ENABLE_CPU_PINNING": False,  # decoding runs on the same processors
+                    "ENABLE_CPU_PINNING": False,  # decoding runs on the same cores
                 },
             )
             self._ports = [compiled.output(_output(index)) for index in range(len(recipes))]
@@ -184,7 +185,7 @@ class OpenVinoEngine:
         self._workers = ThreadPoolExecutor(streams, "openvino")
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Features of one batch.
+        """Compute the features of one batch.
 
         Parameters
         ----------
@@ -194,14 +195,14 @@ class OpenVinoEngine:
         Returns
         -------
         dict of str to float32, (n, ...)
-            Features by data set.
+            Features by name of the feature set.
         """
         count = len(images)
         check_batch(images, self._shape)
         arrays = [np.empty((count, *tuple(port.shape)[1:]), np.float32) for port in self._ports]
         starts = range(0, count, self._images)
         for _ in self._workers.map(lambda start: self._infer(images, start, arrays), starts):
-            pass  # raises what a request raised
+            pass  # raises the error of a failed request
         with self._lock:
             self.images_inferred += count
         return dict(zip(self.names, arrays, strict=True))
@@ -220,17 +221,17 @@ class OpenVinoEngine:
             self._requests.put(request)
 
 
-# ------------------------------------------------------------------------------------------ convert and prove
+# ------------------------------------------------------------------------------------------ convert and check
 def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
-    """The arrays of a kept file, from Keras."""
+    """Convert a Keras model and return the arrays of a cached file."""
     import keras
 
     _openvino()
     images = keras.Input((height, width, 3), dtype="uint8", name="images")
-    # Preprocessing is part of the graph: only bytes go in.
+    # The converted graph contains the preprocessing; its input is uint8 pixels.
     outputs = model(preprocess(keras.ops.cast(images, "float32")), training=False)
     listed = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
-    # By name, because conversion does not keep their order.
+    # The outputs are named, because the conversion does not keep their order.
     whole = keras.Model(images, {_output(index): output for index, output in enumerate(listed)})
     batch = reference_images(height, width)
     with keras.device("cpu:0"):
@@ -241,10 +242,10 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
         try:
             whole.export(str(path), format="openvino", verbose=False)
             files = [np.frombuffer(file.read_bytes(), np.uint8) for file in (path, path.with_suffix(".bin"))]
-        except Exception as error:  # the converters raise whatever they meet, plain Exception too
+        except Exception as error:  # the converters raise errors of any class, even plain Exception
             raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {_reason(error)}") from error
         finally:
-            logging.getLogger().setLevel(level)  # a failed conversion leaves it so high that warnings are lost
+            logging.getLogger().setLevel(level)  # a failed conversion raises it, hiding later warnings
     kept = {"model": files[0], "weights": files[1], "batch": batch}
     return kept | {name: keras.ops.convert_to_numpy(value).astype(np.float32) for name, value in expected.items()}
 
@@ -252,7 +253,7 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
 def _proven(
     kept: Mapping[str, np.ndarray], recipes: Sequence[Recipe], batch_size: int, precision: str, threads: int | None
 ) -> OpenVinoEngine:
-    """An engine that gives Keras's outputs for the reference batch, or OpenVinoError."""
+    """Open an engine and check that it reproduces Keras's outputs for the reference batch; else OpenVinoError."""
     engine = OpenVinoEngine(
         kept["model"], kept["weights"], recipes, batch_size=batch_size, precision=precision, threads=threads
     )
@@ -269,9 +270,9 @@ def _proven(
     return engine
 
 
-# -------------------------------------------------------------------------------------------------- kept files
+# -------------------------------------------------------------------------------------------------- cached files
 def _about(recipes: Sequence[Recipe], source: str) -> dict[str, Any]:
-    """What decides the converted model; precision, batch size, resizing and stored dtype do not."""
+    """Return what identifies a converted model; precision, batch size, resizing and stored dtype do not matter."""
     rule = recipes[0].pixels
     return {
         "format": FORMAT,
@@ -283,7 +284,7 @@ def _about(recipes: Sequence[Recipe], source: str) -> dict[str, Any]:
 
 
 def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """The arrays of a kept file whose checksum holds; None if there is none, with a warning if it is damaged."""
+    """Read the arrays of a cached file; None if there is no file or, with a warning, if it is damaged."""
     try:
         with open(path, "rb") as file:
             promised = file.read(_CHECKSUM_BYTES)
@@ -293,7 +294,7 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
             with np.load(file, allow_pickle=False) as archive:
                 kept = {name: archive[name] for name in archive.files}
         if json.loads(kept.pop("about").tobytes()) != about:
-            raise ValueError("it is about something else")
+            raise ValueError("it describes another network")
         return kept
     except (FileNotFoundError, NotADirectoryError):
         return None
@@ -310,19 +311,19 @@ def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray])
         with whole_file(path) as file:
             file.write(hashlib.sha256(archive.getbuffer()).digest())
             file.write(archive.getbuffer())
-    except OSError as error:  # it only saves time
-        logger.warning("%s could not be written (%s); the next start converts again", path, error)
+    except OSError as error:  # the cache only saves time
+        logger.warning("%s could not be written (%s); the next run converts again", path, error)
 
 
 def _openvino() -> Any:
-    """Import OpenVINO. Its package reports every import and conversion over the network where it finds this module."""
+    """Import OpenVINO without ``openvino_telemetry``, which would report every import and conversion to its makers."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
         import openvino
 
         _ = openvino.Core
     except (ImportError, AttributeError, OSError) as error:
-        raise OpenVinoError(f"OpenVINO is installed and cannot be imported: {_reason(error)}") from error
+        raise OpenVinoError(f"OpenVINO is installed, but cannot be imported: {_reason(error)}") from error
     return openvino
 
 
@@ -331,6 +332,6 @@ def _output(index: int) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of a long message that says most: what has no rule, else the last one."""
+    """Pick the most useful line of a long message: the one about a missing conversion rule, else the last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "No conversion rule" in line), lines[-1])

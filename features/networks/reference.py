@@ -1,4 +1,4 @@
-"""Pictures that are always the same, and how far two outputs for them are apart: what engines are compared by."""
+"""How engines are compared: on fixed reference images, by the relative difference of their outputs."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 def reference_images(height: int, width: int, count: int = 4) -> np.ndarray:
-    """Pictures of soft coloured blotches of three sizes, always the same ones, to compare engines on.
+    """Make images of soft coloured blotches in three sizes; every call gives the same images.
 
     Returns
     -------
@@ -25,7 +25,7 @@ def reference_images(height: int, width: int, count: int = 4) -> np.ndarray:
 
 
 def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
-    """Relative L2 difference, ``||a-b|| / ||b||``; infinite where shapes differ or a number is not finite.
+    """Return the relative L2 difference, ``||a-b|| / ||b||``; infinite if shapes differ or a number is not finite.
 
     Examples
     --------
@@ -36,7 +36,7 @@ def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
     """
     if got.shape != expected.shape:
         return float("inf")
-    with np.errstate(invalid="ignore"):  # infinity minus infinity
+    with np.errstate(invalid="ignore"):  # from infinity minus infinity
         difference = float(np.linalg.norm(got.astype(np.float64) - expected))
     scale = float(np.linalg.norm(expected.astype(np.float64)))
     if not np.isfinite(difference) or (difference and not scale):
@@ -45,7 +45,7 @@ def relative_difference(got: np.ndarray, expected: np.ndarray) -> float:
 
 
 def evenly_spread(count: int, most: int) -> list[int]:
-    """Numbers from 0 to ``count - 1`` at even distances, at most so many, first and last among them: what to look at.
+    """Return at most ``most`` evenly spaced integers from 0 to ``count - 1``, including the first and the last.
 
     Examples
     --------

