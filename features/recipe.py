@@ -1,7 +1,7 @@
-"""What is asked of a network, and what decides the values of a feature set. Pure.
+"""The options of a network, and the recipe: everything that decides the values of a feature set.
 
 NetworkOptions --features.networks.network.resolve_network()--> Recipe -> canonical JSON -> fingerprint
-Recipe --options()--> NetworkOptions that ask for it again
+Recipe --options()--> NetworkOptions that resolve to the same recipe
 """
 
 from __future__ import annotations
@@ -35,40 +35,40 @@ Cell = tuple[str, int]  # fingerprint, view
 
 @dataclasses.dataclass(frozen=True)
 class NetworkOptions:
-    """Which network makes the features, from which of its layers, of what pixels, and what runs it.
+    """Which network computes the features, at which layers, from which pixels, and on which engine and device.
 
     Parameters
     ----------
     backbone : str
-        Name of a row of ``features.networks.backbones.BACKBONES``, or path of a ``.keras`` file.
+        Name of the network, a key of ``features.networks.backbones.BACKBONES``, or the path of a ``.keras`` file.
     weights : str
         ``"imagenet"``, ``"random"`` or a file; see ``features.networks.weights.resolve_weights``.
     layers : tuple of str
-        Layers whose outputs are kept; ``"boundary"`` is the one before the last block. Without any, the last layer.
-        A single name is taken as one layer.
+        Layers whose outputs are kept; ``"boundary"`` means the layer before the last block. If empty, the last layer
+        is kept. A single string is accepted as one layer.
     pooling : {"none", "avg", "max", "flatten"}, optional
-        Of every 4-D output. Without it: ``avg`` for the default layer, ``none`` for layers asked for.
+        Pooling of every 4-D output. Default: ``avg`` if ``layers`` is empty, ``none`` otherwise.
     image_size : int or (int, int), optional
-        Side of a square, or height and width, in pixels, 1-4096. Without it: the size that the network was trained on.
+        Side of a square, or height and width, in pixels, 1-4096. Default: the size that the network was trained on.
     resize : {"antialias", "keras"}
-        How pixels are resized; see ``PixelRule``, also for ``fit`` and ``decode``.
+        How pixels are resized; ``PixelRule`` explains ``resize``, ``fit`` and ``decode``.
     fit : {"stretch", "crop", "pad"}
-        What becomes of the aspect ratio.
+        How an image is fitted to another aspect ratio.
     dtype : {"float32", "float16"}
-        How the features are stored.
+        Type in which the features are stored.
     decode : {"full", "fast"}
-        Whether every pixel of a JPEG is decoded.
+        Whether a JPEG is decoded at full size.
     engine : {"auto", "keras", "openvino"}
-        What runs the network; see ``features.networks.engines.choose_engine``.
+        Engine that runs the network; see ``features.networks.engines.choose_engine``.
     precision : {"float32", "bfloat16", "float16"}
         Arithmetic of the forward pass.
     device : {"auto", "cpu", "gpu"}
-        Where the network runs.
+        Device that the network runs on.
 
     Raises
     ------
     ConfigurationError
-        For a word that is none of the choices; the nearest one is offered.
+        If a value is not one of the choices; the message suggests the nearest one.
     """
 
     backbone: str = "mobilenetv2"
@@ -106,11 +106,12 @@ class PixelRule:
     height, width : int
         Size of the input of the network, in pixels, 1-4096.
     resize : {"antialias", "keras"}
-        ``antialias``: Pillow's bilinear filter, width first, which averages when it shrinks. ``keras``: bilinear at
-        half-pixel centres without antialiasing, as ``keras.utils.image_dataset_from_directory`` does by default.
+        ``antialias``: Pillow's bilinear filter, width first, which averages pixels when it shrinks an image.
+        ``keras``: bilinear interpolation at half-pixel centres without antialiasing, the default of
+        ``keras.utils.image_dataset_from_directory``.
     fit : {"stretch", "crop", "pad"}
-        ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window of the target's
-        ratio, ``pad`` keeps the whole image, centred on black.
+        ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window that has the aspect ratio of
+        the target, ``pad`` keeps the whole image, centred on black.
     decode : {"full", "fast"}
         ``full`` decodes every pixel of the file. ``fast`` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size
         where that is still at least the size needed, and resizes the result.
@@ -133,7 +134,7 @@ class PixelRule:
 
     @classmethod
     def of(cls, options: NetworkOptions, default: tuple[int, int]) -> PixelRule:
-        """The rule that options ask for; ``default`` is the network's own height and width."""
+        """Make the rule for the given options; ``default`` is the network's own height and width in pixels."""
         size = options.image_size or default
         height, width = (size, size) if isinstance(size, int) else size
         return cls(height, width, resize=options.resize, fit=options.fit, decode=options.decode)
@@ -146,7 +147,7 @@ class Recipe:
     Parameters
     ----------
     backbone : str
-        Name of a row of ``features.networks.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
+        Name of the network, a key of ``features.networks.backbones.BACKBONES``, or ``"model"`` for a Keras model file.
     weights : str
         sha256 of the canonical tensors, 64 hexadecimal digits (``features.networks.weights.tensor_digest``); for a
         model file, of the tensors and the architecture.
@@ -155,11 +156,11 @@ class Recipe:
     pooling : {"none", "avg", "max", "flatten"}
         How a 4-D output is reduced.
     pixels : PixelRule
-        Decoding and resizing.
+        How images are decoded and resized.
     preprocessing : str
         Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``.
     colour : str
-        The rule of ``features.pixels.decode`` for colour, orientation and transparency.
+        Name of the rule in ``features.pixels.decode`` for colour, orientation and transparency.
     augmentation : AugmentSpec or None
         Ranges from which views 1 and above are drawn; None if there is only view 0.
     seed : int
@@ -208,16 +209,16 @@ class Recipe:
     def options(
         self, backbone: str, weights: str, *, engine: str | None = None, device: str = "auto"
     ) -> NetworkOptions:
-        """The options that ask for the plain recipe again; the recipe knows the network and its weights by digest only.
+        """Return options that resolve to the plain recipe again.
 
         Parameters
         ----------
         backbone, weights : str
-            Where network and weights are found, as the extraction was asked for them.
+            Where network and weights are found, as given to the extraction; the recipe itself has only their digest.
         engine : str, optional
-            What runs the network; without it, what the precision names, or ``auto`` in float32.
+            Engine that runs the network. Default: the one that the precision names, or ``auto`` in float32.
         device : {"auto", "cpu", "gpu"}
-            Where the network runs.
+            Device that the network runs on.
         """
         precision, _, made_by = self.precision.partition(":")
         return NetworkOptions(
@@ -293,9 +294,9 @@ class Recipe:
 
 
 def check_device(device: str) -> None:
-    """Raise ConfigurationError if a device is none of ``DEVICES``; names of makers get a hint of their own."""
+    """Raise ``ConfigurationError`` unless ``device`` is one of ``DEVICES``; names like ``cuda`` get a special hint."""
     if device.lower().partition(":")[0] in ("cuda", "mps", "metal", "rocm", "nvidia"):
         raise ConfigurationError(
-            f"device: received {device!r}, expected one of {', '.join(DEVICES)}; type gpu, whoever made it"
+            f"device: received {device!r}, expected one of {', '.join(DEVICES)}; use gpu for any make"
         )
     check_choice("device", device, DEVICES)

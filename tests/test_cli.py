@@ -119,7 +119,7 @@ def mistakes(source: Path, store: Path, folder: Path) -> dict[str, tuple[tuple[o
         "no GPU": (("extract", source, "--out", out, *SMALL, "--device", "gpu"), 2, "Keras sees none"),
         "folder that cannot be written": (("extract", source, "--out", folder / "file" / "f.h5", *SMALL), 1, "cannot write there"),
         "another recipe": (("extract", source, "--out", store, *SMALL[:4], "--image-size", "48"), 2, "height: 32 -> 48"),
-        "other images": (("extract", one, "--out", store, *SMALL), 2, "another --out, or --overwrite"),
+        "other images": (("extract", one, "--out", store, *SMALL), 2, "choose another --out or add --overwrite"),
         "no store": (("train-head", other), 1, "no such feature store"),
         "a text for a store": (("inspect", folder / "text.weights.h5"), 3, "not a readable feature store"),
         "unknown head": (("train-head", store, "--head", "logisitc", "--runs", folder / "r"), 2, "did you mean 'logistic'"),

@@ -221,7 +221,7 @@ def test_a_store_keeps_its_views_without_being_told(source: Path, out: Path, cap
     network = PixelNetwork()
     with caplog.at_level(logging.INFO, "features.extraction.planning"):
         assert extract(source, out, network).written is False
-    assert f"{out}: keeps its 3 views, though 1 are asked for" in caplog.text
+    assert f"{out}: keeps its 3 views, although 1 are requested" in caplog.text
     assert views_of(source, out, 2, network, seed=9).written is False
     assert (network.batches, out.read_bytes()) == ([], before)
     Image.fromarray(np.random.default_rng(1).integers(0, 256, (9, 9, 3)).astype(np.uint8)).save(source / "cat/new.png")
@@ -236,11 +236,11 @@ def test_views_drawn_in_another_way_are_refused(source: Path, out: Path) -> None
     other = AugmentSpec(horizontal_flip=True, rotation_degrees=15, fill="nearest")
     with pytest.raises(
         ConfigurationError,
-        match=r"views drawn in another way \(augmentation.fill: reflect -> nearest; augmentation.rotation_degrees: "
-        r"36.0 -> 15.0\)\. Leave --views and --augment out to keep them",
+        match=r"views with another augmentation \(augmentation.fill: reflect -> nearest; augmentation.rotation_degrees: "
+        r"36.0 -> 15.0\)\. Omit --views and --augment to keep them",
     ):
         views_of(source, out, 2, network, other)
-    with pytest.raises(ConfigurationError, match=r"drawn in another way \(seed: 0 -> 7\)"):
+    with pytest.raises(ConfigurationError, match=r"with another augmentation \(seed: 0 -> 7\)"):
         views_of(source, out, 2, network, PRESETS["flip-rotation"], seed=7)
     assert (network.batches, out.read_bytes()) == ([], before)
     replaced = views_of(source, out, 3, network, other, overwrite=True).store

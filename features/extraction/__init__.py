@@ -1,6 +1,7 @@
-"""Stage one: decide what is missing, make it in shards, assemble the store. Imports every other room.
+"""Stage one: find out which features are missing, compute them in shards, and assemble the store.
 
     plan (writes nothing) -> shards (read | infer | write) -> journal -> assembly -> store
 
-Use ``Extraction``, ``prepare``, ``extract_features`` and ``pack_store`` of ``extraction``, and ``ExtractionOptions``.
+Callers use ``Extraction``, ``prepare``, ``extract_features`` and ``pack_store`` of ``extraction``, and
+``ExtractionOptions``. This room imports every other room.
 """

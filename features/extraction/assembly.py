@@ -1,10 +1,10 @@
-"""Make a finished store of known rows.
+"""Assemble the finished store from rows that already exist.
 
-    image set + known rows --assemble()--> features.h5, all rows in it, or an index of the shards that hold them
-    index + shards --pack()--> features.h5, all rows in it
+    image set + known rows --assemble()--> features.h5 with all rows, or an index of the shards that contain them
+    index + shards --pack()--> features.h5 with all rows
 
-Splits and labels are decided here, from the source and the content hashes. Rows come in blocks, so memory does
-not grow with the number of images.
+Splits and labels are decided here, from the source and the content hashes. Rows are copied in blocks, so the memory
+needed does not grow with the number of images.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ BLOCK_BYTES = 4 << 20
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What a finished store says beside its features, as ``FeatureStore`` has it.
+    """Everything that a finished store contains apart from its features; the fields are named as in ``FeatureStore``.
 
     Parameters
     ----------
@@ -44,13 +44,13 @@ class Contents:
     quarantine : Quarantine
         The images that could not be read.
     classes : tuple of str
-        Names by label.
+        Class names, in the order of the labels.
     source : str
         Description of the image source.
     split_rule : str
-        How images without a given split got theirs.
+        How images without a given split were assigned to one.
     provenance : dict
-        What made the features, and from what.
+        How the features were made: engine, batch size, network, weights, root of the source, and so on.
     """
 
     images: ImageTable
@@ -64,17 +64,17 @@ class Contents:
 def table_of(
     images: ImageSet, identities: Sequence[Identity], rule: SplitRule, *, strict: bool = False
 ) -> tuple[ImageTable, Quarantine]:
-    """Split the images into rows and quarantine, and give each row its split.
+    """Separate the images into readable rows and quarantine, and assign each row to a split.
 
     Raises
     ------
     SourceError
-        If no image could be read; with ``strict``, if the same bytes lie in two splits.
+        If no image could be read; with ``strict``, if the same bytes are found in two splits.
     """
     good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
     bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
     if not len(good):
-        first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there is none"
+        first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there are none"
         raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
     sha256 = digest_rows(identities[index].sha256 for index in good)
     groups = None if images.groups is None else tuple(images.groups[index] for index in good)
@@ -96,9 +96,9 @@ def table_of(
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
         pairs = "; ".join(f"{printable(first)} = {printable(second)}" for first, second in leaks[:10])
-        message = f"leakage: {len(leaks)} images lie in two splits with the same bytes: {pairs}"
+        message = f"leakage: {len(leaks)} images are in two splits with the same bytes: {pairs}"
         if strict:
-            raise SourceError(f"{message}. Remove one of each pair, or leave --strict out; nothing was written.")
+            raise SourceError(f"{message}. Remove one of each pair, or omit --strict; nothing was written.")
         logger.warning("%s", message)
     quarantine = Quarantine(
         paths=tuple(images.paths[index] for index in bad),
@@ -111,7 +111,7 @@ def table_of(
 
 
 def is_current(plan: Plan, contents: Contents) -> bool:
-    """Whether the store already says all this, so that nothing has to be written."""
+    """Whether the existing store already has these contents, so that nothing needs to be written."""
     store = plan.old
     return (
         store is not None
@@ -128,9 +128,9 @@ def is_current(plan: Plan, contents: Contents) -> bool:
 
 
 def assemble(out: Path, plan: Plan, contents: Contents, progress: Progress | None = None) -> None:
-    """Write the store from the rows that a plan knows; ``out`` is whole or as it was before.
+    """Write the store from the known rows of a plan; on an error, ``out`` stays as it was before.
 
-    In the sharded layout it becomes an index, which holds the place of every row in the shards.
+    In the sharded layout, ``out`` becomes an index, which contains the place of every row in the shards.
 
     Raises
     ------
@@ -159,7 +159,7 @@ def assemble(out: Path, plan: Plan, contents: Contents, progress: Progress | Non
 
 
 def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> None:
-    """Copy a store into one file, block by block; ``out`` is whole or as it was before.
+    """Copy a store into one file, block by block; on an error, ``out`` stays as it was before.
 
     Raises
     ------
@@ -214,18 +214,18 @@ def _rows_of_block(spec: FeatureSpec) -> int:
 def _index(
     known: KnownRows, places: Mapping[str, Sequence[Sequence[Location]]]
 ) -> tuple[dict[str, list[np.ndarray]], ShardTable]:
-    """The place of every row in the shards, and the shards that are used."""
+    """Return the place of every row in the shards, by feature set, and the table of the shards that are used."""
     digests: dict[str, bytes] = {}
     for source in known.sources:
         shards = {source.path.stem: source.digest}
         if source.kind == "index":
             shards = dict(zip(source.shards.names, map(bytes, source.shards.digests), strict=True))
         if any(digests.setdefault(name, digest) != digest for name, digest in shards.items()):
-            raise IntegrityError(f"{source.path}: one of its shards has the name of another. Nothing was written.")
+            raise IntegrityError(f"{source.path}: two different shards have the same name. Nothing was written.")
     names = sorted(digests)
     number_of = {name: number for number, name in enumerate(names)}
     found = {}
-    for data_set, by_view in places.items():
+    for name, by_view in places.items():
         result = np.empty((len(by_view[0]), len(by_view), 3), PLACE)
         for view, locations in enumerate(by_view):
             wanted = np.array(locations, dtype=np.int64)
@@ -236,10 +236,10 @@ def _index(
                     shard, row = number_of[source.path.stem], wanted[here, 1]
                     result[here, view] = np.stack(np.broadcast_arrays(shard, row, position), axis=-1)
                 else:
-                    before = source.places(data_set)[wanted[here, 1], position]
-                    renumbered = np.array([number_of[name] for name in source.shards.names], PLACE)
+                    before = source.places(name)[wanted[here, 1], position]
+                    renumbered = np.array([number_of[shard] for shard in source.shards.names], PLACE)
                     result[here, view] = np.column_stack([renumbered[before[:, 0]], before[:, 1:]])
-        found[data_set] = result
+        found[name] = result
     used = np.unique(np.concatenate([result[..., 0].reshape(-1) for result in found.values()]))
     for result in found.values():
         result[..., 0] = np.searchsorted(used, result[..., 0])
@@ -255,8 +255,8 @@ def _places(
         place = known.locate(cell, sha256)
         if place is None:
             raise IntegrityError(
-                f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. It was "
-                "changed while its size and time stayed, or during the run: run again with --rehash."
+                f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. "
+                "The file changed during the run, or without a change of size and time. Run again with --rehash."
             )
         places.append(place)
     return places

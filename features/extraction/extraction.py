@@ -1,4 +1,4 @@
-"""Stage one as a library: images in, a finished feature store out.
+"""Stage one as a library: from images to a finished feature store.
 
 scan -> resolve network -> plan -> shards (read | infer | write) -> table -> assemble -> features.h5
 """
@@ -37,7 +37,19 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionResult:
-    """A finished store, what was done for it, and how many views of images went through the network."""
+    """The result of one extraction.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The finished store.
+    counts : Counter
+        Number of images by what was done with them; see ``Plan``.
+    inferred : int
+        Number of views that went through the network.
+    written : bool
+        Whether the store was written; False if it was already up to date.
+    """
 
     store: FeatureStore
     counts: Counter[str]
@@ -47,14 +59,14 @@ class ExtractionResult:
 
 @dataclasses.dataclass
 class _Done:
-    """What this run has made so far."""
+    """Views and engines of the shards that this run has made so far."""
 
     inferred: int = 0
     engines: set[str] = dataclasses.field(default_factory=set)
 
     def add(self, made: MadeShard, shard: FeatureStore) -> None:
         self.inferred += len(shard) * len(made.record.views)
-        self.engines |= {made.engine} - {""}  # no engine was needed where no image could be read
+        self.engines |= {made.engine} - {""}  # a shard without readable images needs no engine
 
 
 class Extraction:
@@ -63,16 +75,17 @@ class Extraction:
     Parameters
     ----------
     images : ImageSet
-        The source as scanned.
+        The scanned source.
     network : Network
-        What makes features: ``recipes``, ``row_bytes`` and ``engine(recipes, batch_size=, device=)``.
+        The network that computes the features: ``recipes``, ``row_bytes`` and
+        ``engine(recipes, batch_size=, device=)`` are used.
     out : Path
-        The store to make or bring up to date.
+        The store to create or update.
     options : ExtractionOptions
-        What is asked for. The network is found already: of its options only ``device`` and, for the workers of a
-        cluster, ``engine`` are read.
+        The options. Because the network has been found already, only ``device`` and, for the workers of a cluster,
+        ``engine`` are read of its options.
     run_shards : callable, optional
-        What makes the shards; this process without it. See ``features.extraction.running.ShardRunner``.
+        Makes the shards; by default in this process. See ``features.extraction.running.ShardRunner``.
     """
 
     def __init__(
@@ -90,13 +103,13 @@ class Extraction:
         self._checked: dict[str, Any] | None = None
 
     def plan(self) -> Plan:
-        """What would be done. Reads; writes nothing."""
+        """Find out what would be done; this only reads and writes nothing."""
         self.parts.read()
         with ThreadPoolExecutor(self.workers) as readers:
             return make_plan(self.images, self.network, self.out, self.parts, self.options, readers)
 
     def forecast(self, plan: Plan) -> Forecast | None:
-        """What a plan will take, from a measurement of a few batches; None if there is nothing to infer."""
+        """Forecast time and space for a plan from a few measured batches; None if there is nothing to compute."""
         if not plan.specs:
             return None
         with ThreadPoolExecutor(self.workers) as decoders:
@@ -106,7 +119,7 @@ class Extraction:
         return Work(plan.specs, self.parts.path, self.images, self.network, self.options)
 
     def run(self, progress: Progress | None = None) -> ExtractionResult:
-        """Compute what is missing and bring the store up to date.
+        """Compute what is missing and update the store.
 
         Parameters
         ----------
@@ -116,11 +129,12 @@ class Extraction:
         Raises
         ------
         LockedError
-            If another process writes the same store.
+            If another process is writing the same store.
         TooManyUnreadableError
-            If more images than allowed are unreadable; the store is written all the same.
+            If more images than allowed are unreadable. A new or overwritten store is written nevertheless; an existing
+            one stays as it was.
         KeyboardInterrupt
-            After the shards in flight were finished; the next run goes on from there.
+            After Ctrl-C, once the shards in flight are finished; the next run resumes from there.
         """
         writable_folder(self.out.parent)
         with locked(self.out):
@@ -136,9 +150,9 @@ class Extraction:
                 result = self._finish(plan, done, progress)
             finally:
                 if self.parts.path.exists() and not self.parts.records and not self.parts.any_shard():
-                    self.parts.remove()  # nothing was computed: leave nothing behind
+                    self.parts.remove()  # nothing was computed, so the folder is not needed
             if result.store.kind == "index":
-                # Those of the state before stay for one run more: it may have readers.
+                # The shards of the previous index stay for one more run, because it may still have readers.
                 before = plan.old.shards.names if plan.old is not None else ()
                 self.parts.keep({*result.store.shards.names, *before} & self.parts.records.keys())
             else:
@@ -174,7 +188,7 @@ class Extraction:
             readable = [row for row, identity in enumerate(identities) if identity.reason is None]
             self._checked = self._check_precision(some_rows(self.images.labels, readable, self.options.check_precision))
         if plan.old is not None and not self.options.overwrite:
-            self._check_unreadable([identity.reason for identity in identities], f"{self.out} is as it was before")
+            self._check_unreadable([identity.reason for identity in identities], f"{self.out} was not changed")
         table, quarantine = table_of(self.images, identities, self.options.rule, strict=self.options.strict)
         contents = Contents(
             images=table,
@@ -221,8 +235,8 @@ class Extraction:
         if count > self.options.max_unreadable * len(reasons):
             listed = ", ".join(f"{number} {reason}" for reason, number in refused.most_common())
             raise TooManyUnreadableError(
-                f"{count} of {len(reasons)} images are unreadable ({listed}); at most {self.options.max_unreadable:.0%} are "
-                f"allowed; {outcome}. The warnings above name them. Repair them and run again, or allow more with "
+                f"{count} of {len(reasons)} images are unreadable ({listed}), at most {self.options.max_unreadable:.0%} "
+                f"are allowed; {outcome}. The warnings above name them. Repair them and run again, or allow more with "
                 "--max-unreadable."
             )
 
@@ -230,23 +244,23 @@ class Extraction:
 def prepare(
     images: str | Path, out: str | Path, options: ExtractionOptions, *, run_shards: ShardRunner = run_here
 ) -> Extraction:
-    """Find images and network by name.
+    """Scan the images, find the network, and return the extraction.
 
     Parameters
     ----------
     images : str or Path
-        Image source, see ``features.sources.scan.scan``.
+        The image source; see ``features.sources.scan.scan``.
     out : str or Path
-        The store.
+        The store to create or update.
     options : ExtractionOptions
-        What is asked for.
+        The options.
     run_shards : callable, optional
-        As of ``Extraction``.
+        Makes the shards; see ``Extraction``.
 
     Raises
     ------
     SourceError, ConfigurationError, WeightsError
-        For images, names or weights that cannot be used.
+        If the images, a name or the weights cannot be used.
     """
     from features.networks.network import resolve_network
 
@@ -257,14 +271,14 @@ def prepare(
 def extract_features(
     images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any
 ) -> FeatureStore:
-    """Push every image of a source through a frozen network once and keep the features.
+    """Compute the features of all images of a source with a frozen network, and keep them in a store.
 
     Parameters
     ----------
     images : str or Path
         Folder of class folders, archive, manifest, arrays or ``"sample:digits"``; see ``features.sources.scan.scan``.
     out : str or Path
-        The HDF5 file; brought up to date if it exists.
+        The HDF5 file; if it exists, only what is missing is computed.
     progress : callable, optional
         Called with ``(stage, done, total)``.
     **options
@@ -279,14 +293,14 @@ def extract_features(
 
 
 def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Progress | None = None) -> FeatureStore:
-    """Turn a sharded store into one file.
+    """Turn a sharded store into a single file, the packed layout.
 
     Parameters
     ----------
     path : str or Path
         The store.
     out : str or Path, optional
-        Another file to write; without it the store itself is replaced, and its shards are removed.
+        Another file to write. By default the store itself is replaced, and its shards are removed.
     progress : callable, optional
         Called with ``(stage, done, total)``.
 
@@ -300,8 +314,8 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
     path = behind_link(Path(path))
     target = path if out is None else behind_link(Path(out))
     if target != path and target.exists():
-        raise StoreError(f"{target}: exists already. Give another --out, or remove it.")
-    FeatureStore.open(path)  # whether it is one, before anything is made beside it
+        raise StoreError(f"{target}: exists already. Choose another --out, or remove the file.")
+    FeatureStore.open(path)  # fails if it is not a store, before anything is created beside it
     writable_folder(target.parent)
     with locked(path), locked(target) if target != path else contextlib.nullcontext():
         sweep(target)
@@ -312,14 +326,14 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
             parts = PartsFolder(parts_folder(path))
             parts.read()
             unused = {name for name, record in parts.records.items() if record.kept or name in store.shards.names}
-            parts.drop(unused)  # not those of an unfinished extraction
+            parts.drop(unused)  # the shards of an unfinished extraction stay
             if not parts.records:
                 parts.remove()
     return FeatureStore.open(target)
 
 
 def _settled(plan: Plan) -> list[Identity]:
-    """Identity of every image, from what was known before and from the shards just made."""
+    """Return the identity of every image, from what was known before and from the shards just made."""
     images = plan.images
     columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), plan.identities, strict=True)
     settled = []
@@ -327,6 +341,6 @@ def _settled(plan: Plan) -> list[Identity]:
         if identity is None or plan.known.is_fresh(path):
             identity = plan.known.identity(path, size, mtime)
         if identity is None:
-            raise StoreError(f"{printable(path)}: no shard holds it, though one was planned")
+            raise StoreError(f"{printable(path)}: planned, but in no shard. Run the same command again.")
         settled.append(identity)
     return settled

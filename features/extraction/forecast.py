@@ -1,4 +1,4 @@
-"""What an extraction will take, from a short measurement on its own first images.
+"""Forecast the time and space that an extraction needs, by measuring a few batches of its own images.
 
 plan -> decode and infer a few batches -> seconds, bytes on disk, bytes in memory
 """
@@ -21,23 +21,23 @@ from features.machine import peak_memory
 from features.pixels.batches import loaded
 from features.pixels.views import DecodedViews
 
-MEASURED_BATCHES = 3  # the first one, which compiles the network, is not counted
+MEASURED_BATCHES = 3  # the first one is not counted, because it compiles the network
 
 
 @dataclasses.dataclass(frozen=True)
 class Forecast:
-    """Expected cost of a plan.
+    """Expected time and space of a plan.
 
     Parameters
     ----------
     images_per_second : float
-        Decoding and inference together, all views of an image, as measured.
+        Measured rate of decoding and inference together, counting an image once with all its views.
     seconds : float
-        For all images of the plan, without start-up.
+        Time for all images of the plan, without start-up.
     disk_bytes : int
-        Most disk space that is needed at one time: shards of new rows and the store assembled from them.
+        Peak disk space in bytes: the shards of new rows, and the store assembled from them.
     memory_bytes : int
-        Most memory of the process, 1 GiB = 2^30.
+        Peak memory of the process in bytes.
     """
 
     images_per_second: float
@@ -47,16 +47,16 @@ class Forecast:
 
 
 def forecast(plan: Plan, work: Work, decoders: Executor) -> Forecast:
-    """Measure a few batches and multiply.
+    """Measure a few batches and extrapolate to the whole plan.
 
     Parameters
     ----------
     plan : Plan
-        With at least one shard to make.
+        A plan with at least one shard to make.
     work : Work
-        The same shards, and what makes them.
+        The shards of the plan, with their images and network.
     decoders : Executor
-        Threads that read and decode.
+        Threads that read and decode images.
     """
     spec, read, batch_size = plan.specs[0], work.reader(), work.options.batch_size
     infer = work.engine(spec.recipes)
@@ -71,7 +71,7 @@ def forecast(plan: Plan, work: Work, decoders: Executor) -> Forecast:
     decoding = (time.perf_counter() - started) / (len(paths) * len(spec.views))
     decoded = [pixels for item in outcomes if not isinstance(item, UnreadableImageError) for pixels in item.pixels]
     inference = _seconds_per_picture(infer, decoded, batch_size)
-    # A GPU leaves the processors to decoding: then the slower of both counts.
+    # With a GPU, decoding and inference overlap fully, so only the slower of the two counts.
     separate_device = getattr(infer, "device", "cpu") != "cpu"
     each = max(decoding, inference) if separate_device else decoding + inference
     seconds, row_bytes = each * plan.passes, work.network.row_bytes
@@ -87,7 +87,7 @@ def _seconds_per_picture(infer: Infer, pictures: Sequence[np.ndarray], batch_siz
     batches = [np.stack(pictures[start : start + batch_size]) for start in range(0, len(pictures), batch_size)]
     if not batches:
         return 0.0
-    infer(batches[0])  # compiles
+    infer(batches[0])  # compiles the network
     counted = batches[1:] or batches
     started = time.perf_counter()
     for batch in counted:

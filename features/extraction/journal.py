@@ -1,6 +1,6 @@
-"""The shards of one store on disk, and the journal that says which of them are finished.
+"""The folder of a store's shards, and the journal that records which of them are finished.
 
-finished shard --commit()--> one JSON line, durable --shards()--> opened again by the next run
+finished shard --commit()--> one JSON line on disk --shards()--> opened again by the next run
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ JOURNAL_VERSION = 1
 
 
 class PartsFolder:
-    """The shards of an unfinished extraction, or of a sharded store, and their journal, one JSON line each.
+    """The folder that holds the shards of an unfinished extraction or of a sharded store, and their journal.
 
-    A torn last line, a missing shard or one whose checksum differs costs that shard and nothing else; a shard
-    that was renamed into place but not entered before a crash is found again. Files of other names are not ours.
+    The journal has one JSON line per shard. An incomplete last line, a missing shard or a wrong checksum costs only
+    the shard concerned. A shard file that a crash kept out of the journal is found again by its name. Files with
+    other names than those of shards are left alone.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,7 +36,7 @@ class PartsFolder:
         self.records: dict[str, ShardRecord] = {}
 
     def read(self) -> None:
-        """Look what is there, and change nothing: the journal, and shards that it lacks."""
+        """Read the journal, and find shard files that it lacks; nothing is changed on disk."""
         self.records = {}
         lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
         for record in filter(None, map(_parse_record, lines)):
@@ -46,14 +47,14 @@ class PartsFolder:
                 self.records[found.identity] = found
 
     def open(self) -> None:
-        """Make the folder ready for new shards: left-over temporary files go, what was found is in the journal."""
+        """Create the folder, remove left-over temporary files, and write a journal of all shards found."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._sweep()
         self._rewrite()
 
     def commit(self, record: ShardRecord) -> None:
-        """Enter one finished shard; durable when this returns."""
+        """Add a finished shard to the journal; when this returns, the line is on disk (fsync)."""
         with writing(self.journal), open(self.journal, "ab") as stream:
             stream.write(_record_line(record))
             stream.flush()
@@ -61,19 +62,24 @@ class PartsFolder:
         self.records[record.identity] = record
 
     def shards(self, *, known: Collection[str] = ()) -> Iterator[tuple[ShardRecord, FeatureStore]]:
-        """Open every committed shard whose checksum holds; one that does not is left out with a warning.
+        """Open every committed shard with the right checksum; the others are dropped with a warning.
 
         Parameters
         ----------
         known : collection of str
-            Shards to leave out: those that the index of the store vouches for.
+            Names of shards to leave out, because the index of the store already covers them.
+
+        Raises
+        ------
+        IntegrityError
+            If a shard holds other views than the journal says.
         """
         for identity, record in list(self.records.items()):
             if identity in known:
                 continue
             path = shard_path(self.path, identity)
             if file_digest(path) != record.sha256:
-                logger.warning("%s is damaged (checksum differs); its images are computed again", path)
+                logger.warning("%s is damaged (its checksum differs); its images are computed again", path)
                 del self.records[identity]
                 continue
             shard = FeatureStore.open_shard(path)
@@ -82,14 +88,14 @@ class PartsFolder:
             yield record, shard
 
     def drop(self, identities: Collection[str]) -> None:
-        """Remove these shards."""
+        """Delete the files of these shards and forget their records."""
         for identity in identities:
             shard_path(self.path, identity).unlink(missing_ok=True)
             self.records.pop(identity, None)
 
     def keep(self, identities: Collection[str]) -> None:
-        """Remove every shard but these, and note that a sharded store needs them."""
-        self._sweep()  # other machines may have died while this one was at work
+        """Delete all shards but these, and record in the journal that a sharded store needs them."""
+        self._sweep()  # removes temporary files of other machines that were killed meanwhile
         if set(self.records) == set(identities) and all(record.kept for record in self.records.values()):
             return
         self.drop([path.stem for path in self._files() if path.stem not in identities])
@@ -97,16 +103,16 @@ class PartsFolder:
         self._rewrite()
 
     def remove(self) -> None:
-        """Remove shards, journal and folder. The journal goes first, so that a crash in between leaves orphans only."""
+        """Remove journal, shards and folder; the journal first, so that a crash meanwhile leaves no wrong records."""
         for name in [self.journal, *self._files(), *self.path.glob(".*.tmp")]:
             name.unlink(missing_ok=True)
         if self.path.exists() and any(self.path.iterdir()):
-            logger.warning("%s holds files that are not ours; it is left", self.path)
-        elif self.path.exists() and not self.path.is_symlink():  # a link may lead to a disk of its own
+            logger.warning("%s is not removed, because it contains other files", self.path)
+        elif self.path.exists() and not self.path.is_symlink():  # a link may lead to another disk and is kept
             self.path.rmdir()
 
     def any_shard(self) -> bool:
-        """Whether a shard lies there, entered or not."""
+        """Whether the folder contains a shard file, in the journal or not."""
         return bool(self._files())
 
     def _files(self) -> list[Path]:
@@ -127,7 +133,7 @@ def _record_line(record: ShardRecord) -> bytes:
 
 
 def _parse_record(line: bytes) -> ShardRecord | None:
-    """A record as it was written; None for a line torn by a crash, whose shard is found again by its file."""
+    """Parse a line of the journal; None if a crash cut the line short (its shard is then found by its file)."""
     try:
         values = json.loads(line)
         if values.pop("version") != JOURNAL_VERSION:

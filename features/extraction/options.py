@@ -1,4 +1,4 @@
-"""The options of one extraction, declared once: those of its network, and what is made of which images in what way."""
+"""The options of an extraction, declared in one place: those of the network, and those of the extraction itself."""
 
 from __future__ import annotations
 
@@ -15,47 +15,46 @@ LAYOUTS = ("packed", "sharded")
 
 @dataclasses.dataclass(frozen=True)
 class ExtractionOptions(NetworkOptions):
-    """What one extraction is asked for, beside its images and its store. It begins with the fields of ``NetworkOptions``.
+    """The options of one extraction, in addition to the fields of ``NetworkOptions``.
 
     Parameters
     ----------
     views : int
-        Views of each image, 1-1000; view 0 is the plain image. A store keeps those it has beyond them.
+        Views per image, 1-1000; view 0 is the plain image. A store that already has more views keeps them.
     augment : str or AugmentSpec
-        From what the other views are drawn: the name of a preset, or ranges.
+        Augmentation of views 1 and above: the name of a preset, or ranges.
     split : str
-        How images without a given split get theirs: ``"hash"`` or ``"stratified"``, with fractions behind a colon; see
-        ``SplitRule``.
+        How images without a given split are assigned to one: ``"hash"`` or ``"stratified"``, followed by a colon and
+        the fractions; see ``SplitRule``.
     seed : int
-        Seed of the views and of the split.
+        Random seed of the views and of the split.
     target : str, optional
-        The manifest's column that holds the label, noted for later stages.
+        Column of the manifest that holds the label; it is recorded in the store for later stages.
     batch_size : int
-        Pictures of one forward pass, 1-4096.
+        Views per forward pass, 1-4096.
     shard_rows : int, optional
-        Images of one shard, 1-1,048,576; about 64 MiB of features without it.
+        Images per shard, 1-1,048,576. Default: as many as make about 64 MiB of features.
     workers : int, optional
-        Threads that read and decode, 1-1024; the processors of this process without it.
+        Threads that read and decode images, 1-1024. Default: the number of processor cores of this process.
     max_unreadable : float
-        Largest share of unreadable images, 0-1.
+        Largest fraction of images that may be unreadable, 0-1.
     overwrite : bool
         Allow a store of another recipe or of other images to be replaced.
     rehash : bool
-        Read every image again, also those whose size and time are unchanged.
+        Read and hash every image again, even if its size and modification time are unchanged.
     strict : bool
-        Refuse the same bytes in two splits, which is otherwise warned about.
+        Raise an error, instead of a warning, if the same bytes are found in two splits.
     layout : {"packed", "sharded"}, optional
-        One file, or an index of shards that stay where they were made. Without it: that of the store as it is, packed
-        for a new one.
+        One file, or an index of shards that remain separate files. Default: the layout of the existing store;
+        packed for a new one.
     check_precision : int
-        Compare so many images with float32, 0-100,000, and keep what was found in the store; see
+        Number of images to compare with float32, 0-100,000; the result is recorded in the store, see
         ``features.extraction.precision``.
 
     Raises
     ------
     ConfigurationError
-        For a value that is none of the choices or out of its range, and for views without an augmentation or the other
-        way round.
+        If a value is not one of the choices or is out of range, or if only one of ``views`` and ``augment`` is given.
     """
 
     views: int = 1
@@ -85,27 +84,30 @@ class ExtractionOptions(NetworkOptions):
         check_range("check precision", self.check_precision, 0, 100_000)
 
     def _check_views(self) -> None:
-        """Views and augmentation are given together: one without the other would make copies, or nothing."""
+        """Raise ``ConfigurationError`` unless views and augmentation are given together or not at all.
+
+        More views without an augmentation would be copies, and an augmentation without more views has no effect.
+        """
         check_range("views", self.views, 1, 1000)
         plain = self.augmentation.is_plain
         if self.views > 1 and plain:
             presets = ", ".join(name for name, spec in PRESETS.items() if not spec.is_plain)
             raise ConfigurationError(
-                f"views: received {self.views}, which without an augmentation would all be the plain image. Add "
+                f"views: received {self.views}, but without an augmentation all views would be the plain image. Add "
                 f"--augment with one of {presets}."
             )
         if self.views == 1 and not plain:
             raise ConfigurationError(
-                f"augment: received {self.augmentation.name}, but one view is the plain image alone. Add --views with 2 "
-                "or more."
+                f"augment: received {self.augmentation.name}, but one view is the plain image only. Add --views with "
+                "2 or more."
             )
 
     @property
     def augmentation(self) -> AugmentSpec:
-        """From what views are drawn."""
+        """How views 1 and above are augmented."""
         return AugmentSpec.parse(self.augment) if isinstance(self.augment, str) else self.augment
 
     @property
     def rule(self) -> SplitRule:
-        """How images without a given split get theirs."""
+        """How images without a given split are assigned to one."""
         return SplitRule.parse(self.split, self.seed)

@@ -1,9 +1,10 @@
-"""Decide what has to be computed; write nothing.
+"""Plan an extraction: find out what has to be computed, without writing anything.
 
     scan + old store + committed shards --make_plan()--> known rows, shard specs, counts
 
-Rows are found by content hash and cell (``Recipe.cell``: fingerprint and view), so a moved, renamed or relabelled
-image costs no inference, and more views or layers cost only theirs. An image whose path, size and modification time are unchanged is not read again.
+Rows are found by content hash and cell (``Recipe.cell``: fingerprint and view), so an image that was moved, renamed or
+relabelled needs no inference, and additional views or layers are computed alone. An image whose path, size and
+modification time are unchanged is not read again.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ if TYPE_CHECKING:
     from features.networks.network import Network
 
 logger = logging.getLogger(__name__)
-Location = tuple[int, int]  # source, row
-Group = tuple[tuple[int, ...], tuple[int, ...]]  # what is missing of an image: numbers of recipes, and views
-VIEW_FIELDS = ("augmentation", "seed")  # what decides views 1 and above, and not view 0
-BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # data sets of one store may differ in these only
+Location = tuple[int, int]  # number of the store or shard in KnownRows.sources, row
+Group = tuple[tuple[int, ...], tuple[int, ...]]  # what is missing of an image: indices of recipes, and views
+VIEW_FIELDS = ("augmentation", "seed")  # fields that affect views 1 and above, but not view 0
+BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # the only fields in which feature sets of one store may differ
 
 
 @dataclasses.dataclass(frozen=True)
 class Identity:
-    """What is known of one image without reading it again: its hash and size in pixels, or why it was refused."""
+    """What is known about an image without reading it again: its sha256 and size in pixels, or why it is unreadable."""
 
     sha256: bytes
     width: int = 0
@@ -49,12 +50,12 @@ class Identity:
 
 
 def cells_of(recipes: Iterable[Recipe], views: Iterable[int]) -> frozenset[Cell]:
-    """All views of all data sets."""
+    """Return the cells of all given views of all given recipes."""
     return frozenset(recipe.cell(view) for recipe, view in itertools.product(recipes, views))
 
 
 class KnownRows:
-    """Rows that exist already, in the old store and in committed shards, found by content hash."""
+    """Rows that already exist in the old store and in committed shards, found by content hash."""
 
     def __init__(self) -> None:
         self.sources: list[FeatureStore] = []
@@ -65,19 +66,19 @@ class KnownRows:
         self.sizes: set[int] = set()
 
     def add(self, store: FeatureStore, views: Sequence[int], *, root: str, fresh: bool = False) -> None:
-        """Make the rows of a store or shard known.
+        """Add the rows of a store or shard.
 
         Parameters
         ----------
         store : FeatureStore
-            Store or shard.
+            The store or shard.
         views : sequence of int
-            The views that its view axis holds.
+            The views on its view axis, in order.
         root : str
-            Where the source lies now. Size and time speak for a file only in the folder where they were noted.
+            Root of the source now. Size and time identify a file only if the store was made from the same root.
         fresh : bool
-            Made in this very run: a file of which no byte could be read is then settled, else it is tried again, as
-            permission, disk or network may have been mended.
+            Whether the shard was made in this run. If not, files that could not be read at all are tried again, because
+            the permission, disk or network may have been repaired.
         """
         same_place = store.provenance.get("root") == root
         if fresh:
@@ -103,24 +104,24 @@ class KnownRows:
             self._by_path[path] = (int(size), int(mtime), Identity(digest.tobytes(), reason=reason))
 
     def path_known(self, path: str) -> bool:
-        """Whether an image of that path has been seen before, whatever its content."""
+        """Whether an image with this path has been seen before, with any content."""
         return path in self._by_path
 
     def is_fresh(self, path: str) -> bool:
-        """Whether an image was read in this very run."""
+        """Whether the image with this path was read in this run."""
         return path in self._fresh
 
     def content_at(self, path: str) -> bytes | None:
-        """Hash of what was last seen under that path."""
+        """Return the sha256 of the content last seen under this path; None if the path is unknown."""
         return self._by_path[path][2].sha256 if path in self._by_path else None
 
     def identity(self, path: str, size: int, mtime_ns: int) -> Identity | None:
-        """Identity of an image whose path, size and time are as they were; None if it has to be read."""
+        """Return the identity of an image with unchanged path, size and time; None if the image has to be read."""
         known = self._by_path.get(path)
         return known[2] if known is not None and known[:2] == (size, mtime_ns) else None
 
     def identity_of_content(self, sha256: bytes) -> Identity | None:
-        """Identity of readable content seen before under any path."""
+        """Return the identity of readable content seen before under any path; None if it is new."""
         for rows in self._rows.values():
             if sha256 in rows:
                 source, row = rows[sha256]
@@ -129,43 +130,43 @@ class KnownRows:
         return None
 
     def locate(self, cell: Cell, sha256: bytes) -> Location | None:
-        """Source and row that hold a cell."""
+        """Find the source and row that contain a cell of an image; None if there are none."""
         for cells, rows in self._rows.items():
             if cell in cells and sha256 in rows:
                 return rows[sha256]
         return None
 
     def view_position(self, source: int, view: int) -> int:
-        """Where a view lies on the view axis of a source."""
+        """Return the index of a view on the view axis of a source."""
         return self._views[source].index(view)
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What an extraction would do.
+    """What an extraction is going to do.
 
     Parameters
     ----------
     images : ImageSet
-        The source as scanned.
+        The scanned source.
     recipes : tuple of Recipe
-        Data sets of the finished store: those asked for and those that it had.
+        Recipes of all feature sets of the finished store: the requested ones and those that it already has.
     views : int
-        Views of every data set.
+        Number of views of every feature set.
     specs : tuple of ShardSpec
-        Shards to make.
+        The shards to make.
     known : KnownRows
-        Rows that exist.
+        The rows that exist already.
     identities : list of Identity or None
-        One per image; None where it has to be read.
+        One per image; None if the image has to be read.
     counts : Counter
-        ``cached moved new changed removed unreadable``, in images.
+        Number of images that are ``cached moved new changed removed unreadable``.
     old : FeatureStore or None
-        The store as it is.
+        The existing store; None if there is none or it is replaced.
     layout : {"packed", "sharded"}
         Whether the finished store is one file, or an index of shards.
     superseded : tuple of str
-        Shards of another recipe, which go when the store is replaced.
+        Names of shards with another recipe, which are deleted when the store is replaced.
     """
 
     images: ImageSet
@@ -181,12 +182,12 @@ class Plan:
 
     @property
     def to_infer(self) -> int:
-        """Images of which something goes through the network (those to be read may yet prove unreadable)."""
+        """Number of images that go through the network; some of them may turn out to be unreadable."""
         return len({path for spec in self.specs for path in spec.paths})
 
     @property
     def passes(self) -> int:
-        """Views of images that go through the network."""
+        """Number of views that go through the network."""
         return sum(len(spec) * len(spec.views) for spec in self.specs)
 
 
@@ -198,28 +199,28 @@ def make_plan(
     options: ExtractionOptions,
     readers: Executor,
 ) -> Plan:
-    """Compare a source with what is already computed.
+    """Compare a source with the features that already exist.
 
     Parameters
     ----------
     images : ImageSet
-        The source.
+        The scanned source.
     network : Network
-        Its ``recipes`` and ``row_bytes`` are read.
+        The network; its ``recipes`` and ``row_bytes`` are used.
     out : Path
-        The store, which may exist.
+        The store, which may exist already.
     parts : PartsFolder
-        Committed shards of an interrupted run.
+        The committed shards of an interrupted run or of a sharded store.
     options : ExtractionOptions
-        What is asked for. A store keeps the views that it has beyond those, and what they are drawn from.
+        The options. A store that has more views than requested keeps them, with their augmentation.
     readers : Executor
         Threads that hash files whose size has been seen before.
 
     Raises
     ------
     ConfigurationError
-        If ``out`` or its shards hold another recipe, or most of its images are missing, without ``overwrite``; if a
-        packed store is to become a sharded one.
+        If, without ``overwrite``, ``out`` or its shards have another recipe, or most images of ``out`` are missing from
+        the source; or if a packed store is to become a sharded one.
     """
     overwrite, views = options.overwrite, options.views
     old = _old_store(out, overwrite=overwrite)
@@ -237,7 +238,7 @@ def make_plan(
     superseded = []
     for record, shard in parts.shards(known=() if old is None else old.shards.names):
         found = cells_of(shard.recipes.values(), record.views)
-        of_this_store = record.kept or overwrite  # or of an earlier state of it
+        of_this_store = record.kept or overwrite  # or belongs to an earlier state of it
         if found <= cells or (of_this_store and found & cells):
             known.add(shard, record.views, root=root)
         elif of_this_store:
@@ -245,7 +246,7 @@ def make_plan(
         else:
             raise ConfigurationError(
                 f"{parts.path}: holds {len(shard)} images of an interrupted extraction with another recipe or more views. "
-                "Run that command again to finish it, give another --out, or --overwrite to drop them."
+                "Run that command again to finish it, choose another --out, or add --overwrite to drop them."
             )
 
     identities, moved = _identities(images, known, readers, rehash=options.rehash)
@@ -263,14 +264,14 @@ def make_plan(
         kept = sum(identity is not None and identity.sha256 in before for identity in identities)
         if not overwrite and 2 * kept < len(old):
             raise ConfigurationError(
-                f"{out}: holds {len(old)} images of {old.source}, and only {kept} of them are in {images.description}. "
-                "If images are missing for a while, bring them back; else give another --out, or --overwrite to go on."
+                f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}. "
+                "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
             )
     return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, layout, tuple(superseded))
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
-    """The store as it is. One that is damaged is an error, or, to be overwritten, as good as none."""
+    """Open the existing store; None if there is none. A damaged one is an error, or None with ``overwrite``."""
     if not out.exists():
         return None
     try:
@@ -283,15 +284,15 @@ def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
     except (IntegrityError, FormatVersionError) as error:
         if not overwrite or out.is_dir():
             raise
-        logger.warning("%s; it is replaced", error)
+        logger.warning("%s; the store is replaced", error)
         return None
 
 
 def _layout(wanted: str | None, old: FeatureStore | None, parts: PartsFolder, out: Path) -> str:
-    """As asked for, or as the store is; shards that were kept belong to a sharded one, even where its index is gone."""
+    """Return the requested layout, else that of the store; kept shards mean sharded, even if the index is lost."""
     if old is not None and old.kind == "store" and wanted == "sharded":
         raise ConfigurationError(
-            f"{out}: is one packed file, which cannot become a sharded store. Give another --out, or leave --layout out."
+            f"{out}: is one packed file, which cannot become a sharded store. Choose another --out, or omit --layout."
         )
     is_sharded = any(record.kept for record in parts.records.values()) if old is None else old.kind == "index"
     return wanted or ("sharded" if is_sharded else "packed")
@@ -300,22 +301,31 @@ def _layout(wanted: str | None, old: FeatureStore | None, parts: PartsFolder, ou
 def _with_what_is_there(
     old: FeatureStore, wanted: Sequence[Recipe], views: int, out: Path
 ) -> tuple[tuple[Recipe, ...], int]:
-    """Data sets and views of the finished store: those asked for and those it has, all drawn from one specification."""
+    """Return the recipes and the number of views of the finished store: the requested ones and those it already has.
+
+    All of them get the same augmentation and seed.
+    """
     names = {recipe.name for recipe in wanted}
     recipes = (*wanted, *(recipe for name, recipe in sorted(old.recipes.items()) if name not in names))
     before = max(old.views(name) for name in old.names)
     drawn = next((item for item in (*wanted, *old.recipes.values()) if item.augmentation is not None), None)
-    if drawn is not None:  # the same for all that have one, as was checked
+    if drawn is not None:  # _same_base has checked that it is the same for all
         recipes = tuple(item.augmented(drawn.augmentation, drawn.seed) for item in recipes)
     if before > views:
-        logger.info("%s: keeps its %d views, though %d are asked for", out, before, views)
+        logger.info("%s: keeps its %d views, although %d are requested", out, before, views)
     return recipes, max(views, before)
 
 
 def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwrite: bool) -> bool:
-    """Whether the old store was made as the new one would be, but for layers and views. Else refuse, or replace it.
+    """Whether rows of the old store can be used, as its recipes differ from ``wanted`` in ``BASE_FIELDS_FREE`` only.
 
-    What views are drawn from is compared only where both sides have views.
+    Augmentation and seed are compared only if both sides have augmented views. False means that the store is replaced,
+    as ``overwrite`` allows.
+
+    Raises
+    ------
+    ConfigurationError
+        If other fields differ, without ``overwrite``.
     """
     differences: dict[str, tuple[object, object]] = {}
     for recipe in wanted:
@@ -336,12 +346,12 @@ def _same_base(old: FeatureStore, wanted: Sequence[Recipe], out: Path, *, overwr
     )
     if all(field.partition(".")[0] in VIEW_FIELDS for field in differences):
         raise ConfigurationError(
-            f"{out}: holds views drawn in another way ({listed}). Leave --views and --augment out to keep them, give "
-            "another --out, or --overwrite to replace the store."
+            f"{out}: holds views with another augmentation ({listed}). Omit --views and --augment to keep them, choose "
+            "another --out, or add --overwrite to replace the store."
         )
     raise ConfigurationError(
-        f"{out}: holds features of another recipe ({listed}). No row of it can be used. "
-        "Give another --out, or --overwrite to replace it."
+        f"{out}: holds features of another recipe ({listed}). No row of it can be reused. "
+        "Choose another --out, or add --overwrite to replace the store."
     )
 
 
@@ -353,11 +363,14 @@ def _short(value: object) -> str:
 def _identities(
     images: ImageSet, known: KnownRows, readers: Executor, *, rehash: bool
 ) -> tuple[list[Identity | None], set[int]]:
-    """Identity of each image without inference, and which of them were found by content only."""
+    """Return the identity of each image as far as it is known, and the indices of images that were moved.
+
+    An image was moved if its content is known, but from another path.
+    """
     columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), strict=True)
     by_path: list[Identity | None] = [known.identity(*column) for column in columns]
     identities: list[Identity | None] = [None if rehash else identity for identity in by_path]
-    # The same content has the same size: a file of a size never seen cannot be one that was moved.
+    # The same content has the same size, so only a file of a known size can be one that was moved.
     sizes = images.sizes.tolist()
     suspects = [i for i, identity in enumerate(identities) if identity is None and sizes[i] in known.sizes]
     moved = set()
@@ -375,7 +388,7 @@ def _hasher(images: ImageSet) -> Callable[[int], bytes | None]:
         try:
             return hashlib.sha256(images.read(index)).digest()
         except UnreadableImageError:
-            return None  # it is read again in a shard, where the refusal is recorded
+            return None  # it is read again for a shard, which records the reason
 
     return content_hash
 
@@ -388,9 +401,9 @@ def _missing(
     identities: Sequence[Identity | None],
     moved: Iterable[int],
 ) -> tuple[dict[Group, list[int]], Counter[str]]:
-    """Images with the same missing cells, in row order: they go into shards together.
+    """Group the images by their missing cells, in row order; each group is made together. Also count the images.
 
-    Views of which the same data sets are missing are made together; so no cell is made that is there.
+    An image is in one group for each set of recipes that lacks some of its views, so no existing cell is made again.
     """
     counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0)
     moved = set(moved)

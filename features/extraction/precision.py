@@ -1,6 +1,6 @@
-"""What half precision costs: the same images in float32, and a head on both.
+"""Measure the effect of half precision: compute some images in float32 too, and train a head on both.
 
-some images -> chosen engine, stored type | Keras, float32 -> relative error, change of a head's accuracy
+some images -> chosen engine, stored type | Keras, float32 -> relative error, accuracy of a head on each
 """
 
 from __future__ import annotations
@@ -34,29 +34,29 @@ def check_precision(
     batch_size: int = 32,
     device: str = "auto",
 ) -> dict[str, Any]:
-    """Compare the chosen precision and stored type with float32.
+    """Compare features in the chosen precision and stored type with features in float32.
 
     Parameters
     ----------
     network : Network
-        What makes the features; its recipes say how they are stored.
+        The network; its recipes determine the precision and the stored type.
     images : ImageSet
-        The source.
+        The scanned source.
     rows : sequence of int
-        Images to compare; see ``some_rows``.
+        Indices of the images to compare; see ``some_rows``.
     decoders : Executor
-        Threads that read and decode.
+        Threads that read and decode images.
     batch_size : int
-        Images of one forward pass; so many are held at a time.
+        Images per forward pass; no more than these are held in memory at a time.
     device : {"auto", "cpu", "gpu"}
-        Where both run.
+        Device that both engines run on.
 
     Returns
     -------
     dict
-        By data set: ``images`` compared; ``relative_error``, that is ||a-b|| / ||b|| over all of them; ``accuracy`` and
-        ``accuracy_float32`` of a logistic head, cross-validated on the same folds, null where no two classes have
-        two images. Features with height and width are averaged over them for the head.
+        For each feature set: ``images``, the number compared; ``relative_error``, which is ||a-b|| / ||b|| over all of
+        them; ``accuracy`` and ``accuracy_float32`` of a logistic head, cross-validated on the same folds, None unless
+        two classes have two images each. For the head, features are averaged over height and width.
     """
     rule = network.recipes[0].pixels
     exact = dataclasses.replace(
@@ -71,7 +71,7 @@ def check_precision(
         try:
             return decode_image(images.read(row), rule).pixels
         except UnreadableImageError:
-            return None  # it was readable a moment ago
+            return None  # the image became unreadable after the extraction
 
     compared: list[int] = []
     for start in range(0, len(rows), batch_size):
@@ -89,7 +89,7 @@ def check_precision(
 
 
 class _Tally:
-    """Differences and pooled features of one data set."""
+    """The running sums of squares and the pooled features of one feature set."""
 
     def __init__(self, dtype: str) -> None:
         self._dtype, self._error, self._scale = dtype, 0.0, 0.0
@@ -112,7 +112,7 @@ class _Tally:
 
 
 def some_rows(labels: np.ndarray, readable: Sequence[int], count: int) -> list[int]:
-    """Rows to compare: readable ones, labelled where there are such, at even distances in their order."""
+    """Choose ``count`` evenly spaced rows to compare, out of the labelled readable ones, or all readable if none is."""
     rows = np.asarray(readable, dtype=np.int64)
     labelled = rows[labels[rows] >= 0]
     rows = labelled if len(labelled) else rows

@@ -1,4 +1,4 @@
-"""Make the shards of a plan: here, in this process, or wherever a ``ShardRunner`` that is given makes them.
+"""Make the shards of a plan, in this process or with another ``ShardRunner``, and check that no row is missing.
 
 specs --runner()--> made shards, as they are finished --Reconciliation--> every planned row once, or an error
 """
@@ -26,26 +26,26 @@ from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
 
 logger = logging.getLogger(__name__)
-SHARDS_IN_FLIGHT = 2  # one is inferred while the other is read
-NAMED = 5  # missing rows that an error lists
+SHARDS_IN_FLIGHT = 2  # one goes through the network while the other is read
+NAMED = 5  # most missing rows that an error lists
 
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """Shards to make, and all that is needed for it.
+    """The shards to make, and everything that is needed to make them.
 
     Parameters
     ----------
     specs : tuple of ShardSpec
-        What to make.
+        The shards to make.
     folder : Path
-        Where shard files go.
+        Folder for the shard files.
     images : ImageSet
-        The source that the specs name images of.
+        The source of the images that the specs name.
     network : Network
-        ``engine(recipes, batch_size=, device=)`` infers.
+        The network; its ``engine(recipes, batch_size=, device=)`` computes the features.
     options : ExtractionOptions
-        How they are made: ``batch_size``, ``workers``, ``device``, ``engine``.
+        The options, of which ``batch_size``, ``workers``, ``device`` and ``engine`` are used.
     """
 
     specs: tuple[ShardSpec, ...]
@@ -55,33 +55,34 @@ class Work:
     options: ExtractionOptions
 
     def engine(self, recipes: Sequence[Recipe]) -> Any:
-        """An engine for these data sets; it knows nothing of views."""
+        """Open an engine for the feature sets of these recipes; views do not matter to it."""
         plain = tuple(recipe.plain for recipe in recipes)
         return self.network.engine(plain, batch_size=self.options.batch_size, device=self.options.device)
 
     def reader(self) -> Callable[[str], bytes]:
-        """Path -> bytes."""
+        """Return a function that takes the path of an image and returns its bytes."""
         index_of = {path: index for index, path in enumerate(self.images.paths)}
         return lambda path: self.images.read(index_of[path])
 
 
 @dataclasses.dataclass(frozen=True)
 class MadeShard:
-    """A shard that lies in the folder: whole as it was planned, or a part of that; and the engine that made it."""
+    """A finished shard in the folder, the planned shard that it covers fully or partly, and the engine's name."""
 
     planned: ShardSpec
     record: ShardRecord
     engine: str
 
 
-# Told how many images more (or, where a machine was lost, fewer) have been dealt with.
+# Called with the number of images finished since the last call; negative if the work of a lost machine is undone.
 Advance = Callable[[int], None]
-# Gives every shard when it is finished. On an error or Ctrl-C it starts no more, gives what was in flight, and raises.
+# Yields every shard when it is finished. After an error or Ctrl-C it starts no more shards, yields those in flight, and
+# then raises.
 ShardRunner = Callable[[Work, Advance], Generator[MadeShard, None, None]]
 
 
 def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
-    """Make shards in this process, few at a time."""
+    """Make the shards in this process, ``SHARDS_IN_FLIGHT`` at a time."""
     read, engine = work.reader(), _LazyEngine(work)
 
     def make(spec: ShardSpec) -> MadeShard:
@@ -105,11 +106,12 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
         except KeyboardInterrupt:
             engine.stop.set()  # after a second Ctrl-C the shards in flight end at their next batch
             raise
-        # Who takes the shards was interrupted instead: those in flight are finished, and the next run finds their files.
+        # If the consumer of this generator is interrupted instead, the shards in flight are finished, and the next run
+        # finds their files.
 
 
 class _LazyEngine:
-    """Build an engine per group of data sets when it is first needed; forward passes overlap only where it allows."""
+    """Engines for groups of feature sets, each built when first needed; calls overlap only if it is ``concurrent``."""
 
     def __init__(self, work: Work) -> None:
         self._work = work
@@ -139,7 +141,10 @@ class _LazyEngine:
 def _bounded(
     pool: ThreadPoolExecutor, function: Callable[[ShardSpec], MadeShard], specs: Sequence[ShardSpec]
 ) -> Iterator[MadeShard]:
-    """Run with few in flight. On an error or Ctrl-C start no more, and hand out what was in flight first."""
+    """Run ``function`` on all specs, ``SHARDS_IN_FLIGHT`` at a time, and yield results as they are finished.
+
+    After an error or Ctrl-C no more are started; the results in flight are yielded before the error is raised.
+    """
     pending: set[Future[MadeShard]] = set()
     queue = iter(specs)
     failure: BaseException | None = None
@@ -167,26 +172,26 @@ def _bounded(
 
 
 class Reconciliation:
-    """The plan is the truth: each planned row comes in exactly one shard, or there is an error that names it.
+    """Check that every planned row arrives in exactly one shard; otherwise an error names the rows.
 
     Parameters
     ----------
     specs : sequence of ShardSpec
-        What was planned. A planned shard may come in parts; the same shard may come twice and counts once.
+        The planned shards. One may arrive as several smaller shards; a shard that arrives twice counts once.
     """
 
     def __init__(self, specs: Sequence[ShardSpec]) -> None:
         self._waiting = {spec.identity: spec for spec in specs}
-        self._partly: dict[str, Counter[str]] = {}  # rows that a planned shard still lacks
+        self._partly: dict[str, Counter[str]] = {}  # the rows that are still missing of a planned shard
         self._seen: set[str] = set()
 
     def enter(self, made: MadeShard, shard: FeatureStore) -> bool:
-        """Check a shard against what was planned; False if it was entered before.
+        """Check a shard against the plan; False if it has arrived before.
 
         Raises
         ------
         IntegrityError
-            If it holds rows, data sets or views that were not planned for it.
+            If the shard contains rows, feature sets or views that were not planned for it.
         """
         planned, record = made.planned, made.record
         if record.identity in self._seen:
@@ -199,9 +204,9 @@ class Reconciliation:
         prints = [recipe.fingerprint for recipe in planned.recipes]
         same = sorted(recipe.fingerprint for recipe in shard.recipes.values()) == sorted(prints)
         if excess or not same or tuple(record.views) != planned.views:
-            what = f"holds {printable(min(excess))}" if excess else "holds data sets or views"
+            what = printable(min(excess)) if excess else "other feature sets or views"
             raise IntegrityError(
-                f"{shard.path}: {what} that was not planned for it. Remove that file and run the same command again."
+                f"{shard.path}: was not planned to hold {what}. Remove that file and run the same command again."
             )
         self._seen.add(record.identity)
         if left - found:
@@ -211,13 +216,13 @@ class Reconciliation:
         return True
 
     def finish(self) -> None:
-        """Raise IntegrityError, naming the first rows, unless every planned row has come."""
+        """Raise ``IntegrityError``, which names the first missing rows, unless every planned row has arrived."""
         if not self._waiting:
             return
         lacking = [self._partly.get(identity, Counter(spec.paths)) for identity, spec in self._waiting.items()]
         paths = [printable(path) for rows in lacking[:NAMED] for path in sorted(rows)[:NAMED]][:NAMED]
         count = sum(rows.total() for rows in lacking)
         raise IntegrityError(
-            f"{count} planned rows are in no shard: {', '.join(paths)}{' and others' if count > len(paths) else ''}. What was "
-            "finished is kept; run the same command again to make them."
+            f"{count} planned rows are in no shard: {', '.join(paths)}{' and others' if count > len(paths) else ''}. "
+            "The finished shards are kept; run the same command again to make the missing rows."
         )

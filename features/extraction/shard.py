@@ -1,10 +1,10 @@
-"""The unit of extraction: a spec names images and recipes, ``extract_shard`` makes one durable shard of them.
+"""Shards, the units of an extraction: a spec names images and recipes, and ``extract_shard`` makes one file of them.
 
     spec -> read bytes -> decode, render views (threads) -> batch -> infer -> rows in memory -> shard file -> record -> journal
 
-A shard's name is derived from its spec, so making it twice gives the same file. Shards lie in a folder beside the
-store (``features.h5.parts/``), entered in a journal (``features.extraction.journal``); assembly
-(``features.extraction.assembly``) copies them into one file, or makes an index of them and they stay.
+The name of a shard is derived from its spec, so making it twice gives the same file. Shards are stored in a folder
+beside the store (``features.h5.parts/``) and recorded in a journal (``features.extraction.journal``). The assembly
+(``features.extraction.assembly``) copies them into one file, or makes an index of them and keeps them.
 """
 
 from __future__ import annotations
@@ -30,31 +30,31 @@ from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_ro
 from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
-SHARD_BYTES = 64 << 20  # rows of one shard, over all its data sets and views
+SHARD_BYTES = 64 << 20  # bytes of one shard over all its feature sets and views
 SHARD_ROWS_MIN, SHARD_ROWS_MAX = 32, 2048
-KILLS_WORKER = "kills-worker"  # reason for an image that was never decoded, because the process that reads it dies
+KILLS_WORKER = "kills-worker"  # reason given for an image that was not decoded, because it kills the worker process
 Infer = Callable[[np.ndarray], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
 class ShardSpec:
-    """What one shard is made of; nothing in it depends on the machine or on other shards.
+    """The specification of one shard; it depends neither on the machine nor on other shards.
 
     Parameters
     ----------
     root : str
-        Where the source lies; paths are relative to it.
+        Root of the image source; paths are relative to it.
     paths : tuple of str
-        Images, in row order, as the source names them.
+        Paths of the images as the source names them, in row order.
     sizes, mtimes_ns : tuple of int
-        File size in bytes and modification time in nanoseconds, as the scan saw them.
+        File size in bytes and modification time in nanoseconds, as found by the scan.
     recipes : tuple of Recipe
-        Feature data sets to make; they share pixel rule, augmentation and seed.
+        Recipes of the feature sets to compute; they share pixel rule, augmentation and seed.
     views : tuple of int
-        Views to make, ascending.
+        Views to compute, ascending.
     attempt : int
-        Sets it apart from a shard of the same images that is there already. Those of equal path, size and time may
-        have other content, and a shard never changes.
+        Distinguishes the shard from an existing shard of the same images: a shard is never changed, but images of the
+        same path, size and time may have new content.
     """
 
     root: str
@@ -69,7 +69,7 @@ class ShardSpec:
         return len(self.paths)
 
     def part(self, start: int, stop: int) -> ShardSpec:
-        """The spec of some of its rows, which has an identity of its own."""
+        """Return the spec of the rows from ``start`` to before ``stop``; it has an identity of its own."""
         columns = {name: getattr(self, name)[start:stop] for name in ("paths", "sizes", "mtimes_ns")}
         return dataclasses.replace(self, **columns)
 
@@ -82,17 +82,17 @@ class ShardSpec:
 
     @property
     def pixels(self) -> PixelRule:
-        """How its images are decoded and resized; all its recipes say the same."""
+        """How the images are decoded and resized; all recipes share this rule."""
         return self.recipes[0].pixels
 
     def render(self, data: bytes, sha256: bytes) -> DecodedViews:
-        """The views of one image, from its bytes and their hash; raises ``UnreadableImageError``."""
+        """Decode the views of one image from its bytes and their sha256; raises ``UnreadableImageError``."""
         recipe = self.recipes[0]
         return decode_views(data, recipe.pixels, recipe.augmentation, seed=recipe.seed, sha256=sha256, views=self.views)
 
     @functools.cached_property
     def identity(self) -> str:
-        """20 hexadecimal digits derived from everything above."""
+        """Name of the shard: 20 hexadecimal digits of the sha256 over all fields."""
         images = [list(row) for row in zip(self.paths, self.sizes, self.mtimes_ns, strict=True)]
         fingerprints = [recipe.fingerprint for recipe in self.recipes]
         return digest_of([self.root, images, fingerprints, list(self.views), self.attempt])[:20]
@@ -119,7 +119,7 @@ class ShardRows:
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """What is known of a finished shard without opening it: name, checksum, views, and whether a store needs it."""
+    """The journal's record of a finished shard: name, sha256, views, and whether a sharded store needs it."""
 
     identity: str
     sha256: str
@@ -128,14 +128,14 @@ class ShardRecord:
 
 
 def rows_per_shard(row_bytes: int, batch_size: int) -> int:
-    """Rows of one shard: about 64 MiB, between 32 and 2048, whole batches.
+    """Return the number of rows per shard: about 64 MiB, between 32 and 2048 rows, in whole batches.
 
     Parameters
     ----------
     row_bytes : int
-        Bytes of one image over all data sets and views.
+        Bytes of one image over all feature sets and views.
     batch_size : int
-        Pictures of one forward pass; a shard of whole batches wastes no padding.
+        Views per forward pass; in a shard of whole batches nothing is wasted on padding.
 
     Examples
     --------
@@ -156,24 +156,24 @@ def extract_shard(
     batch_size: int,
     advance: Callable[[int], None] | None = None,
 ) -> ShardRecord:
-    """Make one shard file in ``folder``. The same spec gives the same rows, however often it is made.
+    """Make one shard file in ``folder``; the same spec always gives the same rows.
 
     Parameters
     ----------
     spec : ShardSpec
-        What to make.
+        The shard to make.
     folder : Path
-        Where the shard file goes, under its identity.
+        Folder for the shard file, which is named after the spec's identity.
     read : callable
-        Path -> bytes; raises ``UnreadableImageError``.
+        Takes a path and returns the bytes of the image, or raises ``UnreadableImageError``.
     infer : callable
-        ``uint8, (n, h, w, 3)`` with n <= batch_size -> ``{data set: float32, (n, ...)}``.
+        Takes ``uint8, (n, h, w, 3)`` with n <= batch_size and returns ``{feature set: float32, (n, ...)}``.
     decoders : Executor
-        Threads that read and decode.
+        Threads that read and decode images.
     batch_size : int
-        Pictures of one forward pass: views of one image or of several.
+        Views per forward pass, of one image or of several.
     advance : callable, optional
-        Told how many images have just been dealt with, all their views.
+        Called with the number of images that have just been finished with all their views.
 
     Raises
     ------
@@ -207,7 +207,7 @@ def infer_shard(
         return spec.render(data, hashes[index])
 
     rows = ShardRows([], {})
-    features: dict[str, np.ndarray] = {}  # views behind each other, image by image
+    features: dict[str, np.ndarray] = {}  # image by image, the views of each in order
     inferred = 0
     for batch in batches(decoders, load, range(len(spec)), spec.pixels, batch_size, views=views):
         rows.refused.extend((index, hashes.get(index, bytes(32)), error) for index, error in batch.refused)
@@ -226,7 +226,7 @@ def infer_shard(
 
 
 def refuse_image(spec: ShardSpec, folder: Path, *, read: Callable[[str], bytes], reason: str) -> ShardRecord:
-    """Make the shard of a single image that is set aside without being decoded: its bytes are hashed and that is all."""
+    """Make the shard of a single image that is quarantined without being decoded; its bytes are only hashed."""
     try:
         sha256, refusal = hashlib.sha256(read(spec.paths[0])).digest(), UnreadableImageError(reason)
     except UnreadableImageError as error:
@@ -235,7 +235,7 @@ def refuse_image(spec: ShardSpec, folder: Path, *, read: Callable[[str], bytes],
 
 
 def _stored(outputs: Mapping[str, np.ndarray], recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
-    """Cast to the stored dtype; a value that is not finite there is an error that names the layer."""
+    """Cast features to the stored dtype; ``ExtractionError`` if a value is not finite in that dtype."""
     result = {}
     for recipe in recipes:
         with np.errstate(over="ignore"):
@@ -255,7 +255,7 @@ def write_shard(spec: ShardSpec, folder: Path, rows: ShardRows) -> ShardRecord:
     good, refused = rows.images, rows.refused
     path = shard_path(folder, spec.identity)
     there = find_shard(path) if path.is_file() else None
-    if there is not None:  # another worker has made it, as this one was thought to be lost: its checksum may be noted
+    if there is not None:  # another worker has replaced this one; the journal may already have its checksum
         return there
     path.unlink(missing_ok=True)  # damaged
     with atomic_file(path, once=True) as temporary:
@@ -295,12 +295,12 @@ def write_shard(spec: ShardSpec, folder: Path, rows: ShardRows) -> ShardRecord:
 
 
 def find_shard(path: Path) -> ShardRecord | None:
-    """The record of a shard file that is not in the journal; None, with a warning, if it cannot be used."""
+    """Read the record of a shard file that the journal lacks; None, with a warning, if the file cannot be used."""
     try:
         shard = FeatureStore.open_shard(path)
         shard.verify()
         views = tuple(int(view) for view in shard.provenance["views"])
         return ShardRecord(path.stem, file_digest(path), views)
     except (StoreError, IntegrityError, OSError, KeyError, TypeError, ValueError) as error:
-        logger.warning("%s is in no journal and is not used (%s)", path, error)
+        logger.warning("%s is not in the journal and cannot be used (%s)", path, error)
         return None
