@@ -12,7 +12,8 @@ import pytest
 from helpers import listing
 
 from features.errors import ConfigurationError, FormatVersionError, HeadError
-from pipeline.heads.classifiers import CLASSIFIERS, SklearnHead, climb, row_space
+from pipeline.heads.classifier_table import CLASSIFIERS
+from pipeline.heads.classifiers import SklearnHead, climb, row_space
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.kinds import Head, load_head, make_head, resolve_pool
 from pipeline.heads.persistence import TRUSTED_TYPES

@@ -1,7 +1,7 @@
 """The kinds of head: heads are made by name here and loaded from files. All implement `pipeline.heads.head.Head`.
 
 `KINDS` has one row per kind. Names of heads are defined in `pipeline.presets`, heads of dense layers in
-`pipeline.heads.dense`, scikit-learn classifiers in `pipeline.heads.classifiers`.
+`pipeline.heads.dense`, heads of scikit-learn classifiers in `pipeline.heads.classifiers`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ from features.canonical import check_choice
 from features.errors import HeadError, RunError
 from features.recipe import POOLINGS
 from pipeline.config import parse
-from pipeline.heads.classifiers import CLASSIFIERS, EstimatorHead, SklearnHead
+from pipeline.heads.classifier_table import CLASSIFIERS
+from pipeline.heads.classifiers import EstimatorHead, SklearnHead
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
 from pipeline.heads.pooling import choose_pool, pooled_width

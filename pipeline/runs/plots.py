@@ -114,15 +114,8 @@ def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
         axes.grid(which="minor", color="white", linewidth=1)
         axes.tick_params(which="minor", length=0)
         for row, column in np.argwhere(table):
-            axes.text(
-                *(column, row, f"{table[row, column]:,}"),
-                **{
-                    "ha": "center",
-                    "va": "center",
-                    "color": ink_on(colours[row, column]),
-                    "size": 9 if count <= 8 else 7,
-                },
-            )
+            style = {"ha": "center", "va": "center", "size": 9 if count <= 8 else 7}
+            axes.text(column, row, f"{table[row, column]:,}", color=ink_on(colours[row, column]), **style)
     return figure
 
 
@@ -142,17 +135,8 @@ def _learning(history: History) -> Any:
             axes.axvline(kept, color=INK, linewidth=0.7, linestyle=":", label=f"lowest, epoch {kept:g}")
         for name in names:
             colour, dash, marker = styles[panels[label][name]]
-            step = max(1, len(epochs) // 12)
-            axes.plot(
-                *(epochs, history[name]),
-                **{
-                    "color": colour,
-                    "linestyle": dash,
-                    "marker": marker,
-                    "markevery": step,
-                    "label": panels[label][name],
-                },
-            )
+            style = {"color": colour, "linestyle": dash, "marker": marker, "markevery": max(1, len(epochs) // 12)}
+            axes.plot(epochs, history[name], label=panels[label][name], **style)
         axes.set_ylabel(label)
         axes.xaxis.get_major_locator().set_params(integer=True)
     first = np.ravel(found)[0]

@@ -163,18 +163,10 @@ def write_run(
             "cv": outcome.cv,
         }
         parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
-        head.save(temporary)
-        text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-        (temporary / "config.yaml").write_text(text, encoding="utf-8")
-        _write_json(temporary / "metrics.json", metrics)
-        noted = {**environment(), "fit_seconds": outcome.seconds, "parameters": count, **(outcome.notes or {})}
-        _write_json(temporary / "environment.json", noted)
-        history, predictions = outcome.history, outcome.predictions
-        _write_csv(temporary / "history.csv", list(history), zip(*history.values(), strict=True))
-        _write_predictions(temporary / "predictions.csv", predictions, head.classes)
-        (temporary / "README.md").write_text(readme(config, metrics, outcome.seconds), encoding="utf-8")
+        _write_files(temporary, outcome, config, metrics, count)
         if plots:
-            plot_run(temporary / "plots", history, predictions.labels, predictions.probabilities, head.classes)
+            rows = outcome.predictions
+            plot_run(temporary / "plots", outcome.history, rows.labels, rows.probabilities, head.classes)
         if prove:
             prove(temporary)
         _publish(temporary, folder)
@@ -189,6 +181,21 @@ def write_run(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+def _write_files(
+    folder: Path, outcome: Outcome, config: Mapping[str, Any], metrics: Mapping[str, Any], parameters: int | None
+) -> None:
+    """Write all files of a run but the network and the plots."""
+    outcome.head.save(folder)
+    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    _write_json(folder / "metrics.json", metrics)
+    noted = {**environment(), "fit_seconds": outcome.seconds, "parameters": parameters, **(outcome.notes or {})}
+    _write_json(folder / "environment.json", noted)
+    _write_csv(folder / "history.csv", list(outcome.history), zip(*outcome.history.values(), strict=True))
+    _write_predictions(folder / "predictions.csv", outcome.predictions, outcome.head.classes)
+    (folder / "README.md").write_text(readme(config, metrics, outcome.seconds), encoding="utf-8")
 
 
 def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:

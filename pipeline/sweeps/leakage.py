@@ -240,14 +240,6 @@ def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None
     if found.found:
         alike = ". So many pairs mean that such images look alike to this network" if found.found > len(store) else ""
         pairs = "; ".join(f"{printable(pair.first)} ~ {printable(pair.second)}" for pair in found.pairs)
-        logger.warning(
-            "%s: %d pairs of near-duplicates are in different splits (cosine of %s at least %g), such as %s%s",
-            *(
-                store.path,
-                found.found,
-                known[0],
-                found.threshold,
-                pairs,
-                (f" ({found.capped})" if found.capped else "") + alike,
-            ),
-        )
+        notes = (f" ({found.capped})" if found.capped else "") + alike
+        text = "%s: %d pairs of near-duplicates are in different splits (cosine of %s at least %g), such as %s%s"
+        logger.warning(text, store.path, found.found, known[0], found.threshold, pairs, notes)
