@@ -219,9 +219,7 @@ def _load_litert(path: Path) -> Runtime:
 
 def _load_openvino(path: Path) -> Runtime:
     core = _openvino().Core()
-    compiled = core.compile_model(
-        str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
-    )  # see the note _F32
+    compiled = core.compile_model(str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # see _F32
     return lambda images: compiled(images)[0]
 
 

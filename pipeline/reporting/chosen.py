@@ -128,7 +128,7 @@ def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | 
         try:
             store = candidate if isinstance(candidate, FeatureStore) else FeatureStore.open(candidate)
             if store.data_digest != features["data_digest"] or features["name"] not in store.names:
-                why = f"{store.path} no longer holds its images and features; give the store that does with --features"
+                why = f"{store.path} no longer holds the run's images and features; give a store that does with --features"
                 continue
             own = (
                 run.config["stage"] == "finetune"
