@@ -9,6 +9,7 @@ are taken up by the next process that adds rows.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -175,8 +176,8 @@ class GrowingStore:
         if self.path.exists():
             self.store = store = FeatureStore.open(self.path)
             self._check_recipe(store)
-            columns = (_as_bytes(store.images.sha256), store.present().tolist())
-            self.rows = {sha256: row for row, (sha256, here) in enumerate(zip(*columns, strict=True)) if here}
+            rows = np.flatnonzero(store.present())
+            self.rows = dict(zip(_as_bytes(store.images.sha256[rows]), rows.tolist(), strict=True))
         return before is not self.store
 
     def _check_recipe(self, store: FeatureStore) -> None:
@@ -273,7 +274,7 @@ def _joined(chosen: Sequence[tuple[ImageTable, np.ndarray]]) -> ImageTable:
 
     sha256 = column("sha256")
     return ImageTable(
-        paths=tuple(path for table, rows in chosen for path in map(table.paths.__getitem__, rows.tolist())),
+        paths=tuple(itertools.chain(*(map(table.paths.__getitem__, rows.tolist()) for table, rows in chosen))),
         sha256=sha256,
         labels=np.full(len(sha256), -1, np.int32),
         splits=np.full(len(sha256), UNLABELLED, np.int8),

@@ -170,7 +170,7 @@ class StoreWriter:
         encoded = [value.encode("utf-8", "surrogateescape") for value in values]
         self._file.require_group(key)
         self._column(f"{key}/utf8", np.frombuffer(b"".join(encoded), dtype="u1"))
-        lengths = np.fromiter((len(text) for text in encoded), dtype="<i8", count=len(encoded))
+        lengths = np.fromiter(map(len, encoded), dtype="<i8", count=len(encoded))
         self._column(f"{key}/ends", np.cumsum(lengths, dtype="<i8"))
 
     def _column(self, key: str, values: np.ndarray) -> None:
