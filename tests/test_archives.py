@@ -11,6 +11,7 @@ import lzma
 import os
 import pickle
 import re
+import shutil
 import struct
 import tarfile
 import warnings
@@ -765,11 +766,14 @@ def assert_same_store(first: ExtractionResult, second: ExtractionResult) -> None
     assert rows(first) == rows(second)
 
 
-@pytest.fixture
-def splits_folder(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def folder_store(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExtractionResult]:
+    """A folder of two splits, and the store of its images."""
+    place = tmp_path_factory.mktemp("splits")
     train = {f"train/{row % 2}/{row:06d}.png": plain_png(pixels(row)) for row in range(20)}
     test = {f"test/{row % 2}/{row:06d}.png": plain_png(pixels(100 + row)) for row in range(9)}
-    return write_folder(tmp_path / "folder", train | test)
+    folder = write_folder(place / "folder", train | test)
+    return folder, extract(folder, place / "folder.h5")
 
 
 def as_npz(folder: Path, path: Path) -> Path:
@@ -809,11 +813,11 @@ def as_manifest(folder: Path, path: Path) -> Path:
     ],
 )
 def test_stage_one_gives_the_same_rows_from_every_source(
-    tmp_path: Path, splits_folder: Path, name: str, make: Callable[[Path, Path], Path]
+    tmp_path: Path, folder_store: tuple[Path, ExtractionResult], name: str, make: Callable[[Path, Path], Path]
 ) -> None:
-    expected = extract(splits_folder, tmp_path / "folder.h5")
+    folder, expected = folder_store
     assert sorted(split for _, split, _ in rows(expected).values()) == [0] * 20 + [2] * 9
-    source = make(splits_folder, tmp_path / name)
+    source = make(folder, tmp_path / name)
     network = MeanNetwork()
     result = extract(source, tmp_path / "f.h5", network)
     assert network.inferred == 29
@@ -824,6 +828,7 @@ def test_stage_one_gives_the_same_rows_from_every_source(
     again = extract(source, tmp_path / "f.h5", network)
     assert (network.inferred, again.written, again.counts["cached"]) == (29, False, 29)
     # the same images from another source, and the same archive made anew, are read and not inferred
+    shutil.copy(expected.store.path, tmp_path / "folder.h5")
     moved = extract(source, tmp_path / "folder.h5", network)
     assert network.inferred == 29
     assert_same_store(moved, expected)

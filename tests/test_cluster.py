@@ -296,6 +296,7 @@ def test_a_poisonous_image_is_found_named_and_set_aside(
     assert len(extraction(source, out, rehash=True).plan().specs) == 1  # unless asked to
 
 
+@pytest.mark.slow
 def test_a_record_that_is_lost_with_its_worker_is_asked_for_again(tmp_path: Path) -> None:
     """Dask makes a task again when the worker that held its result dies, and that may fail: here, by killing too."""
     from distributed.scheduler import KilledWorker

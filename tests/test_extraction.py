@@ -45,7 +45,7 @@ def source(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("workers", [1, 7])
 def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: int) -> None:
     source = paint_folder(tmp_path / "images", {"b": 40, "a": 31, "c": 9})
-    store = extract(source, tmp_path / "f.h5", workers=workers, batch_size=3, shard_rows=7).store
+    store = extract(source, tmp_path / "f.h5", workers=workers, batch_size=3, shard_rows=21).store
     assert store.classes == ("a", "b", "c")
     assert list(store.images.paths) == sorted(store.images.paths)
     assert_rows_are_their_images(store, source)

@@ -263,7 +263,7 @@ def test_one_row_per_class_is_enough_to_fit(name: str) -> None:
 def test_parameter_count() -> None:
     assert shared("logistic", classes=2)[0].parameter_count == 7
     assert shared("ridge", classes=3)[0].parameter_count == 21
-    assert shared("knn")[0].parameter_count is None
+    assert shared("knn", classes=3)[0].parameter_count is None
 
 
 def test_more_neighbours_than_rows_are_refused() -> None:
@@ -313,13 +313,13 @@ def test_a_head_is_trained_before_it_predicts(tmp_path: Path) -> None:
 
 
 def test_features_of_another_shape_are_refused() -> None:
-    head, X = shared("logistic")
+    head, X = shared("logistic", classes=3)
     with pytest.raises(HeadError, match=r"received rows of shape \(5,\), but this head expects \(6,\)"):
         head.predict_proba(X[:, :5])
 
 
 def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
-    head, _ = shared("ridge")
+    head, _ = shared("ridge", classes=3)
     head.save(tmp_path)
     values = json.loads((tmp_path / "head.json").read_text())
     assert list(values) == HEAD_KEYS
@@ -344,14 +344,14 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     ],
 )
 def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
-    shared("ridge")[0].save(tmp_path)
+    shared("ridge", classes=3)[0].save(tmp_path)
     edit(tmp_path, **changes)
     with pytest.raises(HeadError, match=message):
         load_head(tmp_path)
 
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
-    shared("ridge")[0].save(tmp_path)
+    shared("ridge", classes=3)[0].save(tmp_path)
     edit(tmp_path, format=2)
     with pytest.raises(FormatVersionError, match="format 2 is not known"):
         load_head(tmp_path)
@@ -360,14 +360,14 @@ def test_another_version_is_refused(tmp_path: Path) -> None:
 def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"head\.json: cannot be read"):
         load_head(tmp_path)
-    shared("ridge")[0].save(tmp_path)
+    shared("ridge", classes=3)[0].save(tmp_path)
     (tmp_path / "head.skops").unlink()
     with pytest.raises(HeadError, match=r"head\.skops: cannot be loaded as a head"):
         load_head(tmp_path)
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
-    shared("ridge")[0].save(tmp_path)
+    shared("ridge", classes=3)[0].save(tmp_path)
     proof = tmp_path / "executed"
     (tmp_path / "head.skops").write_bytes(f"cposix\nsystem\n(S'touch {proof}'\ntR.".encode())
     with pytest.raises(HeadError, match="cannot be loaded as a head"):
@@ -381,7 +381,7 @@ def test_foreign_types_in_a_skops_file_are_named_and_not_made(tmp_path: Path) ->
 
     import skops.io
 
-    shared("ridge")[0].save(tmp_path)
+    shared("ridge", classes=3)[0].save(tmp_path)
     proof = tmp_path / "executed"
     skops.io.dump({"model": functools.partial(os.system, f"touch {proof}"), "path": Path("x")}, tmp_path / "head.skops")
     with pytest.raises(HeadError, match=r"types that must not be loaded from a file: .*system"):
@@ -467,7 +467,7 @@ def test_a_linear_head_becomes_an_equal_keras_head(name: str, classes: int, pca:
     assert loaded.temperature == head.temperature
     assert loaded.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-6)
     with pytest.raises(HeadError, match="has no equivalent network"):
-        _ = shared("knn")[0].network
+        _ = shared("knn", classes=3)[0].network
 
 
 @pytest.mark.slow

@@ -23,8 +23,10 @@ def near(vector: np.ndarray, cosine: float, generator: np.random.Generator) -> n
     return 7 * (cosine * unit + np.sqrt(1 - cosine**2) * other / np.linalg.norm(other))
 
 
-def planted(path: Path, count: int = 3000) -> FeatureStore:
+@pytest.fixture(scope="module")
+def planted(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     """Random vectors; some in validation and test are close to one of train, or of each other."""
+    path, count = tmp_path_factory.mktemp("leakage") / "features.h5", 3000
     generator = np.random.default_rng(0)
     X = generator.normal(size=(count, 256))
     splits = np.arange(count) % 3
@@ -36,14 +38,15 @@ def planted(path: Path, count: int = 3000) -> FeatureStore:
 
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("memory", [16 << 20, 1 << 30])
-def test_planted_pairs_are_found_with_their_cosines(tmp_path, monkeypatch, projected: bool, memory: int) -> None:
-    store = planted(tmp_path / "features.h5")
+def test_planted_pairs_are_found_with_their_cosines(
+    planted: FeatureStore, monkeypatch: pytest.MonkeyPatch, projected: bool, memory: int
+) -> None:
     if projected:
         monkeypatch.setattr(leakage, "EXACT_WORK", 0)
-    found = near_duplicates(store, memory_bytes=memory)
+    found = near_duplicates(planted, memory_bytes=memory)
     # Not (12, 900), which are both in train, nor (9, 310), which are less alike.
     expected = [(0, 301), (3, 302), (6, 304), (307, 602)]
-    paths = store.images.paths
+    paths = planted.images.paths
     assert [(pair.first, pair.second) for pair in found.pairs] == [(paths[a], paths[b]) for a, b in expected]
     np.testing.assert_allclose([pair.similarity for pair in found.pairs], [0.999, 0.96, 0.94, 0.93], atol=1e-5)
     assert [pair.splits for pair in found.pairs] == [
@@ -55,9 +58,8 @@ def test_planted_pairs_are_found_with_their_cosines(tmp_path, monkeypatch, proje
     assert (found.found, found.checked, found.possible, found.capped) == (4, 3_000_000, 3_000_000, "")
 
 
-def test_a_lower_threshold_finds_more(tmp_path: Path) -> None:
-    store = planted(tmp_path / "features.h5")
-    assert [round(pair.similarity, 2) for pair in near_duplicates(store, threshold=0.85).pairs][-1] == 0.9
+def test_a_lower_threshold_finds_more(planted: FeatureStore) -> None:
+    assert [round(pair.similarity, 2) for pair in near_duplicates(planted, threshold=0.85).pairs][-1] == 0.9
 
 
 def test_the_list_is_capped_and_says_how_many_there_are(tmp_path: Path) -> None:
@@ -83,9 +85,8 @@ def test_the_most_similar_are_kept(tmp_path: Path) -> None:
     np.testing.assert_allclose([pair.similarity for pair in found.pairs], expected, atol=1e-5)
 
 
-def test_too_many_comparisons_are_cut_to_a_share_that_is_named(tmp_path: Path) -> None:
-    store = planted(tmp_path / "features.h5")
-    found = near_duplicates(store, pairs_checked=750_000)
+def test_too_many_comparisons_are_cut_to_a_share_that_is_named(planted: FeatureStore) -> None:
+    found = near_duplicates(planted, pairs_checked=750_000)
     assert found.possible == 3_000_000
     assert found.checked == 750_000
     assert found.capped == "50% of the images of each split were compared, chosen at random"
@@ -109,13 +110,12 @@ def test_spatial_features_are_averaged(tmp_path: Path) -> None:
     assert near_duplicates(store, threshold=0.9999).pairs[0].first == store.images.paths[0]
 
 
-def test_options_are_checked(tmp_path: Path) -> None:
-    store = planted(tmp_path / "features.h5", count=1000)
+def test_options_are_checked(planted: FeatureStore) -> None:
     for options in ({"threshold": 1.5}, {"limit": 0}, {"memory_bytes": 1}):
         with pytest.raises(ConfigurationError, match="received"):
-            near_duplicates(store, **options)
+            near_duplicates(planted, **options)
     with pytest.raises(ConfigurationError, match=r"no feature set 'last\.max'"):
-        near_duplicates(store, "last.max")
+        near_duplicates(planted, "last.max")
 
 
 @pytest.mark.slow
@@ -157,11 +157,10 @@ def test_altered_copies_of_real_images_are_found(assets: Path, tmp_path: Path) -
     assert found.threshold == THRESHOLD
 
 
-def test_they_are_said_before_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    store = planted(tmp_path / "features.h5")
-    leakage.warn_near_duplicates(store)
+def test_they_are_said_before_training(planted: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+    leakage.warn_near_duplicates(planted)
     assert "4 pairs of near-duplicates are in different splits (cosine of " in caplog.text
-    assert f"such as {store.images.paths[0]} ~ {store.images.paths[301]}" in caplog.text
+    assert f"such as {planted.images.paths[0]} ~ {planted.images.paths[301]}" in caplog.text
     caplog.clear()
-    leakage.warn_near_duplicates(store, ["no such data set"])  # which is refused where it is used
+    leakage.warn_near_duplicates(planted, ["no such data set"])  # which is refused where it is used
     assert caplog.text == ""
