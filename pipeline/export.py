@@ -248,7 +248,7 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ParityError(f"a new process cannot run the artefact ({lines[-1]}); it is not kept")
-    return np.load(out, allow_pickle=False)
+    return np.asarray(np.load(out, allow_pickle=False))
 
 
 @dataclasses.dataclass(frozen=True)

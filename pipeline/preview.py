@@ -156,7 +156,7 @@ def sample_images(source: ImageSet, count: int, seed: int = 0) -> list[int]:
     turns = np.empty(len(order), np.int64)
     for label in np.unique(labels):
         turns[labels == label] = np.arange(int((labels == label).sum()))
-    return order[np.argsort(turns, kind="stable")][:count].tolist()
+    return [int(row) for row in order[np.argsort(turns, kind="stable")][:count]]
 
 
 def _cells(source: ImageSet, row: int, rule: PixelRule, spec: AugmentSpec, seed: int, views: int) -> list[Cell]:

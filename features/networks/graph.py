@@ -218,7 +218,7 @@ def boundary_by_rule(model: Any) -> str:
             f"({where} {tail} of {len(kernels)} layers with kernels behind it). Train a head only, or name the "
             "layer to unfreeze from."
         )
-    return names[chosen]
+    return str(names[chosen])
 
 
 def _has_kernel(operation: Any) -> bool:

@@ -26,20 +26,21 @@ def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..
     """
     import keras
 
+    made = function
     backend = keras.backend.backend()
     if backend == "tensorflow":
         import tensorflow as tf
 
-        return tf.function(function, autograph=False, jit_compile=fuse or None)
-    if backend == "jax":
+        made = tf.function(function, autograph=False, jit_compile=fuse or None)
+    elif backend == "jax":
         import jax
 
-        return jax.jit(function)
-    if backend == "torch":
+        made = jax.jit(function)
+    elif backend == "torch":
         import torch
 
-        return torch.inference_mode()(function)
-    return function
+        made = torch.inference_mode()(function)
+    return made
 
 
 class KerasEngine:

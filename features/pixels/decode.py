@@ -469,7 +469,7 @@ def _resample_keras(pixels: np.ndarray, width: int, height: int) -> np.ndarray:
     lower -= upper
     lower *= row_weight[:, None, None]
     lower += upper
-    return np.rint(lower, out=lower).astype(np.uint8)
+    return np.asarray(np.rint(lower, out=lower), np.uint8)
 
 
 def _taps(length: int, target: int) -> tuple[np.ndarray, np.ndarray]:

@@ -40,7 +40,8 @@ class ShardedArray:
         open_shard: Callable[[int], Callable[[np.ndarray, np.ndarray], np.ndarray]],
     ) -> None:
         self._places, self._row_shape, self._open_shard = places, shape, open_shard
-        self.shape, self.dtype = (*places.shape[:2], *shape), dtype
+        self.shape: tuple[int, ...] = (*places.shape[:2], *shape)
+        self.dtype = dtype
         self.ndim, self.nbytes = len(self.shape), int(np.prod(self.shape, dtype=np.int64)) * dtype.itemsize
 
     def __len__(self) -> int:

@@ -137,8 +137,8 @@ def first_stage_that_differs(model: Any, network: Network, recipe: Recipe, pixel
         return "preprocessed"
     found = first_difference(model.get_layer("backbone"), _features(network, recipe), reference)
     if found:
-        return found[0]
-    return next(layer.name for layer in model.layers if isinstance(layer, keras.layers.Dense))
+        return str(found[0])
+    return str(next(layer.name for layer in model.layers if isinstance(layer, keras.layers.Dense)))
 
 
 def outputs_of(model: Any, images: np.ndarray) -> list[Any]:

@@ -187,7 +187,7 @@ def _load_saved_model(path: Path) -> Runtime:
     def run(images: np.ndarray) -> np.ndarray:
         # The signature is looked up at each call, because it does not keep the variables alive.
         (output,) = loaded.signatures["serving_default"](**{INPUT: tf.constant(images)}).values()
-        return output.numpy()
+        return np.asarray(output.numpy())
 
     return run
 
@@ -212,7 +212,7 @@ def _load_litert(path: Path) -> Runtime:
         interpreter.allocate_tensors()
         interpreter.set_tensor(source["index"], images)
         interpreter.invoke()
-        return interpreter.get_tensor(target["index"])
+        return np.asarray(interpreter.get_tensor(target["index"]))
 
     return run
 

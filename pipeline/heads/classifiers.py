@@ -167,7 +167,7 @@ class SklearnHead(Head):
                 f"pca: received {self.parameters.pca}, expected at most {most} for features of shape {Z.shape}"
             )
         self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
-        return self.projection.transform(Z)
+        return np.asarray(self.projection.transform(Z))
 
     @property
     def arguments(self) -> Mapping[str, Any]:

@@ -189,7 +189,7 @@ class KerasHead(Head):
             values = keras.ops.matmul(values, parts[number]) + parts[number + 1]
             if number + 2 < len(parts):
                 values = getattr(keras.activations, self.parameters.activation)(values)
-        return keras.ops.convert_to_numpy(values).astype(np.float64)
+        return np.asarray(keras.ops.convert_to_numpy(values), np.float64)
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
         return softmax(two_columns(self._logits(Z)) / self.temperature)

@@ -95,11 +95,11 @@ class ArrayRows:
 
     @property
     def views(self) -> int:
-        return self.values.shape[1]
+        return int(self.values.shape[1])
 
     @property
     def width(self) -> int:
-        return self.values.shape[2]
+        return int(self.values.shape[2])
 
     @property
     def at_once(self) -> int:

@@ -147,7 +147,7 @@ def ranked(probabilities: np.ndarray) -> list[int]:
     >>> ranked(np.array([0.2, 0.4, 0.4]))
     [1, 2, 0]
     """
-    return np.argsort(-probabilities, kind="stable").tolist()
+    return [int(k) for k in np.argsort(-probabilities, kind="stable")]
 
 
 @contextlib.contextmanager

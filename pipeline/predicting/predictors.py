@@ -65,7 +65,7 @@ class RunModel:
         starts = range(0, len(pixels), self.batch_size)
         batches = (pixels[start : start + self.batch_size] for start in starts)
         found = [self._head.predict_proba(self._engine(batch)[self._features]) for batch in batches]
-        return np.concatenate(found).reshape(len(images), self._views, -1).mean(axis=1)
+        return np.asarray(np.concatenate(found).reshape(len(images), self._views, -1).mean(axis=1))
 
 
 class ArtefactModel:

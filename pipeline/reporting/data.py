@@ -53,7 +53,7 @@ class Rows:
     @functools.cached_property
     def predicted(self) -> np.ndarray:
         """Most probable class, int64, (n,)."""
-        return self.probabilities.argmax(axis=1)
+        return np.asarray(self.probabilities.argmax(axis=1))
 
     @functools.cached_property
     def confidence(self) -> np.ndarray:
@@ -181,13 +181,13 @@ def reliability(rows: Rows) -> list[dict[str, Any]]:
 def most_confident_mistakes(rows: Rows, limit: int = CARDS) -> list[int]:
     """Find the rows of wrong predictions, the most confident first."""
     wrong = np.flatnonzero(~rows.correct)
-    return wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:limit].tolist()
+    return [int(row) for row in wrong[np.argsort(-rows.confidence[wrong], kind="stable")][:limit]]
 
 
 def least_confident_hits(rows: Rows, limit: int = CARDS) -> list[int]:
     """Find the rows of correct predictions, the least confident first."""
     right = np.flatnonzero(rows.correct)
-    return right[np.argsort(rows.confidence[right], kind="stable")][:limit].tolist()
+    return [int(row) for row in right[np.argsort(rows.confidence[right], kind="stable")][:limit]]
 
 
 def card(rows: Rows, number: int) -> dict[str, Any]:

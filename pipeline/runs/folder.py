@@ -94,7 +94,7 @@ class Run:
     @property
     def run_id(self) -> str:
         """``<head>-<10 hexadecimal digits>``."""
-        return self.config["run_id"]
+        return str(self.config["run_id"])
 
     @property
     def classes(self) -> tuple[str, ...]:

@@ -81,7 +81,7 @@ def shades(table: np.ndarray) -> np.ndarray:
     hit = np.eye(len(table), dtype=bool)
     strength = np.where(hit, share, 0.8 * np.sqrt(share))[..., None]
     target = np.where(hit[..., None], _rgb(BLUE), _rgb(VERMILLION))
-    return _rgb(EMPTY) + strength * (target - _rgb(EMPTY))
+    return np.asarray(_rgb(EMPTY) + strength * (target - _rgb(EMPTY)))
 
 
 def ink_on(colour: np.ndarray) -> str:

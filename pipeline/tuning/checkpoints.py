@@ -158,11 +158,12 @@ def checkpoint_path(runs: Path, run_id: str) -> Path:
 
 
 def _plain(configuration: Mapping[str, Any]) -> dict[str, Any]:
-    return json.loads(canonical_json({"checkpoint": CHECKPOINT_VERSION, **configuration}))
+    return dict(json.loads(canonical_json({"checkpoint": CHECKPOINT_VERSION, **configuration})))
 
 
 def _about(file: Any) -> dict[str, Any]:
-    return json.loads(file[_ABOUT].tobytes())
+    about: dict[str, Any] = json.loads(file[_ABOUT].tobytes())
+    return about
 
 
 def _check_values(state: State, like: State) -> None:

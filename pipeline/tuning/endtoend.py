@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, RunError, nearest
-from features.networks.backbones import build_backbone, feature_model, preprocess
+from features.networks.backbones import BOUNDARY, build_backbone, feature_model, preprocess
 from features.networks.backend import load_keras
 from features.networks.graph import cut_at, layer_tensors, valid_cuts
 from features.networks.keras_engine import KerasEngine
-from features.networks.network import BOUNDARY, Network, resolve_network
+from features.networks.network import Network, resolve_network
 from features.recipe import Recipe
 from pipeline.heads.head import Head
 from pipeline.runs.folder import Run

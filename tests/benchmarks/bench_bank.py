@@ -45,7 +45,8 @@ def rows() -> tuple[np.ndarray, np.ndarray]:
 
 def by_bank(case: dict[str, Any]) -> float:
     from features.networks.backend import load_keras
-    from pipeline.heads.bank import BankHead, BankSpec, train_bank
+    from pipeline.heads.bank import BankHead, train_bank
+    from pipeline.heads.bank_math import BankSpec
 
     load_keras()
     X, y = rows()
@@ -86,7 +87,7 @@ def measure(*arguments: object) -> dict[str, float]:
         stdout=subprocess.PIPE,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )
-    return json.loads(done.stdout.splitlines()[-1])
+    return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
 def part(kind: str, name: str, first: str) -> None:

@@ -104,9 +104,8 @@ def tutorial(options: argparse.Namespace) -> dict[str, float]:
 
     def batch(chosen: Sequence[Path]) -> np.ndarray:
         size = (options.size, options.size)
-        return preprocess(
-            np.stack([keras.utils.img_to_array(keras.utils.load_img(path, target_size=size)) for path in chosen])
-        )
+        images = [keras.utils.img_to_array(keras.utils.load_img(path, target_size=size)) for path in chosen]
+        return np.asarray(preprocess(np.stack(images)))
 
     model.predict(batch(paths[:BATCH]), verbose=0)
     started = time.perf_counter()
@@ -264,7 +263,7 @@ def summarise(measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]
         return statistics.median(values) if values else None
 
     def rate(name: str) -> float:
-        return statistics.median(values["images"] / values["seconds"] for values in measured[name])
+        return float(statistics.median(values["images"] / values["seconds"] for values in measured[name]))
 
     rows = []
     for name in measured:

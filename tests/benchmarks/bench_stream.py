@@ -40,7 +40,7 @@ class Blocks:
     def __getitem__(self, number: int) -> np.ndarray:
         y = self.labels[number * BLOCK : (number + 1) * BLOCK]
         noise = np.random.default_rng([1, number]).standard_normal((len(y), COLUMNS), dtype=np.float32)
-        return noise + self.centres[y]
+        return np.asarray(noise + self.centres[y])
 
     def __iter__(self) -> Iterator[np.ndarray]:
         return (self[number] for number in range(-(-len(self.labels) // BLOCK)))
