@@ -61,10 +61,13 @@ def keras_backend() -> str:
 
 def software_versions() -> dict[str, str]:
     """Return the versions of the software that affects the features, read without importing it."""
-    versions = {"python": platform.python_version()}
-    for name in ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow"):
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "not installed"
-    return versions
+    names = ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow")
+    return {"python": platform.python_version(), **{name: installed_version(name) for name in names}}
+
+
+def installed_version(name: str, otherwise: str = "not installed") -> str:
+    """Return the version of an installed distribution from its metadata, else ``otherwise``."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return otherwise

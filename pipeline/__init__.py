@@ -6,3 +6,18 @@ The stages are the modules at the door: extract, train_head, finetune, predict, 
 several of them from one file. Each folder is a room with a docstring that says what may be imported from it; README.md
 has the map. config, presets, outputs, progress, scratch and tables are the ground, used by all.
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    __version__: str
+
+
+def __getattr__(name: str) -> str:
+    if name != "__version__":
+        raise AttributeError(f"module 'pipeline' has no attribute {name!r}")
+    import features
+
+    return features.__version__

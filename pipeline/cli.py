@@ -20,7 +20,7 @@ def main(arguments: list[str] | None = None) -> int:
     for name in DOWNLOADS:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
-        app(args=arguments)
+        app(args=arguments, prog_name="bottleneck")  # also under `python -m pipeline`: completion scripts name it
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else int(stop.code is not None)
     finally:

@@ -15,6 +15,7 @@ from typing import Annotated, Any, BinaryIO
 
 import typer
 
+import features
 from features.errors import BottleneckError, ConfigurationError
 from features.files import printable
 from pipeline.progress import QUIET, set_quiet
@@ -22,7 +23,6 @@ from pipeline.progress import QUIET, set_quiet
 app = typer.Typer(
     name="bottleneck",
     no_args_is_help=True,
-    add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -62,8 +62,19 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     return wrapper
 
 
+def print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"bottleneck-features {features.__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def whole_program(quiet: Quiet = False) -> None:
+def whole_program(
+    quiet: Quiet = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Compute the features of a frozen network once, train heads on them in seconds, fine-tune the last block."""
     if quiet:
         set_quiet(quiet=True)
