@@ -26,6 +26,7 @@ from features.extraction.growing import Append, GrowingStore
 from features.extraction.shard import SHARD_BYTES, ShardRows, ShardSpec, infer_shard, rows_per_shard
 from features.files import printable
 from features.machine import processors, software_versions
+from features.networks.engines import Engine
 from features.networks.network import Network, resolve_network
 from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
@@ -287,7 +288,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         key = (network.recipes[0].fingerprint, self.batch_size, self.device, self.engine)
         if getattr(self, "_kept", (None,))[0] != key:
             self._kept = key, network.engine(network.recipes, batch_size=self.batch_size, device=self.device)
-        return self._kept[1](pixels)
+        engine: Engine = self._kept[1]
+        return engine(pixels)
 
 
 # --- input ------------------------------------------------------------------------------------------------

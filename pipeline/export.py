@@ -32,8 +32,7 @@ from features.files import printable, sync_folder, writable_folder, writing
 from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.network import Network
-from features.networks.openvino_engine import reference_images
-from features.networks.reference import evenly_spread
+from features.networks.reference import evenly_spread, reference_images
 from features.pixels.decode import resize_image
 from features.progress import Progress
 from features.recipe import Recipe

@@ -116,7 +116,7 @@ def some_rows(labels: np.ndarray, readable: Sequence[int], count: int) -> list[i
     rows = np.asarray(readable, dtype=np.int64)
     labelled = rows[labels[rows] >= 0]
     rows = labelled if len(labelled) else rows
-    return rows[evenly_spread(len(rows), count)].tolist()
+    return [int(row) for row in rows[evenly_spread(len(rows), count)]]
 
 
 def _accuracy(features: np.ndarray, labels: np.ndarray) -> float | None:

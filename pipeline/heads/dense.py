@@ -13,7 +13,8 @@ from features.errors import ConfigurationError, HeadError
 from features.networks.backend import load_keras
 from features.progress import Progress
 from pipeline.config import HeadFile, History, Settings, parse
-from pipeline.heads.bank import BankHead, BankResult, BankSpec, train_rows
+from pipeline.heads.bank import BankHead, BankResult, train_rows
+from pipeline.heads.bank_math import BankSpec
 from pipeline.heads.head import Head, check_finite, two_columns
 from pipeline.heads.keras_fit import dropout_rates, fit_dense
 from pipeline.heads.prepared import Prepared

@@ -134,7 +134,7 @@ def feature_set(store: Any, name: str | None) -> str:
         raise ConfigurationError(f"{store.path}: no feature set {name!r}, it holds {held}{nearest(name, store.names)}")
     if len(store.names) != 1:
         raise ConfigurationError(f"{store.path}: several feature sets, use --features with {' or '.join(store.names)}")
-    return store.names[0]
+    return str(store.names[0])
 
 
 def views_seen(head: Head, store: Any, name: str) -> int:

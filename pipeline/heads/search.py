@@ -26,7 +26,7 @@ def climb(score: Callable[[float], Any], start: int, least: int, greatest: int) 
     for step in (1, -1):
         while least <= best + step <= greatest and at(best) > at(best + step):
             best += step
-    return 10.0 ** min((best, best - 0.5, best + 0.5), key=at)
+    return float(10.0 ** min((best, best - 0.5, best + 0.5), key=at))
 
 
 def row_space(Z: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -58,12 +58,12 @@ class Rows:
     @functools.cached_property
     def confidence(self) -> np.ndarray:
         """Probability of the predicted class, float64, (n,)."""
-        return self.probabilities.max(axis=1)
+        return np.asarray(self.probabilities.max(axis=1))
 
     @functools.cached_property
     def correct(self) -> np.ndarray:
         """Whether the predicted class is the true one, bool, (n,)."""
-        return self.predicted == self.labels
+        return np.asarray(self.predicted == self.labels)
 
     @functools.cached_property
     def table(self) -> np.ndarray:

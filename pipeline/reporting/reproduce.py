@@ -53,7 +53,7 @@ def commands(run: Run, *, start: Run | None = None, views: int | None = None, ro
 
 def _source(run: Run, root: str) -> str:
     """Source of the images, as an absolute path if that is certain."""
-    source = run.config["features"]["source"]
+    source = str(run.config["features"]["source"])
     if not root or source.startswith("sample:") or PurePath(source).is_absolute():
         return source
     name, folder = PurePath(source).name, PurePath(root)

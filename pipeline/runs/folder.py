@@ -118,7 +118,7 @@ class Run:
     @property
     def split_rule(self) -> str:
         """Split rule, in the form that ``extract --split`` accepts."""
-        return self.config["features"]["split_rule"]
+        return str(self.config["features"]["split_rule"])
 
     @property
     def backbone_argument(self) -> str:

@@ -111,7 +111,7 @@ def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray 
 
 def balanced_weights(y: np.ndarray) -> np.ndarray:
     """Weight of each row, float64 (n,) with mean 1, such that all classes that occur have the same total weight."""
-    return class_weights(y)[y]
+    return np.asarray(class_weights(y)[y])
 
 
 def class_weights(y: np.ndarray, classes: int = 0) -> np.ndarray:
@@ -141,7 +141,7 @@ def softmax(outputs: np.ndarray) -> np.ndarray:
     """Softmax of each row: float64, (n, c)."""
     from scipy import special
 
-    return special.softmax(np.asarray(outputs, dtype=np.float64), axis=1)
+    return np.asarray(special.softmax(np.asarray(outputs, dtype=np.float64), axis=1))
 
 
 def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:

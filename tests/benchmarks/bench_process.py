@@ -127,7 +127,7 @@ def summarise(costs: Mapping[str, Sequence[Cost]], other: Mapping[str, str]) -> 
 
     def ratio(base: str, name: str, what: str) -> float:
         first, second = ([getattr(cost, what) for cost in costs[key]] for key in (base, name))
-        return statistics.median(first) / statistics.median(second)
+        return float(statistics.median(first) / statistics.median(second))
 
     rows = []
     for name, own in costs.items():

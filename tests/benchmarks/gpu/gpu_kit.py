@@ -276,7 +276,7 @@ def _processes_rate(name: str, processes: int, seconds: float) -> float:
     total = sum(queue.get(timeout=60) for _ in children)
     for child in children:
         child.join()
-    return total
+    return float(total)
 
 
 def decode(options: Any) -> None:
@@ -321,7 +321,7 @@ def pixels_of(count: int) -> np.ndarray:
     if not path.exists():
         files = _files(count)
         np.save(path, np.stack([decode_image(data, _rule()).pixels for data in files]))
-    return np.load(path)
+    return np.asarray(np.load(path))
 
 
 def relative(got: np.ndarray, expected: np.ndarray) -> float:
@@ -966,7 +966,8 @@ def bank(options: Any) -> None:
 
     load_keras()
     from features.networks.engines import choose_device
-    from pipeline.heads.bank import BankHead, BankSpec, train_bank
+    from pipeline.heads.bank import BankHead, train_bank
+    from pipeline.heads.bank_math import BankSpec
 
     generator = np.random.default_rng(0)
     rows, width = (4000, 1280) if not TINY else (200, 64)
@@ -1010,7 +1011,7 @@ def parity(options: Any) -> None:
     exact = X.astype(np.float64) @ W
 
     def product() -> np.ndarray:
-        return keras.ops.convert_to_numpy(keras.ops.matmul(keras.ops.convert_to_tensor(X), W))
+        return np.asarray(keras.ops.convert_to_numpy(keras.ops.matmul(keras.ops.convert_to_tensor(X), W)))
 
     before = relative(product(), exact)
     exact_float32()
