@@ -8,6 +8,7 @@ This module is not imported by any other: whoever uses it has imported scikit-le
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import logging
@@ -196,20 +197,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     def _network(self) -> Network:
         check_range("batch size", self.batch_size, 1, 4096)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
-        options = NetworkOptions(
-            self.backbone,
-            self.weights,
-            layers=() if self.layer is None else (self.layer,),
-            pooling=self.pooling,
-            image_size=self.image_size,
-            resize=self.resize,
-            fit=self.fit_rule,
-            decode=self.decode,
-            dtype=self.dtype,
-            engine=self.engine,
-            precision=self.precision,
-            device=self.device,
-        )
+        shared = {field.name for field in dataclasses.fields(NetworkOptions)} & self.get_params().keys()
+        layers = () if self.layer is None else (self.layer,)
+        options = NetworkOptions(layers=layers, fit=self.fit_rule, **{name: getattr(self, name) for name in shared})
         return resolve_network(options)
 
     def _path(self, recipe: Recipe) -> Path | None:

@@ -22,12 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from features.errors import (
-    ConfigurationError,
-    ParityError,
-    TooManyUnreadableError,
-    UnreadableImageError,
-)
+from features.errors import ConfigurationError, ParityError, TooManyUnreadableError, UnreadableImageError
 from features.files import printable, sync_folder, writable_folder, writing
 from features.machine import processors
 from features.networks.backend import load_keras

@@ -71,12 +71,7 @@ def _duration(seconds: float) -> str:
 
 
 def run(
-    images: str,
-    out: Path,
-    options: ExtractionOptions,
-    *,
-    progress: Progress | None = None,
-    cluster: str | None = None,
+    images: str, out: Path, options: ExtractionOptions, *, progress: Progress | None = None, cluster: str | None = None
 ) -> dict[str, Any]:
     """Bring a store up to date and describe it, as one document; ``cluster`` says which workers make its shards."""
     run_shards: ShardRunner = run_here

@@ -21,12 +21,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from features.augmentation import PRESETS, AugmentSpec
-from features.errors import (
-    ConfigurationError,
-    SourceError,
-    TooManyUnreadableError,
-    UnreadableImageError,
-)
+from features.errors import ConfigurationError, SourceError, TooManyUnreadableError, UnreadableImageError
 from features.files import printable
 from features.machine import processors
 from features.networks.reference import evenly_spread

@@ -223,12 +223,7 @@ PRESETS = {
     "mlp-1024-1024": Preset(
         DENSE,
         DenseParameters(
-            hidden=(1024, 1024),
-            dropout=(0.0, 0.5, 0.0),
-            optimizer="sgd",
-            learning_rate=1e-4,
-            momentum=0.9,
-            patience=10,
+            hidden=(1024, 1024), dropout=(0.0, 0.5, 0.0), optimizer="sgd", learning_rate=1e-4, momentum=0.9, patience=10
         ),
         pool="flatten",
     ),

@@ -154,14 +154,7 @@ def _name(run: Run) -> str:
 
 
 def _group(
-    identity: str,
-    name: str,
-    chosen: Run,
-    board: list[dict[str, Any]],
-    *,
-    by: str,
-    folds: bool,
-    detail: Detail | None,
+    identity: str, name: str, chosen: Run, board: list[dict[str, Any]], *, by: str, folds: bool, detail: Detail | None
 ) -> dict[str, Any]:
     low = min(row["accuracy_interval"][0] for row in board)
     high = max(row["accuracy_interval"][1] for row in board)

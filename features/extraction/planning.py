@@ -192,12 +192,7 @@ class Plan:
 
 
 def make_plan(
-    images: ImageSet,
-    network: Network,
-    out: Path,
-    parts: PartsFolder,
-    options: ExtractionOptions,
-    readers: Executor,
+    images: ImageSet, network: Network, out: Path, parts: PartsFolder, options: ExtractionOptions, readers: Executor
 ) -> Plan:
     """Compare a source with the features that already exist.
 

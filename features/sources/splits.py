@@ -118,11 +118,7 @@ class SplitRule:
 
 
 def assign_splits(
-    labels: np.ndarray,
-    given_splits: np.ndarray,
-    groups: Sequence[str] | None,
-    sha256: np.ndarray,
-    rule: SplitRule,
+    labels: np.ndarray, given_splits: np.ndarray, groups: Sequence[str] | None, sha256: np.ndarray, rule: SplitRule
 ) -> tuple[np.ndarray, list[str]]:
     """Assign a split to every image. Given splits are kept; images without a label become ``unlabelled``.
 

@@ -31,6 +31,7 @@ from features.store.schema import (
     ImageTable,
     Quarantine,
     ShardTable,
+    attribute_of,
     block_hash,
     block_rows,
     data_digest,
@@ -124,19 +125,8 @@ class FeatureStore:
     @functools.cached_property
     def images(self) -> ImageTable:
         """The table of images, verified against its checksums."""
-        column = functools.partial(self._column_of, "/images")
-        table = ImageTable(
-            paths=column("path"),
-            sha256=column("sha256"),
-            labels=column("label"),
-            splits=column("split"),
-            groups=column("group") if "/images/group/ends" in self._entries else None,
-            widths=column("width"),
-            heights=column("height"),
-            sizes=column("size"),
-            mtimes_ns=column("mtime_ns"),
-            columns=self._further_columns(),
-        )
+        names = set(IMAGE_COLUMNS) - (set() if "/images/group/ends" in self._entries else {"group"})
+        table = ImageTable(**{"groups": None, **self._columns("/images", names)}, columns=self._further_columns())
         # The rows of a shard have no labels and splits until assembly.
         splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
         self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
@@ -146,14 +136,7 @@ class FeatureStore:
     @functools.cached_property
     def quarantine(self) -> Quarantine:
         """Images that could not be read."""
-        column = functools.partial(self._column_of, "/quarantine")
-        return Quarantine(
-            paths=column("path"),
-            sha256=column("sha256"),
-            reasons=column("reason"),
-            sizes=column("size"),
-            mtimes_ns=column("mtime_ns"),
-        )
+        return Quarantine(**self._columns("/quarantine", QUARANTINE_COLUMNS))
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -488,6 +471,9 @@ class FeatureStore:
             raise IntegrityError(
                 f"{self.path}: {key} holds {values.min()} to {values.max()}, expected {low} to {high}. {WAY_OUT}"
             )
+
+    def _columns(self, group: str, names: Iterable[str]) -> dict[str, Any]:
+        return {attribute_of(name): self._column_of(group, name) for name in names}
 
     def _column_of(self, group: str, name: str) -> Any:
         key = f"{group}/{name}"

@@ -158,29 +158,6 @@ def attributes_digest(attributes: Mapping[str, Mapping[str, str | int]]) -> str:
     return hashlib.sha256(canonical_json(plain).encode("ascii")).hexdigest()
 
 
-def image_columns(images: ImageTable) -> dict[str, Any]:
-    return {
-        "path": images.paths,
-        "sha256": images.sha256,
-        "label": images.labels,
-        "split": images.splits,
-        "group": images.groups,
-        "width": images.widths,
-        "height": images.heights,
-        "size": images.sizes,
-        "mtime_ns": images.mtimes_ns,
-    }
-
-
-def quarantine_columns(quarantine: Quarantine) -> dict[str, Any]:
-    return {
-        "path": quarantine.paths,
-        "sha256": quarantine.sha256,
-        "reason": quarantine.reasons,
-        "size": quarantine.sizes,
-        "mtime_ns": quarantine.mtimes_ns,
-    }
-
-
-def shard_columns(shards: ShardTable) -> dict[str, Any]:
-    return {"name": shards.names, "digest": shards.digests}
+def attribute_of(column: str) -> str:
+    """Return the attribute of ``ImageTable``, ``Quarantine`` or ``ShardTable`` that holds a column: its plural."""
+    return {"sha256": "sha256", "mtime_ns": "mtimes_ns"}.get(column, f"{column}s")

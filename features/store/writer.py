@@ -26,13 +26,11 @@ from features.store.schema import (
     ImageTable,
     Quarantine,
     ShardTable,
+    attribute_of,
     attributes_digest,
     block_hash,
     block_rows,
-    image_columns,
-    quarantine_columns,
     root_groups,
-    shard_columns,
     values_group,
 )
 
@@ -107,8 +105,8 @@ class StoreWriter:
             if dataset.position != self._rows:
                 raise StoreError(f"{dataset.key}: received {dataset.position} rows, expected {self._rows}")
         with self._checked():
-            self._table("/images", IMAGE_COLUMNS, image_columns(images))
-            self._table("/quarantine", QUARANTINE_COLUMNS, quarantine_columns(quarantine))
+            self._table("/images", IMAGE_COLUMNS, images)
+            self._table("/quarantine", QUARANTINE_COLUMNS, quarantine)
             if images.columns:
                 values = (images.columns[name] for name in sorted(images.columns))
                 for key, texts in zip(
@@ -116,7 +114,7 @@ class StoreWriter:
                 ):
                     self._strings(key, texts)
             if shards is not None:
-                self._table("/shards", SHARD_COLUMNS, shard_columns(shards))
+                self._table("/shards", SHARD_COLUMNS, shards)
             self._strings("/classes", classes)
             self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
             for dataset in list(self._open.values()):
@@ -156,9 +154,9 @@ class StoreWriter:
         dataset = self._file.create_dataset(key, shape=shape, dtype=dtype.newbyteorder("<"), track_times=False)
         return _HashedDataset(key, dataset)
 
-    def _table(self, key: str, known: Mapping[str, Any], columns: Mapping[str, Any]) -> None:
-        for name, kind in known.items():
-            values = columns[name]
+    def _table(self, key: str, columns: Mapping[str, Any], table: ImageTable | Quarantine | ShardTable) -> None:
+        for name, kind in columns.items():
+            values = getattr(table, attribute_of(name))
             if values is None:
                 continue
             if kind is None:

@@ -20,17 +20,21 @@ from features.errors import BottleneckError, ConfigurationError
 from features.files import printable
 from pipeline.progress import QUIET, set_quiet
 
-app = typer.Typer(
-    name="bottleneck",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
+
+def opt(help: str, *names: str, **more: Any) -> Any:
+    """Describe an option of a command; ``names`` and ``more`` are those of ``typer.Option``."""
+    return typer.Option(*names, help=help, **more)
 
 
-Quiet = Annotated[
-    bool, typer.Option("--quiet", "-q", help="Print only errors on stderr: no progress, no hints, no warnings.")
-]
+def arg(help: str, **more: Any) -> Any:
+    """Describe an argument of a command."""
+    return typer.Argument(help=help, **more)
+
+
+app = typer.Typer(name="bottleneck", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+
+Quiet = Annotated[bool, opt("Print only errors on stderr: no progress, no hints, no warnings.", "--quiet", "-q")]
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
@@ -71,28 +75,24 @@ def print_version(asked: bool) -> None:
 @app.callback()
 def whole_program(
     quiet: Quiet = False,
-    version: Annotated[
-        bool, typer.Option("--version", callback=print_version, is_eager=True, help="Print the version and exit.")
-    ] = False,
+    version: Annotated[bool, opt("Print the version.", "--version", callback=print_version, is_eager=True)] = False,
 ) -> None:
     """Compute the features of a frozen network once, train heads on them in seconds, fine-tune the last block."""
     if quiet:
         set_quiet(quiet=True)
 
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON document.")]
-Runs = Annotated[Path, typer.Option(help="Folder of run folders.")]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
-Device = Annotated[str, typer.Option(help="Device that the network runs on: auto, cpu or gpu.")]
+Json = Annotated[bool, opt("Print one JSON document.", "--json")]
+Runs = Annotated[Path, opt("Folder of run folders.")]
+Seed = Annotated[int, opt("Random seed.")]
+Device = Annotated[str, opt("Device that the network runs on: auto, cpu or gpu.")]
 Cluster = Annotated[
     str | None,
-    typer.Option(help="local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),
+    opt("local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),
 ]
-BatchSize = Annotated[int, typer.Option(help="Number of images in one forward pass.")]
-Workers = Annotated[
-    int | None, typer.Option(help="Number of threads that read and decode. Default: one for each processor.")
-]
-Weights = Annotated[str, typer.Option(help="imagenet, random, or the path of a weights file.")]
+BatchSize = Annotated[int, opt("Number of images in one forward pass.")]
+Workers = Annotated[int | None, opt("Number of threads that read and decode. Default: one for each processor.")]
+Weights = Annotated[str, opt("imagenet, random, or the path of a weights file.")]
 
 
 def parse_size(text: str | None) -> tuple[int, int] | None:

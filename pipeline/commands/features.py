@@ -5,8 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
     BatchSize,
@@ -17,7 +15,9 @@ from pipeline.commands.common import (
     Weights,
     Workers,
     app,
+    arg,
     guarded,
+    opt,
     parse_size,
     print_document,
     print_next,
@@ -27,99 +27,63 @@ from pipeline.commands.common import (
 @app.command()
 @guarded
 def extract(
-    images: Annotated[
-        str, typer.Argument(help="Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")
-    ],
-    out: Annotated[Path, typer.Option(help="HDF5 file to create or update.")] = Path("features.h5"),
-    backbone: Annotated[
-        str, typer.Option(help="Network: a name such as mobilenetv2 or vgg16, or a .keras file.")
-    ] = "mobilenetv2",
+    images: Annotated[str, arg("Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")],
+    out: Annotated[Path, opt("HDF5 file to create or update.")] = Path("features.h5"),
+    backbone: Annotated[str, opt("Network: a name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
     weights: Weights = "imagenet",
     layer: Annotated[
         list[str] | None,
-        typer.Option(
-            help="Layer to keep; may be repeated. 'boundary' is the layer before the last block. Default: the last layer."
-        ),
+        opt("Layer to keep; may be repeated. 'boundary' is the layer before the last block. Default: the last layer."),
     ] = None,
     pooling: Annotated[
         str | None,
-        typer.Option(
-            help="How spatial features are pooled: avg, max, flatten or none. Default: avg for the last layer, none with --layer."
+        opt(
+            "How spatial features are pooled: avg, max, flatten or none. Default: avg for the last layer, none with --layer."
         ),
     ] = None,
-    image_size: Annotated[
-        str | None, typer.Option(help="Image size in pixels: 224 or HEIGHTxWIDTH. Default: that of the network.")
-    ] = None,
-    resize: Annotated[
-        str, typer.Option(help="antialias, or keras for the pixels of image_dataset_from_directory.")
-    ] = "antialias",
-    fit: Annotated[str, typer.Option(help="How images of another shape are fitted: stretch, crop or pad.")] = "stretch",
+    image_size: Annotated[str | None, opt("Image size in pixels: 224 or HEIGHTxWIDTH. Default: the network's.")] = None,
+    resize: Annotated[str, opt("antialias, or keras for the pixels of image_dataset_from_directory.")] = "antialias",
+    fit: Annotated[str, opt("How images of another shape are fitted: stretch, crop or pad.")] = "stretch",
     views: Annotated[
         int,
-        typer.Option(
-            help="Number of views of each image: the plain image, then random variations drawn with --augment and --seed."
-        ),
+        opt("Number of views of each image: the plain one, then variations by --augment and --seed."),
     ] = 1,
-    augment: Annotated[
-        str, typer.Option(help=f"How all views but the first are varied: {', '.join(PRESETS)}.")
-    ] = "none",
-    dtype: Annotated[str, typer.Option(help="Type of the stored features: float32 or float16.")] = "float32",
+    augment: Annotated[str, opt(f"How all views but the first are varied: {', '.join(PRESETS)}.")] = "none",
+    dtype: Annotated[str, opt("Type of the stored features: float32 or float16.")] = "float32",
     split: Annotated[
         str,
-        typer.Option(
-            help="Rule for images without a split: hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]. Given splits are kept."
-        ),
+        opt("Split rule: hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]. Given splits are kept."),
     ] = "hash",
-    validation_from_train: Annotated[
-        float, typer.Option(help="Share of the given training images to move to validation.")
-    ] = 0.0,
-    test_from_validation: Annotated[
-        float, typer.Option(help="Share of the given validation images to move to test.")
-    ] = 0.0,
+    validation_from_train: Annotated[float, opt("Share of the given training images to move to validation.")] = 0.0,
+    test_from_validation: Annotated[float, opt("Share of the given validation images to move to test.")] = 0.0,
     seed: Seed = 0,
-    target: Annotated[str | None, typer.Option(help="Manifest column that holds the label.")] = None,
+    target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
     engine: Annotated[
         str,
-        typer.Option(
-            help="What runs the network: auto, keras or openvino (processors only; needs the extra 'openvino')."
-        ),
+        opt("What runs the network: auto, keras, or openvino (for CPUs; extra 'openvino')."),
     ] = "auto",
     precision: Annotated[
         str,
-        typer.Option(help="Arithmetic of the forward pass: float32, bfloat16 or float16. Each is a recipe of its own."),
+        opt("Arithmetic: float32, bfloat16 or float16. Each is a recipe of its own."),
     ] = "float32",
-    check_precision: Annotated[
-        int, typer.Option(help="Compare this many images with float32 and note the difference in the store.")
-    ] = 0,
-    decode: Annotated[
-        str, typer.Option(help="full, or fast to shrink JPEGs while they are decoded. Each is a recipe of its own.")
-    ] = "full",
-    shard_rows: Annotated[
-        int | None, typer.Option(help="Number of images in one shard. Default: about 64 MiB of features.")
-    ] = None,
+    check_precision: Annotated[int, opt("Compare this many images with float32; the store keeps the difference.")] = 0,
+    decode: Annotated[str, opt("full, or fast to shrink JPEGs while decoding. Each is a recipe of its own.")] = "full",
+    shard_rows: Annotated[int | None, opt("Number of images in one shard. Default: about 64 MiB of features.")] = None,
     layout: Annotated[
         str | None,
-        typer.Option(
-            help="packed for one file, sharded for an index and its shards. Default: that of the store; packed for a new one."
+        opt(
+            "packed for one file, sharded for an index and its shards. Default: that of the store; packed for a new one."
         ),
     ] = None,
-    max_unreadable: Annotated[
-        float, typer.Option(help="Largest share of unreadable images that is allowed; above it the exit code is 4.")
-    ] = 0.05,
-    rehash: Annotated[
-        bool, typer.Option("--rehash", help="Read every image again, even if it looks unchanged.")
-    ] = False,
-    strict: Annotated[bool, typer.Option("--strict", help="Refuse images whose bytes are in two splits.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a store that has another recipe or other images.")
-    ] = False,
+    max_unreadable: Annotated[float, opt("Largest allowed share of unreadable images; exit code 4 above it.")] = 0.05,
+    rehash: Annotated[bool, opt("Read every image again, even if it looks unchanged.", "--rehash")] = False,
+    strict: Annotated[bool, opt("Refuse images whose bytes are in two splits.", "--strict")] = False,
+    overwrite: Annotated[bool, opt("Replace a store that has another recipe or other images.", "--overwrite")] = False,
     cluster: Cluster = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print what would be done and how long it would take; write nothing.")
-    ] = False,
+    dry_run: Annotated[bool, opt("Print what would be done and its cost; write nothing.", "--dry-run")] = False,
     as_json: Json = False,
 ) -> None:
     """Stage one: push every image through a frozen network once and keep the features."""
@@ -174,7 +138,7 @@ def _with_moves(split: str, validation_from_train: float, test_from_validation: 
 
 @app.command()
 @guarded
-def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
+def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = False) -> None:
     """Describe a store: rows, classes, splits, feature sets, recipes, unreadable images."""
     from features.store.reader import FeatureStore
     from pipeline import extract as stage
@@ -185,7 +149,7 @@ def inspect(file: Annotated[Path, typer.Argument(help="A feature store.")], as_j
 
 @app.command()
 @guarded
-def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_json: Json = False) -> None:
+def verify(file: Annotated[Path, arg("A feature store.")], as_json: Json = False) -> None:
     """Recompute every checksum of a store; exit code 3 if one differs."""
     from features.store.reader import FeatureStore
     from pipeline.progress import ConsoleProgress
@@ -200,8 +164,8 @@ def verify(file: Annotated[Path, typer.Argument(help="A feature store.")], as_js
 @app.command()
 @guarded
 def pack(
-    file: Annotated[Path, typer.Argument(help="A sharded store.")],
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: replace the store.")] = None,
+    file: Annotated[Path, arg("A sharded store.")],
+    out: Annotated[Path | None, opt("File to write. Default: replace the store.")] = None,
     as_json: Json = False,
 ) -> None:
     """Turn a sharded store into a packed one."""

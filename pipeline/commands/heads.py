@@ -17,7 +17,9 @@ from pipeline.commands.common import (
     Json,
     Runs,
     app,
+    arg,
     guarded,
+    opt,
     parse_params,
     print_document,
     print_next,
@@ -32,54 +34,40 @@ if TYPE_CHECKING:
 @app.command("train-head")
 @guarded
 def train_head(
-    files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="Feature stores.")],
+    files: Annotated[list[Path], arg("Feature stores.", metavar="FILE...")],
     head: Annotated[
         str | None,
-        typer.Option(
-            help="Name of a head (pipeline/README.md), or a class such as sklearn.svm.LinearSVC. Default: logistic."
-        ),
+        opt("Name of a head (pipeline/README.md), or a class such as sklearn.svm.LinearSVC. Default: logistic."),
     ] = None,
-    heads: Annotated[Path | None, typer.Option(help="Sweep file, to train many heads.")] = None,
+    heads: Annotated[Path | None, opt("Sweep file, to train many heads.")] = None,
     data_set: Annotated[
-        list[str] | None, typer.Option("--features", help="Feature set, where the store has several; may be repeated.")
+        list[str] | None, opt("Feature set, if the store has several; repeatable.", "--features")
     ] = None,
     pool: Annotated[
         str | None,
-        typer.Option(help="How spatial features are pooled: avg, max or flatten. Default: that of the head."),
+        opt("Pooling of spatial features: avg, max or flatten. Default: the head's."),
     ] = None,
-    param: Annotated[list[str] | None, typer.Option(help="Parameter of the head, NAME=VALUE; may be repeated.")] = None,
+    param: Annotated[list[str] | None, opt("Parameter of the head, NAME=VALUE; may be repeated.")] = None,
     runs: Runs = Path("runs"),
-    seed: Annotated[int | None, typer.Option(help="Random seed. Default: 0, or that of the sweep file.")] = None,
-    n_jobs: Annotated[
-        int | None, typer.Option(help="Number of processes of a sweep. Default: one for each processor.")
-    ] = None,
+    seed: Annotated[int | None, opt("Random seed. Default: 0, or that of the sweep file.")] = None,
+    n_jobs: Annotated[int | None, opt("Number of processes of a sweep. Default: one for each processor.")] = None,
     folds: Annotated[
         int,
-        typer.Option(
-            help="Also score each head by cross-validation with this many folds of the training rows; 0: validation only."
-        ),
+        opt("Also cross-validate each head with this many folds of the training rows; 0: do not."),
     ] = 0,
     memory: Annotated[
         str | None,
-        typer.Option(
-            help="Memory for training, such as 2GB. Rows that do not fit stay in the store. Default: half of the free memory."
+        opt(
+            "Memory for training, such as 2GB. Rows that do not fit stay in the store. Default: half of the free memory."
         ),
     ] = None,
-    choose: Annotated[
-        str | None, typer.Option(help="Score to compare heads by: accuracy or balanced_accuracy.")
-    ] = None,
-    test: Annotated[
-        bool, typer.Option("--test", help="Also score the test split; in a sweep only for the chosen head.")
-    ] = False,
+    choose: Annotated[str | None, opt("Score to compare heads by: accuracy or balanced_accuracy.")] = None,
+    test: Annotated[bool, opt("Also score the test split; in a sweep only for the chosen head.", "--test")] = False,
     average_views: Annotated[
         bool,
-        typer.Option(
-            "--average-views", help="Also score validation with probabilities averaged over the views of each image."
-        ),
+        opt("Also score validation with probabilities averaged over the views of each image.", "--average-views"),
     ] = False,
-    tensorboard: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the history of each run for TensorBoard.")
-    ] = None,
+    tensorboard: Annotated[Path | None, opt("Write the history of each run for TensorBoard.", metavar="DIR")] = None,
     cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
@@ -206,10 +194,10 @@ def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params
 @app.command()
 @guarded
 def leaderboard(
-    runs: Annotated[Path, typer.Argument(help="Folder of run folders.")] = Path("runs"),
-    choose: Annotated[str, typer.Option(help="Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
-    folds: Annotated[bool, typer.Option("--folds", help="Compare by the scores of cross-validation.")] = False,
-    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV.")] = False,
+    runs: Annotated[Path, arg("Folder of run folders.")] = Path("runs"),
+    choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
+    folds: Annotated[bool, opt("Compare by the scores of cross-validation.", "--folds")] = False,
+    as_csv: Annotated[bool, opt("Print CSV.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
     """List runs, the best first; an asterisk marks the one to choose."""

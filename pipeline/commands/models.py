@@ -6,8 +6,6 @@ import sys
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError
 from pipeline.commands.common import (
@@ -17,8 +15,10 @@ from pipeline.commands.common import (
     Seed,
     Workers,
     app,
+    arg,
     guarded,
     listed_paths,
+    opt,
     parse_params,
     print_document,
     print_next,
@@ -30,55 +30,43 @@ from pipeline.commands.common import (
 def finetune(
     run: Annotated[
         Path,
-        typer.Argument(
-            help="Run of a Keras or linear head, or a folder of runs, of which the newest such run is taken."
-        ),
+        arg("Run of a Keras or linear head, or a folder of runs: the newest such run is taken."),
     ],
-    images: Annotated[str | None, typer.Option(help="Images that the features were made of.")] = None,
+    images: Annotated[str | None, opt("Images that the features were made of.")] = None,
     from_cache: Annotated[
         Path | None,
-        typer.Option(
-            help="Store of the features before the trained layers (extract --layer boundary); then no images are needed."
-        ),
+        opt("Store of the features before the trained layers (extract --layer boundary); then no images are needed."),
     ] = None,
     unfreeze: Annotated[
         str,
-        typer.Option(
-            help="What to train: last-block, all, head, the name of the first layer to train, or its number (so many are frozen)."
+        opt(
+            "What to train: last-block, all, head, the name of the first layer to train, or its number (so many are frozen)."
         ),
     ] = "last-block",
     bn: Annotated[
         str,
-        typer.Option(
-            help="BatchNorm: frozen; affine to train gamma and beta; train to update statistics too, with --scratch only."
-        ),
+        opt("BatchNorm: frozen; affine to train gamma and beta; train to update statistics too, with --scratch only."),
     ] = "frozen",
-    scratch: Annotated[
-        bool, typer.Option("--scratch", help="Use the architecture only: draw new weights and train every layer.")
-    ] = False,
-    augment: Annotated[
-        str, typer.Option(help=f"Show another view of each image in each epoch: {', '.join(PRESETS)}.")
-    ] = "none",
-    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
-    epochs: Annotated[int, typer.Option(help="Largest number of epochs.")] = 5,
-    patience: Annotated[
-        int, typer.Option(help="Epochs without a lower validation loss before training stops; 0: never stop early.")
-    ] = 2,
-    learning_rate: Annotated[float, typer.Option(help="Learning rate of the optimizer.")] = 1e-5,
-    optimizer: Annotated[str, typer.Option(help="Optimizer: adam, rmsprop or sgd.")] = "adam",
-    schedule: Annotated[str, typer.Option(help="Schedule of the learning rate: constant or cosine.")] = "constant",
+    scratch: Annotated[bool, opt("Use the architecture only: new weights, every layer trained.", "--scratch")] = False,
+    augment: Annotated[str, opt(f"Show another view of each image in each epoch: {', '.join(PRESETS)}.")] = "none",
+    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    epochs: Annotated[int, opt("Largest number of epochs.")] = 5,
+    patience: Annotated[int, opt("Epochs without a lower validation loss before training stops; 0: never.")] = 2,
+    learning_rate: Annotated[float, opt("Learning rate of the optimizer.")] = 1e-5,
+    optimizer: Annotated[str, opt("Optimizer: adam, rmsprop or sgd.")] = "adam",
+    schedule: Annotated[str, opt("Schedule of the learning rate: constant or cosine.")] = "constant",
     param: Annotated[
         list[str] | None,
-        typer.Option(
-            help="NAME=VALUE: momentum, nesterov, weight_decay, warmup_epochs, class_weight=balanced, initial_epoch, new_head."
+        opt(
+            "NAME=VALUE: momentum, nesterov, weight_decay, warmup_epochs, class_weight=balanced, initial_epoch, new_head."
         ),
     ] = None,
-    mixed_precision: Annotated[bool, typer.Option("--mixed-precision", help="Train in bfloat16; needs a GPU.")] = False,
+    mixed_precision: Annotated[bool, opt("Train in bfloat16; needs a GPU.", "--mixed-precision")] = False,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    runs: Annotated[Path | None, typer.Option(help="Folder for the new run. Default: that of the given run.")] = None,
-    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
+    runs: Annotated[Path | None, opt("Folder for the new run. Default: that of the given run.")] = None,
+    tensorboard: Annotated[Path | None, opt("Folder for TensorBoard's event files.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -126,38 +114,30 @@ def finetune(
 @app.command()
 @guarded
 def predict(
-    run: Annotated[Path, typer.Argument(help="Run, folder of runs (the best one is taken), or exported model.")],
+    run: Annotated[Path, arg("Run, folder of runs (the best one is taken), or exported model.")],
     images: Annotated[
         str,
-        typer.Argument(
-            help="Folder of images, one image, any image source of extract, or - for paths on standard input, one per line."
+        arg(
+            "Folder of images, one image, any image source of extract, or - for paths on standard input, one per line."
         ),
     ],
-    out: Annotated[Path | None, typer.Option(help="File to write. Default: standard output.")] = None,
-    format: Annotated[
-        str | None, typer.Option("--format", help="csv or jsonl. Default: from the suffix of --out, else csv.")
-    ] = None,
-    top: Annotated[int | None, typer.Option(help="Write only this many classes, the most probable first.")] = None,
+    out: Annotated[Path | None, opt("File to write. Default: standard output.")] = None,
+    format: Annotated[str | None, opt("csv or jsonl. Default: from the suffix of --out, else csv.", "--format")] = None,
+    top: Annotated[int | None, opt("Write only this many classes, the most probable first.")] = None,
     views: Annotated[
         int,
-        typer.Option(
-            help="Average over this many views of each image: the plain image, then variations drawn with --augment."
-        ),
+        opt("Average over this many views: the plain image, then variations by --augment."),
     ] = 1,
     augment: Annotated[
         str | None,
-        typer.Option(help=f"How views are varied: {', '.join(PRESETS)}. Default: as for the features of the run."),
+        opt(f"How views vary: {', '.join(PRESETS)}. Default: as in the run."),
     ] = None,
-    grid: Annotated[
-        Path | None, typer.Option(help="PNG or JPEG file for a picture of some images with their predictions.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
+    grid: Annotated[Path | None, opt("PNG or JPEG file for a picture of some images with their predictions.")] = None,
+    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
-    as_json: Annotated[
-        bool, typer.Option("--json", help="Print one JSON document about the file that --out names.")
-    ] = False,
+    as_json: Annotated[bool, opt("Print one JSON document about the file that --out names.", "--json")] = False,
 ) -> None:
     """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
     from pipeline import predict as stage
@@ -189,18 +169,14 @@ def predict(
 @app.command()
 @guarded
 def export(
-    run: Annotated[Path, typer.Argument(help="Run, or folder of runs (the best one is taken).")],
-    out: Annotated[
-        Path, typer.Option(help="File to write, or for saved_model and openvino a folder. It must not exist.")
-    ],
-    format: Annotated[
-        str, typer.Option("--format", help="Format: keras, saved_model, onnx, litert or openvino.")
-    ] = "keras",
+    run: Annotated[Path, arg("Run, or folder of runs (the best one is taken).")],
+    out: Annotated[Path, opt("File to write, or for saved_model and openvino a folder. It must not exist.")],
+    format: Annotated[str, opt("Format: keras, saved_model, onnx, litert or openvino.", "--format")] = "keras",
     images: Annotated[
         str | None,
-        typer.Option(help="Images on which the exported model is compared with the run. Default: generated ones."),
+        opt("Images to compare model and run on. Default: generated ones."),
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="Weights file, if that of the extraction has moved.")] = None,
+    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
     as_json: Json = False,
 ) -> None:
     """Export one model from pixels of any size to probabilities. It is run and compared; the exit code is 3 if it differs."""

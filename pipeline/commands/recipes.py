@@ -5,10 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
 from features.errors import ConfigurationError
-from pipeline.commands.common import Device, Json, app, guarded, parse_size, print_document, print_next
+from pipeline.commands.common import Device, Json, app, arg, guarded, opt, parse_size, print_document, print_next
 
 
 @app.command()
@@ -16,22 +14,16 @@ from pipeline.commands.common import Device, Json, app, guarded, parse_size, pri
 def recipe(
     name: Annotated[
         str | None,
-        typer.Argument(
-            help="Name of a published experiment, or a .yaml file of your own. Without it the published ones are listed."
-        ),
+        arg("Name of a published experiment, or a .yaml file of your own. Without it the published ones are listed."),
     ] = None,
-    images: Annotated[str | None, typer.Argument(help="Image source, as for extract.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for all results. Default: recipe-NAME.")] = None,
-    way: Annotated[list[str] | None, typer.Option(help="Run only this way; may be repeated. Default: all.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use at most this many images, for a trial run.")] = None,
-    epochs: Annotated[
-        int | None, typer.Option(min=1, help="Train for at most this many epochs, for a trial run.")
-    ] = None,
-    image_size: Annotated[str | None, typer.Option(help="Image size in pixels, in place of the file's.")] = None,
-    backbone: Annotated[
-        str | None, typer.Option(help="Network, in place of the file's: a name or a .keras file.")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="A weights file, or random.")] = None,
+    images: Annotated[str | None, arg("Image source, as for extract.")] = None,
+    out: Annotated[Path | None, opt("Folder for all results. Default: recipe-NAME.")] = None,
+    way: Annotated[list[str] | None, opt("Run only this way; may be repeated. Default: all.")] = None,
+    limit: Annotated[int | None, opt("Use at most this many images, for a trial run.", min=1)] = None,
+    epochs: Annotated[int | None, opt("Train for at most this many epochs, for a trial run.", min=1)] = None,
+    image_size: Annotated[str | None, opt("Image size in pixels, in place of the file's.")] = None,
+    backbone: Annotated[str | None, opt("Network, in place of the file's: a name or a .keras file.")] = None,
+    weights: Annotated[str | None, opt("A weights file, or random.")] = None,
     device: Device = "auto",
     as_json: Json = False,
 ) -> None:
