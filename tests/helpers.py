@@ -24,11 +24,12 @@ from features.sources.scan import scan
 from features.store.reader import FeatureStore
 
 ROOT = Path(__file__).resolve().parent.parent
+STRESS = bool(os.environ.get("STRESS"))  # as in `make stress`
 
 
 def rounds(full: int) -> int:
     """How often to kill, to flip or to draw: all of it in ``make stress``, a tenth in the suite."""
-    return full if os.environ.get("STRESS") else -(-full // 10)
+    return full if STRESS else -(-full // 10)
 
 
 def recipe(layer: str = "last", pooling: str = "avg", size: int = 8, **changes: object) -> Recipe:
