@@ -1,4 +1,4 @@
-"""Exported models: the resize within a graph, every format by its own runtime, and what is refused."""
+"""Exported models: every format by its own runtime, and what is refused."""
 
 from __future__ import annotations
 
@@ -29,102 +29,18 @@ from features.errors import (
     StoreError,
 )
 from features.extraction.extraction import extract_features
-from features.pixels.decode import resize_image
 from features.recipe import PixelRule
 from pipeline.export import Probe, export, predicted
 from pipeline.exporting.artefacts import Card, full_pixels, open_artefact, read_card, write_card
-from pipeline.exporting.assembled import assemble, folded
+from pipeline.exporting.assembled import assemble
 from pipeline.exporting.formats import FORMATS, convert, find_format
-from pipeline.exporting.resizing import check_rule, longest_side, resized
-from pipeline.heads.kinds import head_of, make_head
+from pipeline.heads.kinds import head_of
 from pipeline.predict import predict
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
 from pipeline.tuning.endtoend import network_of
 
 pytestmark = pytest.mark.slow
-# height, width: down, up, both, exact, tall (which Pillow 13 resizes height first), lines and single pixels
-SIZES = (
-    (375, 500), (500, 375), (224, 224), (96, 80), (448, 448), (336, 336), (447, 449), (225, 223), (223, 225), (300, 200),
-    (113, 77), (1000, 90), (90, 1000), (31, 33), (5, 7), (1, 300), (300, 1), (2, 1), (1, 1), (1201, 1603),
-)  # fmt: skip
-
-
-def noise(height: int, width: int) -> np.ndarray:
-    return np.random.default_rng(height * 10_000 + width).integers(0, 256, (height, width, 3)).astype(np.uint8)
-
-
-def resizer(rule: PixelRule) -> Any:
-    import keras
-
-    images = keras.Input((None, None, 3), dtype="uint8")
-    return keras.Model(images, resized(images, rule))
-
-
-# -------------------------------------------------------------------------------------------------- resize
-@pytest.mark.parametrize("size", [(224, 224), (96, 80)])
-@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
-def test_the_graph_gives_the_very_grey_levels_of_pillow(fit: str, size: tuple[int, int]) -> None:
-    rule = PixelRule(*size, fit=fit)
-    model = resizer(rule)
-    for height, width in SIZES:
-        pixels = noise(height, width)
-        received = np.asarray(model(pixels[None]))[0]
-        np.testing.assert_array_equal(
-            received, resize_image(Image.fromarray(pixels), rule), err_msg=f"{height}x{width}"
-        )
-
-
-def test_a_batch_is_resized_image_by_image_and_the_longest_side_is_still_exact() -> None:
-    rule = PixelRule(32, 32)
-    model = resizer(rule)
-    pair = np.stack([noise(50, 41), 255 - noise(50, 41)])
-    expected = np.stack([resize_image(Image.fromarray(pixels), rule) for pixels in pair])
-    np.testing.assert_array_equal(np.asarray(model(pair)), expected)
-    longest = noise(3, longest_side(32))
-    np.testing.assert_array_equal(np.asarray(model(longest[None]))[0], resize_image(Image.fromarray(longest), rule))
-
-
-@pytest.mark.parametrize("fit", ["stretch", "crop"])
-def test_the_rule_of_keras_differs_by_one_level_and_only_where_a_value_lies_half_way(fit: str) -> None:
-    rule = PixelRule(224, 224, resize="keras", fit=fit)
-    model = resizer(rule)
-    shares = []
-    for height, width in SIZES:
-        pixels = noise(height, width)
-        received = np.asarray(model(pixels[None]))[0]
-        gaps = np.abs(received - resize_image(Image.fromarray(pixels), rule))
-        assert gaps.max() <= 1, (height, width)
-        shares.append(np.mean(gaps > 0))
-    assert max(shares) < 0.02
-    assert np.median(shares) < 0.002
-
-
-def test_pixels_that_no_graph_gives_exactly_are_refused() -> None:
-    with pytest.raises(ConfigurationError, match="Supported: antialias with stretch, crop or pad"):
-        check_rule(PixelRule(224, 224, resize="keras", fit="pad"))
-    with pytest.raises(ConfigurationError, match="up to 1450x1450, received 2000x2000"):
-        check_rule(PixelRule(2000, 2000, resize="keras"))
-
-
-# -------------------------------------------------------------------------------------------------- heads
-@pytest.mark.parametrize("count", [2, 3])
-@pytest.mark.parametrize("name", ["logistic", "linear-svm", "lda", "mlp-256"])
-def test_a_folded_head_gives_its_probabilities(name: str, count: int) -> None:
-    generator = np.random.default_rng(0)
-    y = np.arange(90, dtype=np.int32) % count
-    X = (generator.normal(3, 2, (90, 20)) + y[:, None]).astype(np.float32)
-    head = make_head(name, **({"epochs": 40, "learning_rate": 0.01} if name == "mlp-256" else {}))
-    head.fit(X, y)
-    values = X
-    matrices = folded(head.as_dense())  # type: ignore[arg-type]
-    for kernel, bias in matrices[:-1]:
-        values = np.maximum(values @ kernel + bias, 0)
-    kernel, bias = matrices[-1]
-    outputs = np.exp(values @ kernel + bias)
-    expected = head.predict_proba(X)
-    assert np.ptp(expected[:, 0]) > 0.3
-    np.testing.assert_allclose(outputs / outputs.sum(axis=1, keepdims=True), expected, atol=1e-5)
 
 
 # -------------------------------------------------------------------------------------------------- whole models
@@ -343,7 +259,7 @@ def test_files_that_export_did_not_make_are_refused(runs: dict[str, Path], tmp_p
     values = {"run": "r", "classes": ("a", "b", "c"), "recipe": recipe, "input": "", "output": "", "packages": {}}
     write_card(tmp_path / "other.keras", Card(artefact="keras", **values))
     with pytest.raises(RunError, match="keras cannot run it"):
-        open_artefact(tmp_path / "other.keras")(noise(4, 4)[None])
+        open_artefact(tmp_path / "other.keras")(np.zeros((1, 4, 4, 3), np.uint8))
     with zipfile.ZipFile(tmp_path / "later.keras", "w") as archive:
         archive.writestr("bottleneck.json", json.dumps({"format": 2}))
     with pytest.raises(FormatVersionError, match="format 2 is not known here"):
