@@ -380,10 +380,10 @@ class EstimatorHead(SklearnHead):
     @classmethod
     def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
         """Separate the parameters that all heads have from those of the classifier, which go to ``params``."""
-        ours = {key: value for key, value in params.items() if key in ("folds", "scale", "pca")}
-        own = {key: value for key, value in params.items() if key not in ours}
+        common = {key: value for key, value in params.items() if key in ("folds", "scale", "pca")}
+        own = {key: value for key, value in params.items() if key not in common}
         check_estimator(name, own, classes)
-        return parse(EstimatorParameters, {**ours, "params": own}, f"head {name!r}")
+        return parse(EstimatorParameters, {**common, "params": own}, f"head {name!r}")
 
     @classmethod
     def restored(cls, path: Path, stored: HeadFile) -> tuple[str, Settings]:

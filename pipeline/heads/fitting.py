@@ -110,12 +110,12 @@ def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> l
     for number, head in enumerate(heads):
         by_seed[head.seed].append(number)
     for seed, numbers in by_seed.items():
-        dealt = stratified_folds(prepared.y, folds, seed, prepared.groups)
+        fold_of_row = stratified_folds(prepared.y, folds, seed, prepared.groups)
         fresh = [heads[number].fresh() for number in numbers]
         columns = [np.full((len(prepared.y), len(heads[0].classes)), np.nan) for _ in numbers]
         diverged: set[int] = set()
-        for fold in range(dealt.max() + 1):
-            rows, tested = np.flatnonzero((dealt != -2) & (dealt != fold)), dealt == fold
+        for fold in range(fold_of_row.max() + 1):
+            rows, tested = np.flatnonzero((fold_of_row != -2) & (fold_of_row != fold)), fold_of_row == fold
             histories = fresh[0].train_together(fresh, prepared.part(rows))
             held_back = prepared.train.take(tested)
             for k, (head, history) in enumerate(zip(fresh, histories, strict=True)):
