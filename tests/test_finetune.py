@@ -12,7 +12,7 @@ import pytest
 from finetuning import SIZE, TRAIN, TinyWorld, tiny_world, weights_of_run
 from helpers import listing
 
-import pipeline.runs.folder
+import pipeline.runs.writing
 from features.canonical import digest_of
 from features.errors import ConfigurationError, ParityError, RunError
 from features.networks.backend import _is_news
@@ -320,8 +320,8 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
         layer.set_weights([value * 1.5 for value in layer.get_weights()])
         return saved
 
-    save_backbone = pipeline.runs.folder._save_backbone
-    monkeypatch.setattr(pipeline.runs.folder, "_save_backbone", saved_wrongly)
+    save_backbone = pipeline.runs.writing._save_backbone
+    monkeypatch.setattr(pipeline.runs.writing, "_save_backbone", saved_wrongly)
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'")
     refused(r"loaded again after fine-tuning: .* The first layer that differs is 'conv_3'", from_cache=cache)
     assert all(name.endswith(".checkpoint") for name in listing(tmp_path / "runs"))
