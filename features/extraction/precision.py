@@ -6,7 +6,6 @@ some images -> chosen engine, stored type | Keras, float32 -> relative error, ac
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections.abc import Sequence
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, Any
@@ -21,7 +20,6 @@ from features.sources.scan import ImageSet
 if TYPE_CHECKING:
     from features.networks.network import Network
 
-logger = logging.getLogger(__name__)
 FOLDS = 5
 
 

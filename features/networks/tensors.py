@@ -27,7 +27,6 @@ _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LARGEST_MEMBER = 4 << 30  # bytes; the largest official file, that of ConvNeXtXLarge, has 1.4e9
 _NUMBERED = re.compile(r"^variable(_\d+)?$")  # Keras numbers unnamed variables over the whole process
-CONTAINERS = ("hdf5", "keras", "npz")
 
 
 def model_tensors(model: Any) -> dict[str, Any]:
@@ -73,7 +72,7 @@ def digest_of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def container_of(path: Path) -> str:
-    """Recognise a weights file as one of ``CONTAINERS``, by its first bytes and, in a zip archive, its members.
+    """Recognise a weights file by its first bytes and, in a zip archive, its members: ``hdf5``, ``keras`` or ``npz``.
 
     Raises
     ------

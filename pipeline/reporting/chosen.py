@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -24,8 +23,6 @@ from pipeline.reporting.thumbnails import TILE, TILES_ACROSS, Pictures
 from pipeline.runs.folder import Run
 from pipeline.runs.notes import PACKAGES
 from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
-
-logger = logging.getLogger(__name__)
 
 TWINS, TWIN_PICTURE = 12, 128  # pairs of near-duplicates shown, and the side of their pictures in pixels
 QUARANTINED = 50  # files in quarantine that are listed

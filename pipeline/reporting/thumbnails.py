@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import io
-import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -21,7 +20,6 @@ from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
 from features.sources.scan import ImageSet, is_manifest, scan
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 CARD, TILE = 192, 80  # sides in pixels; multiples of 16, so that the tiles of a JPEG do not bleed into each other

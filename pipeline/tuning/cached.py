@@ -6,7 +6,6 @@ store -> the feature set that this run's trunk would compute -> CachedFeatures
 from __future__ import annotations
 
 import hashlib
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +18,6 @@ from features.store.reader import FeatureStore
 from pipeline.runs.folder import Run
 from pipeline.tuning.inputs import PLAIN, Data
 
-logger = logging.getLogger(__name__)
 _FREE = {"layer", "pooling", "dtype", "augmentation", "seed"}  # recipe fields in which cut features may differ
 
 
