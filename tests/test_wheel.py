@@ -1,0 +1,92 @@
+"""The wheel, built and installed into an environment of its own, works in an empty folder far from the checkout."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+pytestmark = pytest.mark.slow
+PACKAGES = ("features", "pipeline")
+
+
+def run(*words: object, cwd: Path) -> str:
+    """What a command prints; it sees neither the checkout nor what the tests have set."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    result = subprocess.run(
+        [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built from a copy, without the network: setuptools is part of the dev extra."""
+    place = tmp_path_factory.mktemp("build")
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, place / name)
+    for name in PACKAGES:
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+    pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
+    run(*pip, "--wheel-dir", "dist", ".", cwd=place)
+    (built,) = (place / "dist").glob("*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def bottleneck(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The program in a fresh environment, which borrows everything but this project from the one that runs the tests."""
+    place = tmp_path_factory.mktemp("fresh") / "venv"
+    venv.create(place)
+    (packages,) = place.glob("lib/python*/site-packages")
+    # Folders named in a .pth file come last on the path, and their own .pth files, such as the checkout's, are not read.
+    (packages / "borrowed.pth").write_text("\n".join(path for path in sys.path if path.endswith("-packages")))
+    python = place / "bin" / "python"
+    run(
+        sys.executable,
+        "-m",
+        "pip",
+        "--python",
+        python,
+        "install",
+        "--quiet",
+        "--no-deps",
+        "--no-index",
+        wheel,
+        cwd=place,
+    )
+    return place / "bin" / "bottleneck"
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    files = {
+        path.relative_to(ROOT).as_posix()
+        for name in PACKAGES
+        for path in (ROOT / name).rglob("*")
+        if path.is_file() and "__pycache__" not in path.parts
+    }
+    assert {"features/py.typed", "features/FORMAT.md", "pipeline/templates/report.html.j2"} <= files
+    with zipfile.ZipFile(wheel) as archive:
+        assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
+
+
+def test_it_works_in_an_empty_folder(bottleneck: Path, tmp_path: Path) -> None:
+    code = "import features, pipeline; print(features.__file__, pipeline.__file__, features.__version__)"
+    *files, version = run(bottleneck.parent / "python", "-c", code, cwd=tmp_path).split()
+    assert all(Path(file).is_relative_to(bottleneck.parent.parent) for file in files)
+    assert run(bottleneck, "--version", cwd=tmp_path) == f"bottleneck-features {version}\n"
+    assert "mobilenetv2-cats-dogs" in run(bottleneck, "recipe", cwd=tmp_path)
+    small = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", "32")
+    run(bottleneck, "extract", "sample:digits", "--out", "f.h5", *small, cwd=tmp_path)
+    run(bottleneck, "train-head", "f.h5", "--head", "knn", cwd=tmp_path)
+    run(bottleneck, "report", "runs", "--out", "report.html", cwd=tmp_path)
+    assert "</html>" in (tmp_path / "report.html").read_text()
+    assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"f.h5", "runs", "report.html"}
