@@ -1,4 +1,4 @@
-"""Features as a step of a scikit-learn pipeline, each image inferred once and kept in a store.
+"""Features as a step of a scikit-learn pipeline; each image is inferred once and its features are kept in a store.
 
     X --hash--> rows in the store | missing --decode | infer--> the store grows --> float32, (n, d), in the order of X
 
@@ -43,20 +43,20 @@ NAMED = 10  # unreadable images that an error lists
 
 
 class FeatureExtractor(TransformerMixin, BaseEstimator):
-    """Images -> features of a frozen backbone, for ``sklearn.pipeline.Pipeline`` and cross-validation.
+    """Turn images into features of a frozen network, for ``sklearn.pipeline.Pipeline`` and cross-validation.
 
     Parameters
     ----------
     backbone, weights : str
         See ``features.recipe.NetworkOptions``, also for the parameters down to ``device``.
     layer : str, optional
-        Backbone layer whose output is kept; the last one without it. What is not a vector is flattened.
+        Layer whose output is kept; default: the last one. Spatial features are flattened.
     pooling : {"none", "avg", "max", "flatten"}, optional
-        Of a 4-D output. Without it ``avg`` for the last layer, ``none`` for one asked for.
+        Pooling of spatial features. Default: ``avg`` for the last layer, ``none`` for a layer that is named.
     image_size : int or (int, int), optional
-        Height and width in pixels; the backbone's own without it.
+        Height and width in pixels; default: those of the network.
     resize, fit_rule, decode, dtype, engine, precision, device : str
-        As in ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here.
+        As for ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here.
     store : path, optional
         Where features are kept; without it every call computes them. A path that ends in ``.h5`` is one store, of one
         recipe; any other is a folder that gets a store per recipe, so that a grid search may vary layers. The
@@ -64,17 +64,17 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         to and never rewritten, but that many small ones are merged. A store that ``extract`` made is read and never
         changed: what it lacks is computed each time.
     batch_size : int
-        Images of one forward pass.
+        Number of images in one forward pass.
     workers : int, optional
-        Threads that read and decode; the processors of this process without it.
+        Number of threads that read and decode; default: one for each processor.
     lock_timeout : float
-        Seconds to wait while another process extends the same store. Whoever comes second finds what the first has
-        computed, so that with ``n_jobs`` above 1, too, each image is inferred once.
+        Seconds to wait while another process extends the same store. The second process finds what the first has
+        computed, so each image is inferred once, even with ``n_jobs`` above 1.
 
     Notes
     -----
-    Rows are found by the hash of the file. A file that the store knows by path, size and modification time is not
-    read again. Fitting learns nothing from the images: the backbone is frozen.
+    Rows are found by the hash of the file. A file whose path, size and modification time are in the store is not read
+    again. ``fit`` learns nothing from the images, because the network is frozen.
 
     Examples
     --------
@@ -122,7 +122,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         self.lock_timeout = lock_timeout
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
-        """Check parameters and the kind of input; no image is opened.
+        """Check the parameters and the kind of input. No image is opened.
 
         Raises
         ------
@@ -136,7 +136,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         return self
 
     def transform(self, X: Any) -> np.ndarray:
-        """Features of images, in their order.
+        """Compute or look up the features of images, in their order.
 
         Parameters
         ----------
@@ -150,8 +150,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         Raises
         ------
         UnreadableImageError
-            Naming the images that cannot be read: no row is left out, as it would shift the labels behind it. The
-            features of the others are kept.
+            Names the images that cannot be read. No row is left out, because the labels of later rows would shift. The
+            features of the other images are kept.
         LockedError
             If another process was still extending the store after ``lock_timeout`` seconds.
         ConfigurationError
@@ -180,7 +180,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         return features
 
     def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """Names of the columns: data set and number, such as ``out_relu.avg_17``."""
+        """Return the names of the columns: feature set and number, such as ``out_relu.avg_17``."""
         network = self._network()
         return np.array([f"{network.recipes[0].name}_{column}" for column in range(_width(network))], dtype=object)
 
@@ -203,7 +203,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         return resolve_network(options)
 
     def _path(self, recipe: Recipe) -> Path | None:
-        """The file of a recipe."""
+        """Return the path of the store of a recipe; None without a store."""
         if self.store is None:
             return None
         path = Path(os.path.realpath(os.path.expanduser(self.store)))
@@ -214,7 +214,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     def _extending(
         self, store: GrowingStore | None, wanted: Collection[bytes], network: Network
     ) -> contextlib.AbstractContextManager[Append]:
-        """What keeps the rows that are computed, if some are lacking and the store may grow."""
+        """Return what keeps computed rows, if some are missing and the store may grow."""
         lacking = 0 if store is None else len(wanted - store.rows.keys())
         if store is not None and lacking and store.grows:
             return store.extending(
@@ -229,7 +229,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
             )
         if store is not None and lacking:
             logger.warning(
-                "%s lacks %d of these images; it was made by an extraction, so they are computed and not kept",
+                "%s lacks %d of these images. It was made by an extraction, so their features are computed and not kept",
                 *(store.path, lacking),
             )
         return contextlib.nullcontext(lambda spec, rows: None)
@@ -237,12 +237,10 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
     def _inferred(
         self, network: Network, pool: Executor, images: Mapping[bytes, _Image]
     ) -> Iterator[tuple[ShardSpec, ShardRows]]:
-        """Rows of images, a shard at a time; the unreadable ones are named when all others are done."""
+        """Yield the rows of images, a shard at a time; name the unreadable images when all others are done."""
         named: dict[str, tuple[bytes, _Image]] = {}
         for sha256, image in images.items():
-            is_file = (
-                image.size >= 0 and image.name not in named
-            )  # one that was changed while it was hashed comes twice
+            is_file = image.size >= 0 and image.name not in named  # a file that changed while it was hashed comes twice
             named[image.name if is_file else f"pixels/{sha256.hex()[:20]}.png"] = sha256, image
 
         def read(name: str) -> bytes:
@@ -286,7 +284,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
 
 
 class _Image(NamedTuple):
-    """One image: what it is called, size and time of its file (-1: none), and how its bytes are had."""
+    """One image: its name, size and time of its file (-1 without a file), and a function that reads its bytes."""
 
     name: str
     size: int
@@ -295,7 +293,7 @@ class _Image(NamedTuple):
 
 
 def images_of(X: Any) -> list[_Image]:
-    """What an input consists of.
+    """Return the images of an input.
 
     Raises
     ------

@@ -1,4 +1,4 @@
-"""Stage one on the command line: decide, act, say what was done and what to type next."""
+"""Stage one: plan an extraction, or run it, and describe the store as one document."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
 
 
 def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | None = None) -> dict[str, Any]:
-    """What an extraction would do, as one document. Writes nothing; no cluster is asked, and the forecast is of this machine."""
+    """Describe what an extraction would do. Nothing is written, no cluster is contacted; the forecast is for this machine."""
     if cluster is not None:
         from pipeline.cluster.connection import parse_cluster
 
@@ -45,7 +45,7 @@ def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | N
 
 
 def plan_summary(document: dict[str, Any]) -> str:
-    """The plan for a person."""
+    """Describe the plan for a person."""
     counted = ", ".join(f"{document[name]} {name}" for name in COUNTED if document[name])
     drawn = f" ({document['passes']} of their views)" if document["passes"] != document["to_infer"] else ""
     lines = [
@@ -73,7 +73,7 @@ def _duration(seconds: float) -> str:
 def run(
     images: str, out: Path, options: ExtractionOptions, *, progress: Progress | None = None, cluster: str | None = None
 ) -> dict[str, Any]:
-    """Bring a store up to date and describe it, as one document; ``cluster`` says which workers make its shards."""
+    """Create or update a store and describe it. ``cluster`` names the workers that make its shards; default: this process."""
     run_shards: ShardRunner = run_here
     if cluster is not None:
         from pipeline.cluster.run import ClusterShards
@@ -89,7 +89,7 @@ def run(
 
 
 def describe(store: FeatureStore) -> dict[str, Any]:
-    """What is in a store, as one document."""
+    """Describe the contents of a store as one document."""
     splits = Counter(SPLITS[code] for code in store.images.splits.tolist())
     reasons = zip(store.quarantine.paths, store.quarantine.reasons, strict=True)
     labels = Counter(store.images.labels.tolist())
@@ -121,21 +121,21 @@ def describe(store: FeatureStore) -> dict[str, Any]:
 
 
 def _views(entry: dict[str, Any]) -> str:
-    """How many views a data set has, and from what they are drawn; nothing for plain images alone."""
+    """Describe the views of a feature set; empty if it has the plain images only."""
     if entry["views"] == 1:
         return ""
     return f"{entry['views']}, {entry['augment']} seed {entry['recipe']['seed']}"
 
 
 def _arithmetic(recipe: dict[str, Any]) -> str:
-    """What makes a recipe another one than that of float32 and whole JPEGs."""
+    """Describe how the arithmetic and decoding differ from float32 and complete decoding; empty if they do not."""
     fast = [] if recipe["decode"] == "full" else ["fast decoding"]
     precision = [] if recipe["precision"] == "float32" else [recipe["precision"].replace(":", " by ")]
     return ", ".join(precision + fast)
 
 
 def _data_sets(entries: dict[str, Any]) -> str:
-    """A table of what is stored; columns that say nothing are left out."""
+    """Format a table of the feature sets; columns that are empty throughout are left out."""
     rows = [
         {
             "features": printable(name),
@@ -168,13 +168,13 @@ def _precision_lines(document: dict[str, Any]) -> list[str]:
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The document for a person."""
+    """Describe the store for a person."""
     lines = [
         f"{document['file']}: {document['rows']} rows, {len(document['classes'])} classes, "
         + ", ".join(f"{name} {count}" for name, count in document["splits"].items())
     ]
     if document["layout"] == "sharded":
-        lines.append(f"  in {document['shards']} shards beside it ({document['file']}.parts)")
+        lines.append(f"  in {document['shards']} shards beside the file ({document['file']}.parts)")
     if document["rows_missing"]:
         lines.append(f"  {document['rows_missing']} rows are missing with their shards; extract again to compute them")
     lines.append(_data_sets(document["data_sets"]))

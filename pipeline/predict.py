@@ -40,12 +40,12 @@ from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
 WARNED = 10  # unreadable images named in warnings; all are named in their rows
-SHOWN = 20  # classes of the summary
+SHOWN = 20  # classes listed in the summary
 PICTURES = 36  # images of a grid
 
 
 class Item(NamedTuple):
-    """An image to come: its name, what reads its file (UnreadableImageError if that fails), its class if that is known."""
+    """An image to predict: its name, a function that reads its bytes, and its class if it is known."""
 
     name: str
     read: Callable[[], bytes]
@@ -61,17 +61,17 @@ def predict(
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
-    """Predict the class of every image; rows are written while the next images are read, and none is kept.
+    """Predict the class of every image. Rows are written while later images are read, so memory does not grow.
 
     Parameters
     ----------
     run : str or Path
-        Run folder, a folder of runs, of which the best one is taken, or what ``export`` wrote.
+        Run folder, folder of runs (the best one is taken), or exported model.
     images : str, Path or iterable of str
-        Any image source, whose labels, if it has some, are not looked at; or paths of image files, which are read as
-        they come and may be any number.
+        Image source, whose labels are not used for the predictions; or paths of image files, any number of them, which
+        are read as they arrive.
     out : Path, optional
-        File to write, whole or not at all. Without it rows go to ``stream``.
+        File to write, completely or not at all. Without it, rows are written to ``stream``.
     stream : text stream, optional
         Standard output by default.
     progress : callable, optional
@@ -82,17 +82,17 @@ def predict(
     Returns
     -------
     dict
-        ``run``, ``out``, ``rows`` (their format), ``images``, ``predicted``, ``unreadable``, ``classes``, how often each
-        was predicted, and ``grid``.
+        ``run``, ``out``, ``rows`` (the format of the rows), ``images``, ``predicted``, ``unreadable``, ``classes`` (how often
+        each was predicted) and ``grid``.
 
     Raises
     ------
     ConfigurationError
-        A wrong option; views of an exported model; a file to write that is one of those that are read.
+        For a wrong option, views of an exported model, or an output file that is one of the inputs.
     SourceError
-        No such images, or an empty list.
+        If there are no such images, or the list is empty.
     RunError
-        A run that is none, or of other weights.
+        If the run cannot be opened, or has other weights.
     TooManyUnreadableError
         If no image could be read; ``out`` is then not written.
     """
@@ -116,7 +116,7 @@ def predict(
         model = ArtefactModel(open_artefact(run))
         rows = Rows(kind, model.classes, asked.top)
     gallery = Gallery(model.classes, total if grid is not None else None)
-    counts: Counter[int] = Counter()  # -1 for an unreadable image
+    counts: Counter[int] = Counter()  # -1 counts unreadable images
     with (
         ThreadPoolExecutor(asked.workers or processors()) as pool,
         destination(written.get("--out"), stream or sys.stdout, kind) as write,
@@ -152,7 +152,7 @@ def predict(
 
 
 def summary(document: dict[str, Any]) -> str:
-    """How many images were given which class, for a person."""
+    """Describe for a person how many images were given each class."""
     unread = f", {document['unreadable']} unreadable" if document["unreadable"] else ""
     classes = sorted(document["classes"].items(), key=lambda pair: -pair[1])
     table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]], "  ")
@@ -162,32 +162,32 @@ def summary(document: dict[str, Any]) -> str:
 
 
 class Gallery:
-    """Collects the images of a grid: some, evenly spread over a source; the first ones where their number is not known.
+    """Collects the images of a grid: evenly spread over the source, or the first ones if their number is unknown.
 
     Parameters
     ----------
     classes : sequence of str
-        Those of the model. Labels of which none is among them say something else, and are not looked at.
+        Classes of the model. Labels are ignored if none of them is a class of the model.
     total : int or None
-        Images to come, 0 if that is not known; None for no grid.
+        Number of images, 0 if it is unknown; None for no grid.
     """
 
     def __init__(self, classes: Sequence[str], total: int | None) -> None:
         self._classes = classes
         self._chosen = frozenset(evenly_spread(total, PICTURES)) if total else None
         self._most = 0 if total is None else PICTURES
-        self._owed = 0  # to be drawn, but could not be read: the next one takes the place
+        self._owed = 0  # images that should have been drawn and could not be read; the next ones replace them
         self._pictures: list[PredictedImage] = []
 
     def look(self, position: int, item: Item, prediction: Prediction) -> None:
-        """Keep the image if it is to be drawn."""
+        """Keep the image if it belongs in the grid."""
         if len(self._pictures) >= self._most:
             return
         self._owed += self._chosen is None or position in self._chosen
         if prediction.probabilities is None or not self._owed:
             return
         best = int(prediction.probabilities.argmax())
-        with contextlib.suppress(UnreadableImageError):  # gone since
+        with contextlib.suppress(UnreadableImageError):  # the file has been removed
             data = item.read()
             self._pictures.append(
                 PredictedImage(data, self._classes[best], float(prediction.probabilities[best]), item.label)
@@ -196,21 +196,21 @@ class Gallery:
 
     @property
     def pictures(self) -> list[PredictedImage]:
-        """What is to be drawn."""
+        """The pictures to draw."""
         if any(picture.label in self._classes for picture in self._pictures):
             return self._pictures
         return [picture._replace(label="") for picture in self._pictures]
 
 
 def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator[list[tuple[Item, Prediction]]]:
-    """Predictions of images in their order, a batch at a time. Of the images only a few are in memory.
+    """Yield predictions in the order of the images, a batch at a time. Only a few images are in memory.
 
     Parameters
     ----------
     model : Model
-        What predicts.
+        The model.
     items : iterable of Item
-        Taken a little ahead of what is predicted.
+        Images, which are read a little ahead.
     pool : Executor
         Threads that read and decode.
     """
@@ -233,7 +233,7 @@ def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator
 
 
 def _items(images: str | Path | Iterable[str], written: Mapping[str, Path]) -> tuple[Iterator[Item], int]:
-    """Images to come, and how many, 0 if that is not known; none of them is a file that is written."""
+    """Return the images and their number, 0 if it is unknown; refuse an output file that is one of them."""
     if isinstance(images, str | Path):
         source = scan(images, labelled=False)
         for option, path in written.items():
@@ -254,11 +254,11 @@ def _items(images: str | Path | Iterable[str], written: Mapping[str, Path]) -> t
 
 
 def _augmentation(run: Run | None, given: str | Path, views: int, augment: str | None) -> AugmentSpec | None:
-    """What the views are drawn from; None for one view."""
+    """Return the augmentation of the views; None for one view."""
     if run is None and (views > 1 or augment is not None):
         raise ConfigurationError(
-            f"views: {given} is an exported model, which takes an image as it is and draws no views of it. Give the run "
-            "that it was made of, or leave out --views and --augment."
+            f"views: {given} is an exported model, which cannot draw views of an image. Give the run that it was exported "
+            "from, or leave out --views and --augment."
         )
     spec = run.recipe.augmentation if run is not None and augment is None else AugmentSpec.parse(augment or "none")
     plain = spec is None or spec.is_plain

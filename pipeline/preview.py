@@ -1,4 +1,4 @@
-"""What the network will see: a grid of sample images, or of some images under every view, by the pixel rule of ``extract``."""
+"""Draw what the network will see: a grid of sample images, or all views of a few images, decoded as ``extract`` does."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ MOST_IMAGES, MOST_VIEWS = 400, 24
 
 @dataclasses.dataclass(frozen=True)
 class PreviewOptions(NetworkOptions):
-    """What is shown. Of the fields of ``NetworkOptions`` those of the pixels count, and ``backbone``, for its image size.
+    """Options of a preview. Of ``NetworkOptions`` only the fields about pixels are used, and ``backbone`` for its image size.
 
     Parameters
     ----------
     augment : str
-        Name of a preset; each image then fills a row with its views, the plain one first.
+        Name of a preset. Each image then fills a row with its views, the plain image first.
     views : int, optional
-        How many, 1-24, the plain one counted; default 6.
+        Number of views, 1-24, including the plain image; default 6.
     seed : int
-        Of the views, as ``extract`` takes it; the choice of images depends on it too.
+        Random seed of the views, as for ``extract``, and of the choice of images.
     count : int, optional
-        Images, 1-400; default 24, with ``augment`` 5.
+        Number of images, 1-400; default 24, or 5 with ``augment``.
     target : str, optional
         Label column of a manifest.
     """
@@ -53,7 +53,7 @@ class PreviewOptions(NetworkOptions):
 
 
 def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
-    """Draw the grid.
+    """Draw a grid of images and return a description of it.
 
     Parameters
     ----------
@@ -67,22 +67,22 @@ def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, An
     Returns
     -------
     dict
-        ``out``, ``images`` drawn as paths, ``views``, ``image_size`` and ``unreadable``, how many were passed over.
+        ``out``, ``images`` drawn as paths, ``views``, ``image_size`` and ``unreadable``, the number of images that were skipped.
 
     Raises
     ------
     ConfigurationError
-        An option that does not exist, views of nothing, a page that would be too large, or one of the images as ``out``.
+        An unknown option, views without an augmentation, a page that is too large, or an ``out`` that is one of the images.
     SourceError
         If there are no images.
     TooManyUnreadableError
-        If none of those looked at can be read.
+        If none of the chosen images can be read.
     """
     asked = PreviewOptions(**options)
     spec, views, seed = AugmentSpec.parse(asked.augment), asked.views, asked.seed
     if views is not None and views > 1 and spec.is_plain:
         raise ConfigurationError(
-            f"--views {views} needs --augment: without it all views are the plain image; type --augment flip-rotation"
+            f"--views {views} needs --augment: without it all views are the plain image; add --augment flip-rotation"
         )
     shown = 1 if spec.is_plain else VIEWS if views is None else views
     wanted = (IMAGES if spec.is_plain else AUGMENTED_IMAGES) if asked.count is None else asked.count
@@ -107,10 +107,10 @@ def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, An
             rows.append((row, _cells(source, row, rule, spec, seed, shown)))
         except UnreadableImageError as problem:
             unreadable += 1
-            logger.warning("%s is unreadable (%s) and passed over", printable(source.paths[row]), problem)
+            logger.warning("%s is unreadable (%s) and skipped", printable(source.paths[row]), problem)
     if not rows:
         raise TooManyUnreadableError(f"{images}: none of {unreadable} images could be read; nothing was drawn")
-    rows.sort(key=lambda item: (source.labels[item[0]], item[0]))  # images of a class beside each other
+    rows.sort(key=lambda item: (source.labels[item[0]], item[0]))  # images of one class are side by side
     cells = [drawn for _, drawn in rows]
     classes = f", {len(source.classes)} classes" if source.classes else ""
     title = f"{printable(PurePath(source.description).name)}: {len(rows)} of {counted(len(source), 'image')}{classes}, {rule.height}x{rule.width} {rule.fit}"
@@ -131,24 +131,24 @@ def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, An
 
 
 def summary(document: dict[str, Any]) -> str:
-    """The result for a person."""
+    """Describe the result for a person."""
     views = f", {document['views']} views of each ({document['augment']})" if document["views"] > 1 else ""
-    skipped = f"; {document['unreadable']} unreadable ones passed over" if document["unreadable"] else ""
+    skipped = f"; {document['unreadable']} unreadable images skipped" if document["unreadable"] else ""
     height, width = document["image_size"]
     return f"{document['out']}: {counted(len(document['images']), 'image')} at {height}x{width}{views}{skipped}"
 
 
 def sample_images(source: ImageSet, count: int, seed: int = 0) -> list[int]:
-    """Row numbers of images drawn at random, one of each class in turn, so that every class is met early.
+    """Draw row numbers of images at random, one of each class in turn, so that all classes come early.
 
     Parameters
     ----------
     source : ImageSet
         Labels may be missing.
     count : int
-        At most so many.
+        Largest number of rows.
     seed : int
-        Another seed, other images.
+        Random seed.
     """
     generator = np.random.default_rng(seed)
     order = generator.permutation(len(source))

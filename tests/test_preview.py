@@ -110,7 +110,7 @@ def test_unreadable_images_are_passed_over_and_said(
     document = preview(source, tmp_path / "grid.png", image_size=(SIZE, SIZE))
     assert (len(document["images"]), document["unreadable"]) == (12, 1)
     assert "torn.png is unreadable (not-an-image" in caplog.text
-    assert "1 unreadable ones passed over" in summary(document)
+    assert "1 unreadable images skipped" in summary(document)
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "a.png").write_bytes(b"nothing")
     with pytest.raises(TooManyUnreadableError, match="none of 1 images could be read; nothing was drawn"):
@@ -119,7 +119,7 @@ def test_unreadable_images_are_passed_over_and_said(
 
 
 def test_what_cannot_be_drawn_is_refused_first(source: Path, tmp_path: Path) -> None:
-    with pytest.raises(ConfigurationError, match=r"--views 3 needs --augment.*type --augment flip-rotation"):
+    with pytest.raises(ConfigurationError, match=r"--views 3 needs --augment.*add --augment flip-rotation"):
         preview(source, tmp_path / "a.png", views=3)
     with pytest.raises(ConfigurationError, match=r"received '.gif', expected the name of an image file: .png, .jpg"):
         preview(source, tmp_path / "a.gif")

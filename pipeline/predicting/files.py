@@ -1,7 +1,7 @@
-"""Predictions as rows: CSV or JSON lines, all classes or the most probable ones, written as they come.
+"""Predictions as rows of CSV or JSON lines, for all classes or the most probable ones, written as they arrive.
 
-Names are written as they are, so that a program gets them back: one that begins with ``=``, ``+``, ``-`` or ``@`` too,
-which a spreadsheet takes for a formula unless the column is imported as text.
+Names are written unchanged, so that a program can read them back. A spreadsheet takes a name that begins with ``=``, ``+``,
+``-`` or ``@`` for a formula unless the column is imported as text.
 """
 
 from __future__ import annotations
@@ -21,21 +21,31 @@ from features.files import atomic_file, printable
 
 FORMATS = ("csv", "jsonl")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl"}
-_OTHERS = (".png", ".jpg", ".jpeg", ".h5", ".hdf5", ".npz", ".zip", ".parquet", ".xlsx")  # no rows of text are meant
+_OTHERS = (
+    ".png",
+    ".jpg",
+    ".jpeg",
+    ".h5",
+    ".hdf5",
+    ".npz",
+    ".zip",
+    ".parquet",
+    ".xlsx",
+)  # suffixes of files that cannot hold rows of text
 _FIXED = ("file", "class", "probability", "error")
 
 
 class Prediction(NamedTuple):
-    """What is said of one image.
+    """The prediction for one image.
 
     Parameters
     ----------
     file : str
-        Its name, as the source gave it.
+        Name of the image in the source.
     probabilities : float64, (c,), 0-1, or None
-        Of every class; None where the image could not be read.
+        Probability of every class; None if the image could not be read.
     error : str
-        Why not, one of ``features.pixels.decode.REASONS``; else empty.
+        Why the image could not be read, one of ``features.pixels.decode.REASONS``; else empty.
     """
 
     file: str
@@ -44,13 +54,13 @@ class Prediction(NamedTuple):
 
 
 def choose_format(name: str | None, out: Path | None) -> str:
-    """The format asked for, else the one that the file's name stands for, else CSV.
+    """Return the requested format, else the one that the suffix of the file stands for, else CSV.
 
     Raises
     ------
     ConfigurationError
-        For an unknown format, a ``.json`` file (rows that are written as they come are no single JSON document), or a
-        file of another kind by its name.
+        For an unknown format, a ``.json`` file (the rows are not one JSON document), or a file with the suffix of another
+        kind of file.
     """
     if out is not None and out.suffix.lower() in _OTHERS:
         picture = "; --grid draws a picture" if out.suffix.lower() in _OTHERS[:3] else ""
@@ -77,16 +87,16 @@ class Rows:
     Parameters
     ----------
     format : {"csv", "jsonl"}
-        CSV with a header line, or one JSON object in each line.
+        CSV with a header line, or one JSON object per line.
     classes : sequence of str
-        Names of the probabilities.
+        Class names, in the order of the probabilities.
     top : int, optional
-        Only so many classes, the most probable first; of equal ones the first in ``classes``.
+        Number of classes to write, the most probable first; ties are in the order of ``classes``.
 
     Raises
     ------
     ConfigurationError
-        If there are fewer classes.
+        If there are fewer classes than ``top``.
     """
 
     def __init__(self, format: str, classes: Sequence[str], top: int | None = None) -> None:
@@ -107,7 +117,7 @@ class Rows:
         return _csv_line([*_FIXED[:3], *(f"p:{name}" if name in _FIXED else name for name in self.classes), "error"])
 
     def text(self, prediction: Prediction) -> str:
-        """One line, with its end. Probabilities have six significant digits."""
+        """Format one line with its line end. Probabilities have six significant digits."""
         return self._json(prediction) if self.format == "jsonl" else self._csv(prediction)
 
     def _csv(self, prediction: Prediction) -> str:
@@ -140,7 +150,7 @@ class Rows:
 
 
 def ranked(probabilities: np.ndarray) -> list[int]:
-    """Class numbers, the most probable first; equal ones in their own order.
+    """Return class numbers, the most probable first; ties keep their order.
 
     Examples
     --------
@@ -152,10 +162,10 @@ def ranked(probabilities: np.ndarray) -> list[int]:
 
 @contextlib.contextmanager
 def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Callable[[str], None]]:
-    """Give a function that writes text: into a file that is there whole or not at all, or to a stream at once.
+    """Yield a function that writes text: to a file that appears complete or not at all, or to a stream immediately.
 
-    A name that is not UTF-8 stays what it is in a CSV file; elsewhere its odd bytes are escaped (in JSON as ``\\udcXX``,
-    which ``os.fsencode`` turns back). On a terminal control characters are escaped too: names must not steer it.
+    A name that is not UTF-8 is kept in a CSV file; elsewhere its invalid bytes are escaped (in JSON as ``\\udcXX``, which
+    ``os.fsencode`` reverses). On a terminal, control characters are escaped too, so that names cannot control it.
     """
     if out is None:
         codec = getattr(stream, "encoding", None) or "utf-8"

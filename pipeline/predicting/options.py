@@ -1,4 +1,4 @@
-"""The options of predicting, declared once."""
+"""The options of prediction, declared in one place."""
 
 from __future__ import annotations
 
@@ -12,35 +12,35 @@ MOST_VIEWS = 1000
 
 @dataclasses.dataclass(frozen=True)
 class PredictOptions:
-    """What predicting is asked for, beside the run, the images and where the rows go.
+    """Options of a prediction, apart from the run, the images and the output.
 
     Parameters
     ----------
     format : {"csv", "jsonl"}, optional
-        By default that of ``out``'s name, else CSV. Columns: ``file``, ``class``, ``probability``, one per class name,
-        and ``error``, which says why an image has no prediction.
+        Default: from the suffix of ``out``, else CSV. Columns: ``file``, ``class``, ``probability``, one per class name,
+        and ``error``, the reason if an image has no prediction.
     top : int, optional
-        Only so many classes, the most probable first.
+        Number of classes to write, the most probable first; all by default.
     views : int
-        Average the probabilities over so many views of each image, 1-1000: the plain one, and variations of it.
+        Number of views of each image, 1-1000, whose probabilities are averaged: the plain image, then variations of it.
     augment : str, optional
-        Preset that they are drawn from. By default what the run's features were drawn from.
+        Name of the preset for the other views. Default: the augmentation of the run's features.
     grid : Path, optional
-        Picture of some of the images with their predictions, PNG or JPEG. Right and wrong are marked where the source
-        says what the images are.
+        PNG or JPEG file for a picture of some images with their predictions, marked right or wrong where the source
+        has labels.
     weights : str, optional
-        Where the network's weights are now, if not where the extraction found them.
+        Weights file of the network, if that of the extraction has moved.
     batch_size : int
-        Images of one forward pass, 1-4096.
+        Number of images in one forward pass, 1-4096.
     workers : int, optional
-        Threads that read and decode, 1-1024; the processors of this process without it.
+        Number of threads that read and decode, 1-1024; default: one for each processor.
     device : {"auto", "cpu", "gpu"}
-        Where the network runs.
+        Device that the network runs on.
 
     Raises
     ------
     ConfigurationError
-        For a number out of its range.
+        For a number out of range.
     """
 
     format: str | None = None

@@ -1,4 +1,4 @@
-"""What predicts: a run's backbone and head, or an exported model; image file -> pixels -> probabilities."""
+"""Models that predict: the network and head of a run, or an exported model. Image file -> pixels -> probabilities."""
 
 from __future__ import annotations
 
@@ -19,30 +19,30 @@ from pipeline.tuning.endtoend import network_of
 
 
 class Model(Protocol):
-    """What predicts."""
+    """A model from image files to class probabilities."""
 
     name: str
     classes: tuple[str, ...]
     batch_size: int
 
     def load(self, data: bytes) -> np.ndarray:
-        """Pixels of an image file, as `__call__` wants them; raises UnreadableImageError."""
+        """Decode an image file to the pixels that `__call__` takes; raises ``UnreadableImageError``."""
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
-        """Probabilities, float64 (n, c), of at most ``batch_size`` images."""
+        """Return the probabilities, float64 (n, c), of at most ``batch_size`` images."""
 
 
 class RunModel:
-    """A run's backbone and head. Averages over views of each image: the plain one, and variations of it.
+    """The network and head of a run. Probabilities are averaged over the views of each image.
 
     Parameters
     ----------
     run : Run
-        Of any head.
+        Run with any kind of head.
     options : PredictOptions
-        Its ``views``, of which view 0 is the plain image, ``weights``, ``batch_size`` and ``device`` are read.
+        ``views`` (view 0 is the plain image), ``weights``, ``batch_size`` and ``device`` are used.
     augment : AugmentSpec, optional
-        What the other views are drawn from.
+        Augmentation from which the other views are drawn.
     """
 
     def __init__(self, run: Run, *, options: PredictOptions, augment: AugmentSpec | None = None) -> None:
@@ -55,7 +55,7 @@ class RunModel:
         self._features = network.recipes[0].name
 
     def load(self, data: bytes) -> np.ndarray:
-        """uint8 (views, h, w, 3)."""
+        """Return the pixels of the views, uint8 (views, h, w, 3)."""
         recipe, views = self._recipe, range(self._views)
         digest = hashlib.sha256(data).digest() if self._views > 1 else b""
         return decode_views(data, recipe.pixels, self._augment, seed=recipe.seed, sha256=digest, views=views).pixels
@@ -69,7 +69,7 @@ class RunModel:
 
 
 class ArtefactModel:
-    """An exported model. One image at a time, as sizes differ."""
+    """An exported model. It predicts one image at a time, because image sizes differ."""
 
     batch_size = 1
 
@@ -78,7 +78,7 @@ class ArtefactModel:
         self._artefact = artefact
 
     def load(self, data: bytes) -> np.ndarray:
-        """uint8 (h, w, 3), of the image's own size."""
+        """Return the pixels in the size of the file, uint8 (h, w, 3)."""
         pixels, longest = full_pixels(data, self._artefact.recipe.pixels), self._artefact.longest_side
         if max(pixels.shape) > longest:
             raise UnreadableImageError(
