@@ -189,7 +189,7 @@ def summary(document: dict[str, Any]) -> str:
             views = " views" if any(entry["views"] > 1 for entry in document["data_sets"].values()) else ""
             lines.append(f"  {document['inferred']}{views} inferred ({changed or 'no change'})")
     if document["quarantine"]:
-        lines.append(f"  {len(document['quarantine'])} unreadable, set aside:")
+        lines.append(f"  {len(document['quarantine'])} unreadable, quarantined:")
         lines += [f"    {item['path']}: {item['reason']}" for item in document["quarantine"][:20]]
         if len(document["quarantine"]) > 20:
             lines.append(f"    and {len(document['quarantine']) - 20} more (--json lists all)")

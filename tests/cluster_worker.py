@@ -109,6 +109,7 @@ def _watch_engine(owner: Any) -> None:
             time.sleep(fault("delay") or 0.0)
             return infer(batch)
 
+        watched.name, watched.device, watched.concurrent = "function", "cpu", False
         return watched
 
     owner.engine = engine

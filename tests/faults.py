@@ -57,6 +57,7 @@ class NumpyNetwork:
             means = batch.reshape(len(batch), -1, 3).astype(np.float32).mean(axis=1) @ np.float32([1, 256, 65536])
             return {"last.avg": means[:, None] / factors}
 
+        infer.name, infer.device, infer.concurrent = "function", "cpu", False
         return infer
 
 
@@ -99,6 +100,7 @@ def _watch_engines(options: argparse.Namespace, note: Any) -> None:
             time.sleep(options.delay)
             return infer(batch)
 
+        watched.name, watched.device, watched.concurrent = "function", "cpu", False
         return watched
 
     if options.numpy is None:

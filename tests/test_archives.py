@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import listing, numpy_network, recipe
+from helpers import as_engine, listing, numpy_network, recipe
 from PIL import Image
 
 from features.errors import SourceError, UnreadableImageError
@@ -742,7 +742,7 @@ class MeanNetwork:
             self.inferred += len(batch)
             return numpy_network(batch)
 
-        return infer
+        return as_engine(infer)
 
 
 def extract(source: Path, out: Path, network: MeanNetwork | None = None, **options: Any) -> ExtractionResult:

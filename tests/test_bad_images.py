@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import numpy_network, paint_folder, recipe
+from helpers import as_engine, numpy_network, paint_folder, recipe
 from PIL import Image
 from PIL import features as pillow
 
@@ -781,7 +781,7 @@ class NumpyNetwork:
             self.batches.append(len(batch))
             return numpy_network(batch)
 
-        return infer
+        return as_engine(infer)
 
 
 def extract(images: ImageSet, out: Path, network: NumpyNetwork) -> ExtractionResult:

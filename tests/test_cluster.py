@@ -78,7 +78,7 @@ def test_a_plan_file_gives_back_every_spec_and_is_removed(tmp_path: Path) -> Non
             assert (opened.spec(task), opened.spec(task).identity) == (one, one.identity)
             part = opened.spec(dataclasses.replace(task, start=2, stop=4))
             assert (part.paths, part.sizes, part.views) == (one.paths[2:4], one.sizes[2:4], one.views)
-        with pytest.raises(ClusterError, match="another file"):
+        with pytest.raises(ClusterError, match="is not the plan file that was written"):
             OpenPlan.open(plan.path, "0" * 16)
     assert listing(tmp_path) == []
     parts = PartsFolder(tmp_path)  # that of a killed run goes when the next one begins
@@ -247,7 +247,7 @@ def test_one_two_and_three_workers_make_the_local_store(
             assert differences(tmp_path / "local" / "f.h5", out) == []
             assert listing(out.parent) == ["f.h5"]
         assert (tmp_path / "skewed").exists()
-    assert caplog.text.count("cat/0007.png is unreadable (not-an-image); set aside") == 3
+    assert caplog.text.count("cat/0007.png is unreadable (not-an-image); quarantined") == 3
     monkeypatch.setattr(module, "connected", None)  # nothing to do: no worker is asked
     assert not extraction(source, tmp_path / "by1" / "f.h5", ClusterShards("local:1")).run().written
 
@@ -281,7 +281,7 @@ def test_a_poisonous_image_is_found_named_and_set_aside(
     out = tmp_path / "out" / "f.h5"
     store = extract(source, out, ClusterShards("local:1"), shard_rows=4, max_unreadable=1.0).store
     assert (store.quarantine.paths, store.quarantine.reasons) == (("cat/0004.png",), (KILLS_WORKER,))
-    assert "cat/0004.png kills the worker that reads it, each time; set aside" in caplog.text
+    assert "cat/0004.png kills each worker that reads it; quarantined" in caplog.text
     assert "a shard of 4 images (cat/0004.png to dog/0001.png) has killed its workers" in caplog.text
     whole = FeatureStore.open(tmp_path / "local.h5")
     rows = [row for row, path in enumerate(whole.images.paths) if path != "cat/0004.png"]
@@ -339,7 +339,7 @@ def test_a_worker_that_is_stuck_is_noticed_and_what_a_killed_command_left_goes(
         )
         assert listing(temporary) == [Path(used).name, f"{Path(used).name}/lock"]
     assert (tmp_path / "stuck").exists()
-    assert "has said nothing for" in caplog.text
+    assert "has reported nothing for" in caplog.text
     assert (result.inferred, inferred(tmp_path / "log"), told[-1]) == (300, 300, 300)
     assert differences(tmp_path / "local.h5", out) == []
     assert (listing(out.parent), listing(temporary)) == (["f.h5"], [])
@@ -368,7 +368,7 @@ def test_killed_workers_and_schedulers_cost_time_and_nothing_else(
         elif told == 2:
             os.kill(scheduler.pid, signal.SIGKILL)
 
-    with pytest.raises(ClusterError, match=r"the scheduler was lost.*What was finished is kept"):
+    with pytest.raises(ClusterError, match=r"the scheduler was lost.*All finished work is kept"):
         extraction(source, out, ClusterShards(cluster.address, patience=30)).run(kill)
     assert told == 2
     kept = len(list(parts_folder(out).glob("*.h5")))
@@ -455,7 +455,7 @@ def test_workers_that_cannot_do_the_work_are_named_with_the_way_out(
     faults.set(numpy=WIDTH, stranger=True)
     out = tmp_path / "out" / "g.h5"
     with pytest.raises(
-        ClusterError, match=r"worker on \S+: another network is found there \(weights: 1+ instead of 0+\)"
+        ClusterError, match=r"worker on \S+: this machine finds another network \(weights: 1+ instead of 0+\)"
     ):
         extract(source, out, ClusterShards("local:1"))
     (tmp_path / "error").write_text("the device fell off the bus")

@@ -14,6 +14,7 @@ import pytest
 from helpers import (
     ROOT,
     NumpyNetwork,
+    as_engine,
     assert_rows_are_their_images,
     expected_features,
     extract,
@@ -199,7 +200,7 @@ def test_ctrl_c_while_a_shard_is_entered_loses_none(
     class Slow(NumpyNetwork):
         def engine(self, recipes, **options):
             inner = super().engine(recipes, **options)
-            return lambda batch: time.sleep(0.1) or inner(batch)
+            return as_engine(lambda batch: time.sleep(0.1) or inner(batch))
 
     network, out, commit = Slow(), tmp_path / "f.h5", PartsFolder.commit
 
@@ -285,7 +286,7 @@ def test_float16_that_is_not_finite_names_the_layer(source: Path, tmp_path: Path
     class Loud(NumpyNetwork):
         def engine(self, recipes, **options):
             inner = super().engine(recipes, **options)
-            return lambda batch: {name: values + 70000 for name, values in inner(batch).items()}
+            return as_engine(lambda batch: {name: values + 70000 for name, values in inner(batch).items()})
 
     with pytest.raises(ExtractionError, match=r"layer last: a feature is not finite as float16 \(largest magnitude 7"):
         extract(source, tmp_path / "f.h5", Loud([recipe(dtype="float16")]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import call_pipeline, paint, paint_folder, recipe
+from helpers import as_engine, call_pipeline, paint, paint_folder, recipe
 
 from features.extraction.precision import check_precision, some_rows
 from features.recipe import Recipe
@@ -35,7 +35,7 @@ class Network:
             means = batch.astype(np.float32).mean(axis=(1, 2))
             return {item.name: means * np.float32(1.0 if exact else 1.1) for item in recipes}
 
-        return infer
+        return as_engine(infer)
 
 
 def check(source: Path, count: int, **changes: Any) -> tuple[dict[str, Any], Network]:

@@ -72,8 +72,7 @@ def forecast(plan: Plan, work: Work, decoders: Executor) -> Forecast:
     decoded = [pixels for item in outcomes if not isinstance(item, UnreadableImageError) for pixels in item.pixels]
     inference = _seconds_per_picture(infer, decoded, batch_size)
     # With a GPU, decoding and inference overlap fully, so only the slower of the two counts.
-    separate_device = getattr(infer, "device", "cpu") != "cpu"
-    each = max(decoding, inference) if separate_device else decoding + inference
+    each = decoding + inference if infer.device == "cpu" else max(decoding, inference)
     seconds, row_bytes = each * plan.passes, work.network.row_bytes
     return Forecast(
         images_per_second=plan.to_infer / max(seconds, 1e-9),

@@ -21,6 +21,7 @@ from features.extraction.options import ExtractionOptions
 from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard
 from features.files import printable
 from features.machine import processors
+from features.networks.engines import Engine
 from features.recipe import Recipe
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
@@ -54,10 +55,11 @@ class Work:
     network: Any
     options: ExtractionOptions
 
-    def engine(self, recipes: Sequence[Recipe]) -> Any:
+    def engine(self, recipes: Sequence[Recipe]) -> Engine:
         """Open an engine for the feature sets of these recipes; views do not matter to it."""
         plain = tuple(recipe.plain for recipe in recipes)
-        return self.network.engine(plain, batch_size=self.options.batch_size, device=self.options.device)
+        engine: Engine = self.network.engine(plain, batch_size=self.options.batch_size, device=self.options.device)
+        return engine
 
     def reader(self) -> Callable[[str], bytes]:
         """Return a function that takes the path of an image and returns its bytes."""
@@ -115,7 +117,7 @@ class _LazyEngine:
 
     def __init__(self, work: Work) -> None:
         self._work = work
-        self._engines: dict[tuple[str, ...], Infer] = {}
+        self._engines: dict[tuple[str, ...], Engine] = {}
         self._lock = threading.Lock()
         self.name = ""
         self.stop = threading.Event()
@@ -129,9 +131,9 @@ class _LazyEngine:
             with self._lock:
                 if names not in self._engines:
                     self._engines[names] = self._work.engine(recipes)
-                    self.name = getattr(self._engines[names], "name", "function")
+                    self.name = self._engines[names].name
                 engine = self._engines[names]
-                if not getattr(engine, "concurrent", False):
+                if not engine.concurrent:
                     return engine(batch)
             return engine(batch)
 

@@ -184,7 +184,7 @@ def extract_shard(
     """
     rows = infer_shard(spec, read=read, infer=infer, decoders=decoders, batch_size=batch_size, advance=advance)
     for index, _, error in rows.refused:
-        logger.warning("%s is unreadable (%s); set aside", printable(spec.paths[index]), error)
+        logger.warning("%s is unreadable (%s); quarantined", printable(spec.paths[index]), error)
     return write_shard(spec, folder, rows)
 
 

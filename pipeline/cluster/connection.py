@@ -1,4 +1,4 @@
-"""A connection to a Dask cluster, and whether its workers can do the work.
+"""Connect to a Dask cluster and check that its workers can do the work.
 
 "local:3" or "tcp://node1:8786" --connected()--> client of a cluster that has a worker --check_workers()--> or an error
 """
@@ -27,19 +27,19 @@ from pipeline.sweeps.workers import on_cluster
 logger = logging.getLogger(__name__)
 
 CONNECT_SECONDS = 10.0
-PATIENCE_SECONDS = 300.0  # without any worker: batch systems start them late, nannies start them again
-DEATHS = 3  # workers that a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
+PATIENCE_SECONDS = 300.0  # to wait without any worker: batch systems start workers late, and nannies restart them
+DEATHS = 3  # how many workers a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
 MAX_LOCAL = 256
-SCRATCH = "bottleneck-cluster-"  # folders of workers on this machine, in that for temporary files
+SCRATCH = "bottleneck-cluster-"  # prefix of the folders of local workers, inside the temporary folder
 
 
 def parse_cluster(text: str) -> int | str:
-    """``"local:3"`` -> 3 worker processes here; ``"tcp://HOST:PORT"`` (or ``tls://``) as it is.
+    """Parse ``--cluster``: ``"local:3"`` -> 3 local worker processes; ``"tcp://HOST:PORT"`` or ``tls://`` unchanged.
 
     Raises
     ------
     ConfigurationError
-        For anything else, or where Dask is not installed.
+        For anything else, or if Dask is not installed.
 
     Examples
     --------
@@ -59,7 +59,7 @@ def parse_cluster(text: str) -> int | str:
 
 @contextlib.contextmanager
 def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]:
-    """A Dask client of a cluster that has a worker; worker processes on this machine are stopped in the end.
+    """Yield a Dask client of a cluster that has at least one worker. Local worker processes are stopped at the end.
 
     Parameters
     ----------
@@ -71,7 +71,7 @@ def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]
     Raises
     ------
     ClusterError
-        If no scheduler answers, or no worker comes.
+        If no scheduler answers, or no worker connects.
     """
     address = parse_cluster(cluster)
     import distributed
@@ -86,26 +86,31 @@ def connected(cluster: str, patience: float = PATIENCE_SECONDS) -> Iterator[Any]
             if isinstance(target, str):
                 _check_answer(target)
             client = distributed.Client(target, timeout=CONNECT_SECONDS, set_as_default=False)
-        except (OSError, ValueError, ImportError, MemoryError) as error:  # the last is what other protocols read like
+        except (
+            OSError,
+            ValueError,
+            ImportError,
+            MemoryError,
+        ) as error:  # MemoryError: what a reply in another protocol looks like
             raise ClusterError(
                 f"{cluster}: no Dask scheduler answers there ({first_line(error)}). Start one with "
                 "`dask scheduler --port 8786`, and give the address that it prints; check name, port and firewall."
             ) from error
         stack.enter_context(client)
         if not client.scheduler_info()["workers"]:
-            logger.warning("%s: no worker is there yet; waiting for one", cluster)
+            logger.warning("%s: no worker has connected yet; waiting for one", cluster)
         try:
             client.wait_for_workers(1, timeout=patience)
         except TimeoutError as error:
             raise ClusterError(no_workers(cluster, patience)) from error
         yield client
         if isinstance(address, int):
-            with contextlib.suppress(TimeoutError):  # one that is just coming again would complain of being stopped
+            with contextlib.suppress(TimeoutError):  # a worker that is just restarting would report that it was stopped
                 client.wait_for_workers(address, timeout=CONNECT_SECONDS)
 
 
 def _check_answer(address: str) -> None:
-    """Raise OSError, or what its words lead to, unless Dask is what listens there; a client would wait for ever."""
+    """Raise an error unless a Dask scheduler listens at the address; a client would wait for ever."""
     from distributed import Security
     from distributed.comm import connect
     from distributed.utils import LoopRunner, sync
@@ -122,7 +127,7 @@ def _check_answer(address: str) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Dask speaks of every worker that is lost, and twice; we say once what becomes of its shard."""
+    """Silence Dask's log, which reports each lost worker twice; this module reports once what happens to its shard."""
     known = [logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("distributed")]
     before = [(chatter, chatter.level) for chatter in known]
     for chatter in known:
@@ -136,7 +141,7 @@ def _quiet() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _local(count: int) -> Iterator[Any]:
-    """Scheduler in this process, ``count`` worker processes, each with its share of the processors and of memory."""
+    """Start a scheduler in this process and ``count`` worker processes, which share the processors and the memory."""
     import dask
     import distributed
     from distributed.system import MEMORY_LIMIT
@@ -164,9 +169,9 @@ def _local(count: int) -> Iterator[Any]:
         settings = {
             "distributed.scheduler.allowed-failures": DEATHS - 1,
             "temporary-directory": folder,
-            # Dask's 15 s after a death it gives a worker up that has just died again, as where one image kills it.
+            # With its default Dask gives up a worker that dies again within 15 s, as happens when one image kills workers.
             "distributed.deploy.lost-worker-timeout": "1000 days",
-            # Dask's value has glibc map and unmap the memory of every image: 8 % of an extraction.
+            # With Dask's value glibc maps and unmaps memory for every image, which costs 8 % of an extraction.
             "distributed.nanny.pre-spawn-environ": {**environ, "MALLOC_TRIM_THRESHOLD_": None},
         }
         with (
@@ -178,7 +183,7 @@ def _local(count: int) -> Iterator[Any]:
 
 @contextlib.contextmanager
 def _scratch() -> Iterator[str]:
-    """A folder for the workers here. Those that a killed command left go: nobody holds their lock any more."""
+    """Yield a folder for local workers. Folders that killed commands left are removed: nobody holds their lock."""
     import filelock
 
     for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/lock"):
@@ -192,7 +197,7 @@ def _scratch() -> Iterator[str]:
 
 
 def shares(count: int) -> list[list[int]]:
-    """Processors of this process, divided among ``count`` workers; where there are too few, some share one."""
+    """Divide the processors of this process among ``count`` workers; if there are too few, some workers share one."""
     if not hasattr(os, "sched_getaffinity"):
         return [[] for _ in range(count)]
     mine = sorted(os.sched_getaffinity(0))
@@ -201,27 +206,29 @@ def shares(count: int) -> list[list[int]]:
 
 
 def check_workers(client: Any, path: Path, token: str, image: str | None = None) -> None:
-    """Have every worker show that it has our versions, sees the shared path, and may write there.
+    """Check on every worker that it has the same versions, sees the shared path, and may write there.
 
     Parameters
     ----------
     client : distributed.Client
     path, token : Path, str
-        A file in the folder of results, and what stands in it.
+        A file in the folder of results, and its first line.
     image : str, optional
-        A file that has to be there too.
+        An image that every worker has to see.
 
     Raises
     ------
     ClusterError
-        Naming each worker that cannot do the work, and why.
+        If a worker cannot do the work; the message names each such worker and the reason.
     """
     answers = client.run(probe, str(path), token, versions(), image, on_error="return")
     problems = []
     for worker, answer in sorted(answers.items()):
         if isinstance(answer, ImportError | AttributeError):
-            problems.append(f"{worker} has no pipeline like this one ({first_line(answer)}). Install the same version")
-        elif isinstance(answer, list):  # any other error: it is being lost, and is checked when it comes again
+            problems.append(
+                f"{worker} has no such version of this package ({first_line(answer)}). Install the same version"
+            )
+        elif isinstance(answer, list):  # any other error: the worker is being lost, and is checked when it reconnects
             problems += [f"{worker} {problem}" for problem in answer]
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
@@ -230,7 +237,7 @@ def check_workers(client: Any, path: Path, token: str, image: str | None = None)
 
 @contextlib.contextmanager
 def shared_folder(client: Any, folder: Path) -> Iterator[None]:
-    """Make sure that all workers see a folder, before anything is done with it."""
+    """Check that all workers see a folder before it is used."""
     token = secrets.token_hex(8)
     path = Path(os.path.abspath(folder)) / f".cluster-{token}.tmp"
     try:
@@ -244,21 +251,21 @@ def shared_folder(client: Any, folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def sweeping(cluster: str, runs: Path, patience: float = PATIENCE_SECONDS) -> Iterator[None]:
-    """Train the heads of a sweep on a cluster, whose workers map the prepared rows that lie under ``runs``."""
+    """Train the heads of a sweep on a cluster whose workers map the prepared rows stored under ``runs``."""
     writable_folder(runs)
     with connected(cluster, patience) as client, shared_folder(client, runs), on_cluster(client):
         yield
 
 
 def no_workers(cluster: str, patience: float) -> str:
-    """What to say when there is none."""
+    """Return the message for a cluster without workers."""
     address = "ADDRESS" if cluster.startswith("local") else cluster
     return (
-        f"{cluster}: no worker for {patience:.0f} s. What was finished is kept: start workers with "
+        f"{cluster}: no worker for {patience:.0f} s. All finished work is kept: start workers with "
         f"`dask worker {address} --nthreads 1`, and run the same command again."
     )
 
 
 def first_line(error: BaseException) -> str:
-    """Of its message."""
+    """Return the first line of the message of an error."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,4 +1,4 @@
-"""What an extraction on many machines will take: arithmetic on a few measured figures, no simulation.
+"""Forecast an extraction on many machines: arithmetic on a few measured figures, not a simulation.
 
 seconds of one image -> of one shard -> of all shards on so many workers -> with start-up, losses and assembly
 """
@@ -11,26 +11,25 @@ import math
 from features.errors import ConfigurationError
 from features.extraction.shard import SHARD_ROWS_MAX
 
-CLIENT_BYTES = (
-    70_000_000  # of the asking process, and what it keeps of each image: path, hash, label, places (measured)
-)
+# Memory of the process that runs the command, and of each image in it: path, hash, label, places (measured).
+CLIENT_BYTES = 70_000_000
 IMAGE_BYTES = 1300
 
 
 @dataclasses.dataclass(frozen=True)
 class Worker:
-    """One worker process, from two measurements and what it has.
+    """One worker process: two measurements and its hardware.
 
     Parameters
     ----------
     decode_seconds : float
-        Of one processor, to read, decode and resize one view of one image.
+        Seconds of one processor to read, decode and resize one view of one image.
     network_seconds : float
-        For the forward pass of one: of one processor, or of the device.
+        Seconds of one processor, or of the device, for the forward pass of one view.
     processors : float
-        That the worker has for itself.
+        Number of processors of the worker.
     separate_device : bool
-        Whether the forward pass leaves the processors to decoding, as on a GPU. Then the slower of both counts, else
+        Whether the forward pass leaves the processors to decoding, as on a GPU. Then the slower of the two counts, else
         their sum.
     """
 
@@ -41,7 +40,7 @@ class Worker:
 
     @property
     def images_per_second(self) -> float:
-        """How fast one worker is while it is at work.
+        """Images per second of one worker while it works.
 
         Examples
         --------
@@ -57,7 +56,7 @@ class Worker:
 
 @dataclasses.dataclass(frozen=True)
 class ClusterForecast:
-    """Seconds of a run by what they go into; bytes on the shared disk at its fullest, and in the asking process."""
+    """Seconds of a run by phase; peak bytes on the shared disk and in the process that runs the command."""
 
     start: float
     planning: float
@@ -68,36 +67,36 @@ class ClusterForecast:
 
     @property
     def seconds(self) -> float:
-        """Of the whole run."""
+        """Seconds of the whole run."""
         return self.start + self.planning + self.extraction + self.assembly
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a run costs beside the work of its workers.
+    """The costs of a run apart from the work on images.
 
     Parameters
     ----------
     shard_rows : int
-        Images of one shard.
+        Number of images in one shard.
     row_bytes : int
-        Bytes of one image's features.
+        Bytes of the features of one image.
     shard_seconds : float
-        What a shard costs beside its images: the task, filling the pipeline, writing and syncing the file.
+        Seconds of a shard apart from its images: the task, filling the pipeline, writing and syncing the file.
     start_seconds : float
-        Until the workers are there and warm.
+        Seconds until the workers are connected and warm.
     losses_per_hour : float
-        Of each worker.
+        Losses of each worker per hour.
     restart_seconds : float
-        Until a lost worker's successor is warm.
+        Seconds until the successor of a lost worker is warm.
     image_bytes : int
-        Of one image file.
+        Bytes of one image file.
     link_bytes_per_second : float
-        Of the shared file system, all workers together.
+        Bandwidth of the shared file system for all workers together.
     assembly_bytes_per_second : float
-        Of features, read from shards and written into the store.
+        Rate at which features are read from shards and written to the store.
     planning_seconds : float
-        Of the asking process for one image: listing it, planning it, entering it in the tables (measured: 20 us).
+        Seconds of the command for one image: listing, planning, entering it in the tables (measured: 20 us).
     """
 
     shard_rows: int = SHARD_ROWS_MAX
@@ -115,23 +114,23 @@ class Costs:
 def forecast_cluster(images: int, workers: int, worker: Worker, costs: Costs = Costs()) -> ClusterForecast:
     """Predict how long a run takes.
 
-    All shards take the same time, so ``ceil(shards / workers)`` of them follow each other on the busiest worker; the last
-    one is as long as it has rows. A worker that is lost costs half of a shard on average, and the time until its successor is
-    warm; so with ``losses_per_hour`` of each worker every second of work takes
+    All shards take the same time, so the busiest worker makes ``ceil(shards / workers)`` of them one after the other; the
+    last shard takes time in proportion to its rows. A lost worker costs half a shard on average, and the time until its
+    successor is warm, so with ``losses_per_hour`` of each worker every second of work takes
     ``1 + losses_per_hour / 3600 * (shard / 2 + restart_seconds)`` seconds. No run is faster than the link over which
-    all images come. At the end one process writes the rows of all shards into one store (``--layout sharded`` writes an
+    all images are read. At the end one process writes the rows of all shards into one store (``--layout sharded`` writes an
     index instead: give ``assembly_bytes_per_second=math.inf``).
 
     Parameters
     ----------
     images : int
-        Pictures that go through the network: images times views.
+        Number of forward passes: images times views.
     workers : int
-        Worker processes.
+        Number of worker processes.
     worker : Worker
-        Each of them.
+        Every worker.
     costs : Costs
-        What comes to their work.
+        Costs apart from the work on images.
 
     Examples
     --------

@@ -1,9 +1,9 @@
-"""What workers are told: a plan file on the shared path, and tasks that name a few bytes of it.
+"""What workers receive: a plan file on the shared path, and tasks that point to a few bytes of it.
 
     plan --PlanFile--> features.h5.parts/.plan-TOKEN.tmp     first line: what all shards share; then one line per shard
-    task (path, token, where its line lies, which of its rows) --OpenPlan--> ShardSpec
+    task (path, token, position of its line, range of rows) --OpenPlan--> ShardSpec
 
-A million paths never pass the scheduler. The file is JSON; nothing of it is ever executed or unpickled.
+A million paths never pass through the scheduler. The file is JSON; nothing in it is executed or unpickled.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ from features.recipe import Recipe
 from features.store.schema import FORMAT_VERSION
 
 PLAN_FORMAT = 1
-# Compared only where both sides have them: a GPU node has no use for OpenVINO, nor one without Keras's TensorFlow for it.
+# Compared only if both sides have them: a GPU node does not need OpenVINO, nor a node with another backend TensorFlow.
 OPTIONAL = ("openvino", "tensorflow")
 
 
 @dataclasses.dataclass(frozen=True)
 class Setting:
-    """What all shards of a plan share beside the plan itself: from this a worker makes its engine.
+    """What all shards of a plan share: a worker builds its engine from it.
 
     Parameters
     ----------
     backbone, weights : str
         As of ``features.recipe.NetworkOptions``, paths absolute.
     engine, device : str
-        As they were asked for: each worker chooses by what its own machine has.
+        As requested; each worker chooses according to its own machine.
     batch_size : int
         Pictures of one forward pass.
     threads : int or None
-        Threads that read and decode; the processors of the worker process without it.
+        Number of threads that read and decode; default: one for each processor of the worker.
     """
 
     backbone: str
@@ -57,20 +57,20 @@ class Setting:
 
 @dataclasses.dataclass(frozen=True)
 class ShardTask:
-    """One shard, or rows ``start`` to ``stop - 1`` of one: this is all that passes the scheduler.
+    """One shard, or rows ``start`` to ``stop - 1`` of one. Nothing else passes through the scheduler.
 
     Parameters
     ----------
     plan : str
         Path of the plan file.
     token : str
-        What its first line says, so that another disk at the same path is noticed.
+        Token in the first line of the plan file, so that another disk at the same path is noticed.
     offset, length : int
-        Where the line of the shard lies, in bytes.
+        Position and length of the line of the shard, in bytes.
     start, stop : int
-        Rows of it.
+        Range of rows of the shard.
     key : str
-        Under which progress is told.
+        Name under which progress is reported.
     """
 
     plan: str
@@ -83,7 +83,7 @@ class ShardTask:
 
 
 class PlanFile:
-    """A plan as it lies on the shared path; ``place`` of each spec is in ``places``."""
+    """A plan file on the shared path; ``places`` has the position and length of the line of each spec."""
 
     def __init__(self, path: Path, token: str, places: Sequence[tuple[int, int]]) -> None:
         self.path, self.token, self.places = path, token, places
@@ -93,16 +93,16 @@ class PlanFile:
     def written(
         cls, folder: Path, specs: Sequence[ShardSpec], setting: Setting, image: str | None = None
     ) -> Iterator[PlanFile]:
-        """Write a plan, and remove it in the end. Its name is that of a temporary file: a killed run's one is swept.
+        """Write a plan and remove it at the end. It has the name of a temporary file, so that of a killed run is swept.
 
         Parameters
         ----------
         folder : Path
-            Where results go.
+            Folder of results.
         specs, setting
-            What to make.
+            The shards to make, and what they share.
         image : str, optional
-            A file that every worker has to see.
+            An image that every worker has to see.
 
         Raises
         ------
@@ -144,23 +144,23 @@ class OpenPlan:
 
     @classmethod
     def open(cls, path: Path, token: str) -> OpenPlan:
-        """Read it.
+        """Read the first line of a plan file.
 
         Raises
         ------
         ClusterError
-            If another file lies there.
+            If it is not the file that was written.
         OSError
-            If there is none.
+            If there is no such file.
         """
         with open(path, "rb") as stream:
             header = json.loads(stream.readline())
         if header.get("token") != token or header.get("format") != PLAN_FORMAT:
-            raise ClusterError(f"{path}: is another file than the one that was written")
+            raise ClusterError(f"{path}: is not the plan file that was written")
         return cls(path, Setting(**header["setting"]), header["versions"], header["image"])
 
     def spec(self, task: ShardTask) -> ShardSpec:
-        """The spec of a task."""
+        """Read the spec of a task."""
         with open(self.path, "rb") as stream:
             stream.seek(task.offset)
             values = json.loads(stream.read(task.length))
@@ -168,13 +168,13 @@ class OpenPlan:
 
 
 def versions() -> dict[str, str]:
-    """What has to be alike on all machines, read without importing it."""
+    """Return the versions that must be equal on all machines, read without importing the packages."""
     found = {**software_versions(), "feature format": str(FORMAT_VERSION)}
     return {**found, "keras backend": keras_backend(), "python": ".".join(platform.python_version_tuple()[:2])}
 
 
 def differences(mine: Mapping[str, str], theirs: Mapping[str, str]) -> list[str]:
-    """``"keras 3.12.0 instead of 3.15.1"`` for each version of theirs that is not mine.
+    """List each version that differs, as ``"keras 3.12.0 instead of 3.15.1"``: theirs instead of mine.
 
     Examples
     --------

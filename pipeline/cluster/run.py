@@ -1,10 +1,10 @@
-"""Stage one's shards, and stage two's sweeps, on a Dask cluster.
+"""Make the shards of an extraction on a Dask cluster.
 
     plan -> tasks, few in flight -> workers: extract_shard -> shard files on the shared path -> records -> the same assembly
 
-Dask moves tasks and records between machines that trust each other, as pickles; it schedules, notices machines that are
-lost and gives their tasks to others. What was made is told by the files alone: a run that began on a cluster can be
-finished anywhere, and the other way round. No time of another machine's clock is ever compared.
+Dask moves tasks and records, as pickles, between machines that trust each other. It schedules them, notices lost machines
+and gives their tasks to others. Only the files say what is finished, so a run that began on a cluster can be finished
+anywhere, and the other way round. Clocks of different machines are never compared.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from pipeline.cluster.worker import make_shard, topic_of
 
 logger = logging.getLogger(__name__)
 
-PARTS = 8  # into which a shard that kills is split: of 2048 images the one that does is found in four steps
-RETRIES = 2  # after an error that may pass
-AHEAD = 2  # shards in flight for each thread of the workers: one is made, one waits there
+PARTS = 8  # number of parts into which a shard that kills workers is split: one image of 2048 is found in four steps
+RETRIES = 2  # after an error that may be temporary
+AHEAD = 2  # shards in flight for each worker thread: one is made, one waits
 TICK_SECONDS = 0.5
-LOOK_SECONDS = 5.0  # between looks at which workers there are
-STUCK_SECONDS = 600.0  # a worker that says nothing for so long, and for
-STUCK_TIMES = 10  # times what such a shard takes, is taken to be stuck (it tells of every eighth of a shard)
+LOOK_SECONDS = 5.0  # between two queries for the list of workers
+STUCK_SECONDS = 600.0  # a worker is stuck if it reports nothing for this long, and for
+STUCK_TIMES = 10  # times the usual time of such a shard (it reports every eighth of a shard)
 GPU = "GPU"  # the resource that workers announce with `dask worker --resources GPU=1`
 
 
 class ClusterShards:
-    """A ``features.extraction.running.ShardRunner`` that has shards made by the workers of a Dask cluster.
+    """A ``features.extraction.running.ShardRunner`` whose shards are made by the workers of a Dask cluster.
 
     Parameters
     ----------
@@ -88,7 +88,7 @@ class ClusterShards:
 
 @dataclasses.dataclass(frozen=True)
 class _Piece:
-    """Rows of a planned shard, how often making them went wrong, and whether nothing else is made meanwhile."""
+    """Rows of a planned shard, the number of failures, and whether nothing else may run at the same time."""
 
     number: int
     start: int
@@ -102,7 +102,7 @@ class _Piece:
 
 @dataclasses.dataclass
 class _Flight:
-    """A piece that was submitted, and what was heard of it: how many images are done, by whom, since when."""
+    """A submitted piece and its progress: number of images done, address of the worker, times of the first and last report."""
 
     piece: _Piece
     future: Any
@@ -113,13 +113,13 @@ class _Flight:
 
 
 class _Run:
-    """One plan on one cluster."""
+    """The run of one plan on one cluster."""
 
     def __init__(self, runner: ClusterShards, client: Any, plan: PlanFile, work: Work, advance: Advance) -> None:
         self._runner, self._client, self._plan, self._work, self._advance = runner, client, plan, work, advance
         self._waiting = deque(_Piece(number, 0, len(spec)) for number, spec in enumerate(work.specs))
         self._flying: dict[str, _Flight] = {}
-        self._left: list[Any] = []  # futures of workers that are stuck: as long as they live, those get no other task
+        self._left: list[Any] = []  # futures at stuck workers: while these exist, such a worker gets no other task
         self._stuck: set[str] = set()
         self._finished: queue.SimpleQueue[str] = queue.SimpleQueue()
         self._image_seconds: deque[float] = deque(maxlen=101)  # of shards that are finished
@@ -131,7 +131,7 @@ class _Run:
         self._looked = self._alive = time.monotonic()
 
     def shards(self) -> Generator[MadeShard, None, None]:
-        """Every shard when it is there. On an error or Ctrl-C nothing more is begun, and what was begun is finished."""
+        """Yield each shard when it is finished. After an error or Ctrl-C no shard is begun, and those in flight are finished."""
         self._look()
         topic = topic_of(self._plan.token)
         self._client.subscribe_topic(topic, self._hear)
@@ -244,27 +244,27 @@ class _Run:
             time.sleep(0.1)
         refused = FeatureStore.open_shard(path).quarantine
         for name, reason in zip(refused.paths, refused.reasons, strict=True):
-            logger.warning("%s is unreadable (%s); set aside", printable(name), reason)
+            logger.warning("%s is unreadable (%s); quarantined", printable(name), reason)
         return MadeShard(self._work.specs[piece.number], record, engine)
 
     def _split(self, piece: _Piece) -> MadeShard | None:
-        """A shard that killed its workers: it is made in parts, until one image is left, which is set aside."""
+        """Split a shard that killed its workers, until one image is left, which is quarantined."""
         spec = self._work.specs[piece.number].part(piece.start, piece.stop)
         count, path = len(spec), shard_path(self._work.folder, spec.identity)
-        if path.is_file() and (record := find_shard(path)) is not None:  # one that did not die of it had written it
+        if path.is_file() and (record := find_shard(path)) is not None:  # a worker that survived has written it
             self._advance(count)
             return MadeShard(self._work.specs[piece.number], record, "")
         if count == 1 and not piece.alone:
-            # Dask blames every task that waits at a worker that dies: it may be that of another one, so try it alone.
+            # Dask blames every task that waits at a worker that dies, so another image may be the cause: try this one alone.
             self._waiting.appendleft(dataclasses.replace(piece, alone=True))
             return None
         if count == 1:
-            logger.warning("%s kills the worker that reads it, each time; set aside", printable(spec.paths[0]))
+            logger.warning("%s kills each worker that reads it; quarantined", printable(spec.paths[0]))
             record = refuse_image(spec, self._work.folder, read=self._work.reader(), reason=KILLS_WORKER)
             self._advance(1)
             return MadeShard(self._work.specs[piece.number], record, "")
         logger.warning(
-            "a shard of %d images (%s to %s) has killed its workers; it is made in parts, to find the image that does",
+            "a shard of %d images (%s to %s) has killed its workers; it is split to find the image that does",
             *(count, printable(spec.paths[0]), printable(spec.paths[-1])),
         )
         bounds = sorted({piece.start + count * part // PARTS for part in range(PARTS + 1)})
@@ -273,18 +273,18 @@ class _Run:
         return None
 
     def _again(self, piece: _Piece, error: BaseException) -> BaseException | None:
-        """Errors of the surroundings may pass, others and a full disk do not."""
+        """Retry a piece after an error of the environment; return the error if it is a lasting one or a full disk."""
         full = any(os.strerror(number) in str(error) for number in (errno.ENOSPC, errno.EDQUOT))
         lasting = full or (isinstance(error, BottleneckError) and not isinstance(error, StoreError))
         if not lasting and piece.failures < RETRIES:
-            logger.warning("a shard failed (%s); it is tried again", first_line(error))
+            logger.warning("a shard failed (%s); trying it again", first_line(error))
             self._waiting.appendleft(dataclasses.replace(piece, failures=piece.failures + 1))
             return None
         if isinstance(error, BottleneckError):
             return error
         return ClusterError(
             f"a shard failed {piece.failures + 1} times on the workers ({type(error).__name__}: {first_line(error)}). "
-            "Their logs say more; what was finished is kept. Run the same command again."
+            "See their logs. All finished work is kept; run the same command again."
         )
 
     def _drop_unbegun(self) -> None:
@@ -296,7 +296,7 @@ class _Run:
             return [self._flying.pop(key) for key in [key for key, item in self._flying.items() if not item.begun]]
 
     def _hear(self, event: tuple[Any, dict[str, Any]]) -> None:
-        """Progress of one shard. Where it begins anew because its worker was lost, the count goes back."""
+        """Take a progress report of one shard. If the shard starts again because its worker was lost, the count goes back."""
         said, now = event[1], time.monotonic()
         with self._lock:
             flight = self._flying.get(said["key"])
@@ -308,22 +308,22 @@ class _Run:
             more = said["done"] - flight.done
             flight.done, flight.worker, flight.heard = said["done"], said["worker"], now
         if again:
-            logger.warning("a worker was lost; its shard is made by another")
+            logger.warning("a worker was lost; another one makes its shard")
         self._advance(more)
 
     def _watch(self) -> None:
-        """Notice that the scheduler or all workers are lost."""
+        """Notice when the scheduler or all workers are lost."""
         if self._client.status not in ("running", "connecting"):
             raise ClusterError(
-                f"{self._runner.cluster}: the scheduler was lost, and does not come back. What was finished is kept: start "
-                "it again, or leave --cluster out, and run the same command."
+                f"{self._runner.cluster}: the scheduler was lost and has not come back. All finished work is kept: start "
+                "it again, or leave out --cluster, and run the same command."
             )
         if self._client.status == "running" and time.monotonic() - self._looked > LOOK_SECONDS:
             self._look()
             self._leave_stuck()
 
     def _leave_stuck(self) -> None:
-        """Have others make what a worker does not get done that is alive: of its disk, its device or a library hangs."""
+        """Give the shards of a stuck worker to others: it is alive, but its disk, its device or a library hangs."""
         if not self._image_seconds:
             return
         usual, now = statistics.median(self._image_seconds), time.monotonic()
@@ -331,21 +331,23 @@ class _Run:
             limit = max(STUCK_SECONDS, STUCK_TIMES * usual * len(flight.piece))
             if not flight.begun or now - flight.heard < limit or not {*self._useful} - {*self._stuck, flight.worker}:
                 continue
-            logger.warning("%s has said nothing for %.0f s; others make its shard", flight.worker, now - flight.heard)
+            logger.warning(
+                "%s has reported nothing for %.0f s; other workers make its shard", flight.worker, now - flight.heard
+            )
             self._stuck.add(flight.worker)
             with self._lock:
                 del self._flying[key]
             self._left.append(flight.future)
             self._advance(-flight.done)
             self._waiting.appendleft(flight.piece)
-            for waiting in self._take_unbegun():  # some of them at that worker
+            for waiting in self._take_unbegun():  # some of them wait at that worker
                 waiting.future.cancel()
                 self._waiting.append(waiting.piece)
 
     def _look(self) -> None:
         try:
             workers = self._client.scheduler_info(n_workers=-1)["workers"]
-        except (OSError, KeyError):  # the connection is being lost, which is noticed elsewhere
+        except (OSError, KeyError):  # the connection is being lost, which is handled elsewhere
             return
         self._looked = now = time.monotonic()
         with_gpu = {address: worker for address, worker in workers.items() if worker.get("resources", {}).get(GPU)}
@@ -366,7 +368,7 @@ class _Run:
 
 
 def _first_image(work: Work) -> str | None:
-    """An image that is there, or the archive that all are in."""
+    """Return an image that exists, or the archive that holds all of them."""
     root = str(work.images.root)
     if os.path.isfile(root):
         return root

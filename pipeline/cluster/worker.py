@@ -1,9 +1,9 @@
-"""What runs in the worker processes: the same ``extract_shard`` as everywhere, with an engine that is kept warm.
+"""The code that runs in worker processes: the usual ``extract_shard``, with an engine that is kept warm.
 
     task -> plan file -> spec -> extract_shard -> shard file on the shared path -> record
 
-Dask loads this module when it starts a worker of ``--cluster local:N``: a terminal's Ctrl-C goes to them too, but is meant for
-the command that asked for the work. Workers started otherwise need nothing of it before their first task.
+Dask loads this module when it starts a worker of ``--cluster local:N``, because Ctrl-C in a terminal reaches the workers
+too, but is meant for the command. Workers that are started in another way do not need it before their first task.
 """
 
 from __future__ import annotations
@@ -24,22 +24,25 @@ from typing import Any
 import numpy as np
 
 from features.errors import BottleneckError, ClusterError
-from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard, find_shard
+from features.extraction.shard import ShardRecord, ShardSpec, extract_shard, find_shard
 from features.machine import processors
+from features.networks.engines import Engine
 from features.recipe import Recipe
 from features.store.reader import shard_path
 from pipeline.cluster.plan import OpenPlan, Setting, ShardTask, differences, versions
 
-PROCESSORS = "BOTTLENECK_PROCESSORS"  # of a worker of `--cluster local:N`: numbers with commas
+PROCESSORS = (
+    "BOTTLENECK_PROCESSORS"  # environment variable of a local worker: numbers of its processors, separated by commas
+)
 VISIBLE_SECONDS = 5.0  # a network file system may show a new file late
-TELLINGS = 8  # how often a worker tells of its progress in a shard, at most
-TELL_SECONDS = 1.0  # and how soon again
+TELLINGS = 8  # largest number of progress messages for one shard
+TELL_SECONDS = 1.0  # shortest time between two of them
 
 _building = threading.Lock()
 
 
 def dask_setup(worker: Any) -> None:
-    """Called by Dask when a worker starts with this module as its preload."""
+    """Prepare a worker. Dask calls this when a worker starts with this module as its preload."""
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     wanted = os.environ.get(PROCESSORS)
@@ -48,18 +51,18 @@ def dask_setup(worker: Any) -> None:
 
 
 def probe(path: str, token: str | None, theirs: Mapping[str, str], image: str | None) -> list[str]:
-    """What is wrong with this worker, as sentences; none if it can do the work.
+    """Return what prevents this worker from doing the work, as sentences; empty if nothing does.
 
     Parameters
     ----------
     path : str
-        A file on the shared path, in the folder where results go.
+        A file on the shared path, in the folder of results.
     token : str or None
-        What has to stand in it.
+        Text that its first line must contain.
     theirs : dict of str to str
-        Versions on the machine that asks.
+        Versions on the machine that runs the command.
     image : str or None
-        An image that has to be there.
+        An image that the worker has to see.
     """
     problems = []
     wrong = differences(theirs, versions())
@@ -88,9 +91,9 @@ def _seen(path: str, token: str | None) -> bool:
 
 
 def make_shard(task: ShardTask) -> tuple[ShardRecord, str]:
-    """Make the shard of a task; its record, and the name of the engine.
+    """Make the shard of a task; return its record and the name of the engine.
 
-    One that lies there already, because a worker wrote it and was lost before it could say so, is taken as it is.
+    A shard that already exists, because a worker wrote it and was lost before it could report it, is used as it is.
     """
     plan = _plan(task.plan, task.token)
     spec, folder = plan.spec(task), plan.path.parent
@@ -115,16 +118,14 @@ def make_shard(task: ShardTask) -> tuple[ShardRecord, str]:
 
 @functools.lru_cache(maxsize=4)
 def _plan(path: str, token: str) -> OpenPlan:
-    """The plan, once this process has shown that it can work on it. Workers that come late are checked here too."""
+    """Open the plan after checking that this process can work on it. Workers that connect late are checked here too."""
     if not _seen(path, token):
         raise ClusterError(f"worker on {socket.gethostname()} {probe(path, token, versions(), None)[0]}.")
     plan = OpenPlan.open(Path(path), token)
     wrong = probe(path, token, plan.versions, plan.image)
     if wrong:
         raise ClusterError(f"worker on {socket.gethostname()} {wrong[0]}.")
-    logging.getLogger("features.extraction.shard").setLevel(
-        logging.ERROR
-    )  # who asked for the work names unreadable images
+    logging.getLogger("features.extraction.shard").setLevel(logging.ERROR)  # the command itself names unreadable images
     return plan
 
 
@@ -139,14 +140,14 @@ def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
 
 @functools.lru_cache(maxsize=4)
 def _archive_reader(root: str) -> Callable[[str], bytes] | None:
-    """Reader of an archive or of arrays; None for a single image, which is a file in its folder."""
+    """Return the reader of an archive or of arrays; None for a single image, which is a file in its folder."""
     from features.sources.scan import scan
 
     return scan(root).reader
 
 
 class _LateEngine:
-    """The engine of a setting, built when the first batch comes; a worker of several threads shares it."""
+    """The engine of a setting, built for the first batch. The threads of a worker share it."""
 
     def __init__(self, setting: Setting, recipes: tuple[Recipe, ...]) -> None:
         self._setting, self._recipes = setting, recipes
@@ -155,16 +156,16 @@ class _LateEngine:
     def __call__(self, batch: np.ndarray) -> Mapping[str, np.ndarray]:
         with _building:
             engine, lock = _engine(self._setting, self._recipes)
-        self.name = getattr(engine, "name", "function")
-        if getattr(engine, "concurrent", False):
+        self.name = engine.name
+        if engine.concurrent:
             return engine(batch)
         with lock:
             return engine(batch)
 
 
 @functools.lru_cache(maxsize=2)
-def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threading.Lock]:
-    """An engine, kept warm for the shards to come. The network is found by name here, and has to be the same one."""
+def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Engine, threading.Lock]:
+    """Return an engine, kept warm for later shards. The network is found by name here and must be the same one."""
     from features.networks import network as networks
 
     first = recipes[0]
@@ -175,7 +176,7 @@ def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threa
         if other:
             listed = ", ".join(f"{name}: {here} instead of {there}" for name, (there, here) in sorted(other.items()))
             raise ClusterError(
-                f"another network is found there ({listed}). Give weights on the shared path with --weights, and "
+                f"this machine finds another network ({listed}). Give weights on the shared path with --weights, and "
                 "--engine where precision is not float32"
             )
         engine = network.engine(recipes, batch_size=setting.batch_size, device=setting.device)
@@ -185,7 +186,7 @@ def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Infer, threa
 
 
 class _Teller:
-    """Tells the client how far a shard is: when it begins, and a few times while it is made."""
+    """Reports the progress of a shard to the client: when it begins, and a few times while it is made."""
 
     def __init__(self, token: str, key: str) -> None:
         self._topic, self._key, self._done, self._said, self._when = topic_of(token), key, 0, 0, time.monotonic()
@@ -208,5 +209,5 @@ class _Teller:
 
 
 def topic_of(token: str) -> str:
-    """Where progress of a run is told."""
+    """Return the Dask topic on which the progress of a run is reported."""
     return "bottleneck-" + token

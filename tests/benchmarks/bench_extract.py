@@ -173,7 +173,7 @@ def timed_writing() -> Iterator[list[float]]:
 
         setattr(module, name, watched)
 
-    watch(shards, "_write")
+    watch(shards, "write_shard")
     watch(extraction, "assemble")
     yield spent
 
