@@ -1,4 +1,4 @@
-"""Who may import whom (DESIGN section 2), what may not be imported early, and that our packages are the checkout's."""
+"""Which rooms may import which others, what may not be imported early, and that our packages are those of the checkout."""
 
 from __future__ import annotations
 

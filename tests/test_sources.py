@@ -708,7 +708,7 @@ def split(
 
 
 def expected_split(key: bytes, seed: int) -> int:
-    """DESIGN in one line per step, without numpy."""
+    """The rule of splits in one line per step, without numpy."""
     draw = int.from_bytes(hashlib.sha256(str(seed).encode() + key).digest()[:8], "big") / 2**64
     return 0 if draw < 0.8 else 1 if draw < 0.9 else 2
 

@@ -107,7 +107,7 @@ class ShardRows:
     images : list of (int, bytes, int, int)
         One entry per row: index in the spec, sha256, width and height of the decoded image in pixels.
     features : dict of str to float32 or float16, (rows, views, ...)
-        By data set; empty where no image could be read.
+        Features by feature set; empty where no image could be read.
     refused : list of (int, bytes, UnreadableImageError)
         Images without a row: index in the spec, sha256 (zeros where no byte was read), and why.
     """
