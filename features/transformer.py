@@ -229,7 +229,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
             )
         if store is not None and lacking:
             logger.warning(
-                "%s lacks %d of these images. It was made by an extraction, so their features are computed and not kept",
+                "%s lacks %d of these images. Their features are computed but not kept, because the store was made by an extraction",
                 *(store.path, lacking),
             )
         return contextlib.nullcontext(lambda spec, rows: None)

@@ -60,19 +60,19 @@ class SearchedParameters(ClassifierParameters):
 
 
 class LogisticParameters(SearchedParameters):
-    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+    """``C`` is the inverse of the L2 penalty. If it is None, cross-validation with ``folds`` folds chooses it."""
 
     C: PositiveFloat | None = None
 
 
 class RidgeParameters(SearchedParameters):
-    """``alpha`` is the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+    """``alpha`` is the L2 penalty. If it is None, cross-validation with ``folds`` folds chooses it."""
 
     alpha: PositiveFloat | None = None
 
 
 class LinearSvmParameters(SearchedParameters):
-    """``C`` is the inverse of the L2 penalty; None: chosen by cross-validation with ``folds`` folds."""
+    """``C`` is the inverse of the L2 penalty. If it is None, cross-validation with ``folds`` folds chooses it."""
 
     C: PositiveFloat | None = None
 

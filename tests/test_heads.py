@@ -332,7 +332,7 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"temprature": 1.0}, "unknown key 'temprature'; did you mean 'temperature'"),
-        ({"kind": "os.system"}, "kind is 'os.system', expected one of dense, sklearn"),
+        ({"kind": "os.system"}, "kind is 'os.system', expected dense or sklearn"),
         ({"kind": "sklearn.svm.LinearSVC"}, "contains a sklearn.linear_model._ridge.RidgeClassifier"),
         ({"temperature": 0}, "temperature: received 0, expected greater than 0"),
         ({"input_shape": [5]}, "6 means and 6 deviations, expected 5"),

@@ -98,8 +98,8 @@ class ExtractionOptions(NetworkOptions):
             )
         if self.views == 1 and not plain:
             raise ConfigurationError(
-                f"augment: received {self.augmentation.name}, but one view is the plain image only. Add --views with "
-                "2 or more."
+                f"augment: received {self.augmentation.name}, but with one view there is only the plain image. "
+                "Add --views 2 or more."
             )
 
     @property

@@ -196,7 +196,7 @@ def boundary_by_rule(model: Any) -> str:
     ]
     if not areas:
         raise ConfigurationError(
-            f"{model.name} has no boundary, because no layer has weights and a 4-D output of known size. Name a layer."
+            f"{model.name} has no boundary layer, because no layer has both weights and a 4-D output of known size. Name a layer."
         )
     final = areas[-1][1]
     larger = [index for index, area in areas if area > final]

@@ -312,7 +312,7 @@ def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray])
             file.write(hashlib.sha256(archive.getbuffer()).digest())
             file.write(archive.getbuffer())
     except OSError as error:  # the cache only saves time
-        logger.warning("%s could not be written (%s); the next run converts again", path, error)
+        logger.warning("%s could not be written (%s); the next run converts the network again", path, error)
 
 
 def _openvino() -> Any:

@@ -107,7 +107,9 @@ class Archive:
                     raise SourceError(f"{self.file} has been changed since its members were listed; run again")
                 data = _member_data(stream, member, wanted)
         except FileNotFoundError as error:
-            raise SourceError(f"{self.file} has been removed since its members were listed; run again") from error
+            raise SourceError(
+                f"{self.file} has been removed since its members were listed; put it back and run again"
+            ) from error
         except (OSError, zlib.error, struct.error) as error:
             raise UnreadableImageError("unreadable", f"{path} in {self.path}: {error}") from error
         if len(data) < wanted:

@@ -243,7 +243,7 @@ def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) ->
     )
     if mixed is not None or sum(label in lists for label in labels) > len(labels) / 2:
         raise SourceError(
-            f"{manifest}: the column {column!r} looks like several classes per image, such as {mixed or min(lists)!r}; "
-            "expected one. Multi-label targets are not supported: choose another target, or, if '|' and ';' "
+            f"{manifest}: the column {column!r} seems to hold several classes per image, such as {mixed or min(lists)!r}; "
+            "expected one. Multi-label targets are not supported: choose another column with --target, or, if '|' and ';' "
             "are part of the class names, replace them"
         )

@@ -83,7 +83,7 @@ class StoreWriter:
         ----------
         name : str
             Name of the feature set.
-        block : float32 or float16, (k, views, ...), or int32, (k, views, 3) in an index
+        block : float32 or float16, (k, views, ...); in the index of a sharded store int32, (k, views, 3)
             The next k rows.
         """
         with self._checked():

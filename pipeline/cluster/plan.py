@@ -149,7 +149,7 @@ class OpenPlan:
         Raises
         ------
         ClusterError
-            If it is not the file that was written.
+            If the file is not the plan that this run wrote: its token or its format differs.
         OSError
             If there is no such file.
         """

@@ -22,12 +22,12 @@ from pipeline.progress import QUIET, set_quiet
 
 
 def opt(help: str, *names: str, **more: Any) -> Any:
-    """Describe an option of a command; ``names`` and ``more`` are those of ``typer.Option``."""
+    """Make an option of a command; ``names`` and ``more`` are those of ``typer.Option``."""
     return typer.Option(*names, help=help, **more)
 
 
 def arg(help: str, **more: Any) -> Any:
-    """Describe an argument of a command."""
+    """Make an argument of a command, with its help text."""
     return typer.Argument(help=help, **more)
 
 

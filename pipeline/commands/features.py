@@ -80,7 +80,7 @@ def extract(
     ] = None,
     max_unreadable: Annotated[float, opt("Largest allowed share of unreadable images; exit code 4 above it.")] = 0.05,
     rehash: Annotated[bool, opt("Read every image again, even if it looks unchanged.", "--rehash")] = False,
-    strict: Annotated[bool, opt("Refuse images whose bytes are in two splits.", "--strict")] = False,
+    strict: Annotated[bool, opt("Refuse a source that has the same image bytes in two splits.", "--strict")] = False,
     overwrite: Annotated[bool, opt("Replace a store that has another recipe or other images.", "--overwrite")] = False,
     cluster: Cluster = None,
     dry_run: Annotated[bool, opt("Print what would be done and its cost; write nothing.", "--dry-run")] = False,

@@ -40,7 +40,7 @@ def finetune(
     unfreeze: Annotated[
         str,
         opt(
-            "What to train: last-block, all, head, the name of the first layer to train, or its number (so many are frozen)."
+            "What to train: last-block, all, head, the name of the first layer to train, or the number of layers to keep frozen."
         ),
     ] = "last-block",
     bn: Annotated[

@@ -391,7 +391,7 @@ class EstimatorHead(SklearnHead):
             find_class(stored.kind)
         except ConfigurationError as problem:
             raise HeadError(
-                f"{path}: kind is {stored.kind!r}, expected one of dense, sklearn.MODULE.CLASS: {problem}"
+                f"{path}: kind is {stored.kind!r}, expected dense or sklearn.MODULE.CLASS: {problem}"
             ) from problem
         return stored.kind, EstimatorParameters()
 

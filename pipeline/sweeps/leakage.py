@@ -108,7 +108,7 @@ def near_duplicates(
         Random seed of the projection, and of the sample of images if there are too many.
     pairs_checked : int
         Maximum number of comparisons. If there are more pairs, only a random sample of the images of each split is
-        compared, and ``capped`` says so.
+        compared, and ``capped`` of the result says so.
 
     Raises
     ------
