@@ -219,6 +219,6 @@ def test_a_solver_that_needs_more_memory_is_refused_with_the_figure(
     solver = ["--head", "sklearn.linear_model.LogisticRegression", "--param", "solver=newton-cholesky"]
     code, _, err = typed(capsys, path, *solver, "--pool", "flatten", "--memory", "2GB", "--runs", tmp_path / "runs")
     assert code == 1
-    assert "needs about 10.1 GB of memory for 30 x 25088 features, 2.0 GB are allowed" in err
+    assert "needs about 10.1 GB of memory for 30 x 25088 features, but only 2.0 GB are allowed" in err
     code, _, err = typed(capsys, path, *solver, "--pool", "avg", "--memory", "2GB", "--runs", tmp_path / "runs")
     assert code == 0, err

@@ -417,8 +417,8 @@ def test_some_rows_of_an_array() -> None:
 def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    from pipeline.heads import dense
     from pipeline.heads.bank import train_rows
-    from pipeline.sweeps import fitting
 
     banks = []
 
@@ -426,7 +426,7 @@ def test_dense_heads_of_a_sweep_are_trained_together_and_as_alone(
         banks.append((spec.hidden, spec.class_weights is not None, len(heads)))
         return train_rows(spec, heads, *args, **keywords)
 
-    monkeypatch.setattr(fitting, "train_rows", recorded)
+    monkeypatch.setattr(dense, "train_rows", recorded)
     store = make_store(classes=("cat", "dog", "eel"), shift=0.7)
     heads = sweep(
         {"head": "dense", "grid": {**FAST, "dropout": [0, 0.3], "label_smoothing": [0, 0.1]}},
@@ -506,7 +506,7 @@ def test_damaged_files_of_one_run_stop_no_sweep_and_no_leaderboard(
         shutil.rmtree(tmp_path / run_id / "plots")
         (tmp_path / run_id / "history.csv").write_text("rows\nmany\n")
         (tmp_path / run_id / "predictions.csv").write_text("path\na\n")
-    with pytest.raises(RunError, match=r"history\.csv: cannot be read as the history of a run"):
+    with pytest.raises(RunError, match=r"history\.csv: column 'rows' holds a value that is not a number"):
         log_run(tmp_path / "logs", tmp_path / first.runs[0])
     more = sweep({"head": "logistic", "grid": {"C": [*CS, 1.0]}})
     result = run_sweep([store], more, runs=tmp_path, jobs=1, choose="balanced_accuracy")

@@ -293,7 +293,7 @@ def test_the_data_set_must_be_named_where_there_are_several(tmp_path: Path) -> N
     spatial = recipe("block", "none")
     store.arrays["block"] = np.repeat(store.arrays["last.avg"][:, None, None], 2, axis=1)
     store.recipes["block"] = spatial
-    with pytest.raises(ConfigurationError, match=r"several data sets, name one of last\.avg, block"):
+    with pytest.raises(ConfigurationError, match=r"several feature sets, use --features with last\.avg or block"):
         train_head(store, "logistic", runs=tmp_path)
     with pytest.raises(ConfigurationError, match=r"no feature set 'blok'.*did you mean 'block'"):
         train_head(store, "logistic", runs=tmp_path, name="blok")
