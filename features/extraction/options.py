@@ -93,7 +93,7 @@ class ExtractionOptions(NetworkOptions):
         if self.views > 1 and plain:
             presets = ", ".join(name for name, spec in PRESETS.items() if not spec.is_plain)
             raise ConfigurationError(
-                f"views: received {self.views}, but without an augmentation all views would be the plain image. Add "
+                f"views: received {self.views}, which without an augmentation would all be the plain image. Add "
                 f"--augment with one of {presets}."
             )
         if self.views == 1 and not plain:
