@@ -12,14 +12,15 @@ PREDICTIONS ?= predictions.csv
 ARGS     ?=
 
 VENV := .venv
+FLOOR := .venv-floor
 BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test stress bench gpu-check clean
+.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test stress bench gpu-check clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 	@echo "  variables: DATA=$(DATA) BACKBONE=$(BACKBONE) FEATURES=$(FEATURES) HEAD=$(HEAD) RUNS=$(RUNS) RUN=$(RUN) ARGS=\"...\""
 
 $(VENV)/.installed: pyproject.toml
@@ -75,6 +76,16 @@ check: setup  ## run ruff, mypy and the architecture test
 test-fast: setup  ## run the tests that need no TensorFlow, in about 20 s
 	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
+$(FLOOR)/.installed: pyproject.toml
+	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	@echo "installing the lowest declared versions into $(FLOOR) (TensorFlow is a large download)" >&2
+	@$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check uv
+	@$(FLOOR)/bin/uv pip install --quiet --python $(FLOOR)/bin/python --upgrade --resolution lowest-direct -e '.[dev]'
+	@touch $@
+
+test-floor: $(FLOOR)/.installed  ## run the fast tests with the lowest versions that pyproject.toml allows
+	$(FLOOR)/bin/python -m pytest -q -m "not slow" -n auto $(ARGS)
+
 test: setup  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
 
@@ -95,5 +106,5 @@ gpu-check:  ## check a GPU machine with torch and JAX, in minutes; see tests/ben
 	bash tests/benchmarks/gpu/on_device.sh $(ARGS)
 
 clean:  ## remove the virtual environment and caches; features and runs are kept
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
