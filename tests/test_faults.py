@@ -142,7 +142,7 @@ def test_ctrl_c_finishes_the_shards_in_flight_and_says_what_to_do(reference: tup
     code, errors = finish(process)
     assert code == 130
     assert "stopping after the shards in flight" in errors
-    assert "Run the same command again to go on." in errors
+    assert "Run the same command again to resume." in errors
     assert "Traceback" not in errors
     assert 100 <= inferred(log) < IMAGES
     assert listing(tmp_path / "out")[0] == "f.h5.parts"

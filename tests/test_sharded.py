@@ -64,7 +64,7 @@ def test_a_sharded_store_reads_as_the_packed_one(source: Path, out: Path, tmp_pa
     sharded = extract(source, out, network, layout="sharded").store
     packed = extract(source, tmp_path / "p.h5", NumpyNetwork([recipe(), recipe("corner")])).store
     assert (sharded.kind, packed.kind) == ("index", "store")
-    assert len(sharded.shards.names) == 5
+    assert len(sharded.shards.names) == 3
     assert listing(parts_folder(out)) == sorted([*(f"{name}.h5" for name in sharded.shards.names), "manifest.jsonl"])
     assert_same(sharded, packed)
     assert_rows_are_their_images(sharded, source)
@@ -142,7 +142,7 @@ def test_a_changed_or_exchanged_shard_is_found(source: Path, out: Path) -> None:
     offset = FeatureStore.open_shard(first).array().offset
     first.write_bytes(data[:offset] + bytes([data[offset] ^ 1]) + data[offset + 1 :])
     with pytest.raises(
-        IntegrityError, match=rf"{first.name}: /features/last.avg rows 0 to \d are not what was written"
+        IntegrityError, match=rf"{first.name}: /features/last.avg rows 0 to \d+ are not what was written"
     ):
         FeatureStore.open(out).load()
     with pytest.raises(IntegrityError, match=first.name):
@@ -492,9 +492,9 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
         ({"name": "1" * 20}, "the shard is missing"),
         ({"place": (1, 0, 0)}, "shard"),
         ({"place": (-1, 0, 0)}, "shard"),
-        ({"place": (0, 2, 0)}, "a place lies outside"),
-        ({"place": (0, 0, 1)}, "a place lies outside"),
-        ({"place": (0, -1, 0)}, "a place lies outside"),
+        ({"place": (0, 2, 0)}, "a place outside this shard"),
+        ({"place": (0, 0, 1)}, "a place outside this shard"),
+        ({"place": (0, -1, 0)}, "a place outside this shard"),
         ({"width": 4}, "does not hold the feature set last.avg"),
         ({"width": 2 * 10**10}, "does not hold the feature set last.avg"),
         ({"width": 2**62}, "attribute shape|does not hold"),

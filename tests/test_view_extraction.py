@@ -534,5 +534,5 @@ def test_an_index_takes_nothing_but_view_0_from_a_shard_drawn_in_another_way(tmp
     written([0], 1).verify()
     for held, views in (([0], 2), ([1], 1), ([], 1), (None, 1), ({"0": 0}, 1)):
         for check in (FeatureStore.load, FeatureStore.verify):
-            with pytest.raises(IntegrityError, match=r"does not hold last\.avg"):
+            with pytest.raises(IntegrityError, match=r"does not hold the feature set last\.avg"):
                 check(written(held, views))
