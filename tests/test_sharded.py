@@ -15,6 +15,7 @@ import pytest
 from helpers import (
     ROOT,
     NumpyNetwork,
+    as_engine,
     assert_rows_are_their_images,
     call_pipeline,
     extract,
@@ -238,7 +239,7 @@ def test_a_lost_shard_made_anew_with_other_rounding_is_another_shard(source: Pat
     class Rounded(NumpyNetwork):
         def engine(self, recipes, **options):
             inner = super().engine(recipes, **options)
-            return lambda batch: {name: values * np.float32(1 + 2**-23) for name, values in inner(batch).items()}
+            return as_engine(lambda batch: {key: rows * np.float32(1 + 2**-23) for key, rows in inner(batch).items()})
 
     network = Rounded()
     network.fail_after = 0
@@ -492,9 +493,9 @@ def test_a_hostile_index_is_refused(tmp_path: Path) -> None:
         ({"name": "1" * 20}, "the shard is missing"),
         ({"place": (1, 0, 0)}, "shard"),
         ({"place": (-1, 0, 0)}, "shard"),
-        ({"place": (0, 2, 0)}, "a place outside this shard"),
-        ({"place": (0, 0, 1)}, "a place outside this shard"),
-        ({"place": (0, -1, 0)}, "a place outside this shard"),
+        ({"place": (0, 2, 0)}, "a place lies outside"),
+        ({"place": (0, 0, 1)}, "a place lies outside"),
+        ({"place": (0, -1, 0)}, "a place lies outside"),
         ({"width": 4}, "does not hold the feature set last.avg"),
         ({"width": 2 * 10**10}, "does not hold the feature set last.avg"),
         ({"width": 2**62}, "attribute shape|does not hold"),

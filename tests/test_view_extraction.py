@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 from faults import contents, differences, inferred, kill_often, run
-from helpers import ROOT, NumpyNetwork, call_pipeline, extract, listing, paint_folder, recipe
+from helpers import ROOT, NumpyNetwork, as_engine, call_pipeline, extract, listing, paint_folder, recipe
 from PIL import Image
 
 from features.augmentation import PRESETS, AugmentSpec
@@ -59,7 +59,7 @@ class PixelNetwork(NumpyNetwork):
             values = {"pixels": batch.reshape(len(batch), -1), "top": batch[:, 0]}
             return {item.name: values[item.layer].astype(np.float32) for item in recipes}
 
-        return infer
+        return as_engine(infer)
 
     @property
     def passes(self) -> int:

@@ -422,7 +422,7 @@ class FeatureStore:
         """Values of one view of one row each, ``(n, ...)``; only the blocks of these rows are verified."""
         key, shape = self._key_of(name), self.shape(name)
         if (rows < 0).any() or (rows >= shape[0]).any() or (views < 0).any() or (views >= shape[1]).any():
-            raise IntegrityError(f"{self.path}: a place outside this shard, which has {shape[:2]} rows and views")
+            raise IntegrityError(f"{self.path}: a place lies outside this shard, which has {shape[:2]} rows and views")
         with reading(self.path):
             self._check_blocks(key, np.unique(rows // block_rows(shape, self._entries[key].dtype)).tolist())
             return np.asarray(self._map(key)[rows, views])
