@@ -446,7 +446,7 @@ def test_views_make_shards_of_fewer_images(tmp_path: Path) -> None:
 def test_views_and_augmentation_are_given_together(source: Path, out: Path) -> None:
     with pytest.raises(ConfigurationError, match=r"views: received 3, which without .* --augment with one of flip, "):
         extract_features(source, out, views=3)
-    with pytest.raises(ConfigurationError, match=r"augment: received crop-flip, but one view .* Add --views"):
+    with pytest.raises(ConfigurationError, match=r"augment: received crop-flip, but with one view .* Add --views"):
         extract_features(source, out, augment="crop-flip")
     with pytest.raises(ConfigurationError, match=r"'flips', expected one of none, flip, .*did you mean 'flip'"):
         extract_features(source, out, views=2, augment="flips")
