@@ -288,7 +288,7 @@ def test_an_archive_that_changes_or_goes_is_noticed(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"a\.zip has been changed since .*; run again"):
         images.read(0)
     path.unlink()
-    with pytest.raises(SourceError, match=r"a\.zip has been removed since .*; run again"):
+    with pytest.raises(SourceError, match=r"a\.zip has been removed since .*; put it back and run again"):
         images.read(0)
 
 

@@ -145,7 +145,7 @@ def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(
     received = [[float(row["cats"]), float(row["dogs"])] for row in rows[:3]]
     np.testing.assert_allclose(received, expected["logistic"][:3], atol=1e-4)
     assert [row["error"] for row in rows] == ["", "", "", "not-an-image", "too-large"]
-    with pytest.raises(ConfigurationError, match=r"exported model, which takes an image as it is.*Give the run"):
+    with pytest.raises(ConfigurationError, match=r"exported model, which cannot draw views.*Give the run"):
         predict(tmp_path / "model.onnx", photos, views=3, augment="flip")
     for wrong in (pair[0], pair.astype(np.float32), pair[..., :1], pair[:0]):
         with pytest.raises(ConfigurationError, match=r"expected uint8 \(n, height, width, 3\)"):
