@@ -102,18 +102,7 @@ class KerasEngine:
         self._forward = compiled(forward)
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Compute the features of one batch.
-
-        Parameters
-        ----------
-        images : uint8, (n, h, w, 3), 0-255, n <= batch_size
-            RGB pixels.
-
-        Returns
-        -------
-        dict of str to float32, (n, ...)
-            Features by name of the feature set.
-        """
+        """Compute the features of one batch; shapes and dtypes are those of ``features.networks.engines.Engine``."""
         count = len(images)
         check_batch(images, self._shape)
         parts = [self._infer(images[start : start + self._step]) for start in range(0, count, self._step)]

@@ -30,6 +30,7 @@ from features.networks.backbones import (
     last_layer,
     preprocess,
 )
+from features.networks.engines import Engine
 from features.networks.graph import layer_tensors
 from features.networks.weights import WeightsFile, load_weights, resolve_weights
 from features.recipe import NetworkOptions, PixelRule, Recipe
@@ -88,7 +89,7 @@ class Network:
         load_weights(model, self.backbone, self.weights)
         return model
 
-    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Any:
+    def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Engine:
         """Open an engine that computes the feature sets of these recipes in a single pass.
 
         Raises

@@ -185,18 +185,7 @@ class OpenVinoEngine:
         self._workers = ThreadPoolExecutor(streams, "openvino")
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
-        """Compute the features of one batch.
-
-        Parameters
-        ----------
-        images : uint8, (n, h, w, 3), 0-255, n <= batch_size
-            RGB pixels.
-
-        Returns
-        -------
-        dict of str to float32, (n, ...)
-            Features by name of the feature set.
-        """
+        """Compute the features of one batch; shapes and dtypes are those of ``features.networks.engines.Engine``."""
         count = len(images)
         check_batch(images, self._shape)
         arrays = [np.empty((count, *tuple(port.shape)[1:]), np.float32) for port in self._ports]

@@ -8,7 +8,8 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, RunError, nearest
+from features import canonical
+from features.errors import RunError
 from pipeline.runs.folder import Run, find_runs, rank, read_predictions
 from pipeline.scores.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
 
@@ -50,8 +51,7 @@ def leaderboard(
 
 def check_choice(by: str) -> None:
     """Raise ``ConfigurationError`` unless ``by`` is a score that runs can be compared by."""
-    if by not in CHOICES:
-        raise ConfigurationError(f"choose: received {by!r}, expected one of {', '.join(CHOICES)}{nearest(by, CHOICES)}")
+    canonical.check_choice("choose", by, CHOICES)
 
 
 def _row(run: Run, first: Run) -> dict[str, Any]:
