@@ -312,7 +312,7 @@ def test_keras_sees_the_batches_of_the_bank(views: str) -> None:
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path: Path) -> None:
-    from pipeline.sweeps import fitting
+    from pipeline.heads import dense
     from pipeline.sweeps.sweep import run_sweep
     from pipeline.sweeps.sweep_file import SweepFile, SweepHead
 
@@ -328,9 +328,9 @@ def test_a_sweep_trains_heads_with_and_without_views_beside_each_other(tmp_path:
     )
     banks = []
     with pytest.MonkeyPatch.context() as patch:
-        train = fitting.train_rows
+        train = dense.train_rows
         patch.setattr(
-            fitting, "train_rows", lambda spec, heads, *a, **k: banks.append(len(heads)) or train(spec, heads, *a, **k)
+            dense, "train_rows", lambda spec, heads, *a, **k: banks.append(len(heads)) or train(spec, heads, *a, **k)
         )
         swept = run_sweep([store], sweep, runs=tmp_path / "sweep", jobs=1, folds=2)
     assert banks[0] == 2
