@@ -41,12 +41,9 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests neither read nor fill the user's cache; the sample and the memos are made once a session."""
+    """Tests use neither the user's cache nor the user's key; the sample and the memos are made once a session."""
     folder = tmp_path_factory.mktemp("cache")
-    before = os.environ.get("BOTTLENECK_CACHE")
-    os.environ["BOTTLENECK_CACHE"] = str(folder)
-    yield folder
-    if before is None:
-        del os.environ["BOTTLENECK_CACHE"]
-    else:
-        os.environ["BOTTLENECK_CACHE"] = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("BOTTLENECK_CACHE", str(folder))
+        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
+        yield folder
