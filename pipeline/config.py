@@ -111,7 +111,8 @@ class RunFeatures(Settings):
     """The features of a run.
 
     ``backbone`` and ``weights`` are the options that the extraction was given, ``data_digest`` covers images, labels and
-    splits, ``views`` is the number of views of each image used for training.
+    splits, ``views`` is the number of views of each image used for training, ``reading`` how folders and labels were read
+    (``features.sources.reading.Reading``), if they had to be read in another way than the plain one.
     """
 
     store: str
@@ -124,6 +125,7 @@ class RunFeatures(Settings):
     backbone: str
     weights: str
     target: str = ""
+    reading: dict[str, Any] = Field(default_factory=dict)
     views: PositiveInt = 1
 
 

@@ -109,7 +109,9 @@ def finetune(
     start = newest_run(run, accept=can_finetune)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
-    source = None if images is None else scan(images, target=start.target if is_manifest(images) else None)
+    source = None
+    if images is not None:
+        source = scan(images, target=start.target if is_manifest(images) else None, reading=start.reading)
     if source is not None:
         _check_classes(start, source)
     log = _logger_of(tensorboard)

@@ -17,6 +17,7 @@ from features.files import printable
 from features.networks.backbones import find_backbone
 from features.pixels.views import decode_views
 from features.recipe import NetworkOptions, PixelRule
+from features.sources.reading import Reading
 from features.sources.scan import ImageSet, scan
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
@@ -43,6 +44,8 @@ class PreviewOptions(NetworkOptions):
         Number of images, 1-400; default 24, or 5 with ``augment``.
     target : str, optional
         Label column of a manifest.
+    split_folders, class_level
+        Which folders are splits and which are classes, as for ``extract``.
     """
 
     augment: str = "none"
@@ -50,6 +53,8 @@ class PreviewOptions(NetworkOptions):
     seed: int = 0
     count: int | None = None
     target: str | None = None
+    split_folders: str = ""
+    class_level: int = 0
 
 
 def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, Any]:
@@ -90,7 +95,7 @@ def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, An
     check_range("count", wanted, 1, MOST_IMAGES)
     rule = PixelRule.of(asked, find_backbone(asked.backbone).default_size)
     check_picture(Path(out))
-    source = scan(images, target=asked.target)
+    source = scan(images, target=asked.target, reading=Reading(asked.split_folders, asked.class_level))
     drawn_most = min(wanted, len(source))
     if spec.is_plain:
         check_page(-(-drawn_most // COLUMNS), min(COLUMNS, drawn_most), rule.height, rule.width)

@@ -22,6 +22,7 @@ from features.errors import ConfigurationError, SourceError, UnreadableImageErro
 from features.files import cache_folder
 from features.sources import sample, splits
 from features.sources import scan as sources
+from features.sources.reading import Reading
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SPLITS, SplitRule, assign_splits, find_leakage, warnings_about
 
@@ -110,7 +111,7 @@ def test_flat_test_folder_is_unlabelled(tmp_path: Path) -> None:
 
 
 def test_a_class_may_be_called_train(tmp_path: Path) -> None:
-    images = scan(touch(tmp_path, "train/1.png", "plane/1.png"))
+    images = scan(touch(tmp_path, "train/1.png", "plane/1.png"), reading=Reading(class_level=1))
     assert images.classes == ("plane", "train")
     assert images.given_splits.tolist() == [-1, -1]
 

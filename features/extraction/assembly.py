@@ -24,7 +24,7 @@ from features.machine import software_versions
 from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.scan import ImageSet
-from features.sources.splits import SplitRule, assign_splits, find_leakage, warnings_about
+from features.sources.splits import SplitRule, assign_splits, find_conflicts, find_leakage, warnings_about
 from features.store.reader import FeatureStore
 from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.store.writer import StoreWriter
@@ -93,9 +93,14 @@ def table_of(
     )
     for message in [*warnings, *warnings_about(table.labels, table.splits, images.classes)]:
         logger.warning("%s", message)
+    if conflicts := find_conflicts(sha256, table.labels, splits, table.paths):
+        logger.warning(
+            "%d images have the same bytes as one of another class in their split, so one label is wrong: %s",
+            len(conflicts), _equal(conflicts),
+        )  # fmt: skip
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
-        pairs = "; ".join(f"{printable(first)} = {printable(second)}" for first, second in leaks[:10])
+        pairs = _equal(leaks)
         message = f"leakage: {len(leaks)} images are in two splits with the same bytes: {pairs}"
         if strict:
             raise SourceError(f"{message}. Remove one of each pair, or omit --strict; nothing was written.")
@@ -108,6 +113,10 @@ def table_of(
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
     )
     return table, quarantine
+
+
+def _equal(pairs: Sequence[tuple[str, str]]) -> str:
+    return "; ".join(f"{printable(first)} = {printable(second)}" for first, second in pairs[:10])
 
 
 def is_current(plan: Plan, contents: Contents) -> bool:

@@ -216,6 +216,7 @@ class Extraction:
             "weights": self.network.weights_argument,
             "target": self.options.target or "",
             "root": str(self.images.root),
+            **({"reading": self.images.reading} if self.images.reading else {}),
         }
 
     def _check_precision(self, rows: Sequence[int]) -> dict[str, Any]:
@@ -264,7 +265,7 @@ def prepare(
     """
     from features.networks.network import resolve_network
 
-    image_set = scan(images, target=options.target)
+    image_set = scan(images, target=options.target, reading=options.reading)
     return Extraction(image_set, resolve_network(options), Path(out), options, run_shards)
 
 

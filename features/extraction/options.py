@@ -8,6 +8,7 @@ from features.augmentation import PRESETS, AugmentSpec
 from features.canonical import check_choice
 from features.errors import ConfigurationError, check_range
 from features.recipe import NetworkOptions
+from features.sources.reading import Reading
 from features.sources.splits import SplitRule
 
 LAYOUTS = ("packed", "sharded")
@@ -30,6 +31,13 @@ class ExtractionOptions(NetworkOptions):
         Random seed of the views and of the split.
     target : str, optional
         Column of the manifest that holds the label; it is recorded in the store for later stages.
+    split_folders : str
+        Folders that hold the splits, if they have other names than ``train``, ``validation`` and ``test``:
+        ``train=Training,test=Testing``; see ``Reading``.
+    class_level : {0, 1, 2}
+        Level of the class folders if their names do not tell; the folders of the other level become groups. 0: they tell.
+    merge_labels : bool
+        Make one class of labels that look alike, such as ``Cat`` and ``cat``, and no label of ``nan``.
     batch_size : int
         Views per forward pass, 1-4096.
     shard_rows : int, optional
@@ -62,6 +70,9 @@ class ExtractionOptions(NetworkOptions):
     split: str = "hash"
     seed: int = 0
     target: str | None = None
+    split_folders: str = ""
+    class_level: int = 0
+    merge_labels: bool = False
     batch_size: int = 32
     shard_rows: int | None = None
     workers: int | None = None
@@ -75,6 +86,7 @@ class ExtractionOptions(NetworkOptions):
     def __post_init__(self) -> None:
         super().__post_init__()
         SplitRule.parse(self.split, self.seed)
+        _ = self.reading
         self._check_views()
         check_range("batch size", self.batch_size, 1, 4096)
         check_range("shard rows", 1 if self.shard_rows is None else self.shard_rows, 1, 1 << 20)
@@ -106,6 +118,11 @@ class ExtractionOptions(NetworkOptions):
     def augmentation(self) -> AugmentSpec:
         """How views 1 and above are augmented."""
         return AugmentSpec.parse(self.augment) if isinstance(self.augment, str) else self.augment
+
+    @property
+    def reading(self) -> Reading:
+        """How classes, splits and groups are read from the source."""
+        return Reading(self.split_folders, self.class_level, self.merge_labels)
 
     @property
     def rule(self) -> SplitRule:

@@ -8,11 +8,10 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import numpy as np
 
@@ -20,19 +19,12 @@ from features.errors import ConfigurationError, SourceError, nearest
 from features.pixels.decode import read_bytes
 from features.sources.archives import ARCHIVE_SUFFIXES, open_archive
 from features.sources.arrays import open_arrays
-from features.sources.folders import (
-    IMAGE_SUFFIXES,
-    ODD_CHARACTERS,
-    File,
-    is_ignored,
-    look_at,
-    suffix_of,
-    walk,
-    warn_left_out,
-)
+from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
+from features.sources.reading import Reading, read_labels, split_of
 from features.sources.sample import SAMPLE, SAMPLE_IMAGES, sample_folder
-from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, SPLITS, UNLABELLED, listed
+from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
+from features.sources.trees import read_tree
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +62,8 @@ class ImageSet:
         Further columns of a manifest, as text.
     reader : callable, optional
         Path -> bytes, if the images are not files on disk.
+    reading : dict
+        ``Reading.record``: what it takes to read the same classes and splits again; empty for a plain source.
     """
 
     description: str
@@ -83,6 +77,7 @@ class ImageSet:
     mtimes_ns: np.ndarray
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
+    reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -103,7 +98,9 @@ class ImageSet:
         return read_bytes(os.path.join(self.root, self.paths[index]))
 
 
-def scan(source: str | Path, *, target: str | None = None, labelled: bool = True) -> ImageSet:
+def scan(
+    source: str | Path, *, target: str | None = None, labelled: bool = True, reading: Reading | None = None
+) -> ImageSet:
     """List the images of a source; no image is opened.
 
     Parameters
@@ -116,41 +113,45 @@ def scan(source: str | Path, *, target: str | None = None, labelled: bool = True
     target : str, optional
         Name of the manifest's label column, ``label`` by default.
     labelled : bool
-        Whether a manifest must name the classes of its images. If False, its label column is not used.
+        Whether classes matter. If False, the label column of a manifest is not used, and no folder is refused because it
+        is not certain which of its folders are classes.
+    reading : Reading, optional
+        How classes and splits are read. By default the names of the folders decide, and what is not certain is refused.
 
     Raises
     ------
     SourceError
         If the source does not exist, holds no images, or cannot be understood.
     ConfigurationError
-        If ``target`` is given and the source is not a manifest.
+        If ``target`` is given and the source is not a manifest, or ``reading`` names folders and it has none.
     """
+    reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if "://" in text:
         raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
-        return _scan_sample(text)
+        return _scan_sample(text, reading)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
-        return _scan_manifest(path, text, target, labelled=labelled)
+        return _scan_manifest(path, text, target, reading, labelled=labelled)
     if target is not None:
         raise ConfigurationError(
             f"target {target!r} names a column of a manifest (CSV, Parquet), but {text} is not a manifest. Leave "
             "--target out, or give the manifest."
         )
     if os.path.isdir(path):
-        return _scan_folder(path, text)
+        return _scan_folder(path, text, reading)
     if not os.path.exists(path):
         _refuse_missing(path)
     if name.endswith(tuple(IMAGE_SUFFIXES)):
         return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
-        return _scan_archive(path, text)
+        return _scan_archive(path, text, reading)
     if is_file and name.endswith(".npz"):
-        return _scan_arrays(path, text)
+        return _scan_arrays(path, text, reading)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
     if is_file and name.endswith(OTHER_ARCHIVES):
         raise SourceError(f"{path}: archives of this kind cannot be read, only {known}; unpack it and give the folder")
@@ -183,12 +184,11 @@ def _image_set(
     groups: Sequence[str] | None = None,
     columns: Mapping[str, tuple[str, ...]] | None = None,
     reader: Callable[[str], bytes] | None = None,
+    reading: Reading = Reading(),  # noqa: B008  frozen
 ) -> ImageSet:
     """Build an ``ImageSet`` from its columns; ``names`` are class names, empty for unlabelled images."""
+    names = read_labels(description, names, reading)
     classes = tuple(sorted(set(names) - {""}))
-    shapes = Counter(unicodedata.normalize("NFC", name) for name in classes)
-    if alike := [name for name in classes if shapes[unicodedata.normalize("NFC", name)] > 1]:
-        logger.warning("%s: these classes look the same but consist of different code points: %a", description, alike)
     index = {name: number for number, name in enumerate(classes)} | {"": -1}
     labels = np.fromiter((index[name] for name in names), np.int32, len(files))
     return ImageSet(
@@ -203,17 +203,18 @@ def _image_set(
         mtimes_ns=np.fromiter((file.mtime_ns for file in files), np.int64, len(files)),
         columns=columns or {},
         reader=reader,
+        reading=reading.record,
     )
 
 
 # --- folders and archives ---------------------------------------------------------------------------------
 
 
-def _scan_folder(root: Path, description: str) -> ImageSet:
-    return _from_tree(root, description, *walk(root))
+def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
+    return _from_tree(root, description, walk(root), reading)
 
 
-def _scan_archive(path: Path, description: str) -> ImageSet:
+def _scan_archive(path: Path, description: str, reading: Reading) -> ImageSet:
     mtime_ns = os.stat(path).st_mtime_ns
     archive = open_archive(path)
     files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
@@ -230,7 +231,7 @@ def _scan_archive(path: Path, description: str) -> ImageSet:
     seen = [folder for folder in folders if not any(is_ignored(part) for part in folder.split("/") if part)]
     # An archive often holds one outer folder around all others. On disk one would give the inner folder instead.
     skip = _outer_folders({os.path.dirname(file.path) for file in files} - {""})
-    return _from_tree(path, description, sorted(files), sorted(seen), skip=skip, reader=archive.read)
+    return _from_tree(path, description, (sorted(files), sorted(seen)), reading, skip=skip, reader=archive.read)
 
 
 def _outer_folders(parents: set[str]) -> int:
@@ -245,104 +246,49 @@ def _outer_folders(parents: set[str]) -> int:
 def _from_tree(
     root: Path,
     description: str,
-    files: Sequence[File],
-    folders: Sequence[str],
+    listing: tuple[Sequence[File], Sequence[str]],
+    reading: Reading,
     *,
     skip: int = 0,
     reader: Callable[[str], bytes] | None = None,
 ) -> ImageSet:
-    """Derive classes and splits from the paths of images; the first ``skip`` folders of each path are ignored."""
-    if not files:
-        known = " ".join(sorted(IMAGE_SUFFIXES))
-        raise SourceError(
-            f"{root} holds no images: {len(folders)} folder{'s were' if len(folders) > 1 else ' was'} searched for {known}. "
-            "Give the folder that holds them; for training it has one folder for each class, as in cat/1.jpg and dog/1.jpg"
-        )
-    # Decide once per folder: there are few folders, but there may be millions of files.
-    parents = [os.path.dirname(file.path) for file in files]
-    parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
-    tops = {part[0] for part in parts.values() if part}
-    if not tops:
-        blank = [""] * len(files)
-        return _image_set(description, root, files, blank, [NOT_GIVEN] * len(files), reader=reader)
-    nested = {part[0] for part in parts.values() if len(part) > 1}
-    split_tops = {top for top in tops if top.lower() in SPLIT_WORDS}
-    codes = {SPLIT_WORDS[top.lower()] for top in split_tops}
-    below_splits = (0 in codes or len(codes) > 1) and (split_tops == tops or bool(split_tops & nested))
-    rows: dict[str, tuple[str, int] | None]  # class and split of a folder's images; None beside class folders
-    if below_splits:
-        _check_splits(root, split_tops, nested, tops)
-        rows = {parent: _row_below_split(part, nested) for parent, part in parts.items()}
-    else:
-        if not skip:
-            _check_depth(root, parts)
-        rows = {parent: (part[0], NOT_GIVEN) if part else None for parent, part in parts.items()}
-    if odd := sorted(row[0] for row in rows.values() if row and ODD_CHARACTERS.search(row[0])):
-        raise SourceError(f"{root}: the name of the class folder {odd[0]!r} is not plain UTF-8 text; rename it")
-    kept = [(file, *row) for file, parent in zip(files, parents, strict=True) if (row := rows[parent]) is not None]
-    if len(kept) < len(files):
-        logger.warning("%s: %d images beside the class folders are left out", root, len(files) - len(kept))
-    depth = 2 if below_splits else 1
-    used = {"/".join(part[:length]) for part in parts.values() for length in range(depth + 1)}
-    inner = ["/".join(folder.split("/")[skip:]) for folder in folders]
-    bare = [folder for folder in inner if folder.count("/") < depth and folder not in used]
-    if bare:
-        logger.warning("%s: folders without images are not classes: %s", root, listed(bare))
-    names, splits = [name for _, name, _ in kept], [split for _, _, split in kept]
-    return _image_set(description, root, [file for file, _, _ in kept], names, splits, reader=reader)
-
-
-def _row_below_split(part: Sequence[str], nested: set[str]) -> tuple[str, int] | None:
-    if len(part) > 1:
-        return part[1], SPLIT_WORDS[part[0].lower()]
-    return ("", UNLABELLED) if part and part[0] not in nested else None
-
-
-def _check_splits(root: Path, split_tops: set[str], nested: set[str], tops: set[str]) -> None:
-    if others := tops - split_tops:
-        raise SourceError(
-            f"{root} mixes split folders ({listed(sorted(split_tops))}) with other folders of images "
-            f"({listed(sorted(others))}): move one kind elsewhere, or write a CSV manifest"
-        )
-    by_code: dict[int, str] = {}
-    for top in sorted(split_tops):
-        code = SPLIT_WORDS[top.lower()]
-        if code in by_code:
-            raise SourceError(f"{root}: {by_code[code]!r} and {top!r} both mean {SPLITS[code]}; merge or rename them")
-        by_code[code] = top
-        if top not in nested and SPLITS[code] != "test":
-            raise SourceError(f"{root / top} holds images but no class folders; expected {top}/CLASS/IMAGE")
-
-
-def _check_depth(root: Path, parts: Mapping[str, Sequence[str]]) -> None:
-    """Refuse a folder whose class folders lie inside a single other folder: all images would form one class."""
-    common = os.path.commonpath(parts)
-    if common and common not in parts:
-        depth = common.count("/") + 1
-        below = sorted({part[depth] for part in parts.values()})
-        raise SourceError(
-            f"{root} holds a single folder, {parts[next(iter(parts))][0]!r}, and the folders with images are inside "
-            f"({listed(below)}): give {root / common}. If they are all one class, write a CSV manifest"
-        )
+    tree = read_tree(root, *listing, reading, skip)
+    return _image_set(
+        description, root, tree.files, tree.names, tree.splits, tree.groups, reader=reader, reading=tree.reading
+    )
 
 
 # --- other sources ----------------------------------------------------------------------------------------
 
 
-def _scan_arrays(path: Path, description: str) -> ImageSet:
+def _scan_arrays(path: Path, description: str, reading: Reading) -> ImageSet:
+    _refuse_folders_of(description, reading)
     files, names, splits, reader = open_arrays(path)
-    return _image_set(description, path, files, names, splits, reader=reader)
+    return _image_set(description, path, files, names, splits, reader=reader, reading=reading)
 
 
-def _scan_sample(text: str) -> ImageSet:
+def _scan_sample(text: str, reading: Reading) -> ImageSet:
     folder = sample_folder(text)
-    images = _scan_folder(folder, SAMPLE)
+    images = _scan_folder(folder, SAMPLE, reading)
     if len(images) != SAMPLE_IMAGES:
         raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it and run again")
     return images
 
 
-def _scan_manifest(manifest: Path, description: str, target: str | None, *, labelled: bool) -> ImageSet:
+def _refuse_folders_of(description: str, reading: Reading) -> None:
+    """Refuse a reading that names folders for a source whose classes are not folders."""
+    if reading.split_folders or reading.class_level:
+        option = "--split-folders" if reading.split_folders else "--class-level"
+        raise ConfigurationError(
+            f"{option}: {description} has no class folders; leave the option out, or give the folder"
+        )
+
+
+def _scan_manifest(
+    manifest: Path, description: str, target: str | None, reading: Reading, *, labelled: bool
+) -> ImageSet:
+    if not reading.settled:  # a recorded one may be of a folder of the same images
+        _refuse_folders_of(description, reading)
     root = manifest.parent
     paths, names, splits, groups, columns = read_manifest(manifest, target, labelled=labelled)
     files = [look_at(root, path) for path in paths]
@@ -354,7 +300,12 @@ def _scan_manifest(manifest: Path, description: str, target: str | None, *, labe
         )
     if missing:
         logger.warning("%s: %d files do not exist: %s", manifest, len(missing), listed(missing))
+    if target is None and names and all(split_of(name, alone=True) is not None for name in set(names)):
+        raise SourceError(
+            f"{manifest}: the column 'label' holds the names of splits ({listed(sorted(set(names)))}): name that column "
+            "'split', and the one with the classes 'label'. If they are classes, add --target label."
+        )
     useless = sum(1 for name, split in zip(names, splits, strict=True) if not name and split in (0, 1))
     if useless:
         logger.warning("%s: %d images of train or validation have no label and are left unlabelled", manifest, useless)
-    return _image_set(description, root, files, names, splits, groups, columns)
+    return _image_set(description, root, files, names, splits, groups, columns, reading=reading)

@@ -250,6 +250,38 @@ def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -
     return [(paths[row], paths[other]) for row, other in sorted(pairs)]
 
 
+def find_conflicts(
+    sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray, paths: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Find identical files of one split that have different labels.
+
+    Parameters
+    ----------
+    sha256 : uint8, (n, 32)
+    labels : int32, (n,)
+        Index into the classes; -1 for unlabelled, which is no other label.
+    splits : int8, (n,)
+    paths : sequence of str, length n
+
+    Returns
+    -------
+    list of (path, path)
+        The first of several identical files, with the first of them of each other label; in row order.
+    """
+    contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
+    order = np.lexsort((contents, splits))
+    order = order[labels[order] >= 0]
+    equal = (contents[order][1:] == contents[order][:-1]) & (splits[order][1:] == splits[order][:-1])
+    pairs = []
+    first: dict[int, int] = {}
+    for same, row in zip(np.insert(equal, 0, False).tolist()[: len(order)], order.tolist(), strict=True):
+        first = first if same else {}
+        if first and int(labels[row]) not in first:
+            pairs.append((next(iter(first.values())), row))
+        first.setdefault(int(labels[row]), row)
+    return [(paths[row], paths[other]) for row, other in sorted(pairs)]
+
+
 def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]) -> list[str]:
     """Return warnings about what would harm training: too few classes or images, and empty classes or splits.
 

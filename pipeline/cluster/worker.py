@@ -143,7 +143,7 @@ def _archive_reader(root: str) -> Callable[[str], bytes] | None:
     """Return the reader of an archive or of arrays; None for a single image, which is a file in its folder."""
     from features.sources.scan import scan
 
-    return scan(root).reader
+    return scan(root, labelled=False).reader
 
 
 class _LateEngine:

@@ -85,6 +85,17 @@ def whole_program(
 Json = Annotated[bool, opt("Print one JSON document.", "--json")]
 Runs = Annotated[Path, opt("Folder of run folders.")]
 Seed = Annotated[int, opt("Random seed.")]
+SplitFolders = Annotated[
+    str,
+    opt("Split folders of other names: train=Training,test=Testing.", metavar="SPLIT=FOLDER,...", show_default=False),
+]
+ClassLevel = Annotated[
+    int,
+    opt(
+        "Level of the class folders, 1 or 2; the other folders become groups. Default: their names tell.",
+        show_default=False,
+    ),
+]
 Device = Annotated[str, opt("Device that the network runs on: auto, cpu or gpu.")]
 Cluster = Annotated[
     str | None,

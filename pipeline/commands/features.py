@@ -8,10 +8,12 @@ from typing import Annotated
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
     BatchSize,
+    ClassLevel,
     Cluster,
     Device,
     Json,
     Seed,
+    SplitFolders,
     Weights,
     Workers,
     app,
@@ -58,6 +60,11 @@ def extract(
     test_from_validation: Annotated[float, opt("Share of the given validation images to move to test.")] = 0.0,
     seed: Seed = 0,
     target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
+    split_folders: SplitFolders = "",
+    class_level: ClassLevel = 0,
+    merge_labels: Annotated[
+        bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
+    ] = False,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
@@ -105,6 +112,9 @@ def extract(
         split=_with_moves(split, validation_from_train, test_from_validation),
         seed=seed,
         target=target,
+        split_folders=split_folders,
+        class_level=class_level,
+        merge_labels=merge_labels,
         batch_size=batch_size,
         workers=workers,
         device=device,

@@ -6,7 +6,18 @@ from pathlib import Path
 from typing import Annotated
 
 from features.augmentation import PRESETS
-from pipeline.commands.common import Json, Seed, app, arg, guarded, opt, parse_size, print_document
+from pipeline.commands.common import (
+    ClassLevel,
+    Json,
+    Seed,
+    SplitFolders,
+    app,
+    arg,
+    guarded,
+    opt,
+    parse_size,
+    print_document,
+)
 
 
 @app.command()
@@ -46,6 +57,8 @@ def preview(
     seed: Seed = 0,
     count: Annotated[int | None, opt("Number of images. Default: 24, or 5 with --augment.")] = None,
     target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
+    split_folders: SplitFolders = "",
+    class_level: ClassLevel = 0,
     as_json: Json = False,
 ) -> None:
     """Draw what the network will see: sample images of all classes, or all views of a few images."""
@@ -64,5 +77,7 @@ def preview(
         seed=seed,
         count=count,
         target=target,
+        split_folders=split_folders,
+        class_level=class_level,
     )
     print_document(document, as_json, stage.summary(document))

@@ -20,7 +20,12 @@ from pipeline.tuning.settings import settings_of
 FOLDER = Path(__file__).parent / "published"
 
 # Options of extract that an experiment does not set: they concern the machine, or the store of one user.
-NOT_IN_A_STEP = ("device", "workers", "target", "overwrite", "rehash", "strict", "layout", "check_precision")
+# fmt: off
+NOT_IN_A_STEP = (
+    "device", "workers", "target", "split_folders", "class_level", "merge_labels", "overwrite", "rehash", "strict", "layout",
+    "check_precision",
+)
+# fmt: on
 
 
 class _ExtractStep(Settings):

@@ -47,6 +47,7 @@ def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
         "backbone": str(provenance.get("backbone", recipe.backbone)),
         "weights": str(provenance.get("weights", "imagenet")),
         "target": str(provenance.get("target", "")),
+        **({"reading": provenance["reading"]} if provenance.get("reading") else {}),
         **_several(views),
     }
 

@@ -76,6 +76,8 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
     words += ["--split", features["split_rule"] or "hash"]
     if features["target"]:
         words += ["--target", features["target"]]
+    for name, value in run.reading.record.items():
+        words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     notes = []
     if recipe.augmentation is not None:
         preset, note = _preset(recipe.augmentation)

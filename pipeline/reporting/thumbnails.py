@@ -18,10 +18,12 @@ from features.errors import BottleneckError, UnreadableImageError
 from features.machine import processors
 from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
+from features.sources.reading import Reading
 from features.sources.scan import ImageSet, is_manifest, scan
 
 T = TypeVar("T")
 
+_PLAIN = Reading(settled=True)
 CARD, TILE = 192, 80  # sides in pixels; multiples of 16, so that the tiles of a JPEG do not bleed into each other
 TILES_ACROSS = 20
 CARD_QUALITY, TILE_QUALITY = 72, 58
@@ -38,9 +40,13 @@ class Pictures:
         Label column, if a source is a manifest.
     paths : sequence of str
         Paths of some of the images.
+    reading : Reading, optional
+        How the run's classes were read from them.
     """
 
-    def __init__(self, sources: Sequence[str], target: str | None, paths: Sequence[str]) -> None:
+    def __init__(
+        self, sources: Sequence[str], target: str | None, paths: Sequence[str], reading: Reading | None = None
+    ) -> None:
         self.failures: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.missing = "the run does not say where its images are"
@@ -48,7 +54,7 @@ class Pictures:
         self._rows: dict[str, int] = {}
         for source in dict.fromkeys(source for source in sources if source):
             try:
-                images = scan(source, target=target if is_manifest(source) else None)
+                images = scan(source, target=target if is_manifest(source) else None, reading=reading or _PLAIN)
             except (BottleneckError, OSError) as problem:
                 self.missing = str(problem)
                 continue

@@ -15,6 +15,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, RunError, nearest
 from features.recipe import Recipe
+from features.sources.reading import Reading
 from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
 from pipeline.presets import PRESETS, EstimatorParameters, Preset
 
@@ -136,6 +137,11 @@ class Run:
     def target(self) -> str | None:
         """Label column of the manifest that the features were made from; None if there was no choice."""
         return self.config["features"]["target"] or None
+
+    @property
+    def reading(self) -> Reading:
+        """How classes and splits were read from the images that the features were made from."""
+        return Reading.recorded(self.config["features"]["reading"])
 
     @property
     def settings(self) -> str:

@@ -134,7 +134,7 @@ def write_run(
         root.mkdir(parents=True, exist_ok=True)
         temporary = scratch_folder(root, run_id)
         if start is not None and features is None:
-            features = start.config["features"]
+            features = {key: value for key, value in start.config["features"].items() if key != "reading" or value}
         if features is None:
             raise RunError(f"{folder}: received neither features nor start, expected one of them")
         model, count = list(head.files), head.parameter_count
