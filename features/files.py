@@ -15,9 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from features.errors import BottleneckError, ConfigurationError, LockedError, StoreError
-
-CACHE_NAME = "bottleneck-features"
+from features.errors import BottleneckError, LockedError, StoreError
 
 
 @contextlib.contextmanager
@@ -243,24 +241,3 @@ def _checking(folder: Path) -> Iterator[None]:
         in_the_way = next((path for path in (folder, *folder.parents) if path.is_file()), None)
         reason = f"{in_the_way} is a file, not a folder" if in_the_way else error.strerror or error
         raise StoreError(f"{folder}: cannot write there ({reason}). Give another folder.") from error
-
-
-def cache_folder() -> Path:
-    """Return the absolute path of the user's cache folder. It is created by the code that writes to it, not here.
-
-    ``BOTTLENECK_CACHE`` if set, else ``$XDG_CACHE_HOME/bottleneck-features``, else
-    ``~/.cache/bottleneck-features`` (XDG Base Directory Specification 0.8, which also says that a
-    relative ``XDG_CACHE_HOME`` must be ignored).
-
-    Raises
-    ------
-    ConfigurationError
-        If there is no home folder for it.
-    """
-    try:
-        if own := os.environ.get("BOTTLENECK_CACHE"):
-            return Path(own).expanduser().absolute()
-        shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
-        return (shared if shared.is_absolute() else Path.home() / ".cache") / CACHE_NAME
-    except RuntimeError as error:
-        raise ConfigurationError(f"the cache has no home folder ({error}); set BOTTLENECK_CACHE to a folder") from error

@@ -18,8 +18,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from features.cache import cache_path
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
-from features.files import cache_folder
 from features.sources import sample, splits
 from features.sources import scan as sources
 from features.sources.reading import Reading
@@ -566,14 +566,14 @@ def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: py
 
 def test_cache_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "own"))
-    assert cache_folder() == tmp_path / "own"
+    assert cache_path() == tmp_path / "own"
     monkeypatch.delenv("BOTTLENECK_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert cache_folder() == tmp_path / "xdg" / "bottleneck-features"
+    assert cache_path() == tmp_path / "xdg" / "bottleneck-features"
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for ignored in ("", "relative/folder"):
         monkeypatch.setenv("XDG_CACHE_HOME", ignored)
-        assert cache_folder() == tmp_path / "home" / ".cache" / "bottleneck-features"
+        assert cache_path() == tmp_path / "home" / ".cache" / "bottleneck-features"
     assert list(tmp_path.iterdir()) == []  # asking makes nothing
 
 

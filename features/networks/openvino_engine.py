@@ -8,7 +8,6 @@ A cached file is 32 bytes of sha256, then an ``.npz``: model, weights, reference
 
 from __future__ import annotations
 
-import hashlib
 import importlib.metadata
 import importlib.util
 import io
@@ -26,16 +25,16 @@ from typing import Any
 
 import numpy as np
 
+from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, check_batch
-from features.files import cache_folder, whole_file
 from features.machine import processors
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 1
+FORMAT = 2
 # Largest accepted relative L2 difference from Keras float32 on the reference batch. Deep networks amplify the rounding
 # of bfloat16 to 8 significant bits (0.2 in MobileNetV2), so its bound only tells rounding from a wrong result; the
 # effect on accuracy is measured by ``features.extraction.precision``.
@@ -44,7 +43,6 @@ _HINTS = {"float32": "f32", "bfloat16": "bf16"}
 # Images per inference request. The activations of a few images fit into the processor's cache: with 4 instead of 32,
 # MobileNetV2 was 1.15-1.3 times as fast and used half the memory.
 _REQUEST_IMAGES = 4
-_CHECKSUM_BYTES = 32
 
 
 def is_installed() -> bool:
@@ -99,7 +97,7 @@ def open_engine(
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
     about = _about(recipes, source)
-    path = cache_folder() / "openvino" / f"{digest_of(about)}.model"
+    path = cache_path("openvino", f"{digest_of(about)}.model")
     kept = _read(path, about)
     if kept is not None:
         try:
@@ -273,22 +271,17 @@ def _about(recipes: Sequence[Recipe], source: str) -> dict[str, Any]:
 
 
 def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Read the arrays of a cached file; None if there is no file or, with a warning, if it is damaged."""
+    """Read the arrays of a cached file; None if there is no file or, with a warning, if it is not usable."""
     try:
-        with open(path, "rb") as file:
-            promised = file.read(_CHECKSUM_BYTES)
-            if hashlib.file_digest(file, "sha256").digest() != promised:
-                raise ValueError("checksum differs")
-            file.seek(_CHECKSUM_BYTES)
-            with np.load(file, allow_pickle=False) as archive:
-                kept = {name: archive[name] for name in archive.files}
+        with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
+            kept = {name: archive[name] for name in archive.files}
         if json.loads(kept.pop("about").tobytes()) != about:
             raise ValueError("it describes another network")
         return kept
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s); the network is converted again", path, error)
+        logger.warning("%s is not used (%s); the network is converted again", path, error)
         return None
 
 
@@ -297,9 +290,7 @@ def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray])
     archive = io.BytesIO()
     np.savez(archive, **arrays)  # type: ignore[arg-type]
     try:
-        with whole_file(path) as file:
-            file.write(hashlib.sha256(archive.getbuffer()).digest())
-            file.write(archive.getbuffer())
+        write_signed(path, archive.getbuffer())
     except OSError as error:  # the cache only saves time
         logger.warning("%s could not be written (%s); the next run converts the network again", path, error)
 

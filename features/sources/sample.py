@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from features.cache import cache_path
 from features.errors import SourceError, nearest
-from features.files import cache_folder
 from features.pixels.png import plain_png
 
 SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
@@ -24,7 +24,7 @@ def sample_folder(name: str) -> Path:
     """
     if name != SAMPLE:
         raise SourceError(f"there is no sample {name!r}; expected {SAMPLE!r}{nearest(name, [SAMPLE])}")
-    folder = cache_folder() / "digits"
+    folder = cache_path("digits")
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,97 @@
+"""The user's cache folder: what lies there can be made again, and is believed only if this user's own runs wrote it."""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import functools
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import BinaryIO
+
+from features.files import whole_file
+from features.ownership import foreign
+from features.signing import is_signed, signature
+
+logger = logging.getLogger(__name__)
+CACHE_NAME = "bottleneck-features"
+_SIGNATURE_BYTES = 64
+
+
+def cache_path(*names: str) -> Path:
+    """Return the absolute path of a file or folder in the cache. It is created by the code that writes to it, not here.
+
+    The cache is ``BOTTLENECK_CACHE`` if set, else ``$XDG_CACHE_HOME/bottleneck-features``, else
+    ``~/.cache/bottleneck-features`` (XDG Base Directory Specification 0.8, which also says that a relative
+    ``XDG_CACHE_HOME`` must be ignored). Where another user could write it, or there is no home folder, a warning says
+    so, and a private folder takes its place until the process ends.
+    """
+    try:
+        folder = _wanted_folder()
+    except RuntimeError as error:
+        return _private_folder(f"the cache has no home folder ({error})").joinpath(*names)
+    path = folder.joinpath(*names)
+    if reason := foreign(folder) or foreign(path):
+        return _private_folder(f"the cache {folder} is not used, because {reason}").joinpath(*names)
+    return path
+
+
+def _wanted_folder() -> Path:
+    if own := os.environ.get("BOTTLENECK_CACHE"):
+        return Path(own).expanduser().absolute()
+    shared = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (shared if shared.is_absolute() else Path.home() / ".cache") / CACHE_NAME
+
+
+@functools.cache
+def _private_folder(problem: str) -> Path:
+    folder = Path(tempfile.mkdtemp(prefix=f"{CACHE_NAME}-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    logger.warning(
+        "%s: what this run keeps goes to %s and is removed at its end. Set BOTTLENECK_CACHE to a folder that only you can "
+        "write, or remove what others could have written.",
+        *(problem, folder),
+    )
+    return folder
+
+
+def write_signed(path: Path, content: bytes | memoryview) -> None:
+    """Write a file of the cache with this user's signature in front; the file is whole or as it was before.
+
+    Raises
+    ------
+    OSError
+        As the file system raises it: the caller decides whether the file matters.
+    """
+    made = signature(hashlib.sha256(content).hexdigest(), _purpose(path))
+    with whole_file(path) as file:
+        file.write(made.encode("ascii"))
+        file.write(content)
+
+
+@contextlib.contextmanager
+def signed_file(path: Path) -> Iterator[BinaryIO]:
+    """Open a file that ``write_signed`` made, at the beginning of its content.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read.
+    ValueError
+        If it is not as this user wrote it: damaged, of another name, or signed with another key.
+    """
+    with open(path, "rb") as file:
+        claimed = file.read(_SIGNATURE_BYTES).decode("ascii", "replace")
+        if not is_signed(hashlib.file_digest(file, "sha256").hexdigest(), _purpose(path), claimed):
+            raise ValueError("it does not carry this user's signature")
+        file.seek(_SIGNATURE_BYTES)
+        yield file
+
+
+def _purpose(path: Path) -> str:
+    return f"cache/{path.parent.name}/{path.name}"
