@@ -29,6 +29,7 @@ from features.recipe import PixelRule
 from features.sources.scan import ImageSet, is_manifest, scan
 from features.sources.splits import SplitRule
 from pipeline.heads.kinds import can_finetune, head_of
+from pipeline.intervals import interval_of
 from pipeline.runs.folder import Predictions, Run, is_finished, newest_run
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.tables import score_columns, table_text
@@ -167,7 +168,7 @@ def summary(document: dict[str, Any]) -> str:
     """Summarise the result for a person: was it worth the minutes?"""
     before, after = document["before"], document["after"]
     gained = (after["accuracy"] - before["accuracy"]) * after["n"]
-    high = before["accuracy_interval"][1]
+    high = interval_of(before)[1]
     if document["parity_gap"] is None:
         verdict, proof = "started from new weights", "no parity to prove"
     else:

@@ -20,6 +20,7 @@ from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, printable
 from features.progress import Progress
 from features.store.reader import FeatureStore
+from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
@@ -156,6 +157,7 @@ def _name(run: Run) -> str:
 def _group(
     identity: str, name: str, chosen: Run, board: list[dict[str, Any]], *, by: str, folds: bool, detail: Detail | None
 ) -> dict[str, Any]:
+    board = [{**row, "accuracy_interval": interval_of(row)} for row in board]
     low = min(row["accuracy_interval"][0] for row in board)
     high = max(row["accuracy_interval"][1] for row in board)
     threshold = max(board, key=lambda row: row["accuracy"])["accuracy_interval"][0]

@@ -7,6 +7,8 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from pipeline.intervals import interval_of
+
 
 def csv_text(rows: Sequence[Mapping[str, Any]]) -> str:
     """Format rows as CSV with a header line; the text is empty if there are no rows.
@@ -55,7 +57,7 @@ def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "images": scores["n"],
         "accuracy": scores["accuracy"],
-        "95 % interval": scores["accuracy_interval"],
+        "95 % interval": interval_of(scores),
         "log loss": scores["log_loss"],
     }
 
@@ -91,6 +93,7 @@ def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> st
         if any(str(row[name]) not in ("", "None") for row in shown)
         and (name not in alike or len({str(row[name]) for row in shown}) > 1)
     ]
+    shown = [{**row, "accuracy_interval": interval_of(row)} for row in shown]
     lines = [{"": "*" if row["chosen"] else "", **{name: row[name] for name in kept}} for row in shown]
     return table_text(lines)
 

@@ -138,7 +138,7 @@ def train_head(
     if ready:
         ready()
     fitted = fit_head(head, source.prepare(scale=head.scale), progress=progress)
-    scores = test_scores(store, name, head, seed) if test else None
+    scores = test_scores(store, name, head) if test else None
     write_fitted(runs, run_id, store, name, fitted, memory=memory, test=scores)
     return RunResult(run_id, folder, Run.open(folder).metrics, fitted.seconds, cached=False, streamed=fitted.streamed)
 
@@ -156,7 +156,7 @@ def _loads(run: Run) -> bool:
 
 def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
     if test and run.metrics["test"] is None:
-        run = add_scores(run, test=test_scores(store, name, head_of(run), run.config["seed"]))
+        run = add_scores(run, test=test_scores(store, name, head_of(run)))
     seconds = float(run.environment.get("fit_seconds", 0))
     return RunResult(run.run_id, run.folder, run.metrics, seconds, cached=True)
 
@@ -180,6 +180,8 @@ def needs_views(store: Any, names: Sequence[str] = ()) -> None:
 def add_averaged(run: Run, stores: Sequence[Any]) -> Run:
     """Score a run with probabilities averaged over the views of each validation image; add this to ``metrics.json``.
 
+    Scores over as many views that are there already are kept.
+
     Parameters
     ----------
     run : Run
@@ -194,9 +196,12 @@ def add_averaged(run: Run, stores: Sequence[Any]) -> Run:
         for store in stores
         if name in store.names and (store.data_digest, store.recipes[name].fingerprint) == decided
     )
-    head, views = head_of(run), store.shape(name)[1]
+    views = store.shape(name)[1]
+    if (run.metrics.get("averaged") or {}).get("views") == views:
+        return run
+    head = head_of(run)
     rows = rows_for(head, store, name, "validation")
-    scores = evaluate(head.predict_views(rows.all_views(views)), rows.labels, store.classes, run.config["seed"])
+    scores = evaluate(head.predict_views(rows.all_views(views)), rows.labels, store.classes)
     return add_scores(run, averaged={**scores, "views": views})
 
 

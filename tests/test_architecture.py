@@ -40,7 +40,7 @@ FEATURE_ROOMS: dict[str, set[str]] = {
     "extraction": {"ground", "pixels", "sources", "networks", "store"},
     "transformer": {"ground", "pixels", "sources", "networks", "store", "extraction"},
 }
-# The ground of the pipeline: config presets outputs progress scratch tables. Stages lie at the door, over the rooms.
+# The ground of the pipeline: config intervals presets outputs progress scratch tables. Stages lie at the door, over the rooms.
 BELOW_HEADS = {"ground", "scores", "runs"}
 BELOW_STAGES = BELOW_HEADS | {"heads", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
 PIPELINE_ROOMS: dict[str, set[str]] = {

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
 from features.errors import HeadError
+from pipeline.intervals import interval_of, wilson_interval
 from pipeline.scores.metrics import (
-    accuracy_interval,
     brier_score,
     calibration_error,
     confusion,
@@ -38,6 +40,7 @@ def test_scores_worked_out_by_hand() -> None:
     assert scores["roc_auc"] == pytest.approx(3 / 4)  # of four (cat, dog) pairs one is the wrong way round
     assert scores["ece"] == pytest.approx((0.1 + 0.4 + 0.3 + 0.8) / 4)  # every row in a bin of its own
     assert scores["n"] == 4
+    assert scores["accuracy_interval"] == pytest.approx([0.300642, 0.954413], abs=1e-6)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 7])
@@ -83,20 +86,35 @@ def test_calibration_error_bins_are_open_below() -> None:
     assert calibration_error(confident, np.array([0, 0, 0, 0, 0])) == pytest.approx(0.4)
 
 
-def test_interval_is_the_bootstrap_of_the_mean() -> None:
-    low, high = accuracy_interval(900, 1000, seed=3)
-    correct = np.repeat([1, 0], [900, 100])
-    generator = np.random.default_rng(0)
-    means = [generator.choice(correct, 1000).mean() for _ in range(2000)]
-    assert (low, high) == pytest.approx(np.quantile(means, (0.025, 0.975)), abs=0.003)
-    assert accuracy_interval(900, 1000, seed=3) == [low, high]
+@pytest.mark.parametrize(
+    ("correct", "n", "interval"),
+    [(81, 263, (0.2553, 0.3662)), (15, 148, (0.0624, 0.1605)), (0, 20, (0.0, 0.1611)), (1, 29, (0.0061, 0.1718))],
+)
+def test_intervals_are_those_that_are_printed_in_the_literature(
+    correct: int, n: int, interval: tuple[float, float]
+) -> None:
+    """Newcombe, Statistics in Medicine 17 (1998), table I, method 3: Wilson's score interval."""
+    assert wilson_interval(correct, n) == pytest.approx(interval, abs=5e-5)
 
 
 @pytest.mark.parametrize(("n", "low"), [(5, 0.565518), (340, 0.988828), (1000, 0.996173)])
 def test_interval_of_all_right_is_wilsons(n: int, low: float) -> None:
     """Every resample would be the same: a bootstrap would claim certainty. Values from n / (n + 1.959964 ** 2)."""
-    assert accuracy_interval(n, n) == pytest.approx([low, 1.0], abs=1e-6)
-    assert accuracy_interval(0, n) == pytest.approx([0.0, 1 - low], abs=1e-6)
+    assert wilson_interval(n, n) == pytest.approx([low, 1.0], abs=1e-6)
+    assert wilson_interval(0, n) == pytest.approx([0.0, 1 - low], abs=1e-6)
+
+
+@pytest.mark.parametrize("n", [*range(1, 60), 186, 1000])
+def test_a_better_count_never_has_bounds_below_those_of_a_worse_one(n: int) -> None:
+    """A bootstrap gave 23 of 24 right a higher lower bound than 24 of 24."""
+    intervals = [wilson_interval(correct, n) for correct in range(n + 1)]
+    for worse, better in itertools.pairwise(intervals):
+        assert worse[0] < better[0]
+        assert worse[1] < better[1]
+    for correct, (low, high) in enumerate(intervals):
+        assert 0 <= low <= correct / n <= high <= 1
+        scores = {"accuracy": correct / n, "n": n, "accuracy_interval": [0.1, 0.2]}  # whatever an old run recorded
+        assert interval_of(scores) == [low, high]
 
 
 def test_brier_score() -> None:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
+from pipeline import finetune
 from pipeline.scores.selection import Candidate, balanced_accuracy_interval, choose, stratified_folds
+from pipeline.tables import board_text, metrics_text
 
 
 def test_rows_of_a_group_stay_together() -> None:
@@ -59,10 +63,65 @@ def test_ties_go_to_the_simpler_and_faster(
     assert choose([Candidate(*values) for values in candidates], low) == expected
 
 
-def test_interval_of_balanced_accuracy_is_that_of_resampled_classes() -> None:
+def test_interval_of_balanced_accuracy_is_about_that_of_resampled_classes() -> None:
     labels = np.repeat([0, 1], [900, 100])
     predicted = labels.copy()
     predicted[:90], predicted[900:940] = 1, 0  # recalls 0.9 and 0.6
     low, high = balanced_accuracy_interval(labels, predicted)
     deviation = np.sqrt(0.9 * 0.1 / 900 + 0.6 * 0.4 / 100) / 2
     assert (low, high) == pytest.approx((0.75 - 1.96 * deviation, 0.75 + 1.96 * deviation), abs=0.005)
+
+
+def test_what_an_earlier_release_recorded_as_interval_is_neither_shown_nor_compared() -> None:
+    """It recorded a bootstrap, [0.875, 1] for 23 of 24, which reaches further than Wilson's interval of 24 of 24."""
+    before = {"accuracy": 23 / 24, "accuracy_interval": [0.875, 1.0], "log_loss": 0.1, "n": 24}
+    after = {"accuracy": 1.0, "accuracy_interval": [0.862, 1.0], "log_loss": 0.1, "n": 24}
+    named = {
+        "run_id": "a",
+        "head": "b",
+        "settings": "",
+        "features": "c",
+        "chosen": False,
+        "data": "",
+        "comparable": True,
+    }
+    more = dict.fromkeys(("cv_accuracy", "test_accuracy", "ece", "fit_seconds", "parameters"))
+    assert [
+        line.split()[2:6]
+        for line in board_text([{**named, **more, **before}, {**named, **more, **after}]).split("\n")[1:]
+    ] == [
+        ["0.9583", "0.7976", "to", "0.9926"],
+        ["1.0000", "0.8620", "to", "1.0000"],
+    ]
+    assert "0.9583  0.7976 to 0.9926" in metrics_text({"validation": before})
+    document = {
+        "run": "r",
+        "cached": True,
+        "minutes": 1.0,
+        "trainable_variables": 1,
+        "trainable_parameters": 1,
+        "cut": "x",
+    }
+    said = finetune.summary({**document, "resumed": None, "parity_gap": 0.0, "before": before, "after": after})
+    assert "worth it: the accuracy is above the confidence interval of the head alone (+1 of 24 images)" in said
+
+
+def test_a_better_class_never_lowers_the_interval_of_balanced_accuracy() -> None:
+    """Of classes that are all right the bootstrap claimed certainty: [1, 1]."""
+    sizes = (2, 5, 9)
+    labels = np.repeat([0, 1, 2], sizes)
+
+    def interval(*right: int) -> list[float]:
+        predicted = [k if row < right[k] else (k + 1) % 3 for k, size in enumerate(sizes) for row in range(size)]
+        return balanced_accuracy_interval(labels, np.array(predicted))
+
+    for right in itertools.product(*(range(size + 1) for size in sizes)):
+        for k, size in enumerate(sizes):
+            if right[k] < size:
+                better = interval(*(count + (k == j) for j, count in enumerate(right)))
+                assert interval(*right)[0] < better[0]
+                assert interval(*right)[1] < better[1]
+    assert interval(*sizes)[0] == pytest.approx(
+        1 - np.sqrt(0.710727) / 3, abs=1e-6
+    )  # shortfalls 0.657620, 0.434482, 0.299145
+    assert interval(*sizes)[1] == 1

@@ -135,9 +135,10 @@ def train_head(
     for run_id in swept.runs if tensorboard is not None or average_views else ():
         finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs))
-    if not swept.runs:
+    if swept.runs:
+        print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
+    if swept.failed:
         raise typer.Exit(1)
-    print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
 
 
 def _train_one(

@@ -26,6 +26,7 @@ from features.store.reader import FeatureStore
 from pipeline import extract, finetune, predict
 from pipeline.experiments.sampling import copied, evenly, sample
 from pipeline.experiments.schema import Experiment, ExtractStep, HeadStep, PredictStep, Way
+from pipeline.intervals import interval_of
 from pipeline.presets import find_preset
 from pipeline.runs.folder import Run
 from pipeline.sweeps.sweep import run_sweep
@@ -139,10 +140,11 @@ class _Runner:
         return results
 
     def _line(self, way: str, step: str, document: dict[str, Any], seconds: float) -> dict[str, Any]:
-        scores = {"accuracy": None, "accuracy_interval": None, "cv_accuracy": None, "n": None}
+        scores: dict[str, Any] = {"accuracy": None, "accuracy_interval": None, "cv_accuracy": None, "n": None}
         if self.run is not None and "run" in document:
             metrics = Run.open(self.run).metrics
-            scores = {name: metrics["validation"][name] for name in ("accuracy", "accuracy_interval", "n")}
+            held_out = metrics["validation"]
+            scores |= {"accuracy": held_out["accuracy"], "accuracy_interval": interval_of(held_out), "n": held_out["n"]}
             scores["cv_accuracy"] = metrics["cv"]["accuracy"] if metrics.get("cv") else None
         made = Path(document.get("run") or document.get("file") or document["out"]).name
         return {"way": way, "step": step, "made": made, **scores, "seconds": round(seconds, 1), "document": document}

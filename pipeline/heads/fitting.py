@@ -19,9 +19,6 @@ from pipeline.heads.head import Head
 from pipeline.heads.prepared import Prepared
 from pipeline.scores.selection import stratified_folds
 
-# What numerical code raises for data or parameters that it cannot handle.
-FAILURES = (ValueError, TypeError, ArithmeticError, MemoryError, RuntimeError, LookupError)
-
 
 @dataclasses.dataclass(frozen=True)
 class Fitted:
@@ -39,16 +36,31 @@ class Fitted:
     streamed: bool = False
 
 
-def fit_one(number: int, head: Head, prepared: Prepared, folds: int) -> tuple[int, Fitted | str]:
-    """Run `fit_head` in a worker; return ``number`` and the result, or the reason of the failure."""
+def fit_one(head: Head, prepared: Prepared, folds: int) -> Fitted | str:
+    """Run `fit_head`; a text is the reason of a failure."""
     try:
-        return number, fit_head(head, prepared, folds)
-    except FAILURES as problem:
-        return number, reason_of(problem)
+        return fit_head(head, prepared, folds)
+    except BottleneckError as problem:
+        return reason_of(problem)
 
 
 def fit_head(head: Head, prepared: Prepared, folds: int = 0, progress: Progress | None = None) -> Fitted:
-    """Train one head and predict the validation rows and, with ``folds``, the held-out training rows."""
+    """Train one head and predict the validation rows and, with ``folds``, the held-out training rows.
+
+    Raises
+    ------
+    HeadError
+        If a library raises an error of any type.
+    """
+    try:
+        return _fitted(head, prepared, folds, progress)
+    except BottleneckError:
+        raise
+    except Exception as problem:
+        raise HeadError(f"head {head.name!r}: {reason_of(problem)}") from problem
+
+
+def _fitted(head: Head, prepared: Prepared, folds: int, progress: Progress | None) -> Fitted:
     head.warm_up()
     fresh = head.fresh()
     head.folds = folds
@@ -86,21 +98,26 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
 
 def fit_companions(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[Fitted | str]:
     """Do what `fit_head` does for heads with equal `Head.companions`, together; a text is the reason of a failure."""
-    heads[0].warm_up()
-    started = time.perf_counter()
+    assert prepared.held_out is not None
     try:
+        heads[0].warm_up()
+        started = time.perf_counter()
         histories = heads[0].train_together(heads, prepared)
         seconds = (time.perf_counter() - started) / len(heads)
         out_of_fold = _companion_folds(heads, prepared, folds) if folds else [None] * len(heads)
-    except FAILURES as problem:
+        return [
+            reason_of(history)
+            if isinstance(history, HeadError)
+            else Fitted(head, history, seconds, head.predict_rows(prepared.held_out), held_out, prepared.streamed)
+            for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
+        ]
+    except BottleneckError as problem:  # about the rows, which they share
         return [reason_of(problem)] * len(heads)
-    assert prepared.held_out is not None
-    return [
-        reason_of(history)
-        if isinstance(history, HeadError)
-        else Fitted(head, history, seconds, head.predict_rows(prepared.held_out), held_out, prepared.streamed)
-        for head, history, held_out in zip(heads, histories, out_of_fold, strict=True)
-    ]
+    except Exception as problem:  # noqa: BLE001  libraries raise errors of any type; the reason is reported
+        if len(heads) == 1:
+            return [reason_of(problem)]
+    half = len(heads) // 2  # one of them may be the culprit, or they were too many for the memory
+    return [*fit_companions(heads[:half], prepared, folds), *fit_companions(heads[half:], prepared, folds)]
 
 
 def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> list[np.ndarray | None]:
@@ -130,5 +147,7 @@ def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> l
 
 def reason_of(problem: BaseException) -> str:
     """Describe a failure in one line; the exception type is named unless the message is one of ours."""
-    text = str(problem).strip() or type(problem).__name__
-    return text if isinstance(problem, BottleneckError) else f"{type(problem).__name__}: {text.splitlines()[0]}"
+    text, kind = str(problem).strip(), type(problem).__name__
+    if isinstance(problem, BottleneckError):
+        return text or kind
+    return f"{kind}: {text.splitlines()[0]}" if text else kind

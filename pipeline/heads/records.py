@@ -71,7 +71,7 @@ def write_fitted(
     outcome = Outcome(
         head,
         fitted.history,
-        evaluate(fitted.probabilities, y, store.classes, head.seed),
+        evaluate(fitted.probabilities, y, store.classes),
         Predictions(paths, store.images.sha256[rows], y, fitted.probabilities),
         fitted.seconds,
         test=test,
@@ -82,10 +82,10 @@ def write_fitted(
     write_run(runs, run_id, outcome, features=features, plots=plots)
 
 
-def test_scores(store: Any, name: str, head: Head, seed: int) -> dict[str, Any]:
+def test_scores(store: Any, name: str, head: Head) -> dict[str, Any]:
     """Score a head on the test split."""
     rows = rows_for(head, store, name, "test")
-    return evaluate(head.predict_rows(rows), rows.labels, store.classes, seed)
+    return evaluate(head.predict_rows(rows), rows.labels, store.classes)
 
 
 def _several(views: int) -> dict[str, int]:

@@ -14,6 +14,7 @@ from features.files import printable
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
+from pipeline.intervals import interval_of
 from pipeline.reporting import data as facts
 from pipeline.reporting.charts import COLOURS, MARKERS, Series, line_chart, reliability_chart, scatter
 from pipeline.reporting.data import Rows
@@ -77,7 +78,8 @@ def describe_run(
         except BottleneckError as problem:  # the page shows the scores even if the features are damaged
             no_store = printable(str(problem))
     bins = facts.reliability(rows)
-    scores = run.metrics["validation"]
+    scores = _scores_of(run, "validation")
+    assert scores is not None
     start = next((one for one in beside if one.run_id == (run.config["finetune"] or {}).get("start")), None)
     views = None if store is None else store.views(run.config["features"]["name"])
     shown = sum(bool(item["picture"]) for item in (*mistakes, *hits))
@@ -89,8 +91,8 @@ def describe_run(
             "head": printable(run.config["head"]["name"]),
             "settings": printable(run.settings),
             "scores": scores,
-            "test": run.metrics["test"],
-            "cv": run.metrics["cv"],
+            "test": _scores_of(run, "test"),
+            "cv": _scores_of(run, "cv"),
             "right": int(rows.correct.sum()),
             "mistakes": mistakes,
             "hits": hits,
@@ -113,6 +115,11 @@ def describe_run(
         },
         shown,
     )
+
+
+def _scores_of(run: Run, split: str) -> dict[str, Any] | None:
+    scores = run.metrics[split]
+    return scores and {**scores, "accuracy_interval": interval_of(scores)}
 
 
 def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | None, str]:

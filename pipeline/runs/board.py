@@ -10,6 +10,7 @@ from typing import Any
 
 from features import canonical
 from features.errors import RunError
+from pipeline.intervals import interval_of
 from pipeline.runs.folder import Run, find_runs, rank, read_predictions
 from pipeline.scores.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
 
@@ -85,7 +86,7 @@ def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
     judged = "cv" if folds and runs[0].metrics["cv"] else "validation"
     runs = [run for run in runs if run.metrics[judged]]
     best = runs[0].metrics[judged]
-    low = best["accuracy_interval"][0]
+    low = interval_of(best)[0]
     if by == "balanced_accuracy":
         # First guess: the interval of the accuracy, shifted, as both intervals are about equally wide.
         low += best["balanced_accuracy"] - best["accuracy"]

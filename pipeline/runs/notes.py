@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from pipeline.intervals import interval_of
+
 PACKAGES = (
     "bottleneck-features",
     "numpy",
@@ -66,7 +68,7 @@ def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float
     for split in ("validation", "test"):
         if metrics[split]:
             scores = metrics[split]
-            low, high = scores["accuracy_interval"]
+            low, high = interval_of(scores)
             lines.append(
                 f"| {split} | {scores['n']} | {scores['accuracy']:.4f} | {low:.4f} to {high:.4f} | {scores['log_loss']:.4f} |"
             )

@@ -8,13 +8,12 @@ from typing import Any
 import numpy as np
 
 from features.errors import HeadError
+from pipeline.intervals import wilson_interval
 
-RESAMPLES = 2000  # bootstrap samples
 BINS = 15  # of the calibration error
-Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
-def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str], seed: int = 0) -> dict[str, Any]:
+def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[str]) -> dict[str, Any]:
     """Score the predictions of one split.
 
     Parameters
@@ -25,13 +24,11 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
         True classes.
     classes : sequence of str, c names
         Used for the number of classes and in messages.
-    seed : int
-        Random seed of the bootstrap.
 
     Returns
     -------
     dict
-        ``accuracy``; ``accuracy_interval`` [low, high], 95 % percentile bootstrap; ``balanced_accuracy``, the mean
+        ``accuracy``; ``accuracy_interval`` [low, high], see `pipeline.intervals.wilson_interval`; ``balanced_accuracy``, the mean
         recall over the classes that occur; ``macro_f1`` over the classes that occur or are predicted;
         ``log_loss`` in nats; ``roc_auc`` (one against the rest, averaged over classes; None if a class does not
         occur); ``ece``, the expected calibration error; ``n``, the number of rows.
@@ -61,7 +58,7 @@ def evaluate(probabilities: np.ndarray, labels: np.ndarray, classes: Sequence[st
     auc = [roc_auc_score(labels == k, probabilities[:, k]) for k in scored] if occurring.all() else None
     return {
         "accuracy": float(correct.mean()),
-        "accuracy_interval": accuracy_interval(int(correct.sum()), len(labels), seed),
+        "accuracy_interval": wilson_interval(int(correct.sum()), len(labels)),
         "balanced_accuracy": float(np.mean(hits[occurring] / support[occurring])),
         "macro_f1": float(np.mean(2 * hits[met] / (support + predicted)[met])),
         "log_loss": log_loss(probabilities, labels),
@@ -86,20 +83,6 @@ def confusion(labels: np.ndarray, predictions: np.ndarray, classes_count: int) -
     """
     cells = np.asarray(labels, dtype=np.int64) * classes_count + np.asarray(predictions, dtype=np.int64)
     return np.bincount(cells, minlength=classes_count**2).reshape(classes_count, classes_count)
-
-
-def accuracy_interval(correct: int, n: int, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of an accuracy, [low, high].
-
-    The mean of n draws with replacement from n zeros and ones is distributed as Binomial(n, p) / n, from which the
-    samples are drawn (Efron and Tibshirani, An Introduction to the Bootstrap, 1993, section 5). If all or none of the
-    predictions are correct, all samples are equal; Wilson's interval is then used (Wilson 1927; Agresti and Coull 1998).
-    """
-    if correct in (0, n):
-        missed = float(Z_95**2 / (n + Z_95**2))
-        return [1 - missed, 1.0] if correct else [0.0, missed]
-    draws = np.random.default_rng(seed).binomial(n, correct / n, size=RESAMPLES) / n
-    return [float(bound) for bound in np.quantile(draws, (0.025, 0.975))]
 
 
 def log_loss(probabilities: np.ndarray, labels: np.ndarray, weights: np.ndarray | None = None) -> float:

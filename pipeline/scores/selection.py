@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.scores.metrics import RESAMPLES
+from pipeline.intervals import wilson_interval
 
 SEARCH_ROWS = 20_000  # rows used in cross-validation; more rows cost much and rarely change a choice
 CHOICES = ("accuracy", "balanced_accuracy")
@@ -77,14 +77,17 @@ def _grouped_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray) -> 
     return result if len(found) > 1 else np.full(len(y), -1, dtype=np.int64)
 
 
-def balanced_accuracy_interval(labels: np.ndarray, predicted: np.ndarray, seed: int = 0) -> list[float]:
-    """95 % percentile bootstrap interval of the mean recall, [low, high]; rows are resampled within each class."""
-    generator = np.random.default_rng(seed)
-    recalls = []
-    for k in np.unique(labels):
-        right = predicted[labels == k] == k
-        recalls.append(generator.binomial(len(right), right.mean(), size=RESAMPLES) / len(right))
-    return [float(bound) for bound in np.quantile(np.mean(recalls, axis=0), (0.025, 0.975))]
+def balanced_accuracy_interval(labels: np.ndarray, predicted: np.ndarray) -> list[float]:
+    """95 % interval of the mean recall, [low, high], from Wilson's interval of the recall of each class that occurs.
+
+    The distances of the bounds from the recalls are added as independent errors (MOVER: Zou and Donner, Statistics in
+    Medicine 27, 2008). As for one accuracy, both bounds rise with the number of correct predictions of any class.
+    """
+    counts = [(int(np.sum(predicted[labels == k] == k)), int(np.sum(labels == k))) for k in np.unique(labels)]
+    recalls = np.array([correct / n for correct, n in counts])
+    low, high = np.array([wilson_interval(*count) for count in counts]).T
+    below, above = (float(np.linalg.norm(bound - recalls)) / len(counts) for bound in (low, high))
+    return [float(recalls.mean()) - below, float(recalls.mean()) + above]
 
 
 class Candidate(NamedTuple):

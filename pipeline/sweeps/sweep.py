@@ -33,7 +33,7 @@ from pipeline.runs.writing import add_plots, add_scores
 from pipeline.scores.metrics import evaluate
 from pipeline.scratch import scratch_folder
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
-from pipeline.sweeps.workers import in_parallel
+from pipeline.sweeps.workers import Lost, in_parallel
 from pipeline.tables import board_text
 
 logger = logging.getLogger(__name__)
@@ -159,7 +159,9 @@ def run_sweep(
     ConfigurationError
         A head, parameter or feature set is unknown; raised before anything is trained.
     HeadError
-        A split cannot be used, or a worker was killed.
+        A split cannot be used.
+    RunError
+        A run folder cannot be written, for example because the disk is full.
     """
     started = time.monotonic()
     if folds and folds < 2:
@@ -182,12 +184,12 @@ def run_sweep(
     memory = memory or usable_memory()
     trained, lost = 0, set()
     for job, outcome in _train_all(missing, runs, jobs or processors(), folds, memory, ready):
-        if isinstance(outcome, str):
-            failed.append({"head": str(job), "reason": outcome})
+        reason = outcome if isinstance(outcome, str) else _write(job, outcome, runs, folds, memory)
+        if reason:
+            failed.append({"head": str(job), "reason": reason})
             lost.add(job.run_id)
-            logger.warning("%s failed: %s", job, outcome)
+            logger.warning("%s failed: %s", job, reason)
         else:
-            _write(job, outcome, runs, folds, memory)
             trained += 1
         tell("heads", trained + len(lost), len(missing))
     made = [job.run_id for job in every if job.run_id not in lost]
@@ -325,9 +327,9 @@ def _in_parallel(
         else:
             turns[min(count, source.memory // max(1, need))].append(number)
     for workers in sorted(turns, reverse=True):
-        calls = [(number, jobs[number].head, prepared, folds) for number in turns[workers]]
-        for number, outcome in in_parallel(fit_one, calls, workers):
-            yield jobs[number], outcome
+        calls = [(jobs[number].head, prepared, folds) for number in turns[workers]]
+        for place, outcome in in_parallel(fit_one, calls, workers):
+            yield jobs[turns[workers][place]], outcome.reason if isinstance(outcome, Lost) else outcome
 
 
 def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Iterator[tuple[Job, Fitted | str]]:
@@ -335,7 +337,7 @@ def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Ite
     together = collections.defaultdict(list)
     for job in jobs:
         if job.head.companions is None:
-            yield job, fit_one(0, job.head, prepared, folds)[1]
+            yield job, fit_one(job.head, prepared, folds)
         else:
             together[type(job.head), job.head.companions].append(job)
     for group in together.values():
@@ -344,12 +346,19 @@ def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Ite
             yield from zip(part, fit_companions([job.head for job in part], prepared, folds), strict=True)
 
 
-def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> None:
-    held_out = _fold_scores(job, fitted.out_of_fold, folds)
-    if not is_finished(runs / job.run_id):
-        write_fitted(runs, job.run_id, job.store, job.name, fitted, memory=memory, cv=held_out, plots=False)
-    elif held_out is not None:
-        add_scores(Run.open(runs / job.run_id), cv=held_out)
+def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> str:
+    """Score a trained head and write its run; return the reason if the head cannot be scored or saved, else ``""``."""
+    try:
+        held_out = _fold_scores(job, fitted.out_of_fold, folds)
+        if not is_finished(runs / job.run_id):
+            write_fitted(runs, job.run_id, job.store, job.name, fitted, memory=memory, cv=held_out, plots=False)
+        elif held_out is not None:
+            add_scores(Run.open(runs / job.run_id), cv=held_out)
+    except (RunError, OSError):  # the folder cannot be written, which would stop every head
+        raise
+    except Exception as problem:  # noqa: BLE001  predictions that are no numbers, a classifier that cannot be saved, ...
+        return reason_of(problem)
+    return ""
 
 
 def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[str, Any] | None:
@@ -359,7 +368,7 @@ def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[s
     known = np.isfinite(out_of_fold).all(axis=1)
     if not known.any():
         return None
-    scores = evaluate(out_of_fold[known], y[known], job.store.classes, job.head.seed)
+    scores = evaluate(out_of_fold[known], y[known], job.store.classes)
     return {**scores, "folds": folds}
 
 
@@ -375,5 +384,5 @@ def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -
                 "the test split was already used for %s: the more often it is used, the less its score means",
                 ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
             )
-        run = add_scores(run, test=test_scores(job.store, job.name, head_of(run), run.config["seed"]))
+        run = add_scores(run, test=test_scores(job.store, job.name, head_of(run)))
     row["test_accuracy"] = run.metrics["test"]["accuracy"]

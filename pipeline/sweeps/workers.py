@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
-from typing import Any
+from typing import Any, NamedTuple
 
-from features.errors import HeadError
+
+class Lost(NamedTuple):
+    """The outcome of a call that gave no value even in a process of its own, and the reason."""
+
+    reason: str
+
 
 _cluster: contextvars.ContextVar[Any] = contextvars.ContextVar("cluster", default=None)
 
@@ -23,60 +28,68 @@ def on_cluster(client: Any) -> Iterator[None]:
         _cluster.reset(token)
 
 
-def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
-    """Yield the results of ``function(*arguments)`` as they come, in any order.
+def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[tuple[int, Any]]:
+    """Yield the number of each call and the value of ``function(*arguments)`` as they come, in any order.
 
     A single call, or ``jobs`` of 1, needs no other process. Workers map arrays that are in files instead of receiving
-    copies. Each worker has one thread.
-
-    Raises
-    ------
-    HeadError
-        If a worker was killed.
+    copies. Each worker has one thread. If a worker is killed, or a value cannot be sent back, the calls that the workers
+    had in hand are repeated one at a time, and one that fails again is `Lost`. All other calls give their values.
     """
     client = _cluster.get()
-    if client is not None:
-        yield from _by_dask(client, function, calls)
+    if client is None and min(jobs, len(calls)) < 2:
+        yield from ((number, function(*arguments)) for number, arguments in enumerate(calls))
         return
-    if min(jobs, len(calls)) < 2:
-        yield from (function(*arguments) for arguments in calls)
-        return
+    at_once = jobs if client is None else max(1, sum(client.nthreads().values()))
+    left = dict(enumerate(calls))
+    while left:
+        try:
+            for number, value in _values(function, left, at_once, client):
+                del left[number]
+                yield number, value
+        except Exception:  # noqa: BLE001  whatever it was, the calls in hand are repeated, and the culprit then has a reason
+            for number in list(left)[:at_once]:  # calls are handed out in order
+                yield number, _alone(function, number, left.pop(number), client)
+
+
+def _alone(function: Callable[..., Any], number: int, arguments: tuple[Any, ...], client: Any) -> Any:
+    """The value of a single call, made in another process; `Lost` if there is none."""
+    try:
+        ((_, value),) = _values(function, {number: arguments}, 2, client)
+    except Exception as problem:  # noqa: BLE001  returned as the reason
+        return Lost(_reason(problem))
+    return value
+
+
+def _reason(problem: Exception) -> str:
+    if isinstance(problem, BrokenProcessPool) or type(problem).__name__ == "KilledWorker":  # the latter is Dask's
+        return (
+            "its process was killed, and again when nothing ran beside it, most likely because memory ran out; leave this "
+            "head out, or give it fewer columns (another pooling, or pca) or more memory"
+        )
+    return f"its result cannot be sent between processes ({type(problem).__name__}); train it with --n-jobs 1"
+
+
+def _values(
+    function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], jobs: int, client: Any
+) -> Iterator[tuple[int, Any]]:
+    """Make calls in ``jobs`` processes here, or by joblib's Dask backend with one for each thread of the workers."""
     import joblib
 
-    with joblib.parallel_config(backend="loky", inner_max_num_threads=1):
-        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None)
-        with contextlib.closing(parallel(joblib.delayed(function)(*arguments) for arguments in calls)) as results:
-            try:
-                yield from results
-            except BrokenProcessPool as problem:
-                raise HeadError(
-                    "a worker process was killed, most likely by the system because memory ran out. Finished heads are kept: "
-                    "run the same command again with a smaller --memory, or with --n-jobs 1"
-                ) from problem
+    if client is None:
+        backend: dict[str, Any] = {"backend": "loky", "inner_max_num_threads": 1}
+        options: dict[str, Any] = {"n_jobs": jobs, "max_nbytes": None}
+    else:
+        backend, options = {"backend": "dask", "client": client}, {}
+    with joblib.parallel_config(**backend):
+        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
+        made = (joblib.delayed(_numbered)(function, number, *arguments) for number, arguments in calls.items())
+        with contextlib.closing(parallel(made)) as results:
+            yield from results
 
 
-def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[Any]:
-    """Run calls by joblib's Dask backend, one per thread of the workers; calls of a lost worker are run again."""
-    import distributed
-    import joblib
-
-    with joblib.parallel_config(backend="dask", client=client):
-        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1)
-        with contextlib.closing(
-            parallel(joblib.delayed(_in_one_thread)(function, *arguments) for arguments in calls)
-        ) as results:
-            try:
-                yield from results
-            except distributed.scheduler.KilledWorker as problem:
-                raise HeadError(
-                    "every worker that trained a certain head was killed, most likely because memory ran out. Finished heads "
-                    "are kept: give the workers more memory, or leave that head out"
-                ) from problem
-
-
-def _in_one_thread(function: Callable[..., Any], *arguments: Any) -> Any:
-    """Call a function with a single thread, as in loky's processes, so that the results are the same."""
+def _numbered(function: Callable[..., Any], number: int, *arguments: Any) -> tuple[int, Any]:
+    """Call a function with a single thread, wherever it runs, so that the results are the same."""
     import threadpoolctl  # type: ignore[import-untyped]
 
     with threadpoolctl.threadpool_limits(1):
-        return function(*arguments)
+        return number, function(*arguments)

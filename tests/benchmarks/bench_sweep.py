@@ -209,10 +209,10 @@ def memory(folder: Path) -> dict[str, Any]:
     found = {"preparing": growth(make, lambda: [os.getpid()])}
     for name, params in (("knn", {"n_neighbors": 5}), ("logistic", {"C": 1e-4})):
         heads = [make_head(name, classes=classes, seed=seed, **params) for seed in range(4)]
-        list(in_parallel(fit_one, [(k, head.fresh(), few, 0) for k, head in enumerate(heads * 2)], 4))  # imports
+        list(in_parallel(fit_one, [(head.fresh(), few, 0) for head in heads * 2], 4))  # imports
 
         def fit(heads: list[Any] = heads) -> None:
-            outcomes = list(in_parallel(fit_one, [(k, head, whole[0], 0) for k, head in enumerate(heads)], 4))
+            outcomes = list(in_parallel(fit_one, [(head, whole[0], 0) for head in heads], 4))
             assert not any(isinstance(outcome, str) for _, outcome in outcomes), outcomes
 
         found[name] = growth(fit, lambda: list(children(os.getpid())))
