@@ -17,7 +17,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test stress bench gpu-check clean
+.PHONY: help setup demo extract train-head finetune predict evaluate leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test stress bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -45,6 +45,9 @@ finetune: setup  ## stage three: fine-tune the last block, starting from the new
 
 predict: setup  ## write classes and probabilities of IMAGES by the best run in RUN to PREDICTIONS
 	$(RUNNER) predict $(RUN) $(IMAGES) --out $(PREDICTIONS) $(ARGS)
+
+evaluate: setup  ## score the best run in RUN on the labelled images IMAGES: accuracy, confusion, each class, calibration
+	$(RUNNER) evaluate $(RUN) $(IMAGES) $(ARGS)
 
 leaderboard: setup  ## print the table of runs, best first
 	$(RUNNER) leaderboard $(RUNS) $(ARGS)

@@ -7,31 +7,28 @@ images, or a list of paths -> read, decode (threads) -> engine -> head ───
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple, TextIO
-
-import numpy as np
+from typing import Any, TextIO
 
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError, UnreadableImageError
-from features.files import printable
 from features.machine import processors
 from features.networks.reference import evenly_spread
-from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
 from features.progress import Progress
 from features.sources.scan import scan
 from pipeline.exporting.artefacts import is_artefact, open_artefact
+from pipeline.intervals import wilson_interval
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.predicting.files import Prediction, Rows, choose_format, destination
+from pipeline.predicting.loop import WARNED, Item, predictions
 from pipeline.predicting.options import PredictOptions
 from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
@@ -39,17 +36,8 @@ from pipeline.runs.folder import FILES, Run, choose_run
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
-WARNED = 10  # unreadable images named in warnings; all are named in their rows
 SHOWN = 20  # classes listed in the summary
 PICTURES = 36  # images of a grid
-
-
-class Item(NamedTuple):
-    """An image to predict: its name, a function that reads its bytes, and its class if it is known."""
-
-    name: str
-    read: Callable[[], bytes]
-    label: str = ""
 
 
 def predict(
@@ -83,7 +71,8 @@ def predict(
     -------
     dict
         ``run``, ``out``, ``rows`` (the format of the rows), ``images``, ``predicted``, ``unreadable``, ``classes`` (how often
-        each was predicted) and ``grid``.
+        each was predicted), ``labelled`` (predicted images in folders named like a class of the run), ``right`` (how many of
+        them were given that class) and ``grid``.
 
     Raises
     ------
@@ -117,6 +106,8 @@ def predict(
         rows = Rows(kind, model.classes, asked.top)
     gallery = Gallery(model.classes, total if grid is not None else None)
     counts: Counter[int] = Counter()  # -1 counts unreadable images
+    numbers = {name: number for number, name in enumerate(model.classes)}
+    judged: Counter[bool] = Counter()  # of the labelled images, how many are right and wrong
     with (
         ThreadPoolExecutor(asked.workers or processors()) as pool,
         destination(written.get("--out"), stream or sys.stdout, kind) as write,
@@ -125,7 +116,10 @@ def predict(
             write("".join(["" if counts else rows.header, *(rows.text(prediction) for _, prediction in batch)]))
             for item, prediction in batch:
                 gallery.look(counts.total(), item, prediction)
-                counts[-1 if prediction.probabilities is None else int(prediction.probabilities.argmax())] += 1
+                best = -1 if prediction.probabilities is None else int(prediction.probabilities.argmax())
+                counts[best] += 1
+                if best >= 0 and item.label in numbers:
+                    judged[best == numbers[item.label]] += 1
             if progress:
                 progress("predict", counts.total(), total)
         if not counts:
@@ -147,6 +141,8 @@ def predict(
         "predicted": counts.total() - counts[-1],
         "unreadable": counts[-1],
         "classes": {name: counts[index] for index, name in enumerate(model.classes)},
+        "labelled": judged.total(),
+        "right": judged[True],
         "grid": None if grid is None else str(grid),
     }
 
@@ -158,7 +154,18 @@ def summary(document: dict[str, Any]) -> str:
     table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]], "  ")
     rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
     drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
-    return f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{table}{rest}{drawn}"
+    said = f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{table}{rest}{drawn}"
+    return f"{said}\n  {judgement(document)}" if document["labelled"] else said
+
+
+def judgement(document: dict[str, Any]) -> str:
+    """Say for a person how many of the labelled images were right."""
+    right, labelled = document["right"], document["labelled"]
+    low, high = wilson_interval(right, labelled)
+    return (
+        f"{right} of {labelled} images are right, going by the names of their folders: accuracy {right / labelled:.4f} "
+        f"({low:.4f} to {high:.4f}); bottleneck evaluate says more"
+    )
 
 
 class Gallery:
@@ -200,36 +207,6 @@ class Gallery:
         if any(picture.label in self._classes for picture in self._pictures):
             return self._pictures
         return [picture._replace(label="") for picture in self._pictures]
-
-
-def predictions(model: Model, items: Iterable[Item], pool: Executor) -> Iterator[list[tuple[Item, Prediction]]]:
-    """Yield predictions in the order of the images, a batch at a time. Only a few images are in memory.
-
-    Parameters
-    ----------
-    model : Model
-        The model.
-    items : iterable of Item
-        Images, which are read a little ahead.
-    pool : Executor
-        Threads that read and decode.
-    """
-    named = 0
-
-    coming = loaded(pool, lambda item: model.load(item.read()), items, 2 * model.batch_size)
-    while batch := list(itertools.islice(coming, model.batch_size)):
-        pixels = [found for _, found in batch if isinstance(found, np.ndarray)]
-        probabilities = iter(model(pixels) if pixels else ())
-        answers = []
-        for item, found in batch:
-            if isinstance(found, np.ndarray):
-                answers.append((item, Prediction(item.name, next(probabilities))))
-                continue
-            answers.append((item, Prediction(item.name, None, found.reason)))
-            named += 1
-            if named <= WARNED:
-                logger.warning("%s is unreadable (%s)", printable(item.name), found)
-        yield answers
 
 
 def _items(images: str | Path | Iterable[str], written: Mapping[str, Path]) -> tuple[Iterator[Item], int]:

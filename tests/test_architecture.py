@@ -60,7 +60,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
 }
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}
-STAGES = {"extract", "train_head", "finetune", "predict", "export", "report", "preview"}
+STAGES = {"extract", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"}
 
 
 def imports(path: Path, *, top_only: bool) -> set[str]:
@@ -193,6 +193,6 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = run_pipeline("--help")
     assert result.returncode == 0
-    commands = "extract inspect verify train-head leaderboard finetune predict report preview"
+    commands = "extract inspect verify train-head leaderboard finetune predict evaluate report preview"
     for command in commands.split():
         assert command in result.stdout

@@ -144,6 +144,22 @@ def test_a_golden_run_predicts_what_it_predicted(kind: str, copy: Path) -> None:
 
 
 @pytest.mark.slow
+def test_a_golden_run_and_its_export_are_scored_on_the_labelled_images(copy: Path) -> None:
+    frozen = RUNS["dropout-linear"]
+    right = [
+        frozen["classes"][int(np.argmax(values))] == name.partition("/")[0]
+        for name, values in zip(FROZEN["images"], frozen["probabilities"], strict=True)
+    ]
+    answers = [document("evaluate", model, "images") for model in (frozen["run"], "exports/dropout-linear.keras")]
+    for answer in answers:
+        assert (answer["images"], answer["evaluated"], answer["run"]) == (36, 36, Path(frozen["run"]).name)
+        assert answer["scores"]["accuracy"] == np.mean(right)
+        assert np.trace(answer["confusion"]) == sum(right)
+    rows = len(FeatureStore.open("features.h5").rows("train"))
+    assert [answer["seen"] for answer in answers] == [{"train": rows, "validation": 9}, None]
+
+
+@pytest.mark.slow
 def test_a_golden_run_predicts_the_same_over_views(copy: Path) -> None:
     frozen = FROZEN["views"]
     check_predictions(RUNS[frozen["kind"]]["run"], frozen, TOLERANCE_HALF, "--views", frozen["views"])

@@ -33,8 +33,9 @@ from features.pixels.views import decode_views
 from features.recipe import PixelRule
 from pipeline.cli import main
 from pipeline.heads.kinds import head_of
-from pipeline.predict import Gallery, Item, predict, predictions, summary
+from pipeline.predict import Gallery, predict, summary
 from pipeline.predicting.files import Prediction, Rows
+from pipeline.predicting.loop import Item, predictions
 from pipeline.reporting.grids import PredictedImage, prediction_grid
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
@@ -155,7 +156,8 @@ def test_formats_follow_the_name_of_the_file_and_a_document_counts(
         document = json.loads(capsys.readouterr().out)
         assert document == {
             "format": 1, "run": "colours", "out": str(tmp_path / name), "rows": "csv" if name[0] in "ad" else "jsonl",
-            "images": 5, "predicted": 4, "unreadable": 1, "classes": {"ape": 2, "bee": 1, "file": 1}, "grid": None,
+            "images": 5, "predicted": 4, "unreadable": 1, "classes": {"ape": 2, "bee": 1, "file": 1}, "labelled": 0, "right": 0,
+            "grid": None,
         }  # fmt: skip
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "d.txt").read_text() == written(images)
     assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "c.ndjson").read_text() == written(images, format="jsonl")
@@ -163,6 +165,31 @@ def test_formats_follow_the_name_of_the_file_and_a_document_counts(
     said = capsys.readouterr().out.splitlines()
     assert said == [f"{tmp_path}/a.csv: 4 predictions by colours, 1 unreadable", *said[1:]]
     assert [line.split() for line in said[1:]] == [["class", "images"], ["ape", "2"], ["bee", "1"], ["file", "1"]]
+
+
+def test_predict_on_a_labelled_folder_says_how_many_were_right(
+    colours: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    known, out = tmp_path / "known", tmp_path / "rows.csv"
+    for label, names in (("ape", ("red", "green", "grey")), ("bee", ("green", "blue")), ("other", ("red",))):
+        for name in names:
+            paint(known / label / f"{name}.png", PAINT[name])
+    (known / "bee" / "broken.png").write_bytes(b"no image")
+    said = "3 of 5 images are right, going by the names of their folders: accuracy 0.6000 (0.2307 to 0.8824)"
+    assert main(["predict", "run", str(known), "--out", str(out), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["images"], document["labelled"], document["right"]) == (7, 5, 3)
+    assert main(["predict", "run", str(known), "--out", str(out)]) == 0
+    assert said in capsys.readouterr().out
+    assert main(["predict", "run", str(known)]) == 0
+    printed = capsys.readouterr()
+    assert (said in printed.err, said in printed.out) == (True, False)
+    assert main(["predict", "run", str(known), "--quiet"]) == 0
+    assert said not in capsys.readouterr().err
+    for label in ("ape", "bee"):  # none of the folders is a class
+        (known / label).rename(known / f"{label}s")
+    assert main(["predict", "run", str(known)]) == 0
+    assert "are right" not in capsys.readouterr().err
 
 
 # ------------------------------------------------------------------------------------------------ lists and streams
@@ -314,7 +341,8 @@ def test_a_terminal_is_not_steered_by_a_name(colours: None, images: Path) -> Non
 
 
 def test_a_summary_stays_narrow_and_every_line_of_json_parses(colours: None, images: Path) -> None:
-    document = {"out": "a.csv", "predicted": 1, "unreadable": 0, "run": "r", "grid": None, "classes": {"x" * 200: 1}}
+    document = {"out": "a.csv", "predicted": 1, "unreadable": 0, "run": "r", "grid": None, "labelled": 0}
+    document |= {"classes": {"x" * 200: 1}}
     assert max(map(len, summary(document).splitlines())) < 80
     shutil.copy(images / "green.png", images / '\u2028 "\n\t=1.png')
     lines = written(images, format="jsonl").split("\n")

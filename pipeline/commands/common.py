@@ -162,7 +162,12 @@ def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
     typer.echo(json.dumps(document, indent=2) if as_json else text)
 
 
+def print_note(text: str) -> None:
+    """Tell a person something on stderr, unless ``--quiet`` was given."""
+    if not QUIET.is_set():
+        typer.echo(printable(text), err=True)
+
+
 def print_next(*words: object) -> None:
     """Suggest the next command, its words quoted for a POSIX shell."""
-    if not QUIET.is_set():
-        typer.echo(f"next: {printable(shlex.join(map(str, words)))}", err=True)
+    print_note(f"next: {shlex.join(map(str, words))}")

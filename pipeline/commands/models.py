@@ -1,4 +1,4 @@
-"""The commands about networks with their heads: finetune, predict, export."""
+"""The commands about networks with their heads: finetune, predict, evaluate, export."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from features.augmentation import PRESETS
 from features.errors import ConfigurationError
 from pipeline.commands.common import (
     BatchSize,
+    ClassLevel,
     Device,
     Json,
     Seed,
+    SplitFolders,
     Workers,
     app,
     arg,
@@ -22,6 +24,7 @@ from pipeline.commands.common import (
     parse_params,
     print_document,
     print_next,
+    print_note,
 )
 
 
@@ -164,6 +167,46 @@ def predict(
         )
     if out is not None:
         print_document(document, as_json, stage.summary(document))
+    elif document["labelled"]:
+        print_note(stage.judgement(document))
+
+
+@app.command()
+@guarded
+def evaluate(
+    run: Annotated[Path, arg("Run, folder of runs (the best one is taken), or exported model.")],
+    images: Annotated[str, arg("Labelled images: folder of class folders, archive, manifest (CSV, Parquet), ...")],
+    split: Annotated[
+        str | None, opt("Only the images that lie in this split of the source: train, validation or test.")
+    ] = None,
+    target: Annotated[str | None, opt("Label column of a manifest. Default: that of the run.")] = None,
+    split_folders: SplitFolders = "",
+    class_level: ClassLevel = 0,
+    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    device: Device = "auto",
+    as_json: Json = False,
+) -> None:
+    """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration."""
+    from features.sources.reading import Reading
+    from pipeline import evaluate as stage
+    from pipeline.progress import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        document = stage.evaluate(
+            run,
+            images,
+            split=split,
+            target=target,
+            reading=Reading(split_folders, class_level) if split_folders or class_level else None,
+            weights=weights,
+            batch_size=batch_size,
+            workers=workers,
+            device=device,
+            progress=progress,
+        )
+    print_document(document, as_json, stage.summary(document))
 
 
 @app.command()

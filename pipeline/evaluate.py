@@ -1,0 +1,280 @@
+"""Score a run, or an exported model, on labelled images: accuracy, confusion, each class, calibration.
+
+labelled images -> the loop of prediction -> probabilities -> scores, with what was set aside counted
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.canonical import check_choice
+from features.errors import BottleneckError, SourceError, TooManyUnreadableError, nearest
+from features.files import printable
+from features.machine import processors
+from features.progress import Progress
+from features.sources.reading import Reading
+from features.sources.scan import ImageSet, is_manifest, scan
+from features.sources.splits import SPLITS
+from features.store.reader import FeatureStore
+from pipeline.exporting.artefacts import is_artefact, open_artefact
+from pipeline.predicting.loop import Item, predictions
+from pipeline.predicting.options import PredictOptions
+from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
+from pipeline.reporting.data import Rows, class_table, confused_pairs, reliability
+from pipeline.runs.folder import Run, choose_run, read_predictions
+from pipeline.scores.metrics import evaluate as scores_of
+from pipeline.tables import counted, score_columns, shortened, table_text
+
+logger = logging.getLogger(__name__)
+NAMED = 5  # classes named in a message
+MATRIX = 10  # with more classes, the summary lists the most confused pairs instead of the matrix
+SHOWN = 20  # classes, or pairs of them, in the summary
+
+
+def evaluate(
+    run: str | Path,
+    images: str | Path,
+    *,
+    split: str | None = None,
+    target: str | None = None,
+    reading: Reading | None = None,
+    progress: Progress | None = None,
+    **options: Any,
+) -> dict[str, Any]:
+    """Predict labelled images and compare with their labels.
+
+    Parameters
+    ----------
+    run : str or Path
+        Run folder, folder of runs, or exported model; see `pipeline.predict.predict`.
+    images : str or Path
+        Labelled image source: a folder of class folders, an archive of one, a manifest, ...
+    split : {"train", "validation", "test"}, optional
+        Score only the images that the source itself puts into this split; default: all images.
+    target : str, optional
+        Label column of a manifest; default: that of the run.
+    reading : Reading, optional
+        How classes and splits are read from the folders; default: as the run's features were read.
+    progress : callable, optional
+        Called with ``("evaluate", done, total)``.
+    **options
+        Fields of `pipeline.predicting.options.PredictOptions`: ``weights``, ``batch_size``, ``workers``, ``device``.
+
+    Returns
+    -------
+    dict
+        ``run``, ``source``, ``split``; the counts ``images`` (with a label), ``evaluated``, ``unreadable`` (by reason) and
+        ``unlabelled``; ``scores`` by `pipeline.scores.metrics.evaluate`; ``confusion``, counts by true class (row) and
+        predicted class (column), in the order of ``classes``; ``per_class``; ``reliability``, the bins of confidence
+        behind ``scores.ece``; ``absent``, classes of the run without an image; ``seen``, how many of the images the run
+        was trained or chosen with (``train`` is None where its store is gone or has changed).
+
+    Raises
+    ------
+    SourceError
+        If no image has a label, or labels are not classes of the run.
+    TooManyUnreadableError
+        If no image could be read.
+    """
+    asked = PredictOptions(**options)
+    chosen = None if is_artefact(run) else choose_run(run)
+    if chosen is not None:
+        target = target or (chosen.target if is_manifest(images) else None)
+        reading = reading or (chosen.reading if chosen.reading.record else None)
+    source = scan(images, target=target, reading=reading)
+    rows = _rows_of(source, split)
+    if chosen is None:
+        model: Model = ArtefactModel(open_artefact(run))
+        labels = _labels(source, rows, model.name, model.classes)
+    else:
+        labels = _labels(source, rows, chosen.run_id, chosen.classes)  # before the network is loaded
+        model = RunModel(chosen, options=asked)
+    scored, reasons = _predicted(model, source, rows, labels, asked.workers, progress)
+    seen = None if chosen is None else _seen(chosen, scored)
+    if known := [
+        f"{count} to {'train' if part == 'train' else 'validate'} it" for part, count in (seen or {}).items() if count
+    ]:
+        logger.warning(
+            "of these %d images, the run was made with %s; on new images it may be worse. Give images that it has not seen%s",
+            len(scored),
+            " and ".join(known),
+            ", or --split test" if split is None and (source.given_splits == SPLITS.index("test")).any() else "",
+        )
+    return {
+        "format": 1,
+        "run": model.name,
+        "source": source.description,
+        "split": split,
+        "images": len(rows),
+        "evaluated": len(scored),
+        "unreadable": reasons,
+        "unlabelled": int(np.sum(source.labels < 0)) if split is None else 0,
+        "scores": scores_of(scored.probabilities, scored.labels, scored.classes),
+        "classes": list(scored.classes),
+        "absent": [name for name, n in zip(scored.classes, scored.table.sum(axis=1), strict=True) if not n],
+        "confusion": scored.table.tolist(),
+        "confused": confused_pairs(scored, SHOWN),
+        "per_class": [{**line, "name": name} for line, name in zip(class_table(scored), scored.classes, strict=True)],
+        "reliability": reliability(scored),
+        "seen": seen,
+    }
+
+
+def _predicted(
+    model: Model, source: ImageSet, rows: np.ndarray, labels: np.ndarray, workers: int | None, progress: Progress | None
+) -> tuple[Rows, dict[str, int]]:
+    """Predict rows of a source; return those that could be read, and how many could not, by reason."""
+    digests: dict[int, bytes] = {}
+
+    def read(row: int) -> bytes:
+        data = source.read(row)
+        digests[row] = hashlib.sha256(data).digest()
+        return data
+
+    items = (Item(source.paths[row], partial(read, row)) for row in rows.tolist())
+    found: list[np.ndarray | None] = []
+    reasons: Counter[str] = Counter()
+    with ThreadPoolExecutor(workers or processors()) as pool:
+        for batch in predictions(model, items, pool):
+            found += [prediction.probabilities for _, prediction in batch]
+            reasons.update(prediction.error for _, prediction in batch if prediction.probabilities is None)
+            if progress:
+                progress("evaluate", len(found), len(rows))
+    kept = [place for place, values in enumerate(found) if values is not None]
+    if not kept:
+        raise TooManyUnreadableError(f"{source.description}: none of {len(rows)} labelled images could be read")
+    scored = Rows(
+        tuple(source.paths[row] for row in rows[kept]),
+        tuple(digests[row] for row in rows[kept].tolist()),
+        labels[kept],
+        np.stack([values for values in found if values is not None]),
+        model.classes,
+    )
+    return scored, dict(sorted(reasons.items()))
+
+
+def _rows_of(source: ImageSet, split: str | None) -> np.ndarray:
+    """The labelled rows of a source, or of one of its own splits."""
+    if not source.classes:
+        raise SourceError(
+            f"{source.description}: no image has a label, so there is nothing to compare with. Put the images of each class "
+            "into a folder named after the class, or give a manifest path,label; bottleneck predict needs no labels"
+        )
+    chosen = source.labels >= 0
+    if split is not None:
+        check_choice("split", split, SPLITS[:3])
+        chosen &= source.given_splits == SPLITS.index(split)
+        if not chosen.any():
+            own = [name for k, name in enumerate(SPLITS[:3]) if (source.given_splits == k).any()]
+            raise SourceError(
+                f"{source.description}: has no labelled images in the split {split!r} (its own splits: "
+                f"{', '.join(own) or 'none'}); leave --split out, or score the test split that extract made with "
+                "bottleneck train-head --test"
+            )
+    return np.flatnonzero(chosen)
+
+
+def _labels(source: ImageSet, rows: np.ndarray, model: str, classes: Sequence[str]) -> np.ndarray:
+    """Labels of some rows as numbers of the classes of a model, int32, (n,).
+
+    Raises
+    ------
+    SourceError
+        If a label is not one of these classes.
+    """
+    known = {name: number for number, name in enumerate(classes)}
+    names = [source.classes[label] for label in source.labels[rows].tolist()]
+    strange = Counter(name for name in names if name not in known)
+    if strange:
+        named = [
+            f"{shortened(printable(name), 40)!r} ({counted(n, 'image')}){nearest(name, classes)}"
+            for name, n in strange.most_common(NAMED)
+        ]
+        more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""
+        expected = ", ".join(shortened(printable(name), 40) for name in classes[:NAMED])
+        rest = f" and {len(classes) - NAMED} more" if len(classes) > NAMED else ""
+        raise SourceError(
+            f"{source.description}: {counted(strange.total(), 'image')} of classes that {model} does not know: "
+            f"{', '.join(named)}{more}; expected {expected}{rest}. Rename the folders or labels, or leave these "
+            "images out"
+        )
+    return np.array([known[name] for name in names], np.int32)
+
+
+def _seen(run: Run, scored: Rows) -> dict[str, int | None]:
+    """Count the images, by content, that the run was trained with, and those that it was validated with."""
+    features = run.config["features"]
+    known: dict[str, set[bytes] | None] = {"train": None}
+    try:
+        store = FeatureStore.open(features["store"])
+        if store.data_digest == features["data_digest"]:
+            known["train"] = {digest.tobytes() for digest in store.images.sha256[store.rows("train")]}
+    except (BottleneckError, OSError) as problem:  # it may have been moved or removed
+        logger.debug("%s: %s", features["store"], problem)
+    known["validation"] = {digest.tobytes() for digest in read_predictions(run).sha256}
+    return {
+        part: None if digests is None else sum(digest in digests for digest in scored.sha256)
+        for part, digests in known.items()
+    }
+
+
+def summary(document: dict[str, Any]) -> str:
+    """Describe the result for a person."""
+    aside = ", ".join(f"{count} {reason}" for reason, count in document["unreadable"].items())
+    parts = [f"{counted(document['evaluated'], 'image')} by {document['run']}"]
+    parts += [f"set aside: {aside}"] if aside else []
+    parts += [f"{document['unlabelled']} without a label"] if document["unlabelled"] else []
+    where = f"{document['source']}{', ' + document['split'] if document['split'] else ''}"
+    scores = document["scores"]
+    shares = [
+        {
+            "class": shortened(printable(line["name"]), 40),
+            **{key: line[key] for key in ("n", "precision", "recall", "f1")},
+        }
+        for line in document["per_class"][:SHOWN]
+    ]
+    rest = len(document["per_class"]) - SHOWN
+    bins = [
+        {"confidence": f"{line['low']:.2f} to {line['high']:.2f}", "images": line["n"], "mean": line["confidence"]}
+        | {"accuracy": line["accuracy"]}
+        for line in document["reliability"]
+    ]
+    lines = [
+        f"{where}: {'; '.join(parts)}",
+        table_text([{**score_columns(scores), "balanced": scores["balanced_accuracy"], "ece": scores["ece"]}], "  "),
+        table_text(shares, "  "),
+        *([f"  and {rest} more classes"] if rest > 0 else []),
+        *_mistakes(document),
+        "  calibration: the mean confidence of a bin should be its accuracy",
+        table_text(bins, "  "),
+    ]
+    return "\n".join(lines)
+
+
+def _mistakes(document: dict[str, Any]) -> Sequence[str]:
+    """The confusion matrix as lines of text, or the pairs of classes that are most often confused."""
+    names = [shortened(printable(name), 12) for name in document["classes"]]
+    if len(names) <= MATRIX and len(set(names)) == len(names):
+        rows = [
+            {"true class": name, **dict(zip(names, counts, strict=True))}
+            for name, counts in zip(names, document["confusion"], strict=True)
+        ]
+        return ["  confusion: columns are predicted classes", table_text(rows, "  ")]
+    pairs = [
+        {
+            "true class": shortened(pair["label"], 40),
+            "taken for": shortened(pair["predicted"], 40),
+            "images": pair["count"],
+        }
+        for pair in document["confused"]
+    ]
+    return ["  most often confused", table_text(pairs, "  ")] if pairs else []
