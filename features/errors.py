@@ -10,11 +10,16 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_MESSAGE = 1000  # characters of an error that are shown
+
 
 class BottleneckError(Exception):
-    """Base of every error that this project raises on purpose."""
+    """Base of every error that this project raises on purpose. Its text has at most 1,000 characters."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return brief(super().__str__())
 
 
 class ConfigurationError(BottleneckError, ValueError):
@@ -100,6 +105,22 @@ class ParityError(BottleneckError, ArithmeticError):
     """An assembled model whose probabilities differ from those of its head on the cached features."""
 
     exit_code = 3
+
+
+def brief(text: str, limit: int = LONGEST_MESSAGE) -> str:
+    """Shorten a text to at most ``limit`` characters. Its end is kept, because an error ends with what to do.
+
+    Examples
+    --------
+    >>> brief("one line", 40)
+    'one line'
+    >>> brief("received " + 100 * "x" + ", expected y", 40)
+    'received xxxxxxxxxxxxx ... x, expected y'
+    """
+    if len(text) <= limit:
+        return text
+    end = limit * 2 // 5 - 1
+    return f"{text[: limit - end - 5]} ... {text[-end:]}"
 
 
 def check_range(name: str, value: float, low: float, high: float) -> None:

@@ -37,7 +37,7 @@ from features.networks.backbones import (
     preprocess,
 )
 from features.networks.official import OfficialFile, Wheel
-from features.networks.tensors import container_of, digest_of_tensors, read_npz, write_npz
+from features.networks.tensors import assign_from_file, container_of, digest_of_tensors, read_npz, write_npz
 from features.networks.weights import (
     WeightsFile,
     known_digest,
@@ -174,7 +174,7 @@ def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
 def test_npz_with_objects_is_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "objects.npz", a=np.array([{"x": 1}], dtype=object))
     np.savez(tmp_path / "text.npz", a=np.array(["x"]))
-    with pytest.raises(WeightsError, match=r"objects.npz is damaged: Object arrays cannot be loaded"):
+    with pytest.raises(WeightsError, match="has the dtype object, expected numbers"):
         read_npz(tmp_path / "objects.npz")
     with pytest.raises(WeightsError, match="has the dtype <U1, expected numbers"):
         read_npz(tmp_path / "text.npz")
@@ -527,17 +527,129 @@ def test_too_many_or_too_few_layers_are_named(small: Any, folders: Path) -> None
         loaded("mobilenetv2-0.35", folders / "more.npz")
 
 
-@pytest.mark.slow
-def test_links_to_other_files_are_not_followed(small: Any, folders: Path) -> None:
+class Variable:
+    """A variable without Keras: it keeps what is assigned."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name, self.shape, self.value = name, shape, np.zeros(shape, np.float32)
+
+    def assign(self, values: np.ndarray) -> None:
+        self.value = values
+
+
+class Dense:
+    """A layer without Keras, with the variables of a dense layer."""
+
+    def __init__(self, name: str, *shape: int) -> None:
+        self.name = name
+        self.weights = self.trainable_weights = [Variable("kernel", shape), Variable("bias", shape[1:])]
+        self.non_trainable_weights: list[Variable] = []
+
+
+class TwoLayers:
+    def __init__(self) -> None:
+        self.layers = [Dense("a", 3, 2), Dense("b", 2, 4)]
+
+
+TWO_LAYERS = [
+    ("a", [("a/kernel:0", np.arange(6.0).reshape(3, 2)), ("a/bias:0", np.ones(2))]),
+    ("b", [("b/kernel:0", np.arange(8.0).reshape(2, 4)), ("b/bias:0", np.ones(4))]),
+]
+
+
+def elsewhere(file: Any, key: str, kind: str) -> None:
+    """Put into the place of what lies at ``key`` something that leads to ``victim.h5`` beside the file, or nowhere."""
     import h5py
 
-    small.save_weights(folders / "victim.weights.h5")
-    shutil.copy(folders / "victim.weights.h5", folders / "linked.weights.h5")
-    with h5py.File(folders / "linked.weights.h5", "r+") as file:
-        del file["layers/conv2d/vars/0"]
-        file["layers/conv2d/vars/0"] = h5py.ExternalLink("victim.weights.h5", "layers/conv2d/vars/0")
-    with pytest.raises(WeightsError, match="points to another file, which is not followed"):
-        loaded("mobilenetv2-0.35", folders / "linked.weights.h5")
+    shape = file[key].shape if isinstance(file[key], h5py.Dataset) else (2,)
+    del file[key]
+    if kind == "external link":
+        file[key] = h5py.ExternalLink("victim.h5", key)
+    elif kind == "soft link":
+        file[key] = h5py.SoftLink("/b/b/kernel:0")
+    elif kind == "virtual":
+        layout = h5py.VirtualLayout(shape=shape, dtype="f4")
+        layout[...] = h5py.VirtualSource("victim.h5", key, shape=shape)
+        file.create_virtual_dataset(key, layout)
+    else:
+        length = 4 * int(np.prod(shape))
+        file.create_dataset(key, shape, "f4", external=[("victim.h5", 0, length)])
+
+
+@pytest.mark.parametrize("kind", ["external link", "soft link", "virtual", "external storage"])
+@pytest.mark.parametrize("key", ["b/b/kernel:0", "b", "model_weights"])
+def test_weights_come_from_the_file_alone(tmp_path: Path, kind: str, key: str) -> None:
+    """A group or an array that leads to another file is refused, at every depth, so the file decides the features."""
+    import h5py
+
+    write_legacy(tmp_path / "victim.h5", TWO_LAYERS)
+    path = write_legacy(tmp_path / "linked.h5", TWO_LAYERS)
+    with h5py.File(path, "r+") as file:
+        if key == "model_weights":
+            del file.attrs["layer_names"]
+            file.create_group(key)
+        elsewhere(file, key, kind)
+    model = TwoLayers()
+    with pytest.raises(
+        WeightsError, match=r"which is not followed|is not an array of numbers|is damaged|expected an HDF5"
+    ):
+        assign_from_file(model, path)
+    assert not any(variable.value.any() for layer in model.layers for variable in layer.weights)
+    assign_from_file(model, tmp_path / "victim.h5")
+    assert model.layers[1].weights[0].value.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+def test_a_tensor_is_read_only_if_it_has_the_shape_of_the_network(tmp_path: Path) -> None:
+    """A file of a few kilobytes may declare terabytes, in HDF5 and in .npz; nothing of that size is allocated."""
+    import h5py
+
+    path = write_legacy(tmp_path / "huge.h5", TWO_LAYERS)
+    with h5py.File(path, "r+") as file:
+        del file["b/b/kernel:0"]
+        file.create_dataset("b/b/kernel:0", (1 << 40, 4), "f4", chunks=(1 << 10, 4))
+    assert path.stat().st_size < 20_000
+    with pytest.raises(WeightsError, match=r"'b/kernel', received shape \(1099511627776, 4\), expected shape \(2, 4\)"):
+        assign_from_file(TwoLayers(), path)
+
+    tensors = {
+        f"{layer}/{name}": values
+        for layer, ((_, kernel), (_, bias)) in TWO_LAYERS
+        for name, values in (("kernel", kernel), ("bias", bias))
+    }
+    write_npz(tmp_path / "good.npz", tensors)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 40, 4)})
+    with zipfile.ZipFile(tmp_path / "good.npz") as good, zipfile.ZipFile(tmp_path / "huge.npz", "w") as bad:
+        for name in good.namelist():
+            bad.writestr(name, header.getvalue() if name == "b/kernel.npy" else good.read(name))
+    for read in (read_npz, lambda path: assign_from_file(TwoLayers(), path)):
+        with pytest.raises(WeightsError, match=r"b/kernel.npy' declares 17592186044\d+ bytes .* its member 1\d\d"):
+            read(tmp_path / "huge.npz")
+
+
+@pytest.mark.slow
+def test_links_to_other_files_are_not_followed(tmp_path: Path) -> None:
+    """The same for files of Keras 3, alone and within a .keras file, which Keras opens as a network."""
+    import h5py
+    import keras
+
+    image = keras.Input((8, 8, 3))
+    model = keras.Model(image, keras.layers.Conv2D(2, 3)(image))
+    model.save(tmp_path / "whole.keras")
+    for kind in ("external link", "soft link", "virtual", "external storage"):
+        path = tmp_path / f"{kind}.weights.h5"
+        model.save_weights(path)
+        with h5py.File(path, "r+") as file:
+            elsewhere(file, "layers/conv2d/vars/0", kind)
+        with zipfile.ZipFile(tmp_path / "whole.keras") as old, zipfile.ZipFile(tmp_path / f"{kind}.keras", "w") as new:
+            for name in ("metadata.json", "config.json"):
+                new.writestr(name, old.read(name))
+            new.write(path, "model.weights.h5")
+        for place in (path, path.with_name(f"{kind}.keras")):
+            with pytest.raises(WeightsError, match="which is not followed"):
+                assign_from_file(model, place)
+        with pytest.raises(ConfigurationError, match="Not allowed: H5 file"):
+            find_backbone(str(tmp_path / f"{kind}.keras")).build((8, 8))
 
 
 @pytest.mark.slow

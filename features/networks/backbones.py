@@ -25,7 +25,7 @@ from features.networks.graph import (
     stable_names,
     valid_cuts,
 )
-from features.networks.modelfile import file_image_size, load_model_file
+from features.networks.modelfile import ModelConfig, load_model_file
 from features.networks.official import OFFICIAL, WHEELS, OfficialFile, Wheel
 
 __all__ = [
@@ -157,10 +157,13 @@ class ModelFile(Backbone):
         The file.
     file_size : tuple of int or None
         Height and width of its input in pixels; None if it accepts any size.
+    classifier : tuple of str or None
+        Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
     """
 
     path: Path
     file_size: tuple[int, int] | None = None
+    classifier: tuple[str, str] | None = None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -296,11 +299,10 @@ def find_backbone(name: str) -> Backbone:
 
 def _model_file(name: str) -> Backbone | None:
     path = Path(name).expanduser()
-    return (
-        ModelFile("model", "none", None, path=path, file_size=file_image_size(path))
-        if path.suffix.lower() == ".keras"
-        else None
-    )
+    if path.suffix.lower() != ".keras":
+        return None
+    config = ModelConfig(path)
+    return ModelFile("model", "none", None, path=path, file_size=config.size, classifier=config.classifier)
 
 
 def _table_row(name: str) -> Backbone | None:

@@ -1,41 +1,102 @@
-"""Keras model files: read the image size without Keras, and load the model in safe mode."""
+"""Keras model files: read what they say without Keras, and load the model in safe mode."""
 
 from __future__ import annotations
 
 import json
+import math
+import threading
 import zipfile
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, brief
+from features.networks.graph import graph_nodes
 
 _LARGEST_CONFIG = 64 << 20  # bytes of JSON
+_LARGEST_EXPANSION = 1000  # bytes of weights for each byte of the file, which may be compressed; Keras allows the same
+_SMALL = 64 << 20  # bytes of weights that are never refused
+_LARGEST_OUTPUT = 4 << 30  # bytes that one layer may give for one image
+_SCORES = ("softmax", "sigmoid")  # activations that make scores of classes
 
 
-def file_image_size(path: Path) -> tuple[int, int] | None:
-    """Read height and width of a ``.keras`` file's input without Keras; None if it accepts any size.
+class ModelConfig:
+    """What a ``.keras`` file says about its model, read without Keras.
 
-    Raises
-    ------
-    ConfigurationError
-        If the file is missing or is not a Keras model.
+    Attributes
+    ----------
+    size : tuple of int or None
+        Height and width of its input in pixels; None if it accepts any size.
+    classifier : tuple of str or None
+        Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
+    keras : str
+        Version of Keras that wrote the file; empty if it does not say.
     """
-    if not path.is_file():
-        raise ConfigurationError(f"backbone: the model file {path} does not exist")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            size = archive.getinfo("config.json").file_size
-            config: Any = json.loads(archive.read("config.json")) if size <= _LARGEST_CONFIG else None
-    except (OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
-        raise ConfigurationError(
-            f"{path} is not a Keras model file (a zip with config.json): {error}. Write one with model.save('NAME.keras')"
-        ) from error
-    try:
-        inputs = [layer["config"] for layer in config["config"]["layers"] if layer["class_name"] == "InputLayer"]
-        _, height, width, _ = inputs[0]["batch_shape"]
-    except (KeyError, IndexError, TypeError, ValueError):
-        return None  # no list of layers, or the input is not an image: load_model_file reports it
-    return (height, width) if isinstance(height, int) and isinstance(width, int) else None
+
+    def __init__(self, path: Path) -> None:
+        """Read the file; ``ConfigurationError`` if it is missing or is not a Keras model."""
+        if not path.is_file():
+            raise ConfigurationError(f"backbone: the model file {path} does not exist")
+        try:
+            with zipfile.ZipFile(path) as archive:
+                config = _read_json(archive, "config.json")
+                about = _read_json(archive, "metadata.json") if "metadata.json" in archive.namelist() else None
+        except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:  # RecursionError: deep JSON
+            raise ConfigurationError(
+                f"{path} is not a Keras model file (a zip with config.json): {error}. Write one with model.save('NAME.keras')"
+            ) from error
+        self.keras = str(about.get("keras_version", ""))[:20] if isinstance(about, Mapping) else ""
+        self.size = _image_size(config)
+        self.classifier = _classifier(_layers(config))
+
+
+def _read_json(archive: zipfile.ZipFile, name: str) -> Any:
+    size = archive.getinfo(name).file_size
+    if size > _LARGEST_CONFIG:
+        raise ValueError(f"{name} has {size} bytes, at most {_LARGEST_CONFIG} are allowed")
+    return json.loads(archive.read(name))
+
+
+def _layers(config: Any) -> Sequence[Any]:
+    """Return the descriptions of the layers of a functional or Sequential model; none if it has no such list."""
+    inner = config.get("config") if isinstance(config, Mapping) else None
+    layers = inner.get("layers") if isinstance(inner, Mapping) else None
+    return layers if isinstance(layers, list) and all(isinstance(layer, Mapping) for layer in layers) else ()
+
+
+def _image_size(config: Any) -> tuple[int, int] | None:
+    for layer in _layers(config):
+        settings = layer.get("config")
+        if layer.get("class_name") == "InputLayer" and isinstance(settings, Mapping):
+            shape = settings.get("batch_shape", settings.get("batch_input_shape"))  # Keras 3, Keras 2
+            sizes = shape[1:3] if isinstance(shape, list) and len(shape) == 4 else []
+            return (sizes[0], sizes[1]) if all(type(size) is int for size in sizes) and sizes else None
+    return None  # no list of layers, or the input is not an image: open_model reports it
+
+
+def _classifier(layers: Sequence[Any], prefix: str = "") -> tuple[str, str] | None:
+    """Find the layer that makes scores at the end of a list of layers, and the one before it, ``OUTER/INNER`` if nested.
+
+    In the files of functional models, too, the last layer of the list is the one that gives the output, unless layers
+    run beside each other.
+    """
+    named = [
+        (f"{prefix}{_settings(layer).get('name')}", layer)
+        for layer in layers
+        if layer.get("class_name") != "InputLayer"
+    ]
+    if not named:
+        return None
+    name, last = named[-1]
+    if inner := _layers(last):
+        return _classifier(inner, f"{name}/")
+    scores = last.get("class_name") == "Softmax" or _settings(last).get("activation") in _SCORES
+    return (name, named[-2][0]) if scores and len(named) > 1 else None
+
+
+def _settings(layer: Any) -> Mapping[str, Any]:
+    found = layer.get("config")
+    return found if isinstance(found, Mapping) else {}
 
 
 def load_model_file(path: Path, size: tuple[int, int]) -> Any:
@@ -60,19 +121,13 @@ def load_model_file(path: Path, size: tuple[int, int]) -> Any:
     """
     import keras
 
-    try:
-        model = keras.saving.load_model(path, compile=False, safe_mode=True)
-    except (ValueError, TypeError, KeyError, OSError) as error:
-        raise ConfigurationError(
-            f"{path} cannot be loaded in safe mode: {str(error).strip().splitlines()[0]} If the model contains Lambda "
-            "layers or custom classes, save it again without them."
-        ) from error
+    model = open_model(path)
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ConfigurationError(f"{path}: expected a functional or Sequential model with an input, not a subclass")
     shapes = [tuple(tensor.shape) for tensor in model.inputs]
     if len(shapes) != 1 or len(model.outputs) != 1 or len(shapes[0]) != 4 or shapes[0][3] != 3:
         raise ConfigurationError(
-            f"{path}: expected one input (n, height, width, 3) and one output, received inputs {shapes} and "
+            f"{path}: expected one input (n, height, width, 3) and one output, received inputs {shapes[:3]} and "
             f"{len(model.outputs)} outputs"
         )
     fixed = shapes[0][1:3]
@@ -81,7 +136,98 @@ def load_model_file(path: Path, size: tuple[int, int]) -> Any:
             f"{path} takes images of {fixed[0]}x{fixed[1]} pixels, received {size[0]}x{size[1]}. Omit --image-size."
         )
     if None not in fixed:
+        _check_outputs(path, model)
         return model
     sized = keras.models.clone_model(model, input_tensors=keras.Input((*size, 3), name=model.inputs[0].name))
+    _check_outputs(path, sized)
     sized.set_weights(model.get_weights())
     return sized
+
+
+def _check_outputs(path: Path, model: Any) -> None:
+    for operation, _, outputs in graph_nodes(model):
+        values = max(math.prod(length for length in tensor.shape[1:] if length) for tensor in outputs)
+        if 4 * values > _LARGEST_OUTPUT:
+            raise ConfigurationError(
+                f"{path}: layer {operation.name} gives {4 * values} bytes for one image, at most {_LARGEST_OUTPUT} are "
+                "allowed. Give a smaller --image-size, or another network."
+            )
+
+
+def open_model(path: Path) -> Any:
+    """Load a ``.keras`` file in safe mode: no code of the file runs, and no layer is larger than its weights.
+
+    Raises
+    ------
+    ConfigurationError
+        If Keras cannot load it; the message has the reason in a few words and the way out.
+    """
+    import keras
+
+    version = ModelConfig(path).keras
+    try:
+        _check_memory(path)
+        return keras.saving.load_model(path, compile=False, safe_mode=True)
+    except ConfigurationError:
+        raise
+    except Exception as error:  # layers of a file raise errors of any type while they are made
+        reason = _reason(error)
+        if version.startswith(("1.", "2.")):
+            raise ConfigurationError(
+                f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({reason}). If it is a "
+                f"network of keras.applications, name it and take only the numbers: --backbone mobilenetv2 --weights "
+                f"{path}. Otherwise open it with that Keras, save its weights, and save the model again with Keras 3."
+            ) from error
+        raise ConfigurationError(
+            f"{path} cannot be loaded in safe mode: {reason}. If the model contains Lambda layers or custom classes, "
+            "save it again without them."
+        ) from error
+
+
+def _check_memory(path: Path) -> None:
+    """Refuse a model whose layers declare far more weights than its file holds, before memory is taken for them."""
+    with zipfile.ZipFile(path) as archive:
+        config = _read_json(archive, "config.json")
+        held = archive.getinfo("model.weights.h5").file_size
+    needed = _declared_bytes(config)
+    if needed > max(_SMALL, _LARGEST_EXPANSION * held):
+        raise ConfigurationError(
+            f"{path}: its layers declare {needed} bytes of weights, but the file holds {held}. It is damaged, or made to fill "
+            "the memory."
+        )
+
+
+def _declared_bytes(config: Any) -> int:
+    """Build a model of variables that have a shape and no values, and add up their sizes as float32.
+
+    Keras makes such variables in a ``StatelessScope``, and draws their values when the scope ends. Here it never ends:
+    it belongs to a thread, and is dropped with it.
+    """
+    import keras
+
+    found: list[int | Exception] = []
+
+    def build() -> None:
+        keras.StatelessScope().__enter__()
+        try:
+            model = keras.saving.deserialize_keras_object(config, safe_mode=True)
+            found.append(sum(4 * math.prod(variable.shape) for variable in model.variables))
+        except Exception as error:  # noqa: BLE001  layers raise errors of any type while they are made
+            found.append(error)
+
+    thread = threading.Thread(target=build, name="measure")
+    thread.start()
+    thread.join()
+    (result,) = found
+    if isinstance(result, Exception):
+        raise result
+    return result
+
+
+def _reason(error: BaseException) -> str:
+    """Take the reason from an error of Keras, which may quote the whole configuration before it or nothing after it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for sign in ("Exception encountered:", "Example error message for object"):
+        if sign in text:
+            text = text.rpartition(sign)[2].strip()
+    return brief(text, 300).rstrip(".")

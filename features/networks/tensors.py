@@ -1,20 +1,24 @@
 """Read weights files of all kinds, and name the tensors of a model independently of the kind of file.
 
-    file -> [(layer, [(variable, array)])] or {"layer/variable": array} -> check against the model -> assign
+    file -> [(layer, [(variable, stored)])] or {"layer/variable": stored} -> check against the model -> read, assign
 
-Tensors are assigned only after all of them fit. The kind of file (``CONTAINERS``) is recognised by its content, never
-by its name.
+Files are untrusted. A stored tensor is read only if it has the shape that the model needs, and tensors are assigned
+only after all of them fit. In HDF5 only hard links to values inside the same file are followed. The kind of file is
+recognised by its content, never by its name.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
+import math
 import re
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -26,6 +30,8 @@ from features.networks.graph import snake_case, stable_names
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
 _LARGEST_MEMBER = 4 << 30  # bytes; the largest official file, that of ConvNeXtXLarge, has 1.4e9
+_DAMAGED = (OSError, ValueError, KeyError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error)
+_NPY_HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 _NUMBERED = re.compile(r"^variable(_\d+)?$")  # Keras numbers unnamed variables over the whole process
 
 
@@ -119,13 +125,16 @@ def assign_from_file(model: Any, path: Path) -> None:
     container = container_of(path)
     try:
         if container == "npz":
-            pairs = _fit_by_name(model, read_npz(path), str(path))
+            with _stored_npz(path) as tensors:
+                pairs = _fit_by_name(model, tensors, str(path))
         elif container == "keras":
             with zipfile.ZipFile(path) as archive:
                 pairs = _fit_hdf5(model, io.BytesIO(read_member(archive, "model.weights.h5")), str(path))
         else:
             pairs = _fit_hdf5(model, path, str(path))
-    except (OSError, KeyError, zipfile.BadZipFile) as error:
+    except _DAMAGED as error:
+        if isinstance(error, WeightsError):
+            raise
         raise WeightsError(f"{path} is damaged: {error}. Delete it, or use another file.") from error
     for variable, values in pairs:
         variable.assign(values)
@@ -146,7 +155,7 @@ def is_legacy_hdf5(path: Path) -> bool:
 
     try:
         with h5py.File(path, "r") as file:
-            return _legacy_group(file) is not None
+            return _legacy_group(file, str(path)) is not None
     except OSError as error:
         raise WeightsError(f"{path} is damaged: {error}") from error
 
@@ -157,17 +166,50 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
     Raises
     ------
     WeightsError
-        If the file is damaged or contains anything but numbers.
+        If the file is damaged, contains anything but numbers, or an array that is not as long as it declares.
     """
+    with _stored_npz(path) as tensors:
+        return {name: stored[()] for name, stored in tensors.items()}
+
+
+class _StoredArray(NamedTuple):
+    """An array in a zip archive that has not been read yet; ``stored[()]`` reads it, as of an HDF5 dataset."""
+
+    archive: zipfile.ZipFile
+    member: zipfile.ZipInfo
+    shape: tuple[int, ...]
+
+    def __getitem__(self, everything: Any) -> np.ndarray:
+        with self.archive.open(self.member) as stream:
+            return np.asarray(np.lib.format.read_array(stream, allow_pickle=False))
+
+
+@contextlib.contextmanager
+def _stored_npz(path: Path) -> Iterator[dict[str, _StoredArray]]:
+    """Open an ``.npz`` file and read the headers of its arrays, which must be numbers of the declared length."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
-            tensors = {str(name): archive[name] for name in archive.files}
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        with zipfile.ZipFile(path) as archive:
+            yield {
+                member.filename.removesuffix(".npy"): _stored_array(archive, member, path)
+                for member in archive.infolist()
+            }
+    except _DAMAGED as error:
+        if isinstance(error, WeightsError):
+            raise
         raise WeightsError(f"{path} is damaged: {error}") from error
-    odd = [name for name, values in tensors.items() if values.dtype.kind not in "biuf"]
-    if odd:
-        raise WeightsError(f"{path}: {odd[0]!r} has the dtype {tensors[odd[0]].dtype}, expected numbers")
-    return tensors
+
+
+def _stored_array(archive: zipfile.ZipFile, member: zipfile.ZipInfo, path: Path) -> _StoredArray:
+    with archive.open(member) as stream:
+        shape, _, dtype = _NPY_HEADERS[np.lib.format.read_magic(stream)](stream)
+        declared = stream.tell() + dtype.itemsize * math.prod(shape)
+    if dtype.kind not in "biuf":
+        raise WeightsError(f"{path}: {member.filename!r} has the dtype {dtype}, expected numbers")
+    if declared != member.file_size:
+        raise WeightsError(
+            f"{path} is damaged: {member.filename!r} declares {declared} bytes (shape {shape}), its member {member.file_size}"
+        )
+    return _StoredArray(archive, member, shape)
 
 
 def write_npz(path: Path, tensors: Mapping[str, np.ndarray]) -> None:
@@ -192,37 +234,17 @@ def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
     return archive.read(name)
 
 
-Layers = list[tuple[str, list[tuple[str, np.ndarray]]]]  # content of a legacy file, in the order of the file
-
-
-def read_legacy(path: Path | BinaryIO) -> Layers | None:
-    """Read the layers with weights of a legacy HDF5 file, in its order; None if the file has another structure.
-
-    The official files have this structure: an attribute ``layer_names`` and, in the group of each layer, an attribute
-    ``weight_names``. In the file of a whole legacy model, the same is found in the group ``model_weights``.
-    """
-    import h5py
-
-    with h5py.File(path, "r") as file:
-        group = _legacy_group(file)
-        if group is None:
-            return None
-        layers = []
-        for layer in _names(group, "layer_names"):
-            weights = [(name, _read(group[layer], name)) for name in _names(group[layer], "weight_names")]
-            if weights:
-                layers.append((layer, weights))
-        return layers
+Layers = list[tuple[str, list[tuple[str, Any]]]]  # layers of a legacy file in its order: (variable, stored tensor)
 
 
 def _fit_hdf5(model: Any, source: Path | BinaryIO, origin: str) -> list[tuple[Any, np.ndarray]]:
     import h5py
 
-    layers = read_legacy(source)
-    if layers is not None:
-        return _fit_in_order(model, layers, origin)
     with h5py.File(source, "r") as file:
-        if "layers" not in file:
+        group = _legacy_group(file, origin)
+        if group is not None:
+            return _fit_in_order(model, _legacy_layers(group, origin), origin)
+        if _inside(file, "layers", origin) is None:
             raise WeightsError(
                 f"{origin}: expected an HDF5 file with the group 'layers' (Keras 3) or the attribute 'layer_names' "
                 f"(older versions), received one that contains {', '.join(list(file)[:5]) or 'nothing'}"
@@ -230,12 +252,31 @@ def _fit_hdf5(model: Any, source: Path | BinaryIO, origin: str) -> list[tuple[An
         names = {id(variable): name for name, variable in model_tensors(model).items()}
         pairs = []
         for variable, place in _keras3_places(model.layers, "layers"):
-            values = _read(file, place) if place in file else None
-            pairs.append((variable, _checked(names[id(variable)], variable, values, f"{origin} ({place})")))
+            stored = _stored(file, place, origin)
+            pairs.append((variable, _checked(names[id(variable)], variable, stored, f"{origin} ({place})")))
         return pairs
 
 
-def _fit_by_name(model: Any, tensors: Mapping[str, np.ndarray], origin: str) -> list[tuple[Any, np.ndarray]]:
+def _legacy_layers(group: Any, origin: str) -> Layers:
+    """List the layers with weights of a legacy HDF5 file, in its order.
+
+    The official files have an attribute ``layer_names`` and, in the group of each layer, an attribute ``weight_names``.
+    In the file of a whole legacy model, the same is found in the group ``model_weights``.
+    """
+    import h5py
+
+    layers = []
+    for layer in _names(group, "layer_names"):
+        inner = _inside(group, layer, origin)
+        if not isinstance(inner, h5py.Group):
+            raise WeightsError(f"{origin} is damaged: it has no group for its layer {layer!r}")
+        weights = [(name, _stored(inner, name, origin)) for name in _names(inner, "weight_names")]
+        if weights:
+            layers.append((layer, weights))
+    return layers
+
+
+def _fit_by_name(model: Any, tensors: Mapping[str, Any], origin: str) -> list[tuple[Any, np.ndarray]]:
     named = model_tensors(model)
     surplus = [name for name in tensors if name not in named]
     pairs = [(variable, _checked(name, variable, tensors.get(name), origin)) for name, variable in named.items()]
@@ -256,9 +297,9 @@ def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np
         received, weights = source[index] if index < len(source) else ("nothing", [])
         # legacy files list the trainable weights before the non-trainable ones
         for place, variable in enumerate(layer.trainable_weights + layer.non_trainable_weights):
-            weight, values = weights[place] if place < len(weights) else ("nothing", None)
+            weight, stored = weights[place] if place < len(weights) else ("nothing", None)
             where = f"{origin} (layer {index} in the file: {received!r}, {weight!r})"
-            pairs.append((variable, _checked(names[id(variable)], variable, values, where)))
+            pairs.append((variable, _checked(names[id(variable)], variable, stored, where)))
         if len(weights) > len(layer.weights):
             raise WeightsError(
                 f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} needs {len(layer.weights)}"
@@ -271,15 +312,16 @@ def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np
     return pairs
 
 
-def _checked(name: str, variable: Any, values: np.ndarray | None, origin: str) -> np.ndarray:
+def _checked(name: str, variable: Any, stored: Any, origin: str) -> np.ndarray:
+    """Read a stored tensor, which has a ``shape``, if it has the shape of the variable; None stands for a missing one."""
     expected = tuple(int(length) for length in variable.shape)
-    received = "no such tensor" if values is None else f"shape {values.shape}"
-    if values is None or values.shape != expected:
+    received = "no such tensor" if stored is None else f"shape {stored.shape}"
+    if stored is None or stored.shape != expected:
         raise WeightsError(
             f"{origin} does not fit: the first mismatch is {name!r}, received {received}, expected shape {expected}. "
             "The file belongs to another architecture or width: choose the --backbone it was made for, or other --weights."
         )
-    return values
+    return np.asarray(stored[()])
 
 
 def _keras3_places(layers: Iterable[Any], prefix: str) -> Iterator[tuple[Any, str]]:
@@ -298,8 +340,8 @@ def _keras3_places(layers: Iterable[Any], prefix: str) -> Iterator[tuple[Any, st
             yield from ((variable, f"{place}/vars/{index}") for index, variable in enumerate(layer.weights))
 
 
-def _legacy_group(file: Any) -> Any:
-    for group in (file, file.get("model_weights")):
+def _legacy_group(file: Any, origin: str) -> Any:
+    for group in (file, _inside(file, "model_weights", origin)):
         if group is not None and ("layer_names" in group.attrs or "layer_names0" in group.attrs):
             return group
     return None
@@ -316,10 +358,30 @@ def _names(group: Any, attribute: str) -> Sequence[str]:
     return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for part in parts for name in part]
 
 
-def _read(group: Any, path: str) -> np.ndarray:
-    dataset = group[path]
-    if not hasattr(dataset, "dtype") or dataset.dtype.kind not in "biuf":
-        raise WeightsError(f"{group.file.filename}: {path!r} is not an array of numbers")
-    if dataset.is_virtual or dataset.external or dataset.file.filename != group.file.filename:
-        raise WeightsError(f"{group.file.filename}: {path!r} points to another file, which is not followed")
-    return np.asarray(dataset[()])
+def _inside(group: Any, path: str, origin: str) -> Any:
+    """Return what lies at ``path`` below a group of an HDF5 file, reached by hard links only; None if there is nothing."""
+    import h5py
+
+    item = group
+    for word in path.split("/"):
+        link = item.get(word, getlink=True) if isinstance(item, h5py.Group) and word else None
+        if link is None:
+            return None
+        if not isinstance(link, h5py.HardLink):
+            raise WeightsError(f"{origin}: {path!r} lies behind a soft or external link, which is not followed")
+        item = item[word]
+    return item
+
+
+def _stored(group: Any, path: str, origin: str) -> Any:
+    """Return an array of numbers that lies wholly in the file, not read yet; None if there is nothing at ``path``."""
+    import h5py
+
+    dataset = _inside(group, path, origin)
+    if dataset is None:
+        return None
+    if not isinstance(dataset, h5py.Dataset) or dataset.dtype.kind not in "biuf" or dataset.shape is None:
+        raise WeightsError(f"{origin}: {path!r} is not an array of numbers")
+    if dataset.is_virtual or dataset.external:
+        raise WeightsError(f"{origin}: {path!r} points to another file, which is not followed")
+    return dataset
