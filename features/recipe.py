@@ -47,7 +47,8 @@ class NetworkOptions:
         Layers whose outputs are kept; ``"boundary"`` means the layer before the last block. If empty, the last layer
         is kept. A single string is accepted as one layer.
     pooling : {"none", "avg", "max", "flatten"}, optional
-        Pooling of every 4-D output. Default: ``avg`` if ``layers`` is empty, ``none`` otherwise.
+        Pooling of every spatial output (h, w, c), or of tokens (n, c). Default: ``avg`` if ``layers`` is empty and the
+        last layer is spatial, ``none`` otherwise.
     image_size : int or (int, int), optional
         Side of a square, or height and width, in pixels, 1-4096. Default: the size that the network was trained on.
     resize : {"antialias", "keras"}
@@ -154,7 +155,7 @@ class Recipe:
     layer : str
         Layer of the network whose output is kept.
     pooling : {"none", "avg", "max", "flatten"}
-        How a 4-D output is reduced.
+        How an output (h, w, c) or (tokens, c) is reduced.
     pixels : PixelRule
         How images are decoded and resized.
     preprocessing : str

@@ -10,6 +10,8 @@ import time
 from types import TracebackType
 from typing import Any, TextIO
 
+from features.errors import brief
+
 PLAIN_SECONDS = 15.0  # between lines if stderr is not a terminal
 QUIET = threading.Event()  # set if the whole process is quiet; see `set_quiet`
 _UNITS = {
@@ -37,6 +39,9 @@ class StderrHandler(logging.StreamHandler[TextIO]):
     def __init__(self) -> None:
         logging.Handler.__init__(self)
         self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
+
+    def format(self, record: logging.LogRecord) -> str:
+        return brief(super().format(record))
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

@@ -354,6 +354,170 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     assert find_backbone(str(tmp_path / "odd.keras")).file_size is None
 
 
+def described(path: Path, layers: list[dict[str, Any]], version: str = "3.15.1", **config: Any) -> Path:
+    """A .keras file of which only the description is there."""
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("metadata.json", json.dumps({"keras_version": version}))
+        archive.writestr(
+            "config.json", json.dumps({"class_name": "Functional", **config, "config": {"layers": layers}})
+        )
+        archive.writestr("model.weights.h5", b"")
+    return path
+
+
+def layer(kind: str, name: str, **config: Any) -> dict[str, Any]:
+    return {"class_name": kind, "config": {"name": name, **config}}
+
+
+IMAGE = layer("InputLayer", "image", batch_shape=[None, 96, 64, 3])
+
+
+@pytest.mark.parametrize(
+    ("layers", "classifier"),
+    [
+        (
+            [IMAGE, layer("GlobalAveragePooling2D", "pool"), layer("Dense", "top", activation="softmax")],
+            ("top", "pool"),
+        ),
+        ([IMAGE, layer("Dense", "logits", activation="linear"), layer("Softmax", "scores")], ("scores", "logits")),
+        ([IMAGE, layer("Dense", "x"), layer("Activation", "scores", activation="sigmoid")], ("scores", "x")),
+        (
+            [
+                IMAGE,
+                layer("Sequential", "net", layers=[layer("Conv2D", "c"), layer("Dense", "d", activation="softmax")]),
+            ],
+            ("net/d", "net/c"),
+        ),
+        ([IMAGE, layer("Dense", "embedding", activation="linear")], None),
+        ([IMAGE], None),
+    ],
+)
+def test_the_classifier_of_a_model_file_is_found_without_keras(
+    tmp_path: Path, layers: list[dict[str, Any]], classifier: tuple[str, str] | None
+) -> None:
+    backbone = find_backbone(str(described(tmp_path / "m.keras", layers)))
+    assert (backbone.classifier, backbone.default_size) == (classifier, (96, 64))
+
+
+def test_a_file_of_keras_2_fixes_its_image_size_too(tmp_path: Path) -> None:
+    image = layer("InputLayer", "input_1", batch_input_shape=[None, 96, 64, 3])
+    assert find_backbone(str(described(tmp_path / "k2.keras", [image], "2.15.0"))).default_size == (96, 64)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"config":' * 100_000 + "1" + "}" * 100_000])
+def test_a_deep_description_is_refused_in_one_line(tmp_path: Path, text: str) -> None:
+    with zipfile.ZipFile(tmp_path / "deep.keras", "w") as archive:
+        archive.writestr("config.json", text)
+    with pytest.raises(ConfigurationError, match=r"is not a Keras model file .*recursion") as caught:
+        find_backbone(str(tmp_path / "deep.keras"))
+    assert len(str(caught.value)) < 400
+
+
+@pytest.mark.slow
+def test_a_layer_inside_a_nested_model_gives_its_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """OUTER/INNER names it; a classifier at the end is warned about, and the layer before it is named."""
+    import keras
+
+    from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
+
+    image = keras.Input((None, None, 3))
+    conv = keras.layers.Conv2D(4, 3, name="conv")(image)
+    inner = keras.Model(image, keras.layers.ReLU(name="relu")(conv), name="inner")
+    scale, pool = keras.layers.Rescaling(1 / 255, name="scale"), keras.layers.GlobalAveragePooling2D(name="pool")
+    head = keras.layers.Dense(3, activation="softmax", name="scores")
+    model = keras.Sequential([keras.Input((16, 12, 3)), scale, inner, pool, head])
+    model.save(tmp_path / "net.keras")
+    images = pixels(2, 16, 12)
+    expected = np.asarray(keras.Model(inner.inputs, conv)(scale(images)))
+
+    backbone = str(tmp_path / "net.keras")
+    network = resolve_network(NetworkOptions(backbone, layers=("inner/conv", "inner/relu"), pooling="avg"))
+    assert network.description.layers["inner/conv"] == (14, 10, 4)
+    assert list(network.description.layers) == ["scale", "inner/conv", "inner/relu", "inner", "pool", "scores"]
+    assert [recipe.name for recipe in network.recipes] == ["inner|conv.avg", "inner|relu.avg"]
+    found = feature_model(network.load(), [("inner/conv", "none"), ("inner/relu", "avg")])(images)
+    np.testing.assert_allclose(np.asarray(found[0]), expected, atol=1e-5)
+    np.testing.assert_allclose(np.asarray(found[1]), np.maximum(expected, 0).mean(axis=(1, 2)), atol=1e-5)
+    assert not caplog.records
+    with pytest.raises(ConfigurationError, match="no layer 'inner/cnov'; did you mean 'inner/conv'"):
+        resolve_network(NetworkOptions(backbone, layers=("inner/cnov",)))
+
+    scores = resolve_network(NetworkOptions(backbone))
+    assert (scores.recipes[0].layer, scores.recipes[0].pooling) == ("scores", "none")
+    (record,) = caplog.records
+    assert "gives scores of 3 classes" in record.message
+    assert record.message.endswith("--layer pool")
+    with pytest.raises(ConfigurationError, match=r"layer 'scores' gives \(3,\). Leave out --pooling"):
+        resolve_network(NetworkOptions(backbone, pooling="avg"))
+
+
+@pytest.mark.slow
+def test_what_keras_cannot_open_is_refused_in_a_few_words(tmp_path: Path) -> None:
+    """A layer far larger than the file, one that makes gigabytes of one image, and a network of Keras 2."""
+    import keras
+
+    path = small_model(tmp_path / "good.keras", (20, 30, 3))
+
+    def edited(name: str, old: str, new: str, version: str = keras.__version__) -> Path:
+        with zipfile.ZipFile(path) as good, zipfile.ZipFile(tmp_path / name, "w") as bad:
+            bad.writestr("metadata.json", json.dumps({"keras_version": version}))
+            bad.writestr("model.weights.h5", good.read("model.weights.h5"))
+            text = good.read("config.json").decode()
+            assert old in text
+            bad.writestr("config.json", text.replace(old, new))
+        return tmp_path / name
+
+    cases = {
+        edited(
+            "wide.keras", '"filters": 5', '"filters": 5000000000'
+        ): r"its layers declare 7\d+ bytes of weights, but the file holds \d+\.",
+        edited("odd.keras", '"filters": 5', '"filters": -5'): "cannot be loaded in safe mode: ",
+        edited("k2.keras", '"class_name": "Functional"', '"class_name": "tf_keras.Functional"', "2.15.0"): (
+            r"was written by Keras 2.15.0, and Keras 3.* cannot open it .*--backbone NAME --weights"
+        ),
+    }
+    for made, message in cases.items():
+        with pytest.raises(ConfigurationError, match=message) as caught:
+            build_backbone(find_backbone(str(made)), (20, 30))
+        assert len(str(caught.value)) < 700, made
+    image = keras.Input((20, 30, 3))
+    keras.Model(image, keras.layers.UpSampling2D(10_000, name="up")(image)).save(tmp_path / "large.keras")
+    with pytest.raises(ConfigurationError, match="layer up gives 720000000000 bytes for one image"):
+        build_backbone(find_backbone(str(tmp_path / "large.keras")), (20, 30))
+
+
+@pytest.mark.slow
+def test_tokens_are_pooled_as_asked(tmp_path: Path) -> None:
+    import keras
+
+    from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
+
+    image = keras.Input((16, 16, 3))
+    patches = keras.layers.Reshape((4, 5))(keras.layers.Conv2D(5, 8, strides=8)(image))
+    keras.Model(image, keras.layers.LayerNormalization(name="norm")(patches)).save(tmp_path / "tokens.keras")
+
+    def pooling(asked: str | None, *layers: str) -> str:
+        return (
+            resolve_network(NetworkOptions(str(tmp_path / "tokens.keras"), layers=layers, pooling=asked))
+            .recipes[0]
+            .pooling
+        )
+
+    assert [pooling(asked, "norm") for asked in ("avg", "max", "flatten", "none", None)] == [
+        *("avg", "max", "flatten", "none", "none")
+    ]
+    assert pooling(None) == "none"
+    model = keras.saving.load_model(tmp_path / "tokens.keras")
+    images = pixels(2, 16, 16)
+    tokens = np.asarray(model(images))
+    found = feature_model(model, [("norm", kind) for kind in ("avg", "max", "flatten", "none")])(images)
+    expected = [tokens.mean(axis=1), tokens.max(axis=1), tokens.reshape(2, 20), tokens]
+    for values, right in zip(found, expected, strict=True):
+        np.testing.assert_allclose(np.asarray(values), right, atol=1e-6)
+
+
 @pytest.mark.slow
 def test_two_model_files_with_the_same_tensors_are_two_recipes(tmp_path: Path) -> None:
     """What is computed with the tensors decides the features as much as they do."""

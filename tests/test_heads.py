@@ -73,6 +73,10 @@ def test_pooling_gives_the_numbers_of_numpy() -> None:
     assert pool_features(X, "avg") == pytest.approx(X.mean(axis=(1, 2)), abs=1e-6)
     assert (pool_features(X, "max") == X.max(axis=(1, 2))).all()
     assert (pool_features(X, "flatten") == X.reshape(5, 24)).all()
+    tokens = X.reshape(5, -1, X.shape[3])  # as a transformer gives them
+    for pool in ("avg", "max", "flatten"):
+        assert pool_features(tokens, pool) == pytest.approx(pool_features(X, pool), abs=1e-6)
+    assert resolve_pool("logistic", None, tokens.shape[1:]) == "avg"
     assert (pool_features(X[:, 0, 0], "none") == X[:, 0, 0]).all()
 
 
@@ -115,7 +119,8 @@ def test_pooling_default(name: str, pool: str | None, shape: tuple[int, ...], ex
     [
         ("avg", (1280,), "needs spatial features"),
         ("none", (7, 7, 512), "use avg, max or flatten"),
-        (None, (7, 512), r"but heads expect \(d,\) or \(h, w, c\)"),
+        ("none", (36, 16), "use avg, max or flatten"),
+        (None, (2, 7, 7, 512), r"but heads expect \(d,\), \(tokens, c\) or \(h, w, c\); use --pool flatten"),
     ],
 )
 def test_pooling_that_makes_no_vector_is_refused(pool: str | None, shape: tuple[int, ...], message: str) -> None:

@@ -272,7 +272,12 @@ def test_weights_without_a_network(
     here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     says = ("the ImageNet weights of 'mobilenetv2' were not found. Tried:", "4. download: https://")
-    says += ("What to do: download https://", "save it as ", "--weights FILE", "--weights random")
+    says += (
+        "What to do: download the file of route 4",
+        "save it at the path of route 3",
+        "--weights FILE",
+        "--weights random",
+    )
     check([Mistake("no network", "extract photos", 1, says)], here, capsys, caplog)
 
 

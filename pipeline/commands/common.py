@@ -16,7 +16,7 @@ from typing import Annotated, Any, BinaryIO
 import typer
 
 import features
-from features.errors import BottleneckError, ConfigurationError
+from features.errors import BottleneckError, ConfigurationError, brief
 from features.files import printable
 from pipeline.progress import QUIET, set_quiet
 
@@ -55,7 +55,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has closed it
                 raise
-            sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+            sys.stderr.write(brief(f"error: {error.filename or 'the system'}: {error.strerror or error}") + "\n")
             raise typer.Exit(1) from None
 
     # Every command takes --quiet, and so does the program itself, because people type it in either place.

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image
 
 from features.errors import HeadError
-from features.networks.backbones import feature_model, preprocess
+from features.networks.backbones import feature_model, pooling_layer, preprocess
 from features.networks.backend import load_keras
 from features.networks.network import Network
 from features.networks.reference import relative_difference
@@ -51,9 +51,8 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
     pixels = layers.Identity(dtype="float32", name="resized")(resized(images, recipe.pixels))
     values = layers.Identity(dtype="float32", name="preprocessed")(preprocess(network.backbone)(pixels))
     (values,) = _listed(features(values))
-    pools = {"avg": layers.GlobalAveragePooling2D, "max": layers.GlobalMaxPooling2D, "flatten": layers.Flatten}
-    if head.pool in pools:
-        values = pools[head.pool](data_format="channels_last", name="pool")(values)
+    if head.pool not in (None, "none"):
+        values = pooling_layer(head.pool, len(values.shape) - 1, name="pool")(values)
     matrices = folded(head)
     for number, (kernel, bias) in enumerate(matrices, 1):
         last = number == len(matrices)

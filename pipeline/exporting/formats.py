@@ -20,6 +20,7 @@ from features.canonical import check_choice
 from features.errors import ConfigurationError, RunError
 from features.machine import processors
 from features.networks.backend import load_keras
+from features.networks.modelfile import open_model
 from features.networks.openvino_engine import _openvino
 
 CARD = "bottleneck.json"  # name of the card, if it is a file
@@ -163,7 +164,7 @@ def _write_onnx(model: Any, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- runtimes
 def _load_keras(path: Path) -> Runtime:
     keras = load_keras()
-    model = keras.saving.load_model(path, compile=False, safe_mode=True)
+    model = open_model(path)
 
     def forward(images: Any) -> Any:
         return model(images, training=False)

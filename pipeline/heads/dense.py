@@ -10,6 +10,7 @@ from typing import Any, Self
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError
+from features.networks.backbones import pooling_layer
 from features.networks.backend import load_keras
 from features.progress import Progress
 from pipeline.config import HeadFile, History, Settings, parse
@@ -293,12 +294,7 @@ def _chain(
     keras = load_keras()
 
     layers = keras.layers
-    pooling = {
-        "none": [],
-        "avg": [layers.GlobalAveragePooling2D(data_format="channels_last", name="pool")],
-        "max": [layers.GlobalMaxPooling2D(data_format="channels_last", name="pool")],
-        "flatten": [layers.Flatten(data_format="channels_last", name="pool")],
-    }[pool]
+    pooling = [] if pool == "none" else [pooling_layer(pool, len(input_shape), name="pool")]
     dense = [
         layers.Dense(units, activation=activation, name=f"hidden_{number}")
         for number, units in enumerate(widths[:-1], 1)

@@ -18,14 +18,16 @@ def choose_pool(asked: str | None, usual: str, shape: Sequence[int]) -> str:
     Raises
     ------
     HeadError
-        If rows are neither (d,) nor (h, w, c), or the pooling does not turn them into vectors.
+        If rows are none of (d,), (tokens, c) and (h, w, c), or the pooling does not turn them into vectors.
     """
     if len(shape) == 1:
         if asked in ("avg", "max"):
             raise HeadError(f"pool: {asked!r} needs spatial features, but these are vectors ({shape[0]}); leave it out")
         return "none"
-    if len(shape) != 3:
-        raise HeadError(f"features: received rows of shape {tuple(shape)}, but heads expect (d,) or (h, w, c)")
+    if len(shape) not in (2, 3) and (asked or usual) != "flatten":
+        raise HeadError(
+            f"features: received rows of shape {tuple(shape)}, but heads expect (d,), (tokens, c) or (h, w, c); use --pool flatten"
+        )
     chosen = asked or usual
     if chosen == "none":
         raise HeadError(f"pool: 'none' leaves shape {tuple(shape)}, but heads need vectors; use avg, max or flatten")
@@ -42,10 +44,10 @@ def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) ->
 
     Parameters
     ----------
-    X : float16 or float32, (n, d) or (n, h, w, c)
+    X : float16 or float32, (n, d), (n, tokens, c) or (n, h, w, c)
         Features, as stored; averages are computed in float32.
     pool : {"none", "avg", "max", "flatten"}
-        Pooling of spatial features.
+        Pooling of spatial features, or of tokens.
 
     Returns
     -------
@@ -57,13 +59,13 @@ def pool_features(X: np.ndarray, pool: str, *, out: np.ndarray | None = None) ->
         If values are not finite; the message gives the number of such rows.
     """
     pooled = np.empty((len(X), pooled_width(X.shape[1:], pool)), dtype=np.float32) if out is None else out
-    bad = 0
+    bad, axes = 0, tuple(range(1, X.ndim - 1))
     for rows in chunks(X):
         piece = np.asarray(X[rows], dtype=np.float32)
         if pool == "avg":
-            piece = piece.mean(axis=(1, 2))
+            piece = piece.mean(axis=axes)
         elif pool == "max":
-            piece = piece.max(axis=(1, 2))
+            piece = piece.max(axis=axes)
         pooled[rows] = piece.reshape(len(piece), -1)
         bad += int(np.sum(~np.isfinite(pooled[rows]).all(axis=1)))
     if bad:

@@ -169,6 +169,11 @@ def split_for_training(
     first = first_trainable(original, unfreeze, network)
     backbone = with_stored_statistics(original) if bn == "affine" else original
     names = [layer.name for layer in backbone.layers]
+    if recipe.layer not in names:
+        raise ConfigurationError(
+            f"the head was trained on features of {recipe.layer!r}, a layer inside a nested model, and fine-tuning starts only "
+            "from layers of the network itself. Extract a layer without / in its name, or save the inner model as a file."
+        )
     if names.index(recipe.layer) < first < len(names):
         raise ConfigurationError(
             f"unfreeze: {names[first]!r} comes after {recipe.layer!r}, whose output the head takes, so there is nothing "
