@@ -1,15 +1,24 @@
 # Everything runs from the virtual environment in .venv. Each target first makes it if it is missing or if pyproject.toml
-# has changed. Variables may be set on the command line: make extract DATA=my/images
+# has changed. Variables may be set on the command line: make extract DATA='my images'
+# The shell gets each variable as one word, as it was typed; only ARGS may be several words, or none.
 PYTHON   ?= python3
 DATA     ?= sample:digits
 BACKBONE ?= mobilenetv2
 FEATURES ?= features.h5
 HEAD     ?= dropout-linear
 RUNS     ?= runs
-RUN      ?= $(RUNS)
-IMAGES   ?= $(DATA)
 PREDICTIONS ?= predictions.csv
 ARGS     ?=
+ifeq ($(origin RUN),undefined)
+RUN := $(value RUNS)
+endif
+ifeq ($(origin IMAGES),undefined)
+IMAGES := $(value DATA)
+endif
+
+VARIABLES := PYTHON DATA BACKBONE FEATURES HEAD RUNS RUN IMAGES PREDICTIONS NAME
+unexport $(VARIABLES)
+quoted = $(subst '~/,~/','$(subst ','\'',$(value $(1)))')
 
 VENV := .venv
 FLOOR := .venv-floor
@@ -21,11 +30,11 @@ RUNNER := $(BIN)/python -m pipeline
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@echo "  variables: DATA=$(DATA) BACKBONE=$(BACKBONE) FEATURES=$(FEATURES) HEAD=$(HEAD) RUNS=$(RUNS) RUN=$(RUN) ARGS=\"...\""
+	@printf '  variables:'; printf ' %s' $(foreach name,$(filter-out PYTHON NAME,$(VARIABLES)),$(name)=$(call quoted,$(name))) 'ARGS="..."'; echo
 
 $(VENV)/.installed: pyproject.toml
-	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, %s.%s found: make PYTHON=python3.12 ..." % v)'
-	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV) (on Debian: apt-get install python3-venv)" >&2; exit 1; }
+	@$(call quoted,PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, %s.%s found: make PYTHON=python3.12 ..." % v)'
+	@test -x $(BIN)/python || $(call quoted,PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV) (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "installing into $(VENV) (TensorFlow is a large download; this happens once)" >&2
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]'
 	@touch $@
@@ -35,34 +44,34 @@ setup: $(VENV)/.installed  ## make the virtual environment and install the proje
 demo: extract train-head finetune  ## run the three stages, on scikit-learn's digits unless DATA is set
 
 extract: setup  ## stage one: compute the features of DATA and keep them in FEATURES
-	$(RUNNER) extract $(DATA) --out $(FEATURES) --backbone $(BACKBONE) $(ARGS)
+	$(RUNNER) extract $(call quoted,DATA) --out $(call quoted,FEATURES) --backbone $(call quoted,BACKBONE) $(ARGS)
 
 train-head: setup  ## stage two: train HEAD on FEATURES; writes a run folder into RUNS
-	$(RUNNER) train-head $(FEATURES) --head $(HEAD) --runs $(RUNS) $(ARGS)
+	$(RUNNER) train-head $(call quoted,FEATURES) --head $(call quoted,HEAD) --runs $(call quoted,RUNS) $(ARGS)
 
 finetune: setup  ## stage three: fine-tune the last block, starting from the newest run in RUN that can be fine-tuned
-	$(RUNNER) finetune $(RUN) --images $(DATA) $(ARGS)
+	$(RUNNER) finetune $(call quoted,RUN) --images $(call quoted,DATA) $(ARGS)
 
 predict: setup  ## write classes and probabilities of IMAGES by the best run in RUN to PREDICTIONS
-	$(RUNNER) predict $(RUN) $(IMAGES) --out $(PREDICTIONS) $(ARGS)
+	$(RUNNER) predict $(call quoted,RUN) $(call quoted,IMAGES) --out $(call quoted,PREDICTIONS) $(ARGS)
 
 evaluate: setup  ## score the best run in RUN on the labelled images IMAGES: accuracy, confusion, each class, calibration
 	$(RUNNER) evaluate $(RUN) $(IMAGES) $(ARGS)
 
 leaderboard: setup  ## print the table of runs, best first
-	$(RUNNER) leaderboard $(RUNS) $(ARGS)
+	$(RUNNER) leaderboard $(call quoted,RUNS) $(ARGS)
 
 report: setup  ## write a page about all runs: report.html
-	$(RUNNER) report $(RUNS) --out report.html $(ARGS)
+	$(RUNNER) report $(call quoted,RUNS) --out report.html $(ARGS)
 
 preview: setup  ## draw what the network will see of DATA: preview.png
-	$(RUNNER) preview $(DATA) --out preview.png $(ARGS)
+	$(RUNNER) preview $(call quoted,DATA) --out preview.png $(ARGS)
 
 export: setup  ## export the best run in RUN, from pixels to probabilities (ARGS="--format onnx --out model.onnx")
-	$(RUNNER) export $(RUN) $(ARGS)
+	$(RUNNER) export $(call quoted,RUN) $(ARGS)
 
 recipe: setup  ## run a published experiment on DATA: make recipe NAME=mobilenetv2-cats-dogs DATA=my/photos
-	$(RUNNER) recipe $(NAME) $(DATA) $(ARGS)
+	$(RUNNER) recipe $(call quoted,NAME) $(call quoted,DATA) $(ARGS)
 
 cluster-demo: setup  ## start a cluster on this machine, kill one of its three workers, compare the store
 	$(BIN)/python tests/benchmarks/cluster_demo.py $(ARGS)
@@ -80,7 +89,7 @@ test-fast: setup  ## run the tests that need no TensorFlow, in about 20 s
 	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
 $(FLOOR)/.installed: pyproject.toml
-	@test -x $(FLOOR)/bin/python || $(PYTHON) -m venv $(FLOOR)
+	@test -x $(FLOOR)/bin/python || $(call quoted,PYTHON) -m venv $(FLOOR)
 	@echo "installing the lowest declared versions into $(FLOOR) (TensorFlow is a large download)" >&2
 	@$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check uv
 	@$(FLOOR)/bin/uv pip install --quiet --python $(FLOOR)/bin/python --upgrade --resolution lowest-direct -e '.[dev]'

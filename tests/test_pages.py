@@ -81,7 +81,7 @@ def understood(line: str) -> None:
         targets = {word for word in arguments if "=" not in word}
         assert targets <= set(re.findall(r"^([a-z][a-z-]*):", MAKEFILE, re.MULTILINE)), line
         variables = {word.partition("=")[0] for word in arguments if "=" in word}
-        assert variables <= set(re.findall(r"\$\(([A-Z]+)\)", MAKEFILE)), line
+        assert variables <= set(re.findall(r"\$\((?:call quoted,)?([A-Z]+)\)", MAKEFILE)), line
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         for named in re.findall(r"bottleneck.features\S*\[(.*?)\]", line):
