@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import logging
+import sys
 
 from pipeline.commands import features, heads, looks, models, recipes  # noqa: F401  # each adds its commands
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
+from pipeline.streams import standard_streams
 
 DOWNLOADS = ("features.networks.weights", "features.networks.wheels")  # they say when a download begins
 
@@ -16,6 +19,18 @@ def main(arguments: list[str] | None = None) -> int:
 
     0 done; 1 failed; 2 wrong usage or configuration; 3 integrity failure; 4 too many unreadable images; 130 interrupted.
     """
+    with standard_streams():
+        try:
+            code = _run(arguments)
+            sys.stdout.flush()
+        except OSError as error:
+            if error.errno != errno.EPIPE:  # else whoever read our output has closed it
+                sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+            code = 1
+    return code
+
+
+def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
     for name in DOWNLOADS:
         logging.getLogger(name).setLevel(logging.INFO)

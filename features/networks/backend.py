@@ -68,5 +68,6 @@ def _without_chatter() -> Iterator[None]:
             os.dup2(terminal, 2)
             held.seek(0)
             kept = [line for line in held.read().splitlines(keepends=True) if not _CHATTER.match(line)]
-            os.write(terminal, b"".join(kept))
+            with contextlib.suppress(OSError):  # stderr is full or broken
+                os.write(terminal, b"".join(kept))
             os.close(terminal)

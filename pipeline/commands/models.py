@@ -26,6 +26,7 @@ from pipeline.commands.common import (
     print_next,
     print_note,
 )
+from pipeline.streams import is_closed
 
 
 @app.command()
@@ -148,6 +149,10 @@ def predict(
 
     if as_json and out is None:
         raise ConfigurationError("--json describes the file that --out names; for rows as JSON type --format jsonl")
+    if images == "-" and is_closed(0):
+        raise ConfigurationError("standard input is closed; expected a list of paths there, one per line")
+    if out is None and is_closed(1):
+        raise ConfigurationError("standard output is closed, so the rows would be lost; give a file with --out")
     on_screen = out is None and sys.stdout.isatty()  # rows are progress enough
     with ConsoleProgress() as progress:
         document = stage.predict(
