@@ -17,6 +17,7 @@ from typing import BinaryIO
 from features.files import whole_file
 from features.ownership import foreign
 from features.signing import is_signed, signature
+from features.temporary import temporary_path
 
 logger = logging.getLogger(__name__)
 CACHE_NAME = "bottleneck-features"
@@ -50,7 +51,8 @@ def _wanted_folder() -> Path:
 
 @functools.cache
 def _private_folder(problem: str) -> Path:
-    folder = Path(tempfile.mkdtemp(prefix=f"{CACHE_NAME}-"))
+    folder = temporary_path(Path(tempfile.gettempdir(), CACHE_NAME))
+    folder.mkdir(0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logger.warning(
         "%s: what this run keeps goes to %s and is removed at its end. Set BOTTLENECK_CACHE to a folder that only you can "

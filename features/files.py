@@ -7,7 +7,6 @@ import errno
 import glob
 import hashlib
 import os
-import secrets
 import shutil
 import socket
 import tempfile
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from features.errors import BottleneckError, LockedError, StoreError
+from features.temporary import sweep_dead, temporary_path
 
 
 @contextlib.contextmanager
@@ -70,7 +70,7 @@ def _replacement(path: Path, *, once: bool = False) -> Iterator[Path]:
     """Do what ``atomic_file`` and ``whole_file`` have in common; an ``OSError`` is passed on."""
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "not a regular file; give another name", str(path))
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         yield temporary
         with open(temporary, "rb") as stream:
@@ -204,7 +204,7 @@ def printable(path: str) -> str:
 
 
 def writable_folder(folder: Path) -> None:
-    """Create a folder if it is missing, and check, before any work, that files can be created in it.
+    """Create a folder if it is missing, check, before any work, that files can be created in it, and tidy it up.
 
     Raises
     ------
@@ -214,6 +214,7 @@ def writable_folder(folder: Path) -> None:
     with _checking(folder):
         folder.mkdir(parents=True, exist_ok=True)
         _try_to_write(folder)
+    sweep_dead(folder)
 
 
 def creatable_folder(folder: Path) -> None:

@@ -14,6 +14,7 @@ import secrets
 from pathlib import Path
 
 from features.ownership import foreign
+from features.temporary import temporary_path
 
 logger = logging.getLogger(__name__)
 KEY_BYTES = 32
@@ -102,7 +103,7 @@ def _kept_key(path: Path) -> bytes:
 def _make_key(path: Path) -> None:
     """Write a new key; of several processes that do so at the same time, the first one decides."""
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    temporary = temporary_path(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
             file.write(secrets.token_bytes(KEY_BYTES))

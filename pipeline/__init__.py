@@ -4,7 +4,7 @@
 
 The stages are the modules at the door: extract, train_head, finetune, predict, export, report, preview; experiments runs
 several of them from one file. Each folder is a room with a docstring that says what may be imported from it; README.md
-has the map. config, presets, outputs, progress, scratch and tables are the ground, used by all.
+has the map. config, presets, outputs, progress, streams and tables are the ground, used by all.
 """
 
 from __future__ import annotations

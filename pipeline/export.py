@@ -5,16 +5,11 @@ run -> network + head -> one Keras model -> parity -> convert -> parity by its o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import logging
 import os
-import secrets
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image
 
+from features.children import run_module
 from features.errors import ConfigurationError, ParityError, TooManyUnreadableError, UnreadableImageError
 from features.files import printable, sync_folder, writable_folder, writing
 from features.machine import processors
@@ -32,6 +28,7 @@ from features.pixels.decode import resize_image
 from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.scan import scan
+from features.temporary import sweep_dead, temporary_folder
 from pipeline.exporting.artefacts import Card, full_pixels, write_card
 from pipeline.exporting.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
 from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
@@ -130,7 +127,7 @@ def export(
         note=row.note,
         packages=environment()["packages"],
     )
-    with _new(path) as temporary:
+    with writing(path), temporary_folder(path) as temporary:
         made = temporary / f"model{row.suffix}"
         convert(model, row, made)
         write_card(made, card)
@@ -167,6 +164,7 @@ def summary(document: dict[str, Any]) -> str:
 
 # -------------------------------------------------------------------------------------------------- writing
 def _check_target(row: Format, path: Path) -> None:
+    sweep_dead(path.parent)
     row.require()
     if row.suffix and path.suffix != row.suffix:
         raise ConfigurationError(f"out: received {path}, expected a name ending in {row.suffix} for {row.name}")
@@ -179,18 +177,6 @@ def _check_backend(row: Format, backend: str) -> None:
         raise ConfigurationError(
             f"format {row.name}: the conversion needs TensorFlow, but Keras runs on {backend}; unset KERAS_BACKEND"
         )
-
-
-@contextlib.contextmanager
-def _new(path: Path) -> Iterator[Path]:
-    """Make a temporary folder beside ``path``; it is removed in any case."""
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    with writing(path):
-        try:
-            temporary.mkdir()
-            yield temporary
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _publish(made: Path, path: Path) -> None:
@@ -229,16 +215,8 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
     images, out = path.with_name("probes.npz"), path.with_name("probabilities.npy")
     arrays = {f"image_{number:04d}": probe.pixels for number, probe in enumerate(probes)}
     np.savez(images, **arrays)  # type: ignore[arg-type]
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeline.exporting.artefacts", str(path), str(images), str(out)],
-        env={**os.environ, "PYTHONPATH": paths, "TF_CPP_MIN_LOG_LEVEL": "2"},
-        capture_output=True,
-        text=True,
-        errors="replace",
-        check=False,
-    )
+    words = ("pipeline.exporting.artefacts", str(path), str(images), str(out))
+    done = run_module(*words, environment={"TF_CPP_MIN_LOG_LEVEL": "2", "TMPDIR": str(out.parent)})
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ParityError(f"a new process cannot run the artefact ({lines[-1]}); it is not kept")

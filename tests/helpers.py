@@ -73,6 +73,28 @@ def listing(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+LEAVE = """
+import os, sys
+from pathlib import Path
+from features.temporary import temporary_path
+for name in sys.argv[2:]:
+    path = temporary_path(Path(sys.argv[1], name))
+    (path.mkdir() if name == "folder" else path.write_bytes(b"half"))
+    print(path, flush=True)
+if sys.argv[2] == "stay":
+    sys.stdin.read()
+os.kill(os.getpid(), 9)
+"""
+
+
+def leave(folder: Path, *names: str) -> list[Path]:
+    """Let a process make such files, and a folder of that name, and be killed."""
+    command = [sys.executable, "-c", LEAVE, str(folder), *names]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == -9, done.stderr
+    return [Path(line) for line in done.stdout.splitlines()]
+
+
 def run_pipeline(*arguments: object, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
     """``python -m pipeline ...`` as a process of its own."""
     return subprocess.run(

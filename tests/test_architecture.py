@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import graphlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -40,7 +41,7 @@ FEATURE_ROOMS: dict[str, set[str]] = {
     "extraction": {"ground", "pixels", "sources", "networks", "store"},
     "transformer": {"ground", "pixels", "sources", "networks", "store", "extraction"},
 }
-# The ground of the pipeline: config intervals presets outputs progress scratch tables. Stages lie at the door, over the rooms.
+# The ground of the pipeline: config intervals presets outputs progress streams tables. Stages lie at the door, over the rooms.
 BELOW_HEADS = {"ground", "scores", "runs"}
 BELOW_STAGES = BELOW_HEADS | {"heads", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
 PIPELINE_ROOMS: dict[str, set[str]] = {
@@ -196,3 +197,11 @@ def test_help_names_the_commands() -> None:
     commands = "extract inspect verify train-head leaderboard finetune predict evaluate report preview"
     for command in commands.split():
         assert command in result.stdout
+
+
+def test_one_module_makes_temporary_names() -> None:
+    """A name that says whose it is can be swept; what has no name (``TemporaryFile``) needs none."""
+    for path in modules("features") + modules("pipeline"):
+        if path.stem != "temporary":
+            text = path.read_text()
+            assert not re.search(r"mkdtemp|mkstemp|NamedTemporaryFile|TemporaryDirectory|\}\.tmp", text), path

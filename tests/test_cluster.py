@@ -22,7 +22,7 @@ import numpy as np
 import pytest
 from clusters import PRELOAD, WIDTH, Faults, Processes, Traffic, extract, extraction, processes, wrong_clock
 from faults import differences, finish, inferred, start
-from helpers import listing, paint_folder, recipe
+from helpers import leave, listing, paint_folder, recipe
 
 from features.errors import ClusterError, ConfigurationError, IntegrityError, StoreError
 from features.extraction.journal import PartsFolder
@@ -30,6 +30,7 @@ from features.extraction.running import MadeShard, Reconciliation
 from features.extraction.shard import KILLS_WORKER, ShardRecord, ShardSpec, extract_shard
 from features.files import atomic_file, file_digest
 from features.store.reader import FeatureStore, parts_folder
+from features.temporary import system_folder
 from pipeline.cluster import connection
 from pipeline.cluster import run as module
 from pipeline.cluster import worker as cluster_worker
@@ -327,17 +328,16 @@ def test_a_worker_that_is_stuck_is_noticed_and_what_a_killed_command_left_goes(
     monkeypatch.setattr(module, "STUCK_SECONDS", 1)
     monkeypatch.setattr(module, "LOOK_SECONDS", 0.2)
     temporary = tmp_path / "tmp"
-    left = temporary / f"{connection.SCRATCH}left"
-    left.mkdir(parents=True)
-    (left / "lock").touch()
+    temporary.mkdir()
+    leave(temporary, "bottleneck", "folder")
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
     faults.set(numpy=WIDTH, log=str(tmp_path / "log"), stall_once=str(tmp_path / "stuck"))
     out, told = tmp_path / "out" / "f.h5", list[int]()
-    with connection._scratch() as used:  # by another command: it stays
+    with system_folder() as used:  # by another command: it stays
         result = extraction(source, out, ClusterShards("local:2")).run(
             lambda stage, done, total: told.append(done) if stage == "extract" else None
         )
-        assert listing(temporary) == [Path(used).name, f"{Path(used).name}/lock"]
+        assert listing(temporary) == [used.name]
     assert (tmp_path / "stuck").exists()
     assert "has reported nothing for" in caplog.text
     assert (result.inferred, inferred(tmp_path / "log"), told[-1]) == (300, 300, 300)

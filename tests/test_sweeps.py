@@ -6,7 +6,6 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import shutil
 import signal
 import subprocess
@@ -18,10 +17,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, call_pipeline, extract, listing, paint_folder, recipe
+from helpers import ROOT, call_pipeline, extract, leave, listing, paint_folder, recipe
 from test_train_head import Store, make_store
 
 from features.errors import ConfigurationError, HeadError, RunError
+from features.temporary import temporary_path
 from pipeline.cli import main
 from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.costs import parse_memory, shown
@@ -625,16 +625,14 @@ def test_damaged_files_of_one_run_stop_no_sweep_and_no_leaderboard(
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_what_killed_processes_left_behind_goes(tmp_path: Path) -> None:
-    process = subprocess.Popen(["true"])
-    process.wait()
     (run_id,) = run_sweep([make_store()], single("knn", {}), runs=tmp_path / "a", jobs=1).runs
-    here, runs = platform.node(), tmp_path / "b"
-    gone = [f".{name}.{here}-{process.pid}-0a.tmp" for name in ("sweep", run_id)]
-    kept = [f".sweep.{here}-{os.getpid()}-0a.tmp", f".sweep.{here}x-{process.pid}-0a.tmp"]
-    for name in gone + kept:
-        (runs / name).mkdir(parents=True)
+    runs = tmp_path / "b"
+    runs.mkdir()
+    leave(runs, "sweep", run_id, "folder")
+    kept = temporary_path(runs / "sweep")
+    kept.mkdir()
     run_sweep([make_store()], single("knn", {}), runs=runs, jobs=1)
-    assert {path.name for path in runs.iterdir()} == {run_id, *kept}
+    assert {path.name for path in runs.iterdir()} == {run_id, kept.name}
 
 
 # ------------------------------------------------------------------------------------------- command line

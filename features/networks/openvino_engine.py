@@ -15,7 +15,6 @@ import json
 import logging
 import queue
 import sys
-import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Mapping, Sequence
@@ -31,6 +30,7 @@ from features.errors import ConfigurationError, OpenVinoError, check_batch
 from features.machine import processors
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
+from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
 
@@ -223,8 +223,8 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
     batch = reference_images(height, width)
     with keras.device("cpu:0"):
         expected = whole(keras.ops.convert_to_tensor(batch), training=False)
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "model.xml"
+    with system_folder() as folder:
+        path = folder / "model.xml"
         level = logging.getLogger().level
         try:
             whole.export(str(path), format="openvino", verbose=False)

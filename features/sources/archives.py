@@ -30,6 +30,7 @@ from features.cache import cache_path
 from features.errors import SourceError, UnreadableImageError
 from features.files import whole_file
 from features.pixels.decode import MAX_BYTES
+from features.temporary import sweep_dead
 
 logger = logging.getLogger(__name__)
 
@@ -318,6 +319,7 @@ def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
         return copy
     logger.info("%s: expanding into %s", path, copy)
     try:
+        sweep_dead(copy.parent)
         for former in set(copy.parent.glob(f"{key}-*.tar")) - {copy}:  # of the archive before it changed
             former.unlink(missing_ok=True)
         with whole_file(copy) as out:

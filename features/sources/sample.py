@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import numpy as np
 from features.cache import cache_path
 from features.errors import SourceError, nearest
 from features.pixels.png import plain_png
+from features.temporary import temporary_folder
 
 SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
 
@@ -28,8 +28,8 @@ def sample_folder(name: str) -> Path:
     try:
         if not folder.is_dir():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(prefix=".digits-", dir=folder.parent) as temporary:
-                made = Path(temporary) / "digits"
+            with temporary_folder(folder) as temporary:
+                made = temporary / "digits"
                 _write_digits(made)
                 try:
                     made.rename(folder)

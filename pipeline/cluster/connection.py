@@ -12,16 +12,15 @@ import logging
 import os
 import re
 import secrets
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from features.errors import ClusterError, ConfigurationError
 from features.files import writable_folder, writing
+from features.temporary import system_folder, temporary_path
 from pipeline.cluster.plan import versions
-from pipeline.cluster.worker import PROCESSORS, probe
+from pipeline.cluster.worker import OWNER, PROCESSORS, probe
 from pipeline.sweeps.workers import on_cluster
 
 logger = logging.getLogger(__name__)
@@ -30,7 +29,6 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 300.0  # to wait without any worker: batch systems start workers late, and nannies restart them
 DEATHS = 3  # how many workers a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
 MAX_LOCAL = 256
-SCRATCH = "bottleneck-cluster-"  # prefix of the folders of local workers, inside the temporary folder
 
 
 def parse_cluster(text: str) -> int | str:
@@ -150,7 +148,8 @@ def _local(count: int) -> Iterator[Any]:
     preload = [*([preload] if isinstance(preload, str) else preload), "pipeline.cluster.worker"]
     environ = dask.config.get("distributed.nanny.pre-spawn-environ")
     common = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard": False}
-    with _scratch() as folder:
+    with system_folder() as folder:
+        owner = {OWNER: str(os.getpid())}
         options = {
             **common,
             "nthreads": 1,
@@ -161,14 +160,14 @@ def _local(count: int) -> Iterator[Any]:
         workers = {
             number: {
                 "cls": distributed.Nanny,
-                "options": {**options, "env": {PROCESSORS: ",".join(map(str, share))} if share else {}},
+                "options": {**options, "env": {**owner, **({PROCESSORS: ",".join(map(str, share))} if share else {})}},
             }
             for number, share in enumerate(shares(count))
         }
         scheduler = {"cls": distributed.Scheduler, "options": {**common, "port": 0, "dashboard_address": "127.0.0.1:0"}}
         settings = {
             "distributed.scheduler.allowed-failures": DEATHS - 1,
-            "temporary-directory": folder,
+            "temporary-directory": str(folder),
             # With its default Dask gives up a worker that dies again within 15 s, as happens when one image kills workers.
             "distributed.deploy.lost-worker-timeout": "1000 days",
             # With Dask's value glibc maps and unmaps memory for every image, which costs 8 % of an extraction.
@@ -179,21 +178,6 @@ def _local(count: int) -> Iterator[Any]:
             distributed.SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
         ):
             yield cluster
-
-
-@contextlib.contextmanager
-def _scratch() -> Iterator[str]:
-    """Yield a folder for local workers. Folders that killed commands left are removed: nobody holds their lock."""
-    import filelock
-
-    for left in Path(tempfile.gettempdir()).glob(f"{SCRATCH}*/lock"):
-        with contextlib.suppress(OSError, filelock.Timeout), filelock.FileLock(left).acquire(timeout=0):
-            shutil.rmtree(left.parent, ignore_errors=True)
-    with (
-        tempfile.TemporaryDirectory(prefix=SCRATCH, ignore_cleanup_errors=True) as folder,
-        filelock.FileLock(Path(folder, "lock")),
-    ):
-        yield folder
 
 
 def shares(count: int) -> list[list[int]]:
@@ -239,7 +223,7 @@ def check_workers(client: Any, path: Path, token: str, image: str | None = None)
 def shared_folder(client: Any, folder: Path) -> Iterator[None]:
     """Check that all workers see a folder before it is used."""
     token = secrets.token_hex(8)
-    path = Path(os.path.abspath(folder)) / f".cluster-{token}.tmp"
+    path = temporary_path(Path(os.path.abspath(folder), "cluster"))
     try:
         with writing(path):
             path.write_text(token)

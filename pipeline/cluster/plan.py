@@ -1,6 +1,6 @@
 """What workers receive: a plan file on the shared path, and tasks that point to a few bytes of it.
 
-    plan --PlanFile--> features.h5.parts/.plan-TOKEN.tmp     first line: what all shards share; then one line per shard
+    plan --PlanFile--> features.h5.parts/.plan.OWNER.tmp     first line: what all shards share; then one line per shard
     task (path, token, position of its line, range of rows) --OpenPlan--> ShardSpec
 
 A million paths never pass through the scheduler. The file is JSON; nothing in it is executed or unpickled.
@@ -25,6 +25,7 @@ from features.files import writing
 from features.machine import keras_backend, software_versions
 from features.recipe import Recipe
 from features.store.schema import FORMAT_VERSION
+from features.temporary import temporary_path
 
 PLAN_FORMAT = 1
 # Compared only if both sides have them: a GPU node does not need OpenVINO, nor a node with another backend TensorFlow.
@@ -110,7 +111,7 @@ class PlanFile:
             If it cannot be written.
         """
         token = secrets.token_hex(8)
-        path = Path(os.path.abspath(folder)) / f".plan-{token}.tmp"
+        path = temporary_path(Path(os.path.abspath(folder), "plan"))
         places = []
         try:
             with writing(path), open(path, "xb") as stream:

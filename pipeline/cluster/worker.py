@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from features.children import end_with
 from features.errors import BottleneckError, ClusterError
 from features.extraction.shard import ShardRecord, ShardSpec, extract_shard, find_shard
 from features.machine import processors
@@ -34,6 +35,7 @@ from pipeline.cluster.plan import OpenPlan, Setting, ShardTask, differences, ver
 PROCESSORS = (
     "BOTTLENECK_PROCESSORS"  # environment variable of a local worker: numbers of its processors, separated by commas
 )
+OWNER = "BOTTLENECK_OWNER"  # environment variable of a local worker: number of the process that starts it
 VISIBLE_SECONDS = 5.0  # a network file system may show a new file late
 TELLINGS = 8  # largest number of progress messages for one shard
 TELL_SECONDS = 1.0  # shortest time between two of them
@@ -45,6 +47,8 @@ def dask_setup(worker: Any) -> None:
     """Prepare a worker. Dask calls this when a worker starts with this module as its preload."""
     with contextlib.suppress(ValueError):  # not in the main thread
         signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if os.environ.get(OWNER) == str(os.getppid()):
+        end_with(os.getppid())
     wanted = os.environ.get(PROCESSORS)
     if wanted and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, {int(number) for number in wanted.split(",")})

@@ -18,6 +18,7 @@ import typer
 import features
 from features.errors import BottleneckError, ConfigurationError, brief
 from features.files import printable
+from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
 
 
@@ -45,7 +46,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         if quiet:
             set_quiet(quiet=True)
         try:
-            command(*args, **kwargs)
+            with temporary_files_together():
+                command(*args, **kwargs)
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; all finished work is kept. Run the same command again to resume.\n")
             raise typer.Exit(130) from None

@@ -7,7 +7,6 @@ import dataclasses
 import json
 import logging
 import os
-import secrets
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ import yaml
 from features.errors import BottleneckError, RunError
 from features.files import atomic_file, sync_folder
 from features.recipe import Recipe
+from features.temporary import temporary_folder, temporary_path
 from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse
 from pipeline.runs.folder import (
     BACKBONE_MODEL,
@@ -30,7 +30,6 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.notes import environment, readme
 from pipeline.runs.plots import plot_run
-from pipeline.scratch import scratch_folder
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +131,8 @@ def write_run(
     temporary = None
     try:
         root.mkdir(parents=True, exist_ok=True)
-        temporary = scratch_folder(root, run_id)
+        temporary = temporary_path(folder)
+        temporary.mkdir()
         if start is not None and features is None:
             features = {key: value for key, value in start.config["features"].items() if key != "reading" or value}
         if features is None:
@@ -211,12 +211,9 @@ def add_plots(run: Run) -> None:
     if (run.folder / "plots").exists():
         return
     rows, history = read_predictions(run), read_history(run.folder)
-    temporary = run.folder / f".plots.{secrets.token_hex(4)}.tmp"
-    try:
+    with temporary_folder(run.folder / "plots") as temporary:
         plot_run(temporary, history, rows.labels, rows.probabilities, run.classes)
         os.rename(temporary, run.folder / "plots")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
@@ -241,7 +238,7 @@ def _publish(temporary: Path, folder: Path) -> None:
         if is_finished(folder):
             return  # another process was faster; equal ids mean equal runs
         logger.warning("%s: the run was incomplete and is replaced", folder)
-        old = temporary.with_suffix(".old")
+        old = temporary_path(folder)
         os.rename(folder, old)
         os.rename(temporary, folder)
         shutil.rmtree(old)

@@ -20,6 +20,7 @@ from features.errors import ConfigurationError, HeadError, RunError
 from features.files import writable_folder
 from features.machine import processors
 from features.progress import Progress
+from features.temporary import temporary_path
 from pipeline.heads.costs import check_bytes, usable_memory
 from pipeline.heads.fitting import Fitted, fit_companions, fit_one, reason_of
 from pipeline.heads.gather import Source, feature_set, needs_folds, needs_rows, views_seen
@@ -31,7 +32,6 @@ from pipeline.runs.board import check_choice, leaderboard
 from pipeline.runs.folder import Run, is_finished
 from pipeline.runs.writing import add_plots, add_scores
 from pipeline.scores.metrics import evaluate
-from pipeline.scratch import scratch_folder
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
 from pipeline.sweeps.workers import Lost, in_parallel
 from pipeline.tables import board_text
@@ -291,7 +291,8 @@ def _train_alike(
     alike: Sequence[Job], source: Source, runs: Path, jobs: int, folds: int
 ) -> Iterator[tuple[Job, Fitted | str]]:
     """Train jobs that use the same prepared rows."""
-    folder = scratch_folder(runs, "sweep")
+    folder = temporary_path(runs / "sweep")
+    folder.mkdir()
     try:
         prepared = source.prepare(scale=alike[0].head.scale, folder=folder)
     except (HeadError, MemoryError) as problem:  # not a damaged store, which stops the whole sweep

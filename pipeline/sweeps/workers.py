@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
+
+from features.children import end_with
 
 
 class Lost(NamedTuple):
@@ -32,7 +35,7 @@ def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
     """Yield the number of each call and the value of ``function(*arguments)`` as they come, in any order.
 
     A single call, or ``jobs`` of 1, needs no other process. Workers map arrays that are in files instead of receiving
-    copies. Each worker has one thread. If a worker is killed, or a value cannot be sent back, the calls that the workers
+    copies. Each worker has one thread, and ends with this process. If a worker is killed, or a value cannot be sent back, the calls that the workers
     had in hand are repeated one at a time, and one that fails again is `Lost`. All other calls give their values.
     """
     client = _cluster.get()
@@ -76,7 +79,8 @@ def _values(
     import joblib
 
     if client is None:
-        backend: dict[str, Any] = {"backend": "loky", "inner_max_num_threads": 1}
+        ending = {"initializer": end_with, "initargs": (os.getpid(),)}
+        backend: dict[str, Any] = {"backend": "loky", "inner_max_num_threads": 1, **ending}
         options: dict[str, Any] = {"n_jobs": jobs, "max_nbytes": None}
     else:
         backend, options = {"backend": "dask", "client": client}, {}
