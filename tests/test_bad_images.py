@@ -29,7 +29,8 @@ from PIL import features as pillow
 from features.errors import UnreadableImageError
 from features.extraction.extraction import Extraction, ExtractionResult
 from features.extraction.options import ExtractionOptions
-from features.pixels.decode import MAX_BYTES, REASONS, decode_image, read_bytes
+from features.pixels.decode import REASONS, decode_image, read_bytes
+from features.pixels.limits import MAX_BYTES
 from features.recipe import PixelRule, Recipe
 from features.sources.scan import ImageSet, scan
 
@@ -271,6 +272,56 @@ def _(name: str) -> Made:
 @good("jpeg-named-png.PNG", tolerance=2)
 def _(name: str) -> Made:
     return jpeg(picture(name)), picture(name)
+
+
+_METADATA = {
+    "png-large-text.png": chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(5 << 20))),
+    "png-large-profile.png": chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(6 << 20))),
+    "png-checksum-of-resolution-wrong.png": chunk(b"pHYs", struct.pack(">IIB", 3000, 3000, 1))[:-1] + b"?",
+    "png-short-resolution.png": chunk(b"pHYs", b"\0"),
+    "png-short-gamma.png": chunk(b"gAMA", b"\0"),
+    "png-text-of-garbage.png": chunk(b"zTXt", b"k\0\0no zlib"),
+    "png-checksum-of-exif-wrong.png": chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\0")[:-1] + b"?",
+}
+for _name, _chunk in _METADATA.items():
+
+    @good(_name)
+    def _(name: str, extra: bytes = _chunk) -> Made:
+        return colour_png(name, extra), picture(name)
+
+    @good("after-" + _name)
+    def _(name: str, extra: bytes = _chunk) -> Made:
+        return colour_png(name)[: -len(PNG_END)] + extra + PNG_END, picture(name)
+
+
+for _name, _content in {"jfif": b"\xe0JFIF\0", "adobe": b"\xeeAdobe\0", "profile": b"\xe2ICC_PROFILE\0"}.items():
+
+    @good(f"jpeg-short-{_name}.jpg", tolerance=2)
+    def _(name: str, content: bytes = _content) -> Made:
+        data = jpeg(picture(name), exif=with_orientation(6).tobytes())
+        segment = b"\xff" + content[:1] + struct.pack(">H", len(content) + 1) + content[1:]
+        return data[:2] + segment + data[2:], UPRIGHT[6](picture(name))
+
+
+@good("png-upright-despite-its-metadata.png")
+def _(name: str) -> Made:
+    exif = with_orientation(6).tobytes().removeprefix(b"Exif\0\0")
+    data = colour_png(name, _METADATA["png-large-text.png"], chunk(b"eXIf", exif))
+    return data, UPRIGHT[6](picture(name))
+
+
+@good("jpeg-of-90-scans.jpg", tolerance=2)
+def _(name: str) -> Made:
+    return scans(80)(name), picture(name)
+
+
+@good("jpeg-with-scans-in-its-metadata.jpg", tolerance=2)
+def _(name: str) -> Made:
+    """A thumbnail, and a film after the picture, may hold the bytes of a marker."""
+    data = jpeg(picture(name))
+    return data[:2] + b"\xff\xec" + struct.pack(">H", 2 + 800) + b"\xff\xda" * 400 + data[
+        2:
+    ] + b"\xff\xda" * 900, picture(name)
 
 
 @good("png-grey-16-bits.png")
@@ -631,16 +682,35 @@ bad("png-checksum-of-header-wrong.png", "unreadable", lambda name: changed(colou
 bad("png-checksum-in-data-wrong.png", "unreadable", lambda name: changed(colour_png(name), -20, b"\1\2\3\4"))
 bad("png-without-palette.png", "unreadable", lambda name: png(np.asarray(indexed(name)), 24, 3))
 bad("png-bomb-30000x30000.png", "too-large", lambda name: colour_png(name, width=30_000, height=30_000))
-bad(
-    "png-bomb-of-text.png",
-    "too-large",
-    lambda n: colour_png(n, chunk(b"zTXt", b"k\0\0" + zlib.compress(bytes(5 << 20)))),
-)
-bad(
-    "png-bomb-of-profile.png",
-    "too-large",
-    lambda n: colour_png(n, chunk(b"iCCP", b"k\0\0" + zlib.compress(bytes(6 << 20)))),
-)
+bad("png-10000000x1.png", "too-large", lambda name: colour_png(name, width=10_000_000, height=1))
+bad("png-1x10000000.png", "too-large", lambda name: colour_png(name, width=1, height=10_000_000))
+bad("png-checksum-of-transparency-wrong.png", "unreadable",
+    lambda name: changed(colour_png(name, chunk(b"tRNS", bytes(6))), 33 + 8 + 6, b"\1\2\3\4"))  # fmt: skip
+
+
+def scans(count: int, *, side: bytes | None = None) -> Callable[[str], bytes]:
+    """A progressive JPEG whose last scan is repeated; with another ``side``, its header says so, not its data."""
+
+    def make(name: str) -> bytes:
+        data = jpeg(picture(name), progressive=True)
+        tables, end = data.rindex(b"\xff\xc4"), data.rindex(b"\xff\xd9")
+        data = data[:end] + data[tables:end] * count + data[end:]
+        return changed(data, data.index(b"\xff\xc2") + 5, 2 * side) if side else data
+
+    return make
+
+
+bad("jpeg-of-5000-scans.jpg", "too-large", scans(5000))
+bad("jpeg-of-60-scans-10000x10000.jpg", "too-large", scans(50, side=struct.pack(">H", 10_000)))
+bad("jpeg-of-many-segments.jpg", "too-large",
+    lambda name: changed(jpeg(picture(name)), 2, b"\xff\xfe\0\2" * 210_000))  # fmt: skip
+bad("png-of-many-chunks.png", "too-large", lambda name: colour_png(name, chunk(b"tEXt", b"a\0b") * 210_000))
+bad("gif-of-many-blocks.gif", "too-large", b"GIF89a\4\0\4\0\0\0\0\x21\xfe" + b"\1x" * 210_000 + b"\0,")
+bad("pixmap-after-a-comment.ppm", "too-large", b"P6\n#" + b"x" * 48_000_000 + b"\n2 2\n255\n" + bytes(12))
+bad("pixmap-as-text.ppm", "too-large", b"P3\n3000 3000\n255\n" + b"0 " * 27_000_000)
+bad("jpeg-2000-of-60-million-pixels.jp2", "too-large",
+    lambda name: encoded(picture(name), "JPEG2000").replace(struct.pack(">II", 16, 24), struct.pack(">II", 6000, 10_000))
+    .replace(struct.pack(">II", 24, 16), struct.pack(">II", 10_000, 6000)))  # fmt: skip
 
 bad("gif-cut.gif", "truncated", cut("GIF", 2000))
 bad("gif-without-picture.gif", "truncated", b"GIF89a\4\0\4\0\0\0\0;")

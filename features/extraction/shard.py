@@ -23,6 +23,7 @@ from features.canonical import digest_of
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
 from features.files import atomic_file, file_digest, printable
 from features.pixels.batches import batches
+from features.pixels.limits import watch
 from features.pixels.views import DecodedViews, decode_views
 from features.recipe import PixelRule, Recipe
 from features.store.reader import FeatureStore, shard_path
@@ -204,7 +205,8 @@ def infer_shard(
     def load(index: int) -> DecodedViews:
         data = read(spec.paths[index])
         hashes[index] = hashlib.sha256(data).digest()
-        return spec.render(data, hashes[index])
+        with watch.over(spec.paths[index]):
+            return spec.render(data, hashes[index])
 
     rows = ShardRows([], {})
     features: dict[str, np.ndarray] = {}  # image by image, the views of each in order

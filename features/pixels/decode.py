@@ -5,6 +5,7 @@ Pillow decodes. Its global settings are never changed, so all functions may be c
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib
 import io
@@ -13,6 +14,7 @@ import os
 import stat
 import struct
 import zlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +22,16 @@ import numpy as np
 from PIL import Image, ImageFile
 
 from features.errors import ConfigurationError, UnreadableImageError
+from features.pixels.limits import (
+    MAX_BYTES,
+    MAX_PIXELS,
+    check_file,
+    check_picture,
+    decoded_bytes,
+    jpeg_segments,
+    memory,
+    png_chunks,
+)
 from features.recipe import PixelRule
 
 logger = logging.getLogger(__name__)
@@ -28,16 +40,13 @@ REASON_MEANINGS = {
     "empty": "the file has no bytes",
     "not-an-image": "no decoder knows the first bytes: text, HEIC, PDF, a web page saved as .jpg",
     "truncated": "the data end before the image does",
-    "too-large": "more pixels, bytes or memory than the limit",
+    "too-large": "more pixels, bytes, memory, scans or parts than the limit (features/pixels/limits.py)",
     "unreadable": "it begins like an image, but the decoder or the disk refuses the rest",
     "missing": "no such file, or a broken link",
     "no-permission": "the file may not be read",
     "not-a-file": "a folder, pipe, socket or device",
 }
 REASONS: tuple[str, ...] = tuple(REASON_MEANINGS)
-
-MAX_PIXELS = 100_000_000
-MAX_BYTES = 1 << 30
 
 # A closed list: Pillow would otherwise also try decoders that start other programs (EPS runs Ghostscript).
 _PLUGINS = {
@@ -86,6 +95,9 @@ _END_OF_DATA_WORDS = (
     "not enough image data",
     "cannot load this image",  # a header, and no data after it
 )
+
+_PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_ROWS = 256  # rows of deep grey that are scaled at a time
 
 # Decoders that read only as far as they must: if one of them reached the end of the file, it needed more data.
 _READ_STEP_BY_STEP = ("JPEG", "PNG", "TIFF")
@@ -202,12 +214,27 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     UnreadableImageError
         ``reason`` is ``empty``, ``not-an-image``, ``truncated``, ``too-large`` or ``unreadable``.
     """
-    upright = decode_upright(data, rule, max_pixels=max_pixels)
-    return Decoded(resize_image(upright.image, rule), upright.width, upright.height)
+    with decoding(data, rule, max_pixels=max_pixels) as upright:
+        return Decoded(resize_image(upright.image, rule), upright.width, upright.height)
 
 
-def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Upright:
+def decode_upright(data: bytes, rule: PixelRule) -> Upright:
     """Do the part of ``decode_image`` before the resize; ``rule`` says how far the decoder may shrink the image.
+
+    Raises
+    ------
+    UnreadableImageError
+        As ``decode_image``.
+    """
+    with decoding(data, rule) as upright:
+        return upright
+
+
+@contextlib.contextmanager
+def decoding(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> Iterator[Upright]:
+    """Decode as ``decode_upright``, and hold the image's share of the memory of all threads as long as the context lasts.
+
+    One thread must not enter a second one inside: it might wait for itself.
 
     Raises
     ------
@@ -220,12 +247,33 @@ def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS
         )
     if not data:
         raise UnreadableImageError("empty", "0 bytes")
+    check_file(data)
+    with contextlib.ExitStack() as held:
+        try:
+            upright = _decoded(data, rule, max_pixels, held)
+        except UnreadableImageError as error:
+            held.close()
+            pixels = _without_metadata(data)
+            if pixels is None:
+                raise
+            try:
+                upright = _decoded(pixels, rule, max_pixels, held)
+            except UnreadableImageError:
+                raise error from None
+            logger.debug("metadata ignored: %s", error)
+        yield upright
+
+
+def _decoded(data: bytes, rule: PixelRule, max_pixels: int, held: contextlib.ExitStack) -> Upright:
+    """Decode an image, turn it upright and convert it to RGB; ``held`` keeps its share of the memory."""
     image = _open(data)
-    _check_size(image, max_pixels)
+    check_picture(image, data, max_pixels)
+    held.enter_context(memory.held(decoded_bytes(image)))
     try:
         size = _shrink_on_load(image, rule) if rule.decode == "fast" and image.format == "JPEG" else None
         image.load()
-        _check_size(image, max_pixels)  # an icon may hold a larger image than its header says
+        if image.format == "ICO":  # it may hold a larger image than its header says
+            check_picture(image, data, max_pixels)
         if image.format == "PNG":
             _scale_transparent_colour(image, bits=data[24])
         upright = _upright(image)
@@ -234,6 +282,40 @@ def decode_upright(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS
         raise
     except _DECODER_ERRORS as error:
         raise _refusal(error, image.format or "image", data) from error
+
+
+def _without_metadata(data: bytes) -> bytes | None:
+    """Return a PNG or JPEG with only what decides its pixels; None if it is neither or holds nothing else."""
+    decides: Callable[[bytes], bool]
+    if data.startswith(b"\x89PNG\r\n\x1a\n"):
+        start, parts, decides = 8, png_chunks(data), _chunk_decides
+    elif data.startswith(b"\xff\xd8"):
+        start, parts, decides = 2, jpeg_segments(data), _segment_decides
+    else:
+        return None
+    kept, last = [data[:start]], start
+    for begin, last in parts:
+        if decides(data[begin:last]):
+            kept.append(data[begin:last])
+    pixels = b"".join([*kept, data[last:]])
+    return pixels if len(pixels) < len(data) else None
+
+
+def _chunk_decides(chunk: bytes) -> bool:
+    whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+    return chunk[4:8] in _PIXEL_CHUNKS or (chunk[4:8] == b"eXIf" and whole)
+
+
+def _segment_decides(segment: bytes) -> bool:
+    """Whether a segment of a JPEG decides its pixels: libjpeg uses the markers of JFIF and Adobe if they are whole."""
+    kind, content = segment[-1] if len(segment) < 2 else segment[1], segment[4:]
+    if kind == 0xE1:
+        return content.startswith(b"Exif\0\0")
+    if kind in (0xE0, 0xEE):
+        return content.startswith(b"JFIF\0" if kind == 0xE0 else b"Adobe") and len(content) >= (
+            14 if kind == 0xE0 else 12
+        )
+    return kind != 0xFE and not 0xE0 <= kind <= 0xEF
 
 
 def _open(data: bytes) -> Image.Image:
@@ -259,13 +341,6 @@ def _open(data: bytes) -> Image.Image:
     raise UnreadableImageError(
         "not-an-image", f"the first bytes, {prefix!r}, match no known format ({', '.join(_PLUGINS)})"
     )
-
-
-def _check_size(image: Image.Image, max_pixels: int) -> None:
-    if image.width * image.height > max_pixels:
-        raise UnreadableImageError(
-            "too-large", f"{image.width}x{image.height} pixels; the limit is {max_pixels} in total"
-        )
 
 
 def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageError:
@@ -330,7 +405,7 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "La":  # grey premultiplied by its alpha, which Pillow converts to LA only
         image = image.convert("LA")
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
+        coloured = image if image.mode == "RGBA" else image.convert("RGBA")
         canvas = Image.new("RGB", image.size, (255, 255, 255))
         canvas.paste(coloured, mask=coloured.getchannel("A"))
         return canvas
@@ -354,19 +429,30 @@ def _deep_grey_to_8_bits(image: Image.Image) -> np.ndarray:
     exceeds, else the largest value. Negative values and NaN are black. A TIFF may state that it has 12 bits (white is
     4095), or that zero is white.
     """
-    values = np.nan_to_num(np.asarray(image).astype(np.float32), posinf=np.inf)
-    largest = float(values.max(initial=0, where=np.isfinite(values)))
+    bands = [(top, min(top + _ROWS, image.height)) for top in range(0, image.height, _ROWS)]
+
+    def values_of(top: int, bottom: int) -> np.ndarray:
+        band = np.asarray(image.crop((0, top, image.width, bottom)))
+        return np.nan_to_num(band.astype(np.float32), posinf=np.inf)
+
+    largest = 0.0
+    for top, bottom in bands:
+        values = values_of(top, bottom)
+        largest = max(largest, float(values.max(initial=0, where=np.isfinite(values))))
     scales = {"I": (65535.0, 2.0**31 - 1), "F": (1.0, 255.0, 65535.0, largest)}.get(image.mode, (65535.0,))
     tags = getattr(image, "tag_v2", {})  # only a TIFF has them
     if tags.get(_BITS_TAG) == (12,):
         scales = (4095.0,)
     white = next((scale for scale in scales if largest <= scale), scales[-1])
-    if tags.get(_PHOTOMETRIC_TAG) == 0:
-        values = np.float32(white) - values
-    grey = (np.clip(values, 0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
     transparent = image.info.get("transparency")
-    if isinstance(transparent, int):
-        grey[values == transparent] = 255
+    grey = np.empty((image.height, image.width), np.uint8)
+    for top, bottom in bands:
+        values = values_of(top, bottom)
+        if tags.get(_PHOTOMETRIC_TAG) == 0:
+            values = np.float32(white) - values
+        grey[top:bottom] = (np.clip(values, 0, white) * np.float32(255 / white) + np.float32(0.5)).astype(np.uint8)
+        if isinstance(transparent, int):
+            grey[top:bottom][values == transparent] = 255
     return grey
 
 

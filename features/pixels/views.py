@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from features.augmentation import AugmentSpec
-from features.pixels.decode import decode_image, decode_upright, resize_image
+from features.pixels.decode import decode_image, decoding, resize_image
 from features.recipe import PixelRule
 
 CROP_ATTEMPTS = 10  # as in torchvision
@@ -183,8 +183,8 @@ def decode_views(
         return DecodedViews(np.repeat(plain.pixels[None], len(views), axis=0), plain.width, plain.height)
     spec = spec or AugmentSpec()
     shrunk_apart = spec.crop_scale is not None and rule.decode == "fast"
-    upright = decode_upright(data, dataclasses.replace(rule, decode="full") if shrunk_apart else rule)
-    pixels = render_views(upright.image, rule, spec, seed=seed, sha256=sha256, views=views, resize=resize_image)
+    with decoding(data, dataclasses.replace(rule, decode="full") if shrunk_apart else rule) as upright:
+        pixels = render_views(upright.image, rule, spec, seed=seed, sha256=sha256, views=views, resize=resize_image)
     if shrunk_apart and 0 in views:
         pixels[[view == 0 for view in views]] = decode_image(data, rule).pixels
     return DecodedViews(pixels, upright.width, upright.height)

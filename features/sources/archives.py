@@ -29,7 +29,7 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 from features.cache import cache_path
 from features.errors import SourceError, UnreadableImageError
 from features.files import whole_file
-from features.pixels.decode import MAX_BYTES
+from features.pixels.limits import MAX_BYTES
 from features.temporary import sweep_dead
 
 logger = logging.getLogger(__name__)
