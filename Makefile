@@ -49,14 +49,14 @@ extract: setup  ## stage one: compute the features of DATA and keep them in FEAT
 train-head: setup  ## stage two: train HEAD on FEATURES; writes a run folder into RUNS
 	$(RUNNER) train-head $(call quoted,FEATURES) --head $(call quoted,HEAD) --runs $(call quoted,RUNS) $(ARGS)
 
-finetune: setup  ## stage three: fine-tune the last block, starting from the newest run in RUN that can be fine-tuned
+finetune: setup  ## stage three: fine-tune the last block, starting from a run in RUN that can be fine-tuned
 	$(RUNNER) finetune $(call quoted,RUN) --images $(call quoted,DATA) $(ARGS)
 
-predict: setup  ## write classes and probabilities of IMAGES by the best run in RUN to PREDICTIONS
+predict: setup  ## write classes and probabilities of IMAGES by the chosen run in RUN to PREDICTIONS
 	$(RUNNER) predict $(call quoted,RUN) $(call quoted,IMAGES) --out $(call quoted,PREDICTIONS) $(ARGS)
 
-evaluate: setup  ## score the best run in RUN on the labelled images IMAGES: accuracy, confusion, each class, calibration
-	$(RUNNER) evaluate $(RUN) $(IMAGES) $(ARGS)
+evaluate: setup  ## score the chosen run in RUN on the labelled images IMAGES: accuracy, confusion, each class, calibration
+	$(RUNNER) evaluate $(call quoted,RUN) $(call quoted,IMAGES) $(ARGS)
 
 leaderboard: setup  ## print the table of runs, best first
 	$(RUNNER) leaderboard $(call quoted,RUNS) $(ARGS)
@@ -67,7 +67,7 @@ report: setup  ## write a page about all runs: report.html
 preview: setup  ## draw what the network will see of DATA: preview.png
 	$(RUNNER) preview $(call quoted,DATA) --out preview.png $(ARGS)
 
-export: setup  ## export the best run in RUN, from pixels to probabilities (ARGS="--format onnx --out model.onnx")
+export: setup  ## export the chosen run in RUN, from pixels to probabilities (ARGS="--format onnx --out model.onnx")
 	$(RUNNER) export $(call quoted,RUN) $(ARGS)
 
 recipe: setup  ## run a published experiment on DATA: make recipe NAME=mobilenetv2-cats-dogs DATA=my/photos

@@ -11,7 +11,8 @@ from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
 from pipeline.streams import standard_streams
 
-DOWNLOADS = ("features.networks.weights", "features.networks.wheels")  # they say when a download begins
+# They say when a download begins, and which run of a folder is taken.
+TELLING = ("features.networks.weights", "features.networks.wheels", "pipeline.runs.board")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
-    for name in DOWNLOADS:
+    for name in TELLING:
         logging.getLogger(name).setLevel(logging.INFO)
     try:
         app(args=arguments, prog_name="bottleneck")  # also under `python -m pipeline`: completion scripts name it

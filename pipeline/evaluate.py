@@ -25,12 +25,13 @@ from features.sources.reading import Reading
 from features.sources.scan import ImageSet, is_manifest, scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
-from pipeline.exporting.artefacts import is_artefact, open_artefact
+from pipeline.exporting.artefacts import open_artefact
 from pipeline.predicting.loop import Item, predictions
 from pipeline.predicting.options import PredictOptions
-from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
+from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
 from pipeline.reporting.data import Rows, class_table, confused_pairs, reliability
-from pipeline.runs.folder import Run, choose_run, read_predictions
+from pipeline.runs.datasets import absolute
+from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.metrics import evaluate as scores_of
 from pipeline.tables import counted, score_columns, shortened, table_text
 
@@ -67,7 +68,8 @@ def evaluate(
     progress : callable, optional
         Called with ``("evaluate", done, total)``.
     **options
-        Fields of `pipeline.predicting.options.PredictOptions`: ``weights``, ``batch_size``, ``workers``, ``device``.
+        Fields of `pipeline.predicting.options.PredictOptions`: ``weights``, ``batch_size``, ``workers``, ``device``,
+        ``data_set`` (default: that of the images, if there are several).
 
     Returns
     -------
@@ -76,7 +78,8 @@ def evaluate(
         ``unlabelled``; ``scores`` by `pipeline.scores.metrics.evaluate`; ``confusion``, counts by true class (row) and
         predicted class (column), in the order of ``classes``; ``per_class``; ``reliability``, the bins of confidence
         behind ``scores.ece``; ``absent``, classes of the run without an image; ``seen``, how many of the images the run
-        was trained or chosen with (``train`` is None where its store is gone or has changed).
+        was trained or chosen with (``train`` is None where its store is gone or has changed); ``damaged``, the names of
+        damaged runs that were left out.
 
     Raises
     ------
@@ -86,7 +89,7 @@ def evaluate(
         If no image could be read.
     """
     asked = PredictOptions(**options)
-    chosen = None if is_artefact(run) else choose_run(run)
+    chosen, damaged = taken(run, asked.data_set, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if is_manifest(images) else None)
         reading = reading or (chosen.reading if chosen.reading.record else None)
@@ -126,6 +129,7 @@ def evaluate(
         "per_class": [{**line, "name": name} for line, name in zip(class_table(scored), scored.classes, strict=True)],
         "reliability": reliability(scored),
         "seen": seen,
+        "damaged": damaged,
     }
 
 

@@ -35,7 +35,7 @@ from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_for
 from pipeline.exporting.resizing import longest_side
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import head_of
-from pipeline.runs.folder import choose_run
+from pipeline.runs.board import take_run
 from pipeline.runs.notes import environment
 from pipeline.tuning.endtoend import network_of
 from pipeline.tuning.parity import largest_gap
@@ -61,6 +61,7 @@ def export(
     out: str | Path,
     images: str | Path | None = None,
     weights: str | None = None,
+    data_set: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write a run as one artefact and prove that it gives the run's probabilities; otherwise leave nothing behind.
@@ -68,7 +69,7 @@ def export(
     Parameters
     ----------
     run : str or Path
-        Run folder, or a folder of runs, of which the best one is taken.
+        Run folder, or a folder of runs; `pipeline.runs.board.take_run` says which one is taken.
     format : {"keras", "saved_model", "onnx", "litert", "openvino"}
         Format of the artefact.
     out : str or Path
@@ -77,6 +78,8 @@ def export(
         Source of the images to compare on; up to `PARITY_IMAGES` are used. By default images are painted.
     weights : str, optional
         Where the network's weights are now, if they have moved since the extraction.
+    data_set : str, optional
+        Data set whose run is taken from a folder of runs.
     progress : callable, optional
         Called with ``("export", done, total)``.
 
@@ -84,7 +87,8 @@ def export(
     -------
     dict
         ``format`` 1, ``artefact``, ``path``, ``run``, ``classes``, ``bytes``, ``images`` (number compared),
-        ``parity_gap`` (largest difference in probability), ``tolerance`` and ``note``.
+        ``parity_gap`` (largest difference in probability), ``tolerance``, ``note``, and ``damaged``, the names
+        of damaged runs that were left out.
 
     Raises
     ------
@@ -101,7 +105,7 @@ def export(
     row, path = find_format(format), Path(out)
     _check_target(row, path)
     report = progress or (lambda stage, done, total: None)
-    chosen = choose_run(run)
+    chosen, damaged = take_run(run, data_set=data_set)
     recipe = exact_recipe(chosen)
     head = head_of(chosen)
     dense = as_network(head)
@@ -149,6 +153,7 @@ def export(
         "parity_gap": gap,
         "tolerance": row.tolerance,
         "note": row.note,
+        "damaged": damaged,
     }
 
 

@@ -28,9 +28,12 @@ from features.progress import Progress
 from features.recipe import PixelRule
 from features.sources.scan import ImageSet, is_manifest, scan
 from features.sources.splits import SplitRule
+from features.store.reader import FeatureStore
 from pipeline.heads.kinds import can_finetune, head_of
 from pipeline.intervals import interval_of
-from pipeline.runs.folder import Predictions, Run, is_finished, newest_run
+from pipeline.runs.board import ranked, take_run
+from pipeline.runs.datasets import absolute, source_of
+from pipeline.runs.folder import Predictions, Run, find_runs, is_finished
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
@@ -52,6 +55,7 @@ def finetune(
     weights: str | None = None,
     workers: int | None = None,
     device: str = "auto",
+    data_set: str | None = None,
     runs: str | Path | None = None,
     tensorboard: str | Path | None = None,
     progress: Progress | None = None,
@@ -64,7 +68,7 @@ def finetune(
     Parameters
     ----------
     run : str or Path
-        Run folder, or a folder of runs, of which the newest one that can be fine-tuned is taken.
+        Run folder, or a folder of runs, of which `pipeline.runs.board.take_run` takes one that can be fine-tuned.
     images : str or Path, optional
         The images that the features were made of. With ``from_cache`` they are optional, and only used to prove parity
         from pixels.
@@ -77,6 +81,8 @@ def finetune(
         Threads that read and decode images, 1-1024; by default one per processor.
     device : {"auto", "cpu", "gpu"}
         Where the network runs.
+    data_set : str, optional
+        Data set whose run is taken from a folder of runs; default: that of the images or the store, if there are several.
     runs : Path, optional
         Folder for the new run; by default the folder that holds the given run.
     tensorboard : Path, optional
@@ -89,13 +95,15 @@ def finetune(
     Returns
     -------
     dict
-        ``run``, ``before`` and ``after`` (validation scores), ``parity_gap`` (largest difference in probability
-        before the first step; None with new weights), ``minutes``, ``trainable_variables``, ``resumed``, ...
+        ``run``, ``before`` and ``after`` (validation scores), ``best_head`` (run id and validation scores of the best head
+        on the same data; None if there is none), ``parity_gap`` (largest difference in probability before the first
+        step; None with new weights), ``minutes``, ``trainable_variables``, ``resumed``, ``damaged`` (names of damaged
+        runs that were left out), ...
 
     Raises
     ------
     ConfigurationError
-        If settings are unknown or contradict each other.
+        If settings are unknown or contradict each other, or a folder holds runs of several data sets.
     ParityError
         If network and head together do not give the probabilities of the cached head; nothing is trained.
     RunError
@@ -107,7 +115,8 @@ def finetune(
     check_range("workers", 1 if workers is None else workers, 1, 1024)
     _check_sources(images, from_cache, chosen)
     started = time.monotonic()
-    start = newest_run(run, accept=can_finetune)
+    likely = absolute(str(images)) if images is not None else FeatureStore.open(str(from_cache)).data_digest
+    start, damaged = take_run(run, data_set=data_set, likely=likely, accept=can_finetune)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
     source = None
@@ -130,7 +139,7 @@ def finetune(
                 with locked(runs / identity):
                     checkpoint.remove()
             log(runs / identity)
-            return _report(Run.open(runs / identity), cached=True)
+            return _report(Run.open(runs / identity), damaged, cached=True)
         with locked(runs / identity):
             _sweep(runs, identity, checkpoint)
             trunk = trunk_function(job.split, job.network, start.recipe, batch_size=chosen.batch_size, device=device)
@@ -161,25 +170,29 @@ def finetune(
             )
             checkpoint.remove()
     log(folder)
-    return _report(Run.open(folder), cached=False, resumed=outcome.resumed)
+    return _report(Run.open(folder), damaged, cached=False, resumed=outcome.resumed)
 
 
 def summary(document: dict[str, Any]) -> str:
     """Summarise the result for a person: was it worth the minutes?"""
-    before, after = document["before"], document["after"]
-    gained = (after["accuracy"] - before["accuracy"]) * after["n"]
-    high = interval_of(before)[1]
+    before, after, best = document["before"], document["after"], document["best_head"]
+    rival, name = before, "the head alone"
+    if best is not None and best["accuracy"] > before["accuracy"]:
+        rival, name = best, f"the best head, {best['run']}"
+    gained = (after["accuracy"] - rival["accuracy"]) * after["n"]
+    high = interval_of(rival)[1]
     if document["parity_gap"] is None:
         verdict, proof = "started from new weights", "no parity to prove"
     else:
         proof = f"parity gap before the first step {document['parity_gap']:.1e}"
         if after["accuracy"] > high:
-            verdict = "worth it: the accuracy is above the confidence interval of the head alone"
+            verdict = f"worth it: the accuracy is above the confidence interval of {name}"
         elif gained > 0:
-            verdict = "perhaps by chance: the accuracy is within the confidence interval of the head alone"
+            verdict = f"perhaps by chance: the accuracy is within the confidence interval of {name}"
         else:
-            verdict = "not worth it: no more validation images are classified correctly"
-    scores = [{"": name, **score_columns(values)} for name, values in (("before", before), ("after", after))]
+            verdict = f"not worth it: no more validation images are classified correctly than by {name}"
+    compared = {"before": before, **({} if rival is before else {"best head": rival}), "after": after}
+    scores = [{"": title, **score_columns(values)} for title, values in compared.items()]
     lines = [
         f"{document['run']}: {'already fine-tuned' if document['cached'] else 'fine-tuned'}, in {document['minutes']:.1f} minutes",
         f"  {document['trainable_variables']} variables with {document['trainable_parameters']:,} parameters trained after "
@@ -192,7 +205,17 @@ def summary(document: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _report(run: Run, *, cached: bool, resumed: int | None = None) -> dict[str, Any]:
+def best_head(run: Run) -> dict[str, Any] | None:
+    """Run id and validation scores of the best head beside a fine-tuned run, on the same images, labels and splits."""
+    beside = [
+        other
+        for other in find_runs(run.folder.parent, warn=False).runs
+        if other.config["stage"] == "head" and other.data_digest == run.data_digest
+    ]
+    return {"run": beside[0].run_id, **beside[0].metrics["validation"]} if (beside := ranked(beside)) else None
+
+
+def _report(run: Run, damaged: list[str], *, cached: bool, resumed: int | None = None) -> dict[str, Any]:
     settings = run.config["finetune"]
     kept = ("start", "cut", "trainable_variables", "trainable_parameters", "parity_gap", "before")
     return {
@@ -202,7 +225,9 @@ def _report(run: Run, *, cached: bool, resumed: int | None = None) -> dict[str, 
         "resumed": resumed,
         **{name: settings[name] for name in kept},
         "after": run.metrics["validation"],
+        "best_head": best_head(run),
         "minutes": run.environment["fit_seconds"] / 60,
+        "damaged": damaged,
     }
 
 
@@ -303,7 +328,7 @@ def _predictions(data: Data, rows: np.ndarray, probabilities: np.ndarray) -> Pre
 def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
     """Describe the new run's features: those of the run that it started from, on the current data."""
     about = {**job.start.config["features"], "data_digest": data.digest}
-    return about if source is None else {**about, "source": source.description}
+    return about if source is None else {**about, "source": source_of(source.description, str(source.root))}
 
 
 def _pixels(source: ImageSet, data: Data, rows: np.ndarray, rule: PixelRule, pool: Executor) -> np.ndarray:

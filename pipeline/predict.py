@@ -24,15 +24,15 @@ from features.networks.reference import evenly_spread
 from features.pixels.decode import read_bytes
 from features.progress import Progress
 from features.sources.scan import scan
-from pipeline.exporting.artefacts import is_artefact, open_artefact
+from pipeline.exporting.artefacts import open_artefact
 from pipeline.intervals import wilson_interval
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.predicting.files import Prediction, Rows, choose_format, destination
 from pipeline.predicting.loop import WARNED, Item, predictions
 from pipeline.predicting.options import PredictOptions
-from pipeline.predicting.predictors import ArtefactModel, Model, RunModel
+from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
-from pipeline.runs.folder import FILES, Run, choose_run
+from pipeline.runs.folder import FILES, Run
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
@@ -54,7 +54,7 @@ def predict(
     Parameters
     ----------
     run : str or Path
-        Run folder, folder of runs (the best one is taken), or exported model.
+        Run folder, folder of runs (`pipeline.runs.board.take_run` says which one is taken), or exported model.
     images : str, Path or iterable of str
         Image source, whose labels are not used for the predictions; or paths of image files, any number of them, which
         are read as they arrive.
@@ -72,12 +72,13 @@ def predict(
     dict
         ``run``, ``out``, ``rows`` (the format of the rows), ``images``, ``predicted``, ``unreadable``, ``classes`` (how often
         each was predicted), ``labelled`` (predicted images in folders named like a class of the run), ``right`` (how many of
-        them were given that class) and ``grid``.
+        them were given that class), ``grid``, and ``damaged``, the names of damaged runs that were left out.
 
     Raises
     ------
     ConfigurationError
-        For a wrong option, views of an exported model, or an output file that is one of the inputs.
+        For a wrong option, views of an exported model, an output file that is one of the inputs, or a folder with runs of
+        several data sets.
     SourceError
         If there are no such images, or the list is empty.
     RunError
@@ -94,7 +95,7 @@ def predict(
         check_picture(Path(grid))
         written["--grid"] = output_file(grid, "--grid", "grid.png")
     items, total = _items(images, written)
-    chosen = None if is_artefact(run) else choose_run(run)
+    chosen, damaged = taken(run, asked.data_set)
     augmentation = _augmentation(chosen, run, asked.views, asked.augment)
     if chosen is not None:
         for option, path in written.items():
@@ -144,6 +145,7 @@ def predict(
         "labelled": judged.total(),
         "right": judged[True],
         "grid": None if grid is None else str(grid),
+        "damaged": damaged,
     }
 
 

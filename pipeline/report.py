@@ -1,6 +1,6 @@
 """The report: one self-contained page of HTML about a folder of runs, which loads nothing and runs only its own script.
 
-    runs --by data digest--> groups --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
+    runs --by data set and state--> groups --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
 
 Jinja2 escapes all text. The page's Content-Security-Policy allows its one script, by hash, and images embedded in the page.
 """
@@ -13,7 +13,7 @@ import importlib.metadata
 import logging
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path, PurePath
+from pathlib import Path
 from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RunError
@@ -24,8 +24,9 @@ from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
-from pipeline.runs.board import check_choice, leaderboard
-from pipeline.runs.folder import Run, find_runs, rank
+from pipeline.runs.board import board_of, check_choice, starred
+from pipeline.runs.datasets import DataSet, State, data_sets, only_one
+from pipeline.runs.folder import Run, find_runs
 from pipeline.tables import counted, shortened
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,7 @@ def make_report(
     stores: Sequence[str | Path] = (),
     by: str = "accuracy",
     folds: bool = False,
+    data_set: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the report.
@@ -76,13 +78,16 @@ def make_report(
         Score by which the runs are compared.
     folds : bool
         Compare by cross-validation instead of validation.
+    data_set : str, optional
+        Only this data set, named as for `pipeline.runs.board.take_run`; default: all in the folder.
     progress : callable, optional
         Called with ``("report", done, total)``.
 
     Returns
     -------
     dict
-        ``out``, ``bytes``, ``runs``, and for each group of comparable runs ``name``, ``digest``, ``runs``, ``chosen``
+        ``out``, ``bytes``, ``runs``, ``damaged`` (names of damaged runs that were left out), and for each group of
+        comparable runs ``name``, ``digest``, ``runs``, ``chosen``, ``stale`` (whether it is an older state of a data set)
         and ``pictures``, the number of thumbnails.
 
     Raises
@@ -93,35 +98,37 @@ def make_report(
         If ``out`` is a folder, a device or a file other than an HTML page, or ``by`` is unknown.
     """
     check_choice(by)
-    runs = find_runs(root)
+    runs, damaged = find_runs(root)
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
     given, out = out, output_file(out, "--out", "report.html")
     if out.exists() and not _is_page(out):
         raise ConfigurationError(f"--out {given}: exists and is not an HTML page; give another name, or remove it")
     opened = [FeatureStore.open(path) for path in stores]
-    members: dict[str, list[Run]] = {}
-    for run in sorted(runs, key=lambda run: rank(run, by, folds=folds)):
-        members.setdefault(run.config["features"]["data_digest"], []).append(run)
-    order = sorted(members, key=lambda digest: (_name(members[digest][0]), digest))
-    titles = Counter(_name(members[digest][0]) for digest in order)
-    points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(order), DETAILED)))
-    groups, listed = [], []
-    for number, digest in enumerate(order):
-        board = leaderboard(root, by=by, folds=folds, only={run.run_id for run in members[digest]})
-        chosen_id = next(row["run_id"] for row in board if row["chosen"])
-        chosen = next(run for run in members[digest] if run.run_id == chosen_id)
+    order = _groups_of(runs, data_set, str(root))
+    titles = Counter(one.name for one, _, _ in order)
+    points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))
+    groups: list[dict[str, Any]] = []
+    listed: list[dict[str, Any]] = []
+    detailed = 0
+    for number, (one, state, stale) in enumerate(order):
+        board = board_of(state.runs, by=by, folds=folds)
+        chosen = starred(state.runs, by, folds=folds)
         detail: Detail | None = None
-        if number < DETAILED:
+        if detailed < DETAILED and not stale:
             detail = describe_run(chosen, beside=runs, images=images, stores=opened, points=points)
-        name = _name(chosen) if titles[_name(chosen)] == 1 else f"{_name(chosen)} {digest[:6]}"
-        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=folds, detail=detail)
+            detailed += 1
+        name = printable(one.name if titles[one.name] == 1 else f"{one.name} {state.digest[:6]}")
+        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=folds, detail=detail, stale=stale)
         groups.append(group)
-        listed.append({"name": name, "digest": digest, "runs": len(board), "chosen": chosen_id})
+        listed.append(
+            {"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id, "stale": stale}
+        )
         listed[-1]["pictures"] = detail.pictures if detail else 0
         if progress:
             progress("report", number + 1, len(order))
-    page = _fitting(groups, printable(str(root)), len(runs))
+    count = sum(group["runs"] for group in listed)
+    page = _fitting(groups, printable(str(root)), count)
     try:
         with atomic_file(out) as temporary:
             temporary.write_bytes(page)
@@ -129,7 +136,16 @@ def make_report(
         if isinstance(problem, BottleneckError):
             raise
         raise RunError(f"{out}: the report could not be written ({problem}); nothing was left behind") from problem
-    return {"format": 1, "out": str(given), "bytes": len(page), "runs": len(runs), "groups": listed}
+    return {"format": 1, "out": str(given), "bytes": len(page), "runs": count, "groups": listed, "damaged": damaged}
+
+
+def _groups_of(runs: Sequence[Run], data_set: str | None, where: str) -> list[tuple[DataSet, State, bool]]:
+    """The states to show, data sets by name; whether a state is older than the newest of its data set comes with it."""
+    found = data_sets(runs)
+    if data_set is not None:
+        found = [only_one(found, data_set, where)[0]]
+    found.sort(key=lambda one: (one.name, one.sources))
+    return [(one, state, state is not one.states[0]) for one in found for state in one.states]
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -138,7 +154,10 @@ def summary(document: dict[str, Any]) -> str:
     lines = [f"{document['out']}: {runs}, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
     for group in document["groups"]:
         pictures = counted(group["pictures"], "thumbnail") if group["pictures"] else "no thumbnails"
-        lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
+        if group["stale"]:
+            lines.append(f"  {group['name']}, an older state: {counted(group['runs'], 'stale run')}")
+        else:
+            lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
     return "\n".join(lines)
 
 
@@ -148,14 +167,16 @@ def _is_page(path: Path) -> bool:
     return not start or start.startswith((b"<!doctype html", b"<html"))
 
 
-def _name(run: Run) -> str:
-    """Name of the data set: the last component of the path of its images."""
-    source = run.config["features"]["source"]
-    return printable(source if source.startswith("sample:") else PurePath(source).name or source or "images")
-
-
 def _group(
-    identity: str, name: str, chosen: Run, board: list[dict[str, Any]], *, by: str, folds: bool, detail: Detail | None
+    identity: str,
+    name: str,
+    chosen: Run,
+    board: list[dict[str, Any]],
+    *,
+    by: str,
+    folds: bool,
+    detail: Detail | None,
+    stale: bool,
 ) -> dict[str, Any]:
     board = [{**row, "accuracy_interval": interval_of(row)} for row in board]
     low = min(row["accuracy_interval"][0] for row in board)
@@ -175,7 +196,8 @@ def _group(
         rows.append({**row, **texts, "bar": bar})
     return {
         "id": identity,
-        "name": name,
+        "name": f"{name}, an older state" if stale else name,
+        "stale": stale,
         "source": printable(features["source"]) or "an unknown place",
         "digest": features["data_digest"],
         "class_count": len(chosen.classes),
@@ -248,6 +270,7 @@ def _render(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
         folder=folder,
         run_count=run_count,
         detailed=DETAILED,
+        data_sets=sum(not group["stale"] for group in groups),
         version=version,
         style=Markup(style),
         script=Markup(script),

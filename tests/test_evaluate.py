@@ -30,7 +30,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "predictions.csv").write_text(
         f"path,sha256,label,predicted,correct\nr,{digest},ape,ape,true,0.8,0.1,0.1\n"
     )
-    monkeypatch.setattr(pipeline.evaluate, "choose_run", lambda path: made)
+    monkeypatch.setattr(pipeline.evaluate, "taken", lambda path, *_, **__: (made, []))
     monkeypatch.setattr(pipeline.evaluate, "RunModel", lambda run, **options: Colours())
     return made
 

@@ -68,7 +68,7 @@ class Colours:
 @pytest.fixture
 def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     run = SimpleNamespace(classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run")
-    monkeypatch.setattr(pipeline.predict, "choose_run", lambda path: run)
+    monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, []))
     monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())
 
 
@@ -157,7 +157,7 @@ def test_formats_follow_the_name_of_the_file_and_a_document_counts(
         assert document == {
             "format": 1, "run": "colours", "out": str(tmp_path / name), "rows": "csv" if name[0] in "ad" else "jsonl",
             "images": 5, "predicted": 4, "unreadable": 1, "classes": {"ape": 2, "bee": 1, "file": 1}, "labelled": 0, "right": 0,
-            "grid": None,
+            "grid": None, "damaged": [],
         }  # fmt: skip
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "d.txt").read_text() == written(images)
     assert (tmp_path / "b.jsonl").read_text() == (tmp_path / "c.ndjson").read_text() == written(images, format="jsonl")

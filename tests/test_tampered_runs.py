@@ -21,8 +21,8 @@ from features.errors import BottleneckError
 from pipeline.heads.kinds import head_of
 from pipeline.heads.persistence import check_structures, load_estimator
 from pipeline.predict import predict
-from pipeline.runs.board import leaderboard
-from pipeline.runs.folder import Run, choose_run, read_predictions
+from pipeline.runs.board import leaderboard, take_run
+from pipeline.runs.folder import Run, read_predictions
 from pipeline.train_head import train_head
 
 pytestmark = [
@@ -193,7 +193,7 @@ def test_a_tampered_run_is_refused_by_name_and_executes_nothing(
     with pytest.raises(BottleneckError, match=message) as refused:
         head_of(Run.open(folder))
     assert str(folder) in str(refused.value)
-    for act in (lambda: head_of(choose_run(folder)), lambda: predict(folder, tmp_path)):
+    for act in (lambda: head_of(take_run(folder).run), lambda: predict(folder, tmp_path)):
         with pytest.raises(BottleneckError):
             act()
     leaderboard(tmp_path / "runs")

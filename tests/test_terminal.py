@@ -34,9 +34,8 @@ class Slow:
         time.sleep(0.02)
         return np.full((len(images), 2), 0.5)
 
-pipeline.predict.choose_run = lambda path: SimpleNamespace(
-    classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run")
-)
+run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"))
+pipeline.predict.taken = lambda path, *_: (run, [])
 pipeline.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15
 sys.exit(main(sys.argv[1:]))

@@ -21,8 +21,8 @@ from features.recipe import Recipe
 from pipeline.config import load_yaml
 from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.kinds import can_finetune, head_of, load_head
-from pipeline.runs.board import leaderboard
-from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, choose_run, find_runs, newest_run
+from pipeline.runs.board import leaderboard, take_run
+from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, find_runs
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import evaluate
 from pipeline.train_head import train_head
@@ -368,12 +368,13 @@ def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pyt
     (tmp_path / "notes").mkdir()
     shutil.copytree(good.folder, tmp_path / ".copy.tmp")
     with caplog.at_level(logging.WARNING):
-        assert [run.run_id for run in find_runs(tmp_path)] == [good.run_id]
+        found = find_runs(tmp_path)
+    assert ([run.run_id for run in found.runs], found.damaged) == ([good.run_id], [bad.run_id])
     assert f"{bad.folder}: the run is incomplete, missing: head.skops" in caplog.text
-    assert [run.run_id for run in find_runs(good.folder)] == [good.run_id]
+    assert [run.run_id for run in find_runs(good.folder).runs] == [good.run_id]
     for path, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "notes", "holds no finished run")):
         with pytest.raises(RunError, match=message):
-            choose_run(path)
+            take_run(path)
     with pytest.raises(RunError, match="is not a run folder"):
         Run.open(tmp_path)
 
@@ -386,7 +387,7 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
     best = train_head(other, "logistic", runs=tmp_path)
     rows = leaderboard(tmp_path)
     assert len(rows) == 4
-    assert rows[0]["run_id"] == best.run_id == choose_run(tmp_path).run_id
+    assert rows[0]["run_id"] == best.run_id == take_run(tmp_path).run.run_id
     assert [row["accuracy"] for row in rows] == sorted((row["accuracy"] for row in rows), reverse=True)
     ties = [(-row["accuracy"], row["log_loss"]) for row in rows]
     assert ties == sorted(ties)
@@ -412,15 +413,15 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
         "parameters": 5,
         "data": "e" * 10,
         "comparable": True,
+        "stale": False,
     }
+    assert [row["stale"] for row in rows] == [False, True, True, True]
 
 
-def test_newest_run(tmp_path: Path) -> None:
+def test_fine_tuning_starts_from_a_head_that_it_can_take(tmp_path: Path) -> None:
     train_head(make_store(), "knn", runs=tmp_path)
-    second = train_head(make_store(), "knn", runs=tmp_path, seed=1)
-    assert newest_run(tmp_path).run_id == second.run_id
     with pytest.raises(RunError, match=r"no run of a Keras head.*--head dropout-linear"):
-        newest_run(tmp_path, accept=can_finetune)
+        take_run(tmp_path, accept=can_finetune)
 
 
 # -------------------------------------------------------------------------------------------------- Keras
@@ -436,7 +437,7 @@ def test_a_keras_run(tmp_path: Path) -> None:
     assert result.metrics["validation"]["log_loss"] == pytest.approx(float(best["val_loss"]), rel=1e-4)
     assert result.metrics["validation"]["accuracy"] == pytest.approx(float(best["val_accuracy"]))
     assert result.metrics["validation"]["accuracy"] > 0.8
-    run = newest_run(tmp_path, accept=can_finetune)
+    run = take_run(tmp_path, accept=can_finetune).run
     assert run.run_id == result.run_id
     assert run.environment["parameters"] == 15
     again = train_head(store, "dropout-linear", runs=tmp_path, params={"epochs": 60, "learning_rate": 0.03})
@@ -447,7 +448,7 @@ def test_a_keras_run(tmp_path: Path) -> None:
 def test_fine_tuning_may_start_from_a_linear_scikit_learn_head(name: str, tmp_path: Path) -> None:
     store = make_store(classes=("cat", "dog", "eel"))
     train_head(store, name, runs=tmp_path)
-    run = newest_run(tmp_path, accept=can_finetune)
+    run = take_run(tmp_path, accept=can_finetune).run
     X, _ = store.load("validation", "last.avg")
     head, dense = head_of(run), head_of(run).as_dense()
     assert dense.predict_proba(X) == pytest.approx(head.predict_proba(X), abs=1e-5)
@@ -499,9 +500,8 @@ def test_a_fine_tuned_run_brings_its_own_backbone(tmp_path: Path) -> None:
     assert run.weights_argument == str(folder / BACKBONE_WEIGHTS)
     assert (head_of(run).predict_proba(X) == probabilities).all()
     assert run.environment["parameters"] == 5 + 3 * 3 * 3 * 4 + 4
-    assert newest_run(tmp_path).run_id == run.run_id
-    assert newest_run(tmp_path, accept=can_finetune).run_id == start.run_id
-    assert newest_run(folder, accept=can_finetune).run_id == run.run_id
+    assert take_run(tmp_path, accept=can_finetune).run.run_id == start.run_id
+    assert take_run(folder, accept=can_finetune).run.run_id == run.run_id
     assert {row["stage"] for row in leaderboard(tmp_path)} == {"head", "finetune"}
 
 

@@ -9,14 +9,14 @@ import json
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
 
 import typer
 
 import features
-from features.errors import BottleneckError, ConfigurationError, brief
+from features.errors import BottleneckError, ConfigurationError, IntegrityError, brief
 from features.files import printable
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
@@ -105,6 +105,10 @@ Cluster = Annotated[
 ]
 BatchSize = Annotated[int, opt("Number of images in one forward pass.")]
 Workers = Annotated[int | None, opt("Number of threads that read and decode. Default: one for each processor.")]
+DataSetName = Annotated[
+    str | None,
+    opt("Data set, if the folder holds runs of several: its name, its source, or digits of its digest.", "--data-set"),
+]
 Weights = Annotated[str, opt("imagenet, random, or the path of a weights file.")]
 
 
@@ -168,6 +172,12 @@ def print_note(text: str) -> None:
     """Tell a person something on stderr, unless ``--quiet`` was given."""
     if not QUIET.is_set():
         typer.echo(printable(text), err=True)
+
+
+def exit_if_damaged(damaged: Sequence[str]) -> None:
+    """End with the exit code 3 if damaged runs were left out; warnings have named them."""
+    if damaged:
+        raise typer.Exit(IntegrityError.exit_code)
 
 
 def print_next(*words: object) -> None:

@@ -14,10 +14,12 @@ from features.errors import ConfigurationError
 from features.files import creatable_folder
 from pipeline.commands.common import (
     Cluster,
+    DataSetName,
     Json,
     Runs,
     app,
     arg,
+    exit_if_damaged,
     guarded,
     opt,
     parse_params,
@@ -198,17 +200,22 @@ def leaderboard(
     runs: Annotated[Path, arg("Folder of run folders.")] = Path("runs"),
     choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
     folds: Annotated[bool, opt("Compare by the scores of cross-validation.", "--folds")] = False,
+    data_set: DataSetName = None,
     as_csv: Annotated[bool, opt("Print CSV.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
-    """List runs, the best first; an asterisk marks the one to choose."""
-    from pipeline.runs.board import leaderboard as rows_of
+    """List runs, the best first; an asterisk marks the one that predict, export and finetune take."""
+    from pipeline.runs.board import board_of, check_choice
+    from pipeline.runs.folder import find_runs
     from pipeline.tables import board_text, csv_text
 
-    rows = rows_of(runs, by=choose, folds=folds)
+    check_choice(choose)
+    found = find_runs(runs)
+    rows = board_of(found.runs, by=choose, folds=folds, data_set=data_set)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     else:
         typer.echo(csv_text(rows) if as_csv else board_text(rows), nl=not as_csv)
     if not as_json and not as_csv:
         print_next("bottleneck", *(["report", runs] if rows else ["train-head", "FEATURES", "--runs", runs]))
+    exit_if_damaged(found.damaged)

@@ -8,11 +8,13 @@ from typing import Annotated
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
     ClassLevel,
+    DataSetName,
     Json,
     Seed,
     SplitFolders,
     app,
     arg,
+    exit_if_damaged,
     guarded,
     opt,
     parse_size,
@@ -29,6 +31,7 @@ def report(
     features: Annotated[list[Path] | None, opt("Where a store is now, if it has moved; may be repeated.")] = None,
     choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
     folds: Annotated[bool, opt("Compare by the scores of cross-validation.", "--folds")] = False,
+    data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: runs compared, mistakes, confusion, calibration, feature map, data, how to reproduce."""
@@ -37,9 +40,17 @@ def report(
 
     with ConsoleProgress() as progress:
         document = stage.make_report(
-            runs, out, images=images or [], stores=features or [], by=choose, folds=folds, progress=progress
+            runs,
+            out,
+            images=images or [],
+            stores=features or [],
+            by=choose,
+            folds=folds,
+            data_set=data_set,
+            progress=progress,
         )
     print_document(document, as_json, stage.summary(document))
+    exit_if_damaged(document["damaged"])
 
 
 @app.command()

@@ -11,6 +11,7 @@ from features.errors import ConfigurationError
 from pipeline.commands.common import (
     BatchSize,
     ClassLevel,
+    DataSetName,
     Device,
     Json,
     Seed,
@@ -18,6 +19,7 @@ from pipeline.commands.common import (
     Workers,
     app,
     arg,
+    exit_if_damaged,
     guarded,
     listed_paths,
     opt,
@@ -34,7 +36,9 @@ from pipeline.streams import is_closed
 def finetune(
     run: Annotated[
         Path,
-        arg("Run of a Keras or linear head, or a folder of runs: the newest such run is taken."),
+        arg(
+            "Run of a Keras or linear head, or a folder of runs: of those that can be fine-tuned the chosen one is taken."
+        ),
     ],
     images: Annotated[str | None, opt("Images that the features were made of.")] = None,
     from_cache: Annotated[
@@ -69,6 +73,7 @@ def finetune(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
+    data_set: DataSetName = None,
     runs: Annotated[Path | None, opt("Folder for the new run. Default: that of the given run.")] = None,
     tensorboard: Annotated[Path | None, opt("Folder for TensorBoard's event files.")] = None,
     seed: Seed = 0,
@@ -105,6 +110,7 @@ def finetune(
             weights=weights,
             workers=workers,
             device=device,
+            data_set=data_set,
             runs=runs,
             tensorboard=tensorboard,
             progress=progress,
@@ -113,12 +119,13 @@ def finetune(
         )
     print_document(document, as_json, stage.summary(document))
     print_next("bottleneck", "predict", document["run"], "IMAGES")
+    exit_if_damaged(document["damaged"])
 
 
 @app.command()
 @guarded
 def predict(
-    run: Annotated[Path, arg("Run, folder of runs (the best one is taken), or exported model.")],
+    run: Annotated[Path, arg("Run, folder of runs (the one with the asterisk is taken), or exported model.")],
     images: Annotated[
         str,
         arg(
@@ -141,6 +148,7 @@ def predict(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
+    data_set: DataSetName = None,
     as_json: Annotated[bool, opt("Print one JSON document about the file that --out names.", "--json")] = False,
 ) -> None:
     """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
@@ -168,18 +176,20 @@ def predict(
             batch_size=batch_size,
             workers=workers,
             device=device,
+            data_set=data_set,
             progress=None if on_screen else progress,
         )
     if out is not None:
         print_document(document, as_json, stage.summary(document))
     elif document["labelled"]:
         print_note(stage.judgement(document))
+    exit_if_damaged(document["damaged"])
 
 
 @app.command()
 @guarded
 def evaluate(
-    run: Annotated[Path, arg("Run, folder of runs (the best one is taken), or exported model.")],
+    run: Annotated[Path, arg("Run, folder of runs (the one with the asterisk is taken), or exported model.")],
     images: Annotated[str, arg("Labelled images: folder of class folders, archive, manifest (CSV, Parquet), ...")],
     split: Annotated[
         str | None, opt("Only the images that lie in this split of the source: train, validation or test.")
@@ -191,6 +201,7 @@ def evaluate(
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
+    data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:
     """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration."""
@@ -209,15 +220,17 @@ def evaluate(
             batch_size=batch_size,
             workers=workers,
             device=device,
+            data_set=data_set,
             progress=progress,
         )
     print_document(document, as_json, stage.summary(document))
+    exit_if_damaged(document["damaged"])
 
 
 @app.command()
 @guarded
 def export(
-    run: Annotated[Path, arg("Run, or folder of runs (the best one is taken).")],
+    run: Annotated[Path, arg("Run, or folder of runs (the one with the asterisk is taken).")],
     out: Annotated[Path, opt("File to write, or for saved_model and openvino a folder. It must not exist.")],
     format: Annotated[str, opt("Format: keras, saved_model, onnx, litert or openvino.", "--format")] = "keras",
     images: Annotated[
@@ -225,6 +238,7 @@ def export(
         opt("Images to compare model and run on. Default: generated ones."),
     ] = None,
     weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:
     """Export one model from pixels of any size to probabilities. It is run and compared; the exit code is 3 if it differs."""
@@ -232,6 +246,9 @@ def export(
     from pipeline.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
-        document = stage.export(run, format=format, out=out, images=images, weights=weights, progress=progress)
+        document = stage.export(
+            run, format=format, out=out, images=images, weights=weights, data_set=data_set, progress=progress
+        )
     print_document(document, as_json, stage.summary(document))
     print_next("bottleneck", "predict", out, "IMAGES")
+    exit_if_damaged(document["damaged"])

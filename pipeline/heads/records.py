@@ -13,6 +13,7 @@ from features.canonical import digest_of
 from pipeline.heads.fitting import Fitted
 from pipeline.heads.gather import rows_for, views_seen
 from pipeline.heads.head import Head
+from pipeline.runs.datasets import source_of
 from pipeline.runs.folder import Predictions
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import evaluate
@@ -43,7 +44,7 @@ def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
         "fingerprint": recipe.fingerprint,
         "data_digest": store.data_digest,
         "split_rule": store.split_rule,
-        "source": store.source,
+        "source": source_of(store.source, str(provenance.get("root", ""))),
         "backbone": str(provenance.get("backbone", recipe.backbone)),
         "weights": str(provenance.get("weights", "imagenet")),
         "target": str(provenance.get("target", "")),

@@ -36,6 +36,8 @@ class PredictOptions:
         Number of threads that read and decode, 1-1024; default: one for each processor.
     device : {"auto", "cpu", "gpu"}
         Device that the network runs on.
+    data_set : str, optional
+        Data set whose run is taken from a folder of runs; see `pipeline.runs.board.take_run`.
 
     Raises
     ------
@@ -52,6 +54,7 @@ class PredictOptions:
     batch_size: int = 32
     workers: int | None = None
     device: str = "auto"
+    data_set: str | None = None
 
     def __post_init__(self) -> None:
         check_range("batch size", self.batch_size, 1, 4096)

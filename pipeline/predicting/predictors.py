@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 
 from features.augmentation import AugmentSpec
-from features.errors import UnreadableImageError
+from features.errors import ConfigurationError, UnreadableImageError
 from features.pixels.views import decode_views
-from pipeline.exporting.artefacts import Artefact, full_pixels
+from pipeline.exporting.artefacts import Artefact, full_pixels, is_artefact
 from pipeline.heads.kinds import head_of
 from pipeline.predicting.options import PredictOptions
+from pipeline.runs.board import Taken, take_run
 from pipeline.runs.folder import Run
 from pipeline.tuning.endtoend import network_of
 
@@ -30,6 +32,23 @@ class Model(Protocol):
 
     def __call__(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """Return the probabilities, float64 (n, c), of at most ``batch_size`` images."""
+
+
+def taken(path: str | Path, data_set: str | None, likely: str | None = None) -> Taken | tuple[None, list[str]]:
+    """Return the run to predict with as `pipeline.runs.board.take_run` does; None for an exported model.
+
+    Raises
+    ------
+    ConfigurationError
+        If a data set is named, and ``path`` is an exported model.
+    """
+    if not is_artefact(path):
+        return take_run(path, data_set=data_set, likely=likely)
+    if data_set is not None:
+        raise ConfigurationError(
+            f"--data-set {data_set}: {path} is an exported model, not a folder of runs; leave it out"
+        )
+    return None, []
 
 
 class RunModel:

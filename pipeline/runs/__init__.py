@@ -2,5 +2,5 @@
 
     outcome --writing--> folder --Run.open--> config, metrics, predictions --board--> leaderboard
 
-Other rooms use ``Run``, ``choose_run``, ``write_run`` and ``leaderboard``.
+Other rooms use ``Run``, ``take_run``, ``write_run`` and ``leaderboard``.
 """

@@ -1,52 +1,157 @@
-"""Compare runs: the leaderboard, and the choice of one run."""
+"""Compare runs: the leaderboard, and the one rule for the run of a folder.
+
+runs --pipeline.runs.datasets--> data sets --newest state--> runs that compare --choose--> the run with the asterisk
+"""
 
 from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from features import canonical
 from features.errors import RunError
+from features.files import printable
 from pipeline.intervals import interval_of
-from pipeline.runs.folder import Run, find_runs, rank, read_predictions
+from pipeline.runs.datasets import DataSet, State, data_sets, only_one
+from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.scores.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
+from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
+
+
+class Taken(NamedTuple):
+    """The run that a command takes, and the names of the damaged runs that were left out."""
+
+    run: Run
+    damaged: list[str]
+
+
+def take_run(
+    path: str | Path,
+    *,
+    data_set: str | None = None,
+    likely: str | None = None,
+    accept: Callable[[Run], bool] | None = None,
+) -> Taken:
+    """Return the run in ``path``, or the one that the leaderboard of that folder marks. Every command uses this rule.
+
+    Of a folder of runs it is the run with the asterisk among those on the newest state of the data set. Runs of older
+    states are never taken, unless the digits of their data digest are given. The run is named in the log.
+
+    Parameters
+    ----------
+    path : Path
+        Run folder, or folder of run folders.
+    data_set : str, optional
+        Name or source of the data set, or first digits of a data digest; needed if the folder holds several data sets.
+    likely : str, optional
+        Source or data digest that tells which data set is meant if the folder holds several and ``data_set`` names none.
+    accept : callable, optional
+        Says whether fine-tuning can start from a run. Only such runs are compared, and in a folder of runs none that was
+        fine-tuned itself.
+
+    Raises
+    ------
+    RunError
+        If there is no such run.
+    ConfigurationError
+        If the folder holds runs of several data sets and ``data_set`` names none of them; they are listed.
+    """
+    found = find_runs(path)
+    if not found.runs:
+        damaged = f" ({counted(len(found.damaged), 'damaged run')} left out)" if found.damaged else ""
+        raise RunError(f"{path}: holds no finished run{damaged}; bottleneck train-head makes one")
+    known, several = data_sets(found.runs), not is_run_folder(path)
+    if data_set is None and len(known) > 1 and any(one.is_likely(likely) for one in known):
+        data_set = likely
+    one, state = only_one(known, data_set, str(path))
+    runs = [
+        run
+        for run in state.runs
+        if accept is None or (accept(run) and not (several and run.config["stage"] == "finetune"))
+    ]
+    if not runs:
+        raise RunError(
+            f"{path}: holds no run of a Keras head or a linear one{f' on {one.name}' if several else ''}, and fine-tuning "
+            "needs one (dense, dropout-linear, mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck "
+            "train-head --head dropout-linear"
+        )
+    run = starred(runs)
+    logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")
+    return Taken(run, found.damaged)
+
+
+def _account(run: Run, one: DataSet, state: State, for_tuning: bool) -> str:
+    """Say which run of a folder was taken, and of how many."""
+    of = f"{one.name} {state.digest[:10]}, of {counted(len(state.runs), 'run')}"
+    stale = one.stale if state is one.states[0] else 0
+    older = f"; {counted(stale, 'stale run')} of older states left out" if stale else ""
+    best = starred(state.runs)
+    instead = f"; {best.run_id} cannot be fine-tuned again" if for_tuning and best is not run else ""
+    return printable(f"run taken: {run.folder} ({of}{older}{instead})")
 
 
 def leaderboard(
     root: str | Path, *, by: str = "accuracy", folds: bool = False, only: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
-    """Make the leaderboard: one row per run, best score on the validation split first, then lowest log loss.
+    """Make the leaderboard of a folder of runs; see `board_of`.
 
     Parameters
     ----------
     root : Path
         Folder of run folders.
+    by, folds
+        As in `board_of`.
+    only : collection of str, optional
+        Ids of the runs to include; default: all.
+    """
+    return board_of([run for run in find_runs(root).runs if only is None or run.run_id in only], by=by, folds=folds)
+
+
+def board_of(
+    runs: Sequence[Run], *, by: str = "accuracy", folds: bool = False, data_set: str | None = None
+) -> list[dict[str, Any]]:
+    """Make the leaderboard: one row per run, grouped by data set and state, those with the newest run first.
+
+    Within a group the best score on the validation split comes first, then the lowest log loss.
+
+    Parameters
+    ----------
+    runs : sequence of Run
+        The runs.
     by : {"accuracy", "balanced_accuracy"}
         Score to compare.
     folds : bool
         Compare by cross-validation; runs without it come last.
-    only : collection of str, optional
-        Ids of the runs to include; default: all.
+    data_set : str, optional
+        Only the runs of this data set or state, named as for `take_run`.
 
     Returns
     -------
     list of dict
-        ``comparable`` is False if images, labels or splits differ from those of the first row (``data`` differs), as
-        such scores do not measure the same thing. ``chosen`` marks one of the comparable runs, see
-        `pipeline.scores.selection.choose`.
+        ``chosen`` marks one run of the newest state of each data set, see `starred`. ``comparable`` is False if images,
+        labels or splits differ from those of the first row (``data`` differs), as such scores do not measure the same
+        thing. Only if there are several data sets, ``data_set`` names that of each row; only if there are several states,
+        ``stale`` says whether the row is of an older one.
     """
     check_choice(by)
-    runs = [run for run in find_runs(root) if only is None or run.run_id in only]
-    runs.sort(key=functools.partial(rank, by=by, folds=folds))
-    rows = [_row(run, runs[0]) for run in runs]
-    if rows:
-        like = [number for number, row in enumerate(rows) if row["comparable"]]
-        rows[like[_choose([runs[number] for number in like], by, folds)]]["chosen"] = True
+    found = data_sets(runs)
+    groups = [(one, state) for one in found for state in one.states]
+    if data_set is not None:
+        one, state = only_one(found, data_set, "runs")
+        found, groups = [one], [(one, older) for older in one.states if one.is_called(data_set) or older is state]
+    rows = []
+    for one, state in groups:
+        chosen = starred(state.runs, by, folds=folds) if len(groups) == 1 or state is one.states[0] else None
+        for run in ranked(state.runs, by, folds=folds):
+            further: dict[str, Any] = {"data_set": one.name} if len(found) > 1 else {}
+            if len(groups) > len(found):
+                further["stale"] = state is not one.states[0]
+            rows.append(_row(run, groups[0][1].digest, chosen=run is chosen) | further)
     return rows
 
 
@@ -55,12 +160,22 @@ def check_choice(by: str) -> None:
     canonical.check_choice("choose", by, CHOICES)
 
 
-def _row(run: Run, first: Run) -> dict[str, Any]:
+def ranked(runs: Sequence[Run], by: str = "accuracy", *, folds: bool = False) -> list[Run]:
+    """Sort runs, the best first: by the score, then by log loss; with ``folds`` by cross-validation, runs without it last."""
+    return sorted(runs, key=functools.partial(_rank, by=by, folds=folds))
+
+
+def _rank(run: Run, by: str, folds: bool) -> tuple[bool, float, float, str]:
+    scores = run.metrics["cv"] if folds and run.metrics["cv"] else run.metrics["validation"]
+    return folds and not run.metrics["cv"], -scores[by], scores["log_loss"], run.run_id
+
+
+def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
     scores, features = run.metrics["validation"], run.config["features"]
     held_out = run.metrics["cv"] or {}
     return {
         "run_id": run.run_id,
-        "chosen": False,
+        "chosen": chosen,
         "stage": run.config["stage"],
         "head": run.config["head"]["name"],
         "settings": run.settings,
@@ -76,23 +191,28 @@ def _row(run: Run, first: Run) -> dict[str, Any]:
         "test_accuracy": (run.metrics["test"] or {}).get("accuracy"),
         "fit_seconds": run.environment.get("fit_seconds"),
         "parameters": run.environment.get("parameters"),
-        "data": features["data_digest"][:10],
-        "comparable": features["data_digest"] == first.config["features"]["data_digest"],
+        "data": run.data_digest[:10],
+        "comparable": run.data_digest == digest,
     }
 
 
-def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
-    """Index of the run to choose from comparable runs, which are given best first."""
-    judged = "cv" if folds and runs[0].metrics["cv"] else "validation"
-    runs = [run for run in runs if run.metrics[judged]]
-    best = runs[0].metrics[judged]
+def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool = False) -> Run:
+    """Return the run with the asterisk, of runs on the same state of a data set.
+
+    It is the simplest and fastest of those whose score lies within the interval of the best one, see
+    `pipeline.scores.selection.choose`.
+    """
+    order = ranked(runs, by, folds=folds)
+    judged = "cv" if folds and order[0].metrics["cv"] else "validation"
+    order = [run for run in order if run.metrics[judged]]
+    best = order[0].metrics[judged]
     low = interval_of(best)[0]
     if by == "balanced_accuracy":
         # First guess: the interval of the accuracy, shifted, as both intervals are about equally wide.
         low += best["balanced_accuracy"] - best["accuracy"]
         if judged == "validation":
             try:
-                rows = read_predictions(runs[0])
+                rows = read_predictions(order[0])
                 low = balanced_accuracy_interval(rows.labels, rows.probabilities.argmax(axis=1))[0]
             except RunError as problem:
                 logger.warning("%s; the interval of its accuracy is used instead", problem)
@@ -100,6 +220,6 @@ def _choose(runs: Sequence[Run], by: str, folds: bool) -> int:
         Candidate(
             run.metrics[judged][by], run.environment.get("parameters"), float(run.environment.get("fit_seconds") or 0)
         )
-        for run in runs
+        for run in order
     ]
-    return choose(candidates, low)
+    return order[choose(candidates, low)]

@@ -1,4 +1,4 @@
-"""Open and find run folders, and choose one. They are written by `pipeline.runs.writing`."""
+"""Open and find run folders. They are written by `pipeline.runs.writing`; `pipeline.runs.board` chooses one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ import dataclasses
 import functools
 import json
 import logging
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +27,13 @@ FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "envir
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
 LARGEST = 1e15  # upper limit of seconds and of parameter counts that are accepted from a file
+
+
+class Found(NamedTuple):
+    """The runs in a folder, and the names of the damaged ones, which were left out."""
+
+    runs: list[Run]
+    damaged: list[str]
 
 
 class Predictions(NamedTuple):
@@ -115,6 +124,32 @@ class Run:
                 f"{self.config['features']['fingerprint']}; one of them was edited, so train the run again"
             )
         return recipe
+
+    @property
+    def data_digest(self) -> str:
+        """Digest of the images, labels and splits that it was trained on."""
+        return str(self.config["features"]["data_digest"])
+
+    @property
+    def source(self) -> str:
+        """Source of its images, an absolute path or a sample.
+
+        Runs of release 0.1.0 noted it as the user gave it. If that was relative, it is taken from the folder of the store,
+        where most users were when they typed it.
+        """
+        features = self.config["features"]
+        if not features["source"] or features["source"].startswith("sample:"):
+            return str(features["source"])
+        folder = os.path.dirname(str(features["store"]))
+        return os.path.normpath(os.path.join(folder, str(features["source"])))
+
+    @property
+    def created(self) -> float:
+        """When it was made, in seconds since 1970; 0 if it does not say so."""
+        try:
+            return datetime.fromisoformat(str(self.environment.get("created"))).timestamp()
+        except (ValueError, OverflowError):
+            return 0.0
 
     @property
     def split_rule(self) -> str:
@@ -209,10 +244,10 @@ def is_finished(folder: str | Path) -> bool:
     return True
 
 
-def find_runs(root: str | Path) -> list[Run]:
+def find_runs(root: str | Path, *, warn: bool = True) -> Found:
     """Find all finished runs in a folder, sorted by name; the folder may also be a run itself.
 
-    Damaged runs are left out with a warning.
+    Damaged runs are left out, and named in warnings unless ``warn`` is False.
 
     Raises
     ------
@@ -230,62 +265,24 @@ def find_runs(root: str | Path) -> list[Run]:
         raise RunError(
             f"{root}: there is no such folder of runs; bottleneck train-head makes one{nearest(root.name, beside)}"
         )
-    if (root / "config.yaml").is_file():
-        return [Run.open(root)]
-    found = []
+    if is_run_folder(root):
+        return Found([Run.open(root)], [])
+    found = Found([], [])
     for folder in sorted(root.iterdir()):
         if folder.name.startswith(".") or not any((folder / name).is_file() for name in FILES[:2]):
             continue
         try:
-            found.append(Run.open(folder))
+            found.runs.append(Run.open(folder))
         except (RunError, FormatVersionError) as problem:
-            logger.warning("run left out: %s", problem)
+            found.damaged.append(folder.name)
+            if warn:
+                logger.warning("run left out: %s", problem)
     return found
 
 
-def choose_run(path: str | Path) -> Run:
-    """Return the run in ``path``, or the best one below it by the order of `pipeline.runs.board.leaderboard`."""
-    return _require_runs(path, sorted(find_runs(path), key=rank))[0]
-
-
-def newest_run(path: str | Path, *, accept: Callable[[Run], bool] | None = None) -> Run:
-    """Return the run in ``path``, or the newest one below it.
-
-    Parameters
-    ----------
-    path : Path
-        Run folder, or folder of run folders.
-    accept : callable, optional
-        Says whether fine-tuning can start from a run. Other runs are skipped, and so are fine-tuned runs if ``path`` is
-        a folder of runs.
-
-    Raises
-    ------
-    RunError
-        If there is no such run.
-    """
-    runs = _require_runs(path, find_runs(path))
-    if accept is not None:
-        several = not (Path(path) / "config.yaml").is_file()
-        runs = [run for run in runs if accept(run) and not (several and run.config["stage"] == "finetune")]
-        if not runs:
-            raise RunError(
-                f"{path}: holds no run of a Keras head or a linear one, and fine-tuning needs one (dense, dropout-linear, "
-                "mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck train-head --head dropout-linear"
-            )
-    return max(runs, key=lambda run: (str(run.environment.get("created", "")), run.run_id))
-
-
-def rank(run: Run, by: str = "accuracy", *, folds: bool = False) -> tuple[bool, float, float, str]:
-    """Sort key that puts the best run first; with ``folds`` by cross-validation, runs without it last."""
-    scores = run.metrics["cv"] if folds and run.metrics["cv"] else run.metrics["validation"]
-    return folds and not run.metrics["cv"], -scores[by], scores["log_loss"], run.run_id
-
-
-def _require_runs(path: str | Path, runs: list[Run]) -> list[Run]:
-    if not runs:
-        raise RunError(f"{path}: holds no finished run; bottleneck train-head makes one")
-    return runs
+def is_run_folder(path: str | Path) -> bool:
+    """Whether a path is a run itself, and not a folder of runs."""
+    return (Path(path) / "config.yaml").is_file()
 
 
 def _read_json(path: Path) -> Any:

@@ -29,7 +29,7 @@ from pipeline.heads.kinds import head_of, make_head, resolve_pool
 from pipeline.heads.prepared import Prepared
 from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.board import check_choice, leaderboard
-from pipeline.runs.folder import Run, is_finished
+from pipeline.runs.folder import Run, find_runs, is_finished
 from pipeline.runs.writing import add_plots, add_scores
 from pipeline.scores.metrics import evaluate
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
@@ -374,16 +374,20 @@ def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[s
 
 
 def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -> None:
-    """Score the chosen head, and no other, on the test split."""
-    row = next(row for row in board if row["chosen"])
-    job = next(job for job in jobs if job.run_id == row["run_id"])
-    run = Run.open(runs / job.run_id)
-    if run.metrics["test"] is None:
-        seen = [other["run_id"] for other in leaderboard(runs) if other["test_accuracy"] is not None]
-        if seen:
-            logger.warning(
-                "the test split was already used for %s: the more often it is used, the less its score means",
-                ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
-            )
-        run = add_scores(run, test=test_scores(job.store, job.name, head_of(run)))
-    row["test_accuracy"] = run.metrics["test"]["accuracy"]
+    """Score the chosen head of each data set, and no other, on the test split."""
+    by_id = {job.run_id: job for job in jobs}
+    for row in board:
+        if not row["chosen"]:
+            continue
+        job = by_id[row["run_id"]]
+        run = Run.open(runs / job.run_id)
+        if run.metrics["test"] is None:
+            alike = [other for other in find_runs(runs, warn=False).runs if other.data_digest == run.data_digest]
+            seen = [other.run_id for other in alike if other.metrics["test"] is not None]
+            if seen:
+                logger.warning(
+                    "the test split was already used for %s: the more often it is used, the less its score means",
+                    ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
+                )
+            run = add_scores(run, test=test_scores(job.store, job.name, head_of(run)))
+        row["test_accuracy"] = run.metrics["test"]["accuracy"]
