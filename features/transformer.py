@@ -24,6 +24,7 @@ from sklearn.base import BaseEstimator, TransformerMixin
 
 from features.errors import ConfigurationError, UnreadableImageError, check_range
 from features.extraction.growing import Append, GrowingStore
+from features.extraction.notes import Notes
 from features.extraction.shard import SHARD_BYTES, ShardRows, ShardSpec, infer_shard, rows_per_shard
 from features.files import printable
 from features.machine import processors, software_versions
@@ -33,6 +34,7 @@ from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
 from features.pixels.png import plain_png
 from features.recipe import NetworkOptions, Recipe
+from features.sources.folders import File, look_at
 
 logger = logging.getLogger(__name__)
 SOURCE = "images given to FeatureExtractor"  # stores of this source are ours to extend
@@ -67,14 +69,18 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         Number of images in one forward pass.
     workers : int, optional
         Number of threads that read and decode; default: one for each processor.
+    rehash : bool
+        Read and hash every file again, whatever is noted.
+    trust_times : bool
+        Take a file for unchanged if its path, size and modification time are those in the store.
     lock_timeout : float
         Seconds to wait while another process extends the same store. The second process finds what the first has
         computed, so each image is inferred once, even with ``n_jobs`` above 1.
 
     Notes
     -----
-    Rows are found by the hash of the file. A file whose path, size and modification time are in the store is not read
-    again. ``fit`` learns nothing from the images, because the network is frozen.
+    Rows are found by the hash of the file. A file whose path, inode, change time, modification time and size are as noted
+    on this machine (in the cache folder) is not read again. ``fit`` learns nothing from the images, because the network is frozen.
 
     Examples
     --------
@@ -102,6 +108,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         store: str | os.PathLike[str] | None = None,
         batch_size: int = 32,
         workers: int | None = None,
+        rehash: bool = False,
+        trust_times: bool = False,
         lock_timeout: float = 3600.0,
     ) -> None:
         self.backbone = backbone
@@ -119,6 +127,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         self.store = store
         self.batch_size = batch_size
         self.workers = workers
+        self.rehash = rehash
+        self.trust_times = trust_times
         self.lock_timeout = lock_timeout
 
     def fit(self, X: Any, y: Any = None) -> FeatureExtractor:
@@ -164,7 +174,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         features = np.empty((len(images), _width(network)), np.float32)
         lines: dict[bytes, list[int]] = {}  # content hash -> where its features go
         with ThreadPoolExecutor(self.workers or processors(), "decode") as pool:
-            for line, sha256 in enumerate(_hashes(images, store, pool)):
+            for line, sha256 in enumerate(self._hashes(images, store, pool)):
                 lines.setdefault(sha256, []).append(line)
             with self._extending(store, lines.keys(), network) as append:
                 # Looked up again: while this process waited, another one may have computed the same images.
@@ -196,11 +206,29 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
 
     def _network(self) -> Network:
         check_range("batch size", self.batch_size, 1, 4096)
+        if self.rehash and self.trust_times:
+            raise ConfigurationError("rehash reads every file and trust_times as few as possible; give one of them")
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
         shared = {field.name for field in dataclasses.fields(NetworkOptions)} & self.get_params().keys()
         layers = () if self.layer is None else (self.layer,)
         options = NetworkOptions(layers=layers, fit=self.fit_rule, **{name: getattr(self, name) for name in shared})
         return resolve_network(options)
+
+    def _hashes(self, images: Sequence[_Image], store: GrowingStore | None, pool: Executor) -> list[bytes]:
+        """Content hash of each image; a file that is as noted is not read."""
+        if store is None:
+            return _read(images, [None] * len(images), pool)
+        files = [image.file for image in images]
+        if self.trust_times:
+            times = store.files([file.mtime_ns for file in files])
+            return _read(images, [times.get(file[:3]) for file in files], pool)
+        paths, stamps = [file.path for file in files], np.array([file.stamp for file in files], np.int64).reshape(-1, 4)
+        known = [None] * len(files) if self.rehash else Notes.read(store.path, "").hashes(paths, stamps)
+        hashes = _read(images, known, pool)
+        before = Notes.read(store.path, "")  # again: another process may have noted other files meanwhile
+        noted = [sha256 if image.is_file else None for image, sha256 in zip(images, hashes, strict=True)]
+        before.updated(paths, stamps, noted).write(before)
+        return hashes
 
     def _path(self, recipe: Recipe) -> Path | None:
         """Return the path of the store of a recipe; None without a store."""
@@ -240,7 +268,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         """Yield the rows of images, a shard at a time; name the unreadable images when all others are done."""
         named: dict[str, tuple[bytes, _Image]] = {}
         for sha256, image in images.items():
-            is_file = image.size >= 0 and image.name not in named  # a file that changed while it was hashed comes twice
+            is_file = image.is_file and image.name not in named  # a file that changed while it was hashed comes twice
             named[image.name if is_file else f"pixels/{sha256.hex()[:20]}.png"] = sha256, image
 
         def read(name: str) -> bytes:
@@ -258,8 +286,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
             spec = ShardSpec(
                 root="",
                 paths=tuple(chosen),
-                sizes=tuple(image.size for image in some),
-                mtimes_ns=tuple(image.mtime_ns for image in some),
+                sizes=tuple(image.file.size for image in some),
+                mtimes_ns=tuple(image.file.mtime_ns for image in some),
                 recipes=network.recipes,
             )
             infer = functools.partial(self._infer, network)
@@ -284,12 +312,18 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
 
 
 class _Image(NamedTuple):
-    """One image: its name, size and time of its file (-1 without a file), and a function that reads its bytes."""
+    """One image: its file, whose numbers are -1 if there is none, and a function that reads its bytes."""
 
-    name: str
-    size: int
-    mtime_ns: int
+    file: File
     read: Callable[[], bytes]
+
+    @property
+    def name(self) -> str:
+        return self.file.path
+
+    @property
+    def is_file(self) -> bool:
+        return self.file.size >= 0
 
 
 def images_of(X: Any) -> list[_Image]:
@@ -315,28 +349,23 @@ def images_of(X: Any) -> list[_Image]:
 def _image_of(number: int, item: Any) -> _Image:
     if isinstance(item, str | os.PathLike):
         path = os.path.abspath(os.path.expanduser(os.fspath(item)))
-        try:
-            status = os.stat(path)
-        except OSError:
-            return _Image(path, -1, -1, functools.partial(read_bytes, path))  # refused when it is read
-        return _Image(path, status.st_size, status.st_mtime_ns, functools.partial(read_bytes, path))
+        return _Image(look_at(Path(), path), functools.partial(read_bytes, path))  # a missing one is refused when read
     pixels = item[..., 0] if isinstance(item, np.ndarray) and item.shape[2:] == (1,) else item
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or not pixels.size or not _is_image(pixels):
         received = f"{item.dtype} {item.shape}" if isinstance(item, np.ndarray) else repr(item)[:80]
         raise ConfigurationError(
             f"X[{number}]: received {received}, expected the path of an image, or uint8 pixels, 0-255, (h, w, 3) or (h, w)"
         )
-    return _Image(f"X[{number}]", -1, -1, functools.partial(plain_png, pixels))
+    return _Image(File(f"X[{number}]", -1, -1), functools.partial(plain_png, pixels))
 
 
 def _is_image(pixels: np.ndarray) -> bool:
     return pixels.ndim == 2 or (pixels.ndim == 3 and pixels.shape[2] == 3)
 
 
-def _hashes(images: Sequence[_Image], store: GrowingStore | None, pool: Executor) -> list[bytes]:
-    """Content hash of each image; a file that the store knows by path, size and time is not read."""
-    known = {} if store is None else store.files([image.mtime_ns for image in images])
-    found = [known.get(image[:3]) if image.size >= 0 else None for image in images]
+def _read(images: Sequence[_Image], known: Sequence[bytes | None], pool: Executor) -> list[bytes]:
+    """Content hash of each image; those that are not known are read."""
+    found = list(known)
     unknown = [number for number, sha256 in enumerate(found) if sha256 is None]
     refused: list[tuple[_Image, UnreadableImageError]] = []
     digests = loaded(pool, lambda number: hashlib.sha256(images[number].read()).digest(), unknown, HASHED_AHEAD)

@@ -17,7 +17,7 @@ from features.store.reader import FeatureStore
 from pipeline.tables import table_text
 
 DOCUMENT_FORMAT = 1
-COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable")
+COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable", "hashed")
 
 
 def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | None = None) -> dict[str, Any]:
@@ -183,6 +183,9 @@ def summary(document: dict[str, Any]) -> str:
         changed = ", ".join(
             f"{document[name]} {name}" for name in ("cached", "moved", "new", "changed", "removed") if document[name]
         )
+        if document["hashed"]:
+            fresh = document["new"] + document["changed"]
+            lines.append(f"  {document['hashed']:,} images hashed, {fresh or 'none'} new")
         if not document["written"]:
             lines.append(f"  nothing to do: {document['rows']} rows cached, 0 inferred, file untouched")
         else:

@@ -135,6 +135,36 @@ def test_unchanged_files_are_not_read_again(paths, tmp_path, network, monkeypatc
     np.testing.assert_array_equal(extractor.transform(paths), expected)
 
 
+def exchange(first: str, second: str) -> None:
+    """Exchange two files and give both one time."""
+    before = Path(first).read_bytes()
+    Path(first).write_bytes(Path(second).read_bytes())
+    Path(second).write_bytes(before)
+    for path in (first, second):
+        os.utime(path, ns=(0, 0))
+
+
+def test_files_of_equal_size_and_time_that_change_places(tmp_path, network, monkeypatch) -> None:
+    paths = [str(paint(tmp_path / f"{number}.bmp", (9, 9, 40 * number))) for number in range(4)]
+    for path in paths:
+        os.utime(path, ns=(0, 0))
+    cache = tmp_path / "cache.h5"
+    before = CountingExtractor(store=cache).transform(paths)
+    exchange(paths[0], paths[3])
+    trusting = CountingExtractor(store=cache, trust_times=True).transform(paths)
+    np.testing.assert_array_equal(trusting, before)  # as asked for
+    np.testing.assert_allclose(CountingExtractor(store=cache).transform(paths), means(paths), rtol=1e-6)
+    assert sum(network.batches) == 4
+    read = []
+    monkeypatch.setattr("features.transformer.read_bytes", lambda path: read.append(path) or Path(path).read_bytes())
+    CountingExtractor(store=cache).transform(paths[:2])
+    assert read == []
+    np.testing.assert_allclose(CountingExtractor(store=cache, rehash=True).transform(paths), means(paths), rtol=1e-6)
+    assert sorted(read) == paths
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        FeatureExtractor(rehash=True, trust_times=True).fit(paths)
+
+
 def test_pixels_are_inputs_too(tmp_path, network) -> None:
     pixels = np.random.default_rng(0).integers(0, 256, (7, 8, 8, 3), dtype=np.uint8)
     pixels[4] = pixels[1]

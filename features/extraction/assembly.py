@@ -119,8 +119,11 @@ def _equal(pairs: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{printable(first)} = {printable(second)}" for first, second in pairs[:10])
 
 
-def is_current(plan: Plan, contents: Contents) -> bool:
-    """Whether the existing store already has these contents, so that nothing needs to be written."""
+def is_current(plan: Plan, contents: Contents, *, with_times: bool = False) -> bool:
+    """Whether the existing store already has these contents, so that nothing needs to be written.
+
+    Modification times do not count, unless the next run will trust them.
+    """
     store = plan.old
     return (
         store is not None
@@ -131,8 +134,8 @@ def is_current(plan: Plan, contents: Contents) -> bool:
         and (store.source, store.split_rule) == (contents.source, contents.split_rule)
         and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in plan.recipes}
         and all(store.views(name) == plan.views for name in store.names)
-        and _same(store.images, contents.images)
-        and _same(store.quarantine, contents.quarantine)
+        and _same(store.images, contents.images, with_times=with_times)
+        and _same(store.quarantine, contents.quarantine, with_times=with_times)
     )
 
 
@@ -265,7 +268,7 @@ def _places(
         if place is None:
             raise IntegrityError(
                 f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. "
-                "The file changed during the run, or without a change of size and time. Run again with --rehash."
+                "The file changed during the run, or without a change of size and time. Run again without --trust-times."
             )
         places.append(place)
     return places
@@ -287,9 +290,10 @@ def _blocks(
         yield block
 
 
-def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine) -> bool:
+def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine, *, with_times: bool) -> bool:
     mine, theirs = vars(first), vars(second)
     return all(
         np.array_equal(value, theirs[key]) if isinstance(value, np.ndarray) else value == theirs[key]
         for key, value in mine.items()
+        if with_times or key != "mtimes_ns"
     )

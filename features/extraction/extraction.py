@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from features.networks.network import Network
 
 logger = logging.getLogger(__name__)
+NOTE_SECONDS = 60.0  # between two times that the notes are written while shards are made
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,11 +104,11 @@ class Extraction:
         self.parts = PartsFolder(parts_folder(self.out))
         self._checked: dict[str, Any] | None = None
 
-    def plan(self) -> Plan:
+    def plan(self, progress: Progress | None = None) -> Plan:
         """Find out what would be done; this only reads and writes nothing."""
         self.parts.read()
         with ThreadPoolExecutor(self.workers) as readers:
-            return make_plan(self.images, self.network, self.out, self.parts, self.options, readers)
+            return make_plan(self.images, self.network, self.out, self.parts, self.options, readers, progress)
 
     def forecast(self, plan: Plan) -> Forecast | None:
         """Forecast time and space for a plan from a few measured batches; None if there is nothing to compute."""
@@ -136,10 +138,15 @@ class Extraction:
         KeyboardInterrupt
             After Ctrl-C, once the shards in flight are finished; the next run resumes from there.
         """
-        writable_folder(self.out.parent)
+        try:
+            writable_folder(self.out.parent)
+        except StoreError:
+            if (result := self._as_it_is()) is None:
+                raise
+            return result
         with locked(self.out):
             sweep(self.out)
-            plan = self.plan()
+            plan = self.plan(progress)
             done = _Done()
             try:
                 if plan.layout == "packed" or plan.old is None:
@@ -149,6 +156,7 @@ class Extraction:
                     self._run_shards(plan, done, progress)
                 result = self._finish(plan, done, progress)
             finally:
+                self._note(plan)
                 if self.parts.path.exists() and not self.parts.records and not self.parts.any_shard():
                     self.parts.remove()  # nothing was computed, so the folder is not needed
             if result.store.kind == "index":
@@ -171,7 +179,7 @@ class Extraction:
                 if progress:
                     progress("extract", count, total)
 
-        planned = Reconciliation(plan.specs)
+        planned, due = Reconciliation(plan.specs), time.monotonic() + NOTE_SECONDS
         with contextlib.closing(self.run_shards(self._work(plan), advance)) as shards:
             for made in shards:
                 record = made.record
@@ -180,9 +188,47 @@ class Extraction:
                     self.parts.commit(record)
                     plan.known.add(shard, record.views, root=str(self.images.root), fresh=True)
                     done.add(made, shard)
+                if (began := time.monotonic()) > due:  # what a killed run has read need not be hashed by the next one
+                    self._note(plan)
+                    due = time.monotonic() + max(NOTE_SECONDS, 50 * (time.monotonic() - began))
         planned.finish()
 
+    def _note(self, plan: Plan) -> None:
+        """Note the content of the files as far as it is known; what times alone tell is not worth a note."""
+        if self.options.trust == "times":
+            return
+        hashes = [
+            identity.sha256 if identity is not None and any(identity.sha256) else None
+            for identity in _identities_now(plan)
+        ]
+        plan.notes.replaced(self.images.paths, self.images.stamps, hashes).write(before=plan.notes)
+
+    def _as_it_is(self) -> ExtractionResult | None:
+        """The store in a folder that cannot be written; None unless there is nothing to do."""
+        if not self.out.exists():
+            return None
+        plan = self.plan()
+        if plan.specs or plan.old is None or self.options.check_precision:
+            return None
+        contents = self._contents(plan, _Done())
+        if not self._is_current(plan, contents):
+            return None
+        self._note(plan)
+        plan.counts["unreadable"] = len(contents.quarantine)
+        return ExtractionResult(plan.old, plan.counts, 0, written=False)
+
     def _finish(self, plan: Plan, done: _Done, progress: Progress | None) -> ExtractionResult:
+        contents = self._contents(plan, done)
+        current = self._is_current(plan, contents)
+        if not current:
+            assemble(self.out, plan, contents, progress)
+        plan.counts["unreadable"] = len(contents.quarantine)
+        return ExtractionResult(FeatureStore.open(self.out), plan.counts, done.inferred, written=not current)
+
+    def _is_current(self, plan: Plan, contents: Contents) -> bool:
+        return is_current(plan, contents, with_times=self.options.trust_times)
+
+    def _contents(self, plan: Plan, done: _Done) -> Contents:
         identities = _settled(plan)
         if self.options.check_precision:
             readable = [row for row, identity in enumerate(identities) if identity.reason is None]
@@ -190,7 +236,7 @@ class Extraction:
         if plan.old is not None and not self.options.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} was not changed")
         table, quarantine = table_of(self.images, identities, self.options.rule, strict=self.options.strict)
-        contents = Contents(
+        return Contents(
             images=table,
             quarantine=quarantine,
             classes=self.images.classes,
@@ -198,11 +244,6 @@ class Extraction:
             split_rule=str(self.options.rule),
             provenance=self._provenance(plan, done),
         )
-        current = is_current(plan, contents)
-        if not current:
-            assemble(self.out, plan, contents, progress)
-        plan.counts["unreadable"] = len(quarantine)
-        return ExtractionResult(FeatureStore.open(self.out), plan.counts, done.inferred, written=not current)
 
     def _provenance(self, plan: Plan, done: _Done) -> dict[str, object]:
         before = plan.old.provenance if plan.old is not None else {}
@@ -265,7 +306,7 @@ def prepare(
     """
     from features.networks.network import resolve_network
 
-    image_set = scan(images, target=options.target, reading=options.reading)
+    image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust)
     return Extraction(image_set, resolve_network(options), Path(out), options, run_shards)
 
 
@@ -333,14 +374,16 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
     return FeatureStore.open(target)
 
 
+def _identities_now(plan: Plan) -> list[Identity | None]:
+    """Return the identity of every image from the shards just made or from what was known before; None if unknown."""
+    columns = zip(plan.images.paths, plan.identities, strict=True)
+    return [plan.known.fresh(path) or identity for path, identity in columns]
+
+
 def _settled(plan: Plan) -> list[Identity]:
-    """Return the identity of every image, from what was known before and from the shards just made."""
-    images = plan.images
-    columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), plan.identities, strict=True)
+    """Return the identity of every image, which is known once all shards are made."""
     settled = []
-    for path, size, mtime, identity in columns:
-        if identity is None or plan.known.is_fresh(path):
-            identity = plan.known.identity(path, size, mtime)
+    for path, identity in zip(plan.images.paths, _identities_now(plan), strict=True):
         if identity is None:
             raise StoreError(f"{printable(path)}: planned, but in no shard. Run the same command again.")
         settled.append(identity)

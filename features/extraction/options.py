@@ -8,6 +8,7 @@ from features.augmentation import PRESETS, AugmentSpec
 from features.canonical import check_choice
 from features.errors import ConfigurationError, check_range
 from features.recipe import NetworkOptions
+from features.sources.archives import Trust
 from features.sources.reading import Reading
 from features.sources.splits import SplitRule
 
@@ -49,7 +50,10 @@ class ExtractionOptions(NetworkOptions):
     overwrite : bool
         Allow a store of another recipe or of other images to be replaced.
     rehash : bool
-        Read and hash every image again, even if its size and modification time are unchanged.
+        Read and hash every image again, and expand a compressed tar again, whatever is noted.
+    trust_times : bool
+        Take an image for unchanged if its path, size and modification time are those in the store, whatever is noted
+        on this machine: for file systems without lasting inodes, and where there is no lasting cache folder.
     strict : bool
         Raise an error, instead of a warning, if the same bytes are found in two splits.
     layout : {"packed", "sharded"}, optional
@@ -79,6 +83,7 @@ class ExtractionOptions(NetworkOptions):
     max_unreadable: float = 0.05
     overwrite: bool = False
     rehash: bool = False
+    trust_times: bool = False
     strict: bool = False
     layout: str | None = None
     check_precision: int = 0
@@ -94,6 +99,10 @@ class ExtractionOptions(NetworkOptions):
         check_range("max unreadable", self.max_unreadable, 0, 1)
         check_choice("layout", self.layout or "packed", LAYOUTS)
         check_range("check precision", self.check_precision, 0, 100_000)
+        if self.rehash and self.trust_times:
+            raise ConfigurationError(
+                "rehash reads every image and trust times reads as few as possible; give one of them"
+            )
 
     def _check_views(self) -> None:
         """Raise ``ConfigurationError`` unless views and augmentation are given together or not at all.
@@ -123,6 +132,11 @@ class ExtractionOptions(NetworkOptions):
     def reading(self) -> Reading:
         """How classes, splits and groups are read from the source."""
         return Reading(self.split_folders, self.class_level, self.merge_labels)
+
+    @property
+    def trust(self) -> Trust:
+        """What shows that a file is unchanged."""
+        return "nothing" if self.rehash else "times" if self.trust_times else "notes"
 
     @property
     def rule(self) -> SplitRule:

@@ -3,8 +3,8 @@
     scan + old store + committed shards --make_plan()--> known rows, shard specs, counts
 
 Rows are found by content hash and cell (``Recipe.cell``: fingerprint and view), so an image that was moved, renamed or
-relabelled needs no inference, and additional views or layers are computed alone. An image whose path, size and
-modification time are unchanged is not read again.
+relabelled needs no inference, and additional views or layers are computed alone. An image that is as noted on this
+machine (``features.extraction.notes``) is not read again; any other is hashed.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
 from features.extraction.journal import PartsFolder
+from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import ShardSpec, rows_per_shard
+from features.progress import Progress
 from features.recipe import Cell, Recipe
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
@@ -61,8 +63,9 @@ class KnownRows:
         self.sources: list[FeatureStore] = []
         self._views: list[tuple[int, ...]] = []
         self._rows: dict[frozenset[Cell], dict[bytes, Location]] = {}
+        self._by_content: dict[bytes, Identity] = {}
         self._by_path: dict[str, tuple[int, int, Identity]] = {}
-        self._fresh: set[str] = set()
+        self._fresh: dict[str, Identity] = {}
         self.sizes: set[int] = set()
 
     def add(self, store: FeatureStore, views: Sequence[int], *, root: str, fresh: bool = False) -> None:
@@ -75,14 +78,12 @@ class KnownRows:
         views : sequence of int
             The views on its view axis, in order.
         root : str
-            Root of the source now. Size and time identify a file only if the store was made from the same root.
+            Root of the source now. A path means the same file only if the store was made from the same root.
         fresh : bool
             Whether the shard was made in this run. If not, files that could not be read at all are tried again, because
             the permission, disk or network may have been repaired.
         """
         same_place = store.provenance.get("root") == root
-        if fresh:
-            self._fresh.update(store.images.paths, store.quarantine.paths)
         source = len(self.sources)
         self.sources.append(store)
         self._views.append(tuple(views))
@@ -95,39 +96,43 @@ class KnownRows:
             if present[row]:
                 rows[sha256] = (source, row)
             self.sizes.add(int(size))
+            identity = self._by_content.get(sha256)
+            if identity is None or identity.reason is not None:
+                identity = self._by_content[sha256] = Identity(sha256, int(width), int(height))
             if same_place:
-                self._by_path[path] = (int(size), int(mtime), Identity(sha256, int(width), int(height)))
+                self._by_path[path] = (int(size), int(mtime), identity)
+            if fresh:
+                self._fresh[path] = identity
         refused = (quarantine.paths, quarantine.sha256, quarantine.sizes, quarantine.mtimes_ns, quarantine.reasons)
         for path, digest, size, mtime, reason in zip(*refused, strict=True):
-            if not same_place or not (fresh or digest.any()):
-                continue
-            self._by_path[path] = (int(size), int(mtime), Identity(digest.tobytes(), reason=reason))
+            identity = Identity(digest.tobytes(), reason=reason)
+            if fresh:
+                self._fresh[path] = identity
+            if digest.any():
+                self._by_content.setdefault(identity.sha256, identity)
+                if same_place:
+                    self._by_path[path] = (int(size), int(mtime), identity)
 
     def path_known(self, path: str) -> bool:
         """Whether an image with this path has been seen before, with any content."""
         return path in self._by_path
 
-    def is_fresh(self, path: str) -> bool:
-        """Whether the image with this path was read in this run."""
-        return path in self._fresh
+    def fresh(self, path: str) -> Identity | None:
+        """Return the identity of the image with this path if it was read for a shard of this run."""
+        return self._fresh.get(path)
 
     def content_at(self, path: str) -> bytes | None:
         """Return the sha256 of the content last seen under this path; None if the path is unknown."""
         return self._by_path[path][2].sha256 if path in self._by_path else None
 
-    def identity(self, path: str, size: int, mtime_ns: int) -> Identity | None:
-        """Return the identity of an image with unchanged path, size and time; None if the image has to be read."""
+    def at_time(self, path: str, size: int, mtime_ns: int) -> Identity | None:
+        """Return the identity of the image that had this path, size and modification time; None if there was none."""
         known = self._by_path.get(path)
         return known[2] if known is not None and known[:2] == (size, mtime_ns) else None
 
-    def identity_of_content(self, sha256: bytes) -> Identity | None:
-        """Return the identity of readable content seen before under any path; None if it is new."""
-        for rows in self._rows.values():
-            if sha256 in rows:
-                source, row = rows[sha256]
-                images = self.sources[source].images
-                return Identity(sha256, int(images.widths[row]), int(images.heights[row]))
-        return None
+    def of_content(self, sha256: bytes | None) -> Identity | None:
+        """Return the identity of content seen before under any path; None if it is new."""
+        return None if sha256 is None else self._by_content.get(sha256)
 
     def locate(self, cell: Cell, sha256: bytes) -> Location | None:
         """Find the source and row that contain a cell of an image; None if there are none."""
@@ -160,7 +165,10 @@ class Plan:
     identities : list of Identity or None
         One per image; None if the image has to be read.
     counts : Counter
-        Number of images that are ``cached moved new changed removed unreadable``.
+        Number of images that are ``cached moved new changed removed unreadable``, and of those that were ``hashed``
+        because nothing is noted about them, or something else.
+    notes : Notes
+        What was noted about the files before.
     old : FeatureStore or None
         The existing store; None if there is none or it is replaced.
     layout : {"packed", "sharded"}
@@ -177,6 +185,7 @@ class Plan:
     identities: list[Identity | None]
     counts: Counter[str]
     old: FeatureStore | None
+    notes: Notes
     layout: str = "packed"
     superseded: tuple[str, ...] = ()
 
@@ -192,7 +201,13 @@ class Plan:
 
 
 def make_plan(
-    images: ImageSet, network: Network, out: Path, parts: PartsFolder, options: ExtractionOptions, readers: Executor
+    images: ImageSet,
+    network: Network,
+    out: Path,
+    parts: PartsFolder,
+    options: ExtractionOptions,
+    readers: Executor,
+    progress: Progress | None = None,
 ) -> Plan:
     """Compare a source with the features that already exist.
 
@@ -210,6 +225,8 @@ def make_plan(
         The options. A store that has more views than requested keeps them, with their augmentation.
     readers : Executor
         Threads that hash files whose size has been seen before.
+    progress : callable, optional
+        Called with ``(stage, done, total)``.
 
     Raises
     ------
@@ -244,8 +261,10 @@ def make_plan(
                 "Run that command again to finish it, choose another --out, or add --overwrite to drop them."
             )
 
-    identities, moved = _identities(images, known, readers, rehash=options.rehash)
-    groups, counts = _missing(images, wanted, views, known, identities, moved)
+    notes = Notes.read(out, root)
+    identities, hashed = _identities(images, known, notes, readers, options, progress)
+    groups, counts = _missing(images, wanted, views, known, identities)
+    counts["hashed"] = hashed
     taken = {*parts.records, *(() if old is None else old.shards.names)}
     specs = []
     for (numbers, views_of_group), rows in groups.items():
@@ -254,7 +273,7 @@ def make_plan(
         for start in range(0, len(rows), step):
             specs.append(_spec(images, rows[start : start + step], recipes, views_of_group).untaken(taken))
     if old is not None:
-        counts["removed"] = len(set(old.images.paths) - set(images.paths))
+        counts["removed"] = _removed(old, images, identities)
         before = {digest.tobytes() for digest in old.images.sha256}
         kept = sum(identity is not None and identity.sha256 in before for identity in identities)
         if not overwrite and 2 * kept < len(old):
@@ -262,7 +281,7 @@ def make_plan(
                 f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}. "
                 "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
             )
-    return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, layout, tuple(superseded))
+    return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, notes, layout, tuple(superseded))
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
@@ -356,26 +375,44 @@ def _short(value: object) -> str:
 
 
 def _identities(
-    images: ImageSet, known: KnownRows, readers: Executor, *, rehash: bool
-) -> tuple[list[Identity | None], set[int]]:
-    """Return the identity of each image as far as it is known, and the indices of images that were moved.
-
-    An image was moved if its content is known, but from another path.
-    """
-    columns = zip(images.paths, images.sizes.tolist(), images.mtimes_ns.tolist(), strict=True)
-    by_path: list[Identity | None] = [known.identity(*column) for column in columns]
-    identities: list[Identity | None] = [None if rehash else identity for identity in by_path]
-    # The same content has the same size, so only a file of a known size can be one that was moved.
+    images: ImageSet,
+    known: KnownRows,
+    notes: Notes,
+    readers: Executor,
+    options: ExtractionOptions,
+    progress: Progress | None,
+) -> tuple[list[Identity | None], int]:
+    """Return the identity of each image as far as it is known, and how many images were read to find it out."""
+    identities: list[Identity | None] = [None] * len(images)
     sizes = images.sizes.tolist()
-    suspects = [i for i, identity in enumerate(identities) if identity is None and sizes[i] in known.sizes]
-    moved = set()
-    for index, digest in zip(suspects, readers.map(_hasher(images), suspects), strict=True):
-        found = known.identity_of_content(digest) if digest is not None else None
-        if found is not None:
+    if options.trust == "notes":
+        identities = [known.of_content(sha256) for sha256 in notes.hashes(images.paths, images.stamps)]
+    elif options.trust == "times":
+        columns = zip(images.paths, sizes, images.mtimes_ns.tolist(), strict=True)
+        identities = [known.at_time(*column) for column in columns]
+    # The same content has the same size, so only a file of a known size can have known content.
+    unknown = [index for index, identity in enumerate(identities) if identity is None and sizes[index] in known.sizes]
+    for done, (index, sha256) in enumerate(zip(unknown, readers.map(_hasher(images), unknown), strict=True), 1):
+        found = known.of_content(sha256)
+        if found is not None and found.reason is None:  # what could not be read is tried again
             identities[index] = found
-            if known.content_at(images.paths[index]) != digest:
-                moved.add(index)
-    return identities, moved
+        if progress:
+            progress("hash", done, len(unknown))
+    return identities, len(unknown)
+
+
+def _removed(old: FeatureStore, images: ImageSet, identities: Sequence[Identity | None]) -> int:
+    """Count the rows of the old store whose file is gone, and whose content is not at a path that is new."""
+    before, now = set(old.images.paths), set(images.paths)
+    gone = Counter(
+        digest.tobytes() for path, digest in zip(old.images.paths, old.images.sha256, strict=True) if path not in now
+    )
+    arrived = Counter(
+        identity.sha256
+        for path, identity in zip(images.paths, identities, strict=True)
+        if identity is not None and path not in before
+    )
+    return (gone - arrived).total()
 
 
 def _hasher(images: ImageSet) -> Callable[[int], bytes | None]:
@@ -394,14 +431,12 @@ def _missing(
     views: int,
     known: KnownRows,
     identities: Sequence[Identity | None],
-    moved: Iterable[int],
 ) -> tuple[dict[Group, list[int]], Counter[str]]:
     """Group the images by their missing cells, in row order; each group is made together. Also count the images.
 
     An image is in one group for each set of recipes that lacks some of its views, so no existing cell is made again.
     """
-    counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0)
-    moved = set(moved)
+    counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0, hashed=0)
     cells = [[recipe.cell(view) for recipe in recipes] for view in range(views)]
     everything = (tuple(range(len(recipes))), tuple(range(views)))
     groups: dict[Group, list[int]] = {}
@@ -413,7 +448,7 @@ def _missing(
         if identity.reason is not None:
             counts["unreadable"] += 1
             continue
-        counts["moved" if index in moved else "cached"] += 1
+        counts["cached" if known.content_at(images.paths[index]) == identity.sha256 else "moved"] += 1
         lacking: dict[tuple[int, ...], list[int]] = {}  # recipes -> views
         for view in range(views):
             numbers = tuple(n for n, cell in enumerate(cells[view]) if known.locate(cell, identity.sha256) is None)

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import gzip
 import hashlib
+import json
 import logging
 import lzma
 import os
@@ -24,15 +25,19 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple, NoReturn
+from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
 
-from features.cache import cache_path
+from features.cache import cache_path, signed_file, write_signed
+from features.canonical import canonical_json
 from features.errors import SourceError, UnreadableImageError
-from features.files import whole_file
+from features.files import file_digest, whole_file
 from features.pixels.limits import MAX_BYTES
+from features.sources.folders import File
 from features.temporary import sweep_dead
 
 logger = logging.getLogger(__name__)
+
+Trust = Literal["notes", "times", "nothing"]
 
 _EXPANDERS: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 ARCHIVE_SUFFIXES = (".zip", ".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
@@ -141,8 +146,16 @@ def _member_data(stream: BinaryIO, member: Member, wanted: int) -> bytes:
     return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, wanted) if wanted else b""
 
 
-def open_archive(path: Path) -> Archive:
+def open_archive(path: Path, trust: Trust = "notes") -> Archive:
     """List the members of a zip or tar archive, as its suffix says; a compressed tar is expanded into the cache.
+
+    Parameters
+    ----------
+    path : Path
+        The archive.
+    trust : {"notes", "times", "nothing"}
+        When the expanded copy of before is used: if the archive has the inode, times and size noted; if it has the
+        modification time and size noted; or never.
 
     Raises
     ------
@@ -154,12 +167,13 @@ def open_archive(path: Path) -> Archive:
     if name.endswith(".zip"):
         return open_zip(path)
     expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
-    file = path if expand is None else _expanded(path, expand)
+    file = path if expand is None else _expanded(path, expand, trust)
     try:
         return _open_tar(path, file)
     except SourceError:
         if file != path:
-            file.unlink(missing_ok=True)
+            for copy in (_note_of(file), file):
+                copy.unlink(missing_ok=True)
         raise
 
 
@@ -310,34 +324,73 @@ def _open_tar(path: Path, file: Path) -> Archive:
     return listing.archive()
 
 
-def _expanded(path: Path, expand: Callable[[Path], Any]) -> Path:
-    """Return the expanded copy of a tar in the cache; it is made if it is missing or the archive has changed."""
-    size, mtime_ns = _state(os.stat(path))
+def _expanded(path: Path, expand: Callable[[Path], Any], trust: Trust) -> Path:
+    """Return the expanded copy of a tar in the cache; it is made if it is missing or damaged or the archive has changed."""
+    status = os.stat(path)
     key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:20]
-    copy, limit = cache_path("archives", f"{key}-{size}-{mtime_ns}.tar"), max(FREE_TOTAL, MAX_RATIO * size)
-    if copy.is_file():
+    times, rest = f"{key}-{status.st_size}-{status.st_mtime_ns}", f"-{status.st_ino}-{status.st_ctime_ns}"
+    copy = cache_path("archives", f"{times}{rest}.tar")
+    if trust == "times":
+        copy = next(iter(sorted(copy.parent.glob(f"{times}-*.tar"))), copy)
+    if trust != "nothing" and _is_whole(copy):
         return copy
     logger.info("%s: expanding into %s", path, copy)
     try:
         sweep_dead(copy.parent)
-        for former in set(copy.parent.glob(f"{key}-*.tar")) - {copy}:  # of the archive before it changed
+        for former in set(copy.parent.glob(f"{key}-*")) - {copy}:  # of the archive before it changed
             former.unlink(missing_ok=True)
-        with whole_file(copy) as out:
-            for chunk in _chunks(path, expand):
-                if out.tell() + len(chunk) > limit:
-                    raise SourceError(
-                        f"{path} expands from {size} to more than {limit} bytes, as bombs do, not images. "
-                        "Unpack it with care, and give the folder."
-                    )
-                out.write(chunk)
-            out.flush()
-            os.utime(out.fileno(), ns=(mtime_ns, mtime_ns))  # so that two processes make identical copies
+        _expand(path, expand, copy, status)
     except OSError as error:
         raise SourceError(
             f"{path} cannot be expanded into {copy.parent} ({error.strerror or error}); unpack it yourself and give the "
             "folder, or set BOTTLENECK_CACHE to a folder with enough space"
         ) from error
     return copy
+
+
+def _expand(path: Path, expand: Callable[[Path], Any], copy: Path, status: os.stat_result) -> None:
+    limit, digest = max(FREE_TOTAL, MAX_RATIO * status.st_size), hashlib.sha256()
+    with whole_file(copy) as out:
+        for chunk in _chunks(path, expand):
+            if out.tell() + len(chunk) > limit:
+                raise SourceError(
+                    f"{path} expands from {status.st_size} to more than {limit} bytes, as bombs do, not images. "
+                    "Unpack it with care, and give the folder."
+                )
+            out.write(chunk)
+            digest.update(chunk)
+        out.flush()
+        os.utime(out.fileno(), ns=(status.st_mtime_ns,) * 2)  # so that two processes make identical copies
+    _write_note(copy, digest.hexdigest())
+
+
+def _note_of(copy: Path) -> Path:
+    """Return the path of the note on a copy: its digest, and the stamp that it has while it is unchanged."""
+    return copy.with_suffix(".json")
+
+
+def _write_note(copy: Path, sha256: str) -> None:
+    note = {"sha256": sha256, "stamp": File.of(copy.name, os.stat(copy)).stamp}
+    write_signed(_note_of(copy), canonical_json(note).encode("ascii"))
+
+
+def _is_whole(copy: Path) -> bool:
+    """Whether there is a copy that is unchanged since it was made; it is hashed if its stamp is another one."""
+    try:
+        with signed_file(_note_of(copy)) as file:
+            note = json.load(file)
+        if tuple(note["stamp"]) == File.of(copy.name, os.stat(copy)).stamp:
+            return True
+        if file_digest(copy) != note["sha256"]:
+            raise ValueError("its digest is not the one noted")
+        with contextlib.suppress(OSError):  # a cache of root, which only root may write
+            _write_note(copy, note["sha256"])
+        return True
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is not used (%s); the archive is expanded again", copy, error)
+        return False
 
 
 def _chunks(path: Path, expand: Callable[[Path], Any]) -> Iterator[bytes]:

@@ -68,7 +68,7 @@ def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[
     SourceError
         If an array cannot be used; the message names it.
     """
-    mtime_ns = os.stat(path).st_mtime_ns
+    status = os.stat(path)
     archive = open_zip(path, member_limit=MAX_ARRAY_BYTES)
     names = {member.removesuffix(".npy") for member in archive.members if member.endswith(".npy")}
     subsets = [_subset(archive, word, names) for word in _FOLDERS if names & {f"x_{word}", f"y_{word}"}]
@@ -83,7 +83,7 @@ def open_arrays(path: Path) -> tuple[list[File], list[str], list[int], Callable[
     files, labels, splits = list[File](), list[str](), list[int]()
     for folder, _, header, numbers in subsets:
         digits, size = max(6, len(str(len(numbers)))), png_size(header.shape)
-        files += [File(f"{folder}/{number:0{digits}d}", size, mtime_ns) for number in range(len(numbers))]
+        files += [File.of(f"{folder}/{number:0{digits}d}", status, size) for number in range(len(numbers))]
         labels += [f"{number:0{width}d}" if number >= 0 else "" for number in numbers]
         splits += [SPLIT_WORDS[folder]] * len(numbers)
     if not files:

@@ -29,20 +29,43 @@ _LINKED_DEPTH = 2
 
 
 class File(NamedTuple):
-    """An image file: path with ``/``, size in bytes and modification time in nanoseconds, both -1 if it is missing."""
+    """An image file: path with ``/``, and what tells whether it has changed; all numbers are -1 if it is missing.
+
+    Parameters
+    ----------
+    path : str
+        Path inside the source.
+    size : int
+        Size in bytes.
+    mtime_ns, inode, ctime_ns : int
+        Modification time in nanoseconds, inode and change time in nanoseconds; in an archive, those of the archive.
+    """
 
     path: str
     size: int
     mtime_ns: int
+    inode: int = -1
+    ctime_ns: int = -1
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        """What changes whenever the file does: inode, change time, modification time, size."""
+        return self.inode, self.ctime_ns, self.mtime_ns, self.size
+
+    @classmethod
+    def of(cls, path: str, status: os.stat_result, size: int | None = None) -> File:
+        """Return a file with the status of its own or, if ``size`` is given, of the archive that it is in."""
+        inode = status.st_ino & (1 << 63) - 1  # some file systems use all 64 bits; stores of numbers have a sign
+        size = status.st_size if size is None else size
+        return cls(path, size, status.st_mtime_ns, inode, status.st_ctime_ns)
 
 
 def look_at(root: Path, path: str) -> File:
-    """Return the size and modification time of a file, which may be missing."""
+    """Return what is to be known of a file, which may be missing."""
     try:
-        status = os.stat(os.path.join(root, path))
+        return File.of(path, os.stat(os.path.join(root, path)))
     except OSError:
         return File(path, -1, -1)
-    return File(path, status.st_size, status.st_mtime_ns)
 
 
 def walk(root: Path) -> tuple[list[File], list[str]]:
@@ -109,7 +132,6 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
 
 def _look_at_entry(entry: os.DirEntry[str], path: str) -> File:
     try:
-        status = entry.stat()
+        return File.of(path, entry.stat())
     except OSError:  # a broken link: kept, so that it is listed as missing
         return File(path, -1, -1)
-    return File(path, status.st_size, status.st_mtime_ns)

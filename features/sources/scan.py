@@ -17,7 +17,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, SourceError, nearest
 from features.pixels.decode import read_bytes
-from features.sources.archives import ARCHIVE_SUFFIXES, open_archive
+from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
@@ -54,10 +54,9 @@ class ImageSet:
         Index into ``SPLITS``, -1 if the source gives none.
     groups : tuple of str, length n, or None
         Images of one group must stay in one split; empty for an image without a group.
-    sizes : int64, (n,)
-        Size in bytes, -1 for a missing file.
-    mtimes_ns : int64, (n,)
-        Modification time in nanoseconds since 1970, -1 for a missing file. In an archive, that of the archive.
+    stamps : int64, (n, 4)
+        Inode, change time and modification time in nanoseconds since 1970, size in bytes: one of them changes whenever
+        the file does. All are -1 for a missing file. In an archive, inode and times are those of the archive.
     columns : mapping of str to tuple of str, length n
         Further columns of a manifest, as text.
     reader : callable, optional
@@ -73,14 +72,23 @@ class ImageSet:
     classes: tuple[str, ...]
     given_splits: np.ndarray
     groups: tuple[str, ...] | None
-    sizes: np.ndarray
-    mtimes_ns: np.ndarray
+    stamps: np.ndarray
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
     reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Size in bytes, int64, (n,); -1 for a missing file."""
+        return self.stamps[:, 3]
+
+    @property
+    def mtimes_ns(self) -> np.ndarray:
+        """Modification time in nanoseconds since 1970, int64, (n,); -1 for a missing file."""
+        return self.stamps[:, 2]
 
     def read(self, index: int) -> bytes:
         """Return the bytes of one image file; may be called from many threads.
@@ -99,7 +107,12 @@ class ImageSet:
 
 
 def scan(
-    source: str | Path, *, target: str | None = None, labelled: bool = True, reading: Reading | None = None
+    source: str | Path,
+    *,
+    target: str | None = None,
+    labelled: bool = True,
+    reading: Reading | None = None,
+    trust: Trust = "notes",
 ) -> ImageSet:
     """List the images of a source; no image is opened.
 
@@ -117,6 +130,8 @@ def scan(
         is not certain which of its folders are classes.
     reading : Reading, optional
         How classes and splits are read. By default the names of the folders decide, and what is not certain is refused.
+    trust : {"notes", "times", "nothing"}
+        When the copy of a compressed tar in the cache is used; see ``features.sources.archives.open_archive``.
 
     Raises
     ------
@@ -149,7 +164,7 @@ def scan(
     if name.endswith(tuple(IMAGE_SUFFIXES)):
         return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
-        return _scan_archive(path, text, reading)
+        return _scan_archive(path, text, reading, trust)
     if is_file and name.endswith(".npz"):
         return _scan_arrays(path, text, reading)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
@@ -199,8 +214,7 @@ def _image_set(
         classes=classes,
         given_splits=np.where(labels < 0, UNLABELLED, np.asarray(splits)).astype(np.int8),
         groups=tuple(groups) if groups is not None and any(groups) else None,
-        sizes=np.fromiter((file.size for file in files), np.int64, len(files)),
-        mtimes_ns=np.fromiter((file.mtime_ns for file in files), np.int64, len(files)),
+        stamps=np.array([file.stamp for file in files], np.int64).reshape(-1, 4),
         columns=columns or {},
         reader=reader,
         reading=reading.record,
@@ -214,9 +228,9 @@ def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
     return _from_tree(root, description, walk(root), reading)
 
 
-def _scan_archive(path: Path, description: str, reading: Reading) -> ImageSet:
-    mtime_ns = os.stat(path).st_mtime_ns
-    archive = open_archive(path)
+def _scan_archive(path: Path, description: str, reading: Reading, trust: Trust) -> ImageSet:
+    status = os.stat(path)
+    archive = open_archive(path, trust)
     files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
     for member, details in archive.members.items():
         parts = member.split("/")
@@ -224,7 +238,7 @@ def _scan_archive(path: Path, description: str, reading: Reading) -> ImageSet:
             continue
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if suffix_of(member) in IMAGE_SUFFIXES:
-            files.append(File(member, details.size, mtime_ns))
+            files.append(File.of(member, status, details.size))
         else:
             left_out[suffix_of(member) or "no suffix"] += 1
     warn_left_out(path, left_out)

@@ -87,6 +87,9 @@ def extract(
     ] = None,
     max_unreadable: Annotated[float, opt("Largest allowed share of unreadable images; exit code 4 above it.")] = 0.05,
     rehash: Annotated[bool, opt("Read every image again, even if it looks unchanged.", "--rehash")] = False,
+    trust_times: Annotated[
+        bool, opt("Take an image of the same size and modification time for unchanged.", "--trust-times")
+    ] = False,
     strict: Annotated[bool, opt("Refuse a source that has the same image bytes in two splits.", "--strict")] = False,
     overwrite: Annotated[bool, opt("Replace a store that has another recipe or other images.", "--overwrite")] = False,
     cluster: Cluster = None,
@@ -127,6 +130,7 @@ def extract(
         max_unreadable=max_unreadable,
         overwrite=overwrite,
         rehash=rehash,
+        trust_times=trust_times,
         strict=strict,
     )
     if dry_run:

@@ -1,0 +1,120 @@
+"""Notes of this machine on image files: which content a file had when it was read, and how to tell that it is unchanged.
+
+    image set --stamps--> note of the last run --same stamp--> content hash | else the file is read and hashed
+
+Size and time do not tell: they stay the same when two files are exchanged, and many programs set the time back. Nobody
+can set the change time (ctime) of a file back, so a file whose inode, change time, modification time and size are as
+noted is unchanged. The notes lie in the cache folder, one file for each store and image root: they are worth something
+on one machine only, and the store itself stays the same.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import os
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from features.cache import cache_path, signed_file, write_signed
+from features.canonical import digest_of
+
+logger = logging.getLogger(__name__)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Notes:
+    """What is noted about the files of one image root.
+
+    Parameters
+    ----------
+    path : Path
+        Where the notes are kept.
+    paths : list of str
+        Paths as the source names them.
+    stamps : int64, (n, 4)
+        Inode, change time and modification time in nanoseconds, size in bytes.
+    sha256 : uint8, (n, 32)
+        Hash of the content.
+    """
+
+    path: Path
+    paths: list[str] = dataclasses.field(default_factory=list)
+    stamps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.int64))
+    sha256: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 32), np.uint8))
+
+    @classmethod
+    def read(cls, store: Path, root: str) -> Notes:
+        """Read the notes on the images in ``root`` whose features are in ``store``; empty if there are none."""
+        path = cache_path("notes", f"{digest_of([os.path.realpath(store), root])}.npz")
+        try:
+            with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
+                names, stamps, sha256 = (archive[name] for name in ("paths", "stamps", "sha256"))
+            paths = names.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
+            if stamps.shape != (len(paths), 4) or sha256.shape != (len(paths), 32):
+                raise ValueError("its columns differ in length")
+            return cls(path, paths, stamps, sha256)
+        except FileNotFoundError:
+            return cls(path)
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            logger.warning("%s is not used (%s); images are read and hashed again", path, error)
+            return cls(path)
+
+    def hashes(self, paths: Sequence[str], stamps: np.ndarray) -> list[bytes | None]:
+        """Return the content hash of each file that is as noted, None for the others.
+
+        Parameters
+        ----------
+        paths : sequence of str, length n
+            Paths as the source names them.
+        stamps : int64, (n, 4)
+            Of the files now.
+        """
+        index = {path: row for row, path in enumerate(self.paths)}
+        rows = np.fromiter((index.get(path, -1) for path in paths), np.int64, len(paths))
+        found = np.flatnonzero(rows >= 0)
+        same = found[(self.stamps[rows[found]] == stamps[found]).all(axis=1)]
+        result: list[bytes | None] = [None] * len(paths)
+        for number in same.tolist():
+            result[number] = self.sha256[rows[number]].tobytes()
+        return result
+
+    def replaced(self, paths: Sequence[str], stamps: np.ndarray, hashes: Sequence[bytes | None]) -> Notes:
+        """Return notes on these files alone; files without a hash are left out."""
+        rows = [row for row, sha256 in enumerate(hashes) if sha256 is not None]
+        digests = np.frombuffer(b"".join(filter(None, hashes)), np.uint8).reshape(-1, 32)
+        return Notes(self.path, [paths[row] for row in rows], stamps[rows], digests)
+
+    def updated(self, paths: Sequence[str], stamps: np.ndarray, hashes: Sequence[bytes | None]) -> Notes:
+        """Return these notes with those on some files in place of what was noted about them."""
+        news = [None if noted == now else now for noted, now in zip(self.hashes(paths, stamps), hashes, strict=True)]
+        if not any(news):
+            return self
+        new = self.replaced(paths, stamps, news)
+        others = set(new.paths)
+        kept = [row for row, path in enumerate(self.paths) if path not in others]
+        joined = [np.concatenate([a[kept], b]) for a, b in ((self.stamps, new.stamps), (self.sha256, new.sha256))]
+        return Notes(self.path, [self.paths[row] for row in kept] + new.paths, *joined)
+
+    def write(self, before: Notes | None = None) -> None:
+        """Keep the notes, unless they are as ``before``; a warning says if they cannot be kept."""
+        if before is self or (before is not None and self._same(before)):
+            return
+        content = io.BytesIO()
+        names = "".join(f"{path}\0" for path in self.paths).encode("utf-8", "surrogateescape")
+        np.savez(content, paths=np.frombuffer(names, np.uint8), stamps=self.stamps, sha256=self.sha256)
+        try:
+            write_signed(self.path, content.getbuffer())
+        except OSError as error:  # the notes only save time
+            logger.warning(
+                "%s could not be written (%s); the next run reads and hashes the images again, unless you add --trust-times",
+                *(self.path, error.strerror or error),
+            )
+
+    def _same(self, other: Notes) -> bool:
+        columns = ((self.stamps, other.stamps), (self.sha256, other.sha256))
+        return self.paths == other.paths and all(np.array_equal(*pair) for pair in columns)

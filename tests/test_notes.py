@@ -1,0 +1,373 @@
+"""Size and time do not say that a file is unchanged; the notes of this machine do, and without one the file is hashed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import NumpyNetwork, assert_rows_are_their_images, call_pipeline, extract, listing, paint, paint_folder
+from PIL import Image
+
+from features.errors import ConfigurationError
+from features.extraction.extraction import Extraction
+from features.extraction.notes import Notes
+from features.extraction.options import ExtractionOptions
+from features.sources.scan import ImageSet, scan
+from features.store.reader import FeatureStore
+
+TIME = 1_700_000_000_000_000_000
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Four images of two classes, all of one size and one time."""
+    root = tmp_path / "images"
+    for number, name in enumerate(["cat/1.bmp", "cat/2.bmp", "dog/1.bmp", "dog/2.bmp"]):
+        os.utime(paint(root / name, (50 * number, 9, 9)), ns=(TIME, TIME))
+    return root
+
+
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Paths of the images that are read."""
+    read, found = ImageSet.read, list[str]()
+
+    def counted(images: ImageSet, index: int) -> bytes:
+        found.append(images.paths[index])
+        return read(images, index)
+
+    monkeypatch.setattr(ImageSet, "read", counted)
+    return found
+
+
+def state(path: Path) -> tuple[int, int, bytes]:
+    return path.stat().st_ino, path.stat().st_mtime_ns, path.read_bytes()
+
+
+def exchange(first: Path, second: Path) -> None:
+    spare = first.with_name("spare")
+    first.rename(spare)
+    second.rename(first)
+    spare.rename(second)
+
+
+def edit(path: Path, colour: tuple[int, int, int]) -> None:
+    """Other content of the same size; the program sets the time back."""
+    size, before = path.stat().st_size, path.stat().st_mtime_ns
+    Image.new("RGB", (8, 8), colour).save(path)
+    os.utime(path, ns=(before, before))
+    assert (path.stat().st_size, path.stat().st_mtime_ns) == (size, before)
+
+
+# --- what is unchanged ------------------------------------------------------------------------------------
+def test_two_files_that_change_places_change_their_labels(source: Path, tmp_path: Path) -> None:
+    network = NumpyNetwork()
+    extract(source, tmp_path / "f.h5", network)
+    exchange(source / "cat/1.bmp", source / "dog/1.bmp")
+    result = extract(source, tmp_path / "f.h5", network)
+    assert_rows_are_their_images(result.store, source)
+    assert (result.written, result.inferred, result.counts["moved"], result.counts["removed"]) == (True, 0, 2, 0)
+    result.store.verify()
+
+
+def test_an_edit_with_the_time_set_back_is_seen(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    extract(source, tmp_path / "f.h5")
+    edit(source / "dog/2.bmp", (1, 2, 3))
+    reads.clear()
+    result = extract(source, tmp_path / "f.h5")
+    assert set(reads) == {"dog/2.bmp"}
+    assert_rows_are_their_images(result.store, source)
+    assert (result.inferred, result.counts["changed"], result.counts["hashed"]) == (1, 1, 1)
+
+
+def test_what_is_noted_is_not_read(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    extract(source, tmp_path / "f.h5")
+    reads.clear()
+    result = extract(source, tmp_path / "f.h5")
+    assert (reads, result.written, result.counts["cached"], result.counts["hashed"]) == ([], False, 4, 0)
+
+
+@pytest.mark.parametrize("layout", ["packed", "sharded"])
+def test_without_a_note_images_are_hashed_once_and_the_store_stays(
+    source: Path, tmp_path: Path, cache: Path, reads: list[str], layout: str
+) -> None:
+    network, out = NumpyNetwork(), tmp_path / "f.h5"
+    extract(source, out, network, layout=layout)
+    before, made, names = state(out), sum(network.batches), listing(tmp_path / "f.h5.parts")
+    shutil.rmtree(cache)
+    for hashed in (4, 0):
+        reads.clear()
+        result = extract(source, out, network)
+        assert (len(reads), result.counts["hashed"], result.counts["cached"]) == (hashed, hashed, 4)
+        assert (result.written, result.inferred) == (False, 0)
+    assert (state(out), sum(network.batches), listing(tmp_path / "f.h5.parts")) == (before, made, names)
+
+
+def test_a_fresh_checkout_is_hashed_once_and_the_store_stays(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "f.h5"
+    extract(source, out)
+    before = state(out)
+    for path in source.rglob("*.bmp"):  # other inodes, other times
+        data = path.read_bytes()
+        path.unlink()
+        path.write_bytes(data)
+    counts = [extract(source, out).counts["hashed"] for _ in range(2)]
+    assert counts == [4, 0]
+    assert state(out) == before
+
+
+def test_the_command_says_how_many_were_hashed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pipeline import extract as stage
+
+    monkeypatch.setattr(
+        stage, "prepare", lambda images, out, options, **_: Extraction(scan(images), NumpyNetwork(), out, options)
+    )
+    extract(source, tmp_path / "f.h5")
+    shutil.rmtree(os.environ["BOTTLENECK_CACHE"])
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", "--dry-run")
+    assert "4 images (4 cached, 4 hashed), 0 to infer" in result.stdout
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5")
+    assert "  4 images hashed, none new\n  nothing to do: 4 rows cached, 0 inferred, file untouched" in result.stdout
+    result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", "--trust-times", "--rehash")
+    assert result.returncode == 2
+    assert "give one of them" in result.stderr
+
+
+def test_rehash_reads_what_is_noted(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    extract(source, tmp_path / "f.h5")
+    reads.clear()
+    assert extract(source, tmp_path / "f.h5", rehash=True).written is False
+    assert len(reads) == 4
+
+
+def test_trust_times_reads_nothing_and_notes_nothing(
+    source: Path, tmp_path: Path, cache: Path, reads: list[str]
+) -> None:
+    out = tmp_path / "f.h5"
+    extract(source, out)
+    shutil.rmtree(cache)
+    exchange(source / "cat/1.bmp", source / "dog/1.bmp")
+    reads.clear()
+    result = extract(source, out, trust_times=True)
+    assert (reads, result.written, result.counts["hashed"]) == ([], False, 0)  # as asked for: the exchange is not seen
+    assert not cache.exists()  # what only times say is not worth a note
+    result = extract(source, out)
+    assert result.counts["moved"] == 2
+    assert_rows_are_their_images(result.store, source)
+    os.utime(source / "cat/2.bmp", ns=(TIME + 1, TIME + 1))
+    assert extract(source, out, trust_times=True).counts["hashed"] == 1
+    assert extract(source, out, trust_times=True).counts["hashed"] == 0  # the store has the new time
+    with pytest.raises(ConfigurationError, match="give one of them"):
+        ExtractionOptions(rehash=True, trust_times=True)
+
+
+def test_notes_of_one_root_do_not_serve_another(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    extract(source, tmp_path / "f.h5")
+    shutil.copytree(source, tmp_path / "copy")
+    reads.clear()
+    result = extract(tmp_path / "copy", tmp_path / "f.h5")
+    assert (len(reads), result.inferred) == (4, 0)
+    for root in (source, tmp_path / "copy"):
+        reads.clear()
+        assert extract(root, tmp_path / "f.h5").counts["hashed"] == 0
+        assert reads == []
+
+
+def test_an_unreadable_file_is_tried_again_only_without_a_note(source: Path, tmp_path: Path, cache: Path) -> None:
+    (source / "cat" / "3.bmp").write_bytes(b"BM" + b"no image" * 9)
+    out, options = tmp_path / "f.h5", {"max_unreadable": 0.5}
+    assert extract(source, out, **options).counts["unreadable"] == 1
+    before = state(out)
+    again = extract(source, out, **options)
+    assert (again.counts["unreadable"], again.counts["changed"], again.written) == (1, 0, False)
+    shutil.rmtree(cache)  # as after an upgrade, which may read more kinds of files
+    again = extract(source, out, **options)
+    assert (again.counts["unreadable"], again.counts["changed"], again.written) == (1, 1, False)
+    assert state(out) == before
+    assert listing(tmp_path / "images") == sorted(listing(source))
+
+
+def test_a_run_that_was_stopped_leaves_notes_of_what_it_read(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    paint_folder(source, {"cow": 60}, start=300)
+    network, out = NumpyNetwork(), tmp_path / "f.h5"
+    network.fail_after = 4
+    with pytest.raises(KeyboardInterrupt):
+        extract(source, out, network)
+    done = sum(network.batches)
+    reads.clear()
+    result = extract(source, out, network)
+    assert sum(network.batches) == 64
+    assert len(set(reads)) == 64 - done  # what the first run made is not read again, not even hashed
+    assert_rows_are_their_images(result.store, source)
+
+
+# --- what was removed -------------------------------------------------------------------------------------
+def test_a_moved_file_is_not_a_removed_one(source: Path, tmp_path: Path) -> None:
+    extract(source, tmp_path / "f.h5")
+    (source / "cat/1.bmp").rename(source / "dog/9.bmp")
+    (source / "dog/2.bmp").unlink()
+    result = extract(source, tmp_path / "f.h5")
+    assert (result.counts["moved"], result.counts["removed"], result.counts["cached"]) == (1, 1, 2)
+
+
+def test_a_copy_that_goes_is_removed(source: Path, tmp_path: Path) -> None:
+    shutil.copy(source / "cat/1.bmp", source / "cat/copy.bmp")
+    extract(source, tmp_path / "f.h5")
+    (source / "cat/copy.bmp").unlink()
+    result = extract(source, tmp_path / "f.h5")
+    assert (result.counts["moved"], result.counts["removed"], result.counts["cached"]) == (0, 1, 4)
+
+
+# --- where notes are bad or cannot be kept ----------------------------------------------------------------
+def test_notes_that_somebody_else_wrote_are_not_used(
+    source: Path, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    out = tmp_path / "f.h5"
+    extract(source, out)
+    [path] = (cache / "notes").iterdir()
+    exchange(source / "cat/1.bmp", source / "dog/1.bmp")
+    images, notes = scan(source), Notes.read(out, str(source))
+    notes.replaced(images.paths, images.stamps, [*map(bytes, notes.sha256)]).write()  # "all is as it was"
+    path.write_bytes(b"0" * 64 + path.read_bytes()[64:])
+    result = extract(source, out)
+    assert_rows_are_their_images(result.store, source)
+    assert result.counts["hashed"] == 4
+    assert [record.getMessage() for record in caplog.records if "is not used" in record.getMessage()] == [
+        f"{path} is not used (it does not carry this user's signature); images are read and hashed again"
+    ]
+
+
+def refusing(code: int) -> Callable[..., Any]:
+    def write(*_: object, **__: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    return write
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
+def test_a_full_or_read_only_cache_costs_one_line(
+    source: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("features.extraction.notes.write_signed", refusing(code))
+    result = extract(source, tmp_path / "f.h5")
+    assert_rows_are_their_images(result.store, source)
+    [message] = [record.getMessage() for record in caplog.records if "could not be written" in record.getMessage()]
+    assert os.strerror(code) in message
+    assert "--trust-times" in message
+    assert extract(source, tmp_path / "f.h5").counts["hashed"] == 4
+
+
+def test_paths_that_are_not_utf8_are_noted(tmp_path: Path) -> None:
+    notes = Notes(tmp_path / "cache" / "notes" / "x.npz")
+    stamps = np.arange(8, dtype=np.int64).reshape(2, 4)
+    made = notes.replaced(["a\udcff.png", "b"], stamps, [b"1" * 32, None])
+    assert (made.paths, made.stamps.tolist()) == (["a\udcff.png"], [[0, 1, 2, 3]])
+    fixed = Notes.read(tmp_path / "f.h5", "/r")
+    fixed.updated(["a\udcff.png", "b"], stamps, [b"1" * 32, b"2" * 32]).write()
+    again = Notes.read(tmp_path / "f.h5", "/r")
+    assert again.hashes(["b", "a\udcff.png", "c"], stamps[[1, 0, 0]]) == [b"2" * 32, b"1" * 32, None]
+    assert again.hashes(["b"], stamps[[0]]) == [None]
+    more = again.updated(["b"], stamps[[0]], [b"3" * 32])
+    assert more.hashes(["a\udcff.png", "b"], stamps[[0, 0]]) == [b"1" * 32, b"3" * 32]
+    assert more.updated(["b"], stamps[[0]], [b"3" * 32]) is more
+
+
+# --- a store that cannot be written -----------------------------------------------------------------------
+def test_a_store_in_a_read_only_folder_is_used_if_there_is_nothing_to_do(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "f.h5"
+    extract(source, out)
+    before = state(out)
+    monkeypatch.setattr("tempfile.TemporaryFile", refusing(errno.EROFS))
+    result = extract(source, out)
+    assert (result.written, result.counts["cached"], len(result.store)) == (False, 4, 4)
+    assert state(out) == before
+    (source / "cat/1.bmp").unlink()
+    with pytest.raises(OSError, match="Read-only file system"):
+        extract(source, out)
+    with pytest.raises(OSError, match="Read-only file system"):
+        extract(source, tmp_path / "other.h5")
+
+
+# --- archives ---------------------------------------------------------------------------------------------
+def pack(source: Path, path: Path) -> Path:
+    with tarfile.open(path, "w:gz") as archive:
+        archive.add(source, arcname=".")
+    os.utime(path, ns=(TIME, TIME))
+    return path
+
+
+def same_size(first: Path, second: Path) -> None:
+    """Make two archives of the same length; gzip ignores zeros at the end."""
+    short, long = sorted([first, second], key=lambda path: path.stat().st_size)
+    with open(short, "ab") as file:
+        file.write(bytes(long.stat().st_size - short.stat().st_size))
+    for path in (first, second):
+        os.utime(path, ns=(TIME, TIME))
+
+
+def colours(store: FeatureStore) -> dict[str, int]:
+    return dict(zip(store.images.paths, store.array("last.avg")[:, 0, 0].astype(int).tolist(), strict=True))
+
+
+def test_an_archive_of_the_same_size_and_time_is_expanded_again(source: Path, tmp_path: Path) -> None:
+    first = pack(source, tmp_path / "a.tar.gz")
+    edit(source / "dog/2.bmp", (111, 9, 9))
+    second = pack(source, tmp_path / "b.tar.gz")
+    same_size(first, second)
+    assert colours(extract(first, tmp_path / "f.h5").store)["dog/2.bmp"] == 150
+    second.replace(first)
+    result = extract(first, tmp_path / "f.h5")
+    assert colours(result.store)["dog/2.bmp"] == 111
+    assert (result.inferred, result.counts["hashed"]) == (1, 4)
+
+
+def test_a_flipped_byte_in_the_expanded_copy_is_found(
+    source: Path, tmp_path: Path, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = pack(source, tmp_path / "a.tar.gz")
+    scan(path)
+    [copy] = (cache / "archives").glob("*.tar")
+    good, times = copy.read_bytes(), copy.stat().st_mtime_ns
+    with open(copy, "r+b") as file:
+        file.seek(good.index(b"\x96\x09") if b"\x96\x09" in good else len(good) // 2)
+        file.write(b"\x55")
+    os.utime(copy, ns=(times, times))
+    assert copy.read_bytes() != good
+    assert colours(extract(path, tmp_path / "f.h5").store)["dog/2.bmp"] == 150
+    assert copy.read_bytes() == good
+    assert f"{copy} is not used (its digest is not the one noted); the archive is expanded again" in caplog.text
+    os.utime(copy, ns=(times + 1, times + 1))  # another stamp, the same content: hashed, not expanded
+    inode = copy.stat().st_ino
+    scan(path)
+    assert copy.stat().st_ino == inode
+
+
+def test_rehash_expands_an_archive_again(source: Path, tmp_path: Path, cache: Path) -> None:
+    path = pack(source, tmp_path / "a.tar.gz")
+    scan(path)
+    [copy] = (cache / "archives").glob("*.tar")
+    before = copy.stat().st_ino
+    scan(path)
+    assert copy.stat().st_ino == before
+    scan(path, trust="nothing")
+    assert copy.stat().st_ino != before
+    os.link(path, tmp_path / "link")  # changes the change time alone
+    scan(path, trust="times")
+    assert [*(cache / "archives").glob("*.tar")] == [copy]
+    scan(path)
+    assert [*(cache / "archives").glob("*.tar")] != [copy]
