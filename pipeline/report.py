@@ -24,7 +24,7 @@ from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
-from pipeline.runs.board import board_of, check_choice, starred
+from pipeline.runs.board import board_of, by_folds, check_choice, starred
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs
 from pipeline.tables import counted, shortened
@@ -58,7 +58,7 @@ def make_report(
     images: Sequence[str] = (),
     stores: Sequence[str | Path] = (),
     by: str = "accuracy",
-    folds: bool = False,
+    folds: bool | None = None,
     data_set: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -76,8 +76,8 @@ def make_report(
         Where the feature stores are now, if they have moved.
     by : {"accuracy", "balanced_accuracy"}
         Score by which the runs are compared.
-    folds : bool
-        Compare by cross-validation instead of validation.
+    folds : bool, optional
+        Compare by cross-validation instead of validation. Default: see `pipeline.runs.board.by_folds`.
     data_set : str, optional
         Only this data set, named as for `pipeline.runs.board.take_run`; default: all in the folder.
     progress : callable, optional
@@ -112,14 +112,15 @@ def make_report(
     listed: list[dict[str, Any]] = []
     detailed = 0
     for number, (one, state, stale) in enumerate(order):
-        board = board_of(state.runs, by=by, folds=folds)
-        chosen = starred(state.runs, by, folds=folds)
+        judged = by_folds(state.runs, folds)
+        board = board_of(state.runs, by=by, folds=judged)
+        chosen = starred(state.runs, by, folds=judged)
         detail: Detail | None = None
         if detailed < DETAILED and not stale:
             detail = describe_run(chosen, beside=runs, images=images, stores=opened, points=points)
             detailed += 1
         name = printable(one.name if titles[one.name] == 1 else f"{one.name} {state.digest[:6]}")
-        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=folds, detail=detail, stale=stale)
+        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=judged, detail=detail, stale=stale)
         groups.append(group)
         listed.append(
             {"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id, "stale": stale}

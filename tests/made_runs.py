@@ -29,13 +29,14 @@ def made_run(
     head: str = "logistic",
     parameters: int | None = 7,
     cv: float | None = None,
+    images: int = IMAGES,
     classes: tuple[str, str] = ("cat", "dog"),
     settings: dict[str, Any] | None = None,
     **features: Any,
 ) -> Run:
     """A finished run, made in the given minute of a day; exactly ``accuracy`` of its validation images are right."""
-    labels = np.arange(IMAGES, dtype=np.int32) % 2
-    right = np.arange(IMAGES) < round(accuracy * IMAGES)
+    labels = np.arange(images, dtype=np.int32) % 2
+    right = np.arange(images) < round(accuracy * images)
     aims = np.where(right, labels, 1 - labels)
     probabilities = np.where(np.eye(2)[aims] > 0, 0.8, 0.2)
     trained = SimpleNamespace(
@@ -49,7 +50,7 @@ def made_run(
     }  # fmt: skip
     scores = evaluate(probabilities, labels, classes)
     paths = [f"{classes[label]}/{number}.png" for number, label in enumerate(labels.tolist())]
-    predictions = Predictions(paths, np.zeros((IMAGES, 32), np.uint8), labels, probabilities)
+    predictions = Predictions(paths, np.zeros((images, 32), np.uint8), labels, probabilities)
     held_out = (
         None if cv is None else {**scores, "accuracy": cv, "accuracy_interval": [cv - 0.05, cv + 0.05], "folds": 5}
     )

@@ -13,6 +13,7 @@ from features.errors import ConfigurationError, HeadError
 from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.kinds import load_head, make_head
+from pipeline.heads.prepared import prepare
 from pipeline.presets import PRESETS
 from pipeline.scores.metrics import evaluate
 
@@ -297,3 +298,47 @@ def test_pain_15_logistic_regression_converges_within_its_limit() -> None:
         head.fit(X, y)
         assert isinstance(head, SklearnHead)
         assert head.estimator.n_iter_.max() < head.estimator.max_iter == 1000
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dense", "linear-sgd"])  # trained by the bank, and by Keras
+def test_rows_held_back_from_training_decide_when_it_stops(name: str) -> None:
+    """Then nothing of the validation rows, labels turned round here, reaches the head; by default they decide."""
+    X, y = blobs(200, 6, 2, distance=2)
+    held_out, labels = blobs(100, 6, 2, distance=2, seed=7)
+    found = {}
+    for stop_on in ("train", "validation"):
+        for turned in (False, True):
+            head = make_head(name, stop_on=stop_on, epochs=8, learning_rate=0.1, patience=2, calibrate=True)
+            head.fit(X, y, X_validation=held_out, y_validation=1 - labels if turned else labels)
+            found[stop_on, turned] = head.predict_proba(held_out)
+    assert (found["train", False] == found["train", True]).all()
+    assert not np.allclose(found["validation", False], found["validation", True])
+    alone = make_head(name, stop_on="train", epochs=8, learning_rate=0.1, patience=2, calibrate=True)
+    alone.fit(X, y)  # there need be no validation rows
+    assert (alone.predict_proba(held_out) == found["train", False]).all()
+    with pytest.raises(HeadError, match="stop_on=train: no class has two training rows"):
+        make_head(name, stop_on="train").fit(X[[0, -1]], y[[0, -1]])
+
+
+def test_the_rows_held_back_are_a_tenth_and_of_no_group_that_is_trained_on() -> None:
+    X, y = blobs(200, 3, 2)
+    animals = [f"animal {row // 4}" for row in range(len(y))]
+    head = make_head("dense", stop_on="train")
+    assert isinstance(head, KerasHead)
+    for groups in (None, animals):
+        data = prepare(X, y, pool="none", X_validation=X, y_validation=y, groups=groups)
+        inner = head.stopping(data)
+        assert inner.held_out is not None
+        assert (len(inner.train), len(inner.held_out)) == (180, 20)
+        trained, held = (np.concatenate([Z for _, Z in rows.pieces()]) for rows in (inner.train, inner.held_out))
+        where = {row.tobytes(): number for number, (_, Z) in enumerate(data.train.pieces(1)) for row in Z}
+        sides = [{animals[where[row.tobytes()]] for row in rows} for rows in (trained, held)]
+        assert bool(sides[0] & sides[1]) == (groups is None)
+        assert groups or np.bincount(inner.held_out.labels).tolist() == [10, 10]
+
+
+def test_a_parameter_added_later_moves_no_run_id() -> None:
+    described = make_head("dense").parameters.described()
+    assert make_head("dense", stop_on="validation").parameters.described() == described
+    assert make_head("dense", stop_on="train").parameters.described() == described | {"stop_on": "train"}

@@ -383,6 +383,50 @@ def test_what_a_fit_holds_out_anyway_is_the_cross_validation(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
+def test_few_validation_images_are_not_asked_which_head_is_best(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store, heads = make_store(shift=0.4), sweep({"head": "knn", "grid": {"n_neighbors": [1, 15]}})
+    with_folds = run_sweep([store], heads, runs=tmp_path / "a", jobs=1, folds=5)
+    usual = run_sweep([store], heads, runs=tmp_path / "b", jobs=1, folds=None)
+    assert "only 24 validation images, so heads are compared by 5 folds" in caplog.text
+    chosen = [[(row["run_id"], row["chosen"], row["cv_accuracy"]) for row in one.board] for one in (with_folds, usual)]
+    assert chosen[0] == chosen[1]
+    assert run_sweep([store], heads, runs=tmp_path / "b", jobs=1, folds=None).trained == 0
+    caplog.clear()
+    for options in ({"folds": 0}, {}):
+        by_validation = run_sweep([store], heads, runs=tmp_path / "c", jobs=1, **options)
+        assert {row["cv_accuracy"] for row in by_validation.board} == {None}
+    # what is there stays as it is, one head has nothing to be compared with, and 30 images are enough
+    assert run_sweep([store], heads, runs=tmp_path / "c", jobs=1, folds=None).trained == 0
+    assert (
+        run_sweep([store], single("knn", {}), runs=tmp_path / "d", jobs=1, folds=None).board[0]["cv_accuracy"] is None
+    )
+    monkeypatch.setattr("pipeline.sweeps.sweep.FEW", 24)
+    assert run_sweep([store], heads, runs=tmp_path / "e", jobs=1, folds=None).board[0]["cv_accuracy"] is None
+    store.images.groups = ("all",) * len(store.images.labels)  # type: ignore[attr-defined]
+    monkeypatch.setattr("pipeline.sweeps.sweep.FEW", 30)
+    assert run_sweep([store], heads, runs=tmp_path / "f", jobs=1, folds=None).board[0]["cv_accuracy"] is None
+    assert "validation images" not in caplog.text
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
+def test_heads_that_stop_on_the_validation_rows_are_named_beside_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    dense = {"head": "dense", "grid": {"epochs": [2], "learning_rate": [0.01]}}
+    held_back = {"head": "dense", "grid": {**dense["grid"], "stop_on": ["train"]}}  # type: ignore[dict-item]
+    knn = {"head": "knn", "grid": {"n_neighbors": [3]}}
+    for number, (heads, folds) in enumerate([([dense], 0), ([held_back, knn], 0), ([dense, knn], 2)]):
+        run_sweep([make_store()], sweep(*heads), runs=tmp_path / str(number), jobs=1, folds=folds)
+    assert "slightly too good" not in caplog.text
+    run_sweep([make_store()], sweep(dense, knn), runs=tmp_path / "3", jobs=1)
+    assert "validation scores of dense are slightly too good beside those of knn" in caplog.text
+
+
+@pytest.mark.slow
 def test_groups_stay_together_in_the_folds_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six copies of each animal: with its siblings among the neighbours, an animal is always recognised."""
     store = make_store(rows=120, shift=0.0)

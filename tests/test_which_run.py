@@ -47,6 +47,29 @@ def test_the_run_with_the_asterisk_is_taken_not_the_highest_accuracy(tmp_path: P
     assert taken(tmp_path) == starred == "logistic-small"
 
 
+@pytest.mark.parametrize(("images", "best"), [(29, "steady"), (30, "not-judged")])
+def test_few_validation_images_leave_the_choice_to_cross_validation(images: int, best: str, tmp_path: Path) -> None:
+    """A simple head was lucky with 29 images. Cross-validation saw it, and nobody had to ask for its scores."""
+    made_run(tmp_path, "lucky", images=images, accuracy=1.0, cv=0.5, parameters=3)
+    made_run(tmp_path, "steady", images=images, accuracy=0.9, cv=0.95)
+    made_run(tmp_path, "not-judged", images=images, accuracy=1.0, parameters=1)
+    board = leaderboard(tmp_path)
+    assert taken(tmp_path) == best
+    assert [row["run_id"] for row in board if row["chosen"]] == [best]
+    names = ["steady", "lucky", "not-judged"] if images < 30 else ["lucky", "not-judged", "steady"]
+    assert [row["run_id"] for row in board] == names
+    document = make_report(tmp_path, tmp_path / "report.html")
+    assert document["groups"][0]["chosen"] == best
+    for folds, chosen in ((True, "steady"), (False, "not-judged")):
+        assert [row["run_id"] for row in leaderboard(tmp_path, folds=folds) if row["chosen"]] == [chosen]
+
+
+def test_one_cross_validated_run_is_no_comparison(tmp_path: Path) -> None:
+    made_run(tmp_path, "judged", images=20, accuracy=0.6, cv=0.6)
+    made_run(tmp_path, "better", images=20, accuracy=1.0)
+    assert taken(tmp_path) == "better"
+
+
 def test_a_newer_state_makes_the_runs_of_older_ones_stale(tmp_path: Path) -> None:
     """After renaming a class, the better run of before neither wins nor keeps the asterisk."""
     made_run(tmp_path, "logistic-before", digest=OLD, accuracy=0.99, minute=1, classes=("cat", "dogs"))

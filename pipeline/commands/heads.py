@@ -25,6 +25,7 @@ from pipeline.commands.common import (
     parse_params,
     print_document,
     print_next,
+    print_note,
 )
 
 if TYPE_CHECKING:
@@ -54,9 +55,12 @@ def train_head(
     seed: Annotated[int | None, opt("Random seed. Default: 0, or that of the sweep file.")] = None,
     n_jobs: Annotated[int | None, opt("Number of processes of a sweep. Default: one for each processor.")] = None,
     folds: Annotated[
-        int,
-        opt("Also cross-validate each head with this many folds of the training rows; 0: do not."),
-    ] = 0,
+        int | None,
+        opt(
+            "Also cross-validate each head with this many folds of the training rows; 0: do not. Default: 5 for several heads "
+            "and fewer than 30 validation images, else 0."
+        ),
+    ] = None,
     memory: Annotated[
         str | None,
         opt(
@@ -80,6 +84,7 @@ def train_head(
     from pipeline.runs.board import check_choice
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
+    from pipeline.scores.selection import FEW, USUAL_FOLDS
     from pipeline.sweeps.leakage import warn_near_duplicates
     from pipeline.train_head import add_averaged, needs_views
 
@@ -116,6 +121,12 @@ def train_head(
         }
         document, text = _train_one(stores[0], head or "logistic", finish, seed=seed or 0, **chosen, **common)
         print_document(document, as_json, text)
+        few = document["metrics"]["validation"]["n"]
+        if few < FEW and folds is None:
+            print_note(
+                f"only {few} validation images: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
+                "compares heads by the training images"
+            )
         print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweeps.sweep import result_document, summary
@@ -199,7 +210,12 @@ def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params
 def leaderboard(
     runs: Annotated[Path, arg("Folder of run folders.")] = Path("runs"),
     choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
-    folds: Annotated[bool, opt("Compare by the scores of cross-validation.", "--folds")] = False,
+    folds: Annotated[
+        bool | None,
+        opt(
+            "Compare by cross-validation. Default: if there are fewer than 30 validation images.", "--folds/--no-folds"
+        ),
+    ] = None,
     data_set: DataSetName = None,
     as_csv: Annotated[bool, opt("Print CSV.", "--csv")] = False,
     as_json: Json = False,

@@ -30,7 +30,12 @@ def report(
     images: Annotated[list[str] | None, opt("Where the images are now, if they have moved; may be repeated.")] = None,
     features: Annotated[list[Path] | None, opt("Where a store is now, if it has moved; may be repeated.")] = None,
     choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
-    folds: Annotated[bool, opt("Compare by the scores of cross-validation.", "--folds")] = False,
+    folds: Annotated[
+        bool | None,
+        opt(
+            "Compare by cross-validation. Default: if there are fewer than 30 validation images.", "--folds/--no-folds"
+        ),
+    ] = None,
     data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
@@ -21,6 +22,9 @@ from pipeline.heads.keras_fit import dropout_rates, fit_dense
 from pipeline.heads.prepared import Prepared
 from pipeline.presets import DENSE, DenseParameters, Preset
 from pipeline.scores.metrics import class_weights, fit_temperature, softmax
+from pipeline.scores.selection import stratified_folds
+
+INNER_FOLDS = 10  # one of them decides when training stops, with ``stop_on=train``
 
 
 class KerasHead(Head):
@@ -105,12 +109,14 @@ class KerasHead(Head):
 
     @property
     def companions(self) -> Hashable | None:
-        return None if self.bank_spec is None else (self.bank_spec, self.parameters.class_weight)
+        settings = self.parameters
+        return None if self.bank_spec is None else (self.bank_spec, settings.class_weight, settings.stop_on)
 
     @classmethod
     def train_together(cls, heads: Sequence[Self], data: Prepared) -> list[History | HeadError]:
         for head in heads:
             head.adopt(data)
+        data = heads[0].stopping(data)
         spec = heads[0].bank_spec
         assert spec is not None
         results = train_rows(
@@ -141,8 +147,28 @@ class KerasHead(Head):
             return None
         return tuple(class_weights(y, len(self.classes)).tolist())
 
+    @property
+    def stops_on_validation(self) -> bool:
+        return self.parameters.stop_on == "validation"
+
+    def stopping(self, data: Prepared) -> Prepared:
+        """Replace the validation rows by some training rows, if these shall decide when training stops.
+
+        Raises
+        ------
+        HeadError
+            If no training row can be held back.
+        """
+        if self.stops_on_validation:
+            return data
+        folds = stratified_folds(data.y, INNER_FOLDS, self.parameters.order_seed, data.groups)
+        if folds.max() < 0:
+            raise HeadError("stop_on=train: no class has two training rows (or groups); leave stop_on out")
+        held_out = data.train.take(np.flatnonzero(folds == 0))
+        return dataclasses.replace(data.part(np.flatnonzero(folds != 0)), held_out=held_out)
+
     def _train(self, data: Prepared, progress: Progress) -> History:
-        spec = self.bank_spec
+        data, spec = self.stopping(data), self.bank_spec
         if spec is None:
             weights, history = fit_dense(
                 self.parameters,

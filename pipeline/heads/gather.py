@@ -164,6 +164,13 @@ def needs_rows(store: Any, *splits: str) -> None:
             )
 
 
+def can_fold(store: Any) -> bool:
+    """Whether the training rows of a store can be divided into folds, groups kept together."""
+    names = train_groups(store)
+    y = store.images.labels[store.rows("train")]
+    return bool(stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() >= 0)
+
+
 def needs_folds(store: Any) -> None:
     """Check that the training rows of a store can be divided into folds.
 
@@ -172,9 +179,7 @@ def needs_folds(store: Any) -> None:
     HeadError
         If not; the message says how to mend it.
     """
-    names = train_groups(store)
-    y = store.images.labels[store.rows("train")]
-    if stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() < 0:
+    if not can_fold(store):
         raise HeadError(
             f"--folds: {store.path}: no class has two training rows (in different groups, if there are groups), so none can "
             "be held out; leave --folds out"

@@ -17,7 +17,7 @@ from features.files import printable
 from pipeline.intervals import interval_of
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
-from pipeline.scores.selection import CHOICES, Candidate, balanced_accuracy_interval, choose
+from pipeline.scores.selection import CHOICES, FEW, Candidate, balanced_accuracy_interval, choose
 from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -96,7 +96,7 @@ def _account(run: Run, one: DataSet, state: State, for_tuning: bool) -> str:
 
 
 def leaderboard(
-    root: str | Path, *, by: str = "accuracy", folds: bool = False, only: Collection[str] | None = None
+    root: str | Path, *, by: str = "accuracy", folds: bool | None = None, only: Collection[str] | None = None
 ) -> list[dict[str, Any]]:
     """Make the leaderboard of a folder of runs; see `board_of`.
 
@@ -113,7 +113,7 @@ def leaderboard(
 
 
 def board_of(
-    runs: Sequence[Run], *, by: str = "accuracy", folds: bool = False, data_set: str | None = None
+    runs: Sequence[Run], *, by: str = "accuracy", folds: bool | None = None, data_set: str | None = None
 ) -> list[dict[str, Any]]:
     """Make the leaderboard: one row per run, grouped by data set and state, those with the newest run first.
 
@@ -125,8 +125,8 @@ def board_of(
         The runs.
     by : {"accuracy", "balanced_accuracy"}
         Score to compare.
-    folds : bool
-        Compare by cross-validation; runs without it come last.
+    folds : bool, optional
+        Compare by cross-validation; runs without it come last. Default: see `by_folds`.
     data_set : str, optional
         Only the runs of this data set or state, named as for `take_run`.
 
@@ -146,6 +146,8 @@ def board_of(
         found, groups = [one], [(one, older) for older in one.states if one.is_called(data_set) or older is state]
     rows = []
     for one, state in groups:
+        if folds is None and by_folds(state.runs):
+            logger.info("%s: compared by cross-validation, as it has few validation images", printable(one.name))
         chosen = starred(state.runs, by, folds=folds) if len(groups) == 1 or state is one.states[0] else None
         for run in ranked(state.runs, by, folds=folds):
             further: dict[str, Any] = {"data_set": one.name} if len(found) > 1 else {}
@@ -160,9 +162,21 @@ def check_choice(by: str) -> None:
     canonical.check_choice("choose", by, CHOICES)
 
 
-def ranked(runs: Sequence[Run], by: str = "accuracy", *, folds: bool = False) -> list[Run]:
-    """Sort runs, the best first: by the score, then by log loss; with ``folds`` by cross-validation, runs without it last."""
-    return sorted(runs, key=functools.partial(_rank, by=by, folds=folds))
+def by_folds(runs: Sequence[Run], folds: bool | None = None) -> bool:
+    """Whether runs on the same state of a data set are compared by cross-validation instead of by validation.
+
+    If ``folds`` does not say so, they are where there are fewer than `FEW` validation images, which one of them moves by
+    more than 3 points, and at least two runs have been cross-validated.
+    """
+    if folds is not None:
+        return folds
+    judged = [run for run in runs if run.metrics["cv"]]
+    return len(judged) > 1 and judged[0].metrics["validation"]["n"] < FEW
+
+
+def ranked(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = None) -> list[Run]:
+    """Sort runs, the best first: by the score, then by log loss; see `by_folds`, runs without folds come last then."""
+    return sorted(runs, key=functools.partial(_rank, by=by, folds=by_folds(runs, folds)))
 
 
 def _rank(run: Run, by: str, folds: bool) -> tuple[bool, float, float, str]:
@@ -196,14 +210,14 @@ def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
     }
 
 
-def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool = False) -> Run:
+def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = None) -> Run:
     """Return the run with the asterisk, of runs on the same state of a data set.
 
     It is the simplest and fastest of those whose score lies within the interval of the best one, see
     `pipeline.scores.selection.choose`.
     """
     order = ranked(runs, by, folds=folds)
-    judged = "cv" if folds and order[0].metrics["cv"] else "validation"
+    judged = "cv" if by_folds(runs, folds) and order[0].metrics["cv"] else "validation"
     order = [run for run in order if run.metrics[judged]]
     best = order[0].metrics[judged]
     low = interval_of(best)[0]

@@ -23,7 +23,7 @@ from features.progress import Progress
 from features.temporary import temporary_path
 from pipeline.heads.costs import check_bytes, usable_memory
 from pipeline.heads.fitting import Fitted, fit_companions, fit_one, reason_of
-from pipeline.heads.gather import Source, feature_set, needs_folds, needs_rows, views_seen
+from pipeline.heads.gather import Source, can_fold, feature_set, needs_folds, needs_rows, views_seen
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import head_of, make_head, resolve_pool
 from pipeline.heads.prepared import Prepared
@@ -32,6 +32,7 @@ from pipeline.runs.board import check_choice, leaderboard
 from pipeline.runs.folder import Run, find_runs, is_finished
 from pipeline.runs.writing import add_plots, add_scores
 from pipeline.scores.metrics import evaluate
+from pipeline.scores.selection import FEW, USUAL_FOLDS
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
 from pipeline.sweeps.workers import Lost, in_parallel
 from pipeline.tables import board_text
@@ -109,7 +110,7 @@ def run_sweep(
     runs: str | Path,
     names: Sequence[str] = (),
     jobs: int | None = None,
-    folds: int = 0,
+    folds: int | None = 0,
     memory: int | None = None,
     choose: str | None = None,
     test: bool = False,
@@ -132,9 +133,10 @@ def run_sweep(
     jobs : int, optional
         Number of processes for scikit-learn heads; default: the number of processors. Fewer are used if `memory` does
         not suffice.
-    folds : int
+    folds : int, optional
         Number of folds. Each head is then also scored by stratified cross-validation on the training rows, groups kept
-        together, and the choice is made by that score. 0: the choice is made by the validation split.
+        together, and the choice is made by that score. 0: the choice is made by the validation split. None: `USUAL_FOLDS`
+        for the heads that are trained now, if there are several heads and fewer than `FEW` validation images.
     memory : int, optional
         Bytes that training may use; default: half of the available memory. Rows that do not fit are read from the store
         piece by piece, and heads that cannot be trained in this way fail.
@@ -171,11 +173,14 @@ def run_sweep(
     by, runs = choose or sweep.choose, Path(runs)
     check_choice(by)
     every, failed = _plan(stores, sweep, names, where)
-    missing = [job for job in every if not _is_done(runs / job.run_id, folds)]
+    missing = [job for job in every if not _is_done(runs / job.run_id, folds or 0)]
     for store in {id(job.store): job.store for job in missing}.values():
         needs_rows(store, "train", "validation")
         if folds:
             needs_folds(store)
+    judged_by_folds = None if folds is None else bool(folds)
+    folds = _usual_folds(every, missing) if folds is None else folds
+    _warn_of_stopping(missing, folds)
     if test:
         for store in stores:
             needs_rows(store, "test")
@@ -193,7 +198,7 @@ def run_sweep(
             trained += 1
         tell("heads", trained + len(lost), len(missing))
     made = [job.run_id for job in every if job.run_id not in lost]
-    board = leaderboard(runs, by=by, folds=bool(folds), only=set(made)) if made else []
+    board = leaderboard(runs, by=by, folds=judged_by_folds, only=set(made)) if made else []
     if trained:
         for row in board[:PLOTTED]:
             try:
@@ -253,6 +258,35 @@ def _plan(
                 run_id = run_id_of(head, store, name)
                 jobs.setdefault((id(store), run_id), Job(trial, head, store, name, run_id))
     return list({job.run_id: job for job in jobs.values()}.values()), failed
+
+
+def _usual_folds(every: Sequence[Job], missing: Sequence[Job]) -> int:
+    """Number of folds to compare heads by if the user names none: 0 where the validation images suffice."""
+    few = min((len(job.store.rows("validation")) for job in missing), default=FEW)
+    if len(every) < 2 or few >= FEW or not all(can_fold(job.store) for job in missing):
+        return 0
+    logger.warning(
+        "there are only %d validation images, so heads are compared by %d folds of the training images (--folds 0: by "
+        "validation)",
+        few,
+        USUAL_FOLDS,
+    )
+    return USUAL_FOLDS
+
+
+def _warn_of_stopping(missing: Sequence[Job], folds: int) -> None:
+    """Say that some of the heads have an advantage where heads are compared by validation."""
+    ahead, others = (
+        sorted({job.head.name for job in missing if job.head.stops_on_validation is stops}) for stops in (True, False)
+    )
+    if ahead and others and not folds:
+        logger.warning(
+            "validation scores of %s are slightly too good beside those of %s: the images that score them also decide when "
+            "their training stops. --folds %d compares like with like, and so does stop_on: [train] in their grid",
+            ", ".join(ahead),
+            ", ".join(others),
+            USUAL_FOLDS,
+        )
 
 
 def _is_done(folder: Path, folds: int) -> bool:
