@@ -102,7 +102,9 @@ def test_what_an_earlier_release_recorded_as_interval_is_neither_shown_nor_compa
         "trainable_parameters": 1,
         "cut": "x",
     }
-    said = finetune.summary({**document, "resumed": None, "parity_gap": 0.0, "before": before, "after": after})
+    said = finetune.summary(
+        {**document, "resumed": None, "best_head": None, "parity_gap": 0.0, "before": before, "after": after}
+    )
     assert "worth it: the accuracy is above the confidence interval of the head alone (+1 of 24 images)" in said
 
 
