@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
-from helpers import listing
+from helpers import ROOT, listing
 from PIL import Image
 from test_endtoend import CATS_DOGS, some_cats_and_dogs, weights_of
 
@@ -134,6 +136,8 @@ def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(
 ) -> None:
     export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
     artefact = open_artefact(tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx").graph
+    assert [[value.name for value in side] for side in (graph.input, graph.output)] == [["images"], ["probabilities"]]
     assert artefact.classes == ("cats", "dogs")
     pair = np.stack([probes[0].pixels, probes[0].pixels[::-1]])
     np.testing.assert_allclose(artefact(pair), np.concatenate([artefact(pair[:1]), artefact(pair[1:])]), atol=1e-6)
@@ -264,3 +268,65 @@ def test_files_that_export_did_not_make_are_refused(runs: dict[str, Path], tmp_p
         archive.writestr("bottleneck.json", json.dumps({"format": 2}))
     with pytest.raises(FormatVersionError, match="format 2 is not known here"):
         open_artefact(tmp_path / "later.keras")
+
+
+# ---------------------------------------------------------------------------------------------- files of strangers
+def tiny_onnx(path: Path, **changes: Any) -> Path:
+    """An ONNX model that gives the constant probabilities 0.25 and 0.75."""
+    from onnx import TensorProto, helper, numpy_helper
+
+    rows = numpy_helper.from_array(np.array([[0.25, 0.75]], np.float32), "rows")
+    if changes.get("external"):
+        rows.data_location = TensorProto.EXTERNAL
+        rows.external_data.add(key="location", value="rows.bin")
+        rows.ClearField("raw_data")
+    graph = helper.make_graph(
+        [helper.make_node("Identity", ["rows"], ["probabilities"])],
+        "constant",
+        [helper.make_tensor_value_info("images", TensorProto.UINT8, [None, None, None, 3])],
+        [helper.make_tensor_value_info("probabilities", TensorProto.FLOAT, [1, 2])],
+        [rows],
+    )
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=9), path)
+    return path
+
+
+_QUIET_RUNTIME = """
+import json, os, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+from pipeline.exporting.formats import FORMATS
+rows = FORMATS["onnx"].load(Path(sys.argv[1]))(np.zeros((1, 2, 2, 3), np.uint8))
+child = "import onnxruntime, sys, time; onnxruntime.InferenceSession(sys.argv[1]); time.sleep(0.5)"
+subprocess.run([sys.executable, "-c", child, sys.argv[1]], check=True)
+links = [f"/proc/self/fd/{number}" for number in os.listdir("/proc/self/fd")]
+opened = [os.readlink(link) for link in links if os.path.lexists(link)]
+print(json.dumps({"rows": rows.tolist(), "sockets": [name for name in opened if name.startswith("socket")]}))
+"""
+
+
+def test_onnx_runtime_reports_to_nobody(tmp_path: Path) -> None:
+    """Neither here nor in a child process: no socket, no device id in home, no session in the temporary folder."""
+    model = tiny_onnx(tmp_path / "m.onnx")
+    for name in ("home", "temporary"):
+        (tmp_path / name).mkdir()
+    environment = {**os.environ, "HOME": str(tmp_path / "home"), "TMPDIR": str(tmp_path / "temporary")}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    environment.pop("XDG_CACHE_HOME", None)
+    result = subprocess.run(
+        [sys.executable, "-c", _QUIET_RUNTIME, str(model)],
+        **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False},
+    )
+    assert result.returncode == 0, result.stderr
+    assert json.loads(result.stdout) == {"rows": [[0.25, 0.75]], "sockets": []}
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["home", "m.onnx", "temporary"]
+
+
+def test_an_onnx_file_that_reads_another_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "rows.bin").write_bytes(np.array([[0.5, 0.5]], np.float32).tobytes())
+    model = tiny_onnx(tmp_path / "m.onnx", external=True)
+    with pytest.raises(ValueError, match="it takes weights from another file, which is not followed"):
+        FORMATS["onnx"].load(model)
+    assert FORMATS["onnx"].load(tiny_onnx(tmp_path / "own.onnx"))(np.zeros((1, 2, 2, 3), np.uint8)).tolist() == [
+        [0.25, 0.75]
+    ]

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from finetuning import SIZE, TRAIN, TinyWorld, tiny_world, weights_of_run
+from finetuning import SIZE, TRAIN, TinyWorld, save_network, tiny_world, weights_of_run
 from helpers import listing
 
 import pipeline.runs.writing
@@ -339,3 +340,44 @@ def test_a_run_fine_tuned_from_a_linear_head_predicts_what_it_says(tiny: TinyWor
     assert (rows.probabilities.argmax(axis=1) == rows.labels).mean() == document["after"]["accuracy"]
     after = document["after"]
     assert re.search(rf"^  after  +{after['n']} +{after['accuracy']:.4f}  ", stage.summary(document), re.MULTILINE)
+
+
+# ------------------------------------------------------------------------------------------------ moved networks
+@pytest.mark.slow
+def test_a_network_that_has_moved_is_found_by_its_digest(
+    tiny: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where --weights or --backbone says, or beside the run; the run keeps its id, and another network is refused."""
+    from pipeline.predict import predict
+
+    gone = tmp_path / "gone" / "tiny.keras"
+    run = Path(shutil.copytree(tiny.run, tmp_path / "work" / "runs" / tiny.run.name))
+    config = run / "config.yaml"
+    assert str(tiny.backbone) in config.read_text()
+    config.write_text(config.read_text().replace(str(tiny.backbone), str(gone)))
+    images = [str(path) for path in sorted(tiny.images.rglob("*.png"))[:2]]
+
+    def probabilities(folder: Path, name: str, **options: Any) -> str:
+        predict(folder, images, out=tmp_path / name, **options)
+        return (tmp_path / name).read_text()
+
+    expected = probabilities(tiny.run, "as_ever.csv")
+    with pytest.raises(RunError, match=rf"the file of its network, {gone}, is no longer there. .* with --weights FILE"):
+        network_of(Run.open(run))
+    moved = Path(shutil.copy(tiny.backbone, tmp_path / "other_name.keras"))
+    assert probabilities(run, "named.csv", weights=str(moved)) == expected
+    assert main(["predict", str(run), images[0], "--backbone", str(moved)]) == 0
+    (_, row) = capsys.readouterr().out.splitlines()
+    assert row.split(",")[1:] == expected.splitlines()[1].split(",")[1:]
+    other = save_network(tmp_path / "stranger.keras", seed=8)
+    with pytest.raises(RunError, match=r"features of another network \(weights: \w+ -> \w+\)"):
+        network_of(Run.open(run), str(other))
+
+    caplog.clear()
+    shutil.copy(tiny.backbone, tmp_path / "work" / "tiny.keras")
+    assert probabilities(run, "beside.csv") == expected
+    assert f"{gone} is no longer there; using {tmp_path / 'work' / 'tiny.keras'}" in caplog.text
+    assert Run.open(run).run_id == tiny.run.name
+    shutil.copy(other, tmp_path / "work" / "tiny.keras")
+    with pytest.raises(RunError, match="features of another network"):
+        network_of(Run.open(run))

@@ -32,6 +32,7 @@ from features.networks.official import OFFICIAL, WHEELS, OfficialFile, Wheel
 __all__ = [
     "BACKBONES",
     "BOUNDARY",
+    "MODEL_SUFFIX",
     "Backbone",
     "boundary_of",
     "build_backbone",
@@ -44,6 +45,7 @@ __all__ = [
     "valid_cuts",
 ]
 
+MODEL_SUFFIX = ".keras"  # of a file that is a network
 BOUNDARY = "boundary"  # accepted in place of a layer name; stands for the boundary layer of the network
 
 # Scale per channel, 1 / sqrt(standard deviation). Keras' builders add this Rescaling after their Normalization only
@@ -300,7 +302,7 @@ def find_backbone(name: str) -> Backbone:
 
 def _model_file(name: str) -> Backbone | None:
     path = Path(name).expanduser()
-    if path.suffix.lower() != ".keras":
+    if path.suffix.lower() != MODEL_SUFFIX:
         return None
     config = ModelConfig(path)
     return ModelFile("model", "none", None, path=path, file_size=config.size, classifier=config.classifier)

@@ -30,6 +30,13 @@ from pipeline.commands.common import (
 )
 from pipeline.streams import is_closed
 
+Moved = Annotated[
+    str | None,
+    opt(
+        "Where the weights or the model file of the extraction are now, if they have moved.", "--weights", "--backbone"
+    ),
+]
+
 
 @app.command()
 @guarded
@@ -57,7 +64,7 @@ def finetune(
     ] = "frozen",
     scratch: Annotated[bool, opt("Use the architecture only: new weights, every layer trained.", "--scratch")] = False,
     augment: Annotated[str, opt(f"Show another view of each image in each epoch: {', '.join(PRESETS)}.")] = "none",
-    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    weights: Moved = None,
     epochs: Annotated[int, opt("Largest number of epochs.")] = 5,
     patience: Annotated[int, opt("Epochs without a lower validation loss before training stops; 0: never.")] = 2,
     learning_rate: Annotated[float, opt("Learning rate of the optimizer.")] = 1e-5,
@@ -144,7 +151,7 @@ def predict(
         opt(f"How views vary: {', '.join(PRESETS)}. Default: as in the run."),
     ] = None,
     grid: Annotated[Path | None, opt("PNG or JPEG file for a picture of some images with their predictions.")] = None,
-    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    weights: Moved = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
@@ -197,7 +204,7 @@ def evaluate(
     target: Annotated[str | None, opt("Label column of a manifest. Default: that of the run.")] = None,
     split_folders: SplitFolders = "",
     class_level: ClassLevel = 0,
-    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    weights: Moved = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
@@ -237,7 +244,7 @@ def export(
         str | None,
         opt("Images to compare model and run on. Default: generated ones."),
     ] = None,
-    weights: Annotated[str | None, opt("Weights file, if that of the extraction has moved.")] = None,
+    weights: Moved = None,
     data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:

@@ -146,8 +146,12 @@ def open_artefact(path: str | Path) -> Artefact:
 
 
 def is_artefact(path: str | Path) -> bool:
-    """Tell whether a path looks like something that ``export`` wrote; nothing is loaded."""
-    return format_of(Path(path)) is not None
+    """Tell whether a path looks like something that ``export`` wrote; nothing is loaded.
+
+    A run and a folder of runs are none, whatever else lies in them.
+    """
+    path = Path(path)
+    return format_of(path) is not None and not any(any(path.glob(name)) for name in ("config.yaml", "*/config.yaml"))
 
 
 def read_card(path: Path) -> tuple[Format, Card]:

@@ -22,10 +22,11 @@ from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.modelfile import open_model
 from features.networks.openvino_engine import _openvino
+from pipeline.exporting.saved_model import check_saved_model
 
 CARD = "bottleneck.json"  # name of the card, if it is a file
 KEY = "bottleneck"  # name of the card, if it is a metadata entry
-INPUT = "images"
+INPUT, OUTPUT = "images", "probabilities"
 _LARGEST_CARD = 16 << 20
 Runtime = Callable[[np.ndarray], np.ndarray]
 
@@ -139,10 +140,12 @@ def _write_openvino(model: Any, path: Path) -> None:
 def _write_onnx(model: Any, path: Path) -> None:
     """Write ONNX. Keras's own exporter lists constants of the graph, such as the means of preprocessing, as inputs.
 
-    tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error for them.
+    The input is called ``images``, the output ``probabilities``. tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error for them.
     """
     import onnx
     import tensorflow as tf
+
+    _onnxruntime()  # switches its telemetry off before tf2onnx imports it
     import tf2onnx
     from tf2onnx import tf_loader
 
@@ -152,11 +155,12 @@ def _write_onnx(model: Any, path: Path) -> None:
     with tf.device("cpu:0"):
         frozen = tf_loader.from_function(traced, inputs, outputs)
         converted, _ = tf2onnx.convert.from_graph_def(frozen, input_names=inputs, output_names=outputs)
-    for names in (converted.graph.input, converted.graph.output):
-        names[0].name = names[0].name.removesuffix(":0")
+    names = {inputs[0]: INPUT, outputs[0]: OUTPUT}
+    for value in (converted.graph.input[0], converted.graph.output[0]):
+        value.name = names[value.name]
     for node in converted.graph.node:
         for tensors in (node.input, node.output):
-            tensors[:] = [name.removesuffix(":0") if name in (*inputs, *outputs) else name for name in tensors]
+            tensors[:] = [names.get(name, name) for name in tensors]
     onnx.checker.check_model(converted)
     onnx.save(converted, path)
 
@@ -183,6 +187,7 @@ def _load_saved_model(path: Path) -> Runtime:
     load_keras()  # suppresses TensorFlow's messages at start-up
     import tensorflow as tf
 
+    check_saved_model(path)
     loaded = tf.saved_model.load(str(path))
 
     def run(images: np.ndarray) -> np.ndarray:
@@ -193,9 +198,22 @@ def _load_saved_model(path: Path) -> Runtime:
     return run
 
 
-def _load_onnx(path: Path) -> Runtime:
+def _onnxruntime() -> Any:
+    """Import ONNX Runtime with its telemetry off, here and in child processes.
+
+    It would write a device id into the home folder and a session file into the temporary folder, and send events.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded, so before the first import
     import onnxruntime
 
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def _load_onnx(path: Path) -> Runtime:
+    onnxruntime = _onnxruntime()
+    if _reads_other_files(_onnx_model(path)):
+        raise ValueError("it takes weights from another file, which is not followed; export keeps them in the model")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
@@ -250,7 +268,11 @@ def _put_asset(path: Path, text: str) -> None:
 
 def _get_asset(path: Path) -> str | None:
     file = path / "assets.extra" / CARD
-    return file.read_text(encoding="ascii") if file.is_file() else None
+    if not file.is_file():
+        return None
+    if file.stat().st_size > _LARGEST_CARD:
+        raise ValueError(f"{CARD} is larger than {_LARGEST_CARD} bytes")
+    return file.read_text(encoding="ascii")
 
 
 def _put_onnx(path: Path, text: str) -> None:
@@ -262,9 +284,27 @@ def _put_onnx(path: Path, text: str) -> None:
 
 
 def _get_onnx(path: Path) -> str | None:
+    return {item.key: item.value for item in _onnx_model(path).metadata_props}.get(KEY)
+
+
+def _onnx_model(path: Path) -> Any:
     import onnx
 
-    return {item.key: item.value for item in onnx.load(path, load_external_data=False).metadata_props}.get(KEY)
+    return onnx.load(path, load_external_data=False)
+
+
+def _reads_other_files(message: Any) -> bool:
+    """Whether a tensor anywhere in an ONNX message, in a subgraph or function too, has its values in another file."""
+    from onnx import TensorProto
+
+    if isinstance(message, TensorProto):
+        return bool(message.data_location == TensorProto.EXTERNAL or message.external_data)
+    for field, value in message.ListFields():
+        if field.message_type is not None:
+            inner = value if hasattr(value, "__len__") else [value]
+            if any(_reads_other_files(item) for item in inner):
+                return True
+    return False
 
 
 def _put_openvino(path: Path, text: str) -> None:

@@ -7,23 +7,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from features.errors import ConfigurationError, RunError, nearest
-from features.networks.backbones import BOUNDARY, build_backbone, feature_model, preprocess
+from features.networks.backbones import BOUNDARY, MODEL_SUFFIX, build_backbone, feature_model, preprocess
 from features.networks.backend import load_keras
 from features.networks.graph import cut_at, layer_tensors, valid_cuts
 from features.networks.keras_engine import KerasEngine
 from features.networks.network import Network, resolve_network
+from features.networks.weights import IMAGENET, RANDOM
 from features.recipe import Recipe
 from pipeline.heads.head import Head
 from pipeline.runs.folder import Run
 from pipeline.scores.metrics import softmax
 from pipeline.tuning.settings import ALL, HEAD, LAST_BLOCK
 
+logger = logging.getLogger(__name__)
 BATCHNORM_MODES = ("frozen", "affine", "train")
 PIXELS = "pixels"  # name of the cut if every layer is trained: the tail then takes pixels
 
@@ -36,18 +40,18 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
     run : Run
         A run of any head.
     weights : str, optional
-        Where the weights are now, if they have moved since the extraction.
+        Where the weights, or the model file, are now, if they have moved since the extraction. They are recognised by
+        their digest, which is part of the recipe.
     device : {"auto", "cpu", "gpu"}
         Where the network will run.
 
     Raises
     ------
     RunError
-        If the network that is found has another recipe than the run, such as other weights.
+        If the file is missing, or the network that is found has another recipe than the run, such as other weights.
     """
     recipe = run.recipe
-    options = recipe.options(run.backbone_argument, weights or run.weights_argument, device=device)
-    network = resolve_network(options)
+    network = resolve_network(recipe.options(*_places(run, weights), device=device))
     differences = recipe.plain.difference(network.recipes[0])
     if "precision" in differences:
         raise RunError(
@@ -59,9 +63,35 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
         listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
         raise RunError(
             f"{run.folder}: its head was trained on features of another network ({listed}). "
-            "Give the weights that made them with --weights."
+            "Give the weights or the model file that made them with --weights."
         )
     return network
+
+
+def _places(run: Run, given: str | None) -> tuple[str, str]:
+    """Return where the network of a run and its weights are now, as options of an extraction."""
+    backbone, weights = run.backbone_argument, given or run.weights_argument
+    file = Path(backbone)
+    if file.suffix.lower() == MODEL_SUFFIX:
+        if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != run.folder:
+            return given, IMAGENET  # a model file has its own weights
+        return str(file if file.is_file() else _moved(run, file)), weights
+    if given is None and weights not in (IMAGENET, RANDOM) and not Path(weights).is_file():
+        return backbone, str(_moved(run, Path(weights)))
+    return backbone, weights
+
+
+def _moved(run: Run, file: Path) -> Path:
+    """Look for a file of a run that is not where it was: beside the run, its folder, or here, under the same name."""
+    for folder in (run.folder, run.folder.parent, run.folder.parent.parent, Path.cwd()):
+        found = folder.resolve() / file.name
+        if found.is_file():
+            logger.warning("%s is no longer there; using %s if its digest is that of the run", file, found)
+            return found
+    raise RunError(
+        f"{run.folder}: the file of its network, {file}, is no longer there. Name the place where it is now with --weights FILE; "
+        "it is recognised by its digest."
+    )
 
 
 @dataclasses.dataclass(frozen=True)
