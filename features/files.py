@@ -52,6 +52,28 @@ def writing(path: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def enough_room(folder: Path, size: int) -> Iterator[None]:
+    """Blame the disk if a library fails while it writes ``size`` bytes into ``folder`` and fewer are free.
+
+    Libraries in C++ say "iostream error" of a full disk, and remove what they had written.
+
+    Raises
+    ------
+    OSError
+        With ``ENOSPC``; errors of the file system and those that have another cause are passed on.
+    """
+    try:
+        yield
+    except OSError:
+        raise
+    except Exception as error:
+        if shutil.disk_usage(folder).free >= size:
+            raise
+        reason = f"{os.strerror(errno.ENOSPC)}: at least {size / 1e6:.1f} MB are needed"
+        raise OSError(errno.ENOSPC, reason, str(folder)) from error
+
+
+@contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
     """Open an ``atomic_file`` for writing, for files of a cache; a missing folder is created.
 

@@ -19,7 +19,7 @@ from PIL import Image
 
 from features.children import run_module
 from features.errors import ConfigurationError, ParityError, TooManyUnreadableError, UnreadableImageError
-from features.files import printable, sync_folder, writable_folder, writing
+from features.files import enough_room, printable, sync_folder, writable_folder, writing
 from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.network import Network
@@ -133,8 +133,9 @@ def export(
     )
     with writing(path), temporary_folder(path) as temporary:
         made = temporary / f"model{row.suffix}"
-        convert(model, row, made)
-        write_card(made, card)
+        with enough_room(temporary, 4 * model.count_params()):  # float32
+            convert(model, row, made)
+            write_card(made, card)
         report("export", 3, 4)
         received = run_elsewhere(made, probes)
         what = f"{row.name}, loaded by its own runtime"

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import stat
 from pathlib import Path
 
 import pytest
 
 from features.errors import StoreError
-from features.files import atomic_file
+from features.files import atomic_file, enough_room
 
 
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
@@ -18,6 +20,19 @@ def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
         temporary.write_text("gone")
     assert stat.S_ISFIFO((tmp_path / "pipe").stat().st_mode)
     assert os.listdir(tmp_path) == ["pipe"]
+
+
+def test_the_disk_is_blamed_for_what_a_library_cannot_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=5_000_000))
+    with pytest.raises(RuntimeError, match="iostream"), enough_room(tmp_path, 5_000_000):
+        raise RuntimeError("basic_ios::clear: iostream error")  # what OpenVINO says
+    needed = r"No space left on device: at least 6\.0 MB are needed"
+    with pytest.raises(OSError, match=needed) as caught, enough_room(tmp_path, 6_000_000):
+        raise RuntimeError("basic_ios::clear: iostream error")
+    assert (caught.value.errno, caught.value.filename) == (errno.ENOSPC, str(tmp_path))
+    with pytest.raises(PermissionError), enough_room(tmp_path, 6_000_000):
+        raise PermissionError("another cause")
 
 
 def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:

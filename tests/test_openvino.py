@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -344,6 +345,23 @@ def test_a_network_that_does_not_convert_is_said_to(cache: Path, monkeypatch: py
     with pytest.raises(OpenVinoError, match=r"OpenVINO cannot convert functional.*: the operation Foo"):
         open_toy(Toy())
     assert listing(cache) == []
+
+
+@needs_openvino
+@pytest.mark.slow
+def test_a_full_disk_is_not_the_fault_of_the_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import keras
+
+    def export(*_: Any, **__: Any) -> None:
+        raise RuntimeError("basic_ios::clear: iostream error")  # what OpenVINO says of a full disk
+
+    usage = shutil.disk_usage(cache.parent)
+    monkeypatch.setattr(keras.Model, "export", export)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
+    with pytest.raises(OpenVinoError, match=r"cannot be written: .*No space left on device") as caught:
+        open_toy(Toy())
+    assert "functional" not in str(caught.value)
+    assert "cannot convert" not in str(caught.value)
 
 
 @needs_openvino

@@ -27,6 +27,7 @@ import numpy as np
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, check_batch
+from features.files import enough_room
 from features.machine import processors
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
@@ -227,8 +228,13 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
         path = folder / "model.xml"
         level = logging.getLogger().level
         try:
-            whole.export(str(path), format="openvino", verbose=False)
+            with enough_room(folder, 4 * whole.count_params()):  # float32
+                whole.export(str(path), format="openvino", verbose=False)
             files = [np.frombuffer(file.read_bytes(), np.uint8) for file in (path, path.with_suffix(".bin"))]
+        except OSError as error:
+            raise OpenVinoError(
+                f"the network that OpenVINO converted cannot be written: {folder.parent}: {error.strerror or error}"
+            ) from error
         except Exception as error:  # the converters raise errors of any class, even plain Exception
             raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {_reason(error)}") from error
         finally:

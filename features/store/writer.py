@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,17 +55,14 @@ class StoreWriter:
     """
 
     def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
-        import h5py
-
         self._sink = PatientFile(path)
-        # With v110 every metadata structure has a checksum, so a flipped bit causes an error and not a wrong value.
-        self._file = h5py.File(self._sink, "w-", libver=("v110", "v110"))
+        self._file = _new_file(self._sink)
         self._rows = rows
         self._attributes: dict[str, dict[str, str | int]] = {"/": {}}
         self._open: dict[str, _HashedDataset] = {}
         with self._checked():
             for name in root_groups(kind):
-                self._file.create_group(name)
+                self._group(f"/{name}")
             self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
             for name, spec in features.items():
                 key = f"/{values_group(kind)}/{name}"
@@ -118,7 +115,7 @@ class StoreWriter:
             self._strings("/classes", classes)
             self._set("/", source=source, split_rule=split_rule, provenance=canonical_json(provenance or {}))
             for dataset in list(self._open.values()):
-                dataset.write_checksums(self._file)
+                dataset.write_checksums(self._group)
             self._set("/", attributes_sha256=attributes_digest(self._attributes))
             self.close()
 
@@ -151,8 +148,24 @@ class StoreWriter:
                 self._attributes.setdefault(key, {})[name] = value
 
     def _create(self, key: str, shape: tuple[int, ...], dtype: np.dtype) -> _HashedDataset:
-        dataset = self._file.create_dataset(key, shape=shape, dtype=dtype.newbyteorder("<"), track_times=False)
+        group, _, name = key.rpartition("/")
+        parent = self._group(group)
+        dataset = parent.create_dataset(name, shape=shape, dtype=dtype.newbyteorder("<"), track_times=False)
         return _HashedDataset(key, dataset)
+
+    def _group(self, key: str) -> h5py.Group:
+        """Return a group, which is made if it is missing, without the times that h5py would give it."""
+        import h5py
+
+        group = self._file
+        for name in filter(None, key.split("/")):
+            if name not in group:
+                made = h5py.h5g.create(
+                    group.id, name.encode("utf-8", "surrogateescape"), gcpl=_without_times(h5py.h5p.GROUP_CREATE)
+                )
+                made.close()
+            group = group[name]
+        return group
 
     def _table(self, key: str, columns: Mapping[str, Any], table: ImageTable | Quarantine | ShardTable) -> None:
         for name, kind in columns.items():
@@ -166,7 +179,6 @@ class StoreWriter:
 
     def _strings(self, key: str, values: Sequence[str]) -> None:
         encoded = [value.encode("utf-8", "surrogateescape") for value in values]
-        self._file.require_group(key)
         self._column(f"{key}/utf8", np.frombuffer(b"".join(encoded), dtype="u1"))
         lengths = np.fromiter(map(len, encoded), dtype="<i8", count=len(encoded))
         self._column(f"{key}/ends", np.cumsum(lengths, dtype="<i8"))
@@ -207,8 +219,32 @@ class _HashedDataset:
         self._digests.append(self._hash.digest())
         self._hash = block_hash(self.key, self._dataset.dtype, self._dataset.shape, len(self._digests))
 
-    def write_checksums(self, file: h5py.File) -> None:
+    def write_checksums(self, group_of: Callable[[str], h5py.Group]) -> None:
         if self.position % self._block_rows:
             self._close_block()
         digests = np.frombuffer(b"".join(self._digests), dtype="u1").reshape(-1, 32)
-        file.create_dataset(f"/checksums{self.key}", data=digests, track_times=False)
+        group, _, name = f"/checksums{self.key}".rpartition("/")
+        group_of(group).create_dataset(name, data=digests, track_times=False)
+
+
+def _new_file(sink: PatientFile) -> h5py.File:
+    """Create an HDF5 file without any time in it, so that the same contents give the same bytes."""
+    import h5py
+
+    access = h5py.h5p.create(h5py.h5p.FILE_ACCESS)
+    access.set_fileobj_driver(h5py.h5fd.fileobj_driver, sink)
+    # With v110 every metadata structure has a checksum, so a flipped bit causes an error and not a wrong value.
+    access.set_libver_bounds(h5py.h5f.LIBVER_V110, h5py.h5f.LIBVER_V110)
+    identifier = h5py.h5f.create(
+        repr(sink).encode(), h5py.h5f.ACC_EXCL, fcpl=_without_times(h5py.h5p.FILE_CREATE), fapl=access
+    )
+    return h5py.File(identifier)
+
+
+def _without_times(kind: Any) -> Any:
+    """Return a creation property list of a kind, whose objects have no times."""
+    import h5py
+
+    properties = h5py.h5p.create(kind)
+    properties.set_obj_track_times(False)
+    return properties
