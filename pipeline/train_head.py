@@ -14,7 +14,7 @@ from typing import Any
 
 from features.errors import ConfigurationError, HeadError, RunError, check_range
 from features.progress import Progress
-from pipeline.heads.costs import check_bytes, usable_memory
+from pipeline.heads.costs import announcement, check_bytes, usable_memory
 from pipeline.heads.fitting import fit_head
 from pipeline.heads.gather import Source, feature_set, needs_rows, rows_for, views_seen
 from pipeline.heads.kinds import head_of, make_head, resolve_pool
@@ -132,9 +132,11 @@ def train_head(
     memory = memory or usable_memory()
     source = Source(store, name, head.pool, views_seen(head, store, name), memory)
     source.check(head)
+    count, width = len(store.rows("train")), pooled_width(store.shape(name)[2:], head.pool)
     if not source.streamed:
-        width = pooled_width(store.shape(name)[2:], head.pool)
-        check_bytes(head, len(store.rows("train")), width, memory, source.views)
+        check_bytes(head, count, width, memory, source.views)
+    if said := announcement(head, count, width, source.views):
+        logger.warning("%s", said)
     if ready:
         ready()
     fitted = fit_head(head, source.prepare(scale=head.scale), progress=progress)

@@ -13,7 +13,7 @@ from features.errors import ConfigurationError, HeadError
 from features.progress import Progress
 from pipeline.config import HeadFile, History, Settings, parse
 from pipeline.heads.classifier_table import CLASSIFIERS, OTHER
-from pipeline.heads.costs import solver_bytes
+from pipeline.heads.costs import solver_bytes, solver_seconds
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.estimators import check_estimator, find_class, make_estimator
 from pipeline.heads.head import Head, check_finite, two_columns
@@ -36,6 +36,7 @@ from pipeline.scores.selection import SEARCH_ROWS, stratified_folds
 SMALL = 1 << 24  # a feature matrix of fewer numbers is copied to float64 and fitted with a single thread
 # What scikit-learn raises for rows or parameters that a classifier cannot handle.
 REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
+FEW_COLUMNS = 128  # principal components that are offered where a head would take long
 SEARCH_STEPS = 6  # values that a search usually tries, for the progress bar
 STREAMED = "sklearn.linear_model.SGDClassifier"  # the only class here that can be fitted piece by piece
 # Attributes that prediction does not need; the covariance is (d, d).
@@ -194,6 +195,33 @@ class SklearnHead(Head):
         if self.margins or self.folds or (self.searchable and self.given is None):
             need += (8 if double else 4) * searched * columns
         return need + solver_bytes(self.kind.rpartition(".")[2], self.arguments, rows, columns, outputs)
+
+    def fit_seconds(self, rows: int, columns: int, views: int = 1) -> float:
+        rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
+        columns = min(columns, self.parameters.pca or columns)
+        if self.row.spanned and self.searchable:
+            columns = min(columns, rows)
+        outputs = 1 if len(self.classes) == 2 else len(self.classes)
+        folds, tried = (
+            self.parameters.folds - 1,
+            1,
+        )  # as many fits to all but one fold cost about ``folds - 1`` whole ones
+        if self.searchable and self.given is None:
+            tried = SEARCH_STEPS if self.row.climbs else len(self.row.values)
+        elif not self.margins:
+            folds = 0
+        name, arguments = self.kind.rpartition(".")[2], self.arguments
+        once = solver_seconds(name, arguments, rows, columns, outputs)
+        return once + tried * folds * solver_seconds(name, arguments, searched, columns, outputs)
+
+    def cheaper(self, columns: int) -> list[dict[str, Any]]:
+        given: list[dict[str, Any]] = []
+        if self.searchable and self.given is None:
+            middle = 10.0 ** self.row.values[1] if self.row.climbs else self.row.values[len(self.row.values) // 2]
+            given.append({self.row.parameter: middle})
+        if self.parameters.pca is None and columns > FEW_COLUMNS:
+            given.append({"pca": FEW_COLUMNS})
+        return given
 
     def _new(self, value: Any, **more: Any) -> Any:
         values = {self.row.parameter: value, **self.row.fixed, **more}

@@ -198,6 +198,17 @@ class Head(abc.ABC):
         """
         return 0
 
+    def fit_seconds(self, rows: int, columns: int, views: int = 1) -> float:
+        """Estimate, within a factor of about three, the processor seconds that fitting takes; 0 where it is not known.
+
+        Parameters are those of `fit_bytes`.
+        """
+        return 0.0
+
+    def cheaper(self, columns: int) -> list[dict[str, Any]]:
+        """Parameters that each make fitting cheaper, and may make the head a little worse; see `fit_seconds`."""
+        return []
+
     @classmethod
     def parse_parameters(cls, name: str, preset: Preset, params: Mapping[str, Any], classes: int) -> Settings:
         """Replace some parameters of a preset by given values.

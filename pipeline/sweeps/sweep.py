@@ -21,11 +21,12 @@ from features.files import writable_folder
 from features.machine import processors
 from features.progress import Progress
 from features.temporary import temporary_path
-from pipeline.heads.costs import check_bytes, usable_memory
+from pipeline.heads.costs import announcement, check_bytes, usable_memory
 from pipeline.heads.fitting import Fitted, fit_companions, fit_one, reason_of
 from pipeline.heads.gather import Source, can_fold, feature_set, needs_folds, needs_rows, views_seen
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import head_of, make_head, resolve_pool
+from pipeline.heads.pooling import pooled_width
 from pipeline.heads.prepared import Prepared
 from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.board import check_choice, leaderboard
@@ -181,6 +182,7 @@ def run_sweep(
     judged_by_folds = None if folds is None else bool(folds)
     folds = _usual_folds(every, missing) if folds is None else folds
     _warn_of_stopping(missing, folds)
+    _announce_long(missing, folds)
     if test:
         for store in stores:
             needs_rows(store, "test")
@@ -287,6 +289,20 @@ def _warn_of_stopping(missing: Sequence[Job], folds: int) -> None:
             ", ".join(others),
             USUAL_FOLDS,
         )
+
+
+def _announce_long(missing: Sequence[Job], folds: int) -> None:
+    """Name the heads that take long, each name once for the feature set on which it takes longest, and what is cheaper."""
+    longest: dict[str, tuple[float, str]] = {}
+    for job in missing:
+        count, shape = len(job.store.rows("train")), job.store.shape(job.name)[2:]
+        views, width = views_seen(job.head, job.store, job.name), pooled_width(shape, job.head.pool or "none")
+        said = announcement(job.head, count, width, views, folds)
+        if said:
+            found = job.head.fit_seconds(count, width, views), said
+            longest[job.head.name] = max(longest.get(job.head.name, found), found)
+    for _, said in sorted(longest.values(), reverse=True):
+        logger.warning("%s", said)
 
 
 def _is_done(folder: Path, folds: int) -> bool:
