@@ -9,6 +9,7 @@ that cannot be known, stays; of another machine, which may share the file system
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import hashlib
@@ -61,14 +62,20 @@ def temporary_files_together() -> Iterator[None]:
 
     Where the system's folder cannot be written, everything is as without this function.
     """
-    before = tempfile.tempdir
-    with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):
-            tempfile.tempdir = str(stack.enter_context(system_folder()))
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
+    before, folder = tempfile.tempdir, None
+    with contextlib.suppress(OSError):
+        folder = temporary_path(Path(tempfile.gettempdir(), "bottleneck"))
+        folder.mkdir(0o700)
+        tempfile.tempdir = str(folder)
+        # Without a writable home Matplotlib keeps a folder here, and complains at exit if it is gone by then. What is
+        # registered first is called last.
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+        if folder is not None and not any(folder.glob("matplotlib-*")):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def sweep_dead(folder: Path) -> None:

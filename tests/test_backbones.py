@@ -414,6 +414,30 @@ def test_a_deep_description_is_refused_in_one_line(tmp_path: Path, text: str) ->
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["my model", "modèle", "(x) +y"])
+def test_names_that_tensorflow_refuses_are_replaced(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    """A model, a layer and a nested model may have any name; TensorFlow takes only some for the scopes of its graph."""
+    import keras
+
+    from features.networks.network import resolve_network
+    from features.recipe import NetworkOptions
+
+    image = keras.Input((8, 8, 3))
+    conv = keras.layers.Conv2D(2, 3, name=f"{name} conv")(image)
+    inner = keras.Model(image, keras.layers.GlobalAveragePooling2D(name=name)(conv), name=name)
+    keras.Model(image, inner(image), name=name).save(tmp_path / f"{name}.keras")
+    images = pixels(2, 8, 8).astype(np.uint8)
+    expected = np.asarray(keras.Model(image, conv)(images)).mean(axis=(1, 2))
+    network = resolve_network(NetworkOptions(str(tmp_path / f"{name}.keras")))
+    engine = network.engine(network.recipes, batch_size=2, device="cpu")
+    [features] = engine(images).values()
+    np.testing.assert_allclose(features, expected, rtol=1e-4, atol=1e-4)
+    assert "layers that TensorFlow cannot run under their names are renamed: " in caplog.text
+
+
+@pytest.mark.slow
 def test_a_layer_inside_a_nested_model_gives_its_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """OUTER/INNER names it; a classifier at the end is warned about, and the layer before it is named."""
     import keras

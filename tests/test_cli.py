@@ -31,6 +31,30 @@ def store(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def test_a_locale_that_misreads_file_names_is_refused() -> None:
+    """With LC_ALL=C alone Python reads names as UTF-8; this needs more, or a locale such as Latin-1."""
+    asked = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = run_pipeline("inspect", "photos.h5", **asked)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("error: the locale takes file names for ascii")
+    assert "Set PYTHONUTF8=1, or LC_ALL=C.UTF-8" in done.stderr
+    assert "no such feature store" in run_pipeline("inspect", "photos.h5", LC_ALL="C").stderr
+
+
+def test_a_home_that_cannot_be_written_is_no_hindrance(source: Path, tmp_path: Path) -> None:
+    home = {
+        "HOME": "/dev/null",
+        "BOTTLENECK_CACHE": "",
+        "XDG_CACHE_HOME": "",
+        "XDG_CONFIG_HOME": "",
+        "MPLCONFIGDIR": "",
+    }
+    done = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *SMALL, **home, TMPDIR=str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["f.h5"]
+
+
 def test_the_backends_chatter_is_held_back(source: Path, tmp_path: Path) -> None:
     result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *SMALL)
     assert result.returncode == 0

@@ -9,6 +9,7 @@ import socket
 import string
 import sys
 import time
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -412,6 +413,10 @@ def test_manifest_names_with_other_bytes(tmp_path: Path) -> None:
         ("paht,label\n1.png,a\n", "did you mean 'paht'"),
         ("filename,label\n1.png,a\n", "rename 'filename' to 'path'"),
         ("path;label\n1.png;a\n", "separated by commas"),
+        ("1.png,a\n2.png,b\n", "line 1 seems to be an image: write the names of the columns above it"),
+        ('path,label\n1.png, "a"\n', "line 2: a blank before the quotes of the label '\"a\"'"),
+        ("path,label\nx\\1.png,a\n", "Here the paths have backslashes, as in Windows: write / instead"),
+        ("label,path\na, 1.png\n", "Here the paths have blanks around their names: remove them"),
         ("path,label,label\n1.png,a,b\n", "two columns are named 'label'"),
         ("path,label\n", "lists no images"),
         ("", "no column 'path', received nothing"),
@@ -430,6 +435,37 @@ def test_manifest_with_some_missing_files(tmp_path: Path, caplog: pytest.LogCapt
     images = scan(manifest(tmp_path, "path,label\n1.png,a\n2.png,b\n", "1.png"))
     assert images.sizes.tolist() == [5, -1]  # the missing one goes to quarantine, by name
     assert "1 files do not exist: '2.png'" in caplog.text
+
+
+def test_a_manifest_may_have_long_fields(tmp_path: Path) -> None:
+    text = "path,label,note\n1.png,a," + "x" * 140_000 + '\n2.png,b,"' + "y\n" * 90_000 + '"\n'
+    assert [len(note) for note in scan(manifest(tmp_path, text, "1.png", "2.png")).columns["note"]] == [
+        140_000,
+        180_000,
+    ]
+
+
+def test_blanks_after_commas_are_no_part_of_a_label(tmp_path: Path) -> None:
+    assert scan(manifest(tmp_path, "path, label, split\n1.png, a, test\n", "1.png")).classes == ("a",)
+
+
+@pytest.mark.parametrize("written", ["NFC", "NFD"])
+def test_manifest_names_in_the_other_unicode_form_are_found(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, written: str
+) -> None:
+    there = unicodedata.normalize({"NFC": "NFD", "NFD": "NFC"}[written], "café/ü.png")
+    images = scan(manifest(tmp_path, f"path,label\n{unicodedata.normalize(written, there)},a\n", there))
+    assert images.paths == (there,)
+    assert images.read(0) == there.encode()
+    assert "1 names are in another Unicode form than their files" in caplog.text
+
+
+def test_recycle_bins_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = ("#recycle", "@Recycle", "$RECYCLE.BIN", "$Recycle.Bin", "System Volume Information", "@eaDir", "lost+found", "RECYCLER",
+             ".Trash-1000", "__MACOSX", "#snapshot", "@Recently-Snapshot")  # fmt: skip
+    root = touch(tmp_path / "photos", "cat/1.png", "dog/1.png", "recycled/1.png", *(f"{name}/2.png" for name in names))
+    assert scan(root).classes == ("cat", "dog", "recycled")
+    assert caplog.text == ""
 
 
 def test_manifest_train_without_label_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
+import re
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -13,6 +15,7 @@ from typing import Any
 from features.errors import ConfigurationError, brief
 from features.networks.graph import graph_nodes
 
+logger = logging.getLogger(__name__)
 _LARGEST_CONFIG = 64 << 20  # bytes of JSON
 _LARGEST_EXPANSION = 1000  # bytes of weights for each byte of the file, which may be compressed; Keras allows the same
 _SMALL = 64 << 20  # bytes of weights that are never refused
@@ -81,7 +84,7 @@ def _classifier(layers: Sequence[Any], prefix: str = "") -> tuple[str, str] | No
     run beside each other.
     """
     named = [
-        (f"{prefix}{_settings(layer).get('name')}", layer)
+        (f"{prefix}{_plain_name(str(_settings(layer).get('name')))}", layer)
         for layer in layers
         if layer.get("class_name") != "InputLayer"
     ]
@@ -167,7 +170,7 @@ def open_model(path: Path) -> Any:
     version = ModelConfig(path).keras
     try:
         _check_memory(path)
-        return keras.saving.load_model(path, compile=False, safe_mode=True)
+        model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except ConfigurationError:
         raise
     except Exception as error:  # layers of a file raise errors of any type while they are made
@@ -182,6 +185,40 @@ def open_model(path: Path) -> Any:
             f"{path} cannot be loaded in safe mode: {reason}. If the model contains Lambda layers or custom classes, "
             "save it again without them."
         ) from error
+    renamed = _use_plain_names(model)
+    if renamed:
+        logger.warning(
+            "%s: layers that TensorFlow cannot run under their names are renamed: %s", path, "; ".join(renamed[:8])
+        )
+    return model
+
+
+def _plain_name(name: str) -> str:
+    """Return a name that TensorFlow takes for a scope: letters, digits and ``_.-`` instead of blanks, accents and the like."""
+    plain = re.sub(r"[^A-Za-z0-9_.>-]", "_", name)
+    return plain if plain[:1].isalnum() or plain[:1] == "." else f"x{plain}"
+
+
+def _use_plain_names(model: Any, prefix: str = "") -> list[str]:
+    """Rename a model and its layers, nested ones too, where TensorFlow refuses the name; return ``OLD -> NEW`` of layers."""
+    import keras
+
+    renamed: list[str] = []
+    if not isinstance(model, keras.Model):
+        return renamed
+    model.name = _plain_name(model.name)
+    taken = {layer.name for layer in model.layers}
+    for layer in model.layers:
+        name = layer.name if re.fullmatch(r"[A-Za-z0-9_.>-]+", layer.name) else _plain_name(layer.name)
+        while name != layer.name and name in taken:
+            name += "_"
+        if name != layer.name:
+            renamed.append(f"{prefix}{layer.name} -> {name}")
+            layer.name = name
+        taken.add(name)
+        if isinstance(layer, keras.Model):
+            renamed += _use_plain_names(layer, f"{name}/")
+    return renamed
 
 
 def _check_memory(path: Path) -> None:

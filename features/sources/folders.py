@@ -20,7 +20,15 @@ IMAGE_SUFFIXES = frozenset({
     ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
 })
 # fmt: on
-IGNORED_NAMES = frozenset({"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini"})  # besides all hidden ones
+# Besides all hidden ones: what macOS, Windows, Synology and QNAP put into folders, recycle bins and snapshots included.
+# Lower case; "recycled" alone may well be a class.
+# fmt: off
+IGNORED_NAMES = frozenset({
+    "__macosx", "thumbs.db", "ehthumbs.db", "desktop.ini", "$recycle.bin", "recycler", "system volume information", "found.000",
+    "lost+found", "@eadir", "#recycle", "@recycle", "#snapshot", "@recently-snapshot", "@tmp", "@sharebin", "network trash folder",
+    "temporary items",
+})
+# fmt: on
 
 ODD_CHARACTERS = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")  # control characters, and bytes that are not UTF-8
 
@@ -115,7 +123,7 @@ def walk(root: Path) -> tuple[list[File], list[str]]:
 
 def is_ignored(name: str) -> bool:
     """Whether a file or folder of that name is skipped silently: it is hidden, or made by an operating system."""
-    return name[0] == "." or name in IGNORED_NAMES
+    return name[0] == "." or name.casefold() in IGNORED_NAMES
 
 
 def suffix_of(name: str) -> str:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
-from features.sources.folders import ODD_CHARACTERS
+from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
 
 logger = logging.getLogger(__name__)
@@ -68,8 +68,14 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) 
         if path in first_line:
             _refuse_line(manifest, line, f"{path!r} is already listed in {_place(manifest, first_line[path])}")
         first_line[path] = line
-        cells = {key: row[index].strip() for key, index in columns.items() if key != "path"}
+        cells = {key: row[index].strip() for key, index in columns.items() if key != "path"}  # blanks after commas go
         for key, cell in cells.items():
+            if cell[:1] == '"' != row[columns[key]][:1]:
+                _refuse_line(
+                    manifest,
+                    line,
+                    f"a blank before the quotes of the {key} {cell!r} makes them a part of it: remove it",
+                )
             if ODD_CHARACTERS.search(cell):
                 _refuse_line(manifest, line, f"{key} {cell!r} is not plain UTF-8 text")
         names.append(cells.get("label", ""))
@@ -109,6 +115,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
         raise SourceError(f"{manifest} is UTF-16 text; save it as CSV in UTF-8")
     if b"\0" in data:
         _refuse_line(manifest, data.count(b"\n", 0, data.index(b"\0")) + 1, "a NUL character; expected UTF-8 text")
+    csv.field_size_limit(max(csv.field_size_limit(), len(data)))  # of all readers of this process; never lowered
     reader = csv.reader(io.StringIO(data.decode("utf-8-sig", "surrogateescape"), newline=""), strict=True)
     line = 1
     try:
@@ -175,6 +182,8 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
         hint = f"; rename {likely[0]!r} to 'path'" if likely else nearest("path", names)
         if len(names) == 1 and re.search("[;\t|]", names[0]):
             hint = "; fields must be separated by commas"
+        elif any(suffix_of(name) in IMAGE_SUFFIXES for name in names):
+            hint = "; line 1 seems to be an image: write the names of the columns above it"
         _refuse_line(
             manifest, 1, f"no column 'path', received {shown or 'nothing'}; expected path,label[,split][,group]{hint}"
         )

@@ -8,6 +8,8 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import re
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -305,15 +307,16 @@ def _scan_manifest(
         _refuse_folders_of(description, reading)
     root = manifest.parent
     paths, names, splits, groups, columns = read_manifest(manifest, target, labelled=labelled)
-    files = [look_at(root, path) for path in paths]
+    files = _look_at_all(manifest, paths)
     missing = [file.path for file in files if file.size < 0]
+    hint = _hint(root, missing)
     if len(missing) == len(files):
         raise SourceError(
             f"{manifest}: none of its {len(files)} files exists, for example {os.path.join(root, missing[0])}; "
-            "expected paths that are absolute or relative to the manifest's folder"
+            f"expected paths that are absolute or relative to the manifest's folder{hint}"
         )
     if missing:
-        logger.warning("%s: %d files do not exist: %s", manifest, len(missing), listed(missing))
+        logger.warning("%s: %d files do not exist: %s%s", manifest, len(missing), listed(missing), hint)
     if target is None and names and all(split_of(name, alone=True) is not None for name in set(names)):
         raise SourceError(
             f"{manifest}: the column 'label' holds the names of splits ({listed(sorted(set(names)))}): name that column "
@@ -323,3 +326,39 @@ def _scan_manifest(
     if useless:
         logger.warning("%s: %d images of train or validation have no label and are left unlabelled", manifest, useless)
     return _image_set(description, root, files, names, splits, groups, columns, reading=reading)
+
+
+def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:
+    """Look at the files of a manifest; a missing one is also looked for in the other Unicode forms of its name."""
+    files = [look_at(manifest.parent, path) for path in paths]
+    given, other = set(paths), 0
+    for number, file in enumerate(files):
+        if file.size >= 0 or file.path.isascii():
+            continue
+        for form in ("NFC", "NFD"):  # macOS takes them for equal, Linux does not
+            path = unicodedata.normalize(form, file.path)
+            if path not in given and (found := look_at(manifest.parent, path)).size >= 0:
+                files[number], other = found, other + 1
+                given.add(path)
+                break
+    if other:
+        logger.warning(
+            "%s: %d names are in another Unicode form than their files (NFC, NFD); the files were found",
+            manifest,
+            other,
+        )
+    return files
+
+
+def _hint(root: Path, missing: Sequence[str]) -> str:
+    """Return what is wrong with the paths that do not exist, where the first of them shows it."""
+    ways = (
+        ("\\\\", "/", "the paths have backslashes, as in Windows: write / instead"),
+        (r"^\s+|\s+$|\s+(?=/)|(?<=/)\s+", "", "the paths have blanks around their names: remove them"),
+    )
+    for pattern, text, hint in ways:
+        for path in missing[:3]:
+            changed = re.sub(pattern, text, path)
+            if changed != path and (look_at(root, changed).size >= 0 or "\\" in path):
+                return f". Here {hint}"
+    return ""

@@ -46,6 +46,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
         if quiet:
             set_quiet(quiet=True)
         try:
+            _check_encoding()
             with temporary_files_together():
                 command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -66,6 +67,15 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
     wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
     return wrapper
+
+
+def _check_encoding() -> None:
+    """Refuse to read file names in another encoding than UTF-8: classes of other names would be kept in the store."""
+    if sys.getfilesystemencoding() != "utf-8":
+        raise ConfigurationError(
+            f"the locale takes file names for {sys.getfilesystemencoding()}, so names with other letters would be misread; "
+            "expected UTF-8. Set PYTHONUTF8=1, or LC_ALL=C.UTF-8"
+        )
 
 
 def print_version(asked: bool) -> None:
