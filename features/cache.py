@@ -9,7 +9,6 @@ import hashlib
 import logging
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -17,7 +16,7 @@ from typing import BinaryIO
 from features.files import whole_file
 from features.ownership import foreign
 from features.signing import is_signed, signature
-from features.temporary import temporary_path
+from features.temporary import system_root, temporary_path
 
 logger = logging.getLogger(__name__)
 CACHE_NAME = "bottleneck-features"
@@ -51,7 +50,7 @@ def _wanted_folder() -> Path:
 
 @functools.cache
 def _private_folder(problem: str) -> Path:
-    folder = temporary_path(Path(tempfile.gettempdir(), CACHE_NAME))
+    folder = temporary_path(system_root() / CACHE_NAME)
     folder.mkdir(0o700)
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logger.warning(

@@ -52,8 +52,18 @@ def temporary_folder(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
 @contextlib.contextmanager
 def system_folder() -> Iterator[Path]:
     """Make a folder in the system's folder for temporary files that only this user can read; it is removed at the end."""
-    with temporary_folder(Path(tempfile.gettempdir(), "bottleneck"), mode=0o700) as folder:
+    with temporary_folder(system_root() / "bottleneck", mode=0o700) as folder:
         yield folder
+
+
+def system_root() -> Path:
+    """Return the system's folder for temporary files. ``tempfile`` would try it with a file, which a kill would leave."""
+    if tempfile.tempdir is None:
+        wanted = [os.environ.get(name) for name in ("TMPDIR", "TEMP", "TMP")]
+        for folder in filter(None, [*wanted, "/tmp"]):
+            if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
+                return Path(os.path.abspath(folder))
+    return Path(tempfile.gettempdir())
 
 
 @contextlib.contextmanager

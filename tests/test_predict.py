@@ -247,7 +247,8 @@ def test_pain_15_a_list_ten_times_as_long_needs_no_more_memory(colours: None, im
             return len(text)
 
     peaks = {}
-    (images / "broken.png").write_bytes(b"no image" * 20_000)  # an error must not keep the file that it is about
+    broken = b"no image" * 20_000  # an error must not keep the file that it is about
+    (images / "broken.png").write_bytes(broken)
     for count in (30, 100, 1000):
         stream = Nowhere()
         names = ("red", "broken", "blue", "none")
@@ -256,7 +257,8 @@ def test_pain_15_a_list_ten_times_as_long_needs_no_more_memory(colours: None, im
         peaks[count] = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert (document["predicted"], document["unreadable"], stream.rows) == (count // 2, count // 2, count + 1)
-    assert peaks[1000] < peaks[100] + 500_000, peaks  # 40 MB of broken files went through
+    # 40 MB of broken files went through; how many of the 10 that are read ahead are there at a time depends on the load
+    assert peaks[1000] < peaks[100] + 10 * len(broken), peaks
 
 
 def test_unreadable_images_are_named_ten_times_and_then_counted(

@@ -14,7 +14,14 @@ from helpers import LEAVE, ROOT, leave, listing
 
 from features import temporary
 from features.files import atomic_file, writable_folder
-from features.temporary import sweep_dead, system_folder, temporary_files_together, temporary_folder, temporary_path
+from features.temporary import (
+    sweep_dead,
+    system_folder,
+    system_root,
+    temporary_files_together,
+    temporary_folder,
+    temporary_path,
+)
 
 
 def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> None:
@@ -108,6 +115,20 @@ def test_every_way_to_write_begins_by_tidying_up(tmp_path: Path, monkeypatch: py
         assert folder.stat().st_mode & 0o777 == 0o700
         assert listing(three) == [folder.name]
     assert listing(three) == []
+
+
+def test_the_systems_folder_is_found_without_writing_into_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "missing"))
+    monkeypatch.setenv("TEMP", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("it tries the folder with a file"))
+    assert system_root() == tmp_path
+    monkeypatch.delenv("TEMP")
+    monkeypatch.delenv("TMP", raising=False)
+    assert system_root() == Path("/tmp")
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path))
+    assert system_root() == tmp_path
 
 
 def test_libraries_put_their_temporary_files_with_ours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -149,7 +149,7 @@ def _local(count: int) -> Iterator[Any]:
     environ = dask.config.get("distributed.nanny.pre-spawn-environ")
     common = {"host": "127.0.0.1", "protocol": "tcp://", "dashboard": False}
     with system_folder() as folder:
-        owner = {OWNER: str(os.getpid())}
+        owner = {OWNER: str(os.getpid()), "TMPDIR": str(folder)}
         options = {
             **common,
             "nthreads": 1,
