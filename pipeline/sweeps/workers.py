@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import os
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from features.children import end_with
+from features.temporary import system_root
 
 
 class Lost(NamedTuple):
@@ -82,7 +82,7 @@ def _values(
     if client is None:
         ending = {"initializer": end_with, "initargs": (os.getpid(),)}
         backend: dict[str, Any] = {"backend": "loky", "inner_max_num_threads": 1, **ending}
-        options: dict[str, Any] = {"n_jobs": jobs, "max_nbytes": None, "temp_folder": tempfile.gettempdir()}
+        options: dict[str, Any] = {"n_jobs": jobs, "max_nbytes": None, "temp_folder": str(system_root())}
     else:
         backend, options = {"backend": "dask", "client": client}, {}
     with joblib.parallel_config(**backend):
