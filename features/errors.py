@@ -97,6 +97,10 @@ class HeadError(BottleneckError, ValueError):
     """A head that cannot be trained on these features, or cannot be loaded."""
 
 
+class UntrustedHeadError(HeadError):
+    """A head in a file of a kind that must be trusted before it is loaded, and that this user has not signed."""
+
+
 class RunError(BottleneckError, ValueError):
     """A run folder that is missing or incomplete, or that does not fit its use."""
 

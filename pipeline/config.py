@@ -59,6 +59,17 @@ class HeadFile(Settings):
     temperature: PositiveFloat
 
 
+class ArraysHeadFile(HeadFile):
+    """``head.json`` of a head whose weights are the arrays in ``head.npz``.
+
+    ``model`` says what they are, ``chosen`` is the value of the parameter that may be searched.
+    """
+
+    format: Literal[2] = 2  # type: ignore[assignment]
+    model: dict[str, Any]
+    chosen: dict[str, float]
+
+
 class Scores(Settings):
     """Scores of one split, computed by `pipeline.scores.metrics.evaluate`."""
 
@@ -177,9 +188,10 @@ def parse(
     if not isinstance(mapping, Mapping):
         raise error(f"{where}: expected a mapping of keys to values, received {_shown(mapping)}")
     stamp = mapping.get("format")
-    if "format" in model_class.model_fields and isinstance(stamp, int) and stamp != FORMAT_VERSION:
+    version = model_class.model_fields["format"].default if "format" in model_class.model_fields else stamp
+    if isinstance(stamp, int) and stamp != version:
         raise FormatVersionError(
-            f"{where}: format {stamp} is not known here (expected {FORMAT_VERSION}); use the release that wrote it"
+            f"{where}: format {stamp} is not known here (expected {version}); use the release that wrote it"
         )
     try:
         return model_class.model_validate(dict(mapping))

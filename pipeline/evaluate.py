@@ -69,7 +69,7 @@ def evaluate(
         Called with ``("evaluate", done, total)``.
     **options
         Fields of `pipeline.predicting.options.PredictOptions`: ``weights``, ``batch_size``, ``workers``, ``device``,
-        ``data_set`` (default: that of the images, if there are several).
+        ``trust``, ``data_set`` (default: that of the images, if there are several).
 
     Returns
     -------

@@ -30,11 +30,10 @@ from features.recipe import Recipe
 from features.sources.scan import scan
 from features.temporary import sweep_dead, temporary_folder
 from pipeline.exporting.artefacts import Card, full_pixels, write_card
-from pipeline.exporting.assembled import as_network, assemble, exact_recipe, first_stage_that_differs, outputs_of
+from pipeline.exporting.assembled import assemble, exact_recipe, first_stage_that_differs, head_and_layers, outputs_of
 from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
 from pipeline.exporting.resizing import longest_side
 from pipeline.heads.head import Head
-from pipeline.heads.kinds import head_of
 from pipeline.runs.board import take_run
 from pipeline.runs.notes import environment
 from pipeline.tuning.endtoend import network_of
@@ -107,8 +106,7 @@ def export(
     report = progress or (lambda stage, done, total: None)
     chosen, damaged = take_run(run, data_set=data_set)
     recipe = exact_recipe(chosen)
-    head = head_of(chosen)
-    dense = as_network(head)
+    head, dense = head_and_layers(chosen)
     writable_folder(path.parent)
     keras = load_keras()
     _check_backend(row, keras.backend.backend())

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, HeadError, RunError, check_range
+from features.errors import ConfigurationError, HeadError, RunError, UntrustedHeadError, check_range
 from features.progress import Progress
 from pipeline.heads.costs import announcement, check_bytes, usable_memory
 from pipeline.heads.fitting import fit_head
@@ -146,9 +146,14 @@ def train_head(
 
 
 def _loads(run: Run) -> bool:
-    """Whether the head of a finished run can be loaded; if not, the run is removed, to be trained again."""
+    """Whether the head of a finished run can be loaded; if not, the run is removed, to be trained again.
+
+    A head that only lacks trust is not loaded, and its run is kept.
+    """
     try:
         head_of(run)
+    except UntrustedHeadError:
+        return True
     except (HeadError, RunError) as problem:
         logger.warning("%s; the run is trained again now", problem)
         shutil.rmtree(run.folder)

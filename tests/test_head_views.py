@@ -16,6 +16,7 @@ from pipeline.heads.classifiers import SklearnHead
 from pipeline.heads.fitting import cross_validate
 from pipeline.heads.gather import Source
 from pipeline.heads.kinds import head_of, make_head
+from pipeline.heads.models.linear import Linear
 from pipeline.heads.prepared import ArrayRows, Prepared, drawn_views
 from pipeline.heads.records import run_id_of
 from pipeline.heads.streaming import FeatureStream
@@ -169,7 +170,8 @@ def test_scikit_learn_heads_see_all_views_as_rows() -> None:
     Z = (store.arrays["last.avg"][store.rows("train")] - data.mean) / data.std
     model = LogisticRegression(C=0.3, max_iter=1000).fit(Z.reshape(-1, 4), np.repeat(data.y, 4))
     assert isinstance(head, SklearnHead)
-    assert head.estimator.coef_ == pytest.approx(model.coef_, abs=1e-4)
+    assert isinstance(head.fitted, Linear)
+    assert head.fitted.coef == pytest.approx(model.coef_, abs=1e-4)
     assert data.held_out is not None
     V = (store.arrays["last.avg"][store.rows("validation"), 0] - data.mean) / data.std
     assert head.predict_rows(data.held_out) == pytest.approx(model.predict_proba(V), abs=1e-4)

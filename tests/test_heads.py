@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from helpers import listing
 
-from features.errors import ConfigurationError, FormatVersionError, HeadError
+from features.errors import ConfigurationError, FormatVersionError, HeadError, UntrustedHeadError
 from pipeline.heads.classifier_table import CLASSIFIERS
 from pipeline.heads.classifiers import SklearnHead, climb, row_space
 from pipeline.heads.dense import KerasHead
+from pipeline.heads.estimators import find_class
 from pipeline.heads.kinds import Head, load_head, make_head, resolve_pool
+from pipeline.heads.models.linear import Linear
 from pipeline.heads.persistence import TRUSTED_TYPES
 from pipeline.heads.pooling import pool_features
 from pipeline.presets import PRESETS
@@ -211,16 +213,18 @@ def test_more_columns_than_rows_change_nothing(name: str, parameter: str, classe
     head.fit(X, y)
     Z = ((X - head.mean) / head.std).astype(np.float64)
     fixed = dict(CLASSIFIERS[head.kind].fixed)
-    model = type(head.estimator)(**{parameter: getattr(head.parameters, parameter)}, **fixed).fit(Z, y)
-    assert np.atleast_2d(head.estimator.coef_) == pytest.approx(np.atleast_2d(model.coef_), abs=2e-4)
-    assert head.estimator.decision_function(Z) == pytest.approx(model.decision_function(Z), abs=2e-3)
+    model = find_class(head.kind)(**{parameter: getattr(head.parameters, parameter)}, **fixed).fit(Z, y)
+    assert isinstance(head.fitted, Linear)
+    assert head.fitted.coef == pytest.approx(np.atleast_2d(model.coef_), abs=2e-4)
+    margins = model.decision_function(Z)
+    assert head.fitted.outputs(Z)[:, 1 if classes == 2 else slice(None)] == pytest.approx(margins, abs=2e-3)
 
 
 @pytest.mark.parametrize("name", ["ridge", "linear-svm"])
 def test_margins_become_probabilities_by_one_temperature(name: str) -> None:
     head, X = shared(name, classes=2)
     assert isinstance(head, SklearnHead)
-    margins = head.estimator.decision_function((X - head.mean) / head.std)
+    margins = head.fitted.outputs((X - head.mean) / head.std)[:, 1]
     expected = 1 / (1 + np.exp(-margins / head.temperature))
     assert head.temperature != 1
     assert head.predict_proba(X)[:, 1] == pytest.approx(expected, abs=1e-6)
@@ -245,10 +249,14 @@ def test_search_separates_the_blobs(name: str, classes: int) -> None:
 def test_a_loaded_head_gives_the_same_probabilities(name: str, classes: int, tmp_path: Path) -> None:
     head, X = shared(name, classes=classes)
     head.save(tmp_path)
-    assert listing(tmp_path) == ["head.json", "head.skops"] == sorted(head.files)
+    assert listing(tmp_path) == ["head.json", "head.npz"] == sorted(head.files)
     again = load_head(tmp_path)
     assert (again.predict_proba(X) == head.predict_proba(X)).all()
     assert (again.name, again.kind, again.classes, again.layer) == (name, head.kind, head.classes, "last")
+    assert isinstance(head, SklearnHead)
+    assert isinstance(again, SklearnHead)
+    assert again.chosen == head.chosen
+    assert list(head.chosen) == [CLASSIFIERS[head.kind].parameter]
     again.save(tmp_path)
     assert (load_head(tmp_path).predict_proba(X) == head.predict_proba(X)).all()
 
@@ -327,7 +335,8 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     head, _ = shared("ridge", classes=3)
     head.save(tmp_path)
     values = json.loads((tmp_path / "head.json").read_text())
-    assert list(values) == HEAD_KEYS
+    assert list(values) == [*HEAD_KEYS, "model", "chosen"]
+    assert (values["format"], values["model"]) == (2, {"kind": "linear"})
     assert values["kind"] == "sklearn.linear_model.RidgeClassifier"
     assert values["scaler"]["mean"] == head.mean.tolist()
     assert (values["input_shape"], values["pool"], values["hidden"]) == ([6], "none", [])
@@ -338,13 +347,15 @@ def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     [
         ({"temprature": 1.0}, "unknown key 'temprature'; did you mean 'temperature'"),
         ({"kind": "os.system"}, "kind is 'os.system', expected dense or sklearn"),
-        ({"kind": "sklearn.svm.LinearSVC"}, "contains a sklearn.linear_model._ridge.RidgeClassifier"),
+        ({"model": {"kind": "liner"}}, "kind is 'liner', expected one of linear, projected"),
+        ({"model": {"kind": "linear", "coef": 3}}, "a linear has the keys coef, kind, expected kind"),
+        ({"format": 1}, "unknown key 'model'"),
         ({"temperature": 0}, "temperature: received 0, expected greater than 0"),
         ({"input_shape": [5]}, "6 means and 6 deviations, expected 5"),
-        ({"classes": ["a", "b"]}, "classes_ is"),
+        ({"classes": ["a", "b"]}, r"coef has shape \(3, 6\), expected \(1, 6\)"),
         (
             {"input_shape": [2], "scaler": {"mean": [0, 0], "std": [1, 1]}},
-            "n_features_in_ is 6, but head.json expects 2",
+            r"coef has shape \(3, 6\), expected \(3, 2\)",
         ),
     ],
 )
@@ -357,8 +368,8 @@ def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, t
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     shared("ridge", classes=3)[0].save(tmp_path)
-    edit(tmp_path, format=2)
-    with pytest.raises(FormatVersionError, match="format 2 is not known"):
+    edit(tmp_path, format=3)
+    with pytest.raises(FormatVersionError, match="format 3 is not known"):
         load_head(tmp_path)
 
 
@@ -366,32 +377,87 @@ def test_a_missing_or_broken_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(HeadError, match=r"head\.json: cannot be read"):
         load_head(tmp_path)
     shared("ridge", classes=3)[0].save(tmp_path)
-    (tmp_path / "head.skops").unlink()
-    with pytest.raises(HeadError, match=r"head\.skops: cannot be loaded as a head"):
+    (tmp_path / "head.npz").unlink()
+    with pytest.raises(HeadError, match=r"head\.npz: cannot be loaded as a head"):
         load_head(tmp_path)
 
 
 def test_a_pickle_is_not_executed(tmp_path: Path) -> None:
     shared("ridge", classes=3)[0].save(tmp_path)
     proof = tmp_path / "executed"
-    (tmp_path / "head.skops").write_bytes(f"cposix\nsystem\n(S'touch {proof}'\ntR.".encode())
+    (tmp_path / "head.npz").write_bytes(f"cposix\nsystem\n(S'touch {proof}'\ntR.".encode())
     with pytest.raises(HeadError, match="cannot be loaded as a head"):
         load_head(tmp_path)
     assert not proof.exists()
 
 
-def test_foreign_types_in_a_skops_file_are_named_and_not_made(tmp_path: Path) -> None:
+def save_as_skops(head: Head, estimator: Any, folder: Path) -> None:
+    """Write a head as a release did that knew no arrays, without a signature."""
+    import skops.io
+
+    head.save(folder)
+    values = json.loads((folder / "head.json").read_text())
+    values = {key: value for key, value in values.items() if key not in ("model", "chosen")}
+    (folder / "head.json").write_text(json.dumps(values | {"format": 1}))
+    for name in ("head.npz", "head.skops.signature"):
+        (folder / name).unlink(missing_ok=True)
+    skops.io.dump(estimator, folder / "head.skops")
+
+
+def test_foreign_types_in_a_skops_file_are_named_and_not_made_even_if_trusted(tmp_path: Path) -> None:
     """The file's own list of types is not what it is trusted by."""
     import os
 
-    import skops.io
+    from sklearn.discriminant_analysis import QuadraticDiscriminantAnalysis
 
-    shared("ridge", classes=3)[0].save(tmp_path)
+    head, X = fitted("sklearn.discriminant_analysis.QuadraticDiscriminantAnalysis")
+    model = QuadraticDiscriminantAnalysis().fit(X, np.arange(40) % 3)
     proof = tmp_path / "executed"
-    skops.io.dump({"model": functools.partial(os.system, f"touch {proof}"), "path": Path("x")}, tmp_path / "head.skops")
+    model.priors = functools.partial(os.system, f"touch {proof}")
+    save_as_skops(head, model, tmp_path)
     with pytest.raises(HeadError, match=r"types that must not be loaded from a file: .*system"):
-        load_head(tmp_path)
+        load_head(tmp_path, trust=True)
     assert not proof.exists()
+
+
+def test_a_head_that_arrays_do_not_describe_needs_the_signature_of_this_user_or_trust(tmp_path: Path) -> None:
+    head, X = fitted("sklearn.discriminant_analysis.QuadraticDiscriminantAnalysis")
+    head.save(tmp_path)
+    assert listing(tmp_path) == ["head.json", "head.skops", "head.skops.signature"] == sorted(head.files)
+    assert json.loads((tmp_path / "head.json").read_text())["format"] == 1
+    expected = head.predict_proba(X)
+    assert (load_head(tmp_path).predict_proba(X) == expected).all()
+    claimed = (tmp_path / "head.skops.signature").read_text()
+    for other in ("", claimed.replace(claimed[0], "g"), "0" * 64):
+        (tmp_path / "head.skops.signature").write_text(other)
+        with pytest.raises(
+            UntrustedHeadError, match=r"head\.skops: .*QuadraticDiscriminantAnalysis.*--trust.*train it again"
+        ):
+            load_head(tmp_path)
+        assert (load_head(tmp_path, trust=True).predict_proba(X) == expected).all()
+    (tmp_path / "head.skops.signature").write_text(claimed)
+    data = bytearray((tmp_path / "head.skops").read_bytes())
+    at = data.index(b"\x93NUMPY") + 130
+    data[at] ^= 1
+    (tmp_path / "head.skops").write_bytes(data)
+    with pytest.raises(HeadError):
+        load_head(tmp_path)
+
+
+def test_a_head_of_an_earlier_release_that_is_of_another_class_is_refused(tmp_path: Path) -> None:
+    from sklearn.linear_model import RidgeClassifier
+
+    head, X = fitted("ridge")
+    save_as_skops(head, RidgeClassifier().fit(X, np.arange(40) % 3), tmp_path)
+    assert load_head(tmp_path).predict_proba(X).shape == (40, 3)
+    edit(tmp_path, kind="sklearn.svm.LinearSVC")
+    with pytest.raises(
+        HeadError, match=r"contains a sklearn\.linear_model\._ridge\.RidgeClassifier, but head\.json says"
+    ):
+        load_head(tmp_path)
+    save_as_skops(head, RidgeClassifier().fit(X, np.arange(40) % 4), tmp_path)
+    with pytest.raises(HeadError, match=r"classes_ are 4, but head.json expects 3"):
+        load_head(tmp_path, trust=True)
 
 
 @pytest.mark.slow
@@ -561,12 +627,13 @@ def test_diverging_training_is_an_error() -> None:
 def test_weights_that_are_not_finite_are_refused(kind: str, tmp_path: Path) -> None:
     head, _ = fitted(kind, **({"epochs": 1} if kind in KERAS else {}))
     if isinstance(head, SklearnHead):
-        head.estimator.coef_[0, 0] = np.nan
+        assert isinstance(head.fitted, Linear)
+        head.fitted.coef[0, 0] = np.nan
     else:
         layer = head.network.get_layer("logits")
         layer.set_weights([np.full((6, 3), np.inf), np.zeros(3)])
     head.save(tmp_path)
-    with pytest.raises(HeadError, match="holds weights that are not finite"):
+    with pytest.raises(HeadError, match=r"holds (weights|values) that are not finite"):
         load_head(tmp_path)
 
 

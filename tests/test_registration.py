@@ -79,10 +79,11 @@ class CentroidHead(Head):
     def _network(self) -> Any:
         raise NotImplementedError
 
-    def _save_weights(self, folder: Path) -> None:
+    def _save_weights(self, folder: Path) -> dict[str, Any]:
         np.savez(folder / "centres.npz", centres=self.centres)
+        return {}
 
-    def _load_weights(self, folder: Path) -> None:
+    def _load_weights(self, folder: Path, stored: HeadFile, *, trust: bool) -> None:
         with np.load(folder / "centres.npz", allow_pickle=False) as archive:
             self.centres = archive["centres"]
 

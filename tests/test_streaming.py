@@ -391,7 +391,7 @@ def test_a_penalty_is_searched_on_some_rows(store: FeatureStore, tmp_path: Path)
     assert [result.streamed for result in found] == [True, False]
     accuracies = [result.metrics["validation"]["accuracy"] for result in found]
     assert accuracies[0] >= accuracies[1] - 0.01
-    alphas = [head_of(Run.open(result.folder)).estimator.alpha for result in found]  # type: ignore[attr-defined]
+    alphas = [head_of(Run.open(result.folder)).chosen["alpha"] for result in found]  # type: ignore[attr-defined]
     assert abs(np.log10(alphas[0] / alphas[1])) <= 1
 
 

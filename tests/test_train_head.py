@@ -118,9 +118,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
     assert not result.cached
     assert listing(tmp_path) == [
         result.run_id,
-        *sorted(
-            f"{result.run_id}/{name}" for name in [*COMMON, "head.skops", "plots/confusion.png", "predictions.csv"]
-        ),
+        *sorted(f"{result.run_id}/{name}" for name in [*COMMON, "head.npz", "plots/confusion.png", "predictions.csv"]),
     ]
     config = load_yaml(result.folder / "config.yaml")
     features = store.recipes["last.avg"]
@@ -144,7 +142,7 @@ def test_a_run_folder_holds_what_it_should(tmp_path: Path) -> None:
             "target": "",
         },
         "finetune": None,
-        "model": ["head.json", "head.skops"],
+        "model": ["head.json", "head.npz"],
     }
     environment = json.loads((result.folder / "environment.json").read_text())
     assert environment["fit_seconds"] == pytest.approx(result.fit_seconds)
@@ -228,7 +226,7 @@ def test_test_scores_can_be_had_later_without_training(tmp_path: Path, monkeypat
     assert train_head(make_store(), "logistic", runs=tmp_path).metrics == later.metrics  # and they stay
 
 
-@pytest.mark.parametrize("lost", ["metrics.json", "head.skops", "config.yaml"])
+@pytest.mark.parametrize("lost", ["metrics.json", "head.npz", "config.yaml"])
 def test_an_incomplete_folder_is_replaced(lost: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first = train_head(make_store(), "logistic", runs=tmp_path)
     whole = listing(tmp_path)
@@ -331,7 +329,7 @@ def test_a_run_tells_what_the_next_stage_needs(tmp_path: Path) -> None:
     [
         ("config.yaml", lambda text: text + "sead: 1\n", r"config\.yaml: unknown key 'sead'; did you mean 'seed'"),
         ("config.yaml", lambda text: text + "seed: 1\n", r"config\.yaml: not valid YAML.*'seed' is given twice"),
-        ("config.yaml", lambda text: text.replace("head.skops", "../x"), r"model\.1: received '\.\./x'"),
+        ("config.yaml", lambda text: text.replace("head.npz", "../x"), r"model\.1: received '\.\./x'"),
         ("config.yaml", lambda text: "- 1\n", r"config\.yaml: expected a mapping of keys to values"),
         ("metrics.json", lambda text: text.replace("ece", "ecc"), r"metrics\.json: unknown key 'validation\.ecc'"),
         ("metrics.json", lambda text: text.replace("logistic-", "other-"), r"metrics\.json: belongs to other-"),
@@ -364,13 +362,13 @@ def test_a_head_or_recipe_of_another_run_is_noticed(tmp_path: Path) -> None:
 
 def test_find_runs_leaves_out_the_broken_and_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     good, bad = write_head(tmp_path), write_head(tmp_path, seed=1)
-    (bad.folder / "head.skops").unlink()
+    (bad.folder / "head.npz").unlink()
     (tmp_path / "notes").mkdir()
     shutil.copytree(good.folder, tmp_path / ".copy.tmp")
     with caplog.at_level(logging.WARNING):
         found = find_runs(tmp_path)
     assert ([run.run_id for run in found.runs], found.damaged) == ([good.run_id], [bad.run_id])
-    assert f"{bad.folder}: the run is incomplete, missing: head.skops" in caplog.text
+    assert f"{bad.folder}: the run is incomplete, missing: head.npz" in caplog.text
     assert [run.run_id for run in find_runs(good.folder).runs] == [good.run_id]
     for path, message in ((tmp_path / "nowhere", "no such folder"), (tmp_path / "notes", "holds no finished run")):
         with pytest.raises(RunError, match=message):

@@ -119,6 +119,13 @@ DataSetName = Annotated[
     str | None,
     opt("Data set, if the folder holds runs of several: its name, its source, or digits of its digest.", "--data-set"),
 ]
+Trust = Annotated[
+    bool,
+    opt(
+        "Load a head that only scikit-learn's own objects describe, though this user has not signed its file.",
+        "--trust",
+    ),
+]
 Weights = Annotated[str, opt("imagenet, random, or the path of a weights file.")]
 
 

@@ -16,6 +16,7 @@ from pipeline.commands.common import (
     Json,
     Seed,
     SplitFolders,
+    Trust,
     Workers,
     app,
     arg,
@@ -156,6 +157,7 @@ def predict(
     workers: Workers = None,
     device: Device = "auto",
     data_set: DataSetName = None,
+    trust: Trust = False,
     as_json: Annotated[bool, opt("Print one JSON document about the file that --out names.", "--json")] = False,
 ) -> None:
     """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
@@ -184,6 +186,7 @@ def predict(
             workers=workers,
             device=device,
             data_set=data_set,
+            trust=trust,
             progress=None if on_screen else progress,
         )
     if out is not None:
@@ -209,6 +212,7 @@ def evaluate(
     workers: Workers = None,
     device: Device = "auto",
     data_set: DataSetName = None,
+    trust: Trust = False,
     as_json: Json = False,
 ) -> None:
     """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration."""
@@ -228,6 +232,7 @@ def evaluate(
             workers=workers,
             device=device,
             data_set=data_set,
+            trust=trust,
             progress=progress,
         )
     print_document(document, as_json, stage.summary(document))

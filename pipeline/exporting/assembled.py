@@ -20,6 +20,7 @@ from pipeline.exporting.formats import INPUT
 from pipeline.exporting.resizing import check_rule, resized
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
+from pipeline.heads.kinds import can_finetune, head_of
 from pipeline.runs.folder import Run
 from pipeline.tuning.parity import LAYER_TOLERANCE, first_difference
 
@@ -92,15 +93,21 @@ def _features(network: Network, recipe: Recipe) -> Any:
     return model
 
 
-def as_network(head: Head) -> KerasHead:
-    """Return the head as dense layers; if that is impossible, raise ``HeadError``, which lists the heads that can be."""
-    try:
-        return head.as_dense()  # type: ignore[return-value]
-    except HeadError as error:
+def head_and_layers(run: Run) -> tuple[Head, KerasHead]:
+    """Return the head of a run, and the same as dense layers.
+
+    Raises
+    ------
+    HeadError
+        If no layers can replace it; the message lists the heads that they can.
+    """
+    if not can_finetune(run):
         raise HeadError(
-            f"head {head.name!r} is neither linear nor a network, so no layers can replace it. Heads that can be exported: "
+            f"head {run.config['head']['name']!r} is neither linear nor a network, so no layers can replace it. Heads that can be exported: "
             "logistic, ridge, linear-svm, sgd, lda, and those made of dense layers (dense, dropout-linear, mlp-256)"
-        ) from error
+        )
+    head = head_of(run)
+    return head, head.as_dense()  # type: ignore[return-value]
 
 
 def exact_recipe(run: Run) -> Recipe:

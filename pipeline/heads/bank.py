@@ -28,10 +28,9 @@ from features.progress import Progress
 from pipeline.config import History
 from pipeline.heads.bank_math import BankSpec, check_given, forward, ops, programs, spread
 from pipeline.heads.epochs import Patience
-from pipeline.heads.head import two_columns
 from pipeline.heads.pooling import chunks
 from pipeline.heads.prepared import ArrayRows, Rows
-from pipeline.scores.metrics import softmax
+from pipeline.scores.metrics import softmax, two_columns
 
 CACHE_BYTES = 8 << 20  # kernels and moments of one chunk on a CPU, so that they stay in its cache between steps
 ROWS_BYTES = 32 << 20  # rows sent to the device in one call

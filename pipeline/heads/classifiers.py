@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,13 +12,16 @@ import numpy as np
 
 from features.errors import ConfigurationError, HeadError
 from features.progress import Progress
-from pipeline.config import HeadFile, History, Settings, parse
+from pipeline.config import ArraysHeadFile, HeadFile, History, Settings, parse
 from pipeline.heads.classifier_table import CLASSIFIERS, OTHER
 from pipeline.heads.costs import solver_bytes, solver_seconds
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.estimators import check_estimator, find_class, make_estimator
-from pipeline.heads.head import Head, check_finite, two_columns
-from pipeline.heads.persistence import load_estimator, save_estimator
+from pipeline.heads.head import Head
+from pipeline.heads.models.converting import model_of
+from pipeline.heads.models.model import Model
+from pipeline.heads.models.parts import NotPlainError
+from pipeline.heads.persistence import Wrapped, load_arrays, load_skops
 from pipeline.heads.prepared import ArrayRows, Prepared
 from pipeline.heads.search import climb, row_space, times
 from pipeline.heads.streaming import FeatureStream, fit_sgd_streaming
@@ -30,29 +34,29 @@ from pipeline.scores.metrics import (
     fit_temperature,
     log_loss,
     softmax,
+    two_columns,
 )
 from pipeline.scores.selection import SEARCH_ROWS, stratified_folds
 
+logger = logging.getLogger(__name__)
 SMALL = 1 << 24  # a feature matrix of fewer numbers is copied to float64 and fitted with a single thread
 # What scikit-learn raises for rows or parameters that a classifier cannot handle.
 REFUSALS = (ValueError, TypeError, AttributeError, ArithmeticError, LookupError, RuntimeError, MemoryError)
 FEW_COLUMNS = 128  # principal components that are offered where a head would take long
 SEARCH_STEPS = 6  # values that a search usually tries, for the progress bar
 STREAMED = "sklearn.linear_model.SGDClassifier"  # the only class here that can be fitted piece by piece
-# Attributes that prediction does not need; the covariance is (d, d).
-_NOT_NEEDED = ("covariance_",)
 
 
 class SklearnHead(Head):
     """A scikit-learn classifier on pooled, standardised features, optionally projected onto principal components."""
 
     parameters: ClassifierParameters
-    files = ("head.json", "head.skops")
+    file_models = (HeadFile, ArraysHeadFile)
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
         super().__init__(*args, **keywords)
-        self.estimator: Any = None
-        self.projection: Any = None  # a fitted PCA
+        self.model: Model | None = None
+        self.chosen: dict[str, float] = {}  # value of the parameter that may be searched
         self.row = CLASSIFIERS.get(self.kind, OTHER)
 
     @classmethod
@@ -67,8 +71,19 @@ class SklearnHead(Head):
         find_class(self.kind)
 
     @property
+    def fitted(self) -> Model:
+        """What predicts: arrays, or a classifier of scikit-learn that arrays do not describe."""
+        self._check_fitted()
+        assert self.model is not None
+        return self.model
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return self.fitted.files
+
+    @property
     def parameter_count(self) -> int | None:
-        return self.estimator.coef_.size + self._outputs if self.row.linear else None
+        return self.fitted.parameter_count
 
     @property
     def margins(self) -> bool:
@@ -76,7 +91,7 @@ class SklearnHead(Head):
         if self.kind in CLASSIFIERS:
             return self.row.margins
         # This needs an object: some classes give probabilities only with certain parameters.
-        return not hasattr(self._new(None) if self.estimator is None else self.estimator, "predict_proba")
+        return not hasattr(self._new(None), "predict_proba")
 
     @property
     def given(self) -> Any:
@@ -111,21 +126,35 @@ class SklearnHead(Head):
 
     def _fit(self, train: ArrayRows, groups: np.ndarray | None, progress: Progress) -> History:
         Z, y = train.flat, np.repeat(train.labels, train.views)
-        if self.parameters.pca is not None:
-            Z = self._project(Z)
+        projection = None if self.parameters.pca is None else self._projection(Z)
+        if projection is not None:
+            Z = np.asarray(projection.transform(Z))
         rows, combination = Z, None
         if self.row.spanned and self.searchable and Z.shape[1] > len(Z):
             rows, combination = row_space(Z)  # an exact reduction, as there are fewer rows than columns
         elif self.row.linear and Z.size < SMALL:
             rows = Z.astype(np.float64)
         value, history = self._search(rows, train, groups, progress)
-        self.estimator = self._new(value).fit(rows, y)
+        estimator = self._new(value).fit(rows, y)
         if combination is not None:
-            self.estimator.coef_ = times(self.estimator.coef_ @ combination, Z)
-            self.estimator.n_features_in_ = Z.shape[1]
-        for name in _NOT_NEEDED:
-            vars(self.estimator).pop(name, None)
+            estimator.coef_ = times(estimator.coef_ @ combination, Z)
+            estimator.n_features_in_ = Z.shape[1]
+        self._keep(estimator, value, projection)
         return history
+
+    def _keep(self, estimator: Any, value: Any, projection: Any = None) -> None:
+        """Turn a fitted classifier, of principal components or not, into what predicts; note the parameter's value."""
+        from sklearn.pipeline import Pipeline
+
+        self.chosen = {self.row.parameter: float(value)} if self.searchable else {}
+        whole = estimator
+        if projection is not None:
+            whole = Pipeline([("pca", projection), ("classifier", estimator)])
+        try:
+            self.model = model_of(whole, len(self.mean))
+        except NotPlainError as reason:
+            logger.debug("%s: %s; it is kept as an object of scikit-learn", self.name, reason)
+            self.model = Wrapped(whole)
 
     def _fit_streamed(self, train: FeatureStream, data: Prepared, progress: Progress) -> History:
         """Train by partial fits; the penalty is first chosen on a sample of the rows."""
@@ -146,7 +175,8 @@ class SklearnHead(Head):
             seed=self.seed,
             progress=progress,
         )
-        self.estimator, self.temperature, self.out_of_fold = fitted.estimator, fitted.temperature, None
+        self.temperature, self.out_of_fold = fitted.temperature, None
+        self._keep(fitted.estimator, value)
         return fitted.history
 
     def _sample(self, train: FeatureStream, groups: np.ndarray | None) -> tuple[ArrayRows, np.ndarray | None]:
@@ -159,7 +189,8 @@ class SklearnHead(Head):
         Z = np.concatenate([piece for _, piece in part.pieces()])
         return ArrayRows(Z, part.labels), None if groups is None else groups[chosen]
 
-    def _project(self, Z: np.ndarray) -> np.ndarray:
+    def _projection(self, Z: np.ndarray) -> Any:
+        """A fitted PCA."""
         from sklearn.decomposition import PCA
 
         most = min(Z.shape)
@@ -167,8 +198,7 @@ class SklearnHead(Head):
             raise HeadError(
                 f"pca: received {self.parameters.pca}, expected at most {most} for features of shape {Z.shape}"
             )
-        self.projection = PCA(self.parameters.pca, random_state=self.seed).fit(Z)
-        return np.asarray(self.projection.transform(Z))
+        return PCA(self.parameters.pca, random_state=self.seed).fit(Z)
 
     @property
     def arguments(self) -> Mapping[str, Any]:
@@ -335,22 +365,17 @@ class SklearnHead(Head):
         return np.asarray(model.predict_proba(Z), np.float64)
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
-        if self.projection is not None:
-            Z = self.projection.transform(Z)
-        outputs = self._outputs_of(self.estimator, Z)
-        return softmax(outputs / self.temperature) if self._soft else outputs
+        outputs = self.fitted.outputs(Z)
+        return softmax(outputs / self.temperature) if self.fitted.soft else outputs
 
     def as_dense(self) -> KerasHead:
-        if not self.row.linear:
+        layer = self.fitted.dense()
+        if layer is None:
             raise HeadError(f"head {self.name!r} has no equivalent network; train a linear or Keras head instead")
         head = KerasHead(self.name, DENSE, DenseParameters(), pool=self.pool, seed=self.seed)
         for name in ("classes", "layer", "fingerprint", "input_shape", "mean", "std", "temperature"):
             setattr(head, name, getattr(self, name))
-        kernel = np.atleast_2d(self.estimator.coef_).T
-        bias = np.broadcast_to(self.estimator.intercept_, (self._outputs,))
-        if self.projection is not None:
-            onto = self.projection.components_.T
-            kernel, bias = onto @ kernel, bias - self.projection.mean_ @ onto @ kernel
+        kernel, bias = layer
         if self._outputs > 1:
             # A shift common to all classes does not change the softmax, but costs the float32 network precision.
             kernel, bias = kernel - kernel.mean(axis=1, keepdims=True), bias - bias.mean()
@@ -360,44 +385,17 @@ class SklearnHead(Head):
     def _network(self) -> Any:
         return self.as_dense().network
 
-    def _save_weights(self, folder: Path) -> None:
-        from sklearn.pipeline import Pipeline
+    def _save_weights(self, folder: Path) -> Mapping[str, Any]:
+        more = self.fitted.save(folder)
+        return {**more, "chosen": self.chosen} if more else more
 
-        whole = self.estimator
-        _unmap(whole)
-        if self.projection is not None:
-            whole = Pipeline([("pca", self.projection), ("classifier", self.estimator)])
-        save_estimator(whole, folder / "head.skops")
-
-    def _load_weights(self, folder: Path) -> None:
-        from sklearn.decomposition import PCA
-        from sklearn.pipeline import Pipeline
-
-        path = folder / "head.skops"
-        estimator, columns = load_estimator(path), len(self.mean)
-        if type(estimator) is Pipeline:
-            steps = getattr(estimator, "steps", None)
-            if not isinstance(steps, list) or [step[0] for step in steps] != ["pca", "classifier"]:
-                raise HeadError(f"{path}: contains a pipeline, expected one of the steps pca and classifier")
-            projection, estimator = steps[0][1], steps[1][1]
-            if type(projection) is not PCA or projection.whiten or projection.components_.shape[1:] != (columns,):
-                raise HeadError(f"{path}: its pca step does not accept {columns} columns, which head.json expects")
-            check_finite(path, [projection.components_, projection.mean_])
-            self.projection, columns = projection, len(projection.components_)
-        found = f"{type(estimator).__module__}.{type(estimator).__qualname__}"
-        if type(estimator) is not find_class(self.kind):
-            raise HeadError(f"{path}: contains a {found}, but head.json says {self.kind}; train the head again")
-        expected: dict[str, Any] = {"n_features_in_": columns, "classes_": list(range(len(self.classes)))}
-        if self.row.linear:
-            expected["coef_"] = (self._outputs, columns)
-        for attribute, value in expected.items():
-            stored: Any = getattr(estimator, attribute, None)
-            shown = np.shape(np.atleast_2d(stored)) if attribute == "coef_" else stored
-            if not np.array_equal(np.asarray(shown), np.asarray(value)):
-                raise HeadError(f"{path}: {attribute} is {shown}, but head.json expects {value}; train the head again")
-        if self.row.linear:
-            check_finite(path, [estimator.coef_, estimator.intercept_])
-        self.estimator = estimator
+    def _load_weights(self, folder: Path, stored: HeadFile, *, trust: bool) -> None:
+        columns, classes = len(self.mean), len(self.classes)
+        if isinstance(stored, ArraysHeadFile):
+            self.chosen = stored.chosen
+            self.model = load_arrays(folder, stored.model, columns=columns, classes=classes)
+        else:
+            self.model = load_skops(folder, self.kind, columns=columns, classes=classes, trust=trust)
 
 
 class EstimatorHead(SklearnHead):
@@ -433,17 +431,3 @@ class EstimatorHead(SklearnHead):
 
     def _new(self, value: Any, **more: Any) -> Any:
         return make_estimator(self.kind, self.parameters.params, self.seed)
-
-
-def _unmap(found: Any) -> None:
-    """Replace memory maps in a fitted classifier by plain arrays of the same values.
-
-    Neighbour classifiers keep their training rows. A worker returns these as a memory map of its file, which is not one
-    of the types that are loaded from a run.
-    """
-    for name, value in vars(found).items():
-        if isinstance(value, np.memmap):
-            setattr(found, name, np.asarray(value))
-        for inner in value if isinstance(value, list | tuple) else (value,):
-            if hasattr(inner, "get_params") and hasattr(inner, "__dict__"):
-                _unmap(inner)

@@ -5,27 +5,30 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
-from features.errors import ConfigurationError, HeadError
+from features.errors import ConfigurationError, HeadError, WeightsError
 from features.networks.backbones import pooling_layer
 from features.networks.backend import load_keras
+from features.networks.tensors import assign_from_file
 from features.progress import Progress
 from pipeline.config import HeadFile, History, Settings, parse
 from pipeline.heads.bank import BankHead, BankResult, train_rows
 from pipeline.heads.bank_math import BankSpec
-from pipeline.heads.head import Head, check_finite, two_columns
+from pipeline.heads.head import Head, check_finite
 from pipeline.heads.keras_fit import dropout_rates, fit_dense
 from pipeline.heads.prepared import Prepared
 from pipeline.presets import DENSE, DenseParameters, Preset
-from pipeline.scores.metrics import class_weights, fit_temperature, softmax
+from pipeline.scores.metrics import class_weights, fit_temperature, softmax, two_columns
 from pipeline.scores.selection import stratified_folds
 
 BANK_STEP, KERAS_STEP, FLOP = 2e-4, 3e-3, 5e-11  # seconds on one core, measured on features of 1,280 columns
+MOST_LAYERS = 100  # of a head read from a file
 INNER_FOLDS = 10  # one of them decides when training stops, with ``stop_on=train``
 
 
@@ -248,7 +251,7 @@ class KerasHead(Head):
             self._built = network
         return self._built
 
-    def _save_weights(self, folder: Path) -> None:
+    def _save_weights(self, folder: Path) -> Mapping[str, Any]:
         network = self._built
         if network is None:
             # Building one network for each of hundreds of heads would take longer than training them.
@@ -256,19 +259,24 @@ class KerasHead(Head):
             network = _template(self.input_shape, self.pool or "none", self._widths(), tuple(map(bool, layers)))
             network.set_weights(self._weights)
         network.save_weights(folder / "head.weights.h5")
+        return {}
 
     def _widths(self) -> tuple[int, ...]:
         return (*self.parameters.hidden, self._outputs)
 
-    def _load_weights(self, folder: Path) -> None:
+    def _load_weights(self, folder: Path, stored: HeadFile, *, trust: bool) -> None:
         path = folder / "head.weights.h5"
+        widths = (len(self.mean), *self._widths())
+        shapes = [shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])]
+        expected = f"{path}: the weights do not fit head.json, which expects {shapes[:20]}"
+        size = path.stat().st_size if path.is_file() else 0
+        if 4 * sum(map(math.prod, shapes)) > size or len(widths) > MOST_LAYERS:
+            raise HeadError(f"{expected}: {len(widths) - 1} layers in a file of {size} bytes")
         network = build_network(self)
         try:
-            network.load_weights(path)
-        except (OSError, ValueError, KeyError) as problem:
-            shapes = [tuple(variable.shape) for variable in network.trainable_variables]
-            reason = " ".join(str(problem).partition("Target variable")[0].split())  # what follows is the whole matrix
-            raise HeadError(f"{path}: the weights do not fit head.json, which expects {shapes}: {reason}") from problem
+            assign_from_file(network, path)
+        except WeightsError as problem:
+            raise HeadError(f"{expected}: {problem}") from problem
         check_finite(path, network.get_weights())
         self._built = network
 

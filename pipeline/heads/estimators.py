@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, nearest
+from pipeline.heads.models.converting import model_of
+from pipeline.heads.models.parts import NotPlainError
 from pipeline.heads.persistence import foreign_types
 from pipeline.presets import is_path
 
@@ -113,7 +115,7 @@ def _tried(path: str, params: str, classes: int) -> None:
             made.set_params(**small).fit(rows, labels)
         except Exception as problem:  # whatever a class raises, it is not a head
             raise ConfigurationError(f"head {path!r}: {_first_line(problem)}") from problem
-        foreign = foreign_types(made)
+        foreign = _foreign(made)
     if foreign:
         raise ConfigurationError(
             f"head {path!r} is refused: once fitted it contains {', '.join(foreign)}, which is not on the list of types "
@@ -124,6 +126,15 @@ def _tried(path: str, params: str, classes: int) -> None:
     wanted = (1,) if classes == 2 else (1, classes)
     if not hasattr(made, "predict_proba") and made.decision_function(rows[:1]).shape != wanted:
         raise ConfigurationError(f"head {path!r}: needs one margin per class; set decision_function_shape: ovr")
+
+
+def _foreign(fitted: Any) -> list[str]:
+    """Types in a fitted classifier that are neither stored as arrays nor loaded from a file."""
+    try:
+        model_of(fitted, TRIAL_COLUMNS)
+    except NotPlainError:
+        return foreign_types(fitted)
+    return []
 
 
 def _is_classifier(found: Any) -> bool:

@@ -56,12 +56,12 @@ class Head(abc.ABC):
     parallel : bool
         True: several heads are trained in parallel processes. False: they are trained in this process, alone or
         together with their `companions`.
-    file_model : type
-        Schema of ``head.json``.
+    file_models : tuple of type
+        Schemas of ``head.json``, one for each format that can be read.
     """
 
     parallel: bool = True
-    file_model: type[HeadFile] = HeadFile
+    file_models: tuple[type[HeadFile], ...] = (HeadFile,)
 
     def __init__(
         self,
@@ -266,8 +266,8 @@ class Head(abc.ABC):
     def save(self, folder: Path) -> None:
         """Write ``head.json`` and the weights to an existing folder."""
         self._check_fitted()
-        (folder / "head.json").write_text(json.dumps(self._description()) + "\n", encoding="utf-8")
-        self._save_weights(folder)
+        more = self._save_weights(folder)
+        (folder / "head.json").write_text(json.dumps({**self._description(), **more}) + "\n", encoding="utf-8")
 
     @property
     def network(self) -> Any:
@@ -306,10 +306,12 @@ class Head(abc.ABC):
     def _network(self) -> Any: ...
 
     @abc.abstractmethod
-    def _save_weights(self, folder: Path) -> None: ...
+    def _save_weights(self, folder: Path) -> Mapping[str, Any]:
+        """Write the weights to a folder; return what ``head.json`` says of them beside `_description`."""
 
     @abc.abstractmethod
-    def _load_weights(self, folder: Path) -> None: ...
+    def _load_weights(self, folder: Path, stored: HeadFile, *, trust: bool) -> None:
+        """Read the weights from a folder; ``trust``: the user vouches for files that only a trusted author may write."""
 
     @property
     def _outputs(self) -> int:
@@ -370,11 +372,6 @@ class Head(abc.ABC):
             "dropout": 0.0,
             "temperature": self.temperature,
         }
-
-
-def two_columns(margins: np.ndarray) -> np.ndarray:
-    """Turn the single margin m of two classes into [0, m]; leave the margins of more classes as they are."""
-    return np.hstack([np.zeros_like(margins), margins]) if margins.shape[1] == 1 else margins
 
 
 def check_finite(path: Path, weights: Sequence[np.ndarray]) -> None:

@@ -15,10 +15,9 @@ from features.networks.backend import load_keras
 from features.progress import Progress
 from pipeline.config import History
 from pipeline.heads.epochs import train_epochs
-from pipeline.heads.head import two_columns
 from pipeline.heads.prepared import Prepared
 from pipeline.presets import DenseParameters
-from pipeline.scores.metrics import log_loss, softmax
+from pipeline.scores.metrics import log_loss, softmax, two_columns
 
 
 def fit_dense(

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from pipeline.heads.classifier_table import CLASSIFIERS
 from pipeline.heads.classifiers import EstimatorHead, SklearnHead
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
+from pipeline.heads.models.archive import MOST_TEXT, bounded_json
 from pipeline.heads.pooling import choose_pool, pooled_width
 from pipeline.presets import DENSE, PRESETS, Preset, find_preset
 from pipeline.runs.folder import Run
@@ -76,23 +76,36 @@ def make_head(
     return head
 
 
-def load_head(folder: str | Path) -> Head:
+def load_head(folder: str | Path, *, trust: bool = False) -> Head:
     """Load a saved head. The folder is untrusted input: nothing in it is executed.
+
+    Parameters
+    ----------
+    folder : Path
+        Run folder.
+    trust : bool
+        Load objects of scikit-learn from a file that this user has not signed. Only types on a fixed list are loaded, so
+        that nothing is executed, but an edited file can crash the process or read and write outside its memory.
 
     Raises
     ------
     HeadError
-        A file is missing or malformed, weights have the wrong shape, or a type is not on the list of trusted types.
+        A file is missing or malformed, or weights have the wrong shape.
+    UntrustedHeadError
+        The head is one of the few that need ``trust``.
     """
     folder = Path(folder)
     path = folder / "head.json"
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            values = bounded_json(file.read(MOST_TEXT + 1))
     except (OSError, ValueError, RecursionError) as problem:
         raise HeadError(f"{path}: cannot be read: {problem}") from problem
     named = values.get("kind") if isinstance(values, dict) else None
     kind = KINDS.get(named, EstimatorHead) if isinstance(named, str) else EstimatorHead
-    stored = parse(kind.file_model, values, str(path), error=HeadError)
+    stamp = values.get("format") if isinstance(values, dict) else None
+    known = (model for model in kind.file_models if model.model_fields["format"].default == stamp)
+    stored = parse(next(known, kind.file_models[0]), values, str(path), error=HeadError)
     name, parameters = kind.restored(path, stored)
     head = kind(name, stored.kind, parameters, pool=stored.pool)
     head.classes, head.layer, head.fingerprint = stored.classes, stored.layer, stored.fingerprint
@@ -105,12 +118,12 @@ def load_head(folder: str | Path) -> Head:
             f"{path}: scaler has {len(head.mean)} means and {len(head.std)} deviations, expected {columns} of each for "
             f"features of shape {stored.input_shape} with pooling {stored.pool!r}; train the head again"
         )
-    head._load_weights(folder)
+    head._load_weights(folder, stored, trust=trust)
     return head
 
 
-def head_of(run: Run) -> Head:
-    """Load the head of a run from the run folder.
+def head_of(run: Run, *, trust: bool = False) -> Head:
+    """Load the head of a run from the run folder; ``trust`` as in `load_head`.
 
     Raises
     ------
@@ -119,7 +132,7 @@ def head_of(run: Run) -> Head:
     RunError
         If the head in the folder belongs to another run.
     """
-    head = load_head(run.folder)
+    head = load_head(run.folder, trust=trust)
     for name, own, noted in (
         ("classes", head.classes, run.classes),
         ("fingerprint", head.fingerprint, run.config["features"]["fingerprint"]),

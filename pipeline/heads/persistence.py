@@ -1,17 +1,29 @@
-"""Write scikit-learn classifiers to skops files, and read them with a fixed list of trusted types."""
+"""Write and read the files of scikit-learn heads: arrays of our own, or a skops file signed by this user.
+
+``head.npz`` and ``model`` in ``head.json`` -> `Model`. ``head.skops`` -> `Model` too, for the classes that arrays can
+describe; any other class is loaded by skops only from a file that this user signed or that the user trusts by an option.
+"""
 
 from __future__ import annotations
 
-import zipfile
-from collections.abc import Iterator
+import hashlib
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 
-from features.errors import HeadError
+from features.errors import HeadError, UntrustedHeadError
+from features.signing import is_signed, signature
+from pipeline.heads.models.archive import Archive
+from pipeline.heads.models.converting import class_count, classifier_of, model_of_part
+from pipeline.heads.models.document import restored
+from pipeline.heads.models.model import ARRAYS, DamagedModelError, Model
+from pipeline.heads.models.parts import NotPlainError, Part
+from pipeline.heads.models.skops_file import read_skops
+from pipeline.scores.metrics import two_columns
 
-# The only types that a head.skops may contain besides those that skops 0.16 trusts by itself. The list is never
+SKOPS, SIGNATURE = "head.skops", "head.skops.signature"
+# The only types that a trusted head.skops may contain besides those that skops 0.16 trusts by itself. The list is never
 # extended by what a file asks for.
 TRUSTED_TYPES = (
     "sklearn.calibration._CalibratedClassifier",
@@ -25,115 +37,181 @@ TRUSTED_TYPES = (
     "sklearn.tree._tree.Tree",
     "sklearn.utils._bunch.Bunch",
 )
+# What skops, scikit-learn and NumPy raise for a file that does not fit them.
+_REFUSALS = (
+    *(ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RecursionError, OSError),
+    *(ArithmeticError, MemoryError),
+)
+
+
+class Wrapped(Model):
+    """A classifier of scikit-learn that arrays do not describe. It predicts by itself."""
+
+    kind: ClassVar[str] = "scikit-learn"
+    files: ClassVar[tuple[str, ...]] = ("head.json", SKOPS, SIGNATURE)
+
+    def __init__(self, estimator: Any) -> None:
+        self.estimator = estimator
+
+    @property
+    def soft(self) -> bool:
+        return not hasattr(self.estimator, "predict_proba")
+
+    def check(self, columns: int, classes: int) -> None:
+        found = len(self.estimator.classes_), self.estimator.n_features_in_
+        if found != (classes, columns):
+            raise DamagedModelError(
+                f"it knows {found[0]} classes and {found[1]} columns, expected {classes} and {columns}"
+            )
+
+    def save(self, folder: Path) -> dict[str, Any]:
+        import skops.io
+
+        _unmap(self.estimator)
+        data = skops.io.dumps(self.estimator)
+        (folder / SKOPS).write_bytes(data)
+        (folder / SIGNATURE).write_text(signature(_digest(data), SKOPS) + "\n", encoding="utf-8")
+        return {}
+
+    def outputs(self, Z: np.ndarray) -> np.ndarray:
+        if not self.soft:
+            return np.asarray(self.estimator.predict_proba(Z), np.float64)
+        margins = self.estimator.decision_function(Z)
+        return np.asarray(two_columns(margins[:, None] if margins.ndim == 1 else margins), np.float64)
 
 
 def foreign_types(estimator: Any) -> list[str]:
-    """Types in a fitted estimator that `load_estimator` would refuse."""
+    """Types in a fitted estimator that a skops file must not contain."""
     import skops.io
 
     return sorted(set(skops.io.get_untrusted_types(data=skops.io.dumps(estimator))) - set(TRUSTED_TYPES))
 
 
-def save_estimator(estimator: Any, path: Path) -> None:
-    """Write a fitted estimator to a skops file."""
-    import skops.io
+def load_arrays(folder: Path, values: Any, *, columns: int, classes: int) -> Model:
+    """Read a model from ``head.npz`` and the plain values in ``head.json``, and check it.
 
-    skops.io.dump(estimator, path)
-
-
-def load_estimator(path: Path) -> Any:
-    """Read an estimator from a skops file, which is untrusted input.
+    Parameters
+    ----------
+    folder : Path
+        Run folder.
+    values : mapping
+        The value of ``model`` in ``head.json``.
+    columns, classes : int
+        What ``head.json`` says of the rows and classes.
 
     Raises
     ------
     HeadError
-        If the file contains a type that is not trusted, or is not a valid skops file.
+        If anything in the files is impossible.
     """
+    with Archive(folder / ARRAYS) as archive:
+        try:
+            model = restored(values, lambda name: archive.array(f"{name}.npy"))
+            model.check(columns, classes)
+        except _REFUSALS as problem:
+            if isinstance(problem, HeadError):
+                raise
+            raise archive.damaged(str(problem)) from problem
+    return model
+
+
+def load_skops(folder: Path, kind: str, *, columns: int, classes: int, trust: bool) -> Model:
+    """Read a model from ``head.skops``, which is untrusted input.
+
+    Classes that arrays can describe are read by our own reader. Others are loaded by skops, with the types of
+    `TRUSTED_TYPES`, if ``trust`` is true or this user signed the file.
+
+    Parameters
+    ----------
+    kind : str
+        Import path of the class, from ``head.json``.
+
+    Raises
+    ------
+    HeadError
+        If the file is malformed, or does not fit ``head.json``.
+    UntrustedHeadError
+        If it needs to be trusted.
+    """
+    path = folder / SKOPS
+    with Archive(path) as archive:
+        try:
+            part = read_skops(archive)
+            _check_class(part, kind, path)
+            try:
+                model = model_of_part(part)
+            except NotPlainError as problem:
+                model = _trusted(folder, kind, str(problem), trust=trust)
+            _check_classes(part, classes)
+            model.check(columns, classes)
+        except (NotPlainError, *_REFUSALS) as problem:
+            if isinstance(problem, HeadError):
+                raise
+            raise archive.damaged(str(problem)) from problem
+    return model
+
+
+def _check_class(part: Part, kind: str, path: Path) -> None:
+    found = classifier_of(part)
+    if found.short != kind.rpartition(".")[2]:
+        raise HeadError(f"{path}: contains a {found.name}, but head.json says {kind}; train the head again")
+
+
+def _check_classes(part: Part, classes: int) -> None:
+    if class_count(part) != classes:
+        raise DamagedModelError(f"classes_ are {class_count(part)}, but head.json expects {classes}")
+
+
+def _trusted(folder: Path, kind: str, reason: str, *, trust: bool) -> Model:
+    """Load ``head.skops`` by skops, if it may be."""
+    path = folder / SKOPS
+    data = path.read_bytes()
+    if not (trust or _is_ours(folder, data)):
+        raise UntrustedHeadError(
+            f"{path}: {reason[:200]}, and scikit-learn's own objects, when made from an edited file, can crash or read and "
+            "write outside their memory. This user has not signed the file. If you trust who made it, say so with "
+            f"predict --trust or evaluate --trust; otherwise train it again: bottleneck train-head STORE --head {kind}"
+        )
     import skops.io
     from skops.io.exceptions import UntrustedTypesFoundException
 
     try:
-        foreign = sorted(set(skops.io.get_untrusted_types(file=path)) - set(TRUSTED_TYPES))
+        foreign = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if foreign:
-            raise HeadError(f"{path}: contains types that must not be loaded from a file: {', '.join(foreign)}")
-        estimator = skops.io.load(path, trusted=list(TRUSTED_TYPES))
-        check_structures(estimator, path)
-        return estimator
-    except (zipfile.BadZipFile, UntrustedTypesFoundException, OSError) as problem:
-        raise HeadError(f"{path}: cannot be loaded as a head: {problem}; train the head again") from problem
-    except (ValueError, KeyError, TypeError, AttributeError, ImportError, IndexError, RecursionError) as problem:
-        if isinstance(problem, HeadError):
-            raise
-        raise HeadError(f"{path}: cannot be loaded as a head: {problem!r}; train the head again") from problem
+            raise HeadError(f"{path}: contains types that must not be loaded from a file: {', '.join(foreign)[:300]}")
+        return Wrapped(skops.io.loads(data, trusted=list(TRUSTED_TYPES)))
+    except HeadError:
+        raise
+    except (UntrustedTypesFoundException, *_REFUSALS) as problem:
+        text = f"{problem!r}"[:300]
+        raise HeadError(f"{path}: cannot be loaded as a head: {text}; train the head again") from problem
 
 
-def check_structures(estimator: Any, path: Path) -> None:
-    """Refuse estimators whose indices are out of bounds: scikit-learn follows them in C without a check.
+def _unmap(found: Any) -> None:
+    """Replace memory maps in a fitted classifier by plain arrays of the same values.
 
-    Decision trees are checked node by node, the counts of support vectors must agree, and neighbour trees are rebuilt
-    from their rows.
-
-    Raises
-    ------
-    HeadError
-        If an index or a count is wrong; the message names the file.
+    Neighbour classifiers keep their training rows. A worker returns these as a memory map of its file, which is not one
+    of the types that are loaded from a run.
     """
-    for item in _parts(estimator, set()):
-        kind = type(item).__name__
-        if kind == "Tree":
-            state = item.__getstate__()
-            nodes, width, values = state["nodes"], item.n_features, state["values"]
-            leaf = (nodes["left_child"] == -1) & (nodes["right_child"] == -1)
-            good = len(nodes) == state["node_count"] == len(values)
-            good &= _leads_on(nodes, "left_child", "right_child", "feature", leaf, width)
-        elif kind == "TreePredictor":
-            nodes, width = item.nodes, getattr(estimator, "n_features_in_", 0)
-            good = _leads_on(nodes, "left", "right", "feature_idx", nodes["is_leaf"].astype(bool), width)
-            categorical = nodes["is_categorical"].astype(bool)
-            sets = min(len(item.raw_left_cat_bitsets), len(item.binned_left_cat_bitsets))
-            good &= bool((nodes["bitset_idx"][categorical] < sets).all())
-        elif kind in ("SVC", "NuSVC"):
-            count, pairs = len(item.support_vectors_), len(item.classes_) * (len(item.classes_) - 1) // 2
-            good = item._n_support.sum() == count and (item._n_support >= 0).all()
-            good &= item._dual_coef_.shape == (len(item.classes_) - 1, count) and item._intercept_.shape == (pairs,)
-            good &= item.support_vectors_.shape == (count, item.n_features_in_)
-            good &= len(item._n_support) == len(item.classes_)
-        elif getattr(item, "_tree", None) is not None:
-            rows = np.asarray(item._fit_X, np.float64)
-            good = rows.ndim == 2 and bool(np.isfinite(rows).all())
-            if good:
-                more = item.effective_metric_params_ or {}
-                item._tree = type(item._tree)(rows, item.leaf_size, metric=item.effective_metric_, **more)
-        else:
-            continue
-        if not good:
-            raise HeadError(f"{path}: its {kind} has indices out of bounds; the file was edited or damaged")
+    if isinstance(found, list | tuple):
+        for item in found:
+            _unmap(item)
+    elif hasattr(found, "get_params") and hasattr(found, "__dict__"):
+        for name, value in vars(found).items():
+            if isinstance(value, np.memmap):
+                setattr(found, name, np.asarray(value))
+            _unmap(value)
 
 
-def _leads_on(nodes: Any, left: str, right: str, feature: str, leaf: np.ndarray, width: int) -> bool:
-    """Whether every inner node leads to later nodes and tests an existing column."""
-    inner = np.flatnonzero(~leaf)
-    sides = [nodes[name][inner].astype(np.int64) for name in (left, right)]
-    columns = nodes[feature][inner].astype(np.int64)
-    on = all(((side > inner) & (side < len(nodes))).all() for side in sides)
-    return bool(len(nodes) and on and ((columns >= 0) & (columns < width)).all())
+def _is_ours(folder: Path, data: bytes) -> bool:
+    """Whether this user signed these bytes of ``head.skops``."""
+    try:
+        with open(folder / SIGNATURE, encoding="utf-8", errors="replace") as file:
+            claimed = file.read(100).strip()
+    except OSError:
+        return False
+    return is_signed(_digest(data), SKOPS, claimed)
 
 
-def _parts(item: Any, seen: set[int]) -> Iterator[Any]:
-    """Yield an estimator and all scikit-learn objects inside it."""
-    if id(item) in seen or isinstance(item, str | bytes | int | float | type(None)):
-        return
-    seen.add(id(item))
-    if isinstance(item, list | tuple):
-        inner: list[Any] = list(item)
-    elif isinstance(item, dict):
-        inner = list(item.values())
-    elif isinstance(item, np.ndarray):
-        inner = item.ravel().tolist() if item.dtype == object else []
-    elif type(item).__module__.startswith("sklearn."):
-        yield item
-        inner = list(getattr(item, "__dict__", {}).values())
-    else:
-        inner = []
-    for part in inner:
-        yield from _parts(part, seen)
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()

@@ -21,10 +21,9 @@ from features.errors import ConfigurationError, HeadError, check_range
 from features.progress import Progress
 from pipeline.config import History
 from pipeline.heads.epochs import train_epochs
-from pipeline.heads.head import two_columns
 from pipeline.heads.pooling import column_statistics, pool_features, pooled_width
 from pipeline.heads.prepared import PLAIN, Batch, Rows, chosen_views, drawn_views
-from pipeline.scores.metrics import fit_temperature
+from pipeline.scores.metrics import fit_temperature, two_columns
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore

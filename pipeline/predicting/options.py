@@ -38,6 +38,8 @@ class PredictOptions:
         Device that the network runs on.
     data_set : str, optional
         Data set whose run is taken from a folder of runs; see `pipeline.runs.board.take_run`.
+    trust : bool
+        Load the head even if it needs to be trusted and this user has not signed it; see `pipeline.heads.kinds.load_head`.
 
     Raises
     ------
@@ -55,6 +57,7 @@ class PredictOptions:
     workers: int | None = None
     device: str = "auto"
     data_set: str | None = None
+    trust: bool = False
 
     def __post_init__(self) -> None:
         check_range("batch size", self.batch_size, 1, 4096)

@@ -59,7 +59,7 @@ class RunModel:
     run : Run
         Run with any kind of head.
     options : PredictOptions
-        ``views`` (view 0 is the plain image), ``weights``, ``batch_size`` and ``device`` are used.
+        ``views`` (view 0 is the plain image), ``weights``, ``batch_size``, ``device`` and ``trust`` are used.
     augment : AugmentSpec, optional
         Augmentation from which the other views are drawn.
     """
@@ -69,7 +69,7 @@ class RunModel:
         self.batch_size = options.batch_size
         self._recipe, self._views, self._augment = run.recipe, options.views, augment
         network = network_of(run, options.weights, device=options.device)
-        self._head = head_of(run)
+        self._head = head_of(run, trust=options.trust)
         self._engine = network.engine(network.recipes, batch_size=options.batch_size, device=options.device)
         self._features = network.recipes[0].name
 

@@ -127,6 +127,11 @@ def softmax(outputs: np.ndarray) -> np.ndarray:
     return np.asarray(special.softmax(np.asarray(outputs, dtype=np.float64), axis=1))
 
 
+def two_columns(margins: np.ndarray) -> np.ndarray:
+    """Turn the single margin m of two classes into [0, m]; leave the margins of more classes as they are."""
+    return np.hstack([np.zeros_like(margins), margins]) if margins.shape[1] == 1 else margins
+
+
 def fit_temperature(margins: np.ndarray, y: np.ndarray, weights: np.ndarray | None = None) -> tuple[float, float]:
     """Find the temperature T > 0 that minimises the log loss of softmax(margins / T); return T and that loss.
 
