@@ -7,8 +7,10 @@ import errno
 import glob
 import hashlib
 import os
+import shlex
 import shutil
 import socket
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -213,10 +215,37 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
+def read_small(path: Path, most: int) -> bytes:
+    """Read a regular file of at most ``most`` bytes, which may come from a stranger: no pipe is waited for.
+
+    Raises
+    ------
+    OSError
+        If it cannot be read, is no regular file or is larger.
+    """
+    with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
+        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        data = stream.read(most + 1)
+    if len(data) > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
+    return data
+
+
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def quoted(path: str | Path) -> str:
+    """Return a path as one word of a POSIX shell, for a command that a message offers to type."""
+    return shlex.quote(str(path))
+
+
+def printable_lines(text: str) -> str:
+    """Return text of several lines as any terminal can show it; see `printable`. Text that is printable stays as it is."""
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def printable(path: str) -> str:

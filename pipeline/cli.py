@@ -6,6 +6,7 @@ import errno
 import logging
 import sys
 
+from features.files import printable
 from pipeline.commands import features, heads, looks, models, recipes  # noqa: F401  # each adds its commands
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
@@ -26,7 +27,9 @@ def main(arguments: list[str] | None = None) -> int:
             sys.stdout.flush()
         except OSError as error:
             if error.errno != errno.EPIPE:  # else whoever read our output has closed it
-                sys.stderr.write(f"error: {error.filename or 'the system'}: {error.strerror or error}\n")
+                sys.stderr.write(
+                    printable(f"error: {error.filename or 'the system'}: {error.strerror or error}") + "\n"
+                )
             code = 1
     return code
 

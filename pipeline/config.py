@@ -9,15 +9,29 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_serializer
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    FailFast,
+    Field,
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    model_serializer,
+)
 from pydantic import ValidationError as PydanticValidationError
 
 from features.errors import BottleneckError, ConfigurationError, FormatVersionError, nearest
+from features.files import read_small
 
 FORMAT_VERSION = 1
+# Limits of files that strangers may have written; what we write stays far below them.
+YAML_BYTES, YAML_NODES, YAML_DEPTH, NUMBER_LENGTH = 4_000_000, 100_000, 40, 64
+WRONG_KEYS = 8  # wrong keys that an error describes
 History = dict[str, list[float]]  # columns of history.csv: one row per epoch, or per value that was tried
 
 Model = TypeVar("Model", bound="Settings")
+Count = Annotated[int, Field(gt=0, le=10**12)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -80,19 +94,19 @@ class Scores(Settings):
     log_loss: NonNegativeFloat
     roc_auc: Share | None
     ece: Share
-    n: PositiveInt
+    n: Count
 
 
 class FoldScores(Scores):
     """Scores of cross-validation."""
 
-    folds: PositiveInt
+    folds: Count
 
 
 class ViewScores(Scores):
     """Scores of probabilities averaged over the views of each image."""
 
-    views: PositiveInt
+    views: Count
 
 
 class MetricsFile(Settings):
@@ -140,17 +154,44 @@ class RunFeatures(Settings):
     views: PositiveInt = 1
 
 
+class CacheRecord(Settings):
+    """The store from which fine-tuning took cut features, and what of it decided the result."""
+
+    model_config = ConfigDict(extra="allow")
+
+    path: str
+
+
+class TuningRecord(Settings):
+    """What a fine-tuned run notes: its settings, the run that it started from, and what became of it."""
+
+    model_config = ConfigDict(extra="allow")
+
+    start: str = ""
+    from_cache: CacheRecord | None = None
+    cut: str = ""
+    before: Scores | None = None
+    parity_gap: float | None = None
+    trainable_variables: int = 0
+    trainable_parameters: int = 0
+
+    @model_serializer(mode="wrap")
+    def _as_it_was(self, handler: Callable[[TuningRecord], dict[str, Any]]) -> dict[str, Any]:
+        known = set(type(self).model_fields) - self.model_fields_set
+        return {key: value for key, value in handler(self).items() if key not in known}
+
+
 class RunConfig(Settings):
     """``config.yaml`` of a run: everything that determines its result. ``finetune`` holds the settings of fine-tuning."""
 
     format: Literal[1] = 1
-    run_id: str
+    run_id: Annotated[str, Field(pattern=r"^[^/\x00-\x1f\x7f]{1,255}$")]
     stage: Literal["head", "finetune"]
     seed: int
-    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    classes: Annotated[tuple[str, ...], FailFast(), Field(min_length=2)]
     head: RunHead
     features: RunFeatures
-    finetune: dict[str, Any] | None = None
+    finetune: TuningRecord | None = None
     model: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$")], ...]
 
 
@@ -197,37 +238,96 @@ def parse(
         return model_class.model_validate(dict(mapping))
     except PydanticValidationError as problem:
         found = sorted(problem.errors(include_url=False), key=lambda item: item["type"] != "extra_forbidden")
-        lines = [_describe(model_class, item) for item in found]
+        lines = [_describe(model_class, item) for item in found[:WRONG_KEYS]]
+        lines += [f"and {len(found) - WRONG_KEYS} more"] if len(found) > WRONG_KEYS else []
         raise error(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
-def load_yaml(path: str | Path) -> dict[str, Any]:
+def load_yaml(path: str | Path, *, aliases: bool = True) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, with PyYAML's safe loader.
+
+    Size, number of values, depth and length of numbers are limited before any value is made.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    aliases : bool
+        Whether the file may use aliases and tags. A file that this project writes never does.
 
     Raises
     ------
     ConfigurationError
-        The file cannot be read, is not valid YAML, repeats a key, or holds something other than a mapping.
+        The file cannot be read, is too large, is not valid YAML, repeats a key, or holds something other than a mapping.
     """
     path = Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_small(path, YAML_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as problem:
         reason = getattr(problem, "strerror", None) or problem
         raise ConfigurationError(f"{path}: cannot be read as a configuration file: {reason}") from problem
     try:
+        _check_events(text, aliases=aliases)
         values = yaml.load(text, Loader=_UniqueKeyLoader)
-    except (yaml.YAMLError, RecursionError) as problem:
+    except yaml.YAMLError as problem:
         mark, what = getattr(problem, "problem_mark", None), getattr(problem, "problem", None) or problem
         where = f" in line {mark.line + 1}" if mark else ""
         raise ConfigurationError(f"{path}: not valid YAML{where}: {what}") from problem
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as problem:
+        # PyYAML raises them for a value that is not what its tag says, such as a date in month 99.
+        raise ConfigurationError(f"{path}: holds a value that YAML does not allow: {problem!r}") from problem
     if not isinstance(values, dict):
         raise ConfigurationError(f"{path}: expected a mapping of keys to values, received {_shown(values)}")
     return values
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """A safe loader that refuses repeated keys, of which PyYAML would silently keep the last."""
+_Loader: Any = getattr(
+    yaml, "CSafeLoader", yaml.SafeLoader
+)  # libyaml's, if PyYAML was built with it: ten times as fast
+
+
+def _check_events(text: str, *, aliases: bool) -> None:
+    """Raise a ``yaml.YAMLError`` for what would take too much time, memory or stack to turn into values."""
+    nodes, sizes = (
+        0,
+        dict[str, int](),
+    )  # values so far, and those behind each anchor, aliases counted as what they stand for
+    parents: list[tuple[str | None, int]] = []
+    for event in yaml.parse(text, Loader=_Loader):
+        what = ""
+        if isinstance(event, yaml.CollectionEndEvent):
+            anchor, before = parents.pop()
+            if anchor:
+                sizes[anchor] = nodes - before
+        elif isinstance(event, yaml.NodeEvent):
+            is_alias = isinstance(event, yaml.AliasEvent)
+            nodes += sizes.get(str(event.anchor), YAML_NODES + 1) if is_alias else 1  # the last one stands for itself
+            if not aliases and (event.anchor or getattr(event, "tag", None)):
+                what = "aliases and tags are not allowed in this file"
+            elif nodes > YAML_NODES:
+                what = f"it holds more than {YAML_NODES:,} values"
+            elif isinstance(event, yaml.CollectionStartEvent):
+                parents.append((event.anchor, nodes - 1))
+                if len(parents) > YAML_DEPTH:
+                    what = f"it is nested more than {YAML_DEPTH} deep"
+            elif event.anchor and not is_alias:
+                sizes[event.anchor] = 1
+        if what:
+            raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)  # type: ignore[arg-type]
+
+
+class _UniqueKeyLoader(_Loader):  # type: ignore[misc]
+    """A safe loader that refuses long numbers, and repeated keys, of which PyYAML would silently keep the last."""
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        if node.tag in _NUMBERS and len(node.value) > NUMBER_LENGTH:
+            raise yaml.constructor.ConstructorError(
+                None,
+                None,
+                f"a number has {len(node.value)} characters, at most {NUMBER_LENGTH} are allowed",
+                node.start_mark,
+            )
+        return super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
@@ -238,7 +338,10 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                         None, None, f"the key {key.value!r} is given twice", key.start_mark
                     )
                 seen.add(key.value)
-        return super().construct_mapping(node, deep=deep)
+        return dict(super().construct_mapping(node, deep=deep))
+
+
+_NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}
 
 
 def _describe(model_class: type[BaseModel], problem: Any) -> str:

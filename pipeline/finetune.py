@@ -212,12 +212,20 @@ def best_head(run: Run) -> dict[str, Any] | None:
         for other in find_runs(run.folder.parent, warn=False).runs
         if other.config["stage"] == "head" and other.data_digest == run.data_digest
     ]
-    return {"run": beside[0].run_id, **beside[0].metrics["validation"]} if (beside := ranked(beside)) else None
+    return (
+        {"run": beside[0].run_id, **beside[0].metrics["validation"]}
+        if (beside := ranked(beside, folds=False))
+        else None
+    )
 
 
 def _report(run: Run, damaged: list[str], *, cached: bool, resumed: int | None = None) -> dict[str, Any]:
-    settings = run.config["finetune"]
+    settings = run.config["finetune"] or {}
     kept = ("start", "cut", "trainable_variables", "trainable_parameters", "parity_gap", "before")
+    if missing := [name for name in kept if name not in settings]:
+        raise RunError(
+            f"{run.folder / 'config.yaml'}: finetune lacks {', '.join(missing)}; remove the run, and train it again"
+        )
     return {
         "format": 1,
         "run": str(run.folder),
@@ -226,7 +234,7 @@ def _report(run: Run, damaged: list[str], *, cached: bool, resumed: int | None =
         **{name: settings[name] for name in kept},
         "after": run.metrics["validation"],
         "best_head": best_head(run),
-        "minutes": run.environment["fit_seconds"] / 60,
+        "minutes": (run.environment.get("fit_seconds") or 0) / 60,
         "damaged": damaged,
     }
 

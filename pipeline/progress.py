@@ -11,6 +11,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from features.errors import brief
+from features.files import printable_lines
 
 PLAIN_SECONDS = 15.0  # between lines if stderr is not a terminal
 QUIET = threading.Event()  # set if the whole process is quiet; see `set_quiet`
@@ -41,7 +42,7 @@ class StderrHandler(logging.StreamHandler[TextIO]):
         self.setFormatter(logging.Formatter("%(levelname)s: %(message)s"))
 
     def format(self, record: logging.LogRecord) -> str:
-        return brief(super().format(record))
+        return printable_lines(brief(super().format(record)))
 
     @property
     def stream(self) -> TextIO:  # type: ignore[override]

@@ -8,6 +8,7 @@ Jinja2 escapes all text. The page's Content-Security-Policy allows its one scrip
 from __future__ import annotations
 
 import base64
+import functools
 import hashlib
 import importlib.metadata
 import logging
@@ -93,7 +94,7 @@ def make_report(
     Raises
     ------
     RunError
-        If there is no finished run, or a file of the chosen one is malformed.
+        If there is no finished run.
     ConfigurationError
         If ``out`` is a folder, a device or a file other than an HTML page, or ``by`` is unknown.
     """
@@ -108,20 +109,23 @@ def make_report(
     order = _groups_of(runs, data_set, str(root))
     titles = Counter(one.name for one, _, _ in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))
+    describe = functools.partial(describe_run, beside=runs, images=images, stores=opened, points=points)
     groups: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
-    detailed = 0
     for number, (one, state, stale) in enumerate(order):
         judged = by_folds(state.runs, folds)
-        board = board_of(state.runs, by=by, folds=judged)
-        chosen = starred(state.runs, by, folds=judged)
-        detail: Detail | None = None
-        if detailed < DETAILED and not stale:
-            detail = describe_run(chosen, beside=runs, images=images, stores=opened, points=points)
-            detailed += 1
+        chosen, detail, failure = starred(state.runs, by, folds=judged), None, ""
+        if not stale and sum(not group["stale"] for group in groups) < DETAILED:
+            try:
+                detail = describe(chosen)
+            except BottleneckError as problem:
+                failure = printable(str(problem))
+                damaged.append(chosen.folder.name)
+                logger.warning("the chosen run is damaged, and only its scores are shown: %s", problem)
         name = printable(one.name if titles[one.name] == 1 else f"{one.name} {state.digest[:6]}")
-        group = _group(f"g{number + 1}", name, chosen, board, by=by, folds=judged, detail=detail, stale=stale)
-        groups.append(group)
+        board = board_of(state.runs, by=by, folds=judged)
+        about = {"id": f"g{number + 1}", "name": name, "stale": stale, "failure": failure}
+        groups.append(_group(about, chosen, board, by=by, folds=judged, detail=detail))
         listed.append(
             {"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id, "stale": stale}
         )
@@ -169,15 +173,13 @@ def _is_page(path: Path) -> bool:
 
 
 def _group(
-    identity: str,
-    name: str,
+    about: dict[str, Any],
     chosen: Run,
     board: list[dict[str, Any]],
     *,
     by: str,
     folds: bool,
     detail: Detail | None,
-    stale: bool,
 ) -> dict[str, Any]:
     board = [{**row, "accuracy_interval": interval_of(row)} for row in board]
     low = min(row["accuracy_interval"][0] for row in board)
@@ -196,9 +198,8 @@ def _group(
         texts = {key: printable(str(row[key])) for key in ("run_id", "head", "settings", "features")}
         rows.append({**row, **texts, "bar": bar})
     return {
-        "id": identity,
-        "name": f"{name}, an older state" if stale else name,
-        "stale": stale,
+        **about,
+        "title": f"{about['name']}, an older state" if about["stale"] else about["name"],
         "source": printable(features["source"]) or "an unknown place",
         "digest": features["data_digest"],
         "class_count": len(chosen.classes),

@@ -164,7 +164,7 @@ def _loads(run: Run) -> bool:
 def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
     if test and run.metrics["test"] is None:
         run = add_scores(run, test=test_scores(store, name, head_of(run)))
-    seconds = float(run.environment.get("fit_seconds", 0))
+    seconds = float(run.environment.get("fit_seconds") or 0)
     return RunResult(run.run_id, run.folder, run.metrics, seconds, cached=True)
 
 

@@ -26,6 +26,7 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A run of three classes, which was validated on one red image; its store is gone."""
     made = SimpleNamespace(classes=CLASSES, run_id="colours", target=None, reading=Reading(settled=True))
     made.config, made.folder = {"features": {"store": str(tmp_path / "gone.h5"), "data_digest": "0" * 64}}, tmp_path
+    made.metrics = {"validation": {"n": 1}}
     digest = hashlib.sha256(paint(tmp_path / "red.png", PAINT["red"]).read_bytes()).hexdigest()
     (tmp_path / "predictions.csv").write_text(
         f"path,sha256,label,predicted,correct\nr,{digest},ape,ape,true,0.8,0.1,0.1\n"

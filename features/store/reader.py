@@ -21,6 +21,7 @@ import numpy as np
 
 from features.canonical import canonical_json
 from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
+from features.files import quoted
 from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.splits import SPLITS
@@ -337,13 +338,13 @@ class FeatureStore:
     def _open(self) -> None:
         if not self.path.exists():
             raise StoreError(
-                f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {self.path}"
+                f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {quoted(self.path)}"
             )
         if not self.path.is_file():
             if self.path.is_dir():
                 raise IntegrityError(
                     f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To "
-                    f"make one of a folder of images: bottleneck extract {self.path} --out features.h5"
+                    f"make one of a folder of images: bottleneck extract {quoted(self.path)} --out features.h5"
                 )
             raise IntegrityError("not a feature store, but a pipe or a device")
         structure = read_structure(self.path, self._kinds, keep_open="shard" not in self._kinds)

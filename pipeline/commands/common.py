@@ -17,7 +17,7 @@ import typer
 
 import features
 from features.errors import BottleneckError, ConfigurationError, IntegrityError, brief
-from features.files import printable
+from features.files import printable, printable_lines
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
 
@@ -53,12 +53,13 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             sys.stderr.write("interrupted; all finished work is kept. Run the same command again to resume.\n")
             raise typer.Exit(130) from None
         except BottleneckError as error:
-            sys.stderr.write(f"error: {error}\n")
+            sys.stderr.write(printable_lines(f"error: {error}") + "\n")
             raise typer.Exit(error.exit_code) from None
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read our output has closed it
                 raise
-            sys.stderr.write(brief(f"error: {error.filename or 'the system'}: {error.strerror or error}") + "\n")
+            text = brief(f"error: {error.filename or 'the system'}: {error.strerror or error}")
+            sys.stderr.write(printable_lines(text) + "\n")
             raise typer.Exit(1) from None
 
     # Every command takes --quiet, and so does the program itself, because people type it in either place.
@@ -182,7 +183,7 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
 
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
     """Print the result of a command: as JSON with ``--json``, else as text for a person."""
-    typer.echo(json.dumps(document, indent=2) if as_json else text)
+    typer.echo(json.dumps(document, indent=2) if as_json else printable_lines(text))
 
 
 def print_note(text: str) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -11,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from features.errors import ConfigurationError
-from features.files import creatable_folder
+from features.files import creatable_folder, printable_lines
 from pipeline.commands.common import (
     Cluster,
     DataSetName,
@@ -221,6 +222,7 @@ def leaderboard(
     as_json: Json = False,
 ) -> None:
     """List runs, the best first; an asterisk marks the one that predict, export and finetune take."""
+    from pipeline.predicting.files import destination
     from pipeline.runs.board import board_of, check_choice
     from pipeline.runs.folder import find_runs
     from pipeline.tables import board_text, csv_text
@@ -230,8 +232,11 @@ def leaderboard(
     rows = board_of(found.runs, by=choose, folds=folds, data_set=data_set)
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
+    elif as_csv:
+        with destination(None, sys.stdout, "csv") as write:
+            write(csv_text(rows))
     else:
-        typer.echo(csv_text(rows) if as_csv else board_text(rows), nl=not as_csv)
+        typer.echo(printable_lines(board_text(rows)))
     if not as_json and not as_csv:
         print_next("bottleneck", *(["report", runs] if rows else ["train-head", "FEATURES", "--runs", runs]))
     exit_if_damaged(found.damaged)

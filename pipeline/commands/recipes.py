@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from features.errors import ConfigurationError
+from features.files import quoted
 from pipeline.commands.common import Device, Json, app, arg, guarded, opt, parse_size, print_document, print_next
 
 
@@ -42,7 +43,7 @@ def recipe(
         return
     experiment = read_experiment(name)
     if images is None:
-        raise ConfigurationError(f"recipe {name}: give the images, as in: bottleneck recipe {name} my/photos")
+        raise ConfigurationError(f"recipe {name}: give the images, as in: bottleneck recipe {quoted(name)} my/photos")
     folder = out or Path(f"recipe-{Path(name).stem}")
     with ConsoleProgress() as progress:
         results = run_experiment(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 from features.errors import ConfigurationError, check_range, nearest
-from features.files import atomic_file, printable
+from features.files import atomic_file, printable_lines, quoted
 
 FORMATS = ("csv", "jsonl")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -65,7 +65,7 @@ def choose_format(name: str | None, out: Path | None) -> str:
     if out is not None and out.suffix.lower() in _OTHERS:
         picture = "; --grid draws a picture" if out.suffix.lower() in _OTHERS[:3] else ""
         raise ConfigurationError(
-            f"--out {out}: predictions are lines of text; type --out {out.with_suffix('.csv')}{picture}"
+            f"--out {out}: predictions are lines of text; type --out {quoted(out.with_suffix('.csv'))}{picture}"
         )
     if name is not None:
         if name not in FORMATS:
@@ -76,7 +76,7 @@ def choose_format(name: str | None, out: Path | None) -> str:
     if out.suffix.lower() == ".json":
         raise ConfigurationError(
             f"--out {out}: predictions are a line of JSON for each image, not one document; "
-            f"type --out {out.with_suffix('.jsonl')}"
+            f"type --out {quoted(out.with_suffix('.jsonl'))}"
         )
     return _SUFFIXES.get(out.suffix.lower(), "csv")
 
@@ -173,7 +173,7 @@ def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Calla
 
         def write(text: str) -> None:
             if on_screen:
-                text = "".join(f"{printable(line)}\n" for line in text.split("\n")[:-1])
+                text = printable_lines(text)
             stream.write(text.encode(codec, "backslashreplace").decode(codec))
             stream.flush()
 

@@ -26,6 +26,7 @@ from pipeline.runs.notes import PACKAGES
 from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
 
 TWINS, TWIN_PICTURE = 12, 128  # pairs of near-duplicates shown, and the side of their pictures in pixels
+CLASS_ROWS = 1000  # classes that are listed
 QUARANTINED = 50  # files in quarantine that are listed
 LEAST_POINTS = 5  # fewest points of a feature map
 
@@ -100,7 +101,8 @@ def describe_run(
             "failures": ", ".join(f"{count} {reason}" for reason, count in sorted(pictures.failures.items())),
             "matrix": facts.matrix(rows) if len(rows.classes) <= facts.MATRIX_CLASSES else [],
             "pairs": facts.confused_pairs(rows),
-            "classes": facts.class_table(rows),
+            "classes": facts.class_table(rows)[:CLASS_ROWS],
+            "classes_left": max(0, len(rows.classes) - CLASS_ROWS),
             "bins": bins,
             "reliability_chart": reliability_chart(
                 bins, f"Reliability diagram of {len(rows)} images; expected calibration error {scores['ece']:.4f}"

@@ -65,10 +65,15 @@ class Rows:
         """Whether the predicted class is the true one, bool, (n,)."""
         return np.asarray(self.predicted == self.labels)
 
-    @functools.cached_property
+    @property
     def table(self) -> np.ndarray:
-        """Confusion matrix, int64, (c, c); its rows are true classes, its columns predicted ones."""
+        """Confusion matrix, int64, (c, c); its rows are true classes, its columns predicted ones. It grows with c squared."""
         return confusion(self.labels, self.predicted, len(self.classes))
+
+    @functools.cached_property
+    def support(self) -> np.ndarray:
+        """Number of images of each class, int64, (c,)."""
+        return np.bincount(self.labels, minlength=len(self.classes))
 
     @classmethod
     def of(cls, run: Run) -> Rows:
@@ -77,14 +82,9 @@ class Rows:
         Raises
         ------
         RunError
-            If the file is malformed, or does not have as many images as ``metrics.json`` says.
+            If the file is malformed, or holds probabilities that are none.
         """
         found, path = read_predictions(run), run.folder / "predictions.csv"
-        if len(found.paths) != run.metrics["validation"]["n"]:
-            raise RunError(
-                f"{path}: holds {len(found.paths)} images, expected {run.metrics['validation']['n']} from metrics.json; "
-                "one of the two files was edited or truncated; train the head again"
-            )
         if not ((found.probabilities >= -ROUNDING) & (found.probabilities <= 1 + ROUNDING)).all():
             raise RunError(f"{path}: holds probabilities that are not between 0 and 1; train the head again")
         digests = tuple(digest.tobytes() for digest in found.sha256)
@@ -103,7 +103,9 @@ def class_table(rows: Rows) -> list[dict[str, Any]]:
     Precision: share of the images predicted as the class that belong to it. Recall: share of the class's images that
     are predicted as it. F1: harmonic mean of both, 2 hits / (images + predictions).
     """
-    hits, support, predicted = rows.table.diagonal(), rows.table.sum(axis=1), rows.table.sum(axis=0)
+    count = len(rows.classes)
+    hits, predicted = (np.bincount(some, minlength=count) for some in (rows.labels[rows.correct], rows.predicted))
+    support = rows.support
     return [
         {
             "name": printable(name),
@@ -123,20 +125,18 @@ def _share(part: int, whole: int) -> float | None:
 
 def confused_pairs(rows: Rows, limit: int = PAIRS) -> list[dict[str, Any]]:
     """List which class is mistaken for which other one, most often first, with the share of the true class."""
-    table = rows.table.copy()
-    np.fill_diagonal(table, 0)
-    where = np.argwhere(table)
-    order = np.argsort(-table[where[:, 0], where[:, 1]], kind="stable")[:limit]
-    support = rows.table.sum(axis=1)
+    wrong = np.stack([rows.labels, rows.predicted], axis=1)[~rows.correct]
+    where, counts = np.unique(wrong, axis=0, return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:limit]
     return [
         {
             "label": printable(rows.classes[a]),
             "predicted": printable(rows.classes[b]),
-            "count": int(table[a, b]),
-            "n": int(support[a]),
-            "share": float(table[a, b] / support[a]),
+            "count": count,
+            "n": int(rows.support[a]),
+            "share": float(count / rows.support[a]),
         }
-        for a, b in where[order].tolist()
+        for (a, b), count in zip(where[order].tolist(), counts[order].tolist(), strict=True)
     ]
 
 
@@ -146,15 +146,14 @@ def matrix(rows: Rows) -> list[dict[str, Any]]:
     Each cell has a count, its share of the true class, and a shade from 0 to 10. The shade follows the share for hits,
     and the share's square root for mistakes, so that rare ones are visible.
     """
-    support = rows.table.sum(axis=1)
     lines = []
-    for k, name in enumerate(rows.classes):
+    for k, (name, counts) in enumerate(zip(rows.classes, rows.table.tolist(), strict=True)):
         cells = []
-        for j, count in enumerate(rows.table[k].tolist()):
-            share = count / support[k] if support[k] else 0.0
+        for j, count in enumerate(counts):
+            share = count / rows.support[k] if rows.support[k] else 0.0
             step = math.ceil(10 * (share if j == k else math.sqrt(share)) - 1e-9)
             cells.append({"count": count, "share": share, "hit": j == k, "step": step, "name": rows.classes[j]})
-        lines.append({"name": printable(name), "n": int(support[k]), "cells": cells})
+        lines.append({"name": printable(name), "n": int(rows.support[k]), "cells": cells})
     return lines
 
 

@@ -38,12 +38,15 @@ def commands(run: Run, *, start: Run | None = None, views: int | None = None, ro
     Returns
     -------
     list of str
-        Commands quoted for a POSIX shell; a line that begins with ``#`` says what is unknown.
+        Commands quoted for a POSIX shell, each one line whatever the fields hold; a line that begins with ``#`` says what
+        is unknown.
     """
     head = run if start is None else start
     lines = []
     if run.config["stage"] == "finetune" and start is None:
-        lines.append(f"# the run it was fine-tuned from, {(run.config['finetune'] or {}).get('start')}, is not here")
+        lines.append(
+            _comment(f"the run it was fine-tuned from, {(run.config['finetune'] or {}).get('start')}, is not here")
+        )
     else:
         lines += [*_extract(head, _source(head, root), views), _train(head)]
     if run.config["stage"] == "finetune":
@@ -63,7 +66,7 @@ def _source(run: Run, root: str) -> str:
 def _extract(run: Run, source: str, views: int | None) -> list[str]:
     features, recipe = run.config["features"], Recipe.from_dict(run.config["features"]["recipe"])
     pixels = recipe.pixels
-    words = ["bottleneck", "extract", source, "--out", features["store"]]
+    words = ["bottleneck", "extract", _place(source), "--out", features["store"]]
     words += ["--backbone", features["backbone"], "--weights", features["weights"]]
     words += ["--layer", recipe.layer, "--pooling", recipe.pooling, "--image-size", f"{pixels.height}x{pixels.width}"]
     precision, _, engine = recipe.precision.partition(":")
@@ -83,14 +86,22 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         preset, note = _preset(recipe.augmentation)
         words += ["--views", str(views or "VIEWS"), "--augment", preset, "--seed", str(recipe.seed)]
         if views is None:
-            notes.append("# VIEWS: the number of views in the store, which was not found")
+            notes.append(_comment("VIEWS: the number of views in the store, which was not found"))
         notes += note
     return [*notes, _line(words)]
 
 
 def _train(run: Run) -> str:
     head, features = run.config["head"], run.config["features"]
-    words = ["bottleneck", "train-head", features["store"], "--features", features["name"], "--head", head["name"]]
+    words = [
+        "bottleneck",
+        "train-head",
+        _place(features["store"]),
+        "--features",
+        features["name"],
+        "--head",
+        head["name"],
+    ]
     preset = PRESETS.get(head["name"])
     usual: Mapping[str, Any] = (preset.parameters if preset else EstimatorParameters()).described()
     for name, value in head["parameters"].items():
@@ -131,7 +142,8 @@ def _preset(spec: AugmentSpec) -> tuple[str, list[str]]:
         return spec.name, []
     usual = AugmentSpec().to_dict()
     own = ", ".join(f"{name}={value!r}" for name, value in spec.to_dict().items() if usual[name] != value)
-    return "AUGMENT", [f"# AUGMENT: AugmentSpec({own}) is not a preset; it can be given in Python only (augment=...)"]
+    text = f"AUGMENT: AugmentSpec({own}) is not a preset; it can be given in Python only (augment=...)"
+    return "AUGMENT", [_comment(text)]
 
 
 def _value(value: Any) -> str:
@@ -142,6 +154,15 @@ def _value(value: Any) -> str:
         except ValueError:
             return value
     return json.dumps(value)
+
+
+def _place(path: str) -> str:
+    """Return a path that cannot be taken for an option."""
+    return f"./{path}" if path.startswith("-") else path
+
+
+def _comment(text: str) -> str:
+    return printable(f"# {text}")
 
 
 def _line(words: list[str]) -> str:

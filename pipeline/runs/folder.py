@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import dataclasses
 import functools
+import io
 import json
 import logging
 import os
@@ -16,6 +17,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, RunError, nearest
+from features.files import quoted, read_small
 from features.recipe import Recipe
 from features.sources.reading import Reading
 from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
@@ -26,7 +28,9 @@ logger = logging.getLogger(__name__)
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
-LARGEST = 1e15  # upper limit of seconds and of parameter counts that are accepted from a file
+# Upper limits of what is accepted from a file: seconds and parameter counts, bytes of a JSON file and of a history, epochs.
+LARGEST, JSON_BYTES, HISTORY_BYTES, EPOCHS = 1e15, 1_000_000, 10_000_000, 100_000
+ROW_BYTES = 20_000  # of predictions.csv: the path and the digest of an image; classes and probabilities come on top
 
 
 class Found(NamedTuple):
@@ -77,14 +81,14 @@ class Run:
             The run was written by another release.
         """
         folder = Path(folder)
-        if not (folder / "config.yaml").is_file():
+        if not is_run_folder(folder):
             raise RunError(f"{folder}: is not a run folder (it has no config.yaml); bottleneck leaderboard lists runs")
         try:
-            values = load_yaml(folder / "config.yaml")
+            values = load_yaml(folder / "config.yaml", aliases=False)
         except ConfigurationError as problem:
             raise RunError(str(problem)) from problem
         config = parse(RunConfig, values, str(folder / "config.yaml"), error=RunError)
-        missing = [name for name in (*FILES, *config.model) if not (folder / name).is_file()]
+        missing = [name for name in (*FILES, *config.model) if not _is_file(folder / name)]
         if missing:
             raise RunError(f"{folder}: the run is incomplete, missing: {', '.join(missing)}; train it again")
         metrics = parse(MetricsFile, _read_json(folder / "metrics.json"), str(folder / "metrics.json"), error=RunError)
@@ -99,7 +103,9 @@ class Run:
                 raise RunError(
                     f"{folder / 'environment.json'}: {name}: received {str(value)[:40]!r}, expected a number of 0 or more"
                 )
-        return cls(folder, config.model_dump(mode="json"), metrics.model_dump(mode="json"), environment)
+        run = cls(folder, config.model_dump(mode="json"), metrics.model_dump(mode="json"), environment)
+        _ = run.recipe, run.reading  # raises an error if one of them is wrong
+        return run
 
     @property
     def run_id(self) -> str:
@@ -116,7 +122,7 @@ class Run:
         """Recipe of the features; for a fine-tuned run with the weights of its own network."""
         try:
             recipe = Recipe.from_dict(self.config["features"]["recipe"])
-        except (ConfigurationError, TypeError) as problem:
+        except (ConfigurationError, TypeError, ValueError, LookupError, AttributeError) as problem:
             raise RunError(f"{self.folder / 'config.yaml'}: features.recipe: {problem}") from problem
         if recipe.fingerprint != self.config["features"]["fingerprint"]:
             raise RunError(
@@ -176,7 +182,10 @@ class Run:
     @property
     def reading(self) -> Reading:
         """How classes and splits were read from the images that the features were made from."""
-        return Reading.recorded(self.config["features"]["reading"])
+        try:
+            return Reading.recorded(self.config["features"]["reading"])
+        except ConfigurationError as problem:
+            raise RunError(f"{self.folder / 'config.yaml'}: features.{problem}") from problem
 
     @property
     def settings(self) -> str:
@@ -198,17 +207,25 @@ def read_predictions(run: Run) -> Predictions:
     Raises
     ------
     RunError
-        If the file is malformed.
+        If the file is malformed, or does not have as many images as ``metrics.json`` says.
     """
     path, numbers = run.folder / "predictions.csv", {name: k for k, name in enumerate(run.classes)}
+    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in numbers)
+    most = (run.metrics["validation"]["n"] + 1) * (ROW_BYTES + (4 * longest + 32) * len(numbers))
     try:
-        with open(path, newline="", encoding="utf-8", errors="surrogateescape") as stream:
-            lines = list(csv.reader(stream))[1:]
+        text = read_small(path, most).decode("utf-8", "surrogateescape")
+        lines = list(csv.reader(io.StringIO(text, newline="")))[1:]
         digests = np.array([list(bytes.fromhex(line[1])) for line in lines], np.uint8).reshape(len(lines), 32)
         labels = np.array([numbers[line[2]] for line in lines], np.int32)
         probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
-    except (KeyError, ValueError, IndexError, csv.Error) as problem:
+    except (OSError, KeyError, ValueError, IndexError, csv.Error) as problem:
         raise RunError(f"{path}: cannot be read as predictions of {len(numbers)} classes: {problem!r}") from problem
+    expected = run.metrics["validation"]["n"]
+    if len(lines) != expected:
+        raise RunError(
+            f"{path}: holds {len(lines)} images, expected {expected} from metrics.json; one of the two files was edited or "
+            "truncated; train the head again"
+        )
     return Predictions([line[0] for line in lines], digests, labels, probabilities)
 
 
@@ -222,15 +239,17 @@ def read_history(folder: Path) -> History:
     """
     path = folder / "history.csv"
     try:
-        with open(path, newline="", encoding="utf-8") as stream:
-            lines = list(csv.DictReader(stream))
-    except (ValueError, csv.Error) as problem:
+        text = read_small(path, HISTORY_BYTES).decode("utf-8")
+        names, *lines = csv.reader(io.StringIO(text, newline=""))
+        if len(lines) > EPOCHS or len(set(names)) < len(names) or {len(line) for line in lines} - {len(names)}:
+            raise ValueError(f"{len(lines)} rows; expected at most {EPOCHS:,}, each with one number for each column")
+    except (OSError, ValueError, csv.Error) as problem:
         raise RunError(f"{path}: cannot be read as the history of a run: {problem!r}; train it again") from problem
     history: History = {}
-    for name in lines[0] if lines else ():
+    for number, name in enumerate(names if lines else ()):
         try:
-            history[name] = [float(line[name]) for line in lines]
-        except (TypeError, ValueError) as problem:
+            history[name] = [float(line[number]) for line in lines]
+        except ValueError as problem:
             raise RunError(f"{path}: column {name!r} holds a value that is not a number: {problem}") from problem
     return history
 
@@ -259,7 +278,7 @@ def find_runs(root: str | Path, *, warn: bool = True) -> Found:
         if root.is_file():
             raise RunError(
                 f"{root}: is a file, expected a run or a folder of runs. If it holds features, train a head on it first: "
-                f"bottleneck train-head {root}"
+                f"bottleneck train-head {quoted(root)}"
             )
         beside = [path.name for path in root.parent.iterdir() if path.is_dir()] if root.parent.is_dir() else []
         raise RunError(
@@ -269,10 +288,9 @@ def find_runs(root: str | Path, *, warn: bool = True) -> Found:
         return Found([Run.open(root)], [])
     found = Found([], [])
     for folder in sorted(root.iterdir()):
-        if folder.name.startswith(".") or not any((folder / name).is_file() for name in FILES[:2]):
-            continue
         try:
-            found.runs.append(Run.open(folder))
+            if not folder.name.startswith(".") and any(_is_file(folder / name) for name in FILES[:2]):
+                found.runs.append(Run.open(folder))
         except (RunError, FormatVersionError) as problem:
             found.damaged.append(folder.name)
             if warn:
@@ -282,11 +300,18 @@ def find_runs(root: str | Path, *, warn: bool = True) -> Found:
 
 def is_run_folder(path: str | Path) -> bool:
     """Whether a path is a run itself, and not a folder of runs."""
-    return (Path(path) / "config.yaml").is_file()
+    return _is_file(Path(path) / "config.yaml")
+
+
+def _is_file(path: Path) -> bool:
+    try:
+        return path.is_file()
+    except OSError as problem:  # permission denied, for example
+        raise RunError(f"{path}: cannot be read: {problem.strerror or problem}") from problem
 
 
 def _read_json(path: Path) -> Any:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(read_small(path, JSON_BYTES))
     except (OSError, ValueError, RecursionError) as problem:
         raise RunError(f"{path}: cannot be read: {problem}") from problem
