@@ -58,8 +58,7 @@ def test_a_home_that_cannot_be_written_is_no_hindrance(source: Path, tmp_path: P
 def test_the_backends_chatter_is_held_back(source: Path, tmp_path: Path) -> None:
     result = run_pipeline("extract", source, "--out", tmp_path / "f.h5", *SMALL)
     assert result.returncode == 0
-    assert "oneDNN" not in result.stderr
-    assert "cuda" not in result.stderr.lower()
+    assert [line for line in result.stderr.splitlines() if not line.startswith(("next: ", "extract: "))] == []
 
 
 def test_inspect_verify_and_a_second_extract(store: Path, source: Path) -> None:

@@ -116,7 +116,7 @@ def test_the_reference_of_the_gate_is_what_predict_says(
 
 @pytest.mark.parametrize("name", list(FORMATS))
 def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
-    runs: dict[str, Path], photos: Path, tmp_path: Path, name: str
+    runs: dict[str, Path], photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     tolerance, suffix = 1e-3 if name == "litert" else 1e-4, find_format(name).suffix
     for head in ("dropout-linear", "logistic"):
@@ -129,6 +129,9 @@ def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
     found, card = read_card(Path(shutil.move(out, tmp_path / "elsewhere" / out.name)))
     run = Run.open(runs["logistic"])
     assert (found.name, card.run, card.classes, card.recipe) == (name, run.run_id, run.classes, run.recipe.to_dict())
+    capfd.readouterr()
+    assert open_artefact(tmp_path / "elsewhere" / out.name)(np.zeros((1, 40, 30, 3), np.uint8)).shape == (1, 2)
+    assert capfd.readouterr().err == ""  # runtimes announce themselves from C++
 
 
 def test_an_artefact_predicts_batches_and_files_and_refuses_what_is_no_image(

@@ -1,23 +1,19 @@
-"""Load Keras and its backend, and suppress the start-up messages that the backend writes to stderr."""
+"""Load Keras and its backend, and hold back the messages that the backend writes to stderr meanwhile."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import os
-import re
+import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 from features.errors import ConfigurationError
 
-# TensorFlow 2.21 writes these lines from C++ regardless of TF_CPP_MIN_LOG_LEVEL. All other lines are passed on.
-_CHATTER = re.compile(
-    rb"WARNING: All log messages before absl|I\d{4} |To enable the following instructions|"
-    rb"E\d{4} .*failed call to cuInit.*UNKNOWN ERROR \(303\)"  # no driver means no GPU, which is not an error
-)
+logger = logging.getLogger(__name__)
 
 
 def load_keras() -> Any:
@@ -32,7 +28,7 @@ def load_keras() -> Any:
         return sys.modules["keras"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("tensorflow").addFilter(_is_news)
-    with _without_chatter():
+    with held_back():
         try:
             import keras
 
@@ -51,23 +47,48 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 
 @contextlib.contextmanager
-def _without_chatter() -> Iterator[None]:
-    """Collect what is written to file descriptor 2, and at the end pass on all lines but ``_CHATTER``."""
+def held_back() -> Iterator[None]:
+    """Hold back what this process writes to file descriptor 2, from C++ too, and drop it at the end.
+
+    It is passed on if an exception ends the block, or if the process dies in it.
+    """
     sys.stderr.flush()
     try:
         terminal = os.dup(2)
     except OSError:  # stderr is closed
         yield
         return
-    with tempfile.TemporaryFile() as held:
-        os.dup2(held.fileno(), 2)
-        try:
-            yield
-        finally:
-            sys.stderr.flush()
-            os.dup2(terminal, 2)
-            held.seek(0)
-            kept = [line for line in held.read().splitlines(keepends=True) if not _CHATTER.match(line)]
-            with contextlib.suppress(OSError):  # stderr is full or broken
-                os.write(terminal, b"".join(kept))
-            os.close(terminal)
+    descriptor, name = tempfile.mkstemp(prefix="bottleneck-")
+    with open(descriptor, "wb") as held, open(name, "rb") as written:
+        os.unlink(name)
+        with _shown_after_death(written, terminal):
+            os.dup2(held.fileno(), 2)
+            try:
+                yield
+            except Exception:
+                with contextlib.suppress(OSError):  # stderr is full or broken
+                    os.write(terminal, written.read())
+                raise
+            finally:
+                sys.stderr.flush()
+                os.dup2(terminal, 2)
+                os.close(terminal)
+        logger.debug("held back: %s", written.read().decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _shown_after_death(written: BinaryIO, terminal: int) -> Iterator[None]:
+    """Let a shell wait for a line of this process; if the process dies without it, the shell prints what was written."""
+    try:
+        shell = subprocess.Popen(
+            ["/bin/sh", "-c", "read -r line || cat <&1 >&2"],
+            **{"stdin": subprocess.PIPE, "stdout": written, "stderr": terminal, "start_new_session": True},
+        )
+    except OSError:  # no such shell, or no more processes
+        yield
+        return
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            shell.communicate(b"\n")

@@ -19,7 +19,7 @@ import numpy as np
 from features.canonical import check_choice
 from features.errors import ConfigurationError, RunError
 from features.machine import processors
-from features.networks.backend import load_keras
+from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
 from features.networks.openvino_engine import _openvino
 from pipeline.exporting.saved_model import check_saved_model
@@ -223,7 +223,9 @@ def _load_onnx(path: Path) -> Runtime:
 def _load_litert(path: Path) -> Runtime:
     from ai_edge_litert.interpreter import Interpreter
 
-    interpreter = Interpreter(str(path), num_threads=processors())
+    with held_back():  # it announces from C++ what it is going to use
+        interpreter = Interpreter(str(path), num_threads=processors())
+        interpreter.allocate_tensors()
     (source,), (target,) = interpreter.get_input_details(), interpreter.get_output_details()
 
     def run(images: np.ndarray) -> np.ndarray:

@@ -1,0 +1,48 @@
+"""What a backend writes while it starts is held back, and shown if it fails or the process dies."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from helpers import ROOT
+
+_PROGRAM = """
+import os, sys
+from features.networks.backend import held_back
+os.write(2, b"before\\n")
+try:
+    with held_back():
+        os.write(2, b"chatter from C++\\n")
+        print("chatter from Python", file=sys.stderr)
+        {end}
+except ValueError:
+    pass
+os.write(2, b"after\\n")
+"""
+CHATTER = "chatter from C++\nchatter from Python\n"
+
+
+@pytest.mark.parametrize(
+    ("end", "shown", "code"),
+    [
+        ("pass", "before\nafter\n", 0),
+        ("raise ValueError", f"before\n{CHATTER}after\n", 0),
+        ("raise KeyboardInterrupt", "before\n", -signal.SIGINT),
+        ("sys.stderr.flush(); os.abort()", f"before\n{CHATTER}", -signal.SIGABRT),
+        ("sys.stderr.flush(); os._exit(7)", f"before\n{CHATTER}", 7),
+    ],
+)
+def test_messages_are_held_back_unless_something_goes_wrong(tmp_path: Path, end: str, shown: str, code: int) -> None:
+    (tmp_path / "temporary").mkdir()
+    result = subprocess.run(
+        [sys.executable, "-c", _PROGRAM.format(end=end)],
+        **{"cwd": ROOT, "env": {**os.environ, "TMPDIR": str(tmp_path / "temporary")}},
+        **{"capture_output": True, "text": True, "check": False},
+    )
+    assert (result.stderr.partition("Traceback")[0], result.returncode) == (shown, code)
+    assert list((tmp_path / "temporary").iterdir()) == []
