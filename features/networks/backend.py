@@ -7,11 +7,11 @@ import logging
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 from features.errors import ConfigurationError
+from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
 
@@ -58,9 +58,10 @@ def held_back() -> Iterator[None]:
     except OSError:  # stderr is closed
         yield
         return
-    descriptor, name = tempfile.mkstemp(prefix="bottleneck-")
-    with open(descriptor, "wb") as held, open(name, "rb") as written:
-        os.unlink(name)
+    with contextlib.ExitStack() as stack:
+        with system_folder() as folder:  # the file loses its name at once, so that a dead process leaves none
+            held = stack.enter_context(open(folder / "stderr", "wb"))
+            written = stack.enter_context(open(folder / "stderr", "rb"))
         with _shown_after_death(written, terminal):
             os.dup2(held.fileno(), 2)
             try:
@@ -82,7 +83,10 @@ def _shown_after_death(written: BinaryIO, terminal: int) -> Iterator[None]:
     try:
         shell = subprocess.Popen(
             ["/bin/sh", "-c", "read -r line || cat <&1 >&2"],
-            **{"stdin": subprocess.PIPE, "stdout": written, "stderr": terminal, "start_new_session": True},
+            stdin=subprocess.PIPE,
+            stdout=written,
+            stderr=terminal,
+            start_new_session=True,
         )
     except OSError:  # no such shell, or no more processes
         yield
