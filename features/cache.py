@@ -69,9 +69,8 @@ def write_signed(path: Path, content: bytes | memoryview) -> None:
     OSError
         As the file system raises it: the caller decides whether the file matters.
     """
-    made = signature(hashlib.sha256(content).hexdigest(), _purpose(path))
-    with whole_file(path) as file:
-        file.write(made.encode("ascii"))
+    with whole_file(path) as file:  # before the key is made, so that a home without both is said once
+        file.write(signature(hashlib.sha256(content).hexdigest(), _purpose(path)).encode("ascii"))
         file.write(content)
 
 

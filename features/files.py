@@ -234,7 +234,7 @@ def read_small(path: Path, most: int) -> bytes:
 
 def file_digest(path: Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits."""
-    with open(path, "rb") as stream:
+    with named(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
@@ -246,6 +246,17 @@ def quoted(path: str | Path) -> str:
 def printable_lines(text: str) -> str:
     """Return text of several lines as any terminal can show it; see `printable`. Text that is printable stays as it is."""
     return "\n".join(map(printable, text.split("\n")))
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Give an ``OSError`` that names no file the name of this one: a failed read, such as EIO, names none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = str(path)
+        raise
 
 
 def printable(path: str) -> str:

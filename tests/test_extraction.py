@@ -26,7 +26,7 @@ from helpers import (
 from PIL import Image
 
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
-from features.extraction.extraction import Extraction
+from features.extraction.extraction import Extraction, prepare
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import rows_per_shard
@@ -463,3 +463,38 @@ def test_files_of_others_in_the_parts_folder_are_left(source: Path, tmp_path: Pa
     (tmp_path / "f.h5.parts" / "notes.txt").write_text("mine")
     assert len(extract(source, tmp_path / "f.h5").store) == 33
     assert listing(tmp_path / "f.h5.parts") == ["notes.txt"]
+
+
+def test_a_limit_takes_in_turn_from_classes_and_splits(tmp_path: Path) -> None:
+    source = tmp_path / "images"
+    for split, count in (("train", 6), ("test", 3)):
+        paint_folder(source / split, {"cat": 2 * count, "dog": count}, start=100 * count)
+    images = scan(source)
+    some = images.some(images.evenly(10))
+    assert some.paths == (
+        *("test/cat/0000.png", "test/cat/0001.png", "test/cat/0002.png"),
+        *("test/dog/0000.png", "test/dog/0001.png", "test/dog/0002.png"),
+        *("train/cat/0000.png", "train/cat/0001.png", "train/dog/0000.png", "train/dog/0001.png"),
+    )
+    assert (some.classes, some.labels.tolist()) == (("cat", "dog"), [0, 0, 0, 1, 1, 1, 0, 0, 1, 1])
+    assert [some.read(row) for row in range(10)] == [(source / path).read_bytes() for path in some.paths]
+
+
+def test_an_extraction_with_a_limit_grows_into_the_whole(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    network, out = NumpyNetwork(), tmp_path / "f.h5"
+    monkeypatch.setattr("features.networks.network.resolve_network", lambda options: network)
+
+    def run(limit: int | None) -> FeatureStore:
+        return prepare(source, out, ExtractionOptions(limit=limit)).run().store
+
+    assert len(run(10)) == 10
+    assert "images: 10 of 33 images, as --limit asks" in caplog.text
+    assert_rows_are_their_images(run(None), source)
+    assert sum(network.batches) == 33
+    with pytest.raises(ConfigurationError, match="holds 3 images that --limit 30 leaves out"):
+        run(30)
+    caplog.clear()
+    assert len(run(99)) == 33
+    assert "limit" not in caplog.text

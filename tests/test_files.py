@@ -9,9 +9,10 @@ import stat
 from pathlib import Path
 
 import pytest
+from helpers import extract, paint_folder
 
 from features.errors import StoreError
-from features.files import atomic_file, enough_room
+from features.files import atomic_file, enough_room, file_digest
 
 
 def test_a_pipe_or_a_device_is_not_replaced(tmp_path: Path) -> None:
@@ -42,3 +43,16 @@ def test_what_was_there_stays_when_writing_fails(tmp_path: Path) -> None:
         raise RuntimeError("half-way")
     assert (tmp_path / "kept").read_text() == "old"
     assert os.listdir(tmp_path) == ["kept"]
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="Linux has a file that always gives EIO")
+def test_a_disk_error_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    broken = Path("/proc/self/mem")
+    with pytest.raises(OSError, match="Input/output error: '/proc/self/mem'"):
+        file_digest(broken)
+    store = extract(paint_folder(tmp_path / "images", {"cat": 9, "dog": 9}), tmp_path / "f.h5").store
+    monkeypatch.setattr(os, "dup", lambda descriptor: os.open(broken, os.O_RDONLY))
+    for read in (store.verify, store.load):
+        with pytest.raises(OSError, match="Input/output error") as caught:
+            read()
+        assert str(store.path) in str(caught.value)

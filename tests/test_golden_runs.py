@@ -90,6 +90,36 @@ def test_the_golden_runs_are_those_that_were_written() -> None:
     assert sum(path.stat().st_size for path in GOLDEN.rglob("*") if path.is_file()) < 2_000_000
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", STORES)
+def test_after_an_upgrade_images_are_hashed_once_and_never_inferred_again(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(GOLDEN, tmp_path / "runs")
+    monkeypatch.chdir(tmp_path / "runs")
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    before = {key: np.array(FeatureStore.open(name).array(key)) for key in FeatureStore.open(name).names}
+    where = "pairs" if name == "pairs.h5" else "heads"
+    runs = digest_of_folder(Path(where))
+    command = [*STORES[name]["command"], "--out", name]
+    for hashed in (len(FROZEN["images"]), 0):
+        answer = document(*command)
+        assert (answer["hashed"], answer["inferred"], answer["new"], answer["changed"]) == (hashed, 0, 0, 0)
+        store = FeatureStore.open(name)
+        store.verify()
+        assert store.data_digest == STORES[name]["data_digest"]
+        assert {key: item.fingerprint for key, item in store.recipes.items()} == STORES[name]["fingerprints"]
+        for key, features in before.items():
+            np.testing.assert_array_equal(store.array(key)[:], features)
+    assert answer["written"] is False
+    board = document("leaderboard", where)
+    assert {row["data"] for row in board} == {STORES[name]["data_digest"][:10]}  # the runs fit the store as before
+    assert [row["run_id"] for row in board if row["chosen"]] == [
+        row["run_id"] for row in BOARDS[where] if row["chosen"]
+    ]
+    assert digest_of_folder(Path(where)) == runs
+
+
 @pytest.mark.parametrize("number", range(len(FROZEN["recipes"])))
 def test_recipes_of_real_networks_keep_their_fingerprints(number: int) -> None:
     frozen = FROZEN["recipes"][number]

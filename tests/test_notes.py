@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import NumpyNetwork, assert_rows_are_their_images, call_pipeline, extract, listing, paint, paint_folder
+from helpers import (
+    ROOT,
+    NumpyNetwork,
+    assert_rows_are_their_images,
+    call_pipeline,
+    extract,
+    listing,
+    paint,
+    paint_folder,
+)
 from PIL import Image
 
 from features.errors import ConfigurationError
@@ -283,6 +296,40 @@ def test_paths_that_are_not_utf8_are_noted(tmp_path: Path) -> None:
     more = again.updated(["b"], stamps[[0]], [b"3" * 32])
     assert more.hashes(["a\udcff.png", "b"], stamps[[0, 0]]) == [b"1" * 32, b"3" * 32]
     assert more.updated(["b"], stamps[[0]], [b"3" * 32]) is more
+
+
+def test_two_extractions_at_once_leave_notes_of_both(source: Path, tmp_path: Path, reads: list[str]) -> None:
+    outs = [tmp_path / f"{number}.h5" for number in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        for result in pool.map(lambda out: extract(source, out), [*outs]):
+            assert_rows_are_their_images(result.store, source)
+    reads.clear()
+    for out in outs:
+        assert extract(source, out).counts["hashed"] == 0
+    assert reads == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("home", ["missing", "read-only"])
+def test_a_home_that_cannot_be_written_costs_lines_and_no_more(source: Path, tmp_path: Path, home: str) -> None:
+    """With the real command, on a network of numpy, in a process that has no cache and no key."""
+    place = {"missing": "/proc/no home", "read-only": "/proc/self"}[home]  # where root cannot write either
+    environment = {"HOME": place, "BOTTLENECK_CACHE": "", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": ""}
+    command = [sys.executable, ROOT / "tests" / "faults.py", tmp_path / "log", "--numpy", "8", "--"]
+    command += ["extract", source, "--out", tmp_path / "f.h5"]
+    for hashed in (0, 4):
+        done = subprocess.run(
+            [*map(str, command), "--json"],
+            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr
+        assert json.loads(done.stdout)["hashed"] == hashed
+        assert "Traceback" not in done.stderr
+        said = [line for line in done.stderr.splitlines() if "classes without images" not in line]
+        assert len([line for line in said if line.startswith("WARNING")]) == 1, done.stderr
 
 
 # --- a store that cannot be written -----------------------------------------------------------------------

@@ -307,6 +307,12 @@ def prepare(
     from features.networks.network import resolve_network
 
     image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust)
+    if options.limit is not None and options.limit < len(image_set):
+        logger.warning(
+            "%s: %d of %d images, as --limit asks; run again without it to add the others",
+            *(image_set.description, options.limit, len(image_set)),
+        )
+        image_set = image_set.some(image_set.evenly(options.limit))
     return Extraction(image_set, resolve_network(options), Path(out), options, run_shards)
 
 

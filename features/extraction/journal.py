@@ -15,7 +15,7 @@ from pathlib import Path
 from features.canonical import canonical_json
 from features.errors import IntegrityError
 from features.extraction.shard import ShardRecord, find_shard
-from features.files import atomic_file, file_digest, writing
+from features.files import atomic_file, file_digest, named, writing
 from features.store.reader import FeatureStore, is_shard_name, shard_path
 
 logger = logging.getLogger(__name__)
@@ -38,7 +38,8 @@ class PartsFolder:
     def read(self) -> None:
         """Read the journal, and find shard files that it lacks; nothing is changed on disk."""
         self.records = {}
-        lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
+        with named(self.journal):
+            lines = self.journal.read_bytes().splitlines() if self.journal.is_file() else []
         for record in filter(None, map(_parse_record, lines)):
             if shard_path(self.path, record.identity).is_file():
                 self.records[record.identity] = record

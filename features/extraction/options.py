@@ -39,6 +39,8 @@ class ExtractionOptions(NetworkOptions):
         Level of the class folders if their names do not tell; the folders of the other level become groups. 0: they tell.
     merge_labels : bool
         Make one class of labels that look alike, such as ``Cat`` and ``cat``, and no label of ``nan``.
+    limit : int, optional
+        Use at most this many images, taken in turn from each class and given split, for a trial run.
     batch_size : int
         Views per forward pass, 1-4096.
     shard_rows : int, optional
@@ -77,6 +79,7 @@ class ExtractionOptions(NetworkOptions):
     split_folders: str = ""
     class_level: int = 0
     merge_labels: bool = False
+    limit: int | None = None
     batch_size: int = 32
     shard_rows: int | None = None
     workers: int | None = None
@@ -94,6 +97,7 @@ class ExtractionOptions(NetworkOptions):
         _ = self.reading
         self._check_views()
         check_range("batch size", self.batch_size, 1, 4096)
+        check_range("limit", 1 if self.limit is None else self.limit, 1, 1 << 40)
         check_range("shard rows", 1 if self.shard_rows is None else self.shard_rows, 1, 1 << 20)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
         check_range("max unreadable", self.max_unreadable, 0, 1)

@@ -274,13 +274,8 @@ def make_plan(
             specs.append(_spec(images, rows[start : start + step], recipes, views_of_group).untaken(taken))
     if old is not None:
         counts["removed"] = _removed(old, images, identities)
-        before = {digest.tobytes() for digest in old.images.sha256}
-        kept = sum(identity is not None and identity.sha256 in before for identity in identities)
-        if not overwrite and 2 * kept < len(old):
-            raise ConfigurationError(
-                f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}. "
-                "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
-            )
+        if not overwrite:
+            _refuse_losses(old, images, identities, counts["removed"], out, options.limit)
     return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, notes, layout, tuple(superseded))
 
 
@@ -399,6 +394,29 @@ def _identities(
         if progress:
             progress("hash", done, len(unknown))
     return identities, len(unknown)
+
+
+def _refuse_losses(
+    old: FeatureStore,
+    images: ImageSet,
+    identities: Sequence[Identity | None],
+    removed: int,
+    out: Path,
+    limit: int | None,
+) -> None:
+    """Raise ``ConfigurationError`` if features would be lost that were hardly meant to be."""
+    if limit is not None and removed:
+        raise ConfigurationError(
+            f"{out}: holds {removed} images that --limit {limit} leaves out, and would lose their features. Choose another "
+            "--out, or omit --limit."
+        )
+    before = {digest.tobytes() for digest in old.images.sha256}
+    kept = sum(identity is not None and identity.sha256 in before for identity in identities)
+    if 2 * kept < len(old):
+        raise ConfigurationError(
+            f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}. "
+            "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
+        )
 
 
 def _removed(old: FeatureStore, images: ImageSet, identities: Sequence[Identity | None]) -> int:

@@ -92,6 +92,37 @@ class ImageSet:
         """Modification time in nanoseconds since 1970, int64, (n,); -1 for a missing file."""
         return self.stamps[:, 2]
 
+    def evenly(self, limit: int, rows: np.ndarray | None = None) -> np.ndarray:
+        """Choose at most ``limit`` of these rows, or of all, taken in turn from each class and given split.
+
+        Returns
+        -------
+        int64, ascending
+        """
+        rows = np.arange(len(self)) if rows is None else rows
+        kinds = self.labels[rows].astype(np.int64) * 8 + self.given_splits[rows]
+        place = np.empty(len(rows), np.int64)  # how many of its kind come before a row
+        for kind in np.unique(kinds):
+            of_kind = np.flatnonzero(kinds == kind)
+            place[of_kind] = np.arange(len(of_kind))
+        return np.sort(rows[np.lexsort((rows, place))[:limit]])
+
+    def some(self, rows: np.ndarray) -> ImageSet:
+        """Return the images of these rows, with all classes."""
+
+        def chosen(values: tuple[str, ...]) -> tuple[str, ...]:
+            return tuple(values[row] for row in rows.tolist())
+
+        return dataclasses.replace(
+            self,
+            paths=chosen(self.paths),
+            labels=self.labels[rows],
+            given_splits=self.given_splits[rows],
+            groups=None if self.groups is None else chosen(self.groups),
+            stamps=self.stamps[rows],
+            columns={name: chosen(values) for name, values in self.columns.items()},
+        )
+
     def read(self, index: int) -> bytes:
         """Return the bytes of one image file; may be called from many threads.
 

@@ -6,6 +6,7 @@ the structure of a file before any value of it is used.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -21,7 +22,7 @@ import numpy as np
 
 from features.canonical import canonical_json
 from features.errors import ConfigurationError, IntegrityError, StoreError, nearest
-from features.files import quoted
+from features.files import named, quoted
 from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.splits import SPLITS
@@ -409,8 +410,11 @@ class FeatureStore:
         of_view_0 = not here[:, 1:].any() and bool((places[here[:, 0], 0, 2] == position).all())
         return recipe.plain == self.recipes[name].plain and of_view_0
 
-    def _stream(self) -> BinaryIO:
-        return open(self.path if self._descriptor is None else os.dup(self._descriptor), "rb", buffering=0)
+    @contextlib.contextmanager
+    def _stream(self) -> Iterator[BinaryIO]:
+        source = self.path if self._descriptor is None else os.dup(self._descriptor)
+        with named(self.path), open(source, "rb", buffering=0) as stream:
+            yield stream
 
     def _verified_map(self, key: str) -> np.ndarray:
         if key not in self._verified:

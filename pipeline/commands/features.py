@@ -65,6 +65,7 @@ def extract(
     merge_labels: Annotated[
         bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
     ] = False,
+    limit: Annotated[int | None, opt("Use at most this many images, for a trial run.", min=1)] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
     device: Device = "auto",
@@ -118,6 +119,7 @@ def extract(
         split_folders=split_folders,
         class_level=class_level,
         merge_labels=merge_labels,
+        limit=limit,
         batch_size=batch_size,
         workers=workers,
         device=device,

@@ -24,7 +24,7 @@ from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline import extract, finetune, predict
-from pipeline.experiments.sampling import copied, evenly, sample
+from pipeline.experiments.sampling import copied, sample
 from pipeline.experiments.schema import Experiment, ExtractStep, HeadStep, PredictStep, Way
 from pipeline.intervals import interval_of
 from pipeline.presets import find_preset
@@ -191,7 +191,7 @@ class _Runner:
         table, images = FeatureStore.open(self.store).images, scan(self.images)
         held_out = {table.paths[row] for row in np.flatnonzero(table.splits == SPLITS.index("validation"))}
         rows = np.flatnonzero([path in held_out for path in images.paths])
-        some = copied(images, evenly(images, rows, step.images), self.folder / "predict", splits=False)
+        some = copied(images, images.evenly(step.images, rows), self.folder / "predict", splits=False)
         out = self.folder / f"predictions-{self.run.name}.csv"
         predict.predict(self.run, some, out=out, device=self.device, progress=self.progress)
         return {"out": str(out)}

@@ -35,18 +35,8 @@ def sample(source: str, folder: Path, classes: Sequence[str], limit: int | None)
         return source
     rows = np.flatnonzero(np.isin(images.labels, only) if some_classes else np.ones(len(images), bool))
     if limit is not None:
-        rows = evenly(images, rows, limit)
+        rows = images.evenly(limit, rows)
     return str(copied(images, rows, folder / "images", splits=True))
-
-
-def evenly(images: ImageSet, rows: np.ndarray, limit: int) -> np.ndarray:
-    """Choose at most ``limit`` rows, taken in turn from each class and given split; int64, ascending."""
-    kinds = images.labels[rows].astype(np.int64) * 8 + images.given_splits[rows]
-    place = np.empty(len(rows), np.int64)  # how many of its kind come before a row
-    for kind in np.unique(kinds):
-        of_kind = np.flatnonzero(kinds == kind)
-        place[of_kind] = np.arange(len(of_kind))
-    return np.sort(rows[np.lexsort((rows, place))[:limit]])
 
 
 def copied(images: ImageSet, rows: np.ndarray, folder: Path, *, splits: bool) -> Path:
