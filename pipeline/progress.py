@@ -17,6 +17,7 @@ PLAIN_SECONDS = 15.0  # between lines if stderr is not a terminal
 QUIET = threading.Event()  # set if the whole process is quiet; see `set_quiet`
 _UNITS = {
     "extract": "images",
+    "hash": "images",
     "assemble": "rows",
     "verify": "blocks",
     "predict": "images",

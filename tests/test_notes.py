@@ -28,7 +28,7 @@ from helpers import (
 )
 from PIL import Image
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, SourceError
 from features.extraction.extraction import Extraction
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
@@ -402,6 +402,17 @@ def test_a_flipped_byte_in_the_expanded_copy_is_found(
     inode = copy.stat().st_ino
     scan(path)
     assert copy.stat().st_ino == inode
+
+
+def test_a_disk_that_is_full_behind_the_expanded_copy(
+    source: Path, tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = pack(source, tmp_path / "a.tar.gz")
+    with monkeypatch.context() as patch, pytest.raises(SourceError, match=r"cannot be expanded into .*No space left"):
+        patch.setattr("features.sources.archives.write_signed", refusing(errno.ENOSPC))
+        scan(path)
+    assert listing(cache) == ["archives"]
+    assert len(scan(path)) == 4
 
 
 def test_rehash_expands_an_archive_again(source: Path, tmp_path: Path, cache: Path) -> None:

@@ -14,7 +14,7 @@ import hashlib
 import itertools
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from features.extraction.journal import PartsFolder
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import ShardSpec, rows_per_shard
+from features.pixels.batches import loaded
 from features.progress import Progress
 from features.recipe import Cell, Recipe
 from features.sources.scan import ImageSet
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 Location = tuple[int, int]  # number of the store or shard in KnownRows.sources, row
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # what is missing of an image: indices of recipes, and views
 VIEW_FIELDS = ("augmentation", "seed")  # fields that affect views 1 and above, but not view 0
+HASHED_AHEAD = 64  # images read ahead
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # the only fields in which feature sets of one store may differ
 
 
@@ -387,9 +389,12 @@ def _identities(
         identities = [known.at_time(*column) for column in columns]
     # The same content has the same size, so only a file of a known size can have known content.
     unknown = [index for index, identity in enumerate(identities) if identity is None and sizes[index] in known.sizes]
-    for done, (index, sha256) in enumerate(zip(unknown, readers.map(_hasher(images), unknown), strict=True), 1):
-        found = known.of_content(sha256)
-        if found is not None and found.reason is None:  # what could not be read is tried again
+    # Few are read ahead, so that Ctrl-C does not wait for all of them.
+    hashes = loaded(readers, lambda index: hashlib.sha256(images.read(index)).digest(), unknown, HASHED_AHEAD)
+    for done, (index, sha256) in enumerate(hashes, 1):
+        # What cannot be read now is read again for a shard, which records the reason; so is what could not be read before.
+        found = None if isinstance(sha256, UnreadableImageError) else known.of_content(sha256)
+        if found is not None and found.reason is None:
             identities[index] = found
         if progress:
             progress("hash", done, len(unknown))
@@ -431,16 +436,6 @@ def _removed(old: FeatureStore, images: ImageSet, identities: Sequence[Identity 
         if identity is not None and path not in before
     )
     return (gone - arrived).total()
-
-
-def _hasher(images: ImageSet) -> Callable[[int], bytes | None]:
-    def content_hash(index: int) -> bytes | None:
-        try:
-            return hashlib.sha256(images.read(index)).digest()
-        except UnreadableImageError:
-            return None  # it is read again for a shard, which records the reason
-
-    return content_hash
 
 
 def _missing(

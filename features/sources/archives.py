@@ -361,7 +361,11 @@ def _expand(path: Path, expand: Callable[[Path], Any], copy: Path, status: os.st
             digest.update(chunk)
         out.flush()
         os.utime(out.fileno(), ns=(status.st_mtime_ns,) * 2)  # so that two processes make identical copies
-    _write_note(copy, digest.hexdigest())
+    try:
+        _write_note(copy, digest.hexdigest())
+    except OSError:  # without its note it would take up room for nothing
+        copy.unlink(missing_ok=True)
+        raise
 
 
 def _note_of(copy: Path) -> Path:

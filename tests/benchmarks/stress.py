@@ -50,6 +50,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         os.environ.setdefault("BOTTLENECK_CACHE", str(folder / "cache"))
+        os.environ["XDG_CONFIG_HOME"] = str(folder / "config")  # not the user's own key
         images, network = some_images(folder / "images", count)
         total = sum(path.is_file() for path in images.rglob("*"))
         whole, out, log = folder / "whole" / "f.h5", folder / "out" / "f.h5", folder / "log"
