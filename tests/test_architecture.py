@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 import graphlib
 import re
 import subprocess
@@ -64,8 +65,14 @@ LATE_MODULES = {"transformer": {"sklearn"}}
 STAGES = {"extract", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"}
 
 
+@functools.cache
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
+@functools.cache
 def imports(path: Path, *, top_only: bool) -> set[str]:
-    tree = ast.parse(path.read_text())
+    tree = parsed(path)
     nodes: list[ast.AST] = list(tree.body) if top_only else list(ast.walk(tree))
     found = set()
     for node in nodes:
@@ -157,7 +164,7 @@ def test_no_pickle_and_no_print_in_the_packages() -> None:
         assert not used & (banned - allowed), path
         calls = [
             node.func.id
-            for node in ast.walk(ast.parse(path.read_text()))
+            for node in ast.walk(parsed(path))
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         ]
         assert "print" not in calls, path
