@@ -15,6 +15,7 @@ import numpy as np
 
 from features.errors import RunError
 from features.networks.backend import load_keras
+from features.networks.keras_engine import xla_of
 from features.progress import Progress
 from pipeline.config import History
 from pipeline.heads.epochs import Patience
@@ -44,14 +45,15 @@ class Tail:
         keras = load_keras()
         self.model, self._temperature, self.batch_size = split.tail, temperature, settings.batch_size
         self._binary = split.tail.output_shape[-1] == 1
-        self._half = split.layers_of_tail() if settings.mixed_precision else []
+        layers = split.layers_of_tail()
+        self._half = layers if settings.mixed_precision else []
         loss = (
             keras.losses.BinaryCrossentropy(from_logits=True)
             if self._binary
             else keras.losses.SparseCategoricalCrossentropy(from_logits=True)
         )
         # This comes after `trainable` was set, because Keras reads it when it compiles.
-        self.model.compile(optimizer=make_optimizer(settings), loss=loss)
+        self.model.compile(optimizer=make_optimizer(settings), loss=loss, jit_compile=xla_of(layers))
         self.model.optimizer.build(self.model.trainable_variables)
         statistics = split.statistics_variables() if settings.bn == "train" else []
         self._variables = [*self.model.trainable_variables, *statistics]
