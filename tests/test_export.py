@@ -119,12 +119,16 @@ def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
     runs: dict[str, Path], photos: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], name: str
 ) -> None:
     tolerance, suffix = 1e-3 if name == "litert" else 1e-4, find_format(name).suffix
-    for head in ("dropout-linear", "logistic"):
+    (tmp_path / "few").mkdir()
+    for path in sorted(photos.iterdir())[::7]:
+        shutil.copy(path, tmp_path / "few")
+    for head, images, count in (("dropout-linear", tmp_path / "few", 8), ("logistic", photos, 50)):
         out = tmp_path / f"{head}{suffix}"
-        document = export(runs[head], format=name, out=out, images=photos)
-        assert (document["images"], document["classes"]) == (50, ["cats", "dogs"])
+        document = export(runs[head], format=name, out=out, images=images)
+        assert (document["images"], document["classes"]) == (count, ["cats", "dogs"])
         assert document["parity_gap"] <= document["tolerance"] == tolerance
-    assert {path.name for path in tmp_path.iterdir()} == {f"dropout-linear{suffix}", out.name}  # and no temporary name
+    made = {f"dropout-linear{suffix}", out.name}
+    assert {path.name for path in tmp_path.iterdir()} == made | {"few"}  # and no temporary name
     (tmp_path / "elsewhere").mkdir()
     found, card = read_card(Path(shutil.move(out, tmp_path / "elsewhere" / out.name)))
     run = Run.open(runs["logistic"])
