@@ -78,8 +78,8 @@ QUICK = [
     Mistake("runs below a file", "train-head f.h5 --runs notes.txt/runs", 1, ("notes.txt is a file, not a folder", "Give another folder")),
     Mistake("images without labels", "train-head unlabelled.h5", 1, ("unlabelled.h5: none of its images has a label", "a folder named after the class", "path,label")),
     Mistake("one class", "train-head one.h5", 1, ("all training rows are of one class ('cat')", "Add images of another class and extract again")),
-    Mistake("no training rows", "train-head test.h5", 1, ("test.h5: there are no train rows", "extract again with --split")),
-    Mistake("no validation rows", "train-head train.h5", 1, ("train.h5: there are no validation rows", "--validation-from-train 0.1")),
+    Mistake("no training rows", "train-head test.h5", 1, ("test.h5: there are no train rows: the source gives splits, but no train images: add them", "(features are kept)")),
+    Mistake("no validation rows", "train-head train.h5", 1, ("train.h5: there are no validation rows: the source gives its splits", "extract again with --validation-from-train 0.25 (features are kept)")),
     # ---------------------------------------------------------------------------------------- runs
     Mistake("a folder of runs that is not there", "leaderboard rums", 1, ("rums: there is no such folder of runs", "train-head makes one", "did you mean 'runs'?")),
     Mistake("features for runs", "leaderboard f.h5", 1, ("f.h5: is a file, expected a run or a folder of runs", "bottleneck train-head f.h5")),

@@ -19,6 +19,9 @@ from features.sources.reading import Reading, look_alikes, split_of
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import find_conflicts
 from features.store.reader import FeatureStore
+from pipeline.reporting.reproduce import commands
+from pipeline.runs.folder import Run
+from pipeline.train_head import train_head
 
 CLASSES = ("glioma", "notumor", "pituitary")
 
@@ -213,6 +216,20 @@ def test_stores_of_such_folders_made_earlier_still_open(tmp_path: Path) -> None:
     assert (result.store.classes, result.inferred, result.written) == (("a", "b"), 0, True)
     assert [len(result.store.rows(split)) for split in ("train", "test")] == [6, 6]
     assert result.store.provenance["reading"] == {"split_folders": "test=Testing,train=Training"}
+
+
+def test_runs_remember_how_their_images_were_read(tmp_path: Path) -> None:
+    root = paint_folder(tmp_path / "photos", {f"{top}/{name}": 9 for top in ("Training", "Val") for name in ("a", "b")})
+    store = extract(root, tmp_path / "f.h5").store
+    run = Run.open(train_head(store, "knn", runs=tmp_path / "runs").folder)
+    assert run.config["features"]["reading"] == {"split_folders": "train=Training,validation=Val"}
+    again = scan(root, reading=run.reading)
+    assert (again.classes, counts(again)) == (("a", "b"), {"train": 18, "validation": 18})
+    assert "--split-folders train=Training,validation=Val" in "\n".join(commands(run))
+    plain = extract(paint_folder(tmp_path / "plain", {"a": 20, "b": 20}), tmp_path / "g.h5", split="stratified").store
+    run = Run.open(train_head(plain, "knn", runs=tmp_path / "runs").folder)
+    assert "reading" not in (run.folder / "config.yaml").read_text()
+    assert run.reading == Reading(settled=True)
 
 
 def test_plain_stores_record_no_reading(tmp_path: Path) -> None:

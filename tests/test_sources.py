@@ -894,12 +894,6 @@ def test_groups_that_given_splits_tear_apart_are_warned_about() -> None:
     assert warnings == ["1 groups lie in more than one split, because of given splits: 'p1'"]
 
 
-def test_stratified_refuses_groups() -> None:
-    with pytest.raises(ConfigurationError, match="put one group into several splits"):
-        split(contents(3), "stratified", groups=["a", "a", "b"])
-    assert split(contents(2), "stratified", given_splits=np.array([0, 1]), groups=["a", "b"]) == [0, 1]
-
-
 def test_nothing_to_split() -> None:
     for rule in ("hash", "stratified"):
         assert split(np.zeros((0, 32), np.uint8), rule) == []
@@ -949,8 +943,8 @@ def test_warnings_about() -> None:
     ]
     two = np.array([0, 0, 1, 1], np.int32)
     assert warnings_about(two, np.array([0, 1, 0, 1], np.int8), ("a", "b")) == []
-    assert warnings_about(two, np.array([0, 0, 0, 0], np.int8), ("a", "b")) == ["no labelled image is in validation"]
-    assert warnings_about(two, np.array([1, 1, 1, 1], np.int8), ("a", "b")) == ["no labelled image is in train"]
+    hinted = warnings_about(labels, splits, ("cat", "dog", "emu", "fox"), ". Do this")
+    assert [message.endswith(". Do this") for message in hinted] == [False, True, False, False]
     only = warnings_about(np.zeros(4, np.int32), np.array([0, 0, 1, 1], np.int8), ("a",))
     assert only == ["only one class has images, 'a': training needs two"]
     assert "nothing can be trained" in warnings_about(np.full(3, -1, np.int32), np.full(3, 3, np.int8), ())[0]

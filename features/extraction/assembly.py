@@ -23,6 +23,7 @@ from features.files import atomic_file, printable
 from features.machine import software_versions
 from features.progress import Progress
 from features.recipe import Recipe
+from features.sources.advice import empty_splits
 from features.sources.scan import ImageSet
 from features.sources.splits import SplitRule, assign_splits, find_conflicts, find_leakage, warnings_about
 from features.store.reader import FeatureStore
@@ -31,6 +32,7 @@ from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
+GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each class is in each split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +93,12 @@ def table_of(
         mtimes_ns=images.mtimes_ns[good],
         columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
     )
-    for message in [*warnings, *warnings_about(table.labels, table.splits, images.classes)]:
+    given = images.given_splits[good]
+    hint = "" if groups is None or rule.kind == "stratified" or (given >= 0).all() else GROUPS_HINT
+    warnings += warnings_about(table.labels, table.splits, images.classes, hint)
+    empty = empty_splits(table.labels, table.splits, groups, sha256, str(rule), given)
+    warnings += [f"no labelled image is in {split}: {advice}" for split, advice in empty.items() if split != "test"]
+    for message in warnings:
         logger.warning("%s", message)
     if conflicts := find_conflicts(sha256, table.labels, splits, table.paths):
         logger.warning(

@@ -29,14 +29,14 @@ class SplitRule:
     kind : {"hash", "stratified"}
         ``hash`` looks at each image alone, at its group or its content, so an image never changes its split when
         others are added; the fractions hold on average. ``stratified`` meets the fractions in each class to within
-        one image, but images may change their split when others are added.
+        one image, or as nearly as whole groups allow, but images may change their split when others are added.
     fractions : tuple of three float
         Fractions of train, validation and test; they add up to 1.
     seed : int
         Another seed gives other splits.
     validation_from_train, test_from_validation : float, 0 to below 1
-        Share of the given train (validation) images that moves to validation (test), drawn by hash. Nothing else
-        changes a given split.
+        Share of the given train (validation) images that moves to validation (test), drawn by hash; with ``stratified``,
+        whole groups that hold about this share. Nothing else changes a given split.
 
     Examples
     --------
@@ -127,8 +127,11 @@ def assign_splits(
     u < train + validation share, else test; so a group, or identical files, never cross splits. ``stratified``: each
     class is sorted by u and divided by largest remainders; identical files of one class stay together.
 
+    ``stratified`` divides whole groups as ``_divide_groups`` says; images without a group as if there were no groups.
+
     With ``rule.test_from_validation``, a given validation image moves to test if its u, drawn with the word
     ``test-from-validation`` between seed and key, is below that share; ``rule.validation_from_train`` likewise.
+    With ``stratified`` and groups, they are divided between the two splits in these shares.
 
     Parameters
     ----------
@@ -146,11 +149,6 @@ def assign_splits(
         Index into ``SPLITS``.
     warnings : list of str
         Groups that lie in more than one split because of given splits.
-
-    Raises
-    ------
-    ConfigurationError
-        If ``stratified`` is used with groups: exact proportions and whole groups exclude each other.
     """
     splits = np.array(given_splits, dtype=np.int8)
     splits[np.asarray(labels) < 0] = UNLABELLED
@@ -165,15 +163,15 @@ def assign_splits(
     for word, share in rule._moved.items():
         source, target = (SPLITS.index(name) for name in MOVES[word])
         rows = np.flatnonzero(given == source).tolist() if share else []
-        splits[[row for row, draw in zip(rows, draws_of(rows, word), strict=True) if draw < share]] = target
+        if rule.kind == "stratified" and groups is not None and rows:
+            divided = _divide(labels, groups, rows, draws_of(rows, word), (1 - share, share, 0.0))
+            splits[rows] = np.where(divided == 0, source, target)
+        else:
+            splits[[row for row, draw in zip(rows, draws_of(rows, word), strict=True) if draw < share]] = target
     rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
-    if rule.kind == "stratified" and groups is not None and len(rows):
-        raise ConfigurationError(
-            "split 'stratified' would put one group into several splits; use 'hash', or give splits in the manifest"
-        )
     draws = draws_of(rows)
     if rule.kind == "stratified":
-        splits[rows] = _stratify(np.asarray(labels)[rows], draws, rule.fractions)
+        splits[rows] = _divide(labels, groups, rows, draws, rule.fractions)
     else:
         train, validation, test = rule.fractions
         # A split with share 0 must stay empty even if the other shares add up to just below 1, or if u rounds to 1.
@@ -190,6 +188,65 @@ def _draws(keys: Iterable[bytes], salt: str) -> np.ndarray:
     prefix = salt.encode("ascii")
     heads = b"".join(hashlib.sha256(prefix + key).digest()[:8] for key in keys)
     return np.frombuffer(heads, dtype=">u8").astype(np.float64) / 2.0**64
+
+
+def _divide(
+    labels: np.ndarray, groups: Sequence[str] | None, rows: Sequence[int], draws: np.ndarray, fractions: Sequence[float]
+) -> np.ndarray:
+    """Divide rows by ``_divide_groups`` where they have a group, else by ``_stratify``; int8, in the order of ``rows``."""
+    labels = np.asarray(labels)[rows]
+    named = np.array([groups is not None and bool(groups[row]) for row in rows], bool)
+    splits = np.empty(len(rows), np.int8)
+    splits[~named] = _stratify(labels[~named], draws[~named], fractions)
+    if groups is not None and named.any():
+        names = np.array([groups[row] for row in rows], object)[named]
+        _, of_row = np.unique(names, return_inverse=True)
+        splits[named] = _divide_groups(labels[named], of_row, draws[named], fractions)[of_row]
+    return splits
+
+
+def _divide_groups(labels: np.ndarray, groups: np.ndarray, draws: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
+    """Assign whole groups to train, validation and test so that each class has about the fractions in each of them.
+
+    Groups of rare classes come first, then large groups, then those of a small draw. A group goes to train if train still
+    lacks one of its classes; otherwise to the split that lacks most of its classes, measured by the share that is filled
+    (iterative stratification: Sechidis, Tsoumakas, Vlahavas, ECML PKDD 2011, applied to groups). So no split and no class
+    stays empty where there are enough groups.
+
+    Parameters
+    ----------
+    labels : int32, (n,)
+    groups : int64, (n,)
+        Number of the group of each row.
+    draws : float64, (n,)
+        The same for all rows of a group.
+    fractions : sequence of float, length 3
+
+    Returns
+    -------
+    int8, (groups,)
+        Index into ``SPLITS``.
+    """
+    count = int(groups.max()) + 1
+    held = np.zeros((count, int(labels.max()) + 2))  # images by class; the last column is all of them
+    np.add.at(held, (groups, labels), 1)
+    held[:, -1] = held.sum(axis=1)
+    held = held[:, held.any(axis=0)]
+    of_class = held / held.sum(axis=0)
+    draw = np.empty(count)
+    draw[groups] = draws
+    holders = (held > 0).sum(axis=0)
+    rarest = np.where(held > 0, holders, count + 1).min(axis=1)
+    shares = np.maximum(np.asarray(fractions, dtype=np.float64), 1e-12)[:, None]
+    filled = np.zeros((3, held.shape[1]))
+    splits = np.zeros(count, np.int8)
+    for group in np.lexsort((draw, -held[:, -1], rarest)).tolist():
+        mine = of_class[group]
+        lacks = (filled[0, :-1] == 0) & (mine[:-1] > 0)
+        need = np.where(np.asarray(fractions) > 0, ((1 - filled / shares) * mine).sum(axis=1), -np.inf)
+        splits[group] = 0 if lacks.any() else int(np.argmax(np.round(need, 9)))
+        filled[splits[group]] += mine
+    return splits
 
 
 def _stratify(labels: np.ndarray, draws: np.ndarray, fractions: Sequence[float]) -> np.ndarray:
@@ -282,8 +339,8 @@ def find_conflicts(
     return [(paths[row], paths[other]) for row, other in sorted(pairs)]
 
 
-def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str]) -> list[str]:
-    """Return warnings about what would harm training: too few classes or images, and empty classes or splits.
+def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str], hint: str = "") -> list[str]:
+    """Return warnings about what would harm training: too few classes or images, and classes without images in a split.
 
     Parameters
     ----------
@@ -291,6 +348,8 @@ def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str
     splits : int8, (n,)
         Index into ``SPLITS``.
     classes : sequence of str
+    hint : str
+        What is said after the first split that lacks a class.
     """
     labelled = np.asarray(labels) >= 0
     if not labelled.any():
@@ -309,9 +368,8 @@ def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str
     for code, split in enumerate(SPLITS[:3]):
         absent = (counts[:, code] == 0) & (totals > 0)
         if counts[:, code].any() and absent.any():
-            messages.append(f"classes without images in {split}: {_named(classes, absent)}")
-        elif absent.any() and split != "test":
-            messages.append(f"no labelled image is in {split}")
+            messages.append(f"classes without images in {split}: {_named(classes, absent)}{hint}")
+            hint = ""
     return messages
 
 

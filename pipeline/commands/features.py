@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
@@ -142,8 +143,16 @@ def extract(
     with ConsoleProgress() as progress:
         document = stage.run(images, out, options, progress=progress, cluster=cluster)
     print_document(document, as_json, stage.summary(document))
-    if len(document["classes"]) > 1:
-        print_next("bottleneck", "train-head", out, "--head", "logistic")
+    _print_next(document, out, options.layers)
+
+
+def _print_next(document: dict[str, Any], out: Path, layers: Sequence[str]) -> None:
+    """Suggest the next command that works on the store: none if it cannot be trained on, which warnings have explained."""
+    if layers == ("boundary",):
+        print_next("bottleneck", "finetune", "runs", "--from-cache", out)
+    elif len(document["classes"]) > 1 and {"train", "validation"} <= document["splits"].keys():
+        several = ["--features", min(document["data_sets"])] if len(document["data_sets"]) > 1 else []
+        print_next("bottleneck", "train-head", out, "--head", "logistic", *several)
 
 
 def _with_moves(split: str, validation_from_train: float, test_from_validation: float) -> str:

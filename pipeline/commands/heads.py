@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, nearest
 from features.files import creatable_folder, printable_lines
 from pipeline.commands.common import (
     Cluster,
@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from pipeline.sweeps.sweep_file import SweepFile
 
 
+ONE_GROUP_OUT = "leave-one-group-out"
+
+
 @app.command("train-head")
 @guarded
 def train_head(
@@ -55,11 +58,12 @@ def train_head(
     runs: Runs = Path("runs"),
     seed: Annotated[int | None, opt("Random seed. Default: 0, or that of the sweep file.")] = None,
     n_jobs: Annotated[int | None, opt("Number of processes of a sweep. Default: one for each processor.")] = None,
-    folds: Annotated[
-        int | None,
+    n_folds: Annotated[
+        str | None,
         opt(
-            "Also cross-validate each head with this many folds of the training rows; 0: do not. Default: 5 for several heads "
-            "and fewer than 30 validation images, else 0."
+            "Also cross-validate each head with this many folds of the training rows, or leave-one-group-out; 0: do not. "
+            "Default: 5 for several heads and fewer than 30 validation images, else 0.",
+            "--folds",
         ),
     ] = None,
     memory: Annotated[
@@ -105,6 +109,7 @@ def train_head(
         needs_rows(store, "train", "validation")
         if average_views:
             needs_views(store, names)
+    folds = parse_folds(n_folds, stores)
     creatable_folder(runs)
     if tensorboard is not None:
         require_tensorboard()
@@ -153,6 +158,27 @@ def train_head(
         print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
     if swept.failed:
         raise typer.Exit(1)
+
+
+def parse_folds(text: str | None, stores: Sequence[FeatureStore]) -> int | None:
+    """Return the number of folds that ``--folds`` asks for: a number, or one for each group of the training rows.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is neither.
+    HeadError
+        If one group cannot be left out at a time.
+    """
+    from pipeline.heads.gather import groups_to_leave_out
+
+    if text is None or text.strip().removeprefix("-").isdecimal():
+        return None if text is None else int(text)
+    if text != ONE_GROUP_OUT:
+        raise ConfigurationError(
+            f"--folds: received {text!r}, expected a number, or {ONE_GROUP_OUT}{nearest(text, [ONE_GROUP_OUT])}"
+        )
+    return max(groups_to_leave_out(store) for store in stores)
 
 
 def _train_one(

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError, nearest
+from features.sources.advice import empty_splits
 from pipeline.heads.costs import shown
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import make_head
@@ -21,6 +22,8 @@ from pipeline.heads.prepared import Prepared, group_codes, prepare_stream
 from pipeline.heads.streaming import FeatureStream
 from pipeline.presets import PRESETS
 from pipeline.scores.selection import stratified_folds
+
+MOST_GROUPS = 200  # that are left out one at a time
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,13 +158,36 @@ def needs_rows(store: Any, *splits: str) -> None:
             f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into "
             "a folder named after the class, or write a CSV manifest path,label, and extract again (features are kept)"
         )
+    table = store.images
     for split in splits:
         if not len(store.rows(split)):
-            out = ", or leave --test out" if split == "test" else ""
-            raise HeadError(
-                f"{store.path}: there are no {split} rows; extract again with --split hash:0.8,0.1,0.1 or, if the data set "
-                f"has its own splits, with --validation-from-train 0.1 (existing features are kept){out}"
-            )
+            empty = empty_splits(table.labels, table.splits, table.groups, table.sha256, store.split_rule)
+            out = ". Or leave --test out" if split == "test" else ""
+            raise HeadError(f"{store.path}: there are no {split} rows: {empty[split]} (features are kept){out}")
+
+
+def groups_to_leave_out(store: Any) -> int:
+    """Count the groups of the training rows, for as many folds that each leave out one of them.
+
+    Raises
+    ------
+    HeadError
+        If there are no groups, a single one, or more than `MOST_GROUPS`.
+    """
+    names = train_groups(store)
+    count = 0 if names is None else len(np.unique(group_codes(names)))
+    if count < 2:
+        has = "has no groups" if names is None else "has training rows of one group only"
+        raise HeadError(
+            f"--folds leave-one-group-out: {store.path} {has}. Extract again with a manifest that has a column 'group', or "
+            "with --class-level, which makes groups of the other folders; or give a number of folds"
+        )
+    if count > MOST_GROUPS:
+        raise HeadError(
+            f"--folds leave-one-group-out: {store.path} has {count} groups, and each head would be trained as often; at most "
+            f"{MOST_GROUPS} are allowed. --folds 10 keeps groups together too"
+        )
+    return count
 
 
 def can_fold(store: Any) -> bool:

@@ -67,11 +67,14 @@ def _grouped_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray) -> 
     folds = min(folds, len(kept))
     if folds < 2:
         return np.full(len(y), -1, dtype=np.int64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # about classes with fewer rows than folds, handled below
-        splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
-        for fold, (_, tested) in enumerate(splitter.split(rows, y[rows], groups[rows])):
-            result[rows[tested]] = fold
+    if folds == len(kept):  # one group is left out at a time
+        result[rows] = np.unique(groups[rows], return_inverse=True)[1]
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # about classes with fewer rows than folds, handled below
+            splitter = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
+            for fold, (_, tested) in enumerate(splitter.split(rows, y[rows], groups[rows])):
+                result[rows[tested]] = fold
     for fold in range(folds):
         trained_on = np.unique(y[(result != -2) & (result != fold)])
         result[(result == fold) & ~np.isin(y, trained_on)] = -1  # otherwise the fold's training rows lack this class
