@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -73,29 +75,110 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return table_text(rows, "  ")
 
 
-def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None) -> str:
-    """Format the leaderboard for a person: some columns that are equal in all rows are omitted, an asterisk marks the choice.
+# Column of the leaderboard -> its heading.
+_HEADINGS = {
+    "run_id": "run",
+    "settings": "settings",
+    "features": "features",
+    "accuracy": "accuracy",
+    "accuracy_interval": "95 % interval",
+    "cv_accuracy": "folds",
+    "cv_interval": "folds, 95 %",
+    "test_accuracy": "test",
+    "log_loss": "log loss",
+    "ece": "ece",
+    "n": "images",
+    "fit_seconds": "seconds",
+    "parameters": "parameters",
+}
+# What goes first: a column, and the characters to which it may be shortened; 0: it is left out.
+_GO_FIRST = (
+    *(("ece", 0), ("images", 0), ("parameters", 0), ("seconds", 0), ("settings", 30), ("log loss", 0)),
+    *(
+        ("settings", 16),
+        ("features", 16),
+        ("run", 20),
+        ("features", 0),
+        ("settings", 0),
+        ("test", 0),
+        ("95 % interval", 0),
+    ),
+)
+_WIDE = 60  # most characters of the settings of a run
+
+
+def board_text(rows: Sequence[Mapping[str, Any]], most: int | None = None, *, width: int | None = None) -> str:
+    """Format the leaderboard for a person: only what differs between the runs; an asterisk marks the chosen one.
+
+    The head is not a column, because run ids begin with it. What all runs of a table have in common stands below it.
 
     Parameters
     ----------
     rows : sequence of mapping
-        Rows made by `pipeline.runs.board.leaderboard`.
+        Rows made by `pipeline.runs.board.leaderboard`. There is one table for each data set and state.
     most : int, optional
-        Maximum number of rows to show in addition to the chosen one; default: all.
+        Maximum number of rows of a table to show in addition to the chosen one; default: all.
+    width : int, optional
+        Number of columns of the terminal. Columns are left out, and texts shortened, until the table fits.
     """
-    shown = [row for number, row in enumerate(rows) if most is None or number < most or row["chosen"]]
-    names = ["run_id", "head", "settings", "features", "accuracy", "accuracy_interval", "cv_accuracy", "test_accuracy"]
-    names += ["log_loss", "ece", "n", "fit_seconds", "parameters", "data", "comparable"]
-    alike = {"features", "n", "data", "comparable"}
-    kept = [
-        name
-        for name in names
-        if any(str(row[name]) not in ("", "None") for row in shown)
-        and (name not in alike or len({str(row[name]) for row in shown}) > 1)
-    ]
-    shown = [{**row, "accuracy_interval": interval_of(row)} for row in shown]
-    lines = [{"": "*" if row["chosen"] else "", **{name: row[name] for name in kept}} for row in shown]
-    return table_text(lines)
+    tables: dict[str, list[Mapping[str, Any]]] = {}
+    for row in rows:
+        tables.setdefault(_title(row), []).append(row)
+    return "\n\n".join(
+        (f"{title}\n" if title else "") + _board(alike, most, width) for title, alike in tables.items()
+    ) or table_text([])
+
+
+def _title(row: Mapping[str, Any]) -> str:
+    """Data set and state of a row; empty if all rows have the same."""
+    if "data_set" not in row and "stale" not in row:
+        return ""
+    name = f"{row['data_set']} {row['data']}" if "data_set" in row else str(row["data"])
+    return f"{name}, an older state (stale)" if row.get("stale") else name
+
+
+def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | None) -> str:
+    """Format the rows of one table."""
+    rows = [row for number, row in enumerate(rows) if most is None or number < most or row["chosen"]]
+    settings = [re.split(r" (?=\w+=)", row["settings"]) if row["settings"] else [] for row in rows]
+    common = {"all": _shared(settings)}
+    for head in dict.fromkeys(row["head"] for row in rows):
+        own = [given for row, given in zip(rows, settings, strict=True) if row["head"] == head]
+        common[str(head)] = [item for item in _shared(own) if item not in common["all"]]
+    alike = {name for name in ("features", "n") if len(rows) > 1 and len({str(row[name]) for row in rows}) == 1}
+    lines: list[dict[str, Any]] = []
+    for row, given in zip(rows, settings, strict=True):
+        differs = [item for item in given if item not in common["all"] and item not in common[str(row["head"])]]
+        values = {**row, "accuracy_interval": interval_of(row), "settings": shortened(" ".join(differs), _WIDE)}
+        named = {heading: values[name] for name, heading in _HEADINGS.items() if name not in alike}
+        lines.append({"": "*" if row["chosen"] else "", **named})
+    blank = {name for name in lines[0] if name and all(line[name] in ("", None) for line in lines)}
+    lines, gone = _fitting([{name: line[name] for name in line if name not in blank} for line in lines], width)
+    common["all"] = [*(f"{_HEADINGS[name]} {rows[0][name]}" for name in sorted(alike)), *common["all"]]
+    below = [f"{head}: {', '.join(items)}" for head, items in common.items() if items]
+    below += [f"left out to fit {width} columns: {', '.join(gone)}; --csv prints all"] if gone else []
+    return "\n".join([table_text(lines), *(part for text in below for part in textwrap.wrap(text, width or len(text)))])
+
+
+def _shared(settings: Sequence[list[str]]) -> list[str]:
+    """The settings that all of several runs have; none for a single run."""
+    return [item for item in settings[0] if len(settings) > 1 and all(item in others for others in settings)]
+
+
+def _fitting(lines: list[dict[str, Any]], width: int | None) -> tuple[list[dict[str, Any]], list[str]]:
+    """Leave out columns and shorten texts until the table is at most ``width`` wide; name the columns that went."""
+    gone = []
+    for name, least in _GO_FIRST if width is not None else ():
+        excess = max(map(len, table_text(lines).split("\n"))) - int(width or 0)
+        if excess <= 0 or name not in lines[0]:
+            continue
+        if least:
+            longest = max(len(str(line[name])) for line in lines)
+            lines = [{**line, name: shortened(str(line[name]), max(least, longest - excess))} for line in lines]
+        else:
+            gone.append(name)
+            lines = [{key: value for key, value in line.items() if key != name} for line in lines]
+    return lines, gone
 
 
 def counted(count: int, noun: str) -> str:

@@ -8,6 +8,7 @@ import inspect
 import json
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -184,6 +185,11 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:
     """Print the result of a command: as JSON with ``--json``, else as text for a person."""
     typer.echo(json.dumps(document, indent=2) if as_json else printable_lines(text))
+
+
+def columns_of_terminal() -> int | None:
+    """Number of columns of the terminal that standard output is; None if it is none."""
+    return shutil.get_terminal_size().columns if sys.stdout.isatty() else None
 
 
 def print_note(text: str) -> None:

@@ -20,6 +20,7 @@ from pipeline.commands.common import (
     Runs,
     app,
     arg,
+    columns_of_terminal,
     exit_if_damaged,
     guarded,
     opt,
@@ -153,7 +154,7 @@ def train_head(
     swept = _train_many(stores, sweep, cluster, **options, **common)
     for run_id in swept.runs if tensorboard is not None or average_views else ():
         finish(runs / run_id)
-    print_document(result_document(swept, runs), as_json, summary(swept, runs))
+    print_document(result_document(swept, runs), as_json, summary(swept, runs, width=columns_of_terminal()))
     if swept.runs:
         print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
     if swept.failed:
@@ -262,7 +263,7 @@ def leaderboard(
         with destination(None, sys.stdout, "csv") as write:
             write(csv_text(rows))
     else:
-        typer.echo(printable_lines(board_text(rows)))
+        typer.echo(printable_lines(board_text(rows, width=columns_of_terminal())))
     if not as_json and not as_csv:
         print_next("bottleneck", *(["report", runs] if rows else ["train-head", "FEATURES", "--runs", runs]))
     exit_if_damaged(found.damaged)

@@ -219,7 +219,7 @@ def result_document(result: SweepResult, runs: str | Path) -> dict[str, Any]:
     return {"format": 1, "folder": str(runs), "chosen": chosen, **values}
 
 
-def summary(result: SweepResult, runs: str | Path) -> str:
+def summary(result: SweepResult, runs: str | Path, *, width: int | None = None) -> str:
     """The result as text for a person: counts, failures, the best heads."""
     failed = f", {len(result.failed)} failed" if result.failed else ""
     lines = [f"{runs}: {result.trained} trained, {result.cached} already there{failed}, in {result.seconds:.1f} s"]
@@ -227,7 +227,7 @@ def summary(result: SweepResult, runs: str | Path) -> str:
         first = next(item["head"] for item in result.failed if item["reason"] == reason)
         lines.append(f"  failed: {first}{f' and {number - 1} more' if number > 1 else ''}: {reason}")
     if result.board:
-        lines.append(board_text(result.board, SHOWN))
+        lines.append(board_text(result.board, SHOWN, width=width))
         lines.append("* chosen: the simplest and fastest head whose score lies within the interval of the best one")
     return "\n".join(lines)
 
