@@ -212,8 +212,8 @@ def add_plots(run: Run) -> None:
         return
     rows, history = read_predictions(run), read_history(run.folder)
     with temporary_folder(run.folder / "plots") as temporary:
-        plot_run(temporary, history, rows.labels, rows.probabilities, run.classes)
-        os.rename(temporary, run.folder / "plots")
+        plot_run(temporary / "plots", history, rows.labels, rows.probabilities, run.classes)
+        os.rename(temporary / "plots", run.folder / "plots")
 
 
 def _save_backbone(folder: Path, backbone: Any, recipe: Recipe) -> tuple[str, Recipe]:
