@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,6 +13,9 @@ from typing import Any
 import pytest
 from faults import differences
 from helpers import call_pipeline, paint_folder, run_pipeline
+
+from pipeline.cluster.connection import sweeping
+from pipeline.sweeps.workers import in_parallel
 
 SWEEP = """
 version: 1
@@ -51,3 +56,18 @@ def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path) -> None
     assert boards[0] == boards[1]
     for name in ("one", "two"):
         assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.slow
+def test_a_head_that_kills_every_worker_of_a_cluster_takes_no_other_with_it(tmp_path: Path) -> None:
+    def call(number: int) -> Any:
+        if number == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return (item for item in ()) if number == 5 else number**2
+
+    with sweeping("local:2", tmp_path):
+        found = dict(in_parallel(call, [(number,) for number in range(8)], 2))
+    lost = {number: found.pop(number) for number in (3, 5)}
+    assert found == {number: number**2 for number in (0, 1, 2, 4, 6, 7)}
+    assert "its process was killed each time" in lost[3].reason
+    assert "cannot be sent between processes" in lost[5].reason

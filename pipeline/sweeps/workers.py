@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import itertools
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
 
 from features.children import end_with
-from features.temporary import system_root
 
 
 class Lost(NamedTuple):
@@ -36,29 +36,32 @@ def in_parallel(function: Callable[..., Any], calls: Sequence[tuple[Any, ...]], 
     """Yield the number of each call and the value of ``function(*arguments)`` as they come, in any order.
 
     A single call, or ``jobs`` of 1, needs no other process. Workers map arrays that are in files instead of receiving
-    copies. Each worker has one thread, and ends with this process. If a worker is killed, or a value cannot be sent back, the calls that the workers
-    had in hand are repeated one at a time, and one that fails again is `Lost`. All other calls give their values.
+    copies. Each worker has one thread, and ends with this process. If a worker is killed, or a value cannot be sent back,
+    the calls that the workers had in hand are repeated one at a time, and one that fails again is `Lost`. All other calls
+    give their values.
     """
     client = _cluster.get()
-    if client is None and min(jobs, len(calls)) < 2:
+    if client is not None:
+        yield from _by_dask(client, function, calls)
+        return
+    if min(jobs, len(calls)) < 2:
         yield from ((number, function(*arguments)) for number, arguments in enumerate(calls))
         return
-    at_once = jobs if client is None else max(1, sum(client.nthreads().values()))
     left = dict(enumerate(calls))
     while left:
         try:
-            for number, value in _values(function, left, at_once, client):
+            for number, value in _values(function, left, jobs):
                 del left[number]
                 yield number, value
         except Exception:  # noqa: BLE001  whatever it was, the calls in hand are repeated, and the culprit then has a reason
-            for number in list(left)[:at_once]:  # calls are handed out in order
-                yield number, _alone(function, number, left.pop(number), client)
+            for number in list(left)[:jobs]:  # calls are handed out in order
+                yield number, _alone(function, number, left.pop(number))
 
 
-def _alone(function: Callable[..., Any], number: int, arguments: tuple[Any, ...], client: Any) -> Any:
+def _alone(function: Callable[..., Any], number: int, arguments: tuple[Any, ...]) -> Any:
     """The value of a single call, made in another process; `Lost` if there is none."""
     try:
-        ((_, value),) = _values(function, {number: arguments}, 2, client)
+        ((_, value),) = _values(function, {number: arguments}, 2)
     except Exception as problem:  # noqa: BLE001  returned as the reason
         return Lost(_reason(problem))
     return value
@@ -67,29 +70,52 @@ def _alone(function: Callable[..., Any], number: int, arguments: tuple[Any, ...]
 def _reason(problem: Exception) -> str:
     if isinstance(problem, BrokenProcessPool) or type(problem).__name__ == "KilledWorker":  # the latter is Dask's
         return (
-            "its process was killed, and again when nothing ran beside it, most likely because memory ran out; leave this "
+            "its process was killed each time, at last with nothing beside it, most likely because memory ran out; leave this "
             "head out, or give it fewer columns (another pooling, or pca) or more memory"
         )
     return f"its result cannot be sent between processes ({type(problem).__name__}); train it with --n-jobs 1"
 
 
-def _values(
-    function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], jobs: int, client: Any
-) -> Iterator[tuple[int, Any]]:
-    """Make calls in ``jobs`` processes here, or by joblib's Dask backend with one for each thread of the workers."""
+def _values(function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], jobs: int) -> Iterator[tuple[int, Any]]:
+    """Make calls in ``jobs`` processes; raises an exception if one of them gives no value."""
     import joblib
 
-    if client is None:
-        ending = {"initializer": end_with, "initargs": (os.getpid(),)}
-        backend: dict[str, Any] = {"backend": "loky", "inner_max_num_threads": 1, **ending}
-        options: dict[str, Any] = {"n_jobs": jobs, "max_nbytes": None, "temp_folder": str(system_root())}
-    else:
-        backend, options = {"backend": "dask", "client": client}, {}
-    with joblib.parallel_config(**backend):
-        parallel = joblib.Parallel(return_as="generator_unordered", batch_size=1, **options)
+    ending = {"initializer": end_with, "initargs": (os.getpid(),)}
+    with joblib.parallel_config(backend="loky", inner_max_num_threads=1, **ending):
+        parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, batch_size=1)
         made = (joblib.delayed(_numbered)(function, number, *arguments) for number, arguments in calls.items())
         with contextlib.closing(parallel(made)) as results:
             yield from results
+
+
+def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
+    """Make calls on a cluster, one for each thread of its workers; Dask runs those of a lost worker again, a few times.
+
+    joblib has a backend for Dask, but it waits for ever for a call that failed (seen in 1.6).
+    """
+    import distributed
+
+    left = enumerate(calls)
+    flying: dict[Any, int] = {}
+    done = distributed.as_completed(loop=client.loop)
+    try:
+        while True:
+            room = 2 * max(1, sum(client.nthreads().values())) - len(flying)
+            for number, arguments in itertools.islice(left, max(0, room)):
+                future = client.submit(_numbered, function, number, *arguments, pure=False)
+                flying[future] = number
+                done.add(future)
+            if not flying:
+                return
+            future = next(done)
+            number = flying.pop(future)
+            try:
+                _, value = future.result()
+            except Exception as problem:  # noqa: BLE001  returned as the reason
+                value = Lost(_reason(problem))
+            yield number, value
+    finally:
+        client.cancel(list(flying))
 
 
 def _numbered(function: Callable[..., Any], number: int, *arguments: Any) -> tuple[int, Any]:
