@@ -117,8 +117,7 @@ def locked(out: Path, *, seconds: float = 0.0) -> Iterator[None]:
     """
     import filelock
 
-    holder = out.with_name(f".{out.name}.writer")
-    path = out.with_name(f".{out.name}.lock")
+    holder, path = _lock_files(out)
     lock = filelock.FileLock(path)
     try:
         lock.acquire(timeout=seconds)
@@ -133,6 +132,15 @@ def locked(out: Path, *, seconds: float = 0.0) -> Iterator[None]:
         holder.unlink(missing_ok=True)
         path.unlink(missing_ok=True)  # before the release: filelock refuses a lock on an unlinked file
         lock.release()
+
+
+def seems_locked(out: Path) -> bool:
+    """Whether the writer's lock of ``out`` has files: its holder is at work, or was killed and left them."""
+    return any(path.exists() for path in _lock_files(out))
+
+
+def _lock_files(out: Path) -> tuple[Path, Path]:
+    return out.with_name(f".{out.name}.writer"), out.with_name(f".{out.name}.lock")
 
 
 def behind_link(path: Path) -> Path:

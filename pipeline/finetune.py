@@ -19,7 +19,7 @@ import numpy as np
 
 from features.canonical import digest_of
 from features.errors import ConfigurationError, ParityError, RunError, check_range
-from features.files import locked, printable, writable_folder
+from features.files import locked, printable, seems_locked, writable_folder
 from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.engines import choose_device
@@ -135,8 +135,10 @@ def finetune(
         decided = {**job.decided, "fingerprint": start.recipe.fingerprint, "data": data.digest}
         checkpoint = Checkpoint(checkpoint_path(runs, identity), decided)
         if is_finished(runs / identity):
-            if checkpoint.path.exists():  # left by a process that was killed just before it would have removed it
-                with locked(runs / identity):
+            if checkpoint.path.exists() or seems_locked(
+                runs / identity
+            ):  # left by a process that was killed at its end
+                with locked(runs / identity, seconds=10):
                     checkpoint.remove()
             log(runs / identity)
             return _report(Run.open(runs / identity), damaged, cached=True)

@@ -225,5 +225,7 @@ def test_ctrl_c_leaves_a_training_that_goes_on_and_another_one_is_said(
     assert len(listing_of_runs(tmp_path)) == 2
     done = next(path for path in tmp_path.iterdir() if (path / "history.csv").read_text().count("\n") == 6)
     checkpoint_path(tmp_path, done.name).write_bytes(b"of a process that was killed before it removed it")
+    for name in ("lock", "writer"):
+        (tmp_path / f".{done.name}.{name}").write_text("process 1 on here")
     assert tiny.finetune(**settings)["cached"]
     assert len(listing_of_runs(tmp_path)) == 2
