@@ -74,7 +74,7 @@ def temporary_files_together() -> Iterator[None]:
     """
     before, folder = tempfile.tempdir, None
     with contextlib.suppress(OSError):
-        folder = temporary_path(Path(tempfile.gettempdir(), "bottleneck"))
+        folder = temporary_path(system_root() / "bottleneck")
         folder.mkdir(0o700)
         tempfile.tempdir = str(folder)
         # Without a writable home Matplotlib keeps a folder here, and complains at exit if it is gone by then. What is
