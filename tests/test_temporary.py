@@ -123,6 +123,9 @@ def test_the_systems_folder_is_found_without_writing_into_it(tmp_path: Path, mon
     monkeypatch.setenv("TEMP", str(tmp_path))
     monkeypatch.setattr(tempfile, "gettempdir", lambda: pytest.fail("it tries the folder with a file"))
     assert system_root() == tmp_path
+    with temporary_files_together():
+        assert Path(str(tempfile.tempdir)).parent == tmp_path
+    assert (tempfile.tempdir, listing(tmp_path)) == (None, [])
     monkeypatch.delenv("TEMP")
     monkeypatch.delenv("TMP", raising=False)
     assert system_root() == Path("/tmp")
