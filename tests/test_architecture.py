@@ -211,4 +211,6 @@ def test_one_module_makes_temporary_names() -> None:
     for path in modules("features") + modules("pipeline"):
         if path.stem != "temporary":
             text = path.read_text()
-            assert not re.search(r"mkdtemp|mkstemp|NamedTemporaryFile|TemporaryDirectory|gettempdir|\}\.tmp", text), path
+            assert not re.search(r"mkdtemp|mkstemp|NamedTemporaryFile|TemporaryDirectory|gettempdir|\}\.tmp", text), (
+                path
+            )
