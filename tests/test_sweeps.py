@@ -805,3 +805,17 @@ def test_an_interrupted_sweep_of_processes_goes_on_where_it_was(
     assert main([*command[3:-1], "1", "--json"]) == 0
     result = json.loads(capsys.readouterr().out)
     assert (result["trained"], result["cached"]) == (12 - done, done)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("without_plots")
+def test_a_run_of_a_newer_release_is_kept_and_stops_no_other_head(tmp_path: Path) -> None:
+    store, heads = make_store(), sweep({"head": "logistic", "grid": {"C": [0.1, 1.0]}})
+    first = run_sweep([store], heads, runs=tmp_path, jobs=1)
+    path = tmp_path / first.runs[0] / "config.yaml"
+    path.write_text(path.read_text().replace("format: 1", "format: 2"))
+    more = sweep({"head": "logistic", "grid": {"C": [0.1, 1.0, 10.0]}})
+    again = run_sweep([store], more, runs=tmp_path, jobs=1)
+    assert (again.trained, again.cached, len(again.board)) == (1, 1, 2)
+    assert [item["reason"].partition(": ")[2][:8] for item in again.failed] == ["format 2"]
+    assert "format: 2" in path.read_text()

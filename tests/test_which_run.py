@@ -20,7 +20,7 @@ from pipeline.cli import main
 from pipeline.finetune import best_head, summary
 from pipeline.heads.records import describe_features
 from pipeline.report import make_report
-from pipeline.runs.board import leaderboard, take_run
+from pipeline.runs.board import leaderboard, note_on_older_state, take_run
 from pipeline.runs.datasets import data_sets, source_of
 from pipeline.runs.folder import Run, find_runs
 
@@ -83,6 +83,20 @@ def test_a_newer_state_makes_the_runs_of_older_ones_stale(tmp_path: Path) -> Non
     # chosen only if they are named
     assert taken(tmp_path, data_set=OLD[:10]) == "logistic-before"
     assert taken(tmp_path / "logistic-before") == "logistic-before"
+
+
+def test_a_run_of_an_older_state_that_is_asked_for_again_is_said_to_be_one(tmp_path: Path) -> None:
+    made_run(tmp_path, "logistic-1", digest=OLD, minute=1)
+    made_run(tmp_path, "logistic-2", digest=ANTS, minute=2)
+    assert note_on_older_state(tmp_path, ["logistic-2"]) == ""
+    note = note_on_older_state(tmp_path, ["logistic-1"])
+    assert note.startswith(
+        f"logistic-1 was trained on {OLD[:10]}, an older state of photos. Runs on {ANTS[:10]} are newer"
+    )
+    assert note.endswith(f"--data-set {OLD[:10]}")
+    made_run(tmp_path, "knn-3", digest=ANTS, head="knn", minute=3)
+    with pytest.raises(RunError, match="linear one on the newest state of photos, and fine-tuning needs one"):
+        take_run(tmp_path, accept=lambda run: run.run_id == "logistic-1")
 
 
 def test_the_newest_state_is_that_of_the_newest_run(tmp_path: Path) -> None:
@@ -221,7 +235,7 @@ def test_fine_tuning_starts_from_the_asterisk_among_heads_that_it_can_take(
     with caplog.at_level(logging.INFO, "pipeline.runs.board"):
         assert taken(tmp_path, accept=linear) == "logistic-good"
     assert "; knn-best cannot be fine-tuned again)" in caplog.text
-    with pytest.raises(RunError, match="no run of a Keras head or a linear one on photos"):
+    with pytest.raises(RunError, match="no run of a Keras head or a linear one, and fine-tuning"):
         take_run(tmp_path, accept=lambda run: False)
 
 

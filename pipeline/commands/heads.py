@@ -134,6 +134,7 @@ def train_head(
                 f"only {few} validation images: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
                 "compares heads by the training images"
             )
+        _note_older_state(runs, [Path(document["run"]).name] if document["cached"] else [])
         print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweeps.sweep import result_document, summary
@@ -155,6 +156,7 @@ def train_head(
     for run_id in swept.runs if tensorboard is not None or average_views else ():
         finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs, width=columns_of_terminal()))
+    _note_older_state(runs, swept.runs if swept.cached else [])
     if swept.runs:
         print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
     if swept.failed:
@@ -180,6 +182,13 @@ def parse_folds(text: str | None, stores: Sequence[FeatureStore]) -> int | None:
             f"--folds: received {text!r}, expected a number, or {ONE_GROUP_OUT}{nearest(text, [ONE_GROUP_OUT])}"
         )
     return max(groups_to_leave_out(store) for store in stores)
+
+
+def _note_older_state(runs: Path, asked_again: Sequence[str]) -> None:
+    from pipeline.runs.board import note_on_older_state
+
+    if asked_again and (note := note_on_older_state(runs, asked_again)):
+        print_note(note)
 
 
 def _train_one(

@@ -75,10 +75,10 @@ def take_run(
         if accept is None or (accept(run) and not (several and run.config["stage"] == "finetune"))
     ]
     if not runs:
+        where = f" on the newest state of {one.name}" if several and one.stale else ""
         raise RunError(
-            f"{path}: holds no run of a Keras head or a linear one{f' on {one.name}' if several else ''}, and fine-tuning "
-            "needs one (dense, dropout-linear, mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck "
-            "train-head --head dropout-linear"
+            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one (dense, dropout-linear, "
+            "mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck train-head --head dropout-linear"
         )
     run = starred(runs)
     logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")
@@ -93,6 +93,19 @@ def _account(run: Run, one: DataSet, state: State, for_tuning: bool) -> str:
     best = starred(state.runs)
     instead = f"; {best.run_id} cannot be fine-tuned again" if for_tuning and best is not run else ""
     return printable(f"run taken: {run.folder} ({of}{older}{instead})")
+
+
+def note_on_older_state(root: str | Path, run_ids: Collection[str]) -> str:
+    """Say that runs which were asked for again are not of the newest state of their data set; empty if they are."""
+    for one in data_sets(find_runs(root, warn=False).runs):
+        for state in one.states[1:]:
+            if stale := [run.run_id for run in state.runs if run.run_id in run_ids]:
+                return (
+                    f"{stale[0]} was trained on {state.digest[:10]}, an older state of {one.name}. Runs on "
+                    f"{one.states[0].digest[:10]} are newer, and other commands take one of those: name the run, or add "
+                    f"--data-set {state.digest[:10]}"
+                )
+    return ""
 
 
 def leaderboard(

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError, HeadError, RunError
+from features.errors import ConfigurationError, FormatVersionError, HeadError, RunError
 from features.files import writable_folder
 from features.machine import processors
 from features.progress import Progress
@@ -174,7 +174,7 @@ def run_sweep(
     by, runs = choose or sweep.choose, Path(runs)
     check_choice(by)
     every, failed = _plan(stores, sweep, names, where)
-    missing = [job for job in every if not _is_done(runs / job.run_id, folds or 0)]
+    every, missing = _to_train(every, failed, runs, folds or 0)
     for store in {id(job.store): job.store for job in missing}.values():
         needs_rows(store, "train", "validation")
         if folds:
@@ -303,6 +303,23 @@ def _announce_long(missing: Sequence[Job], folds: int) -> None:
             longest[job.head.name] = max(longest.get(job.head.name, found), found)
     for _, said in sorted(longest.values(), reverse=True):
         logger.warning("%s", said)
+
+
+def _to_train(
+    every: Sequence[Job], failed: list[dict[str, str]], runs: Path, folds: int
+) -> tuple[list[Job], list[Job]]:
+    """The jobs, and those without a finished run. A run of another release is kept, and its job counts as failed."""
+    kept, missing = list[Job](), list[Job]()
+    for job in every:
+        try:
+            done = _is_done(runs / job.run_id, folds)
+        except FormatVersionError as problem:
+            failed.append({"head": str(job), "reason": str(problem)})
+            continue
+        kept.append(job)
+        if not done:
+            missing.append(job)
+    return kept, missing
 
 
 def _is_done(folder: Path, folds: int) -> bool:
