@@ -620,10 +620,6 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-# sha256 over the sha256 of every file, in row order. Another value changes the splits of the sample for all users.
-DIGITS_DIGEST = "85c7aa2c0b27194de1abf2a3510fb2fd2e36702239515ec0ac8d8ade7fabf12f"
-
-
 def test_sample_is_scikit_learns_digits(cache: Path) -> None:
     from sklearn.datasets import load_digits
 
@@ -642,7 +638,12 @@ def test_sample_is_scikit_learns_digits(cache: Path) -> None:
             np.testing.assert_array_equal(np.rint(pixels[2::4, 1::4] * (16 / 255)), digits.images[number])
             np.testing.assert_array_equal(pixels[::4, ::4], pixels[3::4, 3::4])
     digest = hashlib.sha256(b"".join(hashlib.sha256(images.read(index)).digest() for index in range(1797)))
-    assert digest.hexdigest() == DIGITS_DIGEST
+    assert digest.hexdigest() == "85c7aa2c0b27194de1abf2a3510fb2fd2e36702239515ec0ac8d8ade7fabf12f"
+    path = images.root / images.paths[0]
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1  # a flipped bit
+    path.write_bytes(data)
+    assert "does not hold the images that were written; delete it and run again" in refusal("sample:digits")
 
 
 def test_sample_is_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -659,6 +660,8 @@ def few_digits(folder: Path) -> None:
 
 def test_sample_interrupted_or_made_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "SAMPLE_IMAGES", 2)
+    two = [hashlib.sha256(path.encode()).digest() for path in ("0/1.png", "1/2.png")]
+    monkeypatch.setattr(sources, "SAMPLE_DIGEST", hashlib.sha256(b"".join(two)).hexdigest())
 
     def interrupted(folder: Path) -> None:
         few_digits(folder)

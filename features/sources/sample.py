@@ -12,6 +12,8 @@ from features.pixels.png import plain_png
 from features.temporary import temporary_folder
 
 SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
+# sha256 over the sha256 of every file, in row order. Another value would change the splits of the sample for all users.
+SAMPLE_DIGEST = "85c7aa2c0b27194de1abf2a3510fb2fd2e36702239515ec0ac8d8ade7fabf12f"
 
 
 def sample_folder(name: str) -> Path:

@@ -6,6 +6,7 @@ Folders and archives first become a list of files; one function then derives cla
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import logging
 import os
 import re
@@ -24,7 +25,7 @@ from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
 from features.sources.reading import Reading, read_labels, split_of
-from features.sources.sample import SAMPLE, SAMPLE_IMAGES, sample_folder
+from features.sources.sample import SAMPLE, SAMPLE_DIGEST, SAMPLE_IMAGES, sample_folder
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
 from features.sources.trees import read_tree
 
@@ -319,6 +320,9 @@ def _scan_sample(text: str, reading: Reading) -> ImageSet:
     images = _scan_folder(folder, SAMPLE, reading)
     if len(images) != SAMPLE_IMAGES:
         raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it and run again")
+    hashes = (hashlib.sha256(images.read(row)).digest() for row in range(len(images)))
+    if hashlib.sha256(b"".join(hashes)).hexdigest() != SAMPLE_DIGEST:
+        raise SourceError(f"{folder} does not hold the images that were written; delete it and run again")
     return images
 
 
