@@ -7,6 +7,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from features.extraction.extraction import prepare
 from features.extraction.options import ExtractionOptions
 from features.extraction.running import ShardRunner, run_here
@@ -17,6 +19,7 @@ from features.store.reader import FeatureStore
 from pipeline.tables import table_text
 
 DOCUMENT_FORMAT = 1
+MOST_CLASSES = 40  # in the table of classes
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable", "hashed")
 
 
@@ -88,6 +91,17 @@ def run(
     }
 
 
+def _class_counts(store: FeatureStore) -> dict[str, dict[str, int]]:
+    """Number of images by class and split."""
+    counts = np.zeros((len(store.classes), len(SPLITS)), np.int64)
+    labels = store.images.labels
+    np.add.at(counts, (labels[labels >= 0], store.images.splits[labels >= 0]), 1)
+    return {
+        name: {split: int(count) for split, count in zip(SPLITS, row, strict=True) if count}
+        for name, row in zip(store.classes, counts, strict=True)
+    }
+
+
 def describe(store: FeatureStore) -> dict[str, Any]:
     """Describe the contents of a store as one document."""
     splits = Counter(SPLITS[code] for code in store.images.splits.tolist())
@@ -101,6 +115,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "shards": len(store.shards.names),
         "rows_missing": int((~store.present()).sum()),
         "classes": {name: labels[number] for number, name in enumerate(store.classes)},
+        "classes_by_split": _class_counts(store),
         "splits": {name: splits[name] for name in SPLITS if splits[name]},
         "split_rule": store.split_rule,
         "source": printable(store.source),
@@ -165,6 +180,18 @@ def _precision_lines(document: dict[str, Any]) -> list[str]:
             f"  {printable(name)}  differs from float32 by {found['relative_error']:.2g} on {found['images']} images{head}"
         )
     return lines
+
+
+def class_table(document: dict[str, Any]) -> str:
+    """Format the classes with their numbers of images by split, the first `MOST_CLASSES` of them."""
+    by_split = document["classes_by_split"]
+    shown = [split for split in SPLITS if any(split in counts for counts in by_split.values())]
+    rows = [
+        {"class": printable(name), "images": sum(counts.values()), **{split: counts.get(split, 0) for split in shown}}
+        for name, counts in list(by_split.items())[:MOST_CLASSES]
+    ]
+    left = len(by_split) - len(rows)
+    return table_text(rows, "  ") + (f"\n  and {left} more classes (--json lists all)" if left else "")
 
 
 def summary(document: dict[str, Any]) -> str:

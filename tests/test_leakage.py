@@ -157,10 +157,17 @@ def test_altered_copies_of_real_images_are_found(assets: Path, tmp_path: Path) -
     assert found.threshold == THRESHOLD
 
 
-def test_they_are_said_before_training(planted: FeatureStore, caplog: pytest.LogCaptureFixture) -> None:
+def test_they_are_said_once_before_training(
+    planted: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
     leakage.warn_near_duplicates(planted)
-    assert "4 pairs of near-duplicates are in different splits (cosine of " in caplog.text
-    assert f"such as {planted.images.paths[0]} ~ {planted.images.paths[301]}" in caplog.text
+    [said] = [record.getMessage() for record in caplog.records]
+    assert said.startswith(f"{planted.path}: 4 pairs of near-duplicates are in different splits, such as ")
+    assert f"{planted.images.paths[0]} ~ {planted.images.paths[301]}; the report shows them" in said
+    assert "\n" not in said
     caplog.clear()
+    leakage.warn_near_duplicates(planted)
+    assert caplog.text == ""
     leakage.warn_near_duplicates(planted, ["no such data set"])  # which is refused where it is used
     assert caplog.text == ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import zipfile
 from collections import Counter
@@ -19,6 +20,7 @@ from features.sources.reading import Reading, look_alikes, split_of
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import find_conflicts
 from features.store.reader import FeatureStore
+from pipeline.cli import main
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
@@ -289,3 +291,16 @@ def test_the_same_image_in_two_class_folders_is_said(tmp_path: Path, caplog: pyt
     extract(root, tmp_path / "f.h5", split="hash:1,0,0")
     assert "1 images have the same bytes as one of another class in their split" in caplog.text
     assert "cat/0001.png = dog/again.png" in caplog.text
+
+
+def test_inspect_prints_classes_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = paint_folder(tmp_path / "photos", {"train/cat": 3, "train/a dog": 12, "test/cat": 2, "test/": 1})
+    extract(root, tmp_path / "f.h5")
+    assert main(["inspect", str(tmp_path / "f.h5")]) == 0
+    assert [line.split() for line in capsys.readouterr().out.splitlines()[-3:]] == [
+        ["class", "images", "train", "test"],
+        ["a", "dog", "12", "12", "0"],
+        ["cat", "5", "3", "2"],
+    ]
+    assert main(["inspect", str(tmp_path / "f.h5"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["classes_by_split"]["cat"] == {"train": 3, "test": 2}

@@ -169,7 +169,8 @@ def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = Fals
     from pipeline import extract as stage
 
     document = stage.describe(FeatureStore.open(file))
-    print_document(document, as_json, stage.summary(document))
+    classes = f"\n{stage.class_table(document)}" if document["classes"] else ""
+    print_document(document, as_json, stage.summary(document) + classes)
 
 
 @app.command()

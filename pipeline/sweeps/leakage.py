@@ -8,6 +8,7 @@ again, resized, mirrored or slightly cropped, and two photographs of the same sc
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import logging
@@ -16,10 +17,13 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from features.cache import cache_path
+from features.canonical import canonical_json, digest_of
 from features.errors import check_range
-from features.files import printable
+from features.files import printable, whole_file
 from features.sources.splits import SPLITS
 from pipeline.heads.pooling import choose_pool, pool_features
+from pipeline.progress import QUIET
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
@@ -39,7 +43,7 @@ PAIRS_CHECKED = 1 << 34  # comparisons of projected rows, about a minute on two 
 # Candidates are pairs down to three deviations below the threshold; they are then compared exactly.
 DEVIATIONS = 3.0
 KEPT = 20  # candidates kept per reported pair
-QUICK_PAIRS, SHOWN = 1 << 31, 5  # in the check before training: comparisons (a few seconds), and pairs in the warning
+QUICK_PAIRS = 1 << 31  # comparisons in the check before training, a few seconds
 READ_BYTES = 4 << 20  # of one read, as stored
 PRODUCTS_BYTES = 16 << 20  # of one matrix product
 
@@ -232,14 +236,23 @@ class _Search:
 
 
 def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None:
-    """Log a warning about near-duplicates across splits, found with the first of the given feature sets."""
+    """Log a line about near-duplicates across splits, found with the first of the given feature sets.
+
+    It is said once for the same images, splits and features: a note in the cache keeps that it has been, or that there is
+    nothing to say. Without a cache it is said each time.
+    """
     known = [name for name in names or store.names if name in store.names]
-    if not known:
+    if not known or QUIET.is_set():
         return  # unknown names are refused later, where they are used
-    found = near_duplicates(store, known[0], limit=SHOWN, pairs_checked=QUICK_PAIRS)
+    key = digest_of([store.data_digest, store.recipes[known[0]].fingerprint, THRESHOLD])
+    note = cache_path("near-duplicates", f"{key}.json")
+    if note.is_file():
+        return
+    found = near_duplicates(store, known[0], limit=1, pairs_checked=QUICK_PAIRS)
     if found.found:
-        alike = ". So many pairs mean that such images look alike to this network" if found.found > len(store) else ""
-        pairs = "; ".join(f"{printable(pair.first)} ~ {printable(pair.second)}" for pair in found.pairs)
-        notes = (f" ({found.capped})" if found.capped else "") + alike
-        text = "%s: %d pairs of near-duplicates are in different splits (cosine of %s at least %g), such as %s%s"
-        logger.warning(text, store.path, found.found, known[0], found.threshold, pairs, notes)
+        pair, alike = found.pairs[0], "; so many look alike to this network" if found.found > len(store) else ""
+        names_of = f"{printable(pair.first)} ~ {printable(pair.second)}"
+        text = "%s: %d pairs of near-duplicates are in different splits, such as %s%s; the report shows them"
+        logger.warning(text, store.path, found.found, names_of, alike)
+    with contextlib.suppress(OSError), whole_file(note) as file:  # the note only saves a repetition
+        file.write(canonical_json({"pairs": found.found}).encode())
