@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from features.files import printable
 from pipeline.intervals import interval_of
 
 
@@ -133,7 +134,7 @@ def _title(row: Mapping[str, Any]) -> str:
     """Data set and state of a row; empty if all rows have the same."""
     if "data_set" not in row and "stale" not in row:
         return ""
-    name = f"{row['data_set']} {row['data']}" if "data_set" in row else str(row["data"])
+    name = printable(f"{row['data_set']} {row['data']}" if "data_set" in row else str(row["data"]))
     return f"{name}, an older state (stale)" if row.get("stale") else name
 
 
@@ -155,7 +156,7 @@ def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | Non
     blank = {name for name in lines[0] if name and all(line[name] in ("", None) for line in lines)}
     lines, gone = _fitting([{name: line[name] for name in line if name not in blank} for line in lines], width)
     common["all"] = [*(f"{_HEADINGS[name]} {rows[0][name]}" for name in sorted(alike)), *common["all"]]
-    below = [f"{head}: {', '.join(items)}" for head, items in common.items() if items]
+    below = [printable(f"{head}: {', '.join(items)}") for head, items in common.items() if items]
     below += [f"left out to fit {width} columns: {', '.join(gone)}; --csv prints all"] if gone else []
     return "\n".join([table_text(lines), *(part for text in below for part in textwrap.wrap(text, width or len(text)))])
 
@@ -210,4 +211,4 @@ def _cell(value: Any) -> str:
         return f"{value:.4f}"
     if isinstance(value, list | tuple):
         return " to ".join(_cell(item) for item in value)
-    return str(value)
+    return printable(str(value))

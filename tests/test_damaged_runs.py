@@ -25,6 +25,8 @@ from pipeline.reporting.reproduce import commands
 from pipeline.runs.board import take_run
 from pipeline.runs.folder import Run, find_runs, read_history, read_predictions
 
+pytestmark = pytest.mark.slow  # whole commands on 33 run folders
+
 GOOD = "logistic-good"
 SECONDS = 10  # at most, for any reader
 Spoil = Callable[[Path], object]
