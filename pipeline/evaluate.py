@@ -89,7 +89,7 @@ def evaluate(
         If no image could be read.
     """
     asked = PredictOptions(**options)
-    chosen, damaged = taken(run, asked.data_set, likely=absolute(str(images)))
+    chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if is_manifest(images) else None)
         reading = reading or (chosen.reading if chosen.reading.record else None)

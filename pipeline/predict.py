@@ -95,7 +95,7 @@ def predict(
         check_picture(Path(grid))
         written["--grid"] = output_file(grid, "--grid", "grid.png")
     items, total = _items(images, written)
-    chosen, damaged = taken(run, asked.data_set)
+    chosen, damaged = taken(run, asked)
     augmentation = _augmentation(chosen, run, asked.views, asked.augment)
     if chosen is not None:
         for option, path in written.items():

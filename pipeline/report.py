@@ -25,7 +25,7 @@ from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
-from pipeline.runs.board import board_of, by_folds, check_choice, starred
+from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, starred
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs
 from pipeline.tables import counted, shortened
@@ -102,10 +102,14 @@ def make_report(
     runs, damaged = find_runs(root)
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
+    check_folds(runs, folds)
     given, out = out, output_file(out, "--out", "report.html")
     if out.exists() and not _is_page(out):
         raise ConfigurationError(f"--out {given}: exists and is not an HTML page; give another name, or remove it")
     opened = [FeatureStore.open(path) for path in stores]
+    for store in opened:
+        if store.data_digest not in {run.config["features"]["data_digest"] for run in runs}:
+            logger.warning("--features %s: no run was trained on its images, labels and splits", store.path)
     order = _groups_of(runs, data_set, str(root))
     titles = Counter(one.name for one, _, _ in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))

@@ -84,6 +84,12 @@ QUICK = [
     Mistake("a folder of runs that is not there", "leaderboard rums", 1, ("rums: there is no such folder of runs", "train-head makes one", "did you mean 'runs'?")),
     Mistake("features for runs", "leaderboard f.h5", 1, ("f.h5: is a file, expected a run or a folder of runs", "bottleneck train-head f.h5")),
     Mistake("an unknown score", "leaderboard runs --choose acuracy", 2, ("choose: received 'acuracy'", "did you mean 'accuracy'")),
+    Mistake("two forms of one list", "leaderboard runs --csv --json", 2, ("--csv and --json are two forms", "give one of them")),
+    Mistake("folds that nobody trained", "leaderboard runs --folds", 2, ("--folds: none of 1 run was cross-validated", "Train with --folds 5")),
+    Mistake("a report of folds that nobody trained", "report runs --folds", 2, ("--folds: none of 1 run was cross-validated",)),
+    Mistake("a choice among one head", "train-head f.h5 --head knn --choose accuracy", 2, ("--choose: compares heads, and there is only one", "leave it out")),
+    Mistake("weights for an exported model", "predict mine.onnx photos --weights w.h5", 2, ("--weights w.h5: mine.onnx is an exported model, which holds its own weights",)),
+    Mistake("a GPU for an exported model", "evaluate mine.onnx photos --device gpu", 2, ("mine.onnx is an exported model, which runs on the processor",)),
     Mistake("prediction without a run", "predict empty photos", 1, ("empty: holds no finished run", "bottleneck train-head makes one")),
     Mistake("prediction from features", "predict f.h5 photos", 1, ("f.h5: is a file, expected a run", "bottleneck train-head f.h5")),
     Mistake("prediction of a folder without images", "predict runs docs", 1, ("docs holds no images", "Give the folder that holds them")),
@@ -232,6 +238,17 @@ def test_mistakes_with_networks(
     with_network: Path, here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     check(SLOW, here, capsys, caplog)
+
+
+@pytest.mark.slow
+def test_the_next_command_works_for_a_store_of_several_feature_sets(
+    with_network: Path, here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layers = "--layer block_16_project --layer out_relu --pooling avg"
+    assert main(f"extract photos --out two.h5 --split stratified {layers} {SMALL}".split()) == 0
+    (typed,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("next: bottleneck ")]
+    assert typed.endswith("train-head two.h5 --head logistic --features block_16_project.avg")
+    assert main([*typed.split()[2:], "--runs", "two-runs"]) == 0
 
 
 @pytest.mark.slow

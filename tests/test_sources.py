@@ -897,6 +897,31 @@ def test_groups_that_given_splits_tear_apart_are_warned_about() -> None:
     assert warnings == ["1 groups lie in more than one split, because of given splits: 'p1'"]
 
 
+@pytest.mark.parametrize(
+    ("rule", "given", "said"),
+    [
+        ("hash", [0, 1, 0, 1], []),
+        ("stratified", [0, 1, 0, -1], []),
+        ("stratified:0.5,0.5", [0, 1, 0, 1], ["--split stratified has no effect: every image has a split of its own"]),
+        (
+            "hash+validation-from-train:0.5",
+            [-1, 1, -1, 1],
+            ["--validation-from-train 0.5 has no effect: no image lies in"],
+        ),
+        ("hash+validation-from-train:0.5", [0, 1, -1, -1], []),
+        ("hash+test-from-validation:0.2", [0, 0, 0, 0], ["--test-from-validation 0.2 has no effect: no image lies in"]),
+    ],
+)
+def test_a_part_of_the_split_rule_that_concerns_no_image_is_warned_about(
+    rule: str, given: list[int], said: list[str]
+) -> None:
+    _, warnings = assign_splits(
+        np.zeros(4, np.int32), np.array(given, np.int8), None, contents(4), SplitRule.parse(rule)
+    )
+    assert [any(text in warning for warning in warnings) for text in said] == [True] * len(said)
+    assert len(warnings) == len(said)
+
+
 def test_nothing_to_split() -> None:
     for rule in ("hash", "stratified"):
         assert split(np.zeros((0, 32), np.uint8), rule) == []

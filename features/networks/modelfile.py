@@ -177,7 +177,7 @@ def open_model(path: Path) -> Any:
         reason = _reason(error)
         if version.startswith(("1.", "2.")):
             raise ConfigurationError(
-                f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({brief(reason, 150)}). "
+                f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({brief(reason.partition('. ')[0], 150)}). "
                 f"If it is a network of keras.applications, name it and take only the numbers: --backbone NAME --weights {path}. "
                 "Otherwise load its weights into the same layers made with Keras 3, and save that model."
             ) from error

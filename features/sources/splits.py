@@ -148,7 +148,7 @@ def assign_splits(
     splits : int8, (n,)
         Index into ``SPLITS``.
     warnings : list of str
-        Groups that lie in more than one split because of given splits.
+        Groups that lie in more than one split because of given splits, and parts of the rule that concern no image.
     """
     splits = np.array(given_splits, dtype=np.int8)
     splits[np.asarray(labels) < 0] = UNLABELLED
@@ -177,7 +177,20 @@ def assign_splits(
         # A split with share 0 must stay empty even if the other shares add up to just below 1, or if u rounds to 1.
         last = np.inf if test == 0 else train + validation
         splits[rows] = np.searchsorted([last if validation == 0 else train, last], draws, side="right")
-    return splits, _crossing_groups(groups, splits)
+    return splits, _crossing_groups(groups, splits) + _unused(rule, given)
+
+
+def _unused(rule: SplitRule, given: np.ndarray) -> list[str]:
+    """Name the parts of a rule that were asked for and concern no image; ``given`` are the splits before the rule."""
+    found = [
+        f"--{word} {share} has no effect: no image lies in a given split {MOVES[word][0]!r}"
+        for word, share in rule._moved.items()
+        if share and not (given == SPLITS.index(MOVES[word][0])).any()
+    ]
+    asked = (rule.kind, rule.fractions) != (SplitRule().kind, DEFAULT_FRACTIONS) and not any(rule._moved.values())
+    if asked and len(given) and not (given == NOT_GIVEN).any():
+        found.append(f"--split {rule.kind} has no effect: every image has a split of its own, which is kept")
+    return found
 
 
 def _group_key(group: str) -> bytes:

@@ -119,8 +119,13 @@ def train_head(
         for store in stores:
             warn_near_duplicates(store, names)
 
+    one = heads is None and len(stores) == 1 and len(names) < 2
+    if choose is not None and one:
+        raise ConfigurationError(
+            "--choose: compares heads, and there is only one; leave it out, or train --heads SWEEP"
+        )
     common: dict[str, Any] = {"runs": runs, "memory": budget, "test": test, "ready": ready}
-    if heads is None and len(stores) == 1 and len(names) < 2 and not folds and cluster is None:
+    if one and not folds and cluster is None:
         chosen: dict[str, Any] = {
             "name": names[0] if names else None,
             "pool": pool,
@@ -263,6 +268,8 @@ def leaderboard(
     from pipeline.runs.folder import find_runs
     from pipeline.tables import board_text, csv_text
 
+    if as_csv and as_json:
+        raise ConfigurationError("--csv and --json are two forms of the same list; give one of them")
     check_choice(choose)
     found = find_runs(runs)
     rows = board_of(found.runs, by=choose, folds=folds, data_set=data_set)

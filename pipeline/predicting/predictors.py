@@ -34,20 +34,23 @@ class Model(Protocol):
         """Return the probabilities, float64 (n, c), of at most ``batch_size`` images."""
 
 
-def taken(path: str | Path, data_set: str | None, likely: str | None = None) -> Taken | tuple[None, list[str]]:
+def taken(path: str | Path, asked: PredictOptions, likely: str | None = None) -> Taken | tuple[None, list[str]]:
     """Return the run to predict with as `pipeline.runs.board.take_run` does; None for an exported model.
 
     Raises
     ------
     ConfigurationError
-        If a data set is named, and ``path`` is an exported model.
+        If ``path`` is an exported model, and an option is given that means something only for a run.
     """
     if not is_artefact(path):
-        return take_run(path, data_set=data_set, likely=likely)
-    if data_set is not None:
-        raise ConfigurationError(
-            f"--data-set {data_set}: {path} is an exported model, not a folder of runs; leave it out"
-        )
+        return take_run(path, data_set=asked.data_set, likely=likely)
+    for option, given, holds in (
+        ("--data-set", asked.data_set, "is made of one run"),
+        ("--weights", asked.weights, "holds its own weights"),
+        ("--device", None if asked.device != "gpu" else "gpu", "runs on the processor"),
+    ):
+        if given is not None:
+            raise ConfigurationError(f"{option} {given}: {path} is an exported model, which {holds}; leave it out")
     return None, []
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from features import canonical
-from features.errors import RunError
+from features.errors import ConfigurationError, RunError
 from features.files import printable
 from pipeline.intervals import interval_of
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
@@ -152,6 +152,7 @@ def board_of(
         ``stale`` says whether the row is of an older one.
     """
     check_choice(by)
+    check_folds(runs, folds)
     found = data_sets(runs)
     groups = [(one, state) for one in found for state in one.states]
     if data_set is not None:
@@ -173,6 +174,15 @@ def board_of(
 def check_choice(by: str) -> None:
     """Raise ``ConfigurationError`` unless ``by`` is a score that runs can be compared by."""
     canonical.check_choice("choose", by, CHOICES)
+
+
+def check_folds(runs: Sequence[Run], folds: bool | None) -> None:
+    """Raise ``ConfigurationError`` if runs are to be compared by cross-validation and none of them has it."""
+    if folds and runs and not any(run.metrics["cv"] for run in runs):
+        raise ConfigurationError(
+            f"--folds: none of {counted(len(runs), 'run')} was cross-validated, so they cannot be compared by it. Train with "
+            "--folds 5, or leave it out."
+        )
 
 
 def by_folds(runs: Sequence[Run], folds: bool | None = None) -> bool:
