@@ -71,7 +71,7 @@ QUICK = [
     Mistake("memory in words", "train-head f.h5 --memory lots", 2, ("--memory: received 'lots'", "such as 2GB or 500MB")),
     Mistake("too little memory", "train-head f.h5 --memory 1KB", 1, ("head 'logistic'", "48 x 3 features", "1.0 kB are allowed", "ive more (--memory)")),
     Mistake("a sweep with a typo", "train-head f.h5 --heads typo.yaml", 2, ("typo.yaml: unknown key 'heads.0.haed'", "did you mean 'head'?")),
-    Mistake("a sweep that is no YAML", "train-head f.h5 --heads broken.yaml", 2, ("broken.yaml: not valid YAML in line 3", "expected the node content")),
+    Mistake("a sweep that is no YAML", "train-head f.h5 --heads broken.yaml", 2, ("broken.yaml: not valid YAML in line 3", "node content")),
     Mistake("a sweep that is not there", "train-head f.h5 --heads sweeps.yaml", 2, ("sweeps.yaml: cannot be read as a configuration file: No such file",)),
     Mistake("a head and a sweep", "train-head f.h5 --head knn --heads sweep.yaml", 2, ("--head, --param and --pool name one head, --heads a sweep", "give one or the other")),
     Mistake("one fold", "train-head f.h5 --folds 1", 2, ("--folds: received 1", "expected 2 or more")),
