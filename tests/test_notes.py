@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import json
 import os
@@ -9,7 +10,7 @@ import shutil
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,8 @@ from features.errors import ConfigurationError, SourceError
 from features.extraction.extraction import Extraction
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
+from features.extraction.running import Advance, MadeShard, Work, run_here
+from features.extraction.shard import KILLS_WORKER, refuse_image
 from features.sources.scan import ImageSet, scan
 from features.store.reader import FeatureStore
 
@@ -211,6 +214,39 @@ def test_an_unreadable_file_is_tried_again_only_without_a_note(source: Path, tmp
     assert (again.counts["unreadable"], again.counts["changed"], again.written) == (1, 1, False)
     assert state(out) == before
     assert listing(tmp_path / "images") == sorted(listing(source))
+
+
+def test_an_image_that_ends_its_process_is_not_tried_again_without_a_note(
+    source: Path, tmp_path: Path, cache: Path
+) -> None:
+    """Not even on another path: every try may cost a worker. Only another content or ``--rehash`` is one more."""
+    tried: list[str] = []
+
+    def run_shards(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
+        tried.extend(path for spec in work.specs for path in spec.paths)
+        for spec in work.specs:
+            for row in range(len(spec)):
+                one = spec.part(row, row + 1)
+                if one.paths == ("cat/1.bmp",):
+                    record = refuse_image(one, work.folder, read=work.reader(), reason=KILLS_WORKER)
+                    yield MadeShard(spec, record, "")
+                else:
+                    for made in run_here(dataclasses.replace(work, specs=(one,)), advance):
+                        yield dataclasses.replace(made, planned=spec)
+
+    def run(**options: object) -> FeatureStore:
+        asked = ExtractionOptions(batch_size=4, max_unreadable=0.5, **options)
+        return Extraction(scan(source), NumpyNetwork(), tmp_path / "f.h5", asked, run_shards).run().store
+
+    assert run().quarantine.reasons == (KILLS_WORKER,)
+    shutil.rmtree(cache)
+    tried.clear()
+    assert run().quarantine.reasons == (KILLS_WORKER,)
+    (source / "cat/1.bmp").rename(source / "cat/9.bmp")
+    assert run().quarantine.paths == ("cat/9.bmp",)
+    assert tried == []
+    assert len(run(rehash=True)) == 4
+    assert tried == ["cat/9.bmp"]
 
 
 def test_a_run_that_was_stopped_leaves_notes_of_what_it_read(source: Path, tmp_path: Path, reads: list[str]) -> None:

@@ -25,7 +25,7 @@ from features.errors import ConfigurationError, FormatVersionError, IntegrityErr
 from features.extraction.journal import PartsFolder
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
-from features.extraction.shard import ShardSpec, rows_per_shard
+from features.extraction.shard import KILLS_WORKER, ShardSpec, rows_per_shard
 from features.pixels.batches import loaded
 from features.progress import Progress
 from features.recipe import Cell, Recipe
@@ -110,6 +110,8 @@ class KnownRows:
             identity = Identity(digest.tobytes(), reason=reason)
             if fresh:
                 self._fresh[path] = identity
+            if reason == KILLS_WORKER:
+                self.sizes.add(int(size))
             if digest.any():
                 self._by_content.setdefault(identity.sha256, identity)
                 if same_place:
@@ -389,12 +391,14 @@ def _identities(
         identities = [known.at_time(*column) for column in columns]
     # The same content has the same size, so only a file of a known size can have known content.
     unknown = [index for index, identity in enumerate(identities) if identity is None and sizes[index] in known.sizes]
+    reasons = {None} if options.rehash else {None, KILLS_WORKER}
     # Few are read ahead, so that Ctrl-C does not wait for all of them.
     hashes = loaded(readers, lambda index: hashlib.sha256(images.read(index)).digest(), unknown, HASHED_AHEAD)
     for done, (index, sha256) in enumerate(hashes, 1):
-        # What cannot be read now is read again for a shard, which records the reason; so is what could not be read before.
+        # What cannot be read is read again for a shard, which records the reason. What could not be decoded before is
+        # tried again, because later releases decode more, unless it would end process after process.
         found = None if isinstance(sha256, UnreadableImageError) else known.of_content(sha256)
-        if found is not None and found.reason is None:
+        if found is not None and found.reason in reasons:
             identities[index] = found
         if progress:
             progress("hash", done, len(unknown))
