@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, rounds
 
 from features.errors import BottleneckError
 from pipeline.heads.kinds import load_head
@@ -340,6 +340,50 @@ def test_heads_that_would_lead_outside_their_memory(tmp_path: Path) -> None:
             assert str(tmp_path / name) in outcome
             assert len(outcome) < 1000 + len(str(tmp_path))
             assert re.search(message, outcome), f"{name}: {outcome}"
+
+
+def changed(values: np.ndarray, draw: np.random.Generator) -> np.ndarray:
+    """An array with other bytes, another length, shape or type."""
+    data = bytearray(values.tobytes())
+    for at in draw.integers(max(1, len(data)), size=3 * (len(data) > 0)):
+        data[at] = draw.integers(256)
+    flipped = np.frombuffer(bytes(data), values.dtype).reshape(values.shape)
+    plain = values if values.dtype.names is None else flipped
+    choices = [flipped, values[None], np.full_like(plain, 7), plain.astype("U5") if plain is values else flipped]
+    choices += [values[:-1], np.concatenate([values, values]), values.T] if values.ndim else []
+    return choices[draw.integers(len(choices))]
+
+
+def scrambled(schema: Any, draw: np.random.Generator) -> None:
+    """A value of the schema replaced by another one, or by a text, number or nothing."""
+    places = [(node, key) for node in _nodes(schema) for key in node]
+    node, key = places[draw.integers(len(places))]
+    other, where = places[draw.integers(len(places))]
+    values = [None, -1, "NaN", "1e308", "100000000", [], json.loads(json.dumps(other[where]))]
+    node[key] = values[draw.integers(len(values))]
+
+
+@pytest.mark.stress
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numbers beyond all bounds
+def test_heads_changed_at_random_are_refused_or_predict(tmp_path: Path) -> None:
+    draw, runs, outcomes = np.random.default_rng(2), sorted(RUNS.glob("*/*/head.skops")), [0, 0]
+    for number in range(rounds(2000)):
+        run = runs[draw.integers(len(runs))].parent
+        folder, file = tmp_path / str(number), File(run / "head.skops")
+        shutil.copytree(run, folder)
+        if draw.random() < 0.5:
+            scrambled(file.schema, draw)
+        else:
+            name = sorted(file.members)[draw.integers(len(file.members))]
+            file.put({"file": name}, changed(file.array({"file": name}), draw))
+        file.write(folder / "head.skops")
+        try:
+            assert probabilities(folder).shape[0] == 40
+            outcomes[0] += 1
+        except BottleneckError:
+            outcomes[1] += 1
+        shutil.rmtree(folder)
+    assert min(outcomes) > rounds(2000) // 10
 
 
 def test_leaderboard_and_report_load_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 
 from features.canonical import check_choice
 from features.errors import HeadError, RunError
+from features.files import read_small
 from features.recipe import POOLINGS
 from pipeline.config import parse
 from pipeline.heads.classifier_table import CLASSIFIERS
@@ -97,8 +98,7 @@ def load_head(folder: str | Path, *, trust: bool = False) -> Head:
     folder = Path(folder)
     path = folder / "head.json"
     try:
-        with open(path, "rb") as file:
-            values = bounded_json(file.read(MOST_TEXT + 1))
+        values = bounded_json(read_small(path, MOST_TEXT))
     except (OSError, ValueError, RecursionError) as problem:
         raise HeadError(f"{path}: cannot be read: {problem}") from problem
     named = values.get("kind") if isinstance(values, dict) else None

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from features.errors import HeadError, UntrustedHeadError
+from features.files import read_small
 from features.signing import is_signed, signature
 from pipeline.heads.models.archive import Archive
 from pipeline.heads.models.converting import class_count, classifier_of, model_of_part
@@ -206,8 +207,7 @@ def _unmap(found: Any) -> None:
 def _is_ours(folder: Path, data: bytes) -> bool:
     """Whether this user signed these bytes of ``head.skops``."""
     try:
-        with open(folder / SIGNATURE, encoding="utf-8", errors="replace") as file:
-            claimed = file.read(100).strip()
+        claimed = read_small(folder / SIGNATURE, 100).decode("ascii", "replace").strip()
     except OSError:
         return False
     return is_signed(_digest(data), SKOPS, claimed)

@@ -144,6 +144,7 @@ class SupportVectors(Model):
 
     def check(self, columns: int, classes: int) -> None:
         need(self.kernel in ("linear", "poly", "rbf", "sigmoid"), f"kernel is {self.kernel[:40]!r}")
+        need(self.gamma >= 0, f"gamma is {self.gamma:g}, expected 0 or more")
         need(0 <= self.degree <= 100, f"degree is {self.degree}, expected 0 to 100")
         check_floats("vectors", self.vectors, None, columns)
         count = len(self.vectors)
