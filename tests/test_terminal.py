@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import pty
 import re
@@ -15,8 +16,8 @@ import pytest
 from helpers import ROOT, paint
 
 from pipeline.cli import main
-from pipeline.commands.common import app
-from pipeline.progress import QUIET, ConsoleProgress, set_quiet
+from pipeline.commands.common import app, print_document, print_note
+from pipeline.progress import QUIET, ConsoleProgress, StderrHandler, set_quiet
 
 # predict with a model that needs no network, slowly enough for a bar to be drawn
 CHILD = """
@@ -152,6 +153,18 @@ def test_lines_say_what_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
         ):  # fmt: skip
             progress(stage, done, total)
     assert stream.getvalue() == "extract: 650 of 1000, 5.0 images/s, 70 s left\npredict: 80, 4.0 images/s\n"
+
+
+def test_no_escape_sequence_of_a_name_reaches_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Results, hints, warnings and errors of all commands are printed by these."""
+    name = "a\x1b[2J\x07\u202eb"
+    print_document({}, False, f"{name}\nc")
+    print_note(name)
+    record = logging.makeLogRecord({"levelno": logging.WARNING, "levelname": "WARNING", "msg": f"{name} is unreadable"})
+    assert StderrHandler().format(record) == "WARNING: a\\x1b[2J\\x07\\u202eb is unreadable"
+    assert capsys.readouterr() == ("a\\x1b[2J\\x07\\u202eb\nc\n", "a\\x1b[2J\\x07\\u202eb\n")
+    assert main(["train-head", f"/nowhere/{name}.h5"]) == 1
+    assert "error: /nowhere/a\\x1b[2J\\x07\\u202eb.h5: no such feature store" in capsys.readouterr().err
 
 
 def test_quiet_ends_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,6 +210,21 @@ def test_the_leaderboard_and_the_report_mark_one_run_of_each(tmp_path: Path) -> 
     assert ([group["name"] for group in one["groups"]], one["runs"]) == (["ants"], 1)
 
 
+def test_a_report_on_many_data_sets_opens_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number in range(10):
+        made_run(tmp_path / "runs", f"logistic-{number}", source=f"/data/{number}", digest=f"{number:064}")
+    opened: list[Path] = []
+    first = Run.open
+
+    def count(folder: Path) -> Run:
+        opened.append(folder)
+        return first(folder)
+
+    monkeypatch.setattr(Run, "open", count)
+    assert len(make_report(tmp_path / "runs", tmp_path / "report.html")["groups"]) == 10
+    assert len(opened) == len(set(opened)) == 10
+
+
 def test_the_run_is_named_and_what_is_stale_is_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     two_data_sets(tmp_path)
     made_run(tmp_path, "logistic-old", source="/data/brain", digest=OLD, accuracy=1.0, minute=0)
@@ -277,6 +292,7 @@ def test_commands_refuse_several_data_sets_and_name_the_run(tmp_path: Path, caps
     out = str(tmp_path / "model.keras")
     for command in (
         ["predict", str(runs), str(image)],
+        ["evaluate", str(runs), str(image)],
         ["export", str(runs), "--out", out],
         ["finetune", str(runs), "--images", str(image)],
     ):
