@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
@@ -28,6 +29,7 @@ COMMANDS = {
     "train-head": ("train-head FEATURES --head HEAD --runs RUNS", "ARGS=--seed 1"),
     "finetune": ("finetune RUN --images DATA", ""),
     "predict": ("predict RUN IMAGES --out PREDICTIONS", ""),
+    "evaluate": ("evaluate RUN IMAGES", ""),
     "leaderboard": ("leaderboard RUNS", ""),
     "report": ("report RUNS --out report.html", ""),
     "preview": ("preview DATA --out preview.png", ""),
@@ -71,6 +73,11 @@ def test_every_variable_is_one_word(target: str, tmp_path: Path) -> None:
             *more,
         ]
     assert sorted(path.name for path in tmp_path.iterdir()) == [".venv", "Makefile", "pyproject.toml", "words"]
+
+
+def test_no_target_is_forgotten() -> None:
+    text = (ROOT / "Makefile").read_text()
+    assert set(re.findall(r"^([a-z-]+):.*\n\t\$\(RUNNER\)", text, re.MULTILINE)) == set(COMMANDS)
 
 
 def test_run_and_images_follow_runs_and_data(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from faults import differences
 from helpers import ROOT, paint_folder
 
 PIPELINE = [sys.executable, "-m", "pipeline"]
-CLOSED = [">&-", "2>&-", "<&- >&- 2>&-"]
+CLOSED = ["2>&-", "<&- >&- 2>&-"]
 
 
 def shell(command: list[object], streams: str) -> tuple[int, str, str]:
