@@ -237,6 +237,18 @@ def test_whatever_one_head_raises_the_others_go_on(
     assert listing(tmp_path) == sorted(name for name in listing(tmp_path) if name.startswith("knn"))
 
 
+def test_whatever_a_single_head_raises_is_an_error_that_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(head: Any, Z: np.ndarray) -> np.ndarray:
+        raise OddError("odd")
+
+    monkeypatch.setattr(SklearnHead, "_probabilities", fails)
+    with pytest.raises(HeadError, match="head 'knn': OddError: odd"):
+        train_head(make_store(), "knn", runs=tmp_path)
+    assert listing(tmp_path) == []
+
+
 @pytest.mark.usefixtures("without_plots")
 def test_predictions_that_are_no_numbers_fail_their_head_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain = SklearnHead._probabilities

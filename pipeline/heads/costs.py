@@ -104,7 +104,7 @@ def solver_bytes(name: str, params: Mapping[str, Any], rows: int, columns: int, 
     return 24 * values
 
 
-# Seconds of one fit on one core, measured on standardised features of 320 and 1,280 columns, 400 and 1,600 rows, and 2 and
+# Seconds of one fit on one core, measured (tests/benchmarks/bench_costs.py) on standardised features of 320 and 1,280 columns, 400 and 1,600 rows, and 2 and
 # 10 classes, by scikit-learn class, from rows n, columns d, outputs k (1 for two classes) and the arguments of the class.
 _SECONDS: dict[str, Callable[[float, float, float, Mapping[str, Any]], float]] = {
     "LogisticRegression": lambda n, d, k, _: 3e-9 * n * d * (k + 3),
