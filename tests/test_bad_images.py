@@ -708,6 +708,14 @@ bad("png-of-many-chunks.png", "too-large", lambda name: colour_png(name, chunk(b
 bad("gif-of-many-blocks.gif", "too-large", b"GIF89a\4\0\4\0\0\0\0\x21\xfe" + b"\1x" * 210_000 + b"\0,")
 bad("pixmap-after-a-comment.ppm", "too-large", b"P6\n#" + b"x" * 48_000_000 + b"\n2 2\n255\n" + bytes(12))
 bad("pixmap-as-text.ppm", "too-large", b"P3\n3000 3000\n255\n" + b"0 " * 27_000_000)
+bad("pixmap-of-1000-cut.ppm", "truncated", b"P6 24 16 1000\n" + bytes(2000))
+bad(
+    "tiff-of-many-tiles.tif",
+    "too-large",
+    b"II*\0" + struct.pack("<IHHHII", 8, 1, 324, 4, 250_000, 26) + bytes(1_000_100),
+)
+bad("tiff-big-of-many-strips.tif", "too-large",
+    b"MM\0+\0\x08\0\0" + struct.pack(">QQHHQQ", 16, 1, 273, 4, 250_000, 64) + bytes(1_000_100))  # fmt: skip
 bad("jpeg-2000-of-60-million-pixels.jp2", "too-large",
     lambda name: encoded(picture(name), "JPEG2000").replace(struct.pack(">II", 16, 24), struct.pack(">II", 6000, 10_000))
     .replace(struct.pack(">II", 24, 16), struct.pack(">II", 10_000, 6000)))  # fmt: skip

@@ -67,6 +67,21 @@ def test_deep_grey_is_scaled_by_the_whole_image(monkeypatch: pytest.MonkeyPatch)
     np.testing.assert_array_equal(pixels[..., 0], np.floor(values * np.float32(255 / 65535) + np.float32(0.5)))
 
 
+@pytest.mark.parametrize("largest", [1, 100, 254, 256, 1000, 4095, 65535])
+@pytest.mark.parametrize("kind", [b"P5", b"P6"])
+def test_pixmaps_of_any_depth_are_scaled_as_pillow_does(kind: bytes, largest: int) -> None:
+    size, channels = (9, 7), {b"P5": 1, b"P6": 3}[kind]
+    values = np.random.default_rng(largest).integers(0, min(65536, largest + 3), 63 * channels)
+    samples = np.minimum(values, 255 if largest < 256 else 65535).astype(np.uint8 if largest < 256 else ">u2")
+    data = kind + b" 9 7 %d\n" % largest + samples.tobytes()
+    with Image.open(io.BytesIO(data)) as image:
+        expected = np.asarray(image)
+    if image.mode == "I":
+        expected = np.floor(expected.astype(np.float32) * np.float32(255 / 65535) + np.float32(0.5)).astype(np.uint8)
+    found = decode_image(data, PixelRule(size[1], size[0])).pixels
+    np.testing.assert_array_equal(found, expected if channels == 3 else np.repeat(expected[..., None], 3, axis=2))
+
+
 def test_a_decoder_that_never_ends_is_ended(tmp_path: Path) -> None:
     """No row is decided: the process ends, as it would in a crash of the decoder."""
     code = (

@@ -47,6 +47,7 @@ _PPM_HEADER = re.compile(rb"P[1-6]((?:\s|#[^\r\n]*[\r\n])+\d+){2}")
 _MARKER = re.compile(
     rb"\xff[\x01-\xcf\xd8-\xfe]"
 )  # in the data of a scan, where 0xff is followed by 0 or a restart marker
+_TIFF_OFFSETS = (273, 279, 324, 325)  # where strips and tiles are, and how many bytes they take
 _STANDALONE = (0x01, *range(0xD0, 0xD9))  # markers without a length
 
 
@@ -74,6 +75,8 @@ def check_file(data: bytes) -> None:
         _check_parts(jpeg_segments(data))
     elif data[:4] == b"\x89PNG" and len(data) > 12 * MAX_PARTS:
         _check_parts(png_chunks(data))
+    elif data[:2] in (b"II", b"MM") and len(data) > 4 * MAX_PARTS and (parts := _tiff_parts(data)) > MAX_PARTS:
+        raise refuse(f"{parts} strips or tiles; the limit is {MAX_PARTS}")
     elif data[:4] == b"GIF8" and len(data) > 2 * MAX_PARTS:
         _check_parts(_gif_blocks(data))
 
@@ -105,6 +108,22 @@ def png_chunks(data: bytes) -> Iterator[tuple[int, int]]:
         end = position + 12 + int.from_bytes(data[position : position + 4], "big")
         yield position, end
         position = end
+
+
+def _tiff_parts(data: bytes) -> int:
+    """Return the number of strips or tiles of the first picture in a TIFF or BigTIFF; 0 if it cannot be read."""
+    order = "<" if data[:2] == b"II" else ">"
+    try:
+        if struct.unpack_from(f"{order}H", data, 2)[0] == 43:
+            [start], counted, entry = struct.unpack_from(f"{order}Q", data, 8), "Q", f"{order}HHQ8x"
+        else:
+            [start], counted, entry = struct.unpack_from(f"{order}I", data, 4), "H", f"{order}HHI4x"
+        count = min(struct.unpack_from(order + counted, data, start)[0], 65_536)
+        first, size = start + struct.calcsize(order + counted), struct.calcsize(entry)
+        tags = [struct.unpack_from(entry, data, first + size * number) for number in range(count)]
+    except struct.error:
+        return 0
+    return max((held for tag, _, held in tags if tag in _TIFF_OFFSETS), default=0)
 
 
 def _gif_blocks(data: bytes) -> Iterator[int]:
