@@ -259,7 +259,7 @@ def edit_splits(store: Store, change: Callable[[np.ndarray, np.ndarray], None]) 
 
 def test_splits_that_cannot_be_used_are_refused_with_the_fix(tmp_path: Path) -> None:
     none = edit_splits(make_store(), lambda splits, _: splits.__setitem__(splits == 1, 0))
-    with pytest.raises(HeadError, match=r"no validation rows; extract again with --split"):
+    with pytest.raises(HeadError, match=r"no validation rows: .*--validation-from-train 0\.1"):
         train_head(none, "logistic", runs=tmp_path)
     one = edit_splits(make_store(), lambda splits, labels: splits.__setitem__((splits == 0) & (labels == 1), 2))
     with pytest.raises(HeadError, match="no training rows of 'dog'"):
