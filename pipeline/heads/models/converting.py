@@ -84,7 +84,10 @@ def classifier_of(part: Part) -> Part:
 
 def class_count(part: Part) -> int:
     """Number of classes of a classifier, which are numbered from 0."""
-    classes = classifier_of(part).array("classes_", "iu")
+    part = classifier_of(part)
+    if not part.has("classes_") and part.has("_label_binarizer"):
+        part = part.part("_label_binarizer")  # ridge before scikit-learn 1.7
+    classes = part.array("classes_", "iu")
     if not np.array_equal(classes, np.arange(classes.size)):
         raise NotPlainError(f"its classes_ are {str(classes.tolist()[:20])[:80]}, expected 0, 1, 2, ...")
     return int(classes.size)
@@ -308,7 +311,9 @@ def _members(part: Part, classes: int, allowed: Sequence[str] = _MEMBERS) -> lis
     for member in members:
         if member.short not in allowed or class_count(member) != classes:
             raise NotPlainError(f"a {part.short} of {member.name} is not stored as arrays")
-        if member.short.startswith("LogisticRegression") and member["solver"] == "liblinear" and classes > 2:
+        separate = member.has("solver") and member["solver"] == "liblinear"
+        separate |= member.has("multi_class") and member["multi_class"] == "ovr"  # scikit-learn before 1.8
+        if member.short.startswith("LogisticRegression") and separate and classes > 2:
             raise NotPlainError("an ensemble of one-against-rest regressions is not stored as arrays")
     return [model_of_part(member) for member in members]
 

@@ -101,7 +101,7 @@ class Model(abc.ABC):
         """Write `files` but ``head.json`` to a folder; return what ``head.json`` says beside what all heads say."""
         values, arrays = self.described()
         with open(folder / ARRAYS, "wb") as file:
-            np.savez(file, allow_pickle=False, **cast(Any, arrays))
+            np.savez(file, **cast(Any, arrays))
         return {"format": 2, "model": values}
 
     @property
