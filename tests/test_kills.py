@@ -85,6 +85,7 @@ def words(*arguments: str) -> str:
 
 REAL = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", "32")
 EXTRACT = ("extract", "IN/images.tar.gz", "--out", "OUT/f.h5", "--shard-rows", "8", "--workers", "1")
+REMOVE = "import pathlib\npathlib.Path(folder, 'm.onnx').unlink(missing_ok=True)\n"  # else it says that the file exists
 # name: kills, whether a killed run has made progress that the next one keeps, code
 CASES = {
     "tar": (20, True, f"{NUMPY}\n{words(*EXTRACT)}"),
@@ -103,7 +104,7 @@ CASES = {
     ),
     "cluster": (5, True, f"{NUMPY}\n{words(*EXTRACT, '--cluster', 'local:2')}"),
     "conversion": (8, True, words(*EXTRACT, *REAL, "--engine", "openvino")),
-    "export": (7, False, words("export", "IN/real", "--format", "onnx", "--out", "OUT/m.onnx")),
+    "export": (7, False, REMOVE + words("export", "IN/real", "--format", "onnx", "--out", "OUT/m.onnx")),
 }
 HEAVY = ("preview", "sweep", "cluster", "conversion", "export")  # for `make stress` only
 

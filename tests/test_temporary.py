@@ -13,6 +13,7 @@ import pytest
 from helpers import LEAVE, ROOT, leave, listing
 
 from features import temporary
+from features.errors import ConfigurationError
 from features.files import atomic_file, writable_folder
 from features.temporary import (
     sweep_dead,
@@ -22,6 +23,7 @@ from features.temporary import (
     temporary_folder,
     temporary_path,
 )
+from pipeline.export import export
 
 
 def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> None:
@@ -144,3 +146,12 @@ def test_libraries_put_their_temporary_files_with_ours(tmp_path: Path, monkeypat
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
     with temporary_files_together():
         assert tempfile.gettempdir() == str(tmp_path / "missing")
+
+
+def test_an_export_killed_after_its_last_step_is_tidied_up_by_one_that_is_refused(tmp_path: Path) -> None:
+    """The file is there then, so that the same command is refused; its folder must not stay for that."""
+    (tmp_path / "m.keras").write_bytes(b"whole")
+    leave(tmp_path, "m.keras", "folder")
+    with pytest.raises(ConfigurationError, match=r"m\.keras exists; remove it"):
+        export(tmp_path / "runs", format="keras", out=tmp_path / "m.keras")
+    assert listing(tmp_path) == ["m.keras"]
