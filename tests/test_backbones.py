@@ -413,6 +413,15 @@ def test_a_deep_description_is_refused_in_one_line(tmp_path: Path, text: str) ->
     assert len(str(caught.value)) < 400
 
 
+@pytest.mark.parametrize("name", ["model.h5", "my/net.weights.h5", "net.onnx", "net.pt"])
+def test_other_model_files_get_the_way_out(name: str) -> None:
+    with pytest.raises(ConfigurationError, match="received the file") as caught:
+        find_backbone(name)
+    for way in (f"--backbone NAME --weights {name}", "save it with Keras 3 as model.save('NAME.keras')"):
+        assert way in str(caught.value)
+    assert len(str(caught.value)) < 500
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["my model", "modèle", "(x) +y"])
 def test_names_that_tensorflow_refuses_are_replaced(

@@ -772,3 +772,29 @@ def test_a_model_file_takes_no_other_weights(tmp_path: Path) -> None:
     assert (file.sha256, file.route) == (hashlib.sha256(b"x").hexdigest(), "model file")
     with pytest.raises(ConfigurationError, match="contains its own weights; received weights 'random'"):
         resolve_weights(backbone, "random")
+
+
+@pytest.mark.slow
+def test_weights_of_a_network_inside_another_are_found(tmp_path: Path) -> None:
+    """A classifier is often built around the network, which is then one layer of it."""
+    import keras
+
+    def network() -> Any:
+        image = keras.Input((8, 8, 3))
+        return keras.Model(
+            image, keras.layers.Conv2D(2, 3, name="second")(keras.layers.Conv2D(4, 3, name="first")(image))
+        )
+
+    inner, image = network(), keras.Input((8, 8, 3))
+    around = keras.Model(image, keras.layers.Dense(2)(keras.layers.Flatten()(inner(image))))
+    around.save_weights(tmp_path / "functional.weights.h5")
+    keras.Sequential([inner, keras.layers.Flatten(), keras.layers.Dense(2)]).save_weights(tmp_path / "list.weights.h5")
+    inner.save_weights(tmp_path / "alone.weights.h5")
+    for name in ("functional", "list", "alone"):
+        found = network()
+        assign_from_file(found, tmp_path / f"{name}.weights.h5")
+        for mine, theirs in zip(found.get_weights(), inner.get_weights(), strict=True):
+            np.testing.assert_array_equal(mine, theirs)
+    around.save(tmp_path / "old.h5")
+    with pytest.raises(WeightsError, match=r"If it is a network inside a model, save it alone: model\.get_layer\('"):
+        assign_from_file(network(), tmp_path / "old.h5")

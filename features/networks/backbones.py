@@ -271,6 +271,18 @@ _TABLE = (
 BACKBONES: dict[str, Backbone] = {row.name: row for row in _TABLE}
 
 
+_OTHER_FILES = (
+    ".h5",
+    ".hdf5",
+    ".pb",
+    ".onnx",
+    ".tflite",
+    ".pt",
+    ".pth",
+    ".safetensors",
+)  # that people take for a backbone
+
+
 def find_backbone(name: str) -> Backbone:
     """Find a network by name or by the path of a model file.
 
@@ -294,6 +306,12 @@ def find_backbone(name: str) -> Backbone:
     for find in FINDERS:
         if (found := find(name)) is not None:
             return found
+    if Path(name).suffix.lower() in _OTHER_FILES or Path(name).is_file():
+        raise ConfigurationError(
+            f"backbone: received the file {name!r}, expected a name of keras.applications or a .keras file. If it holds the "
+            f"weights of such a network, name the network: --backbone NAME --weights {name}. If it is a whole model, load "
+            "it with the library that wrote it, save it with Keras 3 as model.save('NAME.keras'), and give that file"
+        )
     hint = nearest(name, BACKBONES) or f"; the known names are {', '.join(BACKBONES)}"
     raise ConfigurationError(
         f"backbone: received {name!r}, expected a name of keras.applications or a .keras file{hint}"

@@ -246,14 +246,19 @@ def _fit_hdf5(model: Any, source: Path | BinaryIO, origin: str) -> list[tuple[An
         group = _legacy_group(file, origin)
         if group is not None:
             return _fit_in_order(model, _legacy_layers(group, origin), origin)
-        if _inside(file, "layers", origin) is None:
+        layers = _inside(file, "layers", origin)
+        if not isinstance(layers, h5py.Group):
             raise WeightsError(
                 f"{origin}: expected an HDF5 file with the group 'layers' (Keras 3) or the attribute 'layer_names' "
                 f"(older versions), received one that contains {', '.join(list(file)[:5]) or 'nothing'}"
             )
         names = {id(variable): name for name, variable in model_tensors(model).items()}
         pairs = []
-        for variable, place in _keras3_places(model.layers, "layers"):
+        # The network may be a layer of the model that was saved, as in a classifier built around it.
+        prefixes = ["layers", *(f"layers/{name}/layers" for name in sorted(layers) if name.isidentifier())]
+        _, first = next(_keras3_places(model.layers, ""), (None, ""))
+        prefix = next((prefix for prefix in prefixes if _inside(file, prefix + first, origin) is not None), "layers")
+        for variable, place in _keras3_places(model.layers, prefix):
             stored = _stored(file, place, origin)
             pairs.append((variable, _checked(names[id(variable)], variable, stored, f"{origin} ({place})")))
         return pairs
@@ -304,7 +309,8 @@ def _fit_in_order(model: Any, source: Layers, origin: str) -> list[tuple[Any, np
             pairs.append((variable, _checked(names[id(variable)], variable, stored, where)))
         if len(weights) > len(layer.weights):
             raise WeightsError(
-                f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} needs {len(layer.weights)}"
+                f"{origin}: layer {received!r} has {len(weights)} tensors, {layer.name!r} needs {len(layer.weights)}. If it is "
+                f"a network inside a model, save it alone: model.get_layer({received!r}).save_weights('NAME.weights.h5')"
             )
     if len(source) > len(targets):
         raise WeightsError(
