@@ -148,6 +148,15 @@ def test_rows_of_a_name_that_is_not_utf8_give_the_name_back(colours: None, image
     assert b"caf\\udce9, \\xfc.png" in narrow.buffer.getvalue()  # type: ignore[attr-defined]
 
 
+def test_damaged_runs_beside_the_one_that_is_taken_decide_the_exit_code(
+    colours: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = pipeline.predict.taken("run", None)
+    monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, ["logistic-torn"]))
+    assert main(["predict", "run", str(images), "--out", str(tmp_path / "rows.csv")]) == 3
+    assert len((tmp_path / "rows.csv").read_text().splitlines()) == 6  # the rows are written nevertheless
+
+
 def test_formats_follow_the_name_of_the_file_and_a_document_counts(
     colours: None, images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
