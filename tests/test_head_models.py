@@ -154,15 +154,13 @@ def test_every_class_and_every_kind_of_model_is_among_them() -> None:
     assert made < set(KINDS)
 
 
-def test_a_soft_vote_on_principal_components() -> None:
+def test_an_ensemble_on_principal_components() -> None:
     from sklearn.decomposition import PCA
-    from sklearn.ensemble import VotingClassifier
     from sklearn.pipeline import Pipeline
 
     X, y = rows(3)
-    both = [("nearest", make_estimator(NEAREST, {}, 0)), ("forest", make_estimator(FOREST, SMALL, 0))]
-    vote = VotingClassifier(both, voting="soft", weights=[1, 2])
-    whole = Pipeline([("pca", PCA(4, random_state=0)), ("classifier", vote)]).fit(X, y)
+    ensemble = make_estimator(BAGGING, {**SMALL, "estimator": NEAREST, "max_features": 0.5}, 0)
+    whole = Pipeline([("pca", PCA(4, random_state=0)), ("classifier", ensemble)]).fit(X, y)
     model = model_of(whole, COLUMNS)
     assert model.described()[0]["model"]["kind"] == "averaged"
     np.testing.assert_allclose(model.probabilities(X), whole.predict_proba(X), rtol=0, atol=TOLERANCE)

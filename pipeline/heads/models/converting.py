@@ -35,7 +35,7 @@ _MEMBERS = (
         "GaussianNB",
         "MLPClassifier",
     ),
-    *("BaggingClassifier", "VotingClassifier", "CalibratedClassifierCV", "AdaBoostClassifier"),
+    *("BaggingClassifier", "CalibratedClassifierCV", "AdaBoostClassifier"),
 )
 # Classes whose decision function, or probabilities if they have none, are the outputs of our model.
 _CALIBRATED = (
@@ -326,14 +326,6 @@ def _bagging(part: Part) -> Model:
     return Averaged(tuple(members), np.full(len(members), 1 / max(1, len(members))), columns)
 
 
-def _soft_voting(part: Part) -> Model:
-    members = _members(part, class_count(part))
-    weights = np.ones(len(members)) if part["weights"] is None else part.array("weights", "fiu").astype(np.float64)
-    if part["voting"] != "soft" or len(weights) != len(members) or not weights.sum() > 0:
-        raise NotPlainError("this vote is not stored as arrays")
-    return Averaged(tuple(members), weights / weights.sum(), ())
-
-
 def _boosted_votes(part: Part) -> Model:
     classes = class_count(part)
     members = _members(part, classes)
@@ -366,7 +358,6 @@ CONVERTERS: dict[str, Callable[[Part], Model]] = {
     "MLPClassifier": _layers,
     "GaussianNB": _gaussian,
     "BaggingClassifier": _bagging,
-    "VotingClassifier": _soft_voting,
     "AdaBoostClassifier": _boosted_votes,
     "CalibratedClassifierCV": _calibration,
 }
