@@ -76,7 +76,8 @@ def evaluate(
     dict
         ``run``, ``source``, ``split``; the counts ``images`` (with a label), ``evaluated``, ``unreadable`` (by reason) and
         ``unlabelled``; ``scores`` by `pipeline.scores.metrics.evaluate`; ``confusion``, counts by true class (row) and
-        predicted class (column), in the order of ``classes``; ``per_class``; ``reliability``, the bins of confidence
+        predicted class (column), in the order of ``classes``; ``confused``, pairs of classes, the most often confused first;
+        ``per_class``; ``reliability``, the bins of confidence
         behind ``scores.ece``; ``absent``, classes of the run without an image; ``seen``, how many of the images the run
         was trained or chosen with (``train`` is None where its store is gone or has changed); ``damaged``, the names of
         damaged runs that were left out.

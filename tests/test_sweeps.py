@@ -424,21 +424,6 @@ def test_few_validation_images_are_not_asked_which_head_is_best(
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("without_plots")
-def test_heads_that_stop_on_the_validation_rows_are_named_beside_others(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    dense = {"head": "dense", "grid": {"epochs": [2], "learning_rate": [0.01]}}
-    held_back = {"head": "dense", "grid": {**dense["grid"], "stop_on": ["train"]}}  # type: ignore[dict-item]
-    knn = {"head": "knn", "grid": {"n_neighbors": [3]}}
-    for number, (heads, folds) in enumerate([([dense], 0), ([held_back, knn], 0), ([dense, knn], 2)]):
-        run_sweep([make_store()], sweep(*heads), runs=tmp_path / str(number), jobs=1, folds=folds)
-    assert "slightly too good" not in caplog.text
-    run_sweep([make_store()], sweep(dense, knn), runs=tmp_path / "3", jobs=1)
-    assert "validation scores of dense are slightly too good beside those of knn" in caplog.text
-
-
-@pytest.mark.slow
 def test_groups_stay_together_in_the_folds_of_a_sweep(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Six copies of each animal: with its siblings among the neighbours, an animal is always recognised."""
     store = make_store(rows=120, shift=0.0)

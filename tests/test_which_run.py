@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from finetuning import paint_noise, save_network
 from helpers import call_pipeline, extract, paint_folder
 from made_runs import made_run
@@ -17,6 +18,7 @@ from made_runs import made_run
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
 from pipeline.cli import main
+from pipeline.config import load_yaml
 from pipeline.finetune import best_head, summary
 from pipeline.heads.records import describe_features
 from pipeline.report import make_report
@@ -62,6 +64,28 @@ def test_few_validation_images_leave_the_choice_to_cross_validation(images: int,
     assert document["groups"][0]["chosen"] == best
     for folds, chosen in ((True, "steady"), (False, "not-judged")):
         assert [row["run_id"] for row in leaderboard(tmp_path, folds=folds) if row["chosen"]] == [chosen]
+
+
+def test_heads_whose_epoch_the_validation_images_chose_are_named_beside_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "pipeline.runs.board")
+    dense = made_run(tmp_path, "dense", head="dense", cv=0.9)
+    leaderboard(tmp_path)
+    assert "too good" not in caplog.text  # there is no other
+    made_run(tmp_path, "logistic", cv=0.9)
+    leaderboard(tmp_path, folds=True)
+    assert "too good" not in caplog.text
+    leaderboard(tmp_path)
+    assert "photos: validation scores of dense are slightly too good beside those of other heads" in caplog.text
+    assert dense.stops_on_validation
+    caplog.clear()
+    config = tmp_path / "dense" / "config.yaml"
+    values = load_yaml(config)
+    values["head"]["parameters"]["stop_on"] = "train"
+    config.write_text(yaml.safe_dump(values))
+    leaderboard(tmp_path)
+    assert "too good" not in caplog.text
 
 
 def test_one_cross_validated_run_is_no_comparison(tmp_path: Path) -> None:

@@ -165,10 +165,6 @@ class KerasHead(Head):
             return None
         return tuple(class_weights(y, len(self.classes)).tolist())
 
-    @property
-    def stops_on_validation(self) -> bool:
-        return self.parameters.stop_on == "validation"
-
     def stopping(self, data: Prepared) -> Prepared:
         """Replace the validation rows by some training rows, if these shall decide when training stops.
 
@@ -177,7 +173,7 @@ class KerasHead(Head):
         HeadError
             If no training row can be held back.
         """
-        if self.stops_on_validation:
+        if self.parameters.stop_on == "validation":
             return data
         folds = stratified_folds(data.y, INNER_FOLDS, self.parameters.order_seed, data.groups)
         if folds.max() < 0:

@@ -172,11 +172,6 @@ class Head(abc.ABC):
         return False
 
     @property
-    def stops_on_validation(self) -> bool:
-        """Whether the validation rows decide when training stops, so that their scores are slightly too good."""
-        return False
-
-    @property
     def companions(self) -> Hashable | None:
         """Key that is equal for heads which one call of `train_together` can train; None: the head trains alone."""
         return None

@@ -17,7 +17,7 @@ from features.files import printable
 from pipeline.intervals import interval_of
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
-from pipeline.scores.selection import CHOICES, FEW, Candidate, balanced_accuracy_interval, choose
+from pipeline.scores.selection import CHOICES, FEW, USUAL_FOLDS, Candidate, balanced_accuracy_interval, choose
 from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
@@ -160,8 +160,8 @@ def board_of(
         found, groups = [one], [(one, older) for older in one.states if one.is_called(data_set) or older is state]
     rows = []
     for one, state in groups:
-        if folds is None and by_folds(state.runs):
-            logger.info("%s: compared by cross-validation, as it has few validation images", printable(one.name))
+        if said := _judging(state.runs, folds):
+            logger.info("%s: %s", printable(one.name), said)
         chosen = starred(state.runs, by, folds=folds) if len(groups) == 1 or state is one.states[0] else None
         for run in ranked(state.runs, by, folds=folds):
             further: dict[str, Any] = {"data_set": one.name} if len(found) > 1 else {}
@@ -169,6 +169,19 @@ def board_of(
                 further["stale"] = state is not one.states[0]
             rows.append(_row(run, groups[0][1].digest, chosen=run is chosen) | further)
     return rows
+
+
+def _judging(runs: Sequence[Run], folds: bool | None) -> str:
+    """Say how runs on one state were compared, or what is unlike about their scores; empty where there is nothing to say."""
+    if by_folds(runs, folds):
+        return "compared by cross-validation, as it has few validation images" if folds is None else ""
+    ahead = sorted({run.config["head"]["name"] for run in runs if run.stops_on_validation})
+    if not ahead or all(run.stops_on_validation for run in runs):
+        return ""
+    return (
+        f"validation scores of {', '.join(ahead)} are slightly too good beside those of other heads, because the same images "
+        f"chose their best epoch; train-head with --folds {USUAL_FOLDS} or --param stop_on=train compares like with like"
+    )
 
 
 def check_choice(by: str) -> None:

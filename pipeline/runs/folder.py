@@ -21,7 +21,7 @@ from features.files import quoted, read_small
 from features.recipe import Recipe
 from features.sources.reading import Reading
 from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
-from pipeline.presets import PRESETS, EstimatorParameters, Preset
+from pipeline.presets import DENSE, PRESETS, EstimatorParameters, Preset
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +186,13 @@ class Run:
             return Reading.recorded(self.config["features"]["reading"])
         except ConfigurationError as problem:
             raise RunError(f"{self.folder / 'config.yaml'}: features.{problem}") from problem
+
+    @property
+    def stops_on_validation(self) -> bool:
+        """Whether the validation images decided which epoch was kept, so that their scores are slightly too good."""
+        head = self.config["head"]
+        dense = head["name"] in PRESETS and PRESETS[head["name"]].kind == DENSE
+        return self.config["stage"] == "finetune" or (dense and head["parameters"].get("stop_on") != "train")
 
     @property
     def settings(self) -> str:

@@ -181,7 +181,6 @@ def run_sweep(
             needs_folds(store)
     judged_by_folds = None if folds is None else bool(folds)
     folds = _usual_folds(every, missing) if folds is None else folds
-    _warn_of_stopping(missing, folds)
     _announce_long(missing, folds)
     if test:
         for store in stores:
@@ -274,21 +273,6 @@ def _usual_folds(every: Sequence[Job], missing: Sequence[Job]) -> int:
         USUAL_FOLDS,
     )
     return USUAL_FOLDS
-
-
-def _warn_of_stopping(missing: Sequence[Job], folds: int) -> None:
-    """Say that some of the heads have an advantage where heads are compared by validation."""
-    ahead, others = (
-        sorted({job.head.name for job in missing if job.head.stops_on_validation is stops}) for stops in (True, False)
-    )
-    if ahead and others and not folds:
-        logger.warning(
-            "validation scores of %s are slightly too good beside those of %s: the images that score them also decide when "
-            "their training stops. --folds %d compares like with like, and so does stop_on: [train] in their grid",
-            ", ".join(ahead),
-            ", ".join(others),
-            USUAL_FOLDS,
-        )
 
 
 def _announce_long(missing: Sequence[Job], folds: int) -> None:
