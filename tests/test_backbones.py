@@ -423,7 +423,7 @@ def test_other_model_files_get_the_way_out(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["my model", "modèle", "(x) +y"])
+@pytest.mark.parametrize("name", ["my model", "(x) modèle"])
 def test_names_that_tensorflow_refuses_are_replaced(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
 ) -> None:

@@ -141,6 +141,7 @@ HEAVY: dict[str, tuple[Callable[[], bytes], bool]] = {
 }
 SECONDS_LONG = (
     "40-scans",
+    "row-of",
     "62-megapixels",
     "100-megapixels-of",
 )  # begin the names of those that are made in `make stress`
