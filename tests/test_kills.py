@@ -195,10 +195,15 @@ def test_killed_anywhere_the_next_command_gives_the_same_and_leaves_nothing(
     assert listing(tmp_path / "out" / "tmp") == []
     shutil.rmtree(tmp_path / "out")
     most = max(2, changes // (kills + 1)) if progress else changes
-    hits = sum(run(code, inputs, tmp_path / "out", generator.randint(1, most)) == 0 for _ in range(kills))
+    hits = attempts = 0
+    while (
+        hits < kills and attempts < 2 * kills
+    ):  # with a warm cache there are fewer changes, and some runs reach their end
+        hits += run(code, inputs, tmp_path / "out", generator.randint(1, most)) == 0
+        attempts += 1
     run(code, inputs, tmp_path / "out")
     received = results(tmp_path / "out")
     assert received["files"] == expected["files"]
     assert [key for key in expected if received[key] != expected[key]] == []
     print(json.dumps({"command": name, "changes": changes, "kills": hits}))
-    assert hits >= 0.9 * kills
+    assert hits == kills
