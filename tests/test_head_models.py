@@ -17,7 +17,7 @@ from pipeline.heads.models.archive import Archive
 from pipeline.heads.models.converting import CONVERTERS, class_count, model_of, model_of_part
 from pipeline.heads.models.document import KINDS, restored
 from pipeline.heads.models.neighbours import Neighbours
-from pipeline.heads.models.parts import NotPlainError
+from pipeline.heads.models.parts import NotPlainError, Part
 from pipeline.heads.models.skops_file import read_skops
 from pipeline.scores.metrics import softmax, two_columns
 
@@ -171,6 +171,35 @@ def test_an_ensemble_on_principal_components() -> None:
 def test_what_arrays_do_not_describe_is_said(path: str, params: dict[str, Any]) -> None:
     with pytest.raises(NotPlainError):
         model_of(fitted(path, params, 3), COLUMNS)
+
+
+@pytest.mark.parametrize("fitted_by", [{"solver": "liblinear"}, {"solver": "lbfgs", "multi_class": "ovr"}])
+def test_a_regression_of_each_class_against_the_rest(fitted_by: dict[str, str]) -> None:
+    """scikit-learn before 1.8 could make one. Its probabilities are normalised logistic functions, not a softmax."""
+    draw = np.random.default_rng(0)
+    coef, intercept, Z = draw.normal(size=(3, COLUMNS)), draw.normal(size=3), rows(3)[0]
+
+    def found(**more: str) -> np.ndarray:
+        attributes = {"coef_": coef, "intercept_": intercept, "classes_": np.arange(3), **more}
+        model = model_of_part(
+            Part("sklearn.linear_model._logistic.LogisticRegressionCV", attributes, lambda value: value)
+        )
+        model.check(COLUMNS, 3)
+        return model.probabilities(Z)
+
+    shares = 1 / (1 + np.exp(-(Z @ coef.T + intercept)))
+    np.testing.assert_allclose(found(**fitted_by), shares / shares.sum(axis=1, keepdims=True), rtol=0, atol=1e-12)
+    np.testing.assert_allclose(found(solver="lbfgs"), softmax(Z @ coef.T + intercept), rtol=0, atol=1e-12)
+
+
+def test_an_array_that_a_file_names_again_and_again_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Thousands of trees of one array would take thousands of times the memory of the file."""
+    monkeypatch.setattr("pipeline.heads.models.archive.MOST_AGAIN", 5_000)
+    np.savez(tmp_path / "head.npz", large=np.zeros(1_000))
+    with Archive(tmp_path / "head.npz") as archive:
+        archive.array("large.npy")
+        with pytest.raises(HeadError, match=r"'large\.npy' is used many times, which takes more memory than the file"):
+            archive.array("large.npy")
 
 
 def test_of_equally_near_rows_the_first_ones_vote() -> None:

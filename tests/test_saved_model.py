@@ -90,6 +90,27 @@ def huge_constant(model: Any) -> None:
         node.attr["value"].tensor.tensor_shape.dim.add(size=size)
 
 
+def many_constants(model: Any) -> None:
+    """Each of them is small enough; together they are 3 GB."""
+    function = computing(model)
+    source = next(node for node in function.node_def if node.op == "Const" and node.attr["value"].tensor.float_val)
+    for number in range(50):
+        node = function.node_def.add()
+        node.CopyFrom(source)
+        node.name = f"added_{number}"
+        node.attr["value"].tensor.tensor_shape.dim.add(size=15 << 20)
+
+
+def replacing(model: Any) -> None:
+    """TensorFlow would run the function that saves, in place of the one that computes."""
+    for function in (computing(model), named(model, "traced_save")):
+        function.attr["api_implements"].s = b"probabilities"
+
+
+def twice(model: Any) -> None:
+    model.meta_graphs[0].graph_def.library.function.add().CopyFrom(computing(model))
+
+
 def multiplying(model: Any) -> None:
     library = model.meta_graphs[0].graph_def.library
     for level in range(40):
@@ -118,6 +139,9 @@ HOSTILE: dict[str, tuple[Change, str]] = {
     "a stranger's object": (registered, "an object of the kind _stranger"),
     "saves as a signature": (saver_as_signature, "an object calls .*traced_save"),
     "a constant of terabytes": (huge_constant, r"declares 1\d+ values, but does not hold them"),
+    "many large constants": (many_constants, "the constant added_1 declares 15728640 values, but does not hold them"),
+    "replaces what computes": (replacing, "may replace another one, which no export has"),
+    "two of a name": (twice, "has two functions of the name"),
 }
 
 

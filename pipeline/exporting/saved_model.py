@@ -8,6 +8,7 @@ save and restore these, which only TensorFlow itself calls. Loops are not among 
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -42,7 +43,7 @@ _MEMBERS = re.compile(
     r"saved_model\.pb|fingerprint\.pb|variables/variables\.(index|data-\d{5}-of-\d{5})|assets\.extra/bottleneck\.json"
 )
 _LARGEST_GRAPH = 256 << 20  # bytes of saved_model.pb, which holds no weights
-_LARGEST_CONSTANT = 256 << 20  # bytes that one constant may declare
+_LARGEST_CONSTANTS = 256 << 20  # bytes that the constants may declare beyond those in the file
 _MOST_NODES = 1_000_000  # of one call, with everything that it calls
 
 
@@ -66,7 +67,7 @@ def check_saved_model(path: Path) -> None:
     graph = model.meta_graphs[0]
     if graph.asset_file_def or not set(graph.collection_def) <= {"saved_model_main_op"}:
         raise ValueError("it reads files or runs a program of its own when it is loaded, which no export does")
-    functions = {function.signature.name: function.node_def for function in graph.graph_def.library.function}
+    functions = _functions(graph.graph_def.library.function)
     savers = {name for name, nodes in functions.items() if any(node.op in FILES for node in nodes)}
     for name, nodes in functions.items():
         allowed = _SAVER if name in savers else COMPUTING | CALLS | {"ReadVariableOp"}
@@ -75,6 +76,7 @@ def check_saved_model(path: Path) -> None:
     every = COMPUTING | CALLS | VARIABLES
     _check_nodes((node for node in graph.graph_def.node if node.name in ends), every, set(functions))
     _check_nodes((node for node in graph.graph_def.node if node.name not in ends), every, set(functions) - savers)
+    _check_constants(itertools.chain(graph.graph_def.node, *functions.values()))
     _check_calls(functions)
     _check_objects(graph.object_graph_def, set(functions) - savers)
 
@@ -93,16 +95,31 @@ def _check_nodes(nodes: Iterable[Any], allowed: frozenset[str] | set[str], funct
             raise ValueError(f"its graph has the operation {node.op} ({node.name}), which no export has")
         if unknown := sorted(set(_called(node)) - functions):
             raise ValueError(f"{node.name} calls {unknown[0]!r}, which is no function that an export calls")
+
+
+def _functions(library: Iterable[Any]) -> dict[str, Any]:
+    """Nodes of the functions by name. TensorFlow may run a function in place of another that implements the same."""
+    functions: dict[str, Any] = {}
+    for function in library:
+        name = function.signature.name
+        if name in functions:
+            raise ValueError(f"it has two functions of the name {name!r}")
+        if "api_implements" in function.attr:
+            raise ValueError(f"its function {name!r} may replace another one, which no export has")
+        functions[name] = function.node_def
+    return functions
+
+
+def _check_constants(nodes: Iterable[Any]) -> None:
+    """A constant of one repeated value takes a few bytes in the file and as much memory as its shape declares."""
+    declared = 0
+    for node in nodes:
         for value in node.attr.values():
             if value.HasField("tensor"):
-                _check_constant(node.name, value.tensor)
-
-
-def _check_constant(name: str, tensor: Any) -> None:
-    """A constant of one repeated value takes a few bytes in the file and as much memory as its shape declares."""
-    values = math.prod(dimension.size for dimension in tensor.tensor_shape.dim)
-    if 16 * values > _LARGEST_CONSTANT and values > len(tensor.tensor_content):
-        raise ValueError(f"the constant {name} declares {values} values, but does not hold them")
+                values = math.prod(dimension.size for dimension in value.tensor.tensor_shape.dim)
+                declared += max(0, 16 * values - 16 * len(value.tensor.tensor_content))
+                if declared > _LARGEST_CONSTANTS:
+                    raise ValueError(f"the constant {node.name} declares {values} values, but does not hold them")
 
 
 def _called(node: Any) -> Iterator[str]:

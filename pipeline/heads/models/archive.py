@@ -19,6 +19,7 @@ from features.errors import HeadError
 MOST_DIRECTORY = 32 << 20  # bytes of the table of contents, about 400,000 members
 MOST_TEXT = 128 << 20  # bytes of a JSON text
 MOST_VALUES = 3_000_000  # values in a JSON text: of a file of scikit-learn, some 4,000 trees
+MOST_AGAIN = 64 << 20  # bytes that may be read beside each member once: objects of scikit-learn share small arrays
 _ENDS, _ENDS_LARGE = struct.Struct("<4s4H2LH"), struct.Struct("<4sQ2H2L4Q")  # APPNOTE 6.3.10, 4.3.16 and 4.3.14
 _LOCATOR = 20
 UNREADABLE = (zipfile.BadZipFile, struct.error, ValueError, OSError, EOFError, NotImplementedError, RuntimeError)
@@ -47,6 +48,7 @@ class Archive:
                 self._stack = stack.pop_all()
         except UNREADABLE as problem:
             raise self.damaged(str(problem)) from problem
+        self._left = size + MOST_AGAIN
         members = self._zip.infolist()
         self._members = {member.filename: member for member in members}
         with contextlib.ExitStack() as stack:
@@ -76,8 +78,11 @@ class Archive:
         Raises
         ------
         HeadError
-            If it is missing or damaged.
+            If it is missing or damaged, or members are read again and again.
         """
+        self._left -= self._members[name].file_size if name in self._members else 0
+        if self._left < 0:
+            raise self.damaged(f"{name[:80]!r} is used many times, which takes more memory than the file")
         try:
             return self._zip.read(self._members[name])
         except KeyError as problem:

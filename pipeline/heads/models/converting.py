@@ -129,6 +129,21 @@ def _linear(part: Part) -> Model:
     return Linear(coef, np.broadcast_to(intercept, (len(coef),)).copy())
 
 
+def _separate(part: Part) -> bool:
+    """Whether a logistic regression was fitted for each class against the rest, as scikit-learn before 1.8 could."""
+    return (part.has("solver") and part["solver"] == "liblinear") or (
+        part.has("multi_class") and part["multi_class"] == "ovr"
+    )
+
+
+def _searched_regression(part: Part) -> Model:
+    model = _linear(part)
+    count = class_count(part)
+    if count > 2 and _separate(part):
+        return Calibrated(model, np.full(count, -1.0), np.zeros(count))  # normalised logistic functions
+    return model
+
+
 def _neighbours(part: Part) -> Model:
     metric = _METRICS.get(part.text("effective_metric_"))
     weights = part["weights"]
@@ -311,9 +326,7 @@ def _members(part: Part, classes: int, allowed: Sequence[str] = _MEMBERS) -> lis
     for member in members:
         if member.short not in allowed or class_count(member) != classes:
             raise NotPlainError(f"a {part.short} of {member.name} is not stored as arrays")
-        separate = member.has("solver") and member["solver"] == "liblinear"
-        separate |= member.has("multi_class") and member["multi_class"] == "ovr"  # scikit-learn before 1.8
-        if member.short.startswith("LogisticRegression") and separate and classes > 2:
+        if member.short.startswith("LogisticRegression") and _separate(member) and classes > 2:
             raise NotPlainError("an ensemble of one-against-rest regressions is not stored as arrays")
     return [model_of_part(member) for member in members]
 
@@ -343,12 +356,14 @@ def _calibration(part: Part) -> Model:
                 f"a calibration of {inner.name} by {str(fitted['method'])[:40]} is not stored as arrays"
             )
         slopes, offsets = (np.array([scale.number(name) for scale in scales]) for name in ("a_", "b_"))
-        members.append(Calibrated(model_of_part(inner), slopes, offsets))
+        model = _linear(inner) if inner.short in _LOG_ODDS else model_of_part(inner)  # it takes the decisions
+        members.append(Calibrated(model, slopes, offsets))
     return Averaged(tuple(members), np.full(len(members), 1 / max(1, len(members))), ())
 
 
 CONVERTERS: dict[str, Callable[[Part], Model]] = {
     **dict.fromkeys((*_LOG_ODDS, *_MARGINS), _linear),
+    "LogisticRegressionCV": _searched_regression,
     **dict.fromkeys(("KNeighborsClassifier", "RadiusNeighborsClassifier"), _neighbours),
     **dict.fromkeys(("DecisionTreeClassifier", "ExtraTreeClassifier"), _forest),
     **dict.fromkeys(("RandomForestClassifier", "ExtraTreesClassifier"), _forest),
