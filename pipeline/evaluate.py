@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from features.canonical import check_choice
-from features.errors import BottleneckError, SourceError, TooManyUnreadableError, nearest
+from features.errors import BottleneckError, RunError, SourceError, TooManyUnreadableError, nearest
 from features.files import printable
 from features.machine import processors
 from features.progress import Progress
@@ -79,8 +79,8 @@ def evaluate(
         predicted class (column), in the order of ``classes``; ``confused``, pairs of classes, the most often confused first;
         ``per_class``; ``reliability``, the bins of confidence
         behind ``scores.ece``; ``absent``, classes of the run without an image; ``seen``, how many of the images the run
-        was trained or chosen with (``train`` is None where its store is gone or has changed); ``damaged``, the names of
-        damaged runs that were left out.
+        was trained or chosen with (``train`` is None where its store is gone or has changed, ``validation`` where its
+        predictions are damaged); ``damaged``, the names of damaged runs that were left out.
 
     Raises
     ------
@@ -218,14 +218,17 @@ def _labels(source: ImageSet, rows: np.ndarray, model: str, classes: Sequence[st
 def _seen(run: Run, scored: Rows) -> dict[str, int | None]:
     """Count the images, by content, that the run was trained with, and those that it was validated with."""
     features = run.config["features"]
-    known: dict[str, set[bytes] | None] = {"train": None}
+    known: dict[str, set[bytes] | None] = {"train": None, "validation": None}
     try:
         store = FeatureStore.open(features["store"])
         if store.data_digest == features["data_digest"]:
             known["train"] = {digest.tobytes() for digest in store.images.sha256[store.rows("train")]}
     except (BottleneckError, OSError) as problem:  # it may have been moved or removed
         logger.debug("%s: %s", features["store"], problem)
-    known["validation"] = {digest.tobytes() for digest in read_predictions(run).sha256}
+    try:
+        known["validation"] = {digest.tobytes() for digest in read_predictions(run).sha256}
+    except RunError as problem:  # the scores are right all the same
+        logger.warning("%s; whether the run was validated with these images is not known", problem)
     return {
         part: None if digests is None else sum(digest in digests for digest in scored.sha256)
         for part, digests in known.items()

@@ -104,6 +104,16 @@ def test_images_that_the_run_was_made_with_are_counted_by_content(
     assert "was made with" not in caplog.text
 
 
+def test_damaged_predictions_of_the_run_do_not_cost_the_scores(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    expected = evaluate("run", images)["scores"]
+    (tmp_path / "predictions.csv").write_text("path,sha256\nr,no digest\n")
+    document = evaluate("run", images)
+    assert (document["scores"], document["seen"]) == (expected, {"train": None, "validation": None})
+    assert "cannot be read as predictions" in caplog.text
+
+
 def test_a_manifest_and_a_split_of_it(images: Path, run: SimpleNamespace) -> None:
     lines = [("ape/red.png", "ape", "train"), ("ape/green.png", "ape", "test"), ("bee/green.png", "bee", "test")]
     with open(images / "new.csv", "w", newline="") as file:

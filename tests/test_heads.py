@@ -431,7 +431,8 @@ def test_a_head_that_arrays_do_not_describe_needs_the_signature_of_this_user_or_
     for other in ("", claimed.replace(claimed[0], "g"), "0" * 64):
         (tmp_path / "head.skops.signature").write_text(other)
         with pytest.raises(
-            UntrustedHeadError, match=r"head\.skops: .*QuadraticDiscriminantAnalysis.*--trust.*train it again"
+            UntrustedHeadError,
+            match=r"head\.skops: .*QuadraticDiscriminantAnalysis.*--trust.*remove the run and train it again",
         ):
             load_head(tmp_path)
         assert (load_head(tmp_path, trust=True).predict_proba(X) == expected).all()

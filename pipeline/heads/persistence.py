@@ -171,7 +171,8 @@ def _trusted(folder: Path, kind: str, reason: str, *, trust: bool) -> Model:
         raise UntrustedHeadError(
             f"{path}: {reason[:200]}, and scikit-learn's own objects, when made from an edited file, can crash or read and "
             "write outside their memory. This user has not signed the file. If you trust who made it, say so with "
-            f"predict --trust or evaluate --trust; otherwise train it again: bottleneck train-head STORE --head {kind}"
+            "predict --trust or evaluate --trust; otherwise remove the run and train it again: "
+            f"bottleneck train-head STORE --head {kind}"
         )
     import skops.io
     from skops.io.exceptions import UntrustedTypesFoundException
