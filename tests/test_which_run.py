@@ -178,6 +178,22 @@ def test_runs_belong_together_by_source_or_by_content(tmp_path: Path) -> None:
     assert taken(tmp_path, data_set=states[1][:64]) in ("logistic-2", "logistic-3")
 
 
+def test_copies_that_both_went_on_are_two_data_sets(tmp_path: Path) -> None:
+    """The newer copy is not taken for the older one, which was trained on again after it had been copied."""
+    states = [f"{number:064x}" for number in range(3)]
+    made_run(tmp_path, "logistic-1", source="/a/photos", digest=states[0], minute=1)
+    made_run(tmp_path, "logistic-2", source="/b/copy", digest=states[0], minute=2)
+    made_run(tmp_path, "logistic-3", source="/c/backup", digest=states[0], minute=3)  # this one did not go on
+    made_run(tmp_path, "logistic-4", source="/a/photos", digest=states[1], minute=4)
+    assert taken(tmp_path) == "logistic-4"  # up to here, the images may have been moved to and fro
+    made_run(tmp_path, "logistic-5", source="/b/copy", digest=states[2], minute=5)
+    with pytest.raises(ConfigurationError, match="holds runs of 2 data sets"):
+        take_run(tmp_path)
+    assert taken(tmp_path, data_set="/a/photos") == taken(tmp_path, likely="/a/photos") == "logistic-4"
+    assert taken(tmp_path, data_set="copy") == taken(tmp_path, data_set="/c/backup") == "logistic-5"
+    assert len(leaderboard(tmp_path)) == 5
+
+
 def test_runs_of_the_first_release_noted_what_was_typed(tmp_path: Path) -> None:
     """It was mostly typed in the folder of the store, so that is where a relative path is taken from."""
     first = made_run(tmp_path, "logistic-1", source="photos", store="/home/me/features.h5", digest=OLD, minute=1)

@@ -87,24 +87,35 @@ def short_name(source: str) -> str:
 def data_sets(runs: Iterable[Run]) -> list[DataSet]:
     """Group runs by data set and state, the data set with the newest run first.
 
-    Runs belong to one data set if they record the same source, or the same images, labels and splits: images that were
-    moved stay the same data set.
+    Runs belong to one data set if they record the same source. Two sources are one data set if one of them has the newest
+    images, labels and splits of the other: images that were moved stay the same data set, copies that both went on do not.
     """
     newest_first = sorted(runs, key=lambda run: (run.created, run.run_id), reverse=True)
-    parent: dict[tuple[str, ...], tuple[str, ...]] = {}
+    newest: dict[tuple[str, ...], str] = {}  # source -> digest of its newest state
+    for run in newest_first:
+        newest.setdefault(_key(run), run.data_digest)
+    holders: dict[str, dict[tuple[str, ...], None]] = {}  # digest -> sources
+    for run in newest_first:
+        holders.setdefault(run.data_digest, {})[_key(run)] = None
+    order, parent = {key: place for place, key in enumerate(newest)}, {key: key for key in newest}
 
     def root_of(key: tuple[str, ...]) -> tuple[str, ...]:
-        while (above := parent.setdefault(key, key)) != key:
+        while (above := parent[key]) != key:
             parent[key] = key = parent[above]
         return key
 
-    for run in newest_first:
-        if run.source:
-            parent[root_of((run.source, run.target or ""))] = root_of((run.data_digest,))
+    for key, digest in newest.items():
+        if others := holders[digest].keys() - {key}:
+            parent[root_of(key)] = root_of(min(others, key=order.__getitem__))
     members: dict[tuple[str, ...], list[Run]] = {}
     for run in newest_first:
-        members.setdefault(root_of((run.data_digest,)), []).append(run)
+        members.setdefault(root_of(_key(run)), []).append(run)
     return [_data_set(alike) for alike in members.values()]
+
+
+def _key(run: Run) -> tuple[str, ...]:
+    """What a source is told apart by; runs without one by their data digest."""
+    return (run.source, run.target or "") if run.source else (run.data_digest,)
 
 
 def _data_set(runs: Sequence[Run]) -> DataSet:
