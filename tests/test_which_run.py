@@ -206,6 +206,17 @@ def test_runs_of_the_first_release_noted_what_was_typed(tmp_path: Path) -> None:
     ]
 
 
+def test_a_source_that_the_first_release_noted_through_a_link_is_the_same(tmp_path: Path) -> None:
+    (tmp_path / "data" / "photos").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("data")
+    runs, place = tmp_path / "runs", tmp_path / "data" / "photos"
+    made_run(runs, "logistic-1", source=str(tmp_path / "link" / "photos"), digest=OLD, minute=1)
+    made_run(runs, "logistic-2", source=str(place), digest=ANTS, minute=2)
+    made_run(runs, "logistic-3", source="/data/brain", digest=BRAIN, minute=3)
+    assert [one.sources for one in data_sets(find_runs(runs).runs)] == [("/data/brain",), (str(place),)]
+    assert taken(runs, likely=str(place)) == "logistic-2"
+
+
 # --- several data sets --------------------------------------------------------------------------------------
 def test_several_data_sets_are_refused_and_listed_and_one_may_be_named(tmp_path: Path) -> None:
     two_data_sets(tmp_path)

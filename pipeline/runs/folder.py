@@ -138,7 +138,7 @@ class Run:
 
     @property
     def source(self) -> str:
-        """Source of its images, an absolute path or a sample.
+        """Source of its images, an absolute path without links, or a sample.
 
         Runs of release 0.1.0 noted it as the user gave it. If that was relative, it is taken from the folder of the store,
         where most users were when they typed it.
@@ -147,7 +147,7 @@ class Run:
         if not features["source"] or features["source"].startswith("sample:"):
             return str(features["source"])
         folder = os.path.dirname(str(features["store"]))
-        return os.path.normpath(os.path.join(folder, str(features["source"])))
+        return os.path.realpath(os.path.join(folder, str(features["source"])))
 
     @property
     def created(self) -> float:
