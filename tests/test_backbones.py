@@ -372,6 +372,7 @@ def layer(kind: str, name: str, **config: Any) -> dict[str, Any]:
 IMAGE = layer("InputLayer", "image", batch_shape=[None, 96, 64, 3])
 
 
+@pytest.mark.pain(19)
 @pytest.mark.parametrize(
     ("layers", "classifier"),
     [
@@ -399,6 +400,7 @@ def test_the_classifier_of_a_model_file_is_found_without_keras(
     assert (backbone.classifier, backbone.default_size) == (classifier, (96, 64))
 
 
+@pytest.mark.pain(18)
 def test_a_file_of_keras_2_fixes_its_image_size_too(tmp_path: Path) -> None:
     image = layer("InputLayer", "input_1", batch_input_shape=[None, 96, 64, 3])
     assert find_backbone(str(described(tmp_path / "k2.keras", [image], "2.15.0"))).default_size == (96, 64)

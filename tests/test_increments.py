@@ -26,6 +26,7 @@ def photographs(assets: Path, tmp_path: Path) -> Path:
     return root
 
 
+@pytest.mark.pain(21)
 def test_one_per_cent_more_images_infer_only_those_and_a_renamed_class_none(photographs: Path, tmp_path: Path) -> None:
     network, out, options = NumpyNetwork(), tmp_path / "f.h5", {"batch_size": 32, "shard_rows": None, "workers": None}
     before = extract(photographs, out, network, **options).store

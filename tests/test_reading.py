@@ -47,6 +47,7 @@ def counts(images: ImageSet) -> dict[str | None, int]:
 # --- split folders of any name ----------------------------------------------------------------------------
 
 
+@pytest.mark.pain(16)
 @pytest.mark.parametrize(
     "tops",
     [
@@ -242,6 +243,7 @@ def test_plain_stores_record_no_reading(tmp_path: Path) -> None:
 # --- labels that look alike -------------------------------------------------------------------------------
 
 
+@pytest.mark.pain(20)
 def test_labels_that_look_alike_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = ["Cat", "cat", "cat", "0", "0.0", "nan", "dog", "cafe\u0301", "caf\u00e9"]
     rows = "".join(f"{number}.png,{label}\n" for number, label in enumerate(labels))
