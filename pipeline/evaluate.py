@@ -5,6 +5,7 @@ labelled images -> the loop of prediction -> probabilities -> scores, with what 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import logging
 from collections import Counter
@@ -17,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from features.canonical import check_choice
-from features.errors import BottleneckError, RunError, SourceError, TooManyUnreadableError, nearest
+from features.errors import BottleneckError, ConfigurationError, RunError, SourceError, TooManyUnreadableError, nearest
 from features.files import printable
 from features.machine import processors
 from features.progress import Progress
@@ -93,8 +94,7 @@ def evaluate(
     chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if is_manifest(images) else None)
-        reading = reading or (chosen.reading if chosen.reading.record else None)
-    source = scan(images, target=target, reading=reading)
+    source = _scanned(images, target, reading, chosen)
     rows = _rows_of(source, split)
     if chosen is None:
         model: Model = ArtefactModel(open_artefact(run))
@@ -165,6 +165,14 @@ def _predicted(
         model.classes,
     )
     return scored, dict(sorted(reasons.items()))
+
+
+def _scanned(images: str | Path, target: str | None, reading: Reading | None, run: Run | None) -> ImageSet:
+    """Read the folders as asked; else as the run's were read, or plainly if these have another form."""
+    if reading is None and run is not None and run.reading.record:
+        with contextlib.suppress(ConfigurationError, SourceError):
+            return scan(images, target=target, reading=run.reading)
+    return scan(images, target=target, reading=reading)
 
 
 def _rows_of(source: ImageSet, split: str | None) -> np.ndarray:

@@ -6,6 +6,7 @@ store --`pipeline.heads.gather`--> rows --`pipeline.heads.fitting`--> head, prob
 from __future__ import annotations
 
 import dataclasses
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Mapping, Sequence
@@ -148,13 +149,17 @@ def train_head(
 def _loads(run: Run) -> bool:
     """Whether the head of a finished run can be loaded; if not, the run is removed, to be trained again.
 
-    A head that only lacks trust is not loaded, and its run is kept.
+    A head that only lacks trust is not loaded, and its run is kept. One that the system does not let us read now (a disk
+    error, rights, too many open files) may be whole: the error is passed on.
     """
     try:
         head_of(run)
     except UntrustedHeadError:
         return True
     except (HeadError, RunError) as problem:
+        code = getattr(problem.__cause__, "errno", None)  # HDF5's and our own errors about content have none
+        if code not in (None, errno.ENOENT):
+            raise
         logger.warning("%s; the run is trained again now", problem)
         shutil.rmtree(run.folder)
         return False

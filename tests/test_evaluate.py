@@ -169,3 +169,8 @@ def test_a_summary_of_many_classes_lists_the_most_confused_pairs(images: Path) -
     said = summary(document).splitlines()
     assert ["ape", "bee", "1"] in [line.split() for line in said]
     assert "  most often confused" in said
+
+
+def test_a_run_of_folders_with_two_levels_is_scored_on_plain_folders_too(images: Path, run: SimpleNamespace) -> None:
+    run.reading = Reading(class_level=2)
+    assert evaluate("run", images)["evaluated"] == 5

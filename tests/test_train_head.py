@@ -238,6 +238,21 @@ def test_an_incomplete_folder_is_replaced(lost: str, tmp_path: Path, caplog: pyt
     assert "was incomplete and is replaced" in caplog.text
 
 
+def test_a_run_that_cannot_be_read_now_is_not_thrown_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = train_head(make_store(), "logistic", runs=tmp_path)
+    whole = listing(tmp_path)
+
+    def fail(_: Run) -> None:
+        raise HeadError("head.npz: cannot be loaded") from OSError(5, "Input/output error")
+
+    monkeypatch.setattr("pipeline.train_head.head_of", fail)
+    with pytest.raises(HeadError, match="cannot be loaded"):
+        train_head(make_store(), "logistic", runs=tmp_path)
+    monkeypatch.undo()
+    assert listing(tmp_path) == whole
+    assert train_head(make_store(), "logistic", runs=tmp_path) == dataclasses.replace(first, cached=True)
+
+
 @pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
 def test_a_failed_write_leaves_nothing(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any) -> None:

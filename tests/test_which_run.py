@@ -50,7 +50,9 @@ def test_the_run_with_the_asterisk_is_taken_not_the_highest_accuracy(tmp_path: P
 
 
 @pytest.mark.parametrize(("images", "best"), [(29, "steady"), (30, "not-judged")])
-def test_few_validation_images_leave_the_choice_to_cross_validation(images: int, best: str, tmp_path: Path) -> None:
+def test_few_validation_images_leave_the_choice_to_cross_validation(
+    images: int, best: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A simple head was lucky with 29 images. Cross-validation saw it, and nobody had to ask for its scores."""
     made_run(tmp_path, "lucky", images=images, accuracy=1.0, cv=0.5, parameters=3)
     made_run(tmp_path, "steady", images=images, accuracy=0.9, cv=0.95)
@@ -63,7 +65,10 @@ def test_few_validation_images_leave_the_choice_to_cross_validation(images: int,
     document = make_report(tmp_path, tmp_path / "report.html")
     assert document["groups"][0]["chosen"] == best
     for folds, chosen in ((True, "steady"), (False, "not-judged")):
+        caplog.clear()
         assert [row["run_id"] for row in leaderboard(tmp_path, folds=folds) if row["chosen"]] == [chosen]
+        said = f"the asterisk stands at {chosen} because of how you compare; predict, evaluate, export and finetune take {best}"
+        assert (said in caplog.text) == (chosen != best)
 
 
 def test_heads_whose_epoch_the_validation_images_chose_are_named_beside_others(

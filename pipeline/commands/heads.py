@@ -262,7 +262,10 @@ def leaderboard(
     as_csv: Annotated[bool, opt("Print CSV.", "--csv")] = False,
     as_json: Json = False,
 ) -> None:
-    """List runs, the best first; an asterisk marks the one that predict, export and finetune take."""
+    """List runs, the best first; an asterisk marks the one that predict, evaluate, export and finetune take.
+
+    With --folds or --choose it may mark another; a warning says so.
+    """
     from pipeline.predicting.files import destination
     from pipeline.runs.board import board_of, check_choice
     from pipeline.runs.folder import find_runs

@@ -22,8 +22,8 @@ FOLDER = Path(__file__).parent / "published"
 # Options of extract that an experiment does not set: they concern the machine, or the store of one user.
 # fmt: off
 NOT_IN_A_STEP = (
-    "device", "workers", "target", "split_folders", "class_level", "merge_labels", "overwrite", "rehash", "strict", "layout",
-    "check_precision",
+    "device", "workers", "target", "split_folders", "class_level", "merge_labels", "overwrite", "rehash", "trust_times",
+    "strict", "layout", "check_precision",
 )
 # fmt: on
 

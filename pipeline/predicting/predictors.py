@@ -48,9 +48,12 @@ def taken(path: str | Path, asked: PredictOptions, likely: str | None = None) ->
         ("--data-set", asked.data_set, "is made of one run"),
         ("--weights", asked.weights, "holds its own weights"),
         ("--device", None if asked.device != "gpu" else "gpu", "runs on the processor"),
+        ("--trust", "" if asked.trust else None, "holds no head that needs it"),
     ):
         if given is not None:
-            raise ConfigurationError(f"{option} {given}: {path} is an exported model, which {holds}; leave it out")
+            raise ConfigurationError(
+                f"{f'{option} {given}'.strip()}: {path} is an exported model, which {holds}; leave it out"
+            )
     return None, []
 
 

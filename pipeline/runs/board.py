@@ -163,6 +163,12 @@ def board_of(
         if said := _judging(state.runs, folds):
             logger.info("%s: %s", printable(one.name), said)
         chosen = starred(state.runs, by, folds=folds) if len(groups) == 1 or state is one.states[0] else None
+        if chosen is not None and (usual := starred(state.runs)) is not chosen:
+            logger.warning(
+                "the asterisk stands at %s because of how you compare; predict, evaluate, export and finetune take %s from this "
+                "folder: name the run to take another",
+                chosen.run_id, usual.run_id,
+            )  # fmt: skip
         for run in ranked(state.runs, by, folds=folds):
             further: dict[str, Any] = {"data_set": one.name} if len(found) > 1 else {}
             if len(groups) > len(found):
