@@ -18,6 +18,8 @@ import pytest
 from helpers import ROOT, STRESS
 from PIL import Image
 
+from features.errors import UnreadableImageError
+from features.pixels import limits
 from features.pixels.decode import decode_image
 from features.pixels.limits import FREE_BYTES, DecodeMemory
 from features.recipe import PixelRule
@@ -97,6 +99,51 @@ def test_a_decoder_that_never_ends_is_ended(tmp_path: Path) -> None:
     assert "error: cat/slow\\n.jpg: has been decoding for 0 s" in done.stderr
     assert "--cluster local:1" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_the_time_in_which_a_process_is_stopped_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-Z and a batch system stop a process for hours; what it was decoding is no heavy image."""
+    watch, ended, naps = limits._Watch(), list[int](), iter([1000.0] + 30 * [30.0])
+    now = 0.0
+
+    def sleep(seconds: float) -> None:
+        nonlocal now
+        now += next(naps)
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    monkeypatch.setattr(os, "_exit", lambda code: ended.append(code) or sys.exit())
+    watch._process = os.getpid()  # so that no thread is started
+    with watch.over("a.jpg"), pytest.raises(SystemExit):
+        watch._look()
+    assert ended == [1]
+    assert now == 1000.0 + 10 * 30.0  # ten looks after the one that came late
+
+
+HEADERS = [
+    b"P6 #%b\n2 2 255\n",
+    b"P6 2 2 #%b\n255\n",
+    b"P6 2 2 25#%b\n5\n",
+    b"P6 2#\n2 2 #%b\n255\n",
+    b"P4 2 2#%b\n",
+    b"Pf 2 2 #%b\n-1.0\n",
+    b"PyRGBA 2 2 #%b\n255\n",
+    b"P0CMYK #%b\n2 2 255\n",
+]
+
+
+@pytest.mark.parametrize("header", HEADERS)
+def test_a_comment_anywhere_in_the_header_of_a_pixmap_is_limited(header: bytes) -> None:
+    with pytest.raises(UnreadableImageError, match="too-large: the header of a PPM"):
+        limits.check_file(header % (limits.MAX_HEADER * b"x") + bytes(16))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"P6\n# GIMP\n99 99\n255\n", b"P5 9 9\t65535 ", b"P4\r\n#\r\n9\r\n9\r\n", b"Pf\n9 9\n-1.0\n", b"P1\n9 9\n"],
+)
+def test_a_usual_header_of_a_large_pixmap_is_read(header: bytes) -> None:
+    limits.check_file(header + bytes(2 * limits.MAX_HEADER))
 
 
 def png(width: int, height: int, colour: int, channels: int, bits: int = 8) -> bytes:

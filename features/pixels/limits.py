@@ -43,7 +43,9 @@ FREE_BYTES = 200_000_000  # an image that takes less never waits for others: 25 
 # worker after worker (`kills-worker`), as a crash of the decoder would.
 DECODE_SECONDS = float(os.environ.get("BOTTLENECK_DECODE_SECONDS", "300"))
 
-_PPM_HEADER = re.compile(rb"P[1-6]((?:\s|#[^\r\n]*[\r\n])+\d+){2}")
+# A word of the header with what comes before it. To Pillow, a word does not end where a comment begins.
+_PPM_TOKEN = rb"\s(?:\s|#[^\r\n]*[\r\n])*[^\s#]+"
+_PPM_HEADER = re.compile(rb"P(?:[14](?:%b){2}|[0-9A-Za-z]+(?:%b){3})\s" % (_PPM_TOKEN, _PPM_TOKEN))
 _MARKER = re.compile(
     rb"\xff[\x01-\xcf\xd8-\xfe]"
 )  # in the data of a scan, where 0xff is followed by 0 or a restart marker
@@ -64,7 +66,7 @@ def check_file(data: bytes) -> None:
     UnreadableImageError
         With the reason ``too-large``.
     """
-    if data[:1] == b"P" and data[1:2] in b"123456":
+    if data[:1] == b"P" and data[1:2] in b"0123456fy":
         if not _PPM_HEADER.match(data[:MAX_HEADER]) and len(data) > MAX_HEADER:
             raise refuse(f"the header of a PPM takes more than {MAX_HEADER} bytes")
         if data[1:2] in b"123" and len(data) > MAX_PLAIN:
@@ -222,7 +224,8 @@ class _Watch:
     """Ends the process if one image has been decoding for too long."""
 
     def __init__(self) -> None:
-        self._running: dict[int, tuple[float, str]] = {}
+        self._running: dict[int, tuple[int, str]] = {}
+        self._ticks = 0  # of a clock that stands still while the process is stopped (Ctrl-Z, a job that gives way)
         self._lock = threading.Lock()
         self._process = 0
 
@@ -235,7 +238,7 @@ class _Watch:
                     self._process, self._running = os.getpid(), {}
                     threading.Thread(target=self._look, name="decode-watch", daemon=True).start()
         key = threading.get_ident()
-        self._running[key] = (time.monotonic(), name)
+        self._running[key] = (self._ticks, name)
         try:
             yield
         finally:
@@ -244,8 +247,9 @@ class _Watch:
     def _look(self) -> None:
         while True:
             time.sleep(DECODE_SECONDS / 10)
-            begun, name = min(list(self._running.values()), default=(time.monotonic(), ""))
-            if time.monotonic() - begun > DECODE_SECONDS:
+            self._ticks += 1
+            begun, name = min(list(self._running.values()), default=(self._ticks, ""))
+            if self._ticks - begun > 10:
                 sys.stderr.write(
                     f"error: {printable(name)}: has been decoding for {DECODE_SECONDS:.0f} s, so this process ends; finished "
                     "shards are kept. Remove or repair that image and run again; or add --cluster local:1, which sets an "
