@@ -59,7 +59,8 @@ def run_module(
     root = str(Path(__file__).resolve().parent.parent)
     paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
     return subprocess.run(
-        [sys.executable, "-m", "features.children", str(os.getpid()), module, *arguments],
+        # -P: a file of the working folder, which may be the data, must not take the place of a module
+        [sys.executable, "-P", "-m", "features.children", str(os.getpid()), module, *arguments],
         env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,

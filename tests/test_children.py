@@ -79,6 +79,18 @@ def test_a_module_runs_as_with_python(monkeypatch: pytest.MonkeyPatch, tmp_path:
         run_module("timeit", "-n1", "-r1", "import time; time.sleep(60)", timeout=0.5)
 
 
+def test_files_of_the_working_folder_take_the_place_of_no_module(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The working folder may be somebody's data, or a project with a features.py of its own."""
+    for name in ("features.py", "runpy.py", "this.py"):
+        (tmp_path / name).write_text("raise SystemExit('a stranger ran')")
+    monkeypatch.chdir(tmp_path)
+    done = run_module("this")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("The Zen of Python")
+
+
 @pytest.mark.parametrize("known", [True, False])
 def test_a_process_whose_parent_has_gone_already_ends_at_once(known: bool) -> None:
     hide = "" if known else "children.ctypes.CDLL = lambda name: None; children._SECONDS = 0.05; "
