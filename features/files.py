@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from features.errors import BottleneckError, LockedError, StoreError
+from features.ownership import make_folder
 from features.temporary import sweep_dead, temporary_path
 
 
@@ -77,16 +78,20 @@ def enough_room(folder: Path, size: int) -> Iterator[None]:
 
 @contextlib.contextmanager
 def whole_file(path: Path) -> Iterator[BinaryIO]:
-    """Open an ``atomic_file`` for writing, for files of a cache; a missing folder is created.
+    """Open an ``atomic_file`` for writing, for files of a cache, which only this user may write; a missing folder is created.
 
     Raises
     ------
     OSError
         As the file system raises it: the caller decides whether the file matters.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with _replacement(path) as temporary, open(temporary, "xb") as file:
+    make_folder(path.parent)
+    with _replacement(path) as temporary, open(temporary, "xb", opener=_for_this_user) as file:
         yield file
+
+
+def _for_this_user(path: str, flags: int) -> int:
+    return os.open(path, flags, 0o644)
 
 
 @contextlib.contextmanager

@@ -46,6 +46,14 @@ def foreign(path: Path) -> str:
     return ""
 
 
+def make_folder(folder: Path) -> None:
+    """Create a folder and those above it that are missing, so that nobody else can write them, whatever the umask is."""
+    for place in reversed((folder, *folder.parents)):
+        if not place.is_dir():
+            with contextlib.suppress(FileExistsError):  # another process was faster
+                place.mkdir(0o755)
+
+
 def _way_to(path: Path, *, is_last: bool = True) -> Iterator[tuple[Path, os.stat_result, bool]]:
     """Yield all that opening ``path`` passes through, targets of links too, and whether it is the end of the way.
 

@@ -13,7 +13,7 @@ import os
 import secrets
 from pathlib import Path
 
-from features.ownership import foreign
+from features.ownership import foreign, make_folder
 from features.temporary import temporary_path
 
 logger = logging.getLogger(__name__)
@@ -102,7 +102,8 @@ def _kept_key(path: Path) -> bytes:
 
 def _make_key(path: Path) -> None:
     """Write a new key; of several processes that do so at the same time, the first one decides."""
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    make_folder(path.parent.parent)
+    path.parent.mkdir(mode=0o700, exist_ok=True)
     temporary = temporary_path(path)
     try:
         with open(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:

@@ -35,6 +35,25 @@ def test_what_is_written_is_read_again(cache: Path) -> None:
     assert [path.name for path in cache.rglob("*")] == ["memos", "a.json"]
 
 
+def test_the_cache_is_used_whatever_the_umask_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the umask 002 and a group of many users, what a run wrote was refused by the next one."""
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "new" / "cache"))
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "other" / "config"))
+    signing.user_key.cache_clear()
+    before = os.umask(0)
+    try:
+        path = cache_path("memos", "a.json")
+        write_signed(path, b"content")
+    finally:
+        os.umask(before)
+    assert path.is_relative_to(tmp_path)
+    assert cache_path("memos", "a.json") == path
+    signing.user_key.cache_clear()
+    with signed_file(path) as file:
+        assert file.read() == b"content"
+    signing.user_key.cache_clear()
+
+
 @pytest.mark.parametrize("place", ["memos/b.json", "others/a.json"])
 def test_a_file_under_the_name_of_another_is_not_believed(cache: Path, place: str) -> None:
     write_signed(cache / "memos" / "a.json", b"content")

@@ -8,6 +8,7 @@ import numpy as np
 
 from features.cache import cache_path
 from features.errors import SourceError, nearest
+from features.ownership import make_folder
 from features.pixels.png import plain_png
 from features.temporary import temporary_folder
 
@@ -29,7 +30,7 @@ def sample_folder(name: str) -> Path:
     folder = cache_path("digits")
     try:
         if not folder.is_dir():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(folder.parent)
             with temporary_folder(folder) as temporary:
                 made = temporary / "digits"
                 _write_digits(made)
@@ -50,6 +51,6 @@ def _write_digits(folder: Path) -> None:
     digits = load_digits()
     grey = np.rint(digits.images * (255 / 16)).astype(np.uint8).repeat(4, axis=1).repeat(4, axis=2)
     for label in digits.target_names:
-        (folder / str(label)).mkdir(parents=True)
+        make_folder(folder / str(label))
     for index, (pixels, label) in enumerate(zip(grey, digits.target, strict=True)):
         (folder / str(label) / f"{index:04d}.png").write_bytes(plain_png(pixels))
