@@ -201,6 +201,11 @@ def test_options_that_the_source_cannot_meet(tmp_path: Path) -> None:
         scan(touch(tmp_path / "b", "cat/1.jpg", "dog/1.jpg"), reading=Reading(class_level=2))
     with pytest.raises(ConfigurationError, match=r"--class-level: .* has no class folders"):
         scan(manifest(tmp_path / "c", "path,label\n1.png,a\n", "1.png"), reading=Reading(class_level=2))
+    flat = touch(tmp_path / "d", "1.jpg", "2.jpg")
+    for reading in (Reading("train=one"), Reading(class_level=1)):
+        with pytest.raises(SourceError, match="no class folders, so --split-folders and --class-level mean nothing"):
+            scan(flat, reading=reading)
+        assert len(scan(flat, reading=Reading.recorded(reading.record))) == 2  # as predict does
     with pytest.raises(ConfigurationError, match="reading: received 'colour'"):
         Reading.recorded({"colour": 1})
 
@@ -277,6 +282,7 @@ def test_folders_that_look_alike(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_labels_that_are_different() -> None:
     assert look_alikes(dict.fromkeys(["a", "b", "1", "2", "10", "1.5", "nan", "a b", "ab", "1_0"], 1)) == []
     assert look_alikes({"1": 1, "1.0": 2, "01": 3}) == [["01", "1.0", "1"]]
+    assert look_alikes({"12345678901234567": 1, "12345678901234568": 1}) == []  # equal as floats
 
 
 def test_the_same_bytes_under_two_labels_of_one_split() -> None:

@@ -140,7 +140,8 @@ def look_alikes(counts: Mapping[str, int]) -> list[list[str]]:
     for label in sorted(counts, key=lambda label: (-counts[label], label)):
         plain = " ".join(unicodedata.normalize("NFKC", label).casefold().split())
         number = number_or_none(plain) if plain.isascii() and "_" not in plain else None
-        groups.setdefault(plain if number is None or number != number else number, []).append(label)
+        # from 2^53 on, and for NaN, a float is not one number
+        groups.setdefault(number if number is not None and abs(number) < 2**53 else plain, []).append(label)
     return sorted(group for group in groups.values() if len(group) > 1)
 
 

@@ -59,6 +59,11 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
     parents = [os.path.dirname(file.path) for file in files]
     parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
     if not any(parts.values()):
+        if not reading.settled and (reading.split_folders or reading.class_level):
+            raise SourceError(
+                f"{root} holds images and no class folders, so --split-folders and --class-level mean nothing: leave them "
+                "out, or give the folder that holds the class folders"
+            )
         return Tree(list(files), [""] * len(files), [NOT_GIVEN] * len(files), [], reading)
     asked = reading
     layout, reading = _decide(root, parts, asked, checked=not skip)
