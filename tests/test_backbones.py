@@ -349,6 +349,15 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
     (tmp_path / "text.keras").write_text("hello")
     with pytest.raises(ConfigurationError, match="is not a Keras model file"):
         find_backbone(str(tmp_path / "text.keras"))
+    for damage, name in ((b"\xff\xff", "flipped.keras"), (b"\x00\x00", "short.keras")):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("config.json", json.dumps(list(range(999))))
+        data = bytearray((tmp_path / name).read_bytes())
+        start = 30 + len("config.json")
+        data[start : start + 2] = damage
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ConfigurationError, match="is not a Keras model file"):
+            find_backbone(str(tmp_path / name))
     with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"config": []}))
     assert find_backbone(str(tmp_path / "odd.keras")).file_size is None

@@ -25,7 +25,7 @@ from helpers import listing
 from features.cache import cache_path, signed_file, write_signed
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError
 from features.files import whole_file
-from features.networks import wheels
+from features.networks import tensors, wheels
 from features.networks.backbones import (
     BACKBONES,
     Backbone,
@@ -597,6 +597,16 @@ def test_weights_come_from_the_file_alone(tmp_path: Path, kind: str, key: str) -
     assert not any(variable.value.any() for layer in model.layers for variable in layer.weights)
     assign_from_file(model, tmp_path / "victim.h5")
     assert model.layers[1].weights[0].value.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+
+
+@pytest.mark.parametrize("names", [5, "conv", [["conv"]]])
+def test_names_that_are_no_list_are_damage(names: object, tmp_path: Path) -> None:
+    import h5py
+
+    with h5py.File(tmp_path / "odd.h5", "w") as file:
+        file.attrs["layer_names"] = np.array(names, "S4") if isinstance(names, list) else names
+        with pytest.raises(ValueError, match="'layer_names' is not a list"):
+            tensors._names(file, "layer_names")
 
 
 def test_a_tensor_is_read_only_if_it_has_the_shape_of_the_network(tmp_path: Path) -> None:

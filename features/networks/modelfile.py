@@ -8,6 +8,7 @@ import math
 import re
 import threading
 import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,15 @@ _LARGEST_CONFIG = 64 << 20  # bytes of JSON
 _LARGEST_EXPANSION = 1000  # bytes of weights for each byte of the file, which may be compressed; Keras allows the same
 _SMALL = 64 << 20  # bytes of weights that are never refused
 _LARGEST_OUTPUT = 4 << 30  # bytes that one layer may give for one image
+_DAMAGED = (
+    OSError,
+    KeyError,
+    ValueError,
+    EOFError,
+    RuntimeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)  # deep JSON: RuntimeError
 _SCORES = ("softmax", "sigmoid")  # activations that make scores of classes
 
 
@@ -44,7 +54,7 @@ class ModelConfig:
             with zipfile.ZipFile(path) as archive:
                 config = _read_json(archive, "config.json")
                 about = _read_json(archive, "metadata.json") if "metadata.json" in archive.namelist() else None
-        except (OSError, KeyError, ValueError, RuntimeError, zipfile.BadZipFile) as error:  # RecursionError: deep JSON
+        except _DAMAGED as error:
             raise ConfigurationError(
                 f"{path} is not a Keras model file (a zip with config.json): {error}. Write one with model.save('NAME.keras')"
             ) from error

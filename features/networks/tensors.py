@@ -363,6 +363,8 @@ def _names(group: Any, attribute: str) -> Sequence[str]:
         parts = []
         while f"{attribute}{len(parts)}" in group.attrs:
             parts.append(group.attrs[f"{attribute}{len(parts)}"])
+    if any(np.ndim(part) != 1 for part in parts):
+        raise ValueError(f"its attribute {attribute!r} is not a list")
     return [name.decode("utf-8") if isinstance(name, bytes) else str(name) for part in parts for name in part]
 
 
