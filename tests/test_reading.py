@@ -169,10 +169,20 @@ def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
     assert scan(vehicles, reading=Reading(class_level=1)).classes == ("plane", "train")
     nested = touch(tmp_path / "intel", "seg_train/seg_train/sea/1.jpg", "seg_test/seg_test/sea/1.jpg")
     assert "'seg_test', 'seg_train' would be classes" in refusal(nested)
+    beside = touch(tmp_path / "beside", "seg_train/sea/1.jpg", "seg_test/sea/1.jpg", "seg_pred/1.jpg")
+    assert "If they are splits, add --split-folders test=seg_test,train=seg_train, which leaves" in refusal(beside)
+    assert scan(beside, reading=Reading("test=seg_test,train=seg_train")).classes == ("sea",)
     assert scan(touch(tmp_path / "fine", "test tubes/1.jpg", "flasks/1.jpg")).classes == ("flasks", "test tubes")
     text = "path,label\n1.png,train\n2.png,test\n"
     assert "name that column 'split'" in refusal(manifest(tmp_path / "m", text, "1.png", "2.png"))
     assert scan(tmp_path / "m" / "images.csv", target="label").classes == ("test", "train")
+
+
+def test_names_of_folders_are_quoted_in_what_may_be_pasted(tmp_path: Path) -> None:
+    """They may come from a stranger's archive."""
+    assert "--split-folders 'train=$(date),test=a;b'" in refusal(tree(tmp_path / "a", "$(date)", "a;b"))
+    beside = touch(tmp_path / "c", "Train `w`/sea/1.jpg", "test_1/sea/1.jpg", "other/1.jpg")
+    assert "add --split-folders 'train=Train `w`,test=test_1'" in refusal(beside)
 
 
 def test_prediction_asks_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, nearest
+from features.files import quoted
 from features.networks.backend import load_keras
 from features.networks.graph import (
     boundary_by_rule,
@@ -309,7 +310,7 @@ def find_backbone(name: str) -> Backbone:
     if Path(name).suffix.lower() in _OTHER_FILES or Path(name).is_file():
         raise ConfigurationError(
             f"backbone: received the file {name!r}, expected a name of keras.applications or a .keras file. If it holds the "
-            f"weights of such a network, name the network: --backbone NAME --weights {name}. If it is a whole model, load "
+            f"weights of such a network, name the network: --backbone NAME --weights {quoted(name)}. If it is a whole model, load "
             "it with the library that wrote it, save it with Keras 3 as model.save('NAME.keras'), and give that file"
         )
     hint = nearest(name, BACKBONES) or f"; the known names are {', '.join(BACKBONES)}"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, brief
+from features.files import quoted
 from features.networks.graph import graph_nodes
 
 logger = logging.getLogger(__name__)
@@ -188,7 +189,7 @@ def open_model(path: Path) -> Any:
         if version.startswith(("1.", "2.")):
             raise ConfigurationError(
                 f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({brief(reason.partition('. ')[0], 150)}). "
-                f"If it is a network of keras.applications, name it and take only the numbers: --backbone NAME --weights {path}. "
+                f"If it is a network of keras.applications, name it and take only the numbers: --backbone NAME --weights {quoted(path)}. "
                 "Otherwise load its weights into the same layers made with Keras 3, and save that model."
             ) from error
         raise ConfigurationError(

@@ -19,6 +19,7 @@ import numpy as np
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, nearest
+from features.files import quoted
 from features.machine import keras_backend
 from features.networks.backbones import (
     BOUNDARY,
@@ -202,7 +203,7 @@ def _warn_of_classifier(classifier: tuple[str, str], description: Description) -
     logger.warning(
         "the network ends in a classifier: its last layer %s gives scores of %d classes, and these would be the features. "
         "The layer before it knows more about an image: --layer %s%s",
-        *(last, description.layers[description.last][-1], before, pool),
+        *(last, description.layers[description.last][-1], quoted(before), pool),
     )
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from features.errors import SourceError, nearest
+from features.files import quoted
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File
 from features.sources.reading import Reading, split_of
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, SPLITS, UNLABELLED, listed
@@ -71,7 +72,7 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
     rows = {parent: _row(part, layout, nested) for parent, part in parts.items()}
     classes = {row[0] for row in rows.values() if row} - {""}
     if not (reading.settled or asked.split_folders or asked.class_level):
-        _check_names(root, classes, layout)
+        _check_names(root, classes, layout, nested)
     if odd := sorted(name for name in classes if ODD_CHARACTERS.search(name)):
         raise SourceError(f"{root}: the name of the class folder {odd[0]!r} is not plain UTF-8 text; rename it")
     kept = [(file, row) for file, parent in zip(files, parents, strict=True) if (row := rows[parent]) is not None]
@@ -172,9 +173,9 @@ def _recognised(root: Path, parts: Parts, tops: set[str]) -> dict[str, int]:
     inner = {split_of(name, alone=True) for name in names}
     if None not in inner and len(inner) == len(names):  # cat/train, cat/test, dog/train, dog/test
         pairs = ",".join(f"{SPLITS[split_of(name) or 0]}={name}" for name in sorted(names))
-        way = f"--class-level 1 --split-folders {pairs}"
+        way = f"--class-level 1 --split-folders {quoted(pairs)}"
     else:
-        way = f"--split-folders train={first},test={last}"
+        way = f"--split-folders {quoted(f'train={first},test={last}')}"
     raise SourceError(
         f"{root}: {listed(list(below), 4)} all hold the same folders, {listed(sorted(names), 4)}, so it is not certain which "
         f"are the classes. If some are splits, rename them to train, validation and test, or add {way}. Otherwise add "
@@ -183,16 +184,18 @@ def _recognised(root: Path, parts: Parts, tops: set[str]) -> dict[str, int]:
     )
 
 
-def _check_names(root: Path, classes: set[str], layout: _Layout) -> None:
+def _check_names(root: Path, classes: set[str], layout: _Layout, nested: set[str]) -> None:
     """Refuse classes that are named like splits; below split folders only if all are, as a class may be called train."""
     alone = sorted(name for name in classes if split_of(name, alone=True) is not None)
     if not alone or (layout.splits and len(alone) < len(classes)):
         return
-    way = "--split-folders " + ",".join(f"{SPLITS[code]}={top}" for top, code in layout.splits.items())
+    pairs = layout.splits or {top: code for top in sorted(nested) if (code := split_of(top)) is not None}
+    way = "--split-folders " + quoted(",".join(f"{SPLITS[code]}={top}" for top, code in pairs.items()))
+    splits = f"If they are splits, add {way}, which leaves other folders out. " if pairs and not layout.splits else ""
     raise SourceError(
         f"{root}: {listed(alone)} would be {'classes' if len(alone) > 1 else 'a class'}, but such names are those of splits. "
         "Put the images of each class into a folder of its own, as in train/cat/1.jpg; or, if the file names hold the "
-        "classes, write a CSV manifest path,label,split. "
+        f"classes, write a CSV manifest path,label,split. {splits}"
         f"If they are classes, add {way if layout.splits else '--class-level 1'}."
     )
 
