@@ -310,6 +310,32 @@ def _(name: str) -> Made:
     return data, UPRIGHT[6](picture(name))
 
 
+_XMP = b'<x:xmpmeta><rdf:RDF><rdf:Description tiff:Orientation="6"/></rdf:RDF></x:xmpmeta>'
+
+
+@good("png-upright-by-xmp-despite-its-metadata.png")
+def _(name: str) -> Made:
+    xmp = chunk(b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + _XMP)
+    return colour_png(name, _METADATA["png-checksum-of-resolution-wrong.png"], xmp), UPRIGHT[6](picture(name))
+
+
+@good("png-upright-by-raw-exif-despite-its-metadata.png")
+def _(name: str) -> Made:
+    exif = with_orientation(6).tobytes()
+    text = chunk(b"zTXt", b"Raw profile type exif\0\0" + zlib.compress(f"\nexif\n{len(exif)}\n{exif.hex()}\n".encode()))
+    return colour_png(name, _METADATA["png-checksum-of-resolution-wrong.png"], text), UPRIGHT[6](picture(name))
+
+
+@good("jpeg-upright-by-xmp-despite-its-metadata.jpg", tolerance=2)
+def _(name: str) -> Made:
+    def segment(kind: bytes, body: bytes) -> bytes:
+        return b"\xff" + kind + struct.pack(">H", len(body) + 2) + body
+
+    metadata = segment(b"\xe0", b"JFIF\0") + segment(b"\xe1", b"http://ns.adobe.com/xap/1.0/\0" + _XMP)
+    data = jpeg(picture(name))
+    return data[:2] + metadata + data[2:], UPRIGHT[6](picture(name))
+
+
 @good("jpeg-of-90-scans.jpg", tolerance=2)
 def _(name: str) -> Made:
     return scans(80)(name), picture(name)

@@ -97,6 +97,8 @@ _END_OF_DATA_WORDS = (
 )
 
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
+_TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+_TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts that may hold an orientation
 _ROWS = 256  # rows of deep grey that are scaled at a time
 
 # Decoders that read only as far as they must: if one of them reached the end of the file, it needed more data.
@@ -305,14 +307,15 @@ def _without_metadata(data: bytes) -> bytes | None:
 
 def _chunk_decides(chunk: bytes) -> bool:
     whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
-    return chunk[4:8] in _PIXEL_CHUNKS or (chunk[4:8] == b"eXIf" and whole)
+    turns = chunk[4:8] == b"eXIf" or (chunk[4:8] in _TEXT_CHUNKS and chunk.startswith(_TURNING_TEXTS, 8))
+    return chunk[4:8] in _PIXEL_CHUNKS or (turns and whole)
 
 
 def _segment_decides(segment: bytes) -> bool:
     """Whether a segment of a JPEG decides its pixels: libjpeg uses the markers of JFIF and Adobe if they are whole."""
     kind, content = segment[-1] if len(segment) < 2 else segment[1], segment[4:]
     if kind == 0xE1:
-        return content.startswith(b"Exif\0\0")
+        return content.startswith((b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/\0"))
     if kind in (0xE0, 0xEE):
         return content.startswith(b"JFIF\0" if kind == 0xE0 else b"Adobe") and len(content) >= (
             14 if kind == 0xE0 else 12
