@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -148,6 +149,7 @@ def test_the_advice_looks_at_the_cause() -> None:
     )
     assert "--test-from-validation 0.5" in advice(200, before=[0] * 150 + [1] * 50)["test"]
     assert "no train images: add them" in advice(20, before=[1] * 10 + [2] * 10)["train"]
+    assert "no validation images: add them" in advice(20, before=[0] * 20)["test"]
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -168,6 +170,15 @@ def test_following_the_advice_gives_validation_images(
         share = options.get("--validation-from-train")
         rule = options.get("--split", rule.partition("+")[0]) + (f"+validation-from-train:{share}" if share else "")
     pytest.fail(f"the advice loops: {said}")
+
+
+def test_classes_of_which_no_image_could_be_read() -> None:
+    table = SimpleNamespace(
+        labels=np.full(2, -1), splits=np.full(2, 3), groups=None, sha256=np.zeros((2, 32), np.uint8)
+    )
+    store = SimpleNamespace(path="f.h5", classes=("cat",), images=table, split_rule="hash", rows=lambda split: ())
+    with pytest.raises(HeadError, match="no train rows: no image with a label could be read"):
+        needs_rows(store, "train")
 
 
 def test_it_is_said_at_extraction_and_again_at_training(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

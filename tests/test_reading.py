@@ -218,6 +218,8 @@ def test_options_that_the_source_cannot_meet(tmp_path: Path) -> None:
         assert len(scan(flat, reading=Reading.recorded(reading.record))) == 2  # as predict does
     with pytest.raises(ConfigurationError, match="reading: received 'colour'"):
         Reading.recorded({"colour": 1})
+    with pytest.raises(ConfigurationError, match=r"reading: received \[1\], expected a mapping"):
+        Reading.recorded([1])  # type: ignore[arg-type]
 
 
 def test_stores_of_such_folders_made_earlier_still_open(tmp_path: Path) -> None:

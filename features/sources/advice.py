@@ -79,13 +79,14 @@ def _of_rule(split: str, splits: np.ndarray, rule: SplitRule, units: int, *, gro
 def _of_source(split: str, splits: np.ndarray, rule: SplitRule, units: int, *, grouped: bool) -> str:
     """Advise where the source itself gives splits, which are kept."""
     counts = dict(zip(SPLITS[:3], np.bincount(splits, minlength=4)[:3].tolist(), strict=True))
-    if split == "train":
-        return "the source gives splits, but no train images: add them, or leave its splits out to have it split by --split"
     option, from_split = (
-        ("validation-from-train", "train") if split == "validation" else ("test-from-validation", "validation")
+        ("test-from-validation", "validation") if split == "test" else ("validation-from-train", "train")
     )
     if not counts[from_split]:
-        return "the source gives splits, but no train images: add them, or leave its splits out to have it split by --split"
+        return (
+            f"the source gives splits, but no {from_split} images: add them, or leave its splits out to have it split by "
+            "--split"
+        )
     tried = rule.validation_from_train if split == "validation" else rule.test_from_validation
     share = 0.5 if split == "test" else 0.25 if grouped or counts[from_split] < FEW else 0.1
     kind = "--split stratified " if grouped or tried else ""

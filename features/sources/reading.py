@@ -66,6 +66,8 @@ class Reading:
     @classmethod
     def recorded(cls, fields: Mapping[str, Any]) -> Reading:
         """Return the reading that a store or run has recorded; empty means that the plain form of the source decided."""
+        if not isinstance(fields, Mapping):
+            raise ConfigurationError(f"reading: received {fields!r:.40}, expected a mapping")
         known = {field.name: type(field.default) for field in dataclasses.fields(cls) if field.name != "settled"}
         if wrong := sorted(name for name, value in fields.items() if type(value) is not known.get(name)):
             raise ConfigurationError(f"reading: received {wrong[0]!r}, expected {', '.join(known)}")

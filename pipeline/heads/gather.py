@@ -163,7 +163,8 @@ def needs_rows(store: Any, *splits: str) -> None:
         if not len(store.rows(split)):
             empty = empty_splits(table.labels, table.splits, table.groups, table.sha256, store.split_rule)
             out = ". Or leave --test out" if split == "test" else ""
-            raise HeadError(f"{store.path}: there are no {split} rows: {empty[split]} (features are kept){out}")
+            why = empty.get(split, "no image with a label could be read")
+            raise HeadError(f"{store.path}: there are no {split} rows: {why} (features are kept){out}")
 
 
 def groups_to_leave_out(store: Any) -> int:
