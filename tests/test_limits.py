@@ -120,6 +120,15 @@ def test_the_time_in_which_a_process_is_stopped_does_not_count(monkeypatch: pyte
     assert now == 1000.0 + 10 * 30.0  # ten looks after the one that came late
 
 
+def test_segments_between_scans_are_limited_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(limits, "MAX_PARTS", 20)
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(stream, "JPEG")
+    data = stream.getvalue()[:-2] + b"\xff\xfe\0\2" * 30 + b"\xff\xda\0\2" * 101 + b"\xff\xd9"
+    with pytest.raises(UnreadableImageError, match="too-large: more than 20 segments"):
+        limits.check_picture(Image.open(io.BytesIO(data)), data)
+
+
 HEADERS = [
     b"P6 #%b\n2 2 255\n",
     b"P6 2 2 #%b\n255\n",

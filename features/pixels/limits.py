@@ -167,8 +167,10 @@ def check_picture(image: Image.Image, data: bytes, max_pixels: int = MAX_PIXELS)
 def _scans(data: bytes) -> int:
     """Count the scans of a JPEG, up to its end; pictures in its metadata or after it do not count."""
     position = max((end for _, end in jpeg_segments(data)), default=2)
-    scans = 1
+    scans, parts = 1, 0
     while found := _MARKER.search(data, position):
+        if (parts := parts + 1) > MAX_PARTS:
+            raise refuse(f"more than {MAX_PARTS} segments")
         marker, position = data[found.start() + 1], found.end()
         scans += marker == 0xDA
         if marker == 0xD9:
