@@ -717,7 +717,7 @@ WRONG = """hsah hash: hash:0.8 hash:0.8,0.1 hash:a,b hash:0.5,0.2,0.2,0.1 hash:1
     hash:inf,0 stratified:0.8,0.2,0.1 hash:0.8,0.1,0.100000002 hash+validation:0.2 hash+test-from-validation:x"""
 
 
-@pytest.mark.parametrize("text", ["", *WRONG.split()])
+@pytest.mark.parametrize("text", ["", *WRONG.split(), pytest.param("hash@" + 5000 * "9", id="a seed of 5000 digits")])
 def test_wrong_split_rules(text: str) -> None:
     with pytest.raises(ConfigurationError, match="split: received"):
         SplitRule.parse(text)

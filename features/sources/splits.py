@@ -80,8 +80,10 @@ class SplitRule:
         """
         text, at, stated = text.strip().partition("@")
         if at:
-            if not stated.removeprefix("-").isdecimal():
-                raise ConfigurationError(f"split: received the seed {stated!r}, expected a whole number after '@'")
+            if (
+                not stated.removeprefix("-").isdecimal() or len(stated) > 100
+            ):  # Python refuses to read thousands of digits
+                raise ConfigurationError(f"split: received the seed {stated!r:.100}, expected a whole number after '@'")
             seed = int(stated)
         text, *additions = text.split("+")
         moved: dict[str, Any] = {}
