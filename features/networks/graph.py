@@ -63,8 +63,8 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
 def layer_tensors(model: Any) -> dict[str, Any]:
     """Return the output tensor of every layer that is called once and has one output, in topological order.
 
-    Input layers are left out, and layers inside nested models: ``nested_shapes`` has these. ``layer.output`` is not used, because for a nested model it is a tensor of the inner
-    graph.
+    Input layers are left out, and layers inside nested models, which ``layer_shapes`` has. ``layer.output`` is not used,
+    because for a nested model it is a tensor of the inner graph.
     """
     import keras
 

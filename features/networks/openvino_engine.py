@@ -3,7 +3,7 @@
     open_engine: cached file -> check against Keras's outputs -> engine
                  else build with Keras -> convert -> check -> write to the cache -> engine
 
-A cached file is 32 bytes of sha256, then an ``.npz``: model, weights, reference batch, Keras's outputs for that batch.
+A cached file is signed (``features.cache``) and holds an ``.npz``: model, weights, reference batch, Keras's outputs for it.
 """
 
 from __future__ import annotations
