@@ -234,3 +234,10 @@ def test_heavy_images_cost_little(name: str, tmp_path: Path) -> None:
     assert outcome == ("True" if decoded else "too-large")
     assert float(seconds) < 10
     assert int(memory) < 1_500_000_000
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("0.5", 0.5), ("", 300), ("soon", 300), ("-1", 300), ("nan", 300), ("inf", 300)]
+)
+def test_the_time_that_a_decoder_has(text: str, seconds: float) -> None:
+    assert limits._decode_seconds(text) == seconds

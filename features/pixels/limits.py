@@ -39,9 +39,18 @@ _BYTES_PER_PIXEL = {"JPEG": 8, "MPO": 8, "JPEG2000": 24, "WEBP": 20}
 _PROGRESSIVE, _OTHER = 12, 12
 FREE_BYTES = 200_000_000  # an image that takes less never waits for others: 25 million pixels of a JPEG
 
+
+def _decode_seconds(text: str) -> float:
+    """Return the seconds that ``text`` gives; 300 if it is no positive number."""
+    with contextlib.suppress(ValueError):
+        if 0 < float(text) < float("inf"):
+            return float(text)
+    return 300.0
+
+
 # After this time the process ends, because nothing else ends a decoder. Not a limit: an image is set aside only if it ends
 # worker after worker (`kills-worker`), as a crash of the decoder would.
-DECODE_SECONDS = float(os.environ.get("BOTTLENECK_DECODE_SECONDS", "300"))
+DECODE_SECONDS = _decode_seconds(os.environ.get("BOTTLENECK_DECODE_SECONDS", ""))
 
 # A word of the header with what comes before it. To Pillow, a word does not end where a comment begins.
 _PPM_TOKEN = rb"\s(?:\s|#[^\r\n]*[\r\n])*[^\s#]+"
