@@ -334,9 +334,11 @@ def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
 ) -> None:
     import keras
 
-    inner = keras.applications.MobileNetV2(
-        include_top=False, weights=None, input_shape=(64, 64, 3), alpha=0.35, name="inner"
-    )
+    start = tensor = keras.Input((64, 64, 3))
+    for filters in (8, 16, 24):
+        tensor = keras.layers.Conv2D(filters, 3, strides=2, padding="same", use_bias=False)(tensor)
+        tensor = keras.layers.ReLU()(keras.layers.BatchNormalization()(tensor))
+    inner = keras.Model(start, tensor, name="inner")
     image = keras.Input((64, 64, 3))
     outputs = keras.layers.Conv2D(8, 1)(inner(keras.layers.Rescaling(1 / 127.5, -1)(image)))
     outputs = keras.layers.ReLU()(keras.layers.BatchNormalization(name="outer")(outputs))
@@ -348,7 +350,7 @@ def test_a_nested_model_file_keeps_its_statistics_and_opens_in_a_new_process(
     network = network_of(start)
     split = split_for_training(network, start.recipe, head_of(start), unfreeze="2", bn=bn)
     before = split.statistics()
-    assert len(before) == 2 * 53
+    assert len(before) == 2 * 4
     tail = Tail(split, 1.0, TuningSettings(learning_rate=1e-3, batch_size=8))
     generator = np.random.default_rng(0)
     for _ in range(3):

@@ -122,13 +122,18 @@ def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
     (tmp_path / "few").mkdir()
     for path in sorted(photos.iterdir())[::7]:
         shutil.copy(path, tmp_path / "few")
-    for head, images, count in (("dropout-linear", tmp_path / "few", 8), ("logistic", photos, 50)):
+    asked = {"logistic": (photos, 50)}
+    if name == "onnx":  # converters see the same layers in both heads
+        asked = {"dropout-linear": (tmp_path / "few", 8), **asked}
+    for head, (images, count) in asked.items():
         out = tmp_path / f"{head}{suffix}"
         document = export(runs[head], format=name, out=out, images=images)
         assert (document["images"], document["classes"]) == (count, ["cats", "dogs"])
         assert document["parity_gap"] <= document["tolerance"] == tolerance
-    made = {f"dropout-linear{suffix}", out.name}
-    assert {path.name for path in tmp_path.iterdir()} == made | {"few"}  # and no temporary name
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "few",
+        *(f"{head}{suffix}" for head in asked),
+    }  # and no temporary name
     (tmp_path / "elsewhere").mkdir()
     found, card = read_card(Path(shutil.move(out, tmp_path / "elsewhere" / out.name)))
     run = Run.open(runs["logistic"])

@@ -9,7 +9,6 @@ from __future__ import annotations
 import io
 import json
 import re
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ import pytest
 from helpers import ROOT, rounds
 
 from features.errors import BottleneckError
+from features.machine import peak_memory
 from pipeline.heads.kinds import load_head
 from pipeline.heads.models import archive
 from pipeline.runs.board import leaderboard
@@ -314,8 +314,9 @@ def main(root: Path) -> None:
         except BottleneckError as problem:
             outcome = str(problem)
         found[folder.name] = [outcome, time.process_time() - started]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"cases": found, "bytes": peak, "loaded": sorted({"sklearn", "skops"} & set(sys.modules))}))
+    print(
+        json.dumps({"cases": found, "bytes": peak_memory(), "loaded": sorted({"sklearn", "skops"} & set(sys.modules))})
+    )
 
 
 def test_heads_that_would_lead_outside_their_memory(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_mobilenetv2_cats_dogs(assets: Path, tmp_path: Path, capsys: pytest.Capt
 
 @pytest.mark.slow
 def test_vgg16_flowers(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    typed = ("vgg16-flowers", assets / FLOWERS, "--out", tmp_path, "--image-size", 64, "--weights", assets / VGG)
+    typed = ("vgg16-flowers", assets / FLOWERS, "--out", tmp_path, "--image-size", 48, "--weights", assets / VGG)
     published, cached = cook(capsys, *typed).values()
     extracted = published["1 extract"]["document"]
     assert extracted["classes"] == {"colts_foot": 32, "daffodil": 32}  # of 17
