@@ -305,21 +305,8 @@ def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -
     list of (path, path)
         The first of several identical files, with the first of them in each other split; in row order.
     """
-    contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
-    order = np.argsort(contents, kind="stable")
-    order = order[(splits[order] >= 0) & (splits[order] != UNLABELLED)]
-    equal = contents[order][1:] == contents[order][:-1]
-    order = order[np.append(equal, False) | np.insert(equal, 0, False)] if len(order) else order
-    pairs = []
-    first: dict[int, int] = {}
-    for previous, row in zip([-1, *order.tolist()], order.tolist(), strict=False):
-        if previous < 0 or contents[previous] != contents[row]:
-            first = {}
-        split = int(splits[row])
-        if first and split not in first:
-            pairs.append((next(iter(first.values())), row))
-        first.setdefault(split, row)
-    return [(paths[row], paths[other]) for row, other in sorted(pairs)]
+    in_a_split = (splits >= 0) & (splits != UNLABELLED)
+    return _equal_but_unlike(sha256, np.zeros_like(splits), splits, in_a_split, paths)
 
 
 def find_conflicts(
@@ -340,17 +327,27 @@ def find_conflicts(
     list of (path, path)
         The first of several identical files, with the first of them of each other label; in row order.
     """
+    return _equal_but_unlike(sha256, splits, labels, labels >= 0, paths)
+
+
+def _equal_but_unlike(
+    sha256: np.ndarray, parts: np.ndarray, values: np.ndarray, counted: np.ndarray, paths: Sequence[str]
+) -> list[tuple[str, str]]:
+    """Of identical files in one part, pair the first with the first of each other value; only rows that are ``counted``."""
     contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
-    order = np.lexsort((contents, splits))
-    order = order[labels[order] >= 0]
-    equal = (contents[order][1:] == contents[order][:-1]) & (splits[order][1:] == splits[order][:-1])
+    order = np.lexsort((contents, parts))
+    order = order[counted[order]]
+    equal = (contents[order][1:] == contents[order][:-1]) & (parts[order][1:] == parts[order][:-1])
+    as_before, as_next = np.insert(equal, 0, False)[: len(order)], np.append(equal, False)[: len(order)]
+    repeated = as_before | as_next
     pairs = []
     first: dict[int, int] = {}
-    for same, row in zip(np.insert(equal, 0, False).tolist()[: len(order)], order.tolist(), strict=True):
+    for same, row in zip(as_before[repeated].tolist(), order[repeated].tolist(), strict=True):
         first = first if same else {}
-        if first and int(labels[row]) not in first:
+        value = int(values[row])
+        if first and value not in first:
             pairs.append((next(iter(first.values())), row))
-        first.setdefault(int(labels[row]), row)
+        first.setdefault(value, row)
     return [(paths[row], paths[other]) for row, other in sorted(pairs)]
 
 
