@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.metadata
 import json
 import os
@@ -65,6 +66,7 @@ def software_versions() -> dict[str, str]:
     return {"python": platform.python_version(), **{name: installed_version(name) for name in names}}
 
 
+@functools.cache
 def installed_version(name: str, otherwise: str = "not installed") -> str:
     """Return the version of an installed distribution from its metadata, else ``otherwise``."""
     try:

@@ -176,6 +176,7 @@ def test_an_expanded_copy_made_twice_is_the_same(tmp_path: Path, cache: Path) ->
     assert contents(first) == FILES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.zip", "a.tar", "a.tar.gz"])
 def test_many_threads_read_at_once(tmp_path: Path, name: str) -> None:
     files = {f"{number % 7}/{number}.png": os.urandom(5000 + number) for number in range(200)}
@@ -398,6 +399,7 @@ def test_a_declared_size_that_no_archive_can_hold(tmp_path: Path) -> None:
     assert "would expand to 4294967280 bytes; the limit is 1073741824" in refusal(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.tar.gz", "a.tar.bz2", "a.tar.xz"])
 def test_a_bomb_of_a_compressed_tar_ends_at_the_limit(
     tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -481,6 +483,7 @@ def test_files_that_only_look_like_archives(tmp_path: Path) -> None:
     assert "holds no images: 1 folder was" in refusal(write_zip(tmp_path / "e.zip", {}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
 def test_one_damaged_member_is_set_aside_and_the_others_are_right(tmp_path: Path, method: int) -> None:
     path = write_zip(tmp_path / "a.zip", FILES, method)
@@ -516,6 +519,7 @@ def test_a_member_that_ends_early_or_lies_elsewhere(tmp_path: Path) -> None:
     assert caught.value.reason == "unreadable"
 
 
+@pytest.mark.slow
 def test_any_damaged_byte_is_refused_or_set_aside(tmp_path: Path) -> None:
     generator = np.random.default_rng(5)
     for name in ("a.zip", "a.tar"):
@@ -801,6 +805,7 @@ def as_manifest(folder: Path, path: Path) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "make"),
     [
@@ -832,6 +837,7 @@ def test_stage_one_gives_the_same_rows_from_every_source(
     assert_same_store(moved, expected)
 
 
+@pytest.mark.slow
 def test_an_archive_made_anew_costs_only_its_new_images(tmp_path: Path) -> None:
     path = write_zip(tmp_path / "a.zip", FILES)
     extract(path, tmp_path / "f.h5")

@@ -102,6 +102,7 @@ def test_an_unknown_name_gets_the_nearest_ones() -> None:
         find_backbone("zzz")
 
 
+@pytest.mark.slow
 def test_neither_the_table_nor_finding_weights_imports_keras(tmp_path: Path) -> None:
     weights = tmp_path / "w.npz"
     np.savez(weights, **{"a/kernel": np.zeros(2, np.float32)})

@@ -27,6 +27,7 @@ os.write(2, b"after\\n")
 CHATTER = "chatter from C++\nchatter from Python\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "shown", "code"),
     [

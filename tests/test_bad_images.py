@@ -899,6 +899,7 @@ def channel_means(pixels: np.ndarray) -> np.ndarray:
     return np.asarray(resized).astype(np.float64).mean(axis=(0, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(60)
 def test_all_of_them_among_normal_images_in_one_run(tmp_path: Path, forbidden: None) -> None:
     root, classes = tmp_path / "images", ("bird", "cat", "dog")

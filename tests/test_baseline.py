@@ -56,6 +56,7 @@ def test_ratios_are_those_of_medians_and_two_means_half_of_the_time(bench: Modul
     assert "ours, before" in bench.table([tuned, ours, before])
 
 
+@pytest.mark.slow
 def test_processor_time_counts_processes_that_a_command_waits_for(bench: ModuleType, tmp_path: Path) -> None:
     work = "import time\nwhile time.process_time() < 0.3: pass"
     code = f"import subprocess, sys\nsubprocess.run([sys.executable, '-c', {work!r}], check=True)\nprint('done')"

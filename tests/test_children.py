@@ -91,6 +91,7 @@ def test_files_of_the_working_folder_take_the_place_of_no_module(
     assert done.stdout.startswith("The Zen of Python")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_a_process_whose_parent_has_gone_already_ends_at_once(known: bool) -> None:
     hide = "" if known else "children.ctypes.CDLL = lambda name: None; children._SECONDS = 0.05; "

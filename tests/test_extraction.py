@@ -57,6 +57,7 @@ def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: 
         np.testing.assert_allclose(X, expected_features(source, [store.images.paths[row] for row in rows]), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.pain(2)
 @pytest.mark.parametrize("batch_size", [1, 4, 7, 32, 33, 64])
 def test_pain_02_no_row_is_lost_or_repeated_at_any_batch_size(source: Path, tmp_path: Path, batch_size: int) -> None:
@@ -67,11 +68,13 @@ def test_pain_02_no_row_is_lost_or_repeated_at_any_batch_size(source: Path, tmp_
     assert_rows_are_their_images(store, source)
 
 
+@pytest.mark.slow
 def test_nothing_is_left_beside_the_store(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "out" / "f.h5")
     assert listing(tmp_path / "out") == ["f.h5"]
 
 
+@pytest.mark.slow
 def test_a_second_run_infers_and_writes_nothing(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     before = (tmp_path / "f.h5").stat()
@@ -83,6 +86,7 @@ def test_a_second_run_infers_and_writes_nothing(source: Path, tmp_path: Path) ->
     assert result.counts["cached"] == 33
 
 
+@pytest.mark.slow
 def test_added_images_alone_are_inferred_and_removed_ones_leave(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     paint_folder(source, {"bird": 2}, start=900)
@@ -95,6 +99,7 @@ def test_added_images_alone_are_inferred_and_removed_ones_leave(source: Path, tm
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 def test_a_renamed_class_folder_costs_no_inference(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     (source / "cat").rename(source / "zebra")
@@ -105,6 +110,7 @@ def test_a_renamed_class_folder_costs_no_inference(source: Path, tmp_path: Path)
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 @pytest.mark.pain(11)
 def test_pain_11_a_changed_image_is_computed_again_and_a_changed_setting_is_refused(
     source: Path, tmp_path: Path
@@ -126,6 +132,7 @@ def test_pain_11_a_changed_image_is_computed_again_and_a_changed_setting_is_refu
     )
 
 
+@pytest.mark.slow
 def test_an_added_layer_computes_only_that_layer_and_keeps_the_other(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     before = np.array(FeatureStore.open(tmp_path / "f.h5").array("last.avg"))
@@ -141,6 +148,7 @@ def test_an_added_layer_computes_only_that_layer_and_keeps_the_other(source: Pat
     np.testing.assert_allclose(both.array("corner"), both.array("last.avg"), rtol=1e-6)  # one colour: the same
 
 
+@pytest.mark.slow
 def test_other_images_do_not_replace_a_store_by_accident(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     other = paint_folder(tmp_path / "other", {"x": 3, "y": 3}, start=500)
@@ -151,6 +159,7 @@ def test_other_images_do_not_replace_a_store_by_accident(source: Path, tmp_path:
     assert len(extract(other, tmp_path / "f.h5", overwrite=True).store) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.pain(10)
 def test_pain_10_unreadable_images_are_named_and_the_rows_stay_aligned(source: Path, tmp_path: Path) -> None:
     (source / "cat" / "0005.png").write_bytes(b"no image")
@@ -171,6 +180,7 @@ def test_pain_10_unreadable_images_are_named_and_the_rows_stay_aligned(source: P
     assert_rows_are_their_images(repaired, source)
 
 
+@pytest.mark.slow
 def test_too_many_unreadable_images_still_keep_the_good_rows(source: Path, tmp_path: Path) -> None:
     for index in range(5):
         (source / "dog" / f"{index:04d}.png").write_bytes(b"?")
@@ -194,6 +204,7 @@ def test_no_readable_image_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "f.h5").exists()
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_a_shard_is_entered_loses_none(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -218,6 +229,7 @@ def test_ctrl_c_while_a_shard_is_entered_loses_none(
     assert sum(network.batches) == 33  # nothing twice
 
 
+@pytest.mark.slow
 @pytest.mark.pain(8)
 def test_pain_08_an_interrupted_run_goes_on_where_it_was(source: Path, tmp_path: Path) -> None:
     whole = extract(source, tmp_path / "whole.h5").store
@@ -254,6 +266,7 @@ def test_pain_09_damaged_leftovers_are_not_accepted(source: Path, tmp_path: Path
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: Path) -> None:
     network = NumpyNetwork()
     network.fail_after = 3
@@ -265,6 +278,7 @@ def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: 
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_refused_with_the_holder(source: Path, tmp_path: Path) -> None:
     with locked(tmp_path / "f.h5"), pytest.raises(LockedError, match=f"process {os.getpid()} on "):
         extract(source, tmp_path / "f.h5")
@@ -307,6 +321,7 @@ def test_unwritable_folder_is_said_before_any_work(source: Path, tmp_path: Path)
     assert network.batches == []
 
 
+@pytest.mark.slow
 def test_moving_the_whole_source_costs_no_inference(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     shutil.move(source, tmp_path / "moved")
@@ -316,6 +331,7 @@ def test_moving_the_whole_source_costs_no_inference(source: Path, tmp_path: Path
     assert_rows_are_their_images(result.store, tmp_path / "moved")
 
 
+@pytest.mark.slow
 def test_rehash_sees_a_change_that_size_and_time_hide(source: Path, tmp_path: Path) -> None:
     extract(source, tmp_path / "f.h5")
     path = source / "cat" / "0000.png"
@@ -349,6 +365,7 @@ def test_the_same_bytes_in_two_splits_are_named_and_refused_with_strict(
     assert len(store) == 15
 
 
+@pytest.mark.slow
 def test_peak_of_memory_is_not_that_of_who_started_the_process() -> None:
     held = np.ones(210 << 20, np.uint8)
     here = peak_memory()
@@ -358,6 +375,7 @@ def test_peak_of_memory_is_not_that_of_who_started_the_process() -> None:
     assert 5 << 20 < there < 200 << 20
 
 
+@pytest.mark.slow
 def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> None:
     network = NumpyNetwork()
     options = ExtractionOptions(batch_size=4, shard_rows=8, workers=2)
@@ -374,6 +392,7 @@ def test_forecast_multiplies_what_it_measured(source: Path, tmp_path: Path) -> N
     assert extraction.forecast(extraction.plan()) is None
 
 
+@pytest.mark.slow
 def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: Path) -> None:
     manifest = source / "list.csv"
     lines = [f"{path.relative_to(source)},{path.parent.name}" for path in sorted(source.rglob("*.png"))]
@@ -394,6 +413,7 @@ def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: P
     assert (tmp_path / "f.h5").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from features.errors import UnreadableImageError
     from features.sources.scan import ImageSet
@@ -415,6 +435,7 @@ def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatc
     assert_rows_are_their_images(store, source)
 
 
+@pytest.mark.slow
 def test_size_and_time_speak_only_in_the_folder_where_they_were_noted(tmp_path: Path) -> None:
     first = paint_folder(tmp_path / "first", {"a": 3, "b": 3})
     second = paint_folder(tmp_path / "second", {"a": 3, "b": 3}, start=100)
@@ -427,6 +448,7 @@ def test_size_and_time_speak_only_in_the_folder_where_they_were_noted(tmp_path: 
     assert_rows_are_their_images(store, second)
 
 
+@pytest.mark.slow
 def test_shards_of_another_recipe_are_not_dropped_silently(source: Path, tmp_path: Path) -> None:
     network = NumpyNetwork()
     network.fail_after = 3
@@ -442,6 +464,7 @@ def test_shards_of_another_recipe_are_not_dropped_silently(source: Path, tmp_pat
     assert not (tmp_path / "f.h5.parts").exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_store_can_be_overwritten_and_leftovers_are_swept(source: Path, tmp_path: Path) -> None:
     store = extract(source, tmp_path / "f.h5").store
     place = store.array().offset + 10  # type: ignore[attr-defined]
@@ -458,6 +481,7 @@ def test_a_damaged_store_can_be_overwritten_and_leftovers_are_swept(source: Path
     assert len(extract(source, tmp_path / "f.h5", overwrite=True).store) == 33
 
 
+@pytest.mark.slow
 def test_files_of_others_in_the_parts_folder_are_left(source: Path, tmp_path: Path) -> None:
     (tmp_path / "f.h5.parts").mkdir()
     (tmp_path / "f.h5.parts" / "notes.txt").write_text("mine")
@@ -480,6 +504,7 @@ def test_a_limit_takes_in_turn_from_classes_and_splits(tmp_path: Path) -> None:
     assert [some.read(row) for row in range(10)] == [(source / path).read_bytes() for path in some.paths]
 
 
+@pytest.mark.slow
 def test_an_extraction_with_a_limit_grows_into_the_whole(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -78,6 +78,7 @@ def test_parameters_by_import_path_are_scikit_learns() -> None:
     assert head.parameters.described() == {"folds": 5, "scale": False, "n_estimators": 7, "max_features": 2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params", "message"),
     [
@@ -104,6 +105,7 @@ def test_what_cannot_be_had_is_refused_before_fitting(name: str, params: dict[st
         make_head(name, **params)
 
 
+@pytest.mark.slow
 def test_projection_and_no_scaling() -> None:
     X, y = blobs(90, 12, 3)
     head = make_head("logistic", C=0.5, pca=4)
@@ -127,6 +129,7 @@ def test_projection_and_no_scaling() -> None:
         make_head("logistic", C=0.5, pca=13).fit(X, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params"), [("logistic", {"C": 1e-3}), ("ridge", {"alpha": 100.0}), ("sgd", {"alpha": 0.1})]
 )
@@ -142,6 +145,7 @@ def test_class_weights_help_the_rare_class(name: str, params: dict[str, Any]) ->
     assert recalls[1] > recalls[0] + 0.05
 
 
+@pytest.mark.slow
 def test_choosing_by_balanced_accuracy() -> None:
     X, y = blobs(400, 5, 2, distance=2)
     kept = np.concatenate([np.flatnonzero(y == 0), np.flatnonzero(y == 1)[:20]])
@@ -167,6 +171,7 @@ def test_new_parameters_leave_older_run_ids_alone() -> None:
     assert make_head("dense").parameters.described()["order_seed"] == 0
 
 
+@pytest.mark.slow
 def test_groups_reach_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 

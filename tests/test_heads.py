@@ -203,6 +203,7 @@ def test_logistic_is_scikit_learns() -> None:
     assert head.predict_proba(X) == pytest.approx(model.predict_proba(Z), abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "parameter"), [("logistic", "C"), ("ridge", "alpha"), ("linear-svm", "C")])
 @pytest.mark.parametrize("classes", [2, 3])
 def test_more_columns_than_rows_change_nothing(name: str, parameter: str, classes: int) -> None:
@@ -220,6 +221,7 @@ def test_more_columns_than_rows_change_nothing(name: str, parameter: str, classe
     assert head.fitted.outputs(Z)[:, 1 if classes == 2 else slice(None)] == pytest.approx(margins, abs=2e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ridge", "linear-svm"])
 def test_margins_become_probabilities_by_one_temperature(name: str) -> None:
     head, X = shared(name, classes=2)
@@ -230,6 +232,7 @@ def test_margins_become_probabilities_by_one_temperature(name: str) -> None:
     assert head.predict_proba(X)[:, 1] == pytest.approx(expected, abs=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SKLEARN)
 @pytest.mark.parametrize("classes", [2, 4])
 def test_search_separates_the_blobs(name: str, classes: int) -> None:
@@ -244,6 +247,7 @@ def test_search_separates_the_blobs(name: str, classes: int) -> None:
     assert scores["ece"] < 0.08
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SKLEARN)
 @pytest.mark.parametrize("classes", [2, 3])
 def test_a_loaded_head_gives_the_same_probabilities(name: str, classes: int, tmp_path: Path) -> None:
@@ -404,6 +408,7 @@ def save_as_skops(head: Head, estimator: Any, folder: Path) -> None:
     skops.io.dump(estimator, folder / "head.skops")
 
 
+@pytest.mark.slow
 def test_foreign_types_in_a_skops_file_are_named_and_not_made_even_if_trusted(tmp_path: Path) -> None:
     """The file's own list of types is not what it is trusted by."""
     import os
@@ -445,6 +450,7 @@ def test_a_head_that_arrays_do_not_describe_needs_the_signature_of_this_user_or_
         load_head(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_head_of_an_earlier_release_that_is_of_another_class_is_refused(tmp_path: Path) -> None:
     from sklearn.linear_model import RidgeClassifier
 

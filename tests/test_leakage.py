@@ -36,6 +36,7 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
     return write_store(path, [X.astype(np.float32)], np.arange(count) % 2, splits)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("projected", [False, True])
 @pytest.mark.parametrize("memory", [16 << 20, 1 << 30])
 def test_planted_pairs_are_found_with_their_cosines(
@@ -62,6 +63,7 @@ def test_a_lower_threshold_finds_more(planted: FeatureStore) -> None:
     assert [round(pair.similarity, 2) for pair in near_duplicates(planted, threshold=0.85).pairs][-1] == 0.9
 
 
+@pytest.mark.slow
 def test_the_list_is_capped_and_says_how_many_there_are(tmp_path: Path) -> None:
     """All images the same: a million pairs, and neither memory nor the list grow with them."""
     X = np.ones((2000, 8), np.float32)
@@ -72,6 +74,7 @@ def test_the_list_is_capped_and_says_how_many_there_are(tmp_path: Path) -> None:
     assert [pair.similarity for pair in found.pairs] == pytest.approx([1.0] * 5, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_most_similar_are_kept(tmp_path: Path) -> None:
     generator = np.random.default_rng(1)
     centre = generator.normal(size=64)

@@ -60,6 +60,7 @@ def make(folder: Path, *arguments: str, **environment: str) -> list[str]:
     return words[2:]
 
 
+@pytest.mark.slow
 @pytest.mark.pain(17)
 @pytest.mark.parametrize("target", COMMANDS)
 def test_every_variable_is_one_word(target: str, tmp_path: Path) -> None:

@@ -208,6 +208,7 @@ def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "http://127.0.0.1:9")
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("offline")
 def test_mistakes_say_what_why_and_what_to_type(
     here: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -343,6 +344,7 @@ def test_a_backend_that_is_not_installed(here: Path) -> None:
     assert snapshot(here) == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_is_no_traceback(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -99,6 +99,7 @@ def test_two_files_that_change_places_change_their_labels(source: Path, tmp_path
     result.store.verify()
 
 
+@pytest.mark.slow
 def test_an_edit_with_the_time_set_back_is_seen(source: Path, tmp_path: Path, reads: list[str]) -> None:
     extract(source, tmp_path / "f.h5")
     edit(source / "dog/2.bmp", (1, 2, 3))
@@ -116,6 +117,7 @@ def test_what_is_noted_is_not_read(source: Path, tmp_path: Path, reads: list[str
     assert (reads, result.written, result.counts["cached"], result.counts["hashed"]) == ([], False, 4, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
 def test_without_a_note_images_are_hashed_once_and_the_store_stays(
     source: Path, tmp_path: Path, cache: Path, reads: list[str], layout: str
@@ -169,6 +171,7 @@ def test_rehash_reads_what_is_noted(source: Path, tmp_path: Path, reads: list[st
     assert len(reads) == 4
 
 
+@pytest.mark.slow
 def test_trust_times_reads_nothing_and_notes_nothing(
     source: Path, tmp_path: Path, cache: Path, reads: list[str]
 ) -> None:
@@ -190,6 +193,7 @@ def test_trust_times_reads_nothing_and_notes_nothing(
         ExtractionOptions(rehash=True, trust_times=True)
 
 
+@pytest.mark.slow
 def test_notes_of_one_root_do_not_serve_another(source: Path, tmp_path: Path, reads: list[str]) -> None:
     extract(source, tmp_path / "f.h5")
     shutil.copytree(source, tmp_path / "copy")
@@ -202,6 +206,7 @@ def test_notes_of_one_root_do_not_serve_another(source: Path, tmp_path: Path, re
         assert reads == []
 
 
+@pytest.mark.slow
 def test_an_unreadable_file_is_tried_again_only_without_a_note(source: Path, tmp_path: Path, cache: Path) -> None:
     (source / "cat" / "3.bmp").write_bytes(b"BM" + b"no image" * 9)
     out, options = tmp_path / "f.h5", {"max_unreadable": 0.5}
@@ -216,6 +221,7 @@ def test_an_unreadable_file_is_tried_again_only_without_a_note(source: Path, tmp
     assert listing(tmp_path / "images") == sorted(listing(source))
 
 
+@pytest.mark.slow
 def test_an_image_that_ends_its_process_is_not_tried_again_without_a_note(
     source: Path, tmp_path: Path, cache: Path
 ) -> None:
@@ -249,6 +255,7 @@ def test_an_image_that_ends_its_process_is_not_tried_again_without_a_note(
     assert tried == ["cat/9.bmp"]
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_leaves_notes_of_what_it_read(source: Path, tmp_path: Path, reads: list[str]) -> None:
     paint_folder(source, {"cow": 60}, start=300)
     network, out = NumpyNetwork(), tmp_path / "f.h5"
@@ -306,6 +313,7 @@ def refusing(code: int) -> Callable[..., Any]:
     return write
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS])
 def test_a_full_or_read_only_cache_costs_one_line(
     source: Path, tmp_path: Path, code: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
@@ -334,6 +342,7 @@ def test_paths_that_are_not_utf8_are_noted(tmp_path: Path) -> None:
     assert more.updated(["b"], stamps[[0]], [b"3" * 32]) is more
 
 
+@pytest.mark.slow
 def test_two_extractions_at_once_leave_notes_of_both(source: Path, tmp_path: Path, reads: list[str]) -> None:
     outs = [tmp_path / f"{number}.h5" for number in range(4)]
     with ThreadPoolExecutor(4) as pool:
@@ -407,6 +416,7 @@ def colours(store: FeatureStore) -> dict[str, int]:
     return dict(zip(store.images.paths, store.array("last.avg")[:, 0, 0].astype(int).tolist(), strict=True))
 
 
+@pytest.mark.slow
 def test_an_archive_of_the_same_size_and_time_is_expanded_again(source: Path, tmp_path: Path) -> None:
     first = pack(source, tmp_path / "a.tar.gz")
     edit(source / "dog/2.bmp", (111, 9, 9))

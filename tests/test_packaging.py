@@ -53,6 +53,7 @@ def third_party(folder: str) -> set[tuple[str, str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", ["features", "pipeline"])
 def test_what_the_packages_import_is_declared(folder: str) -> None:
     names = declared([*REQUIRED, *(item for name, extra in EXTRAS.items() if name != "dev" for item in extra)])
@@ -61,11 +62,13 @@ def test_what_the_packages_import_is_declared(folder: str) -> None:
     assert not [(path, name) for path, name in found if name not in names]
 
 
+@pytest.mark.slow
 def test_what_the_tests_import_is_declared() -> None:
     names = declared([*REQUIRED, *(item for extra in EXTRAS.values() for item in extra)])
     assert not [(path, name) for path, name in third_party("tests") if name not in names]
 
 
+@pytest.mark.slow
 def test_every_requirement_is_imported() -> None:
     used = {name for folder in ("features", "pipeline") for _, name in third_party(folder)}
     assert declared(REQUIRED) <= used
@@ -76,6 +79,7 @@ def test_every_requirement_has_a_floor() -> None:
         assert ">=" in requirement or requirement.startswith("bottleneck-features["), requirement
 
 
+@pytest.mark.slow
 def test_the_version_is_that_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     import features
     import pipeline
@@ -89,6 +93,7 @@ def test_the_version_is_that_of_the_metadata(monkeypatch: pytest.MonkeyPatch) ->
     assert features.__version__ == pipeline.__version__ == "0+unknown"
 
 
+@pytest.mark.slow
 def test_the_command_line_says_the_version() -> None:
     result = run_without(HEAVY, "--version")
     assert (result.returncode, result.stderr) == (0, "")
@@ -100,6 +105,7 @@ def test_the_packages_are_marked_as_typed() -> None:
     assert (ROOT / "pipeline" / "py.typed").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("typed", "expected"), [("bottleneck ex", "extract\nexport\n"), ("bottleneck extract --backb", "--backbone\n")]
 )
@@ -125,6 +131,7 @@ def run_in_bash(typed: str, **environment: str) -> subprocess.CompletedProcess[s
     )
 
 
+@pytest.mark.slow
 def test_completion_is_installed_for_the_command(tmp_path: Path) -> None:
     for words in (["--install-completion"], ["--show-completion"]):
         result = subprocess.run(

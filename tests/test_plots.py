@@ -83,6 +83,7 @@ def test_a_head_without_epochs_has_no_curves(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "plots").iterdir()] == ["confusion.png"]
 
 
+@pytest.mark.slow
 def test_so_many_classes_have_no_matrix(tmp_path: Path) -> None:
     count = 5000  # a table of 200 MB, and a picture of nothing
     names = tuple(map(str, range(count)))

@@ -47,6 +47,7 @@ def check(source: Path, count: int, **changes: Any) -> tuple[dict[str, Any], Net
         return check_precision(network, images, rows, decoders=decoders, batch_size=4), network  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_error_and_accuracy_are_those_of_the_images(tmp_path: Path) -> None:
     for number in range(20):
         paint(tmp_path / "dark" / f"{number}.png", (number, 0, 0))
@@ -71,6 +72,7 @@ def test_rows_are_labelled_readable_and_spread() -> None:
     assert some_rows(labels, [], 9) == []
 
 
+@pytest.mark.slow
 def test_the_stored_type_counts_too(tmp_path: Path) -> None:
     paint_folder(tmp_path, {"cat": 6, "dog": 6})
     report, _ = check(tmp_path, 12, dtype="float16")

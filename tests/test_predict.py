@@ -246,6 +246,7 @@ def test_rows_are_written_while_the_list_is_still_being_made(colours: None, imag
     assert max(number - rows for number, rows in enumerate(seen)) <= 10  # what is read ahead
 
 
+@pytest.mark.slow
 @pytest.mark.pain(15)
 def test_pain_15_a_list_ten_times_as_long_needs_no_more_memory(colours: None, images: Path) -> None:
     class Nowhere(io.StringIO):
@@ -293,6 +294,7 @@ def test_batches_keep_the_order_of_the_list(images: Path) -> None:
 
 
 # ------------------------------------------------------------------------------------------------ pictures
+@pytest.mark.slow
 def test_a_grid_marks_right_and_wrong_where_folders_say_what_images_are(
     colours: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -76,6 +76,7 @@ def test_the_grid_shows_every_class_as_the_network_gets_it(source: Path, tmp_pat
     assert "6 images at 120x120" in summary(document)
 
 
+@pytest.mark.slow
 def test_rows_are_the_views_that_extraction_renders(source: Path, tmp_path: Path) -> None:
     out = tmp_path / "views.png"
     options = {"augment": "crop-rotation-jitter", "views": 4, "seed": 7, "count": 3}

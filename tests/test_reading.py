@@ -222,6 +222,7 @@ def test_options_that_the_source_cannot_meet(tmp_path: Path) -> None:
         Reading.recorded([1])  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_stores_of_such_folders_made_earlier_still_open(tmp_path: Path) -> None:
     """They hold the split folders as classes; the same features get the right classes, and none is computed again."""
     root = tmp_path / "photos"
@@ -238,6 +239,7 @@ def test_stores_of_such_folders_made_earlier_still_open(tmp_path: Path) -> None:
     assert result.store.provenance["reading"] == {"split_folders": "test=Testing,train=Training"}
 
 
+@pytest.mark.slow
 def test_runs_remember_how_their_images_were_read(tmp_path: Path) -> None:
     root = paint_folder(tmp_path / "photos", {f"{top}/{name}": 9 for top in ("Training", "Val") for name in ("a", "b")})
     store = extract(root, tmp_path / "f.h5").store
@@ -313,6 +315,7 @@ def test_the_same_image_in_two_class_folders_is_said(tmp_path: Path, caplog: pyt
     assert "cat/0001.png = dog/again.png" in caplog.text
 
 
+@pytest.mark.slow
 def test_inspect_prints_classes_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = paint_folder(tmp_path / "photos", {"train/cat": 3, "train/a dog": 12, "test/cat": 2, "test/": 1})
     extract(root, tmp_path / "f.h5")

@@ -96,6 +96,7 @@ def centroid(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PRESETS, "centroid", PRESETS.pop("centroid"))  # taken out again afterwards
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("centroid", "without_plots")
 @pytest.mark.parametrize("parallel", [True, False])
 def test_a_third_kind_of_head_is_trained_swept_saved_and_listed(

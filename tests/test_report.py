@@ -430,6 +430,7 @@ def test_no_runs_and_a_folder_as_a_file_are_refused(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ruins", "runs"]
 
 
+@pytest.mark.slow
 def test_what_a_report_would_destroy_is_kept(tmp_path: Path) -> None:
     labels = np.array([0, 1], np.int32)
     run = run_folder(tmp_path / "runs", "logistic-1", ("a", "b"), ["a/0.png", "b/1.png"], labels, np.eye(2))
@@ -451,6 +452,7 @@ def test_what_a_report_would_destroy_is_kept(tmp_path: Path) -> None:
     assert (tmp_path / "real.html").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_an_edited_run_is_named_and_never_a_crash(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     labels = np.array([0, 1, 1], np.int32)
     folder = run_folder(

@@ -27,6 +27,7 @@ def wait_for_another_second() -> None:
     time.sleep(1.01 - time.time() % 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
 def test_two_extractions_of_one_folder_are_the_same_bytes(source: Path, tmp_path: Path, layout: str) -> None:
     outs = [tmp_path / "first" / "a.h5", tmp_path / "second" / "other name.h5"]
@@ -43,6 +44,7 @@ def test_two_extractions_of_one_folder_are_the_same_bytes(source: Path, tmp_path
     assert first.read_bytes() == second.read_bytes()
 
 
+@pytest.mark.slow
 def test_images_that_were_copied_elsewhere_differ_in_their_times_only(source: Path, tmp_path: Path) -> None:
     shutil.copytree(source, tmp_path / "elsewhere" / "images", copy_function=shutil.copyfile)
     first, second = (

@@ -107,6 +107,7 @@ def test_a_signature_is_the_hmac_of_purpose_and_data_with_the_kept_key(config: P
     assert not signing.is_signed("weights", "memo a", "é\udc80")
 
 
+@pytest.mark.slow
 def test_processes_that_start_together_agree_on_the_key(config: Path) -> None:
     code = "from features.signing import signature; print(signature('x', 'y'))"
     started = [

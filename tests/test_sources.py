@@ -620,6 +620,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_sample_is_scikit_learns_digits(cache: Path) -> None:
     from sklearn.datasets import load_digits
 
@@ -646,6 +647,7 @@ def test_sample_is_scikit_learns_digits(cache: Path) -> None:
     assert "does not hold the images that were written; delete it and run again" in refusal("sample:digits")
 
 
+@pytest.mark.slow
 def test_sample_is_written_once(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = scan("sample:digits")
     monkeypatch.setattr(sample, "_write_digits", lambda folder: pytest.fail("written again"))

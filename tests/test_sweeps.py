@@ -211,6 +211,7 @@ class OddError(Exception):
     """An error of a type that no library has told us of."""
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 @pytest.mark.parametrize("problem", [OddError("odd"), MemoryError(), AttributeError("no predict_proba"), OSError("io")])
 @pytest.mark.parametrize("place", ["_train", "_probabilities", "_save_weights"])
@@ -379,6 +380,7 @@ def test_folds_judge_by_rows_that_were_held_out(tmp_path: Path) -> None:
     assert run_sweep([store], heads, runs=tmp_path, jobs=1, folds=3).trained == 3  # other folds are other scores
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["logistic", "ridge", "knn", "sklearn.naive_bayes.GaussianNB"])
 def test_what_a_fit_holds_out_anyway_is_the_cross_validation(name: str) -> None:
     store = make_store(shift=0.7)
@@ -555,6 +557,7 @@ def test_a_head_that_takes_long_is_announced_with_what_is_cheaper() -> None:
     assert "epochs=10 takes about" in deep
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_long_heads_are_announced_before_they_start(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture

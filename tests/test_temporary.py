@@ -102,6 +102,7 @@ def test_folders_go_at_the_end_and_stay_if_renamed(tmp_path: Path) -> None:
     assert listing(tmp_path) == ["run", "run/a"]
 
 
+@pytest.mark.slow
 def test_every_way_to_write_begins_by_tidying_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     one, two, three = (tmp_path / name for name in "abc")
     for folder in (one, two, three):

@@ -133,6 +133,7 @@ def encoded(pixels: np.ndarray, kind: str, **options: Any) -> bytes:
     return buffer.getvalue()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decode", ["full", "fast"])
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])

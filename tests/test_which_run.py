@@ -49,6 +49,7 @@ def test_the_run_with_the_asterisk_is_taken_not_the_highest_accuracy(tmp_path: P
     assert taken(tmp_path) == starred == "logistic-small"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("images", "best"), [(29, "steady"), (30, "not-judged")])
 def test_few_validation_images_leave_the_choice_to_cross_validation(
     images: int, best: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -144,6 +145,7 @@ def test_a_time_that_is_none_is_the_oldest(created: Any, tmp_path: Path) -> None
 
 
 # --- what a data set is -------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_the_source_is_recorded_as_one_place_whatever_was_typed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -162,6 +164,7 @@ def test_the_source_is_recorded_as_one_place_whatever_was_typed(
     assert source_of("photos.zip", "/data/photos.zip") == "/data/photos.zip"
 
 
+@pytest.mark.slow
 def test_runs_belong_together_by_source_or_by_content(tmp_path: Path) -> None:
     states = [f"{number:064x}" for number in range(6)]
     made_run(tmp_path, "logistic-1", source="/a/photos", digest=states[0], minute=1)
@@ -223,6 +226,7 @@ def test_a_source_that_the_first_release_noted_through_a_link_is_the_same(tmp_pa
 
 
 # --- several data sets --------------------------------------------------------------------------------------
+@pytest.mark.slow
 def test_several_data_sets_are_refused_and_listed_and_one_may_be_named(tmp_path: Path) -> None:
     two_data_sets(tmp_path)
     with pytest.raises(ConfigurationError) as refused:
@@ -244,6 +248,7 @@ def test_several_data_sets_are_refused_and_listed_and_one_may_be_named(tmp_path:
     assert len(str(refused.value)) <= 1000 + len(str(tmp_path))
 
 
+@pytest.mark.slow
 def test_the_leaderboard_and_the_report_mark_one_run_of_each(tmp_path: Path) -> None:
     runs = two_data_sets(tmp_path / "runs")
     made_run(runs, "ridge-brain", head="ridge", source="/data/brain", digest=BRAIN, accuracy=0.5, minute=3)
@@ -266,6 +271,7 @@ def test_the_leaderboard_and_the_report_mark_one_run_of_each(tmp_path: Path) -> 
     assert ([group["name"] for group in one["groups"]], one["runs"]) == (["ants"], 1)
 
 
+@pytest.mark.slow
 def test_a_report_on_many_data_sets_opens_each_run_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number in range(10):
         made_run(tmp_path / "runs", f"logistic-{number}", source=f"/data/{number}", digest=f"{number:064}")
