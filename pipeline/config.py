@@ -137,7 +137,8 @@ class RunFeatures(Settings):
 
     ``backbone`` and ``weights`` are the options that the extraction was given, ``data_digest`` covers images, labels and
     splits, ``views`` is the number of views of each image used for training, ``reading`` how folders and labels were read
-    (``features.sources.reading.Reading``), if they had to be read in another way than the plain one.
+    (``features.sources.reading.Reading``), if they had to be read in another way than the plain one. ``limit`` is the number
+    of images if ``extract --limit`` left out others, else 0.
     """
 
     store: str
@@ -151,7 +152,12 @@ class RunFeatures(Settings):
     weights: str
     target: str = ""
     reading: dict[str, Any] = Field(default_factory=dict)
+    limit: int = Field(0, ge=0, le=2**40)
     views: PositiveInt = 1
+
+    @model_serializer(mode="wrap")
+    def _without_a_limit_of_nothing(self, handler: Callable[[RunFeatures], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "limit" or value}
 
 
 class CacheRecord(Settings):

@@ -88,7 +88,8 @@ def make_report(
     -------
     dict
         ``out``, ``bytes``, ``runs``, ``damaged`` (names of damaged runs that were left out), and for each group of
-        comparable runs ``name``, ``digest``, ``runs``, ``chosen``, ``stale`` (whether it is an older state of a data set)
+        comparable runs ``name``, ``digest``, ``runs``, ``chosen``, ``stale`` (whether it is another than the first state of a data set),
+        ``state``
         and ``pictures``, the number of thumbnails.
 
     Raises
@@ -128,12 +129,13 @@ def make_report(
                 logger.warning("the chosen run is damaged, and only its scores are shown: %s", problem)
         name = printable(one.name if titles[one.name] == 1 else f"{one.name} {state.digest[:6]}")
         board = board_of(state.runs, by=by, folds=judged)
-        about = {"id": f"g{number + 1}", "name": name, "stale": stale, "failure": failure}
+        kind = state.kind if stale else "newest"
+        about = {"id": f"g{number + 1}", "name": name, "stale": stale, "state": kind, "failure": failure}
         groups.append(_group(about, chosen, board, by=by, folds=judged, detail=detail))
         listed.append(
             {"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id, "stale": stale}
         )
-        listed[-1]["pictures"] = detail.pictures if detail else 0
+        listed[-1] |= {"state": kind, "pictures": detail.pictures if detail else 0}
         if progress:
             progress("report", number + 1, len(order))
     count = sum(group["runs"] for group in listed)
@@ -164,7 +166,7 @@ def summary(document: dict[str, Any]) -> str:
     for group in document["groups"]:
         pictures = counted(group["pictures"], "thumbnail") if group["pictures"] else "no thumbnails"
         if group["stale"]:
-            lines.append(f"  {group['name']}, an older state: {counted(group['runs'], 'stale run')}")
+            lines.append(f"  {group['name']}, {group['state']}: {counted(group['runs'], 'stale run')}")
         else:
             lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
     return "\n".join(lines)
@@ -203,7 +205,7 @@ def _group(
         rows.append({**row, **texts, "bar": bar})
     return {
         **about,
-        "title": f"{about['name']}, an older state" if about["stale"] else about["name"],
+        "title": f"{about['name']}, {about['state']}" if about["stale"] else about["name"],
         "source": printable(features["source"]) or "an unknown place",
         "digest": features["data_digest"],
         "class_count": len(chosen.classes),

@@ -135,7 +135,7 @@ def _title(row: Mapping[str, Any]) -> str:
     if "data_set" not in row and "stale" not in row:
         return ""
     name = printable(f"{row['data_set']} {row['data']}" if "data_set" in row else str(row["data"]))
-    return f"{name}, an older state (stale)" if row.get("stale") else name
+    return f"{name}, {row['state']} (stale)" if row.get("stale") else name
 
 
 def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | None) -> str:

@@ -26,7 +26,7 @@ from helpers import (
 from PIL import Image
 
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
-from features.extraction.extraction import Extraction, prepare
+from features.extraction.extraction import Extraction, ExtractionResult, prepare
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import rows_per_shard
@@ -35,6 +35,7 @@ from features.machine import peak_memory
 from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
+from pipeline.heads.records import describe_features
 
 
 @pytest.fixture
@@ -153,7 +154,7 @@ def test_other_images_do_not_replace_a_store_by_accident(source: Path, tmp_path:
     extract(source, tmp_path / "f.h5")
     other = paint_folder(tmp_path / "other", {"x": 3, "y": 3}, start=500)
     before = (tmp_path / "f.h5").read_bytes()
-    with pytest.raises(ConfigurationError, match=r"only 0 of them are in .*other.*another --out"):
+    with pytest.raises(ConfigurationError, match=r"only 1 of them are in .*other.*another --out"):
         extract(other, tmp_path / "f.h5")
     assert (tmp_path / "f.h5").read_bytes() == before
     assert len(extract(other, tmp_path / "f.h5", overwrite=True).store) == 6
@@ -442,7 +443,7 @@ def test_size_and_time_speak_only_in_the_folder_where_they_were_noted(tmp_path: 
     for path in [*first.rglob("*.png"), *second.rglob("*.png")]:
         os.utime(path, ns=(0, 10**18))
     extract(first, tmp_path / "f.h5")
-    with pytest.raises(ConfigurationError, match="only 0 of them are in"):
+    with pytest.raises(ConfigurationError, match="only 1 of them are in"):
         extract(second, tmp_path / "f.h5")
     store = extract(second, tmp_path / "f.h5", overwrite=True).store
     assert_rows_are_their_images(store, second)
@@ -514,12 +515,49 @@ def test_an_extraction_with_a_limit_grows_into_the_whole(
     def run(limit: int | None) -> FeatureStore:
         return prepare(source, out, ExtractionOptions(limit=limit)).run().store
 
-    assert len(run(10)) == 10
+    trial = run(10)
+    assert len(trial) == 10
+    assert (trial.provenance["limit"], describe_features(trial, "last.avg")["limit"]) == (10, 10)
     assert "images: 10 of 33 images, as --limit asks" in caplog.text
     assert_rows_are_their_images(run(None), source)
     assert sum(network.batches) == 33
+    assert "limit" not in describe_features(FeatureStore.open(out), "last.avg")
     with pytest.raises(ConfigurationError, match="holds 3 images that --limit 30 leaves out"):
         run(30)
     caplog.clear()
     assert len(run(99)) == 33
     assert "limit" not in caplog.text
+
+
+def test_a_limit_is_blamed_for_what_it_leaves_out_alone(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network, out = NumpyNetwork(), tmp_path / "f.h5"
+    monkeypatch.setattr("features.networks.network.resolve_network", lambda options: network)
+
+    def run(limit: int | None) -> ExtractionResult:
+        return prepare(source, out, ExtractionOptions(limit=limit)).run()
+
+    first = run(None).store
+    for path in first.images.paths[:3]:
+        (source / path).unlink()
+    with pytest.raises(ConfigurationError, match="holds 10 images that --limit 20 leaves out"):  # and 3 that are gone
+        run(20)
+    result = run(30)  # all that are left
+    assert (result.counts["removed"], len(result.store)) == (3, 30)
+    assert "limit" not in result.store.provenance
+    assert run(None).written is False
+
+    trial = tmp_path / "trial.h5"
+    out = trial
+    assert run(12).store.provenance["limit"] == 12
+    for path in set(first.images.paths[3:]) - set(FeatureStore.open(trial).images.paths):
+        (source / path).unlink()
+    result = run(None)  # the same 12 images, which are now all
+    assert (result.written, "limit" in result.store.provenance) == (True, False)
+    shutil.rmtree(source)
+    paint_folder(source, {"fox": 4, "owl": 4})
+    with pytest.raises(
+        ConfigurationError, match=r"only 1 of them are in .*, of which --limit takes 3 images. If images"
+    ):
+        run(3)

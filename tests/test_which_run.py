@@ -25,6 +25,7 @@ from pipeline.report import make_report
 from pipeline.runs.board import leaderboard, note_on_older_state, take_run
 from pipeline.runs.datasets import data_sets, source_of
 from pipeline.runs.folder import Run, find_runs
+from pipeline.tables import board_text
 
 ANTS, BRAIN, OLD = "a" * 64, "b" * 64, "0" * 64
 
@@ -113,6 +114,40 @@ def test_a_newer_state_makes_the_runs_of_older_ones_stale(tmp_path: Path) -> Non
     # chosen only if they are named
     assert taken(tmp_path, data_set=OLD[:10]) == "logistic-before"
     assert taken(tmp_path / "logistic-before") == "logistic-before"
+
+
+def test_a_trial_with_a_limit_never_makes_runs_on_all_images_stale(tmp_path: Path) -> None:
+    made_run(tmp_path, "logistic-whole", digest=ANTS, accuracy=0.9, minute=1)
+    made_run(tmp_path, "logistic-trial", digest=OLD, accuracy=0.99, minute=2, limit=50)
+    made_run(tmp_path, "logistic-tiny", digest=BRAIN, accuracy=0.99, minute=3, limit=20)
+    assert taken(tmp_path) == "logistic-whole"
+    assert [(row["run_id"], row["chosen"], row["stale"], row["state"]) for row in leaderboard(tmp_path)] == [
+        ("logistic-whole", True, False, "newest"),
+        ("logistic-tiny", False, True, "a trial with --limit 20"),
+        ("logistic-trial", False, True, "a trial with --limit 50"),
+    ]
+    assert board_text(leaderboard(tmp_path)).count(", a trial with --limit 20 (stale)") == 1
+    assert taken(tmp_path, data_set=OLD[:10]) == "logistic-trial"
+    note = note_on_older_state(tmp_path, ["logistic-trial"])
+    assert note.startswith(
+        f"logistic-trial was trained on {OLD[:10]}, a trial with --limit 50 of photos. Runs on {ANTS[:10]} are on"
+    )
+    shutil.rmtree(tmp_path / "logistic-whole")
+    assert taken(tmp_path) == "logistic-tiny"  # of trials alone, the newest
+    made_run(tmp_path, "knn-later", head="knn", digest=BRAIN, accuracy=0.8, minute=4)  # these were all of them by then
+    assert [(row["run_id"], row["state"]) for row in leaderboard(tmp_path)][:2] == [
+        ("logistic-tiny", "newest"),
+        ("knn-later", "newest"),
+    ]
+
+
+def test_a_trial_beside_images_that_moved_leaves_them_one_data_set(tmp_path: Path) -> None:
+    made_run(tmp_path, "logistic-1", source="/a/photos", digest=ANTS, minute=1)
+    made_run(tmp_path, "logistic-2", source="/a/photos", digest=OLD, minute=2, limit=50)
+    made_run(tmp_path, "logistic-3", source="/b/photos", digest=ANTS, minute=3)
+    made_run(tmp_path, "logistic-4", source="/b/photos", digest=BRAIN, minute=4, limit=60)
+    (one,) = data_sets(find_runs(tmp_path).runs)
+    assert [state.digest for state in one.states] == [ANTS, BRAIN, OLD]
 
 
 def test_a_run_of_an_older_state_that_is_asked_for_again_is_said_to_be_one(tmp_path: Path) -> None:
@@ -294,7 +329,7 @@ def test_the_run_is_named_and_what_is_stale_is_counted(tmp_path: Path, caplog: p
         take_run(tmp_path, data_set="brain")
         take_run(tmp_path / "logistic-ants")
     assert caplog.messages == [
-        f"run taken: {tmp_path}/logistic-brain (brain {BRAIN[:10]}, of 1 run; 1 stale run of older states left out)",
+        f"run taken: {tmp_path}/logistic-brain (brain {BRAIN[:10]}, of 1 run; 1 stale run of other states left out)",
         f"run taken: {tmp_path}/logistic-ants",
     ]
 
@@ -423,5 +458,5 @@ def test_after_a_first_data_set_every_command_answers_about_the_right_one(tmp_pa
     prepare(own, "knn")
     _, said = call("predict", runs, own / "validation", "--data-set", "own", "--format", "jsonl")
     assert f"run taken: {runs}/knn-" in said
-    assert "2 stale runs of older states left out" in said
+    assert "2 stale runs of other states left out" in said
     assert len(FeatureStore.open(tmp_path / "own.h5")) == 2 * 44 + 10

@@ -32,6 +32,7 @@ from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
+MAY_BE = ("reading", "limit")  # entries of the provenance that not every store has
 GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each class is in each split"
 
 
@@ -137,7 +138,7 @@ def is_current(plan: Plan, contents: Contents, *, with_times: bool = False) -> b
         and (store.kind == "index") == (plan.layout == "sharded")
         and bool(store.present().all())
         and store.classes == contents.classes
-        and all(store.provenance.get(name) == value for name, value in contents.provenance.items())
+        and all(store.provenance.get(name) == contents.provenance.get(name) for name in {*contents.provenance, *MAY_BE})
         and (store.source, store.split_rule) == (contents.source, contents.split_rule)
         and {item.fingerprint for item in store.recipes.values()} == {item.fingerprint for item in plan.recipes}
         and all(store.views(name) == plan.views for name in store.names)

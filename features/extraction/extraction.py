@@ -258,6 +258,7 @@ class Extraction:
             "target": self.options.target or "",
             "root": str(self.images.root),
             **({"reading": self.images.reading} if self.images.reading else {}),
+            **({"limit": len(self.images)} if self.images.left_out else {}),
         }
 
     def _check_precision(self, rows: Sequence[int]) -> dict[str, Any]:

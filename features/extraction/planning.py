@@ -279,7 +279,7 @@ def make_plan(
     if old is not None:
         counts["removed"] = _removed(old, images, identities)
         if not overwrite:
-            _refuse_losses(old, images, identities, counts["removed"], out, options.limit)
+            _refuse_losses(old, images, identities, out)
     return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, notes, layout, tuple(superseded))
 
 
@@ -409,30 +409,33 @@ def _refuse_losses(
     old: FeatureStore,
     images: ImageSet,
     identities: Sequence[Identity | None],
-    removed: int,
     out: Path,
-    limit: int | None,
 ) -> None:
     """Raise ``ConfigurationError`` if features would be lost that were hardly meant to be."""
-    if limit is not None and removed:
+    if left_out := _removed(old, images, identities, of=images.left_out):
         raise ConfigurationError(
-            f"{out}: holds {removed} images that --limit {limit} leaves out, and would lose their features. Choose another "
-            "--out, or omit --limit."
+            f"{out}: holds {left_out} images that --limit {len(images)} leaves out, and would lose their features. Choose "
+            "another --out, or omit --limit."
         )
     before = {digest.tobytes() for digest in old.images.sha256}
     kept = sum(identity is not None and identity.sha256 in before for identity in identities)
     if 2 * kept < len(old):
         raise ConfigurationError(
-            f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}. "
+            f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}"
+            f"{f', of which --limit takes {len(images)} images' if images.left_out else ''}. "
             "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
         )
 
 
-def _removed(old: FeatureStore, images: ImageSet, identities: Sequence[Identity | None]) -> int:
-    """Count the rows of the old store whose file is gone, and whose content is not at a path that is new."""
+def _removed(
+    old: FeatureStore, images: ImageSet, identities: Sequence[Identity | None], of: frozenset[str] | None = None
+) -> int:
+    """Count the rows of the old store, or those of some paths, whose file is gone and whose content has no new path."""
     before, now = set(old.images.paths), set(images.paths)
     gone = Counter(
-        digest.tobytes() for path, digest in zip(old.images.paths, old.images.sha256, strict=True) if path not in now
+        digest.tobytes()
+        for path, digest in zip(old.images.paths, old.images.sha256, strict=True)
+        if path not in now and (of is None or path in of)
     )
     arrived = Counter(
         identity.sha256

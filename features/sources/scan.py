@@ -66,6 +66,8 @@ class ImageSet:
         Path -> bytes, if the images are not files on disk.
     reading : dict
         ``Reading.record``: what it takes to read the same classes and splits again; empty for a plain source.
+    left_out : frozenset of str
+        Paths of further images of the source, if these are `some` of them.
     """
 
     description: str
@@ -79,6 +81,7 @@ class ImageSet:
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
     reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    left_out: frozenset[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -114,9 +117,11 @@ class ImageSet:
         def chosen(values: tuple[str, ...]) -> tuple[str, ...]:
             return tuple(values[row] for row in rows.tolist())
 
+        paths = chosen(self.paths)
         return dataclasses.replace(
             self,
-            paths=chosen(self.paths),
+            paths=paths,
+            left_out=self.left_out | (set(self.paths) - set(paths)),
             labels=self.labels[rows],
             given_splits=self.given_splits[rows],
             groups=None if self.groups is None else chosen(self.groups),

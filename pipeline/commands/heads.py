@@ -139,7 +139,7 @@ def train_head(
                 f"only {few} validation images: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
                 "compares heads by the training images"
             )
-        _note_older_state(runs, [Path(document["run"]).name] if document["cached"] else [])
+        _note_stale(runs, [Path(document["run"]).name], stores, cached=document["cached"])
         print_next("bottleneck", "leaderboard", runs)
         return
     from pipeline.sweeps.sweep import result_document, summary
@@ -161,7 +161,7 @@ def train_head(
     for run_id in swept.runs if tensorboard is not None or average_views else ():
         finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs, width=columns_of_terminal()))
-    _note_older_state(runs, swept.runs if swept.cached else [])
+    _note_stale(runs, swept.runs, stores, cached=bool(swept.cached))
     if swept.runs:
         print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
     if swept.failed:
@@ -189,10 +189,12 @@ def parse_folds(text: str | None, stores: Sequence[FeatureStore]) -> int | None:
     return max(groups_to_leave_out(store) for store in stores)
 
 
-def _note_older_state(runs: Path, asked_again: Sequence[str]) -> None:
+def _note_stale(runs: Path, run_ids: Sequence[str], stores: Sequence[FeatureStore], *, cached: bool) -> None:
+    """Say that other commands take another run, which can be if it was there before or the store is of some images."""
     from pipeline.runs.board import note_on_older_state
 
-    if asked_again and (note := note_on_older_state(runs, asked_again)):
+    trial = any(store.provenance.get("limit") for store in stores)
+    if (cached or trial) and (note := note_on_older_state(runs, run_ids)):
         print_note(note)
 
 

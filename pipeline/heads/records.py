@@ -48,7 +48,7 @@ def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
         "backbone": str(provenance.get("backbone", recipe.backbone)),
         "weights": str(provenance.get("weights", "imagenet")),
         "target": str(provenance.get("target", "")),
-        **({"reading": provenance["reading"]} if provenance.get("reading") else {}),
+        **{name: provenance[name] for name in ("reading", "limit") if provenance.get(name)},
         **_several(views),
     }
 

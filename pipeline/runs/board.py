@@ -15,7 +15,7 @@ from features import canonical
 from features.errors import ConfigurationError, RunError
 from features.files import printable
 from pipeline.intervals import interval_of
-from pipeline.runs.datasets import DataSet, State, data_sets, only_one
+from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.scores.selection import CHOICES, FEW, USUAL_FOLDS, Candidate, balanced_accuracy_interval, choose
 from pipeline.tables import counted
@@ -40,7 +40,8 @@ def take_run(
     """Return the run in ``path``, or the one that the leaderboard of that folder marks. Every command uses this rule.
 
     Of a folder of runs it is the run with the asterisk among those on the newest state of the data set. Runs of older
-    states are never taken, unless the digits of their data digest are given. The run is named in the log.
+    states, and of trials with ``extract --limit`` beside runs on all images, are never taken, unless the digits of their
+    data digest are given. The run is named in the log.
 
     Parameters
     ----------
@@ -89,7 +90,7 @@ def _account(run: Run, one: DataSet, state: State, for_tuning: bool) -> str:
     """Say which run of a folder was taken, and of how many."""
     of = f"{one.name} {state.digest[:10]}, of {counted(len(state.runs), 'run')}"
     stale = one.stale if state is one.states[0] else 0
-    older = f"; {counted(stale, 'stale run')} of older states left out" if stale else ""
+    older = f"; {counted(stale, 'stale run')} of other states left out" if stale else ""
     best = starred(state.runs)
     instead = f"; {best.run_id} cannot be fine-tuned again" if for_tuning and best is not run else ""
     return printable(f"run taken: {run.folder} ({of}{older}{instead})")
@@ -100,9 +101,10 @@ def note_on_older_state(root: str | Path, run_ids: Collection[str]) -> str:
     for one in data_sets(find_runs(root, warn=False).runs):
         for state in one.states[1:]:
             if stale := [run.run_id for run in state.runs if run.run_id in run_ids]:
+                above = "newer" if state.kind == OLDER else "on all its images"
                 return (
-                    f"{stale[0]} was trained on {state.digest[:10]}, an older state of {one.name}. Runs on "
-                    f"{one.states[0].digest[:10]} are newer, and other commands take one of those: name the run, or add "
+                    f"{stale[0]} was trained on {state.digest[:10]}, {state.kind} of {one.name}. Runs on "
+                    f"{one.states[0].digest[:10]} are {above}, and other commands take one of those: name the run, or add "
                     f"--data-set {state.digest[:10]}"
                 )
     return ""
@@ -149,7 +151,7 @@ def board_of(
         ``chosen`` marks one run of the newest state of each data set, see `starred`. ``comparable`` is False if images,
         labels or splits differ from those of the first row (``data`` differs), as such scores do not measure the same
         thing. Only if there are several data sets, ``data_set`` names that of each row; only if there are several states,
-        ``stale`` says whether the row is of an older one.
+        ``stale`` says whether the row is of another than the first of its data set, and ``state`` what it is.
     """
     check_choice(by)
     check_folds(runs, folds)
@@ -173,6 +175,7 @@ def board_of(
             further: dict[str, Any] = {"data_set": one.name} if len(found) > 1 else {}
             if len(groups) > len(found):
                 further["stale"] = state is not one.states[0]
+                further["state"] = state.kind if further["stale"] else "newest"
             rows.append(_row(run, groups[0][1].digest, chosen=run is chosen) | further)
     return rows
 

@@ -3,7 +3,8 @@
     runs --source, data digest--> data sets --data digest--> states, newest first
 
 A data set is the source of its images: a folder, an archive or a manifest with its label column. Each change of its images,
-labels or splits makes another state of it. Scores of different states do not measure the same thing.
+labels or splits makes another state of it. Scores of different states do not measure the same thing. A state of some of
+the images (``extract --limit``) comes after those of all.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pipeline.runs.folder import Run
 from pipeline.tables import counted, shortened
 
 SHOWN = 6  # data sets that an error lists
+OLDER = "an older state"
 SAMPLE = "sample:"  # start of the name of a built-in sample
 LEAST_DIGITS = 4  # fewest hexadecimal digits of a data digest that name a state
 
@@ -31,10 +33,18 @@ class State:
     digest: str
     runs: tuple[Run, ...]
 
+    @property
+    def kind(self) -> str:
+        """What a state is that is not the first of its data set."""
+        return f"a trial with --limit {self.runs[0].limit}" if _is_trial(self.runs) else OLDER
+
 
 @dataclasses.dataclass(frozen=True)
 class DataSet:
-    """A data set: the sources that its runs record, the one of the newest run first, and its states, newest first."""
+    """A data set: the sources that its runs record, the one of the newest run first, and its states.
+
+    The newest state comes first; states of some images (``extract --limit``) come last.
+    """
 
     sources: tuple[str, ...]
     target: str
@@ -47,7 +57,7 @@ class DataSet:
 
     @property
     def stale(self) -> int:
-        """Number of runs of older states."""
+        """Number of runs of older states, and of trials."""
         return sum(len(state.runs) for state in self.states[1:])
 
     def is_called(self, name: str) -> bool:
@@ -94,6 +104,7 @@ def data_sets(runs: Iterable[Run]) -> list[DataSet]:
     newest: dict[tuple[str, ...], str] = {}  # source -> digest of its newest state
     for run in newest_first:
         newest.setdefault(_key(run), run.data_digest)
+    newest |= {_key(run): run.data_digest for run in reversed(newest_first) if not run.limit}
     holders: dict[str, dict[tuple[str, ...], None]] = {}  # digest -> sources
     for run in newest_first:
         holders.setdefault(run.data_digest, {})[_key(run)] = None
@@ -123,8 +134,13 @@ def _data_set(runs: Sequence[Run]) -> DataSet:
     for run in runs:
         states.setdefault(run.data_digest, []).append(run)
     sources = tuple(dict.fromkeys(run.source for run in runs))
-    found = tuple(State(digest, tuple(alike)) for digest, alike in states.items())
-    return DataSet(sources, runs[0].target or "", found)
+    ordered = sorted(states.items(), key=lambda item: _is_trial(item[1]))
+    return DataSet(sources, runs[0].target or "", tuple(State(digest, tuple(alike)) for digest, alike in ordered))
+
+
+def _is_trial(runs: Iterable[Run]) -> bool:
+    """Whether the runs of a state are on some of the images alone."""
+    return all(run.limit for run in runs)
 
 
 def only_one(found: Sequence[DataSet], name: str | None, where: str) -> tuple[DataSet, State]:

@@ -180,6 +180,11 @@ class Run:
         return self.config["features"]["target"] or None
 
     @property
+    def limit(self) -> int:
+        """Number of images of its data set that ``extract --limit`` took; 0 if it took all."""
+        return int(self.config["features"].get("limit", 0))
+
+    @property
     def reading(self) -> Reading:
         """How classes and splits were read from the images that the features were made from."""
         try:
