@@ -338,7 +338,9 @@ def _predictions(data: Data, rows: np.ndarray, probabilities: np.ndarray) -> Pre
 def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
     """Describe the new run's features: those of the run that it started from, on the current data."""
     about = {**job.start.config["features"], "data_digest": data.digest}
-    about["limit"] = int(job.cached.store.provenance.get("limit", 0)) if job.cached else 0
+    about.pop("limit", None)
+    if job.cached and "limit" in job.cached.store.provenance:
+        about["limit"] = job.cached.store.provenance["limit"]
     return about if source is None else {**about, "source": source_of(source.description, str(source.root))}
 
 
