@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 import types
 import typing
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -25,8 +26,9 @@ from features.errors import BottleneckError, ConfigurationError, FormatVersionEr
 from features.files import read_small
 
 FORMAT_VERSION = 1
-# Limits of files that strangers may have written; what we write stays far below them.
+# Limits of files that strangers may have written. `yaml_text` and `check_classes` keep to them what we write.
 YAML_BYTES, YAML_NODES, YAML_DEPTH, NUMBER_LENGTH = 4_000_000, 100_000, 40, 64
+SPARE = 1000  # values, and hundreds of bytes, of a config.yaml beside the names of classes
 WRONG_KEYS = 8  # wrong keys that an error describes
 History = dict[str, list[float]]  # columns of history.csv: one row per epoch, or per value that was tried
 
@@ -249,6 +251,52 @@ def parse(
         raise error(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
 
 
+def check_classes(names: Sequence[str]) -> None:
+    """Check that a run of these classes could be read again.
+
+    Raises
+    ------
+    ConfigurationError
+        If they are too many, or their names too long together.
+    """
+    most, room = YAML_NODES - SPARE, YAML_BYTES - 100 * SPARE
+    if len(names) > most:
+        raise ConfigurationError(
+            f"{len(names):,} classes: a run holds at most {most:,}. Give folders of more general classes, or a manifest with "
+            "another label column (--target)"
+        )
+    not_utf_8 = any(_NOT_UTF_8.search(ascii(name)) for name in names)
+    if (not_utf_8 or 20 * sum(map(len, names)) > room) and (size := len(yaml_text(list(names)).encode())) > room:
+        raise ConfigurationError(
+            f"the names of {len(names):,} classes take {size:,} bytes, at most {room:,} are allowed; give shorter names"
+        )
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes what is used twice twice, because a file that uses aliases is refused when it is read."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def yaml_text(values: Any) -> str:
+    """Format plain values as YAML that `load_yaml` reads.
+
+    Raises
+    ------
+    ConfigurationError
+        If they are more than it reads.
+    """
+    text = str(yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True))
+    if (size := len(text.encode())) > YAML_BYTES:
+        raise ConfigurationError(f"a configuration file would have {size:,} bytes, at most {YAML_BYTES:,} are allowed")
+    try:
+        _check_events(text, aliases=False)
+    except yaml.YAMLError as problem:
+        raise ConfigurationError(f"a configuration file could not be read again: {problem}") from problem
+    return text
+
+
 def load_yaml(path: str | Path, *, aliases: bool = True) -> dict[str, Any]:
     """Read a YAML file that holds a mapping, with PyYAML's safe loader.
 
@@ -274,7 +322,7 @@ def load_yaml(path: str | Path, *, aliases: bool = True) -> dict[str, Any]:
         raise ConfigurationError(f"{path}: cannot be read as a configuration file: {reason}") from problem
     try:
         _check_events(text, aliases=aliases)
-        values = yaml.load(text, Loader=_UniqueKeyLoader)
+        values = yaml.load(text, Loader=_loader_of(text))
     except yaml.YAMLError as problem:
         mark, what = getattr(problem, "problem_mark", None), getattr(problem, "problem", None) or problem
         where = f" in line {mark.line + 1}" if mark else ""
@@ -287,9 +335,9 @@ def load_yaml(path: str | Path, *, aliases: bool = True) -> dict[str, Any]:
     return values
 
 
-_Loader: Any = getattr(
-    yaml, "CSafeLoader", yaml.SafeLoader
-)  # libyaml's, if PyYAML was built with it: ten times as fast
+_Fast: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's, if PyYAML was built with it: ten times as fast
+_NOT_UTF_8 = re.compile(r"\\u[dD][cC][89a-fA-F]")  # a byte of a name that is not UTF-8, which libyaml does not read
+_SLOW_BYTES = 100_000  # that PyYAML's own parser reads in a second
 
 
 def _check_events(text: str, *, aliases: bool) -> None:
@@ -299,7 +347,7 @@ def _check_events(text: str, *, aliases: bool) -> None:
         dict[str, int](),
     )  # values so far, and those behind each anchor, aliases counted as what they stand for
     parents: list[tuple[str | None, int]] = []
-    for event in yaml.parse(text, Loader=_Loader):
+    for event in yaml.parse(text, Loader=_loader_of(text)):
         what = ""
         if isinstance(event, yaml.CollectionEndEvent):
             anchor, before = parents.pop()
@@ -322,10 +370,10 @@ def _check_events(text: str, *, aliases: bool) -> None:
             raise yaml.MarkedYAMLError(problem=what, problem_mark=event.start_mark)  # type: ignore[arg-type]
 
 
-class _UniqueKeyLoader(_Loader):  # type: ignore[misc]
+class _UniqueKeys:
     """A safe loader that refuses long numbers, and repeated keys, of which PyYAML would silently keep the last."""
 
-    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+    def construct_scalar(self: Any, node: yaml.ScalarNode) -> Any:
         if node.tag in _NUMBERS and len(node.value) > NUMBER_LENGTH:
             raise yaml.constructor.ConstructorError(
                 None,
@@ -333,9 +381,9 @@ class _UniqueKeyLoader(_Loader):  # type: ignore[misc]
                 f"a number has {len(node.value)} characters, at most {NUMBER_LENGTH} are allowed",
                 node.start_mark,
             )
-        return super().construct_scalar(node)
+        return super().construct_scalar(node)  # type: ignore[misc]
 
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+    def construct_mapping(self: Any, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if key.tag != "tag:yaml.org,2002:merge" and isinstance(key, yaml.ScalarNode):
@@ -344,7 +392,19 @@ class _UniqueKeyLoader(_Loader):  # type: ignore[misc]
                         None, None, f"the key {key.value!r} is given twice", key.start_mark
                     )
                 seen.add(key.value)
-        return dict(super().construct_mapping(node, deep=deep))
+        return dict(super().construct_mapping(node, deep=deep))  # type: ignore[misc]
+
+
+class _FastLoader(_UniqueKeys, _Fast):  # type: ignore[misc]
+    """Reads all but names that are not UTF-8."""
+
+
+class _SlowLoader(_UniqueKeys, yaml.SafeLoader):  # type: ignore[misc]
+    """Reads all."""
+
+
+def _loader_of(text: str) -> Any:
+    return _SlowLoader if len(text) <= _SLOW_BYTES and _NOT_UTF_8.search(text) else _FastLoader
 
 
 _NUMBERS = {f"tag:yaml.org,2002:{name}" for name in ("int", "float", "timestamp")}

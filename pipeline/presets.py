@@ -14,6 +14,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 from features.errors import ConfigurationError, nearest
 from pipeline.config import Rate, Settings, Share
 
+EPOCHS, MOST_HIDDEN = 100_000, 98  # that a run may record: rows of history.csv, hidden layers
 DENSE = "dense"  # the kind of heads of dense layers
 
 
@@ -154,7 +155,7 @@ class DenseParameters(Settings):
         scores slightly too good, or a tenth of the training rows (at most 2,000), which are then not trained on.
     """
 
-    hidden: tuple[PositiveInt, ...] = ()
+    hidden: Annotated[tuple[PositiveInt, ...], Field(max_length=MOST_HIDDEN)] = ()
     activation: Literal["relu", "gelu", "elu", "selu", "silu", "tanh", "sigmoid"] = "relu"
     dropout: Rate | tuple[Rate, ...] = 0.0
     batch_norm: bool = False
@@ -166,7 +167,7 @@ class DenseParameters(Settings):
     weight_decay: NonNegativeFloat = 0.0
     schedule: Literal["constant", "cosine"] = "constant"
     batch_size: PositiveInt = 32
-    epochs: PositiveInt = 50
+    epochs: Annotated[int, Field(ge=1, le=EPOCHS)] = 50
     patience: NonNegativeInt = 5
     class_weight: Literal["balanced"] | None = None
     label_smoothing: Share = 0.0

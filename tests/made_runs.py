@@ -30,7 +30,7 @@ def made_run(
     parameters: int | None = 7,
     cv: float | None = None,
     images: int = IMAGES,
-    classes: tuple[str, str] = ("cat", "dog"),
+    classes: tuple[str, ...] = ("cat", "dog"),
     settings: dict[str, Any] | None = None,
     **features: Any,
 ) -> Run:
@@ -38,7 +38,7 @@ def made_run(
     labels = np.arange(images, dtype=np.int32) % 2
     right = np.arange(images) < round(accuracy * images)
     aims = np.where(right, labels, 1 - labels)
-    probabilities = np.where(np.eye(2)[aims] > 0, 0.8, 0.2)
+    probabilities = np.where(np.eye(len(classes))[aims] > 0, 0.8, 0.2 / (len(classes) - 1))
     trained = SimpleNamespace(
         files=("head.json",), name=head, pool="none", parameters=PRESETS[head].parameters, seed=0,
         classes=classes, parameter_count=parameters, save=lambda folder: (folder / "head.json").write_text("{}"),

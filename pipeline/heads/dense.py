@@ -28,7 +28,6 @@ from pipeline.scores.metrics import class_weights, fit_temperature, softmax, two
 from pipeline.scores.selection import stratified_folds
 
 BANK_STEP, KERAS_STEP, FLOP = 2e-4, 3e-3, 5e-11  # seconds on one core, measured on features of 1,280 columns
-MOST_LAYERS = 100  # of a head read from a file
 INNER_FOLDS = 10  # one of them decides when training stops, with ``stop_on=train``
 
 
@@ -266,7 +265,7 @@ class KerasHead(Head):
         shapes = [shape for pair in itertools.pairwise(widths) for shape in (pair, pair[1:])]
         expected = f"{path}: the weights do not fit head.json, which expects {shapes[:20]}"
         size = path.stat().st_size if path.is_file() else 0
-        if 4 * sum(map(math.prod, shapes)) > size or len(widths) > MOST_LAYERS:
+        if 4 * sum(map(math.prod, shapes)) > size:
             raise HeadError(f"{expected}: {len(widths) - 1} layers in a file of {size} bytes")
         network = build_network(self)
         try:

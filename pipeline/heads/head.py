@@ -17,10 +17,13 @@ import numpy as np
 
 from features.errors import HeadError
 from features.progress import Progress
-from pipeline.config import FORMAT_VERSION, HeadFile, History, Settings, parse
+from pipeline.config import FORMAT_VERSION, HeadFile, History, Settings, check_classes, parse
+from pipeline.heads.models.archive import is_bounded
 from pipeline.heads.pooling import check_rows, choose_pool, chunks, pool_features
 from pipeline.heads.prepared import Prepared, Rows, prepare, standardise
 from pipeline.presets import Preset
+
+MOST_COLUMNS = 1_000_000  # of pooled rows, so that their means and deviations can be read again
 
 
 class Head(abc.ABC):
@@ -150,6 +153,10 @@ class Head(abc.ABC):
             If the head cannot be trained on their labels.
         """
         self.check_labels(prepared.y, len(prepared.train))
+        if len(prepared.mean) > MOST_COLUMNS:
+            raise HeadError(
+                f"rows of {len(prepared.mean):,} values: a head takes at most {MOST_COLUMNS:,}; use --pool avg or max"
+            )
         self.pool, self.input_shape = prepared.pool, prepared.input_shape
         self.mean, self.std = prepared.mean, prepared.std
 
@@ -262,7 +269,12 @@ class Head(abc.ABC):
         """Write ``head.json`` and the weights to an existing folder."""
         self._check_fitted()
         more = self._save_weights(folder)
-        (folder / "head.json").write_text(json.dumps({**self._description(), **more}) + "\n", encoding="utf-8")
+        data = (json.dumps({**self._description(), **more}) + "\n").encode()
+        if not is_bounded(data):
+            raise HeadError(
+                f"head.json of {self.name!r} would be too large to be read again; train it with fewer members"
+            )
+        (folder / "head.json").write_bytes(data)
 
     @property
     def network(self) -> Any:
@@ -336,6 +348,7 @@ class Head(abc.ABC):
         if y.min() < 0:
             raise HeadError(f"labels: {int((y < 0).sum())} training rows are unlabelled (-1); label or remove them")
         self.classes = self.classes or tuple(str(k) for k in range(int(y.max()) + 1))
+        check_classes(self.classes)
         counts = np.bincount(y, minlength=len(self.classes))
         if len(counts) > len(self.classes):
             raise HeadError(f"labels: received a label of {len(counts) - 1}, expected 0 to {len(self.classes) - 1}")

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from features.errors import HeadError, UntrustedHeadError
-from features.files import read_small
+from features.files import file_digest, read_small
 from features.signing import is_signed, signature
 from pipeline.heads.models.archive import Archive
 from pipeline.heads.models.converting import class_count, classifier_of, model_of_part
@@ -119,8 +119,8 @@ def load_arrays(folder: Path, values: Any, *, columns: int, classes: int) -> Mod
 def load_skops(folder: Path, kind: str, *, columns: int, classes: int, trust: bool) -> Model:
     """Read a model from ``head.skops``, which is untrusted input.
 
-    Classes that arrays can describe are read by our own reader. Others are loaded by skops, with the types of
-    `TRUSTED_TYPES`, if ``trust`` is true or this user signed the file.
+    What this user signed is loaded by skops, with the types of `TRUSTED_TYPES`. Of other files, classes that arrays can
+    describe are read by our own reader, and the rest is loaded by skops if ``trust`` is true.
 
     Parameters
     ----------
@@ -137,13 +137,18 @@ def load_skops(folder: Path, kind: str, *, columns: int, classes: int, trust: bo
     path = folder / SKOPS
     with Archive(path) as archive:
         try:
-            part = read_skops(archive)
-            _check_class(part, kind, path)
-            try:
-                model = model_of_part(part)
-            except NotPlainError as problem:
-                model = _trusted(folder, kind, str(problem), trust=trust)
-            _check_classes(part, classes)
+            if _is_ours(folder):
+                model = _loaded(path, kind)
+            else:
+                part = read_skops(archive)
+                _check_class(classifier_of(part).name, kind, path)
+                try:
+                    model = model_of_part(part)
+                    _check_classes(part, classes)
+                except NotPlainError as problem:
+                    if not trust:
+                        raise _untrusted(path, kind, str(problem)) from problem
+                    model = _loaded(path, kind)
             model.check(columns, classes)
         except (NotPlainError, *_REFUSALS) as problem:
             if isinstance(problem, HeadError):
@@ -152,10 +157,9 @@ def load_skops(folder: Path, kind: str, *, columns: int, classes: int, trust: bo
     return model
 
 
-def _check_class(part: Part, kind: str, path: Path) -> None:
-    found = classifier_of(part)
-    if found.short != kind.rpartition(".")[2]:
-        raise HeadError(f"{path}: contains a {found.name}, but head.json says {kind}; train the head again")
+def _check_class(found: str, kind: str, path: Path) -> None:
+    if found.rpartition(".")[2] != kind.rpartition(".")[2]:
+        raise HeadError(f"{path}: contains a {found}, but head.json says {kind}; train the head again")
 
 
 def _check_classes(part: Part, classes: int) -> None:
@@ -163,30 +167,33 @@ def _check_classes(part: Part, classes: int) -> None:
         raise DamagedModelError(f"classes_ are {class_count(part)}, but head.json expects {classes}")
 
 
-def _trusted(folder: Path, kind: str, reason: str, *, trust: bool) -> Model:
-    """Load ``head.skops`` by skops, if it may be."""
-    path = folder / SKOPS
-    data = path.read_bytes()
-    if not (trust or _is_ours(folder, data)):
-        raise UntrustedHeadError(
-            f"{path}: {reason[:200]}, and scikit-learn's own objects, when made from an edited file, can crash or read and "
-            "write outside their memory. This user has not signed the file. If you trust who made it, say so with "
-            "predict --trust or evaluate --trust; otherwise remove the run and train it again: "
-            f"bottleneck train-head STORE --head {kind}"
-        )
+def _untrusted(path: Path, kind: str, reason: str) -> UntrustedHeadError:
+    return UntrustedHeadError(
+        f"{path}: {reason[:200]}, and scikit-learn's own objects, when made from an edited file, can crash or read and "
+        "write outside their memory. This user has not signed the file. If you trust who made it, say so with "
+        "predict --trust or evaluate --trust; otherwise remove the run and train it again: "
+        f"bottleneck train-head STORE --head {kind}"
+    )
+
+
+def _loaded(path: Path, kind: str) -> Model:
+    """Load ``head.skops``, which is trusted, by skops."""
     import skops.io
     from skops.io.exceptions import UntrustedTypesFoundException
 
+    data = path.read_bytes()
     try:
         foreign = sorted(set(skops.io.get_untrusted_types(data=data)) - set(TRUSTED_TYPES))
         if foreign:
             raise HeadError(f"{path}: contains types that must not be loaded from a file: {', '.join(foreign)[:300]}")
-        return Wrapped(skops.io.loads(data, trusted=list(TRUSTED_TYPES)))
+        estimator = skops.io.loads(data, trusted=list(TRUSTED_TYPES))
     except HeadError:
         raise
     except (UntrustedTypesFoundException, *_REFUSALS) as problem:
         text = f"{problem!r}"[:300]
         raise HeadError(f"{path}: cannot be loaded as a head: {text}; train the head again") from problem
+    _check_class(type(getattr(estimator, "steps", [[estimator]])[-1][-1]).__name__, kind, path)
+    return Wrapped(estimator)
 
 
 def _unmap(found: Any) -> None:
@@ -205,13 +212,13 @@ def _unmap(found: Any) -> None:
             _unmap(value)
 
 
-def _is_ours(folder: Path, data: bytes) -> bool:
-    """Whether this user signed these bytes of ``head.skops``."""
+def _is_ours(folder: Path) -> bool:
+    """Whether this user signed ``head.skops``."""
     try:
         claimed = read_small(folder / SIGNATURE, 100).decode("ascii", "replace").strip()
+        return is_signed(bytes.fromhex(file_digest(folder / SKOPS)), SKOPS, claimed)
     except OSError:
         return False
-    return is_signed(_digest(data), SKOPS, claimed)
 
 
 def _digest(data: bytes) -> bytes:

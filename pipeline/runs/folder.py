@@ -21,15 +21,15 @@ from features.files import quoted, read_small
 from features.recipe import Recipe
 from features.sources.reading import Reading
 from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
-from pipeline.presets import DENSE, PRESETS, EstimatorParameters, Preset
+from pipeline.presets import DENSE, EPOCHS, PRESETS, EstimatorParameters, Preset
 
 logger = logging.getLogger(__name__)
 
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
-# Upper limits of what is accepted from a file: seconds and parameter counts, bytes of a JSON file and of a history, epochs.
-LARGEST, JSON_BYTES, HISTORY_BYTES, EPOCHS = 1e15, 1_000_000, 10_000_000, 100_000
+# Upper limits of what is accepted from a file: seconds and parameter counts, bytes of a JSON file and of a history.
+LARGEST, JSON_BYTES, HISTORY_BYTES = 1e15, 1_000_000, 30_000_000
 ROW_BYTES = 20_000  # of predictions.csv: the path and the digest of an image; classes and probabilities come on top
 
 

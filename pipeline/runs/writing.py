@@ -12,13 +12,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-import yaml
-
 from features.errors import BottleneckError, RunError
 from features.files import atomic_file, sync_folder
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
-from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse
+from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse, yaml_text
 from pipeline.runs.folder import (
     BACKBONE_MODEL,
     BACKBONE_WEIGHTS,
@@ -188,8 +186,7 @@ def _write_files(
 ) -> None:
     """Write all files of a run but the network and the plots."""
     outcome.head.save(folder)
-    text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
-    (folder / "config.yaml").write_text(text, encoding="utf-8")
+    (folder / "config.yaml").write_text(yaml_text(config), encoding="utf-8")
     _write_json(folder / "metrics.json", metrics)
     noted = {**environment(), "fit_seconds": outcome.seconds, "parameters": parameters, **(outcome.notes or {})}
     _write_json(folder / "environment.json", noted)

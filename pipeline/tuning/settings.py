@@ -6,12 +6,13 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeFloat, NonNegativeInt
 
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError
 from features.networks.backend import load_keras
 from pipeline.config import Rate, Settings, parse
+from pipeline.presets import EPOCHS
 
 LAST_BLOCK = "last-block"
 ALL = "all"
@@ -65,7 +66,7 @@ class TuningSettings(Settings):
     bn: Literal["frozen", "affine", "train"] = "frozen"
     scratch: bool = False
     new_head: bool = False
-    epochs: PositiveInt = 5
+    epochs: Annotated[int, Field(ge=1, le=EPOCHS)] = 5
     initial_epoch: NonNegativeInt = 0
     patience: NonNegativeInt = 2
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 1e-5

@@ -136,9 +136,14 @@ class Archive:
 
 def bounded_json(data: bytes) -> Any:
     """Decode JSON of at most `MOST_TEXT` bytes and `MOST_VALUES` values; `ValueError` or `RecursionError` if it is not."""
-    if len(data) > MOST_TEXT or sum(map(data.count, (b",", b"[", b"{"))) > MOST_VALUES:
+    if not is_bounded(data):
         raise ValueError(f"holds more than {MOST_TEXT} bytes or {MOST_VALUES} values")
     return json.loads(data)
+
+
+def is_bounded(data: bytes) -> bool:
+    """Whether JSON has at most `MOST_TEXT` bytes and `MOST_VALUES` values."""
+    return len(data) <= MOST_TEXT and sum(map(data.count, (b",", b"[", b"{"))) <= MOST_VALUES
 
 
 def _directory_bytes(file: BinaryIO, size: int) -> int:
