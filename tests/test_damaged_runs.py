@@ -169,7 +169,7 @@ def test_a_bad_run_is_skipped_and_named_and_the_exit_code_says_so(attack: str, r
         ("predictions.csv", None, "larger than"),
         ("predictions.csv", b"path\n" + b'"' * 1000, "cannot be read as predictions"),
         ("predictions.csv", b"\0" * 1000, "holds 0 images, expected 100"),
-        ("history.csv", None, "larger than 10,000,000 bytes"),
+        ("history.csv", None, "larger than 30,000,000 bytes"),
         ("history.csv", b"epoch,loss\n" + b"1,2\n" * 200_000, "200000 rows; expected at most 100,000"),
         ("history.csv", b"epoch,epoch\n1,2\n", "cannot be read as the history"),
         ("history.csv", b"epoch\n1,2,3\n", "cannot be read as the history"),

@@ -427,6 +427,7 @@ def test_leaderboard_is_sorted_and_flags_other_data(tmp_path: Path) -> None:
         "data": "e" * 10,
         "comparable": True,
         "stale": False,
+        "state": "newest",
     }
     assert [row["stale"] for row in rows] == [False, True, True, True]
 
