@@ -79,6 +79,50 @@ def test_split_folders_of_other_names_are_splits(
     assert "--class-level 1" in caplog.text
 
 
+@pytest.mark.parametrize("archive", [False, True])
+@pytest.mark.parametrize("tops", [("seg_train", "seg_test"), ("train", "test"), ("Training", "Val", "Test")])
+def test_a_split_folder_in_a_folder_of_its_own_name_is_read_through(
+    tmp_path: Path, tops: tuple[str, ...], archive: bool
+) -> None:
+    """As Kaggle unpacks Intel's image classification: seg_train/seg_train/CLASS."""
+    folder = tree(tmp_path / "photos", *(f"{top}/{top}" for top in tops))
+    root = zipped(folder) if archive else folder
+    images = scan(root)
+    wanted = ("train", "validation", "test") if len(tops) == 3 else ("train", "test")
+    assert (images.classes, counts(images)) == (CLASSES, dict.fromkeys(wanted, 6))
+    assert sorted(images.paths)[0].split("/")[:3] == [min(tops), min(tops), "glioma"]
+    again = scan(root, reading=Reading.recorded(images.reading))
+    assert (labelled(again), counts(again)) == (labelled(images), counts(images))
+    if tops != ("Training", "Val", "Test"):  # earlier releases refused it
+        assert set(scan(root, reading=Reading(settled=True)).classes) == set(tops)
+
+
+def test_pictures_without_classes_in_a_doubled_folder(tmp_path: Path) -> None:
+    tree(tmp_path, "seg_train/seg_train")
+    images = scan(touch(tmp_path, "seg_test/seg_test/1.jpg"))
+    assert (images.classes, counts(images)) == (CLASSES, {"train": 6, "unlabelled": 1})
+    touch(tmp_path, "seg_test/seg_test/sea/1.jpg", "seg_pred/seg_pred/1.jpg")
+    assert "--split-folders test=seg_test,train=seg_train, which leaves other folders out" in refusal(tmp_path)
+    (tmp_path / "seg_test/seg_test/sea/1.jpg").unlink()
+    given = scan(tmp_path, reading=Reading("train=seg_train,test=seg_test"))
+    assert (given.classes, counts(given)) == (CLASSES, {"train": 6, "unlabelled": 1})
+
+
+@pytest.mark.parametrize(
+    ("paths", "classes"),
+    [
+        (("cat/cat/1.jpg", "dog/dog/1.jpg"), ("cat", "dog")),
+        (("test tubes/test tubes/1.jpg", "cups/1.jpg"), ("cups", "test tubes")),
+        (("train/train/1.jpg", "train/cat/1.jpg", "test/cat/1.jpg"), ("cat", "train")),
+        (("train/train/1.jpg", "train/cat/1.jpg", "test/test/1.jpg", "test/cat/1.jpg"), ("cat", "test", "train")),
+    ],
+)
+def test_classes_that_are_called_like_the_folder_around_them_stay(
+    paths: tuple[str, ...], classes: tuple[str, ...], tmp_path: Path
+) -> None:
+    assert scan(touch(tmp_path, *paths)).classes == classes
+
+
 def test_a_class_that_one_split_lacks_changes_nothing(tmp_path: Path) -> None:
     tree(tmp_path, "Training")
     tree(tmp_path, "Testing", classes=CLASSES[:2])
@@ -168,7 +212,8 @@ def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
     assert "'train' would be a class" in refusal(vehicles)
     assert scan(vehicles, reading=Reading(class_level=1)).classes == ("plane", "train")
     nested = touch(tmp_path / "intel", "seg_train/seg_train/sea/1.jpg", "seg_test/seg_test/sea/1.jpg")
-    assert "'seg_test', 'seg_train' would be classes" in refusal(nested)
+    assert scan(nested).classes == ("sea",)
+    assert "'seg_test', 'seg_train' would be classes" in refusal(touch(nested, "seg_test/1.jpg", "seg_train/1.jpg"))
     beside = touch(tmp_path / "beside", "seg_train/sea/1.jpg", "seg_test/sea/1.jpg", "seg_pred/1.jpg")
     assert "If they are splits, add --split-folders test=seg_test,train=seg_train, which leaves" in refusal(beside)
     assert scan(beside, reading=Reading("test=seg_test,train=seg_train")).classes == ("sea",)

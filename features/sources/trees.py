@@ -67,7 +67,12 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
             )
         return Tree(list(files), [""] * len(files), [NOT_GIVEN] * len(files), [], reading)
     asked = reading
+    doubled = _doubled(parts, asked)
+    parts = {parent: _plain(part, doubled) for parent, part in parts.items()}
     layout, reading = _decide(root, parts, asked, checked=not skip)
+    if doubled and layout.splits and not reading.split_folders:  # only what is recorded is read like this again
+        pairs = ",".join(f"{SPLITS[code]}={top}" for top, code in layout.splits.items())
+        reading = dataclasses.replace(reading, split_folders=pairs)
     nested = {part[0] for part in parts.values() if len(part) > 1}
     rows = {parent: _row(part, layout, nested) for parent, part in parts.items()}
     classes = {row[0] for row in rows.values() if row} - {""}
@@ -81,12 +86,28 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
     _warn_left_out(root, parents, parts, rows, layout)
     depth = 2 if layout.splits else layout.level
     used = {"/".join(part[:length]) for part in parts.values() for length in range(depth + 1)}
-    inner = ["/".join(folder.split("/")[skip:]) for folder in folders]
+    inner = ["/".join(_plain(folder.split("/")[skip:], doubled)) for folder in folders]
     bare = [folder for folder in inner if folder.count("/") < depth and folder not in used]
     if bare:
         logger.warning("%s: folders without images are not classes: %s", root, listed(bare))
     names, splits, groups = ([row[column] for _, row in kept] for column in range(3))
     return Tree([file for file, _ in kept], names, splits, groups, reading)  # type: ignore[arg-type]
+
+
+def _doubled(parts: Parts, reading: Reading) -> set[str]:
+    """The split folders that hold one folder of their own name and nothing else, as some archives unpack to."""
+    if reading.class_level == 1 or (not reading.split_folders and (reading.settled or reading.class_level)):
+        return set()
+    below: dict[str, set[str]] = {}
+    for part in parts.values():
+        below.setdefault((*part, "")[0], set()).add((*part, "", "")[1])
+    doubled = {top for top, held in below.items() if held == {top} and top}
+    return {top for top in doubled if top in reading.codes or split_of(top) is not None} if len(below) > 1 else set()
+
+
+def _plain(part: Sequence[str], doubled: set[str]) -> Sequence[str]:
+    """The names of a folder without the second of two equal ones."""
+    return part[1:] if len(part) > 1 and part[0] == part[1] and part[0] in doubled else part
 
 
 def _row(part: Sequence[str], layout: _Layout, nested: set[str]) -> Row | None:
