@@ -23,7 +23,9 @@ from features.machine import processors
 from features.networks.reference import evenly_spread
 from features.pixels.decode import read_bytes
 from features.progress import Progress
-from features.sources.scan import scan
+from features.sources.reading import Reading, split_of
+from features.sources.scan import ImageSet, scan
+from features.sources.splits import SPLITS
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.intervals import wilson_interval
 from pipeline.outputs import files_of, output_file, refuse_overwriting
@@ -94,7 +96,7 @@ def predict(
     if grid is not None:
         check_picture(Path(grid))
         written["--grid"] = output_file(grid, "--grid", "grid.png")
-    items, total = _items(images, written)
+    source = _scanned(images, written) if isinstance(images, str | Path) else None
     chosen, damaged = taken(run, asked)
     augmentation = _augmentation(chosen, run, asked.views, asked.augment)
     if chosen is not None:
@@ -105,6 +107,10 @@ def predict(
     else:
         model = ArtefactModel(open_artefact(run))
         rows = Rows(kind, model.classes, asked.top)
+    if source is None:
+        items, total = _listed(images, written), 0
+    else:
+        items, total = _items(source, _labels(source, model.classes, chosen)), len(source)
     gallery = Gallery(model.classes, total if grid is not None else None)
     counts: Counter[int] = Counter()  # -1 counts unreadable images
     numbers = {name: number for number, name in enumerate(model.classes)}
@@ -211,25 +217,48 @@ class Gallery:
         return [picture._replace(label="") for picture in self._pictures]
 
 
-def _items(images: str | Path | Iterable[str], written: Mapping[str, Path]) -> tuple[Iterator[Item], int]:
-    """Return the images and their number, 0 if it is unknown; refuse an output file that is one of them."""
-    if isinstance(images, str | Path):
-        source = scan(images, labelled=False)
-        for option, path in written.items():
-            refuse_overwriting(path, option, files_of(source))
-        names = (*source.classes, "")  # -1 for an image without a label
-        triples = zip(source.paths, source.labels.tolist(), strict=True)
-        items = (Item(path, partial(source.read, row), names[label]) for row, (path, label) in enumerate(triples))
-        return items, len(source)
+def _scanned(images: str | Path, written: Mapping[str, Path]) -> ImageSet:
+    """Find the images of a source; refuse an output file that is one of them."""
+    source = scan(images, labelled=False)
+    for option, path in written.items():
+        refuse_overwriting(path, option, files_of(source))
+    return source
 
-    def listed() -> Iterator[Item]:
-        old = {option: path for option, path in written.items() if path.exists()}
-        for path in images:
-            for option, place in old.items():
-                refuse_overwriting(place, option, [os.path.realpath(path)])
-            yield Item(os.fspath(path), partial(read_bytes, path))
 
-    return listed(), 0
+def _items(source: ImageSet, labels: Sequence[str]) -> Iterator[Item]:
+    pairs = zip(source.paths, labels, strict=True)
+    return (Item(path, partial(source.read, row), label) for row, (path, label) in enumerate(pairs))
+
+
+def _listed(paths: Iterable[str], written: Mapping[str, Path]) -> Iterator[Item]:
+    """The images of a list; refuse an output file that is one of them."""
+    old = {option: path for option, path in written.items() if path.exists()}
+    for path in paths:
+        for option, place in old.items():
+            refuse_overwriting(place, option, [os.path.realpath(path)])
+        yield Item(os.fspath(path), partial(read_bytes, path))
+
+
+def _labels(source: ImageSet, classes: Sequence[str], run: Run | None) -> list[str]:
+    """The label of each image, empty if it has none, by a reading of the folders that gives classes of the model.
+
+    If the folders as they stand give none, they may lie as those that the run was trained on, or be split folders of any
+    name.
+    """
+    readings = [run.reading] if run is not None and run.reading.record else []
+    codes = {name: split_of(name, alone=True) for name in source.classes}
+    if codes and None not in codes.values() and "," not in "".join(codes):
+        pairs = ",".join(f"{SPLITS[code or 0]}={name}" for name, code in codes.items())
+        readings.append(Reading(pairs, settled=True))
+    found = source
+    for reading in readings:
+        if set(found.classes) & set(classes):
+            break
+        with contextlib.suppress(ConfigurationError, SourceError):  # the folders have another form
+            found = scan(source.description, labelled=False, reading=reading)
+    names = (*found.classes, "")  # -1 for an image without a label
+    label_of = {path: names[label] for path, label in zip(found.paths, found.labels.tolist(), strict=True)}
+    return [label_of.get(path, "") for path in source.paths]
 
 
 def _augmentation(run: Run | None, given: str | Path, views: int, augment: str | None) -> AugmentSpec | None:

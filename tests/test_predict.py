@@ -31,6 +31,7 @@ from features.extraction.extraction import extract_features
 from features.pixels.decode import decode_image, read_bytes
 from features.pixels.views import decode_views
 from features.recipe import PixelRule
+from features.sources.reading import Reading
 from pipeline.cli import main
 from pipeline.heads.kinds import head_of
 from pipeline.predict import Gallery, predict, summary
@@ -67,7 +68,10 @@ class Colours:
 
 @pytest.fixture
 def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    run = SimpleNamespace(classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run")
+    plain = Reading(settled=True)
+    run = SimpleNamespace(
+        classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain
+    )
     monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, []))
     monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())
 
@@ -199,6 +203,29 @@ def test_predict_on_a_labelled_folder_says_how_many_were_right(
         (known / label).rename(known / f"{label}s")
     assert main(["predict", "run", str(known)]) == 0
     assert "are right" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "tops", [("Training", "Testing"), ("train", "test"), ("seg_train/seg_train", "seg_test/seg_test")]
+)
+def test_predict_finds_the_classes_below_split_folders(
+    tops: tuple[str, str],
+    colours: None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    for top, names in zip(tops, (("red", "green", "grey"), ("green",)), strict=True):
+        for name in names:
+            paint(tmp_path / "known" / top / "ape" / f"{name}.png", PAINT[name])
+        paint(tmp_path / "known" / top / "bee" / "green.png", PAINT["green"])
+    assert main(["predict", "run", str(tmp_path / "known"), "--out", str(tmp_path / "rows.csv"), "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["images"], document["labelled"], document["right"]) == (6, 6, 4)
+    assert "split" not in caplog.text
+    rows = list(csv.DictReader((tmp_path / "rows.csv").read_text().splitlines()))
+    assert [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+    assert {row["path"].split("/")[0] for row in rows} == {top.split("/")[0] for top in tops}
 
 
 # ------------------------------------------------------------------------------------------------ lists and streams

@@ -25,6 +25,7 @@ import pathlib, sys, time
 from types import SimpleNamespace
 import numpy as np
 import pipeline.predict, pipeline.progress
+from features.sources.reading import Reading
 from pipeline.cli import main
 
 class Slow:
@@ -35,7 +36,8 @@ class Slow:
         time.sleep(0.02)
         return np.full((len(images), 2), 0.5)
 
-run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"))
+plain = Reading(settled=True)
+run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain)
 pipeline.predict.taken = lambda path, *_: (run, [])
 pipeline.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15
