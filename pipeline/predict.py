@@ -96,7 +96,7 @@ def predict(
     if grid is not None:
         check_picture(Path(grid))
         written["--grid"] = output_file(grid, "--grid", "grid.png")
-    source = _scanned(images, written) if isinstance(images, str | Path) else None
+    source = _scanned(images, written) if isinstance(images, str | Path) else images
     chosen, damaged = taken(run, asked)
     augmentation = _augmentation(chosen, run, asked.views, asked.augment)
     if chosen is not None:
@@ -107,10 +107,10 @@ def predict(
     else:
         model = ArtefactModel(open_artefact(run))
         rows = Rows(kind, model.classes, asked.top)
-    if source is None:
-        items, total = _listed(images, written), 0
-    else:
+    if isinstance(source, ImageSet):
         items, total = _items(source, _labels(source, model.classes, chosen)), len(source)
+    else:
+        items, total = _listed(source, written), 0
     gallery = Gallery(model.classes, total if grid is not None else None)
     counts: Counter[int] = Counter()  # -1 counts unreadable images
     numbers = {name: number for number, name in enumerate(model.classes)}

@@ -58,7 +58,7 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
         )
     # Decide once per folder: there are few folders, but there may be millions of files.
     parents = [os.path.dirname(file.path) for file in files]
-    parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
+    parts: Parts = {parent: parent.split("/")[skip:] if parent else [] for parent in set(parents)}
     if not any(parts.values()):
         if not reading.settled and (reading.split_folders or reading.class_level):
             raise SourceError(
