@@ -13,7 +13,13 @@ from pipeline.progress import StderrHandler, set_quiet
 from pipeline.streams import standard_streams
 
 # They say when a download begins, and which run of a folder is taken.
-TELLING = ("features.networks.weights", "features.networks.wheels", "pipeline.runs.board")
+TELLING = (
+    "features.networks.fetching",
+    "features.networks.hub",
+    "features.networks.weights",
+    "features.networks.wheels",
+    "pipeline.runs.board",
+)
 
 
 def main(arguments: list[str] | None = None) -> int:
