@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import ROOT, listing
+from helpers import ROOT, listing, rounds
 from hubs import Hub, commit, running_hub
 
 from features.cache import signed_file
@@ -301,6 +303,48 @@ def test_a_download_that_was_killed_goes_on(hub: Hub, signal_: signal.Signals, t
     assert listing(folder) == ["model.onnx", "model.onnx_data"]
 
 
+KILLED = """
+import os, signal, sys
+folder, left = os.environ["BOTTLENECK_CACHE"], int(sys.argv[1])
+
+def look(event, arguments):
+    global left
+    writes = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_WRONLY | os.O_RDWR)
+    if writes or event in ("os.rename", "os.mkdir", "os.remove"):
+        left -= str(arguments[0]).startswith(folder)
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+sys.addaudithook(look)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.stress
+def test_killed_before_any_change_of_a_file_the_next_run_ends_it(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run(count: int) -> int:
+        command = [sys.executable, "-c", KILLED + DOWNLOAD, str(count)]
+        return subprocess.run(command, cwd=ROOT, check=False, capture_output=True).returncode
+
+    changes = list(range(1, 17))  # opened, removed and renamed files, and folders
+    random.shuffle(changes)
+    for count in changes[: rounds(len(changes))]:
+        monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / str(count)))
+        assert run(count) == -signal.SIGKILL
+        for path in (tmp_path / str(count)).rglob("[!.]*.onnx"):
+            assert path.read_bytes() == hub.files["onnx/model.onnx"]
+        assert run(0) == 0
+        names = [A, f"{A}.json", f"{A}/config.json", f"{A}/onnx", f"{A}/onnx/model.onnx", "at-main.json"]
+        [folder] = (tmp_path / str(count)).glob("hub/*/owner--name")
+        assert listing(folder) == sorted(names)
+        assert (folder / A / "onnx" / "model.onnx").read_bytes() == hub.files["onnx/model.onnx"]
+        hub.seen.clear()
+        assert run(0) == 0
+        assert hub.seen == []
+
+
 def test_whole_files_of_a_killed_run_are_kept(hub: Hub, tmp_path: Path) -> None:
     """Killed after the last file, and before the record said so."""
     folder = place(hub, tmp_path) / A
@@ -396,6 +440,20 @@ def test_a_silent_server_is_given_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) 
     hub.slow = 0.5
     with pytest.raises(WeightsNotFoundError, match="timed out"):
         hub_folder(NAME)
+
+
+def test_a_note_that_cannot_be_written_is_only_warned_about(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    found = hub_folder(NAME)
+    (found.path / "config.json").touch()
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("features.networks.hub.write_signed", refuse)
+    assert hub_folder(NAME) == found
+    assert "could not be written (Read-only file system)" in caplog.text
 
 
 def test_a_folder_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:

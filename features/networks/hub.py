@@ -28,7 +28,7 @@ from urllib.parse import quote
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
-from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError, brief, nearest
+from features.errors import ConfigurationError, StoreError, WeightsError, WeightsNotFoundError, brief, nearest
 from features.files import file_digest, printable, writing
 from features.networks.fetching import FetchError, Server
 
@@ -202,7 +202,10 @@ def hub_folder(name: str, wanted: Callable[[Sequence[str]], Sequence[str]] = nee
             logger.info("%s is pinned to the commit %s; remove %s to look again", name, record.commit, pin)
         complete = _completed(server, repository, record, _chosen(record.listed, wanted))
         if complete != record:
-            _write(record.file, {**about, **complete.to_dict()})
+            try:
+                _write(record.file, {**about, **complete.to_dict()})
+            except StoreError as error:  # without the note, the files are hashed next time
+                logger.warning("%s", error)
     return HubFolder(record.folder, f"{PREFIX}{repository}@{record.commit}", record.commit, record.license)
 
 
