@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -454,6 +455,16 @@ def test_a_note_that_cannot_be_written_is_only_warned_about(
     monkeypatch.setattr("features.networks.hub.write_signed", refuse)
     assert hub_folder(NAME) == found
     assert "could not be written (Read-only file system)" in caplog.text
+
+
+def test_a_file_for_which_there_is_no_room_is_not_begun(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_239))
+    with pytest.raises(
+        StoreError, match=r"model.onnx: could not be written \(10,240 bytes are needed, 0.0 MB are free\)"
+    ):
+        hub_folder(NAME)
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=10_240))
+    hub_folder(NAME)
 
 
 def test_a_folder_that_cannot_be_written(hub: Hub, tmp_path: Path) -> None:

@@ -10,12 +10,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import hashlib
 import http.client
 import json
 import logging
 import os
 import re
+import shutil
 import time
 import urllib.error
 import urllib.parse
@@ -150,6 +152,8 @@ class Server:
             if promise.size is None and not promise.digest:
                 raise WeightsError(f"{printable(url)}: the server says neither the size nor the hash of the file")
             file = stack.enter_context(whole_file(target))
+            if (promise.size or 0) > shutil.disk_usage(target.parent).free:
+                raise OSError(errno.ENOSPC, f"{promise.size or 0:,} bytes are needed", str(target))
             self._receive(url, response, promise, file)
             file.flush()
             written = _sha256_if_promised(Path(file.name), promise)
