@@ -158,7 +158,50 @@ def expected(fit: str, resize: str, mean: tuple[float, ...], std: tuple[float, .
     return {**values, "scale": FACTOR, "prefix_tokens": None, "patch": None, "license": None, **others}
 
 
+DINOV3 = {
+    "crop_size": None,
+    "data_format": "channels_first",
+    "default_to_square": True,
+    "device": None,
+    "disable_grouping": None,
+    "do_center_crop": None,
+    "do_convert_rgb": None,
+    "do_normalize": True,
+    "do_rescale": True,
+    "do_resize": True,
+    "image_mean": [0.485, 0.456, 0.406],
+    "image_processor_type": "DINOv3ViTImageProcessorFast",
+    "image_std": [0.229, 0.224, 0.225],
+    "input_data_format": None,
+    "resample": 2,
+    "rescale_factor": FACTOR,
+    "return_tensors": None,
+    "size": {"height": 224, "width": 224},
+}
+MOBILECLIP = {
+    "crop_size": {"height": 256, "width": 256},
+    "do_center_crop": True,
+    "do_convert_rgb": True,
+    "do_normalize": False,
+    "do_rescale": True,
+    "do_resize": True,
+    "feature_extractor_type": "CLIPFeatureExtractor",
+    "image_processor_type": "CLIPFeatureExtractor",
+    "resample": 2,
+    "rescale_factor": FACTOR,
+    "size": {"shortest_edge": 256},
+}
+NONE, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+
 PUBLISHED = {
+    "facebook/dinov3-vits16-pretrain-lvd1689m": (
+        {"preprocessor": DINOV3, "config": {"model_type": "dinov3_vit", "num_register_tokens": 4, "patch_size": 16}},
+        expected("stretch", "antialias", MEAN, STD, prefix_tokens=5, patch=16),
+    ),
+    "Xenova/mobileclip_s0": (
+        {"preprocessor": MOBILECLIP},
+        expected("crop:256", "antialias", NONE, ONE, height=256, width=256),
+    ),
     "openai/clip-vit-base-patch32": (
         {
             "preprocessor": CLIP,
@@ -371,6 +414,8 @@ def test_open_clip_says_how_it_resizes(change: dict[str, Any], fit: str, resize:
         ({"rescale_factor": -1}, "'rescale_factor' is -1, expected a number above 0"),
         ({"sampling_rate": 16000}, r"describes audio \(its key 'sampling_rate'\), expected still images"),
         ({"num_frames": 16}, r"describes video \(its key 'num_frames'\)"),
+        ({"image_processor_type": "VideoMAEImageProcessor"}, "describes video .its image_processor_type is 'VideoMAE"),
+        ({"feature_extractor_type": "VivitFeatureExtractor"}, "describes video"),
         ({"tokenizer_class": "CLIPTokenizer"}, r"describes text \(its key 'tokenizer_class'\)"),
     ],
 )

@@ -98,6 +98,7 @@ _MODELS: dict[str, tuple[str, int | None]] = {
     "dinov2_with_registers": ("Bit", 1),
     "dinov3_convnext": ("DINOv3ViT", None),
     "dinov3_vit": ("DINOv3ViT", 1),
+    "ijepa": ("ViT", 0),
     "mobilenet_v1": ("MobileNetV1", None),
     "mobilenet_v2": ("MobileNetV2", None),
     "mobilevit": ("MobileViT", None),
@@ -120,11 +121,7 @@ def read_transformers(folder: Path) -> ImageInput | None:
     if not path.exists():
         return None
     values = Fields(path, read_json(path))
-    for key in values:
-        if key in _OTHER_MODALITIES:
-            raise ConfigurationError(
-                f"{path} describes {_OTHER_MODALITIES[key]} (its key {key!r}), expected still images. Give a network of images."
-            )
+    _check_modality(values)
     model = Fields(folder / "config.json", read_json(folder / "config.json") if _has_config(folder) else {})
     kind, processor = _processor(values, str(model.get("model_type", "")))
     _check_keys(values, kind, processor)
@@ -146,6 +143,18 @@ def read_transformers(folder: Path) -> ImageInput | None:
         prefix_tokens=prefix,
         patch=patch,
     )
+
+
+def _check_modality(values: Fields) -> None:
+    found = [(_OTHER_MODALITIES[key], f"its key {key!r}") for key in values if key in _OTHER_MODALITIES]
+    for key in ("image_processor_type", "feature_extractor_type"):
+        kind = str(values.get(key, ""))
+        if re.search(r"video|vivit", kind, re.IGNORECASE):
+            found.append((_VIDEO, f"its {key} is {brief(kind, 80)!r}"))
+    for modality, sign in found[:1]:
+        raise ConfigurationError(
+            f"{values.path} describes {modality} ({sign}), expected still images. Give a network of images."
+        )
 
 
 def _has_config(folder: Path) -> bool:
