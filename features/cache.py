@@ -6,13 +6,15 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import json
 import logging
 import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
+from features.canonical import canonical_json
 from features.files import whole_file
 from features.ownership import foreign
 from features.signing import is_signed, signature
@@ -91,6 +93,26 @@ def signed_file(path: Path) -> Iterator[BinaryIO]:
             raise ValueError("it does not carry this user's signature")
         file.seek(_SIGNATURE_BYTES)
         yield file
+
+
+def kept_json(path: Path) -> Any:
+    """Read what ``keep_json`` wrote; None if there is nothing or, with a warning, if it is not as this user wrote it."""
+    try:
+        with signed_file(path) as file:
+            return json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        logger.warning("%s is not used (%s); it is made again", path, error)
+        return None
+
+
+def keep_json(path: Path, values: Any) -> None:
+    """Write plain values to a file of the cache; a failure costs a warning and the time to find them out again."""
+    try:
+        write_signed(path, canonical_json(values).encode("ascii"))
+    except OSError as error:
+        logger.warning("%s could not be written (%s)", path, error)
 
 
 def _purpose(path: Path) -> str:

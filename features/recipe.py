@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,11 +18,14 @@ from features.errors import ConfigurationError
 
 RECIPE_VERSION = 1
 POOLINGS = ("none", "avg", "max", "flatten")
-RESIZE_RULES = ("antialias", "keras")
+TOKEN_POOLINGS = ("cls", "tokens", "cls+tokens")
+RESIZE_RULES = ("antialias", "keras", "bicubic")
 FIT_RULES = ("stretch", "crop", "pad")
+EDGE_RULE = "crop:"  # followed by the length of the shorter edge in pixels
+CHANNEL_ORDERS = ("rgb", "bgr")
 DTYPES = ("float32", "float16")
 DECODE_RULES = ("full", "fast")
-ENGINES = ("auto", "keras", "openvino")
+ENGINES = ("auto", "keras", "openvino", "onnxruntime")
 ARITHMETIC = ("float32", "bfloat16", "float16")
 DEVICES = ("auto", "cpu", "gpu")
 # Half precision rounds to 8 or 11 bits in every layer, so two engines differ by far more than in float32. The engine
@@ -29,8 +33,59 @@ DEVICES = ("auto", "cpu", "gpu")
 PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
     f"{kind}:keras-{backend}" for kind in ("bfloat16", "float16") for backend in ("tensorflow", "jax", "torch")
 )
+MEAN_STD = "mean-std"  # the preprocessing of a recipe with a normalisation
 COLOUR_RULE = "rgb:exif,alpha-over-white"
 Cell = tuple[str, int]  # fingerprint, view
+
+
+@dataclasses.dataclass(frozen=True)
+class Normalisation:
+    """How pixels become the input of a network that was not made by Keras: ``(pixel * scale - mean) / std`` in float32.
+
+    Parameters
+    ----------
+    scale : float
+        Factor of the pixels, which are 0-255; often 1/255.
+    mean, std : (float, float, float)
+        Subtracted from, and divided by, per channel in the order of ``channels``; ``std`` is positive.
+    channels : {"rgb", "bgr"}
+        Order of the channels of the input.
+    """
+
+    scale: float = 1.0
+    mean: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    std: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    channels: str = "rgb"
+
+    def __post_init__(self) -> None:
+        check_choice("channels", self.channels, CHANNEL_ORDERS)
+        object.__setattr__(self, "scale", float(self.scale))
+        for name in ("mean", "std"):
+            values = tuple(float(value) for value in getattr(self, name))
+            object.__setattr__(self, name, values)
+            if len(values) != 3 or not all(map(math.isfinite, values)) or (name == "std" and min(values) <= 0):
+                least = " above 0" if name == "std" else ""
+                raise ConfigurationError(f"{name}: received {values}, expected three numbers{least}")
+        if not math.isfinite(self.scale) or self.scale <= 0:
+            raise ConfigurationError(f"scale: received {self.scale}, expected a number above 0")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as plain values."""
+        return {**dataclasses.asdict(self), "mean": list(self.mean), "std": list(self.std)}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Normalisation:
+        """Rebuild from ``to_dict``; unknown or missing fields, and values of another type, are errors."""
+        names = [field.name for field in dataclasses.fields(cls)]
+        if sorted(values) != sorted(names):
+            raise ConfigurationError(
+                f"normalisation: received {', '.join(sorted(values))}; expected {', '.join(names)}"
+            )
+        triples = [values["mean"], values["std"]]
+        numbers = [values["scale"], *(number for triple in triples if isinstance(triple, list) for number in triple)]
+        if len(numbers) != 7 or not all(isinstance(number, float) for number in numbers):
+            raise ConfigurationError(f"normalisation: received {values}, expected numbers")
+        return cls(values["scale"], tuple(values["mean"]), tuple(values["std"]), values["channels"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,26 +95,35 @@ class NetworkOptions:
     Parameters
     ----------
     backbone : str
-        Name of the network, a key of ``features.networks.backbones.BACKBONES``, or the path of a ``.keras`` file.
+        Name of the network, a key of ``features.networks.backbones.BACKBONES``, or the path of a ``.keras`` or
+        ``.onnx`` file or of a folder that holds an ONNX file and its description.
     weights : str
         ``"imagenet"``, ``"random"`` or a file; see ``features.networks.weights.resolve_weights``.
     layers : tuple of str
         Layers whose outputs are kept; ``"boundary"`` means the layer before the last block. If empty, the last layer
         is kept. A single string is accepted as one layer.
-    pooling : {"none", "avg", "max", "flatten"}, optional
-        Pooling of every spatial output (h, w, c), or of tokens (n, c). Default: ``avg`` if ``layers`` is empty and the
-        last layer is spatial, ``none`` otherwise.
+    pooling : {"none", "avg", "max", "flatten", "cls", "tokens", "cls+tokens"}, optional
+        Pooling of every spatial output (h, w, c), or of tokens (n, c): ``cls`` takes the first token, ``tokens`` the mean
+        of those behind the prefix, ``cls+tokens`` both. Default with ``layers`` given: ``none``; else ``avg`` for a
+        spatial last layer, and for tokens ``cls`` if there is a class token, ``avg`` if there is none.
+    prefix_tokens : int, optional
+        How many tokens stand before those of the image: the class token and the registers. Default: what the
+        description of the network says.
+    preprocess : Normalisation or str, optional
+        For a network that was not made by Keras: how pixels become its input, or the JSON file that says it. Default:
+        the description beside the network.
     image_size : int or (int, int), optional
         Side of a square, or height and width, in pixels, 1-4096. Default: the size that the network was trained on.
-    resize : {"antialias", "keras"}
-        How pixels are resized; ``PixelRule`` explains ``resize``, ``fit`` and ``decode``.
-    fit : {"stretch", "crop", "pad"}
-        How an image is fitted to another aspect ratio.
+    resize : {"antialias", "keras", "bicubic"}, optional
+        How pixels are resized; ``PixelRule`` explains ``resize``, ``fit`` and ``decode``. Default: what the description
+        of the network says; ``antialias`` without one.
+    fit : {"stretch", "crop", "pad", "crop:EDGE"}, optional
+        How an image is fitted to another aspect ratio. Default: as for ``resize``; ``stretch`` without a description.
     dtype : {"float32", "float16"}
         Type in which the features are stored.
     decode : {"full", "fast"}
         Whether a JPEG is decoded at full size.
-    engine : {"auto", "keras", "openvino"}
+    engine : {"auto", "keras", "openvino", "onnxruntime"}
         Engine that runs the network; see ``features.networks.engines.choose_engine``.
     precision : {"float32", "bfloat16", "float16"}
         Arithmetic of the forward pass.
@@ -77,8 +141,10 @@ class NetworkOptions:
     layers: tuple[str, ...] = ()
     pooling: str | None = None
     image_size: int | tuple[int, int] | None = None
-    resize: str = "antialias"
-    fit: str = "stretch"
+    prefix_tokens: int | None = None
+    preprocess: Normalisation | str | None = None
+    resize: str | None = None
+    fit: str | None = None
     dtype: str = "float32"
     decode: str = "full"
     engine: str = "auto"
@@ -88,9 +154,11 @@ class NetworkOptions:
     def __post_init__(self) -> None:
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
         object.__setattr__(self, "layers", layers)
-        check_choice("pooling", "none" if self.pooling is None else self.pooling, POOLINGS)
-        check_choice("resize", self.resize, RESIZE_RULES)
-        check_choice("fit", self.fit, FIT_RULES)
+        check_choice("pooling", "none" if self.pooling is None else self.pooling, POOLINGS + TOKEN_POOLINGS)
+        check_choice("resize", self.resize or RESIZE_RULES[0], RESIZE_RULES)
+        check_fit(self.fit or FIT_RULES[0])
+        if self.prefix_tokens is not None:
+            check_prefix(self.prefix_tokens)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("decode", self.decode, DECODE_RULES)
         check_choice("engine", self.engine, ENGINES)
@@ -106,13 +174,15 @@ class PixelRule:
     ----------
     height, width : int
         Size of the input of the network, in pixels, 1-4096.
-    resize : {"antialias", "keras"}
+    resize : {"antialias", "keras", "bicubic"}
         ``antialias``: Pillow's bilinear filter, width first, which averages pixels when it shrinks an image.
+        ``bicubic``: Pillow's bicubic filter in the same way, which most vision transformers were trained with.
         ``keras``: bilinear interpolation at half-pixel centres without antialiasing, the default of
         ``keras.utils.image_dataset_from_directory``.
-    fit : {"stretch", "crop", "pad"}
+    fit : {"stretch", "crop", "pad", "crop:EDGE"}
         ``stretch`` ignores the aspect ratio, ``crop`` keeps the largest centred window that has the aspect ratio of
-        the target, ``pad`` keeps the whole image, centred on black.
+        the target, ``pad`` keeps the whole image, centred on black. ``crop:EDGE`` resizes the shorter edge to EDGE
+        pixels and cuts out the centre, as torchvision's ``Resize(EDGE)`` and ``CenterCrop`` do.
     decode : {"full", "fast"}
         ``full`` decodes every pixel of the file. ``fast`` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size
         where that is still at least the size needed, and resizes the result.
@@ -130,15 +200,31 @@ class PixelRule:
             if not 1 <= value <= 4096:
                 raise ConfigurationError(f"image size: received the {name} {value}, expected 1 to 4096 pixels")
         check_choice("resize", self.resize, RESIZE_RULES)
-        check_choice("fit", self.fit, FIT_RULES)
+        edge = check_fit(self.fit)
         check_choice("decode", self.decode, DECODE_RULES)
+        if edge is not None and not max(self.height, self.width) <= edge <= 4096:
+            raise ConfigurationError(
+                f"fit: received {self.fit!r}, expected an edge of {max(self.height, self.width)} (the image size) to 4096 pixels"
+            )
+
+    @property
+    def edge(self) -> int | None:
+        """Length to which the shorter edge of an image is resized, in pixels; None unless ``fit`` is ``crop:EDGE``."""
+        return check_fit(self.fit)
 
     @classmethod
-    def of(cls, options: NetworkOptions, default: tuple[int, int]) -> PixelRule:
-        """Make the rule for the given options; ``default`` is the network's own height and width in pixels."""
-        size = options.image_size or default
+    def of(cls, options: NetworkOptions, default: PixelRule | tuple[int, int]) -> PixelRule:
+        """Make the rule for the given options; ``default`` is the network's own rule, or its height and width."""
+        rule = default if isinstance(default, PixelRule) else cls(*default)
+        size = options.image_size or (rule.height, rule.width)
         height, width = (size, size) if isinstance(size, int) else size
-        return cls(height, width, resize=options.resize, fit=options.fit, decode=options.decode)
+        fit = options.fit or rule.fit
+        if options.fit is None and rule.edge is not None:  # the same part of the image at another size
+            fit = f"{EDGE_RULE}{rule.edge * max(height, width) // max(rule.height, rule.width)}"
+        return cls(height, width, resize=options.resize or rule.resize, fit=fit, decode=options.decode)
+
+
+_LATER_FIELDS = {"normalisation", "prefix_tokens"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,12 +240,13 @@ class Recipe:
         model file, of the tensors and the architecture.
     layer : str
         Layer of the network whose output is kept.
-    pooling : {"none", "avg", "max", "flatten"}
+    pooling : {"none", "avg", "max", "flatten", "cls", "tokens", "cls+tokens"}
         How an output (h, w, c) or (tokens, c) is reduced.
     pixels : PixelRule
         How images are decoded and resized.
     preprocessing : str
-        Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``.
+        Name of the ``keras.applications`` module whose ``preprocess_input`` is used, or ``"none"``; ``"mean-std"``
+        stands for ``normalisation``.
     colour : str
         Name of the rule in ``features.pixels.decode`` for colour, orientation and transparency.
     augmentation : AugmentSpec or None
@@ -171,6 +258,10 @@ class Recipe:
         as ``dtype`` in any case.
     dtype : {"float32", "float16"}
         Element type of the stored features.
+    normalisation : Normalisation or None
+        How pixels become the input of the network, if no module of ``keras.applications`` says it.
+    prefix_tokens : int or None
+        Number of tokens before those of the image; None unless ``pooling`` is ``tokens`` or ``cls+tokens``.
     """
 
     backbone: str
@@ -184,11 +275,30 @@ class Recipe:
     seed: int = 0
     precision: str = "float32"
     dtype: str = "float32"
+    normalisation: Normalisation | None = None
+    prefix_tokens: int | None = None
 
     def __post_init__(self) -> None:
-        check_choice("pooling", self.pooling, POOLINGS)
+        check_choice("pooling", self.pooling, POOLINGS + TOKEN_POOLINGS)
         check_choice("precision", self.precision, PRECISIONS)
         check_choice("dtype", self.dtype, DTYPES)
+        if (self.prefix_tokens is not None) != (self.pooling in ("tokens", "cls+tokens")):
+            raise ConfigurationError(
+                f"prefix tokens: received {self.prefix_tokens} with the pooling {self.pooling}; expected a number with "
+                "tokens and cls+tokens, and none otherwise"
+            )
+        if self.prefix_tokens is not None:
+            check_prefix(self.prefix_tokens)
+        if (self.normalisation is not None) != (self.preprocessing == MEAN_STD):
+            raise ConfigurationError(
+                f"preprocessing {self.preprocessing!r}: expected a normalisation only with {MEAN_STD!r}"
+            )
+
+    @property
+    def format_version(self) -> int:
+        """Lowest version of the store's format that allows this recipe; see FORMAT.md."""
+        later = self.pooling in TOKEN_POOLINGS or self.normalisation is not None
+        return 2 if later or self.pixels.resize == "bicubic" or self.pixels.edge is not None else 1
 
     @property
     def name(self) -> str:
@@ -227,6 +337,8 @@ class Recipe:
             weights,
             layers=(self.layer,),
             pooling=self.pooling,
+            prefix_tokens=self.prefix_tokens,
+            preprocess=self.normalisation,
             image_size=(self.pixels.height, self.pixels.width),
             resize=self.pixels.resize,
             fit=self.pixels.fit,
@@ -245,9 +357,14 @@ class Recipe:
         return (self.plain if view == 0 else self).fingerprint, view
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields and the recipe version as plain values; only ``augmentation`` is nested."""
+        """Return the fields and the recipe version as plain values; only ``augmentation`` and ``normalisation`` are nested.
+
+        Fields that came later are left out where they are None, so fingerprints stay what they were.
+        """
         values = dataclasses.asdict(self)
         values["augmentation"] = None if self.augmentation is None else self.augmentation.to_dict()
+        values["normalisation"] = None if self.normalisation is None else self.normalisation.to_dict()
+        values = {name: value for name, value in values.items() if value is not None or name not in _LATER_FIELDS}
         pixels = values.pop("pixels")
         return {"version": RECIPE_VERSION, **values, **pixels}
 
@@ -261,17 +378,19 @@ class Recipe:
         fields.pop("version")
         pixel_names = [field.name for field in dataclasses.fields(PixelRule)]
         known = {field.name for field in dataclasses.fields(cls)} - {"pixels"} | set(pixel_names)
-        if set(fields) != known:
-            odd = sorted(set(fields) ^ known)
+        odd = sorted((set(fields) ^ known) - _LATER_FIELDS)
+        if odd:
             raise ConfigurationError(f"recipe: unknown or missing fields: {', '.join(odd)}")
         kinds: dict[str, type | tuple[type, ...]] = {"height": int, "width": int, "seed": int}
-        kinds["augmentation"] = (dict, type(None))
+        kinds |= {"augmentation": (dict, type(None)), "normalisation": dict, "prefix_tokens": int}
         for name, value in fields.items():
             if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
                 raise ConfigurationError(f"recipe: {name}: received {value!r}, which has the wrong type")
         pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
         if fields["augmentation"] is not None:
             fields["augmentation"] = AugmentSpec.from_dict(fields["augmentation"])
+        if "normalisation" in fields:
+            fields["normalisation"] = Normalisation.from_dict(fields["normalisation"])
         return cls(pixels=pixels, **fields)
 
     @property
@@ -291,7 +410,25 @@ class Recipe:
             for values in (mine, theirs):
                 inner = values.pop("augmentation")
                 values |= {f"augmentation.{key}": value for key, value in inner.items()}
-        return {key: (mine[key], theirs[key]) for key in mine if mine[key] != theirs[key]}
+        keys = [*mine, *(key for key in theirs if key not in mine)]
+        return {key: (mine.get(key), theirs.get(key)) for key in keys if mine.get(key) != theirs.get(key)}
+
+
+def check_fit(fit: str) -> int | None:
+    """Raise ``ConfigurationError`` for an unknown fit rule; return the edge of ``crop:EDGE`` in pixels, else None."""
+    edge = fit.removeprefix(EDGE_RULE)
+    if fit.startswith(EDGE_RULE):
+        if edge.isascii() and edge.isdigit() and len(edge) <= 4 and edge == str(int(edge)):
+            return int(edge)
+        raise ConfigurationError(f"fit: received {fit!r}, expected crop:EDGE with a number of pixels, such as crop:256")
+    check_choice("fit", fit, FIT_RULES)
+    return None
+
+
+def check_prefix(count: int) -> None:
+    """Raise ``ConfigurationError`` unless ``count`` can be a number of prefix tokens."""
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 64:
+        raise ConfigurationError(f"prefix tokens: received {count!r}, expected 0 to 64")
 
 
 def check_device(device: str) -> None:

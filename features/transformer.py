@@ -33,7 +33,7 @@ from features.networks.network import Network, resolve_network
 from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
 from features.pixels.png import plain_png
-from features.recipe import NetworkOptions, Recipe
+from features.recipe import NetworkOptions, Normalisation, Recipe
 from features.sources.folders import File, look_at
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         See ``features.recipe.NetworkOptions``, also for the parameters down to ``device``.
     layer : str, optional
         Layer whose output is kept; default: the last one. Spatial features are flattened.
-    pooling : {"none", "avg", "max", "flatten"}, optional
-        Pooling of spatial features. Default: ``avg`` for the last layer, ``none`` for a layer that is named.
+    pooling, prefix_tokens, preprocess : optional
+        Pooling of spatial features or tokens, and how pixels become the input. Default: ``none`` for a layer that is named.
     image_size : int or (int, int), optional
         Height and width in pixels; default: those of the network.
     resize, fit_rule, decode, dtype, engine, precision, device : str
@@ -97,9 +97,11 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         weights: str = "imagenet",
         layer: str | None = None,
         pooling: str | None = None,
+        prefix_tokens: int | None = None,
+        preprocess: Normalisation | str | None = None,
         image_size: int | tuple[int, int] | None = None,
-        resize: str = "antialias",
-        fit_rule: str = "stretch",
+        resize: str | None = None,
+        fit_rule: str | None = None,
         decode: str = "full",
         dtype: str = "float32",
         engine: str = "auto",
@@ -116,6 +118,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         self.weights = weights
         self.layer = layer
         self.pooling = pooling
+        self.prefix_tokens = prefix_tokens
+        self.preprocess = preprocess
         self.image_size = image_size
         self.resize = resize
         self.fit_rule = fit_rule

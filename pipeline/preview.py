@@ -14,7 +14,7 @@ import numpy as np
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, TooManyUnreadableError, UnreadableImageError, check_range
 from features.files import printable
-from features.networks.backbones import find_backbone
+from features.networks.finding import find_backbone
 from features.pixels.views import decode_views
 from features.recipe import NetworkOptions, PixelRule
 from features.sources.reading import Reading
@@ -93,7 +93,7 @@ def preview(images: str | Path, out: str | Path, **options: Any) -> dict[str, An
     wanted = (IMAGES if spec.is_plain else AUGMENTED_IMAGES) if asked.count is None else asked.count
     check_range("views", shown, 1, MOST_VIEWS)
     check_range("count", wanted, 1, MOST_IMAGES)
-    rule = PixelRule.of(asked, find_backbone(asked.backbone).default_size)
+    rule = find_backbone(asked.backbone).pixel_rule(asked)
     check_picture(Path(out))
     source = scan(images, target=asked.target, reading=Reading(asked.split_folders, asked.class_level))
     drawn_most = min(wanted, len(source))

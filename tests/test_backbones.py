@@ -14,15 +14,8 @@ import pytest
 from helpers import ROOT
 
 from features.errors import ConfigurationError
-from features.networks.backbones import (
-    BACKBONES,
-    boundary_of,
-    build_backbone,
-    feature_model,
-    find_backbone,
-    last_layer,
-    preprocess,
-)
+from features.networks.backbones import BACKBONES, boundary_of, build_backbone, feature_model, last_layer, preprocess
+from features.networks.finding import find_backbone
 from features.networks.graph import (
     boundary_by_rule,
     cut_at,
@@ -107,7 +100,7 @@ def test_neither_the_table_nor_finding_weights_imports_keras(tmp_path: Path) -> 
     weights = tmp_path / "w.npz"
     np.savez(weights, **{"a/kernel": np.zeros(2, np.float32)})
     code = (
-        "import sys; from features.networks.backbones import find_backbone; from features.networks.weights import *;"
+        "import sys; from features.networks.finding import find_backbone; from features.networks.weights import *;"
         f"row = find_backbone('vgg16'); file = resolve_weights(row, {str(weights)!r});"
         "assert known_digest(row, file) is None; print('keras' in sys.modules, 'tensorflow' in sys.modules)"
     )
@@ -425,7 +418,7 @@ def test_a_deep_description_is_refused_in_one_line(tmp_path: Path, text: str) ->
     assert len(str(caught.value)) < 400
 
 
-@pytest.mark.parametrize("name", ["model.h5", "my/net.weights.h5", "net.onnx", "net.pt"])
+@pytest.mark.parametrize("name", ["model.h5", "my/net.weights.h5", "net.pt"])
 def test_other_model_files_get_the_way_out(name: str) -> None:
     with pytest.raises(ConfigurationError, match="received the file") as caught:
         find_backbone(name)

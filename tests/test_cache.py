@@ -14,7 +14,7 @@ from helpers import ROOT, given_away
 
 from features import signing
 from features.cache import cache_path, signed_file, write_signed
-from features.networks.backbones import find_backbone
+from features.networks.finding import find_backbone
 from features.networks.weights import WeightsFile, known_digest
 
 LIE = "f" * 64

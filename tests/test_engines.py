@@ -19,6 +19,7 @@ from features.errors import ConfigurationError, OpenVinoError
 from features.extraction.extraction import extract_features
 from features.networks import engines, keras_engine
 from features.networks import network as networks
+from features.networks.backbones import BACKBONES
 from features.networks.engines import choose_engine
 from features.networks.keras_engine import is_out_of_memory
 from features.networks.reference import reference_images
@@ -70,10 +71,10 @@ def test_the_engine_is_chosen_by_what_is_there(
 def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture) -> None:
     machine(openvino=False, gpu=False, bfloat16=False)
     chosen_engine("openvino", "float32", "auto")
-    assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using Keras" in caplog.text
+    assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using keras" in caplog.text
     machine(openvino=True, gpu=False, bfloat16=False)
     chosen_engine("openvino", "bfloat16", "auto")
-    assert "OpenVINO does not support bfloat16 on this processor; using Keras" in caplog.text
+    assert "OpenVINO does not support bfloat16 on this processor; using keras" in caplog.text
     assert "this processor has no bfloat16 instructions; bfloat16 works, but is slower" in caplog.text
     caplog.clear()
     chosen_engine("auto", "float32", "auto")
@@ -147,16 +148,13 @@ def test_a_network_that_openvino_cannot_run_falls_back_and_says_so(
 
     made: list[dict[str, Any]] = []
     monkeypatch.setattr("features.networks.openvino_engine.open_engine", refuse)
-    monkeypatch.setattr(keras_engine, "KerasEngine", lambda *_, **options: made.append(options))
-    monkeypatch.setattr(networks.Network, "load", lambda self: None)
-    monkeypatch.setattr(networks, "feature_model", lambda *_: None)
-    monkeypatch.setattr(networks, "preprocess", lambda _: None)
+    monkeypatch.setattr(networks.KerasRuntime, "engine", lambda *_, **options: made.append(options))
     description = networks.Description("0" * 64, {"last": (3,)}, "last", None)
     weights = networks.WeightsFile(None, "1" * 64, "random")
 
     def network(precision: str) -> networks.Network:
         recipes = (recipe(precision=precision),)
-        return networks.Network(None, "numpy", weights, "random", recipes, description, "openvino")  # type: ignore[arg-type]
+        return networks.Network(BACKBONES["vgg16"], "numpy", weights, "random", recipes, description, "openvino")
 
     network("float32").engine(network("float32").recipes, batch_size=4)
     assert made == [{"batch_size": 4, "device": "auto", "precision": "float32"}]

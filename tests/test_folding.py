@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from features.networks.backbones import build_backbone, feature_model, find_backbone, preprocess
+from features.networks.backbones import build_backbone, feature_model, preprocess
+from features.networks.finding import find_backbone
 from features.networks.folding import TOLERANCE, affine, fold_batch_norms, foldable, largest_difference
 from features.networks.graph import layer_tensors
 from features.networks.weights import load_weights, resolve_weights

@@ -21,7 +21,7 @@ from features.errors import BottleneckError, ConfigurationError, OpenVinoError
 from features.networks import openvino_engine
 from features.networks.keras_engine import KerasEngine
 from features.networks.network import Network, resolve_network
-from features.networks.openvino_engine import OpenVinoEngine, is_installed, open_engine, supports
+from features.networks.openvino_engine import OpenVinoEngine, is_installed, supports
 from features.networks.reference import reference_images, relative_difference
 from features.pixels.decode import decode_image
 from features.recipe import NetworkOptions, PixelRule, Recipe
@@ -61,6 +61,13 @@ def builder(of: Network) -> Callable[[], tuple[Any, Callable[[Any], Any]]]:
         return model, preprocess(of.backbone)
 
     return build
+
+
+def open_engine(recipes: Any, build: Callable[[], tuple[Any, Callable[[Any], Any]]], **options: Any) -> OpenVinoEngine:
+    rule = recipes[0].pixels
+    return openvino_engine.open_engine(
+        recipes, lambda: openvino_engine.from_keras(*build(), rule.height, rule.width), **options
+    )
 
 
 RECIPES = (recipe("out", "avg", 24), recipe("out", "none", 24))
@@ -132,7 +139,7 @@ def test_the_kept_file_depends_on_what_decides_the_network_and_on_nothing_else()
     def key(source: str = "a", **changes: Any) -> Any:
         rule = PixelRule(24, 24, **{name: changes.pop(name) for name in ("resize", "fit") if name in changes})
         values = {"backbone": "vgg16", "weights": "0" * 64, "layer": "x", "pooling": "avg", "preprocessing": "vgg16"}
-        return openvino_engine._about([Recipe(**{**values, "pixels": rule, **changes})], source)
+        return openvino_engine._about([Recipe(**{**values, "pixels": rule, **changes})], source, "keras")
 
     assert key() == key(dtype="float16") == key(resize="keras") == key(fit="crop") == key(seed=3)
     others = [key("b"), key(backbone="model"), key(weights="1" * 64), key(layer="y"), key(pooling="max")]
@@ -285,7 +292,7 @@ def test_a_kept_file_is_used_and_a_damaged_one_is_made_again(cache: Path, caplog
         (record,) = caplog.records
         assert f"{path} is not used" in record.getMessage(), kind
         assert listing(cache) == ["openvino", f"openvino/{path.name}"]
-        assert openvino_engine._read(path, openvino_engine._about(RECIPES, "a" * 64)) is not None
+        assert openvino_engine._read(path, openvino_engine._about(RECIPES, "a" * 64, "keras")) is not None
 
 
 @needs_openvino
@@ -294,7 +301,7 @@ def test_a_whole_file_that_gives_other_numbers_is_made_again(cache: Path, caplog
     toy = Toy()
     open_toy(toy)
     (path,) = (cache / "openvino").iterdir()
-    about = openvino_engine._about(RECIPES, "a" * 64)
+    about = openvino_engine._about(RECIPES, "a" * 64, "keras")
     kept = openvino_engine._read(path, about)
     assert kept is not None
     kept["output_1"] = kept["output_1"] * np.float32(1.001)
@@ -303,7 +310,9 @@ def test_a_whole_file_that_gives_other_numbers_is_made_again(cache: Path, caplog
         open_toy(toy)
     assert toy.built == 2
     (record,) = caplog.records
-    assert "out: OpenVINO float32 differs from Keras by 0.001 (relative L2), at most 0.0001" in record.getMessage()
+    assert (
+        "out: OpenVINO float32 differs from the original by 0.001 (relative L2), at most 0.0001" in record.getMessage()
+    )
     open_toy(toy)
     assert toy.built == 2
 
@@ -321,14 +330,14 @@ def test_another_source_has_its_own_file(cache: Path) -> None:
 @needs_openvino
 @pytest.mark.slow
 def test_a_conversion_that_differs_is_refused_and_not_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    convert = openvino_engine._convert
+    convert = openvino_engine.from_keras
 
     def wrong(*arguments: Any) -> dict[str, np.ndarray]:
         kept = convert(*arguments)
         return {**kept, "output_0": kept["output_0"] + np.float32(0.5)}
 
-    monkeypatch.setattr(openvino_engine, "_convert", wrong)
-    with pytest.raises(OpenVinoError, match=r"out\.avg: OpenVINO float32 differs from Keras by"):
+    monkeypatch.setattr(openvino_engine, "from_keras", wrong)
+    with pytest.raises(OpenVinoError, match=r"out\.avg: OpenVINO float32 differs from the original by"):
         open_toy(Toy())
     assert listing(cache) == []
 

@@ -209,7 +209,7 @@ WRONG = [
     ("image_size: 64", "layers: 3", "ways.mine.steps.0.extract.layers: received 3, expected a valid tuple"),
     ("image_size: 64", "image_size: big", "image_size: received 'big', expected a valid integer"),
     ("epochs: 2", "epoch: 2", "finetune: unknown key 'epoch'; did you mean 'epochs'"),
-    ("epochs: 2", "epochs: 0", "finetune: epochs: received 0, expected greater than 0"),
+    ("epochs: 2", "epochs: 0", "finetune: epochs: received 0, expected greater than or equal to 1"),
     ("epochs: 2", "bn: train", "from scratch"),
     ("epochs: 2", "from_cache: f.h5", "from_cache: expected true"),
     ("images: 1", "images: 0", "ways.mine.steps.3.predict.images: received 0, expected greater than 0"),

@@ -14,8 +14,8 @@ from finetuning import SIZE, TinyWorld, paint_noise, tiny_world
 from test_train_head import make_store
 
 from features.extraction.extraction import extract_features
-from features.networks import backbones
 from features.networks.backbones import Backbone
+from features.networks.finding import FINDERS
 from pipeline.config import HeadFile, Settings
 from pipeline.exporting.formats import FORMATS, Format, Runtime
 from pipeline.heads import kinds
@@ -211,7 +211,7 @@ def test_a_new_kind_of_network_is_extracted_trained_finetuned_and_predicts(
         kind, _, filters = name.partition(":")
         return Striped(f"striped-{filters}", "none", SIZE, filters=int(filters)) if kind == "striped" else None
 
-    monkeypatch.setattr(backbones, "FINDERS", [find, *backbones.FINDERS])
+    monkeypatch.setattr("features.networks.finding.FINDERS", [find, *FINDERS])
     images = paint_noise(tmp_path / "images")
     options = {"backbone": "striped:6", "weights": "random", "batch_size": 16}
     store = extract_features(images, tmp_path / "f.h5", **options)

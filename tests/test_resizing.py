@@ -36,7 +36,7 @@ def resizer(rule: PixelRule) -> Any:
 
 # -------------------------------------------------------------------------------------------------- resize
 @pytest.mark.parametrize("size", [(224, 224), (96, 80)])
-@pytest.mark.parametrize("fit", ["stretch", "crop", "pad"])
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad", "crop:250"])
 def test_the_graph_gives_the_very_grey_levels_of_pillow(fit: str, size: tuple[int, int]) -> None:
     rule = PixelRule(*size, fit=fit)
     model = resizer(rule)
@@ -73,7 +73,22 @@ def test_the_rule_of_keras_differs_by_one_level_and_only_where_a_value_lies_half
     assert np.median(shares) < 0.002
 
 
+@pytest.mark.parametrize("fit", ["stretch", "crop", "pad", "crop:256"])
+def test_bicubic_differs_by_one_level_in_one_of_ten_thousand_values(fit: str) -> None:
+    rule = PixelRule(224, 224, resize="bicubic", fit=fit)
+    model = resizer(rule)
+    gaps = []
+    for height, width in SIZES:
+        pixels = noise(height, width)
+        received = np.asarray(model(pixels[None]))[0]
+        gaps.append(np.abs(received - resize_image(Image.fromarray(pixels), rule)).ravel())
+    assert max(gap.max() for gap in gaps) <= 1
+    assert np.mean(np.concatenate(gaps) > 0) < 2e-4
+
+
 def test_pixels_that_no_graph_gives_exactly_are_refused() -> None:
+    with pytest.raises(ConfigurationError, match="Supported: antialias or bicubic with crop:256; keras with stretch"):
+        check_rule(PixelRule(224, 224, resize="keras", fit="crop:256"))
     with pytest.raises(ConfigurationError, match="Supported: antialias with stretch, crop or pad"):
         check_rule(PixelRule(224, 224, resize="keras", fit="pad"))
     with pytest.raises(ConfigurationError, match="up to 1450x1450, received 2000x2000"):

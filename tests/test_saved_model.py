@@ -222,7 +222,8 @@ def test_no_operation_of_the_list_has_a_side_effect() -> None:
 def test_exports_of_other_networks_consist_of_the_list(name: str) -> None:
     import tensorflow as tf
 
-    from features.networks.backbones import build_backbone, find_backbone
+    from features.networks.backbones import build_backbone
+    from features.networks.finding import find_backbone
 
     model = build_backbone(find_backbone(name), (64, 64))
     traced = tf.function(lambda images: model(images, training=False)).get_concrete_function(

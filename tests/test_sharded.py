@@ -356,7 +356,7 @@ def test_only_our_shards_are_touched_and_none_is_deleted_unread(source: Path, ou
 def test_shards_of_a_later_release_stay(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     extract(source, out, layout="sharded")
     before = listing(parts_folder(out))
-    monkeypatch.setattr("features.store.untrusted.FORMAT_VERSION", 0)
+    monkeypatch.setattr("features.store.untrusted.FORMAT_VERSIONS", (0,))
     with pytest.raises(FormatVersionError, match="Install a newer"):
         extract(source, out)
     assert listing(parts_folder(out)) == before

@@ -179,7 +179,7 @@ def test_changed_attributes_are_refused(path: Path) -> None:
 
 def test_an_unknown_version_says_what_to_do(path: Path) -> None:
     with h5py.File(path, "r+") as file:
-        file.attrs["format_version"] = 2
+        file.attrs["format_version"] = 3
     with pytest.raises(FormatVersionError, match="Install a newer bottleneck-features, or extract again"):
         FeatureStore.open(path)
 

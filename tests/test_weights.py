@@ -32,10 +32,10 @@ from features.networks.backbones import (
     ModelFile,
     boundary_of,
     build_backbone,
-    find_backbone,
     last_layer,
     preprocess,
 )
+from features.networks.finding import find_backbone
 from features.networks.official import OfficialFile, Wheel
 from features.networks.tensors import assign_from_file, container_of, digest_of_tensors, read_npz, write_npz
 from features.networks.weights import (

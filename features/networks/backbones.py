@@ -1,6 +1,6 @@
 """The table of networks: one row each, with builder, preprocessing, default size, boundary layer and weights files.
 
-    find_backbone(name) -> row -> build_backbone(row, size) -> feature_model(model, [(layer, pooling)])
+    row -> build_backbone(row, size) -> feature_model(model, [(layer, pooling)])
 
 A row ties each builder to its own preprocessing, so the two cannot be mixed up. Keras is imported only when a model
 is built.
@@ -14,8 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError, nearest
-from features.files import quoted
+from features.errors import ConfigurationError
+from features.files import file_digest
 from features.networks.backend import load_keras
 from features.networks.graph import (
     boundary_by_rule,
@@ -27,19 +27,21 @@ from features.networks.graph import (
     stable_names,
     valid_cuts,
 )
-from features.networks.modelfile import ModelConfig, load_model_file
+from features.networks.modelfile import load_model_file
 from features.networks.official import OFFICIAL, WHEELS, OfficialFile, Wheel
+from features.recipe import TOKEN_POOLINGS, NetworkOptions, Normalisation, PixelRule
 
 __all__ = [
     "BACKBONES",
     "BOUNDARY",
     "MODEL_SUFFIX",
     "Backbone",
+    "Description",
+    "ModelFile",
     "boundary_of",
     "build_backbone",
     "cut_at",
     "feature_model",
-    "find_backbone",
     "last_layer",
     "nearest_earlier_cut",
     "preprocess",
@@ -52,6 +54,29 @@ BOUNDARY = "boundary"  # accepted in place of a layer name; stands for the bound
 # Scale per channel, 1 / sqrt(standard deviation). Keras' builders add this Rescaling after their Normalization only
 # when they load the ImageNet weights themselves: https://github.com/tensorflow/tensorflow/issues/49930
 _EFFICIENTNET_FACTORS = tuple(deviation**-0.5 for deviation in (0.229, 0.224, 0.225))
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What recipes need to know about a network with its weights, for one image size.
+
+    Parameters
+    ----------
+    digest : str
+        sha256 over the weight tensors; for a model file, over the tensors and the architecture.
+    layers : dict of str to tuple of int
+        Output shape, without the batch axis, of every layer with one output, in graph order; ``OUTER/INNER`` in nested
+        models.
+    last : str
+        Layer that gives the output of the network.
+    boundary : str or None
+        Layer before the last convolutional block; None if no single tensor separates that block.
+    """
+
+    digest: str
+    layers: dict[str, tuple[int, ...]]
+    last: str
+    boundary: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +122,34 @@ class Backbone:
     def own_weights(self) -> Path | None:
         """The file that contains both network and weights; None if the weights come from a file of their own."""
         return None
+
+    @property
+    def runtime(self) -> str:
+        """Name of what describes and runs it, a key of ``features.networks.network.RUNTIMES``."""
+        return "keras"
+
+    @property
+    def place(self) -> str | None:
+        """Where the network is found from any working folder; None for one of the table."""
+        return None if self.own_weights is None else str(self.own_weights.resolve())
+
+    def own_digest(self) -> str:
+        """sha256 of the network's own weights, 64 hexadecimal digits, if it has a file of its own."""
+        return file_digest(self.own_weights or Path())
+
+    def pixel_rule(self, options: NetworkOptions) -> PixelRule:
+        """Return how images are decoded and resized: as the options say, and else as the network was trained."""
+        return PixelRule.of(options, self.default_size)
+
+    def normalisation(self, options: NetworkOptions) -> Normalisation | None:
+        """Return how pixels become the input; None for a network with a preprocessing of ``keras.applications``."""
+        if options.preprocess is not None:
+            raise ConfigurationError(f"preprocess: {self.name} brings its own preprocessing; leave out --preprocess")
+        return None
+
+    def prefix_tokens(self, options: NetworkOptions) -> int | None:
+        """Return the number of tokens before those of the image; None if it is not known."""
+        return options.prefix_tokens
 
     def build(self, size: tuple[int, int]) -> Any:
         """Build the ``keras.Model`` for images of this height and width; see ``build_backbone``."""
@@ -272,71 +325,6 @@ _TABLE = (
 BACKBONES: dict[str, Backbone] = {row.name: row for row in _TABLE}
 
 
-_OTHER_FILES = (
-    ".h5",
-    ".hdf5",
-    ".pb",
-    ".onnx",
-    ".tflite",
-    ".pt",
-    ".pth",
-    ".safetensors",
-)  # that people take for a backbone
-
-
-def find_backbone(name: str) -> Backbone:
-    """Find a network by name or by the path of a model file.
-
-    Parameters
-    ----------
-    name : str
-        Key of ``BACKBONES``, where case, ``-`` and ``_`` do not matter; or the path of a ``.keras`` file.
-
-    Raises
-    ------
-    ConfigurationError
-        If the name is unknown (the message suggests the nearest ones), or the file is missing or not a Keras model.
-
-    Examples
-    --------
-    >>> find_backbone("MobileNet_V2").name, find_backbone("efficientnet-v2-b0").size
-    ('mobilenetv2', 224)
-    >>> find_backbone("mobilenetv2-0.35").options
-    (('alpha', 0.35),)
-    """
-    for find in FINDERS:
-        if (found := find(name)) is not None:
-            return found
-    if Path(name).suffix.lower() in _OTHER_FILES or Path(name).is_file():
-        raise ConfigurationError(
-            f"backbone: received the file {name!r}, expected a name of keras.applications or a .keras file. If it holds the "
-            f"weights of such a network, name the network: --backbone NAME --weights {quoted(name)}. If it is a whole model, load "
-            "it with the library that wrote it, save it with Keras 3 as model.save('NAME.keras'), and give that file"
-        )
-    hint = nearest(name, BACKBONES) or f"; the known names are {', '.join(BACKBONES)}"
-    raise ConfigurationError(
-        f"backbone: received {name!r}, expected a name of keras.applications or a .keras file{hint}"
-    )
-
-
-def _model_file(name: str) -> Backbone | None:
-    path = Path(name).expanduser()
-    if path.suffix.lower() != MODEL_SUFFIX:
-        return None
-    config = ModelConfig(path)
-    return ModelFile("model", "none", None, path=path, file_size=config.size, classifier=config.classifier)
-
-
-def _table_row(name: str) -> Backbone | None:
-    rows = [row for key, row in BACKBONES.items() if _plain(key) == _plain(name)]
-    return BACKBONES.get(name) or (rows[0] if len(rows) == 1 else None)
-
-
-# Functions asked in this order for a network of a given name; each returns None if it knows none. To add a kind of
-# network, write a subclass of ``Backbone`` and add a line here.
-FINDERS: list[Callable[[str], Backbone | None]] = [_model_file, _table_row]
-
-
 def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
     """Build a network without its classifier; ``features.networks.weights.load_weights`` then fills in its weights.
 
@@ -417,16 +405,17 @@ def last_layer(model: Any) -> str:
     return list(layer_tensors(model))[-1]
 
 
-def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:
+def feature_model(model: Any, layers: Sequence[tuple[str, str] | tuple[str, str, int | None]]) -> Any:
     """Build one model that computes all feature sets in a single pass.
 
     Parameters
     ----------
     model : keras.Model
         The network.
-    layers : sequence of (str, str)
-        Layer, ``OUTER/INNER`` in a nested model, and pooling: ``avg`` and ``max`` over height and width or over tokens,
-        ``flatten`` in the order (h, w, c), or ``none``.
+    layers : sequence of (str, str) or (str, str, int or None)
+        Layer, ``OUTER/INNER`` in a nested model; pooling: ``avg`` and ``max`` over height and width or over tokens,
+        ``flatten`` in the order (h, w, c), ``cls``, ``tokens``, ``cls+tokens``, or ``none``; and for ``tokens`` and
+        ``cls+tokens`` how many tokens stand before those of the image.
 
     Returns
     -------
@@ -436,10 +425,27 @@ def feature_model(model: Any, layers: Sequence[tuple[str, str]]) -> Any:
     import keras
 
     outputs = []
-    for layer, pooling in layers:
+    for layer, pooling, *prefix in layers:
         tensor = layer_tensor(model, layer)
-        outputs.append(pooling_layer(pooling, len(tensor.shape) - 1, dtype="float32")(tensor))
+        if pooling in TOKEN_POOLINGS:
+            outputs.append(_pooled_tokens(tensor, pooling, prefix[0] if prefix else None))
+        else:
+            outputs.append(pooling_layer(pooling, len(tensor.shape) - 1, dtype="float32")(tensor))
     return keras.Model(model.inputs[0], outputs, name=f"{model.name}_features")
+
+
+def _pooled_tokens(tokens: Any, pooling: str, prefix: int | None) -> Any:
+    """Pool tokens by Keras's own layers, so that a saved model opens without this project."""
+    from keras import layers
+
+    parts = []
+    if pooling != "tokens":
+        first = layers.Cropping1D((0, tokens.shape[1] - 1), dtype="float32")(tokens)
+        parts.append(layers.Flatten(dtype="float32")(first))
+    if pooling != "cls":
+        rest = layers.Cropping1D((int(prefix or 0), 0), dtype="float32")(tokens)
+        parts.append(layers.GlobalAveragePooling1D(dtype="float32")(rest))
+    return parts[0] if len(parts) == 1 else layers.Concatenate(dtype="float32")(parts)
 
 
 def pooling_layer(pooling: str, axes: int, **options: Any) -> Any:
@@ -465,10 +471,6 @@ def pooling_layer(pooling: str, axes: int, **options: Any) -> Any:
         ("max", 3): layers.GlobalMaxPooling2D,
     }
     return kinds.get((pooling, axes), layers.Flatten)(data_format="channels_last", **options)
-
-
-def _plain(name: str) -> str:
-    return name.lower().replace("-", "").replace("_", "")
 
 
 def _with_factors(model: Any, factors: tuple[float, ...]) -> Any:

@@ -1,6 +1,6 @@
 """The interface of all engines, and the choice of the engine and device that run a network.
 
-    options --choose_engine()--> "keras" or "openvino"
+    options, engines of the kind of network --choose_engine()--> "keras", "onnxruntime" or "openvino"
 
 The choice imports neither of them: the engines are in ``features.networks.keras_engine`` and ``openvino_engine``.
 """
@@ -8,13 +8,14 @@ The choice imports neither of them: the engines are in ``features.networks.keras
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Protocol
 
 import numpy as np
 
 from features.errors import ConfigurationError
 from features.machine import has_bfloat16, keras_backend, may_have_gpu
+from features.networks import onnx_engine
 from features.networks.openvino_engine import is_installed
 from features.recipe import NetworkOptions, check_device
 
@@ -56,35 +57,57 @@ class Engine(Protocol):
 
 def engine_names() -> tuple[str, ...]:
     """Return the names of the installed engines, without importing them."""
-    return ("keras", "openvino") if is_installed() else ("keras",)
+    installed = {"openvino": is_installed(), "onnxruntime": onnx_engine.is_installed()}
+    return ("keras", *(name for name, there in installed.items() if there))
 
 
-def choose_engine(options: NetworkOptions) -> str:
-    """Choose the engine: for ``auto``, OpenVINO on a CPU if it is installed and supports the precision, else Keras.
+def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "openvino")) -> str:
+    """Choose the engine: for ``auto``, OpenVINO on a CPU if it is installed and supports the precision, else the kind's own.
+
+    Parameters
+    ----------
+    options : NetworkOptions
+        The options of the network.
+    engines : sequence of str
+        Engines that run this kind of network, its own first.
 
     Raises
     ------
     ConfigurationError
-        If ``openvino`` is requested with a precision or device that it does not support.
+        If an engine is requested that does not run this kind of network, or with a precision or device that it does not
+        support.
     """
     engine, precision, device = options.engine, options.precision, options.device
+    own = engines[0]
+    if engine not in ("auto", *engines):
+        raise ConfigurationError(f"engine: received {engine!r}, expected {' or '.join(engines)} for {options.backbone}")
     can = precision != "float16" and device != "gpu"
     if engine == "openvino":
         if not can:
             raise ConfigurationError(
                 f"engine: openvino runs only on the CPU, in float32 or bfloat16; received precision {precision} and "
-                f"device {device}. Omit --engine, or use --engine keras."
+                f"device {device}. Omit --engine, or use --engine {own}."
             )
         if not is_installed():
-            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using Keras")
+            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using %s", own)
         elif precision == "bfloat16" and not has_bfloat16():
-            logger.warning("OpenVINO does not support bfloat16 on this processor; using Keras")
+            logger.warning("OpenVINO does not support bfloat16 on this processor; using %s", own)
     if precision == "bfloat16" and not has_bfloat16() and not may_have_gpu(device):
         logger.warning("this processor has no bfloat16 instructions; bfloat16 works, but is slower than float32")
     fits = can and is_installed() and (precision == "float32" or has_bfloat16())
     # OpenVINO converts what TensorFlow traces; the conversion has failed with the other Keras backends.
-    wanted = engine == "openvino" or (not may_have_gpu(device) and keras_backend() == "tensorflow")
-    return "openvino" if engine != "keras" and fits and wanted else "keras"
+    converts = own != "keras" or keras_backend() == "tensorflow"
+    chosen = (
+        "openvino"
+        if engine != own and fits and (engine == "openvino" or (converts and not may_have_gpu(device)))
+        else own
+    )
+    if chosen == "onnxruntime" and precision != "float32":
+        raise ConfigurationError(
+            f"precision: onnxruntime computes in float32; received {precision}. For bfloat16 use --engine openvino on a "
+            "processor that has it"
+        )
+    return chosen
 
 
 def choose_device(device: str) -> str:

@@ -7,60 +7,24 @@ and they are cached by its sha256, so a run with nothing to compute never import
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
-import json
 import logging
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
-from features.cache import cache_path, signed_file, write_signed
-from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, nearest
 from features.files import quoted
 from features.machine import keras_backend
-from features.networks.backbones import (
-    BOUNDARY,
-    Backbone,
-    boundary_of,
-    build_backbone,
-    feature_model,
-    find_backbone,
-    last_layer,
-    preprocess,
-)
-from features.networks.engines import Engine
-from features.networks.graph import layer_shapes
-from features.networks.weights import WeightsFile, load_weights, resolve_weights
-from features.recipe import NetworkOptions, PixelRule, Recipe
+from features.networks.backbones import BOUNDARY, Backbone, Description
+from features.networks.engines import Engine, choose_engine
+from features.networks.finding import find_backbone
+from features.networks.keras_runtime import KerasRuntime
+from features.networks.onnxfile import OnnxRuntime
+from features.networks.weights import WeightsFile, resolve_weights
+from features.recipe import MEAN_STD, TOKEN_POOLINGS, NetworkOptions, Recipe
 
 logger = logging.getLogger(__name__)
-MEMO_VERSION = 5
-
-
-@dataclasses.dataclass(frozen=True)
-class Description:
-    """What recipes need to know about a network with its weights, for one image size.
-
-    Parameters
-    ----------
-    digest : str
-        sha256 over the weight tensors; for a model file, over the tensors and the architecture.
-    layers : dict of str to tuple of int
-        Output shape, without the batch axis, of every layer with one output, in graph order; ``OUTER/INNER`` in nested
-        models.
-    last : str
-        Layer that gives the output of the network.
-    boundary : str or None
-        Layer before the last convolutional block; None if no single tensor separates that block.
-    """
-
-    digest: str
-    layers: dict[str, tuple[int, ...]]
-    last: str
-    boundary: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,11 +49,19 @@ class Network:
         )
 
     def load(self) -> Any:
-        """Build the network as a ``keras.Model`` and load its weights."""
+        """Build the network as a ``keras.Model`` and load its weights.
+
+        Raises
+        ------
+        ConfigurationError
+            If it was not made by Keras.
+        """
         rule = self.recipes[0].pixels
-        model = build_backbone(self.backbone, (rule.height, rule.width))
-        load_weights(model, self.backbone, self.weights)
-        return model
+        return self._runtime.load(self.backbone, self.weights, (rule.height, rule.width))
+
+    @property
+    def _runtime(self) -> Runtime:
+        return RUNTIMES[self.backbone.runtime]
 
     def engine(self, recipes: Sequence[Recipe], *, batch_size: int, device: str = "auto") -> Engine:
         """Open an engine that computes the feature sets of these recipes in a single pass.
@@ -101,30 +73,71 @@ class Network:
         OpenVinoError
             If OpenVINO cannot run the network and Keras would give other features, as in half precision.
         """
-        from features.networks.keras_engine import KerasEngine
         from features.networks.openvino_engine import open_engine
 
-        precision = recipes[0].precision.partition(":")[0]
-
-        def build() -> tuple[Any, Any]:
-            model = feature_model(self.load(), [(recipe.layer, recipe.pooling) for recipe in recipes])
-            return model, preprocess(self.backbone)
-
+        runtime, precision = self._runtime, recipes[0].precision.partition(":")[0]
         if self.engine_name == "openvino" and device == "gpu":
             raise ConfigurationError(
-                "device: a GPU was asked for, but openvino runs only on the CPU. Use --engine keras."
+                f"device: a GPU was asked for, but openvino runs only on the CPU. Use --engine {runtime.engines[0]}."
             )
         if self.engine_name == "openvino":
             try:
                 return open_engine(
-                    recipes, build, source=self.weights.sha256, batch_size=batch_size, precision=precision
+                    recipes,
+                    lambda: runtime.converted(self.backbone, self.weights, recipes),
+                    source=self.weights.sha256,
+                    by=runtime.engines[0],
+                    batch_size=batch_size,
+                    precision=precision,
                 )
             except OpenVinoError as error:
+                other = runtime.engines[0]
                 if precision != "float32":
-                    raise OpenVinoError(f"{error}. Use --engine keras, or --precision float32.") from error
-                logger.warning("%s; using Keras, which computes the same features more slowly", error)
-        model, prepare = build()
-        return KerasEngine(model, prepare, recipes, batch_size=batch_size, device=device, precision=precision)
+                    raise OpenVinoError(f"{error}. Use --engine {other}, or --precision float32.") from error
+                logger.warning("%s; using %s, which computes the same features more slowly", error, NAMES[other])
+        return runtime.engine(
+            self.backbone, self.weights, recipes, batch_size=batch_size, device=device, precision=precision
+        )
+
+
+class Runtime(Protocol):
+    """What one kind of network can do: describe itself, be converted for OpenVINO, and run by its own engine."""
+
+    @property
+    def engines(self) -> tuple[str, ...]:
+        """Engines that run it: first its own, then those that need a conversion."""
+        ...
+
+    def describe(
+        self, backbone: Any, weights: WeightsFile, size: tuple[int, int], layers: Sequence[str]
+    ) -> Description:
+        """Describe the network for images of this height and width; ``layers`` are those that were asked for."""
+        ...
+
+    def load(self, backbone: Any, weights: WeightsFile, size: tuple[int, int]) -> Any:
+        """Build a ``keras.Model``, or raise ``ConfigurationError`` and say what to do."""
+        ...
+
+    def converted(self, backbone: Any, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
+        """Convert for ``features.networks.openvino_engine.open_engine``."""
+        ...
+
+    def engine(
+        self,
+        backbone: Any,
+        weights: WeightsFile,
+        recipes: Sequence[Recipe],
+        *,
+        batch_size: int,
+        device: str,
+        precision: str,
+    ) -> Engine:
+        """Open the kind's own engine."""
+        ...
+
+
+RUNTIMES: dict[str, Runtime] = {"keras": KerasRuntime(), "onnx": OnnxRuntime()}
+NAMES = {"keras": "Keras", "onnxruntime": "ONNX Runtime"}
 
 
 def resolve_network(options: NetworkOptions) -> Network:
@@ -142,47 +155,68 @@ def resolve_network(options: NetworkOptions) -> Network:
     WeightsError
         If the weights cannot be found or do not fit.
     """
-    from features.networks.engines import choose_engine
-
     row = find_backbone(options.backbone)
-    engine = choose_engine(options)
+    runtime = RUNTIMES[row.runtime]
+    engine = choose_engine(options, runtime.engines)
     by = engine if engine == "openvino" else f"keras-{keras_backend()}"
-    rule = PixelRule.of(options, row.default_size)
+    rule, normalisation, prefix = row.pixel_rule(options), row.normalisation(options), row.prefix_tokens(options)
     file = resolve_weights(row, options.weights)
-    description = describe(row, file, (rule.height, rule.width))
+    description = runtime.describe(row, file, (rule.height, rule.width), options.layers)
     chosen: dict[tuple[str, str], Recipe] = {}
     for layer in [_layer(name, description, row) for name in options.layers] or [description.last]:
-        pooled = _pooling(options, description.layers[layer])
+        pooled = _pooling(options, description.layers[layer], prefix)
         chosen[layer, pooled] = Recipe(
             backbone=row.name,
             weights=description.digest,
             layer=layer,
             pooling=pooled,
             pixels=rule,
-            preprocessing=row.preprocessing,
+            preprocessing=row.preprocessing if normalisation is None else MEAN_STD,
             dtype=options.dtype,
             precision=options.precision if options.precision == "float32" else f"{options.precision}:{by}",
+            normalisation=normalisation,
+            prefix_tokens=_prefix(options, layer, pooled, prefix),
         )
     _check_pooling(options, [(layer, description.layers[layer]) for layer, _ in chosen])
     if not options.layers and row.classifier is not None:
         _warn_of_classifier(row.classifier, description)
     # Absolute paths, so that a later stage finds the same network from any working directory.
-    backbone = options.backbone if row.own_weights is None else str(row.own_weights.resolve())
+    backbone = options.backbone if row.place is None else row.place
     weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
     return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
 
 
-def _pooling(options: NetworkOptions, shape: tuple[int, ...]) -> str:
-    """Choose the pooling of a layer: what was asked for; else ``avg`` for the last layer, if it is spatial; else none."""
+def _pooling(options: NetworkOptions, shape: tuple[int, ...], prefix: int | None) -> str:
+    """Choose the pooling of a layer: what was asked for; else, for the last layer, ``avg`` or the class token; else none."""
     if len(shape) == 1:  # a vector has nothing to pool
         return "none"
     if options.pooling is not None:
         return options.pooling
-    return "none" if options.layers or len(shape) != 3 else "avg"
+    if options.layers:
+        return "none"
+    return "cls" if len(shape) == 2 and prefix else "avg" if len(shape) in (2, 3) else "none"
+
+
+def _prefix(options: NetworkOptions, layer: str, pooled: str, prefix: int | None) -> int | None:
+    """Return the prefix that a pooling needs, and refuse to guess it."""
+    if pooled not in ("tokens", "cls+tokens"):
+        return None
+    if prefix is None:
+        raise ConfigurationError(
+            f"pooling: {pooled} needs to know how many tokens of {layer!r} stand before those of the image (a class token, "
+            "registers), which the description of the network does not say. Give --prefix-tokens: 1 for a class token, 0 for "
+            "none, 5 for a class token and four registers"
+        )
+    return prefix
 
 
 def _check_pooling(options: NetworkOptions, layers: Sequence[tuple[str, tuple[int, ...]]]) -> None:
     """Refuse a pooling that no layer, or not every layer, allows."""
+    for layer, shape in layers:
+        if options.pooling in TOKEN_POOLINGS and len(shape) not in (1, 2):
+            raise ConfigurationError(
+                f"pooling: {options.pooling} is for (tokens, channels), but layer {layer!r} gives {shape}. Use --pooling avg."
+            )
     if options.pooling not in ("avg", "max"):
         return
     odd = [(layer, shape) for layer, shape in layers if len(shape) > 3]
@@ -220,25 +254,6 @@ def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
     return shape if pooling == "none" else shape[-1:]
 
 
-def describe(backbone: Backbone, file: WeightsFile, size: tuple[int, int]) -> Description:
-    """Describe a network; a description in the cache is used instead of building the network again."""
-    key = digest_of([MEMO_VERSION, backbone.name, file.sha256, list(size), importlib.metadata.version("keras")])
-    memo = cache_path("backbones", f"{key}.json")
-    known = _read_memo(memo)
-    if known is not None:
-        return known
-    model = build_backbone(backbone, size)
-    digest = load_weights(model, backbone, file)
-    layers = {name: shape for name, shape in layer_shapes(model).items() if None not in shape}
-    try:
-        boundary: str | None = boundary_of(backbone, model)
-    except ConfigurationError:
-        boundary = None
-    description = Description(digest, layers, last_layer(model), boundary)
-    _write_memo(memo, description)
-    return description
-
-
 def _layer(name: str, description: Description, backbone: Backbone) -> str:
     if name == BOUNDARY:
         if description.boundary is None:
@@ -252,24 +267,3 @@ def _layer(name: str, description: Description, backbone: Backbone) -> str:
             f"{backbone.name} has no layer {name!r}{nearest(name, names) or '.'} Its last layers are {', '.join(names[-5:])}"
         )
     return name
-
-
-def _read_memo(path: Path) -> Description | None:
-    if not path.exists():
-        return None
-    try:
-        with signed_file(path) as file:
-            values = json.load(file)
-        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
-        return Description(layers=layers, **values)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        logger.warning("%s is not used (%s); the network is described again", path, error)
-        return None
-
-
-def _write_memo(path: Path, description: Description) -> None:
-    values = {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]}
-    try:
-        write_signed(path, canonical_json(values).encode("ascii"))
-    except OSError as error:  # the memo only saves time
-        logger.warning("%s could not be written (%s)", path, error)

@@ -1,9 +1,10 @@
 """The OpenVINO engine for CPUs. A network is converted once and cached; later starts do not need Keras.
 
-    open_engine: cached file -> check against Keras's outputs -> engine
-                 else build with Keras -> convert -> check -> write to the cache -> engine
+    open_engine: cached file -> check against the outputs of Keras or ONNX Runtime -> engine
+                 else convert -> check -> write to the cache -> engine
 
-A cached file is signed (``features.cache``) and holds an ``.npz``: model, weights, reference batch, Keras's outputs for it.
+A cached file is signed (``features.cache``) and holds an ``.npz``: model, weights, reference batch, the outputs for it of
+the library that the network came from and, if the model takes only batches of one size, that size.
 """
 
 from __future__ import annotations
@@ -66,38 +67,40 @@ def supports(precision: str) -> bool:
 
 def open_engine(
     recipes: Sequence[Recipe],
-    build: Callable[[], tuple[Any, Callable[[Any], Any]]],
+    convert: Callable[[], dict[str, np.ndarray]],
     *,
     source: str,
+    by: str = "keras",
     batch_size: int,
     precision: str = "float32",
     threads: int | None = None,
 ) -> OpenVinoEngine:
-    """Open an engine from a usable file in the cache; otherwise convert the network from Keras, check it and cache it.
+    """Open an engine from a usable file in the cache; otherwise convert the network, check it and cache it.
 
     Parameters
     ----------
     recipes : sequence of Recipe
         The feature sets, one per output; they share the pixel rule.
-    build : callable
-        Returns the Keras model (takes preprocessed float32 pixels, one output per recipe) and the preprocessing.
-        Called only if the cache contains no usable file.
+    convert : callable
+        Returns the arrays of a cached file, as ``from_keras`` or ``from_onnx``. Called only if there is no usable file.
     source : str
         sha256 of the weights or model file: the tensors alone do not determine what a model file computes.
+    by : {"keras", "onnxruntime"}
+        Package whose outputs the conversion must reproduce.
     batch_size, precision, threads
         See ``OpenVinoEngine``.
 
     Raises
     ------
     OpenVinoError
-        If OpenVINO is missing, cannot convert the network, differs from Keras by more than ``TOLERANCES``, or does
+        If OpenVINO is missing, cannot convert the network, differs from the original by more than ``TOLERANCES``, or does
         not support the precision on this processor.
     """
     if not is_installed():
         raise OpenVinoError("OpenVINO is not installed; install it with pip install openvino")
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
-    about = _about(recipes, source)
+    about = _about(recipes, source, by)
     path = cache_path("openvino", f"{digest_of(about)}.model")
     kept = _read(path, about)
     if kept is not None:
@@ -105,8 +108,7 @@ def open_engine(
             return _proven(kept, recipes, batch_size, precision, threads)
         except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
             logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
-    model, preprocess = build()
-    made = _convert(model, preprocess, recipes[0].pixels.height, recipes[0].pixels.width)
+    made = convert()
     engine = _proven(made, recipes, batch_size, "float32", threads)  # always checked against the strict bound
     if precision != "float32":
         engine = _proven(made, recipes, batch_size, precision, threads)
@@ -134,6 +136,8 @@ class OpenVinoEngine:
         Arithmetic of the forward pass; the outputs are float32.
     threads : int, optional
         Number of processor cores to use; by default, all that this process may use.
+    step : int, optional
+        Images in one request, if the model takes no other number.
     """
 
     name = "openvino"
@@ -149,6 +153,7 @@ class OpenVinoEngine:
         batch_size: int,
         precision: str = "float32",
         threads: int | None = None,
+        step: int | None = None,
     ) -> None:
         openvino = _openvino()
         rule = recipes[0].pixels
@@ -158,7 +163,7 @@ class OpenVinoEngine:
         self.images_inferred = 0
         self._lock = threading.Lock()
         threads = threads or processors()
-        self._images = max(1, min(_REQUEST_IMAGES, batch_size // threads))
+        self._images = step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
         self._shape = (batch_size, rule.height, rule.width, 3)
         streams = min(threads, -(-batch_size // self._images))
         try:
@@ -210,8 +215,49 @@ class OpenVinoEngine:
 
 
 # ------------------------------------------------------------------------------------------ convert and check
-def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
-    """Convert a Keras model and return the arrays of a cached file."""
+def from_onnx(
+    model: bytes, batch: np.ndarray, expected: Sequence[np.ndarray], step: int | None
+) -> dict[str, np.ndarray]:
+    """Convert a composed ONNX model and return the arrays of a cached file.
+
+    Parameters
+    ----------
+    model : bytes
+        As ``features.networks.onnx_graph.composed`` makes it.
+    batch : uint8, (n, h, w, 3), 0-255
+        Reference images.
+    expected : sequence of float32, (n, ...)
+        Outputs of ONNX Runtime for them.
+    step : int or None
+        Images per pass, if the model takes no other number.
+
+    Raises
+    ------
+    OpenVinoError
+        If OpenVINO does not take an operator of the model.
+    """
+    openvino = _openvino()
+    with system_folder() as folder:
+        path = folder / "model.xml"
+        try:
+            graph = openvino.Core().read_model(model)
+            graph.reshape([step or len(batch), *batch.shape[1:]])
+            with enough_room(folder, len(model)):
+                openvino.serialize(graph, path)
+        except OSError as error:
+            raise OpenVinoError(
+                f"the network that OpenVINO converted cannot be written: {folder.parent}: {error.strerror or error}"
+            ) from error
+        except Exception as error:  # the converter raises errors of any class
+            raise OpenVinoError(f"OpenVINO cannot convert the network: {_reason(error)}") from error
+        files = [np.frombuffer(file.read_bytes(), np.uint8) for file in (path, path.with_suffix(".bin"))]
+    kept = {"model": files[0], "weights": files[1], "batch": batch}
+    kept |= {_output(index): values for index, values in enumerate(expected)}
+    return kept if step is None else kept | {"step": np.array([step])}
+
+
+def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
+    """Convert a Keras model (preprocessed pixels -> features) and return the arrays of a cached file."""
     import keras
 
     _openvino()
@@ -246,9 +292,15 @@ def _convert(model: Any, preprocess: Callable[[Any], Any], height: int, width: i
 def _proven(
     kept: Mapping[str, np.ndarray], recipes: Sequence[Recipe], batch_size: int, precision: str, threads: int | None
 ) -> OpenVinoEngine:
-    """Open an engine and check that it reproduces Keras's outputs for the reference batch; else OpenVinoError."""
+    """Open an engine and check that it reproduces the original's outputs for the reference batch; else OpenVinoError."""
     engine = OpenVinoEngine(
-        kept["model"], kept["weights"], recipes, batch_size=batch_size, precision=precision, threads=threads
+        kept["model"],
+        kept["weights"],
+        recipes,
+        batch_size=batch_size,
+        precision=precision,
+        threads=threads,
+        step=int(kept["step"][0]) if "step" in kept else None,
     )
     batch = kept["batch"]
     parts = [engine(batch[start : start + batch_size]) for start in range(0, len(batch), batch_size)]
@@ -256,7 +308,7 @@ def _proven(
         found = relative_difference(np.concatenate([part[name] for part in parts]), kept[_output(index)])
         if not found <= TOLERANCES[precision]:
             raise OpenVinoError(
-                f"{name}: OpenVINO {precision} differs from Keras by {found:.2g} (relative L2), at most "
+                f"{name}: OpenVINO {precision} differs from the original by {found:.2g} (relative L2), at most "
                 f"{TOLERANCES[precision]:g} is allowed"
             )
     engine.images_inferred = 0
@@ -264,15 +316,21 @@ def _proven(
 
 
 # -------------------------------------------------------------------------------------------------- cached files
-def _about(recipes: Sequence[Recipe], source: str) -> dict[str, Any]:
+def _about(recipes: Sequence[Recipe], source: str, by: str) -> dict[str, Any]:
     """Return what identifies a converted model; precision, batch size, resizing and stored dtype do not matter."""
     rule = recipes[0].pixels
+    later = [
+        [] if item.normalisation is None else [item.normalisation.to_dict(), item.prefix_tokens] for item in recipes
+    ]
     return {
         "format": FORMAT,
         "source": source,
         "size": [rule.height, rule.width],
-        "outputs": [[item.backbone, item.weights, item.layer, item.pooling, item.preprocessing] for item in recipes],
-        "versions": {name: importlib.metadata.version(name) for name in ("keras", "openvino")},
+        "outputs": [
+            [item.backbone, item.weights, item.layer, item.pooling, item.preprocessing, *more]
+            for item, more in zip(recipes, later, strict=True)
+        ],
+        "versions": {name: importlib.metadata.version(name) for name in (by, "openvino")},
     }
 
 

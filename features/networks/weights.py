@@ -94,7 +94,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
     if own is not None:
         if weights != IMAGENET:
             raise ConfigurationError(f"{own} contains its own weights; received weights {weights!r}. Omit --weights.")
-        return WeightsFile(own, file_digest(own), "model file")
+        return WeightsFile(own, backbone.own_digest(), "model file")
     if weights == RANDOM:
         return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
     if weights != IMAGENET:

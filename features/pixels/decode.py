@@ -99,6 +99,7 @@ _END_OF_DATA_WORDS = (
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts that may hold an orientation
+_MOST_RESIZED = 1 << 26  # pixels of a resized image of which crop:EDGE keeps the centre; more only by a strip
 _ROWS = 256  # rows of deep grey that are scaled at a time
 
 # Decoders that read only as far as they must: if one of them reached the end of the file, it needed more data.
@@ -383,6 +384,8 @@ def _shrink_on_load(image: Image.Image, rule: PixelRule) -> tuple[int, int]:
         wanted = (-(-width * rule.width // inner_width), -(-height * rule.height // inner_height))
     elif rule.fit == "pad":
         wanted = pad_window(width, height, rule)[2:]
+    elif rule.edge is not None:
+        wanted = edge_window(width, height, rule)[2:]
     else:
         wanted = (rule.width, rule.height)
     image.draft(None, wanted[::-1] if turned else wanted)
@@ -498,6 +501,13 @@ def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:
         left, top, width, height = crop_window(*image.size, rule)
         if (width, height) != image.size:
             image = image.crop((left, top, left + width, top + height))
+    if rule.edge is not None:
+        left, top, width, height = edge_window(*image.size, rule)
+        if width * height > _MOST_RESIZED:
+            raise UnreadableImageError(
+                "too-large", f"{image.width}x{image.height}: {rule.fit} makes {width}x{height} pixels of it"
+            )
+        return _resample(image, width, height, rule, (left, top, left + rule.width, top + rule.height))
     if rule.fit != "pad":
         return _resample(image, rule.width, rule.height, rule)
     left, top, width, height = pad_window(*image.size, rule)
@@ -506,13 +516,38 @@ def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:
     return pixels
 
 
-def _resample(image: Image.Image, width: int, height: int, rule: PixelRule) -> np.ndarray:
+def _resample(
+    image: Image.Image, width: int, height: int, rule: PixelRule, part: tuple[int, int, int, int] | None = None
+) -> np.ndarray:
+    """Resize an image to width x height pixels; return all of them or a part: left, top, right and bottom."""
+    left, top, right, bottom = part or (0, 0, width, height)
     if rule.resize == "keras":
-        return _resample_keras(np.asarray(image), width, height)
+        return np.ascontiguousarray(_resample_keras(np.asarray(image), width, height)[top:bottom, left:right])
     # The width is resized first in every release of Pillow. From version 13 on, Pillow would choose the faster order,
     # which changes grey levels by one.
-    across = image.resize((width, image.height), Image.Resampling.BILINEAR)
-    return np.asarray(across.resize((width, height), Image.Resampling.BILINEAR))
+    kind = Image.Resampling.BICUBIC if rule.resize == "bicubic" else Image.Resampling.BILINEAR
+    across = image.resize((width, image.height), kind)
+    if (left, right) != (0, width):  # a part resized by Pillow's own box would differ, as its corners are float32
+        across = across.crop((left, 0, right, across.height))
+    return np.asarray(across.resize((right - left, height), kind))[top:bottom]
+
+
+def edge_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:
+    """Return left and top of the part that ``crop:EDGE`` keeps, and width and height of the resized image it lies in.
+
+    The arithmetic is that of torchvision's ``Resize(EDGE)`` (the longer edge is truncated) and ``CenterCrop`` (half of
+    the margin, rounded half to even).
+
+    Examples
+    --------
+    >>> edge_window(500, 340, PixelRule(224, 224, fit="crop:256"))
+    (76, 16, 376, 256)
+    """
+    edge = int(rule.edge or 0)
+    short, long = sorted((width, height))
+    longer = edge * long // short
+    inner_width, inner_height = (edge, longer) if width <= height else (longer, edge)
+    return round((inner_width - rule.width) / 2), round((inner_height - rule.height) / 2), inner_width, inner_height
 
 
 def crop_window(width: int, height: int, rule: PixelRule) -> tuple[int, int, int, int]:

@@ -14,7 +14,7 @@ from features.canonical import canonical_json
 from features.recipe import Recipe
 
 FORMAT = "bottleneck-features"
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # that are read; a file is written with the lowest that allows its recipes
 CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
 TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes would not fit into the object header
 PLACE = np.dtype("<i4")  # a place is three such numbers: shard, row, position on the shard's view axis

@@ -21,7 +21,7 @@ from features.errors import FormatVersionError, IntegrityError, StoreError
 from features.recipe import Recipe
 from features.store.schema import (
     FORMAT,
-    FORMAT_VERSION,
+    FORMAT_VERSIONS,
     FURTHER_COLUMNS,
     IMAGE_COLUMNS,
     OPTIONAL_COLUMNS,
@@ -106,10 +106,10 @@ def _check_version(path: Path, file: h5py.File) -> None:
         found[name] = _attribute(file.id, "/", name.encode()) if h5py.h5a.exists(file.id, name.encode()) else None
     if found["format"] != FORMAT:
         raise IntegrityError(f"not a feature store (format is {found['format']!r}, expected {FORMAT!r})")
-    if found["format_version"] != FORMAT_VERSION:
+    if found["format_version"] not in FORMAT_VERSIONS:
         raise FormatVersionError(
             f"{path}: format version {found['format_version']} is not known to this release, which reads "
-            f"version {FORMAT_VERSION}. Install a newer bottleneck-features, or extract again into another file."
+            f"versions {' and '.join(map(str, FORMAT_VERSIONS))}. Install a newer bottleneck-features, or extract again into another file."
         )
 
 
@@ -306,6 +306,8 @@ def read_recipes(structure: Structure, rows: int) -> tuple[dict[str, Recipe], di
         name = key.removeprefix(group)
         if (recipe.canonical, recipe.fingerprint, recipe.name) != (values["recipe"], values["fingerprint"], name):
             raise IntegrityError(f"{key}: the fingerprint or the name does not match its recipe")
+        if recipe.format_version > int(structure.root["format_version"]):
+            raise IntegrityError(f"{key}: its recipe needs format version {recipe.format_version}")
         dtype = PLACE if kind == "index" else np.dtype(recipe.dtype)
         if entry.dtype != dtype or len(entry.shape) < 3 or entry.shape[0] != rows or not entry.shape[1]:
             raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}, expected {dtype} and {rows} rows")

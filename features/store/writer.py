@@ -15,7 +15,6 @@ from features.errors import StoreError
 from features.files import PatientFile
 from features.store.schema import (
     FORMAT,
-    FORMAT_VERSION,
     FURTHER_COLUMNS,
     IMAGE_COLUMNS,
     PLACE,
@@ -63,7 +62,8 @@ class StoreWriter:
         with self._checked():
             for name in root_groups(kind):
                 self._group(f"/{name}")
-            self._set("/", format=FORMAT, format_version=FORMAT_VERSION, kind=kind)
+            version = max([1, *(spec.recipe.format_version for spec in features.values())])
+            self._set("/", format=FORMAT, format_version=version, kind=kind)
             for name, spec in features.items():
                 key = f"/{values_group(kind)}/{name}"
                 dtype, shape = (PLACE, (3,)) if kind == "index" else (np.dtype(spec.recipe.dtype), spec.shape)

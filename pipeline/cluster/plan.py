@@ -24,7 +24,7 @@ from features.extraction.shard import ShardSpec
 from features.files import writing
 from features.machine import keras_backend, software_versions
 from features.recipe import Recipe
-from features.store.schema import FORMAT_VERSION
+from features.store.schema import FORMAT_VERSIONS
 from features.temporary import temporary_path
 
 PLAN_FORMAT = 1
@@ -170,7 +170,7 @@ class OpenPlan:
 
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all machines, read without importing the packages."""
-    found = {**software_versions(), "feature format": str(FORMAT_VERSION)}
+    found = {**software_versions(), "feature format": str(max(FORMAT_VERSIONS))}
     return {**found, "keras backend": keras_backend(), "python": ".".join(platform.python_version_tuple()[:2])}
 
 

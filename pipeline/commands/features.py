@@ -32,7 +32,9 @@ from pipeline.commands.common import (
 def extract(
     images: Annotated[str, arg("Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")],
     out: Annotated[Path, opt("HDF5 file to create or update.")] = Path("features.h5"),
-    backbone: Annotated[str, opt("Network: a name such as mobilenetv2 or vgg16, or a .keras file.")] = "mobilenetv2",
+    backbone: Annotated[
+        str, opt("Network: a name such as mobilenetv2, a .keras or .onnx file, or a folder with an ONNX file.")
+    ] = "mobilenetv2",
     weights: Weights = "imagenet",
     layer: Annotated[
         list[str] | None,
@@ -41,12 +43,31 @@ def extract(
     pooling: Annotated[
         str | None,
         opt(
-            "How spatial features are pooled: avg, max, flatten or none. Default: avg for the last layer, none with --layer."
+            "How features are pooled: avg, max, flatten or none; for tokens also cls, tokens or cls+tokens. Default: none "
+            "with --layer; else avg, or cls where there is a class token."
         ),
     ] = None,
     image_size: Annotated[str | None, opt("Image size in pixels: 224 or HEIGHTxWIDTH. Default: the network's.")] = None,
-    resize: Annotated[str, opt("antialias, or keras for the pixels of image_dataset_from_directory.")] = "antialias",
-    fit: Annotated[str, opt("How images of another shape are fitted: stretch, crop or pad.")] = "stretch",
+    prefix_tokens: Annotated[
+        int | None, opt("Tokens before those of the image: 1 for a class token. Default: what the description says.")
+    ] = None,
+    preprocess: Annotated[
+        str | None, opt("JSON file that says how pixels become the input of an ONNX file. Default: the one beside it.")
+    ] = None,
+    resize: Annotated[
+        str | None,
+        opt(
+            "antialias, bicubic, or keras for the pixels of image_dataset_from_directory. Default: what the network's "
+            "description says, else antialias."
+        ),
+    ] = None,
+    fit: Annotated[
+        str | None,
+        opt(
+            "How images of another shape are fitted: stretch, crop, pad, or crop:EDGE (shorter edge to EDGE, then the "
+            "centre). Default: what the network's description says, else stretch."
+        ),
+    ] = None,
     views: Annotated[
         int,
         opt("Number of views of each image: the plain one, then variations by --augment and --seed."),
@@ -72,7 +93,9 @@ def extract(
     device: Device = "auto",
     engine: Annotated[
         str,
-        opt("What runs the network: auto, keras, or openvino (for CPUs; extra 'openvino')."),
+        opt(
+            "What runs the network: auto, keras, openvino (for CPUs; extra 'openvino'), or onnxruntime for an ONNX file."
+        ),
     ] = "auto",
     precision: Annotated[
         str,
@@ -108,6 +131,8 @@ def extract(
         weights=weights,
         layers=tuple(layer or ()),
         pooling=pooling,
+        prefix_tokens=prefix_tokens,
+        preprocess=preprocess,
         image_size=parse_size(image_size),
         resize=resize,
         fit=fit,

@@ -88,7 +88,7 @@ def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
 
 
 def _features(network: Network, recipe: Recipe) -> Any:
-    model = feature_model(network.load(), [(recipe.layer, recipe.pooling)])
+    model = feature_model(network.load(), [(recipe.layer, recipe.pooling, recipe.prefix_tokens)])
     model.name = "backbone"
     return model
 

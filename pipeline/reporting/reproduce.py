@@ -70,9 +70,12 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
     words += ["--backbone", features["backbone"], "--weights", features["weights"]]
     words += ["--layer", recipe.layer, "--pooling", recipe.pooling, "--image-size", f"{pixels.height}x{pixels.width}"]
     precision, _, engine = recipe.precision.partition(":")
-    usual = {"resize": "antialias", "fit": "stretch", "decode": "full", "dtype": "float32", "precision": "float32"}
+    usual = {"decode": "full", "dtype": "float32", "precision": "float32"}
+    if recipe.normalisation is None:  # otherwise the description of the network may say something else
+        usual |= {"resize": "antialias", "fit": "stretch"}
     given = {"resize": pixels.resize, "fit": pixels.fit, "decode": pixels.decode, "dtype": recipe.dtype}
     given |= {"precision": precision, "engine": engine.partition("-")[0]}
+    given["prefix-tokens"] = "" if recipe.prefix_tokens is None else str(recipe.prefix_tokens)
     for name, value in given.items():
         if value and value != usual.get(name):
             words += [f"--{name}", value]

@@ -214,7 +214,7 @@ def split_for_training(
     if bn == "frozen":
         for layer in batch_normalizations(backbone):
             layer.trainable = False
-    features = feature_model(backbone, [(recipe.layer, recipe.pooling)])
+    features = feature_model(backbone, [(recipe.layer, recipe.pooling, recipe.prefix_tokens)])
     whole = keras.Model(features.inputs[0], head.network(features.outputs[0]), name="end_to_end")
     frozen = set(names[:first])
     cut = cut_of([PIXELS, *(name for name in valid_cuts(whole) if name in frozen)])

@@ -60,7 +60,8 @@ def contenders() -> dict[str, Ours | None]:
 
 # ------------------------------------------------------------------------------------------- one process each
 def keras_model(options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]:
-    from features.networks.backbones import find_backbone, preprocess
+    from features.networks.backbones import preprocess
+    from features.networks.finding import find_backbone
     from features.networks.network import resolve_network
     from features.recipe import NetworkOptions
 

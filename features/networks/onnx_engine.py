@@ -1,0 +1,138 @@
+"""The ONNX Runtime engine: runs the very graph of an ONNX file, and is what its conversion by OpenVINO is compared with."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from features.errors import ConfigurationError, check_batch
+from features.machine import processors
+from features.networks.onnx_graph import INPUT, output_name
+from features.recipe import Recipe
+
+
+def is_installed() -> bool:
+    """Whether the package ``onnxruntime`` is installed; it is not imported."""
+    found = importlib.util.find_spec("onnxruntime") if sys.modules.get("onnxruntime", True) else None
+    return found is not None and found.origin is not None
+
+
+def import_onnxruntime() -> Any:
+    """Import ONNX Runtime with its telemetry off, here and in child processes.
+
+    It would write a device id into the home folder and a session file into the temporary folder, and send events.
+    """
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded, so before the first import
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise ConfigurationError(
+            "an ONNX file needs ONNX Runtime, which is not installed: pip install 'bottleneck-features[onnx-backbones]'"
+        ) from error
+    onnxruntime.disable_telemetry_events()
+    return onnxruntime
+
+
+def session_of(model: bytes, *, device: str = "cpu") -> Any:
+    """Load a model; with ``device="gpu"`` on a CUDA GPU, and without TensorFloat-32, which multiplies with 10 bits.
+
+    Raises
+    ------
+    ConfigurationError
+        If ONNX Runtime cannot load the model, as when its operators are newer than the package; or if there is no GPU.
+    """
+    onnxruntime = import_onnxruntime()
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = processors()
+    providers: list[Any] = ["CPUExecutionProvider"]
+    if device == "gpu":
+        if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+            raise ConfigurationError(
+                "device: a GPU was asked for, but this ONNX Runtime has none. Install onnxruntime-gpu, or use --device cpu"
+            )
+        providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=providers)
+    except Exception as error:  # the classes of its errors are not public
+        raise ConfigurationError(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the network: {_reason(error)}"
+        ) from error
+
+
+def run(session: Any, images: np.ndarray, count: int) -> list[np.ndarray]:
+    """Run a session on a batch and return its ``count`` outputs.
+
+    Raises
+    ------
+    ConfigurationError
+        If the network refuses the images, as those of a size that it was not made for.
+    """
+    try:
+        return [
+            np.asarray(array) for array in session.run([output_name(index) for index in range(count)], {INPUT: images})
+        ]
+    except Exception as error:
+        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+            raise
+        height, width = images.shape[1:3]
+        raise ConfigurationError(
+            f"the network cannot take images of {height}x{width} pixels: {_reason(error)}. Give the size that it was made "
+            "for with --image-size; it is often a multiple of its patches of 14, 16 or 32 pixels"
+        ) from error
+
+
+class OnnxRuntimeEngine:
+    """A composed model as a function of batches.
+
+    Parameters
+    ----------
+    model : bytes
+        As ``features.networks.onnx_graph.composed`` makes it.
+    recipes : sequence of Recipe
+        The feature sets, one per output; they share the pixel rule.
+    batch_size : int
+        Largest number of images in one call.
+    step : int or None
+        Images per forward pass, where the model takes no other number; None for ``batch_size``.
+    device : {"cpu", "gpu"}
+        Where to run.
+    """
+
+    name = "onnxruntime"
+    concurrent = False  # a batch uses all processors already
+
+    def __init__(
+        self, model: bytes, recipes: Sequence[Recipe], *, batch_size: int, step: int | None = None, device: str = "cpu"
+    ) -> None:
+        rule = recipes[0].pixels
+        self.names = [recipe.name for recipe in recipes]
+        self.device = device
+        self.batch_size = batch_size
+        self.images_inferred = 0
+        self._fixed, self._step = step is not None, step or batch_size
+        self._shape = (batch_size, rule.height, rule.width, 3)
+        self._session = session_of(model, device=device)
+
+    def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
+        """Compute the features of one batch; shapes and dtypes are those of ``features.networks.engines.Engine``."""
+        check_batch(images, self._shape)
+        parts = [self._infer(images[start : start + self._step]) for start in range(0, len(images), self._step)]
+        self.images_inferred += len(images)
+        return {name: np.concatenate(arrays) for name, arrays in zip(self.names, zip(*parts, strict=True), strict=True)}
+
+    def _infer(self, images: np.ndarray) -> list[np.ndarray]:
+        count = len(images)
+        if self._fixed and count < self._step:
+            images = np.concatenate([images, np.zeros((self._step - count, *images.shape[1:]), np.uint8)])
+        return [array[:count].astype(np.float32, copy=False) for array in run(self._session, images, len(self.names))]
+
+
+def _reason(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    return lines[0].rpartition(" : ")[2][:300]

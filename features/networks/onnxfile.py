@@ -1,0 +1,244 @@
+"""Networks that come as an ONNX file with a description of how images are prepared for them.
+
+    FILE.onnx or FOLDER --find_onnx()--> OnnxFile --OnnxRuntime.describe()--> Description -> recipes
+    OnnxFile, recipes --composed graph--> OpenVINO (proven against ONNX Runtime and kept) or ONNX Runtime
+
+A later start with a kept description and conversion imports neither of the packages that read ONNX.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.cache import cache_path, keep_json, kept_json
+from features.canonical import digest_of
+from features.errors import ConfigurationError
+from features.files import file_digest
+from features.networks.backbones import BOUNDARY, Backbone, Description
+from features.networks.descriptions import find_image_input, read_preprocess
+from features.networks.engines import Engine
+from features.networks.hub import ONNX_NAMES
+from features.networks.imageinput import ImageInput
+from features.networks.onnx_engine import OnnxRuntimeEngine, run, session_of
+from features.networks.onnx_graph import Outline, Output, check_layer, composed, outline_of, read_model
+from features.networks.reference import reference_images
+from features.networks.weights import WeightsFile
+from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
+
+MEMO_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class OnnxFile(Backbone):
+    """An ONNX file, which contains both network and weights.
+
+    Parameters
+    ----------
+    path : Path
+        The ``.onnx`` file.
+    given : str
+        The file or folder that the user named, absolute, or a pinned name on a hub.
+    """
+
+    path: Path
+    given: str
+
+    @property
+    def runtime(self) -> str:
+        return "onnx"
+
+    @property
+    def own_weights(self) -> Path | None:
+        return self.path
+
+    @property
+    def place(self) -> str | None:
+        return self.given
+
+    @functools.cached_property
+    def file_sha256(self) -> str:
+        """sha256 of the ``.onnx`` file alone, 64 hexadecimal digits."""
+        return file_digest(self.path)
+
+    @functools.cached_property
+    def outline(self) -> Outline:
+        """What the file takes and gives; read from it once, then kept by its sha256."""
+        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, self.file_sha256])}.json")
+        known = kept_json(memo)
+        if isinstance(known, dict):
+            lists = {name: tuple(known[name]) for name in ("outputs", "external")}
+            return Outline(**{**known, **lists})
+        outline = outline_of(self.path, read_model(self.path, weights=False))
+        keep_json(memo, dataclasses.asdict(outline))
+        return outline
+
+    def own_digest(self) -> str:
+        """sha256 of the file, or of its sha256 and those of its external weights."""
+        others = [[name, file_digest(self.path.parent / name)] for name in self.outline.external]
+        return digest_of([self.file_sha256, *others]) if others else self.file_sha256
+
+    def pixel_rule(self, options: NetworkOptions) -> PixelRule:
+        """As the options say, and else the description; a file of fixed size takes no other."""
+        if isinstance(options.preprocess, Normalisation):
+            default: PixelRule | tuple[int, int] = self.outline.size or (224, 224)
+        else:
+            found = self._image_input(options)
+            described = PixelRule(found.height, found.width, resize=found.resize, fit=found.fit)
+            default = PixelRule.of(NetworkOptions(image_size=self.outline.size), described)
+        rule = PixelRule.of(options, default)
+        if self.outline.size not in (None, (rule.height, rule.width)):
+            height, width = self.outline.size
+            raise ConfigurationError(
+                f"image size: received {rule.height}x{rule.width}, but {self.path} takes images of {height}x{width} pixels "
+                "only; omit --image-size, or export the network with dynamic axes"
+            )
+        return rule
+
+    def normalisation(self, options: NetworkOptions) -> Normalisation | None:
+        """As the options or the description say."""
+        if isinstance(options.preprocess, Normalisation):
+            how = options.preprocess
+        else:
+            found = self._image_input(options)
+            how = Normalisation(found.scale, found.mean, found.std, found.channels)
+        if self.outline.type == "uint8" and how != Normalisation():
+            raise ConfigurationError(
+                f"{self.path}: takes uint8 pixels, so it prepares them itself; expected scale 1, mean 0 and std 1, rgb, "
+                "received other numbers. Give these with --preprocess FILE.json"
+            )
+        return how
+
+    def prefix_tokens(self, options: NetworkOptions) -> int | None:
+        """As the options or the description say; None if neither does."""
+        if options.prefix_tokens is not None or isinstance(options.preprocess, Normalisation):
+            return options.prefix_tokens
+        return self._image_input(options).prefix_tokens
+
+    def _image_input(self, options: NetworkOptions) -> ImageInput:
+        return (
+            self._found if options.preprocess is None else read_preprocess(Path(str(options.preprocess)).expanduser())
+        )
+
+    @functools.cached_property
+    def _found(self) -> ImageInput:
+        return find_image_input(self.path.parent)
+
+
+def find_onnx(name: str) -> OnnxFile | None:
+    """Find an ONNX file by its path, or in a folder by one of the usual names (``ONNX_NAMES``); None for another name."""
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".onnx" and not path.is_dir():
+        if not path.is_file():
+            raise ConfigurationError(f"backbone: {path} does not exist; give the path of an ONNX file")
+        return _onnx_file(path, path)
+    if not path.is_dir():
+        return None
+    for inner in ONNX_NAMES:
+        if (path / inner).is_file():
+            return _onnx_file(path / inner, path)
+    found = sorted(str(file.relative_to(path)) for pattern in ("*.onnx", "onnx/*.onnx") for file in path.glob(pattern))
+    if found:
+        raise ConfigurationError(
+            f"backbone: {path} holds {', '.join(found[:8])}, but none of {', '.join(ONNX_NAMES)}; give the file to use"
+        )
+    return None
+
+
+def _onnx_file(path: Path, given: Path) -> OnnxFile:
+    return OnnxFile("onnx", "none", None, path=path, given=str(given.resolve()))
+
+
+class OnnxRuntime:
+    """See ``features.networks.network.Runtime``."""
+
+    engines = ("onnxruntime", "openvino")
+
+    def describe(
+        self, backbone: OnnxFile, weights: WeightsFile, size: tuple[int, int], layers: Sequence[str]
+    ) -> Description:
+        """Find the shapes of the asked tensors by a forward pass: what a graph says of them is often wrong or missing."""
+        asked = [*dict.fromkeys(layers or backbone.outline.outputs[:1])]
+        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, weights.sha256, [*size], asked])}.json")
+        shapes = kept_json(memo)
+        if shapes is None:
+            shapes = self._shapes(backbone, size, [name for name in asked if name != BOUNDARY])
+            keep_json(memo, shapes)
+        described = {str(name): tuple(int(length) for length in shape) for name, shape in shapes}
+        return Description(weights.sha256, described, asked[0], None)
+
+    def _shapes(self, backbone: OnnxFile, size: tuple[int, int], names: Sequence[str]) -> list[list[Any]]:
+        if not names:
+            return []
+        outline, model = backbone.outline, read_model(backbone.path)
+        for name in names:
+            check_layer(backbone.path, model, name)
+        plain = [Output(name, "none", rank=2) for name in names]
+        whole = composed(model, outline, plain, normalisation=Normalisation(), size=size)
+        images = reference_images(*size, count=outline.batch or 1)
+        shapes = []
+        for name, array in zip(names, run(session_of(_bytes(backbone.path, whole)), images, len(names)), strict=True):
+            if array.ndim not in (2, 3, 4) or len(array) != len(images):
+                raise ConfigurationError(
+                    f"{backbone.path}: {name!r} gives {array.shape} for {len(images)} images; expected (n, channels), "
+                    "(n, tokens, channels) or a spatial output of four axes. Choose another tensor with --layer"
+                )
+            first, *rest = array.shape[1:]
+            spatial = array.ndim == 4 and outline.layout == "NCHW"
+            shapes.append([name, [*rest, first] if spatial else [first, *rest]])
+        return shapes
+
+    def load(self, backbone: OnnxFile, weights: WeightsFile, size: tuple[int, int]) -> Any:
+        """Refuse: Keras cannot build this kind of network."""
+        raise ConfigurationError(
+            f"{backbone.path}: an ONNX file cannot be trained further, and only Keras networks are fine-tuned. Use the same "
+            "network as a .keras file or a KerasHub preset; heads can be trained on its features as on any others"
+        )
+
+    def converted(self, backbone: OnnxFile, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
+        """Convert for OpenVINO; the outputs for the reference batch are those of ONNX Runtime."""
+        from features.networks.openvino_engine import from_onnx
+
+        model, rule, step = self.composed(backbone, recipes), recipes[0].pixels, backbone.outline.batch
+        batch = reference_images(rule.height, rule.width)
+        engine = OnnxRuntimeEngine(model, recipes, batch_size=len(batch), step=step)
+        return from_onnx(model, batch, [*engine(batch).values()], step)
+
+    def engine(
+        self,
+        backbone: OnnxFile,
+        weights: WeightsFile,
+        recipes: Sequence[Recipe],
+        *,
+        batch_size: int,
+        device: str,
+        precision: str,
+    ) -> Engine:
+        """Open the ONNX Runtime engine."""
+        model = self.composed(backbone, recipes)
+        return OnnxRuntimeEngine(model, recipes, batch_size=batch_size, step=backbone.outline.batch, device=device)
+
+    def composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:
+        """Return the model from uint8 pixels to the feature sets of these recipes, serialised."""
+        rule = recipes[0].pixels
+        ranks = dict(self._shapes(backbone, (rule.height, rule.width), [*{recipe.layer: 0 for recipe in recipes}]))
+        outputs = [
+            Output(recipe.layer, recipe.pooling, len(ranks[recipe.layer]) + 1, recipe.prefix_tokens)
+            for recipe in recipes
+        ]
+        how = recipes[0].normalisation or Normalisation()
+        model = read_model(backbone.path)
+        size = (rule.height, rule.width)
+        return _bytes(backbone.path, composed(model, backbone.outline, outputs, normalisation=how, size=size))
+
+
+def _bytes(path: Path, model: Any) -> bytes:
+    try:
+        return bytes(model.SerializeToString())
+    except ValueError as error:
+        raise ConfigurationError(f"{path}: the network takes more than 2 GB, which cannot be run here") from error
