@@ -808,7 +808,7 @@ def no_programs(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_the_table_is_wide() -> None:
     assert len(GOOD) + len(BAD) + len(PLACES) >= 100
-    assert {reason for _, reason in [*BAD.values(), *PLACES.values()]} == set(REASONS)
+    assert {reason for _, reason in [*BAD.values(), *PLACES.values()]} == set(REASONS) - {"no-memory"}
 
 
 @pytest.mark.parametrize("name", GOOD)

@@ -228,7 +228,7 @@ def test_every_listed_format_decodes() -> None:
 
 def test_reasons_are_documented() -> None:
     assert tuple(REASON_MEANINGS) == REASONS
-    assert len(set(REASONS)) == len(REASONS) == 8
+    assert len(set(REASONS)) == len(REASONS) == 9
     assert all(REASON_MEANINGS.values())
 
 

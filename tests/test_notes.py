@@ -27,9 +27,10 @@ from helpers import (
     paint,
     paint_folder,
 )
-from PIL import Image
+from PIL import Image, ImageFile
 
 from features.errors import ConfigurationError, SourceError
+from features.extraction import notes, planning
 from features.extraction.extraction import Extraction
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
@@ -475,3 +476,48 @@ def test_rehash_expands_an_archive_again(source: Path, tmp_path: Path, cache: Pa
     assert [*(cache / "archives").glob("*.tar")] == [copy]
     scan(path)
     assert [*(cache / "archives").glob("*.tar")] != [copy]
+
+
+def test_an_image_for_which_memory_ended_is_tried_again(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is whole: it was decoded beside something that took the memory."""
+    out, file_load = tmp_path / "f.h5", ImageFile.ImageFile.load
+    ended = [True]
+    content = (source / "cat/2.bmp").read_bytes()
+
+    def load_or_end(image: Any) -> Any:
+        if ended[0] and image.fp is not None and image.fp.getvalue() == content:
+            raise MemoryError
+        return file_load(image)
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", load_or_end)
+    result = extract(source, out, max_unreadable=0.5)
+    assert (result.store.quarantine.paths, result.store.quarantine.reasons) == (("cat/2.bmp",), ("no-memory",))
+    assert not result.store.quarantine.sha256.any()
+    ended[0] = False
+    result = extract(source, out)
+    assert (len(result.store), len(result.store.quarantine), result.inferred) == (4, 0, 1)
+    assert_rows_are_their_images(result.store, source)
+
+
+def test_what_another_decoder_refused_is_tried_again_once(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
+) -> None:
+    (source / "dog/3.bmp").write_bytes(b"BM of a kind that this Pillow does not read")
+    out = tmp_path / "f.h5"
+
+    def run() -> tuple[list[str], bool]:
+        reads.clear()
+        result = extract(source, out, max_unreadable=0.5)
+        return list(reads), result.written
+
+    assert run()[1]
+    assert run() == ([], False)
+    monkeypatch.setattr(notes, "decoder_version", lambda: "Pillow 99")
+    monkeypatch.setattr(planning, "decoder_version", lambda: "Pillow 99")
+    assert run() == (["dog/3.bmp"], False)  # decoded again, in vain
+    assert run() == ([], False)
+    Image.new("RGB", (8, 8)).save(source / "dog/3.bmp")
+    assert run()[1]
+    assert run() == ([], False)

@@ -22,6 +22,7 @@ import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import digest_of
+from features.pixels.decode import decoder_version
 
 logger = logging.getLogger(__name__)
 
@@ -40,12 +41,15 @@ class Notes:
         Inode, change time and modification time in nanoseconds, size in bytes.
     sha256 : uint8, (n, 32)
         Hash of the content.
+    decoder : str
+        Versions of what tried to decode the files (``features.pixels.decode.decoder_version``).
     """
 
     path: Path
     paths: list[str] = dataclasses.field(default_factory=list)
     stamps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.int64))
     sha256: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 32), np.uint8))
+    decoder: str = dataclasses.field(default_factory=lambda: decoder_version())
 
     @classmethod
     def read(cls, store: Path, root: str) -> Notes:
@@ -54,10 +58,11 @@ class Notes:
         try:
             with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
                 names, stamps, sha256 = (archive[name] for name in ("paths", "stamps", "sha256"))
+                decoder = archive["decoder"].tobytes().decode() if "decoder" in archive.files else ""
             paths = names.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
             if stamps.shape != (len(paths), 4) or sha256.shape != (len(paths), 32):
                 raise ValueError("its columns differ in length")
-            return cls(path, paths, stamps, sha256)
+            return cls(path, paths, stamps, sha256, decoder)
         except FileNotFoundError:
             return cls(path)
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -106,7 +111,9 @@ class Notes:
             return
         content = io.BytesIO()
         names = "".join(f"{path}\0" for path in self.paths).encode("utf-8", "surrogateescape")
-        np.savez(content, paths=np.frombuffer(names, np.uint8), stamps=self.stamps, sha256=self.sha256)
+        texts = {"paths": names, "decoder": self.decoder.encode()}
+        columns = {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
+        np.savez(content, **columns, stamps=self.stamps, sha256=self.sha256)  # type: ignore[arg-type]
         try:
             write_signed(self.path, content.getbuffer())
         except OSError as error:  # the notes only save time
@@ -117,4 +124,5 @@ class Notes:
 
     def _same(self, other: Notes) -> bool:
         columns = ((self.stamps, other.stamps), (self.sha256, other.sha256))
-        return self.paths == other.paths and all(np.array_equal(*pair) for pair in columns)
+        same = (self.paths, self.decoder) == (other.paths, other.decoder)
+        return same and all(np.array_equal(*pair) for pair in columns)

@@ -27,6 +27,7 @@ from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import KILLS_WORKER, ShardSpec, rows_per_shard
 from features.pixels.batches import loaded
+from features.pixels.decode import decoder_version
 from features.progress import Progress
 from features.recipe import Cell, Recipe
 from features.sources.scan import ImageSet
@@ -386,6 +387,8 @@ def _identities(
     sizes = images.sizes.tolist()
     if options.trust == "notes":
         identities = [known.of_content(sha256) for sha256 in notes.hashes(images.paths, images.stamps)]
+        if notes.decoder != decoder_version():  # which may decode what another one could not
+            identities = [item if item is None or item.reason in (None, KILLS_WORKER) else None for item in identities]
     elif options.trust == "times":
         columns = zip(images.paths, sizes, images.mtimes_ns.tolist(), strict=True)
         identities = [known.at_time(*column) for column in columns]

@@ -23,6 +23,7 @@ from features.canonical import digest_of
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
 from features.files import atomic_file, file_digest, printable
 from features.pixels.batches import batches
+from features.pixels.decode import NO_MEMORY
 from features.pixels.limits import watch
 from features.pixels.views import DecodedViews, decode_views
 from features.recipe import PixelRule, Recipe
@@ -212,7 +213,10 @@ def infer_shard(
     features: dict[str, np.ndarray] = {}  # image by image, the views of each in order
     inferred = 0
     for batch in batches(decoders, load, range(len(spec)), spec.pixels, batch_size, views=views):
-        rows.refused.extend((index, hashes.get(index, bytes(32)), error) for index, error in batch.refused)
+        for index, error in batch.refused:
+            # Without a hash, the next extraction tries it again.
+            sha256 = bytes(32) if error.reason == NO_MEMORY else hashes.get(index, bytes(32))
+            rows.refused.append((index, sha256, error))
         rows.images.extend((index, hashes[index], decoded.width, decoded.height) for index, decoded in batch.done)
         if len(batch.pixels):
             for name, values in _stored(infer(batch.pixels), spec.recipes).items():

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import functools
 import importlib
 import io
 import logging
@@ -19,9 +20,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import PIL
 from PIL import Image, ImageFile
+from PIL import features as pillow
 
 from features.errors import ConfigurationError, UnreadableImageError
+from features.machine import installed_version
 from features.pixels.limits import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -40,12 +44,14 @@ REASON_MEANINGS = {
     "empty": "the file has no bytes",
     "not-an-image": "no decoder knows the first bytes: text, HEIC, PDF, a web page saved as .jpg",
     "truncated": "the data end before the image does",
+    "no-memory": "memory ended while it was decoded; it is tried again by the next extraction",
     "too-large": "more pixels, bytes, memory, scans or parts than the limit (features/pixels/limits.py)",
     "unreadable": "it begins like an image, but the decoder or the disk refuses the rest",
     "missing": "no such file, or a broken link",
     "no-permission": "the file may not be read",
     "not-a-file": "a folder, pipe, socket or device",
 }
+NO_MEMORY = "no-memory"
 REASONS: tuple[str, ...] = tuple(REASON_MEANINGS)
 
 # A closed list: Pillow would otherwise also try decoders that start other programs (EPS runs Ghostscript).
@@ -152,6 +158,14 @@ class Decoded(NamedTuple):
     height: int
 
 
+@functools.cache
+def decoder_version() -> str:
+    """Return the versions of all that decides whether an image can be decoded: this package, Pillow and its libraries."""
+    found = {name: pillow.version(name) for name in sorted({*pillow.modules, *pillow.codecs})}
+    libraries = " ".join(f"{name} {number}" for name, number in found.items() if number)
+    return f"{installed_version('bottleneck-features')}, Pillow {PIL.__version__}: {libraries}"
+
+
 def read_bytes(path: str | Path, *, max_bytes: int = MAX_BYTES) -> bytes:
     """Return all bytes of a regular file; links are followed. A pipe is refused and never waited for.
 
@@ -215,7 +229,7 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     Raises
     ------
     UnreadableImageError
-        ``reason`` is ``empty``, ``not-an-image``, ``truncated``, ``too-large`` or ``unreadable``.
+        ``reason`` is ``empty``, ``not-an-image``, ``truncated``, ``too-large``, ``no-memory`` or ``unreadable``.
     """
     with decoding(data, rule, max_pixels=max_pixels) as upright:
         return Decoded(resize_image(upright.image, rule), upright.width, upright.height)
@@ -353,8 +367,10 @@ def _refusal(error: BaseException, name: str, data: bytes) -> UnreadableImageErr
     """Find the reason for an exception that the decoder ``name`` raised."""
     text = str(error) or type(error).__name__
     ended = isinstance(error, _END_OF_DATA) or isinstance(error.__cause__, _END_OF_DATA)
-    bomb = isinstance(error, MemoryError | Image.DecompressionBombError | Image.DecompressionBombWarning)
-    if bomb or "decompressed data too large" in text.lower():  # the latter: a text or colour profile in a PNG
+    bomb = isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning)
+    if isinstance(error, MemoryError):  # perhaps the fault of the machine, so it decides nothing for good
+        reason = NO_MEMORY
+    elif bomb or "decompressed data too large" in text.lower():  # the latter: a text or colour profile in a PNG
         reason = "too-large"
     elif ended or any(word in text.lower() for word in _END_OF_DATA_WORDS) or _promised_length(data, name) > len(data):
         reason = "truncated"
@@ -488,12 +504,12 @@ def resize_image(image: Image.Image, rule: PixelRule) -> np.ndarray:
     Raises
     ------
     UnreadableImageError
-        With the reason ``too-large``, if there is not enough memory.
+        With the reason ``no-memory``, if there is not enough of it.
     """
     try:
         return _resize(image, rule)
     except MemoryError as error:
-        raise UnreadableImageError("too-large", f"{image.width}x{image.height}: no memory to resize it") from error
+        raise UnreadableImageError(NO_MEMORY, f"{image.width}x{image.height}: no memory to resize it") from error
 
 
 def _resize(image: Image.Image, rule: PixelRule) -> np.ndarray:
