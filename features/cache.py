@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from features.canonical import canonical_json
+from features.errors import StoreError
 from features.files import whole_file
 from features.ownership import foreign
 from features.signing import is_signed, signature
@@ -53,7 +54,13 @@ def _wanted_folder() -> Path:
 @functools.cache
 def _private_folder(problem: str) -> Path:
     folder = temporary_path(system_root() / CACHE_NAME)
-    folder.mkdir(0o700)
+    try:
+        folder.mkdir(0o700)
+    except OSError as error:
+        raise StoreError(
+            f"{problem}, and no folder can be made in {folder.parent} ({error.strerror}); set TMPDIR or BOTTLENECK_CACHE to a "
+            "folder that only you can write"
+        ) from error
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     logger.warning(
         "%s: what this run keeps goes to %s and is removed at its end. Set BOTTLENECK_CACHE to a folder that only you can "

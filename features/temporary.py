@@ -23,6 +23,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from features.errors import StoreError
+
 PATIENCE_DAYS = 30
 NAME_BYTES = 200  # of 255 that a file system allows; longer names are cut
 _UNKNOWN = "0" * 8
@@ -63,7 +65,12 @@ def system_root() -> Path:
         for folder in filter(None, [*wanted, "/tmp"]):
             if os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
                 return Path(os.path.abspath(folder))
-    return Path(tempfile.gettempdir())
+    try:
+        return Path(tempfile.gettempdir())
+    except FileNotFoundError as error:
+        raise StoreError(
+            "there is no folder for temporary files that can be written; make /tmp writable, or set TMPDIR"
+        ) from error
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,10 @@ from helpers import ROOT, given_away
 
 from features import signing
 from features.cache import cache_path, signed_file, write_signed
+from features.errors import StoreError
 from features.networks.finding import find_backbone
 from features.networks.weights import WeightsFile, known_digest
+from features.temporary import system_root, temporary_files_together
 
 LIE = "f" * 64
 
@@ -164,3 +167,29 @@ def test_without_a_home_a_private_folder_serves(
         assert cache_path("memos") == cache_path("memos")
     [record] = caplog.records
     assert "the cache has no home folder" in record.getMessage()
+
+
+def test_without_any_temporary_folder_one_line_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+
+    def none() -> str:
+        raise FileNotFoundError(2, "No usable temporary directory found in ['/tmp']")
+
+    monkeypatch.setattr(tempfile, "gettempdir", none)
+    with pytest.raises(
+        StoreError, match="no folder for temporary files that can be written; make /tmp writable, or set TMPDIR"
+    ):
+        system_root()
+    with temporary_files_together():  # which helps where it can
+        pass
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    cache.chmod(0o777)
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(cache))
+    with pytest.raises(StoreError, match="set TMPDIR"):
+        cache_path("notes")
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(tempfile, "gettempdir", lambda: str(tmp_path / "file"))
+    with pytest.raises(StoreError, match=r"and no folder can be made in .*file .*; set TMPDIR or BOTTLENECK_CACHE"):
+        cache_path("notes")

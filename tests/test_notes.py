@@ -521,3 +521,23 @@ def test_what_another_decoder_refused_is_tried_again_once(
     Image.new("RGB", (8, 8)).save(source / "dog/3.bmp")
     assert run()[1]
     assert run() == ([], False)
+
+
+def test_notes_are_read_once_as_long_as_their_file_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, stamps = tmp_path / "f.h5", np.arange(8).reshape(2, 4)
+    opened, signed_file = list[Path](), notes.signed_file
+    monkeypatch.setattr(notes, "signed_file", lambda path: opened.append(path) or signed_file(path))
+    Notes.read(store, "").replaced(["a", "b"], stamps, [b"1" * 32, b"2" * 32]).write()
+    opened.clear()
+    assert [Notes.read(store, "").hashes(["b", "c"], stamps[[1, 0]]) for _ in range(3)] == [[b"2" * 32, None]] * 3
+    assert len(opened) == 1
+    Notes.read(store, "").updated(["c"], stamps[:1], [b"3" * 32]).write()
+    assert Notes.read(store, "").hashes(["b", "c"], stamps[[1, 0]]) == [b"2" * 32, b"3" * 32]
+    assert len(opened) == 2
+    path = opened[0]
+    path.write_bytes(b"\0" * path.stat().st_size)
+    assert Notes.read(store, "").paths == []  # damaged in place
+    path.unlink()
+    assert Notes.read(store, "").paths == []

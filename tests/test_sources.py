@@ -641,10 +641,9 @@ def test_sample_is_scikit_learns_digits(cache: Path) -> None:
     digest = hashlib.sha256(b"".join(hashlib.sha256(images.read(index)).digest() for index in range(1797)))
     assert digest.hexdigest() == "85c7aa2c0b27194de1abf2a3510fb2fd2e36702239515ec0ac8d8ade7fabf12f"
     path = images.root / images.paths[0]
-    data = bytearray(path.read_bytes())
-    data[-20] ^= 1  # a flipped bit
-    path.write_bytes(data)
-    assert "does not hold the images that were written; delete it and run again" in refusal("sample:digits")
+    data = path.read_bytes()
+    path.write_bytes(data[:-20] + bytes([data[-20] ^ 1]) + data[-19:])  # a flipped bit
+    assert scan("sample:digits").read(0) == data
 
 
 @pytest.mark.slow
@@ -661,7 +660,6 @@ def few_digits(folder: Path) -> None:
 
 
 def test_sample_interrupted_or_made_twice(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "SAMPLE_IMAGES", 2)
     two = [hashlib.sha256(path.encode()).digest() for path in ("0/1.png", "1/2.png")]
     monkeypatch.setattr(sources, "SAMPLE_DIGEST", hashlib.sha256(b"".join(two)).hexdigest())
 
@@ -683,9 +681,31 @@ def test_sample_interrupted_or_made_twice(cache: Path, monkeypatch: pytest.Monke
     assert os.listdir(cache) == ["digits"]
 
 
-def test_sample_that_was_damaged_or_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    few_digits(cache / "digits")
-    assert "holds 2 of 1797 images; delete it" in refusal("sample:digits")
+@pytest.mark.parametrize("damage", ["0/1.png", "1/3.png", "0/1.png removed", "all removed"])
+def test_a_damaged_sample_is_made_again(
+    damage: str, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    two = [hashlib.sha256(path.encode()).digest() for path in ("0/1.png", "1/2.png")]
+    monkeypatch.setattr(sources, "SAMPLE_DIGEST", hashlib.sha256(b"".join(two)).hexdigest())
+    monkeypatch.setattr(sample, "_write_digits", few_digits)
+    scan("sample:digits")
+    path, _, removed = damage.partition(" ")
+    if path == "all":
+        for image in (cache / "digits").rglob("*.png"):
+            image.unlink()
+    elif removed:
+        (cache / "digits" / path).unlink()
+    else:
+        (cache / "digits" / path).write_bytes(b"flipped")
+    images = scan("sample:digits")
+    assert [images.read(row) for row in range(len(images))] == [b"0/1.png", b"1/2.png"]
+    assert caplog.text.count("does not hold the images that were written, so they are written again") == 1
+    assert os.listdir(cache) == ["digits"]
+
+
+def test_sample_that_stays_damaged_or_cannot_be_written(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample, "_write_digits", few_digits)
+    assert "does not hold the images that were just written" in refusal("sample:digits")
     monkeypatch.setenv("BOTTLENECK_CACHE", str(touch(cache, "file") / "file"))
     assert "set BOTTLENECK_CACHE" in refusal("sample:digits")
 

@@ -150,6 +150,26 @@ def test_a_trial_beside_images_that_moved_leaves_them_one_data_set(tmp_path: Pat
     assert [state.digest for state in one.states] == [ANTS, BRAIN, OLD]
 
 
+def test_a_folder_that_is_no_run_and_cannot_be_read_is_passed_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Such as lost+found, where the folder of runs is a disk of its own; what is named like a run is missed."""
+    made_run(tmp_path, "logistic-1")
+    for name in ("lost+found", "notes", "knn-0123456789"):
+        (tmp_path / name).mkdir()
+    is_file = Path.is_file
+
+    def refused(path: Path) -> bool:
+        if path.parent.name in ("lost+found", "knn-0123456789"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", refused)
+    assert find_runs(tmp_path).damaged == ["knn-0123456789"]
+    assert "lost+found" not in caplog.text
+    assert f"run left out: {tmp_path}/knn-0123456789/config.yaml: cannot be read: Permission denied" in caplog.text
+
+
 def test_a_run_of_an_older_state_that_is_asked_for_again_is_said_to_be_one(tmp_path: Path) -> None:
     made_run(tmp_path, "logistic-1", digest=OLD, minute=1)
     made_run(tmp_path, "logistic-2", digest=ANTS, minute=2)

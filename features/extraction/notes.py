@@ -11,6 +11,7 @@ on one machine only, and the store itself stays the same.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import io
 import logging
 import os
@@ -56,6 +57,15 @@ class Notes:
         """Read the notes on the images in ``root`` whose features are in ``store``; empty if there are none."""
         path = cache_path("notes", f"{digest_of([os.path.realpath(store), root])}.npz")
         try:
+            status = os.stat(path)
+            return _kept(path, (status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size))
+        except OSError:
+            return cls.read_file(path)
+
+    @classmethod
+    def read_file(cls, path: Path) -> Notes:
+        """Read a file of notes; empty if there is none."""
+        try:
             with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
                 names, stamps, sha256 = (archive[name] for name in ("paths", "stamps", "sha256"))
                 decoder = archive["decoder"].tobytes().decode() if "decoder" in archive.files else ""
@@ -69,6 +79,10 @@ class Notes:
             logger.warning("%s is not used (%s); images are read and hashed again", path, error)
             return cls(path)
 
+    @functools.cached_property
+    def _index(self) -> dict[str, int]:
+        return {path: row for row, path in enumerate(self.paths)}
+
     def hashes(self, paths: Sequence[str], stamps: np.ndarray) -> list[bytes | None]:
         """Return the content hash of each file that is as noted, None for the others.
 
@@ -79,8 +93,7 @@ class Notes:
         stamps : int64, (n, 4)
             Of the files now.
         """
-        index = {path: row for row, path in enumerate(self.paths)}
-        rows = np.fromiter((index.get(path, -1) for path in paths), np.int64, len(paths))
+        rows = np.fromiter((self._index.get(path, -1) for path in paths), np.int64, len(paths))
         found = np.flatnonzero(rows >= 0)
         same = found[(self.stamps[rows[found]] == stamps[found]).all(axis=1)]
         result: list[bytes | None] = [None] * len(paths)
@@ -102,8 +115,10 @@ class Notes:
         new = self.replaced(paths, stamps, news)
         others = set(new.paths)
         kept = [row for row, path in enumerate(self.paths) if path not in others]
-        joined = [np.concatenate([a[kept], b]) for a, b in ((self.stamps, new.stamps), (self.sha256, new.sha256))]
-        return Notes(self.path, [self.paths[row] for row in kept] + new.paths, *joined)
+        stamps_of, sha256 = (
+            np.concatenate([a[kept], b]) for a, b in ((self.stamps, new.stamps), (self.sha256, new.sha256))
+        )
+        return Notes(self.path, [self.paths[row] for row in kept] + new.paths, stamps_of, sha256)
 
     def write(self, before: Notes | None = None) -> None:
         """Keep the notes, unless they are as ``before``; a warning says if they cannot be kept."""
@@ -126,3 +141,9 @@ class Notes:
         columns = ((self.stamps, other.stamps), (self.sha256, other.sha256))
         same = (self.paths, self.decoder) == (other.paths, other.decoder)
         return same and all(np.array_equal(*pair) for pair in columns)
+
+
+@functools.lru_cache(maxsize=2)
+def _kept(path: Path, stamp: tuple[int, ...]) -> Notes:
+    """The notes in a file as long as it stays the same."""
+    return Notes.read_file(path)

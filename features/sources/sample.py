@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +13,14 @@ from features.ownership import make_folder
 from features.pixels.png import plain_png
 from features.temporary import temporary_folder
 
-SAMPLE, SAMPLE_IMAGES = "sample:digits", 1797
+logger = logging.getLogger(__name__)
+SAMPLE = "sample:digits"
 # sha256 over the sha256 of every file, in row order. Another value would change the splits of the sample for all users.
 SAMPLE_DIGEST = "85c7aa2c0b27194de1abf2a3510fb2fd2e36702239515ec0ac8d8ade7fabf12f"
 
 
-def sample_folder(name: str) -> Path:
-    """Return the folder of a sample; its files are written on first use.
+def sample_folder(name: str, *, again: bool = False) -> Path:
+    """Return the folder of a sample; its files are written on first use, and ``again`` if what lies there is damaged.
 
     Raises
     ------
@@ -29,6 +31,10 @@ def sample_folder(name: str) -> Path:
         raise SourceError(f"there is no sample {name!r}; expected {SAMPLE!r}{nearest(name, [SAMPLE])}")
     folder = cache_path("digits")
     try:
+        if again and folder.exists():
+            logger.warning("%s does not hold the images that were written, so they are written again", folder)
+            with temporary_folder(folder) as temporary:
+                folder.rename(temporary / "damaged")
         if not folder.is_dir():
             make_folder(folder.parent)
             with temporary_folder(folder) as temporary:

@@ -5,6 +5,7 @@ Folders and archives first become a list of files; one function then derives cla
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import logging
@@ -18,14 +19,14 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from features.errors import ConfigurationError, SourceError, nearest
+from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.pixels.decode import read_bytes
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
 from features.sources.reading import Reading, read_labels, split_of
-from features.sources.sample import SAMPLE, SAMPLE_DIGEST, SAMPLE_IMAGES, sample_folder
+from features.sources.sample import SAMPLE, SAMPLE_DIGEST, sample_folder
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
 from features.sources.trees import read_tree
 
@@ -321,14 +322,16 @@ def _scan_arrays(path: Path, description: str, reading: Reading) -> ImageSet:
 
 
 def _scan_sample(text: str, reading: Reading) -> ImageSet:
-    folder = sample_folder(text)
-    images = _scan_folder(folder, SAMPLE, reading)
-    if len(images) != SAMPLE_IMAGES:
-        raise SourceError(f"{folder} holds {len(images)} of {SAMPLE_IMAGES} images; delete it and run again")
-    hashes = (hashlib.sha256(images.read(row)).digest() for row in range(len(images)))
-    if hashlib.sha256(b"".join(hashes)).hexdigest() != SAMPLE_DIGEST:
-        raise SourceError(f"{folder} does not hold the images that were written; delete it and run again")
-    return images
+    for again in (False, True):
+        folder = sample_folder(text, again=again)
+        with contextlib.suppress(SourceError, UnreadableImageError):  # it is empty, or a file cannot be read
+            images = _scan_folder(folder, SAMPLE, reading)
+            hashes = (hashlib.sha256(images.read(row)).digest() for row in range(len(images)))
+            if hashlib.sha256(b"".join(hashes)).hexdigest() == SAMPLE_DIGEST:
+                return images
+    raise SourceError(
+        f"{folder} does not hold the images that were just written there; is another program changing them?"
+    )
 
 
 def _refuse_folders_of(description: str, reading: Reading) -> None:

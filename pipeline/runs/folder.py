@@ -9,6 +9,7 @@ import io
 import json
 import logging
 import os
+import re
 from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
@@ -30,6 +31,7 @@ BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
 # Upper limits of what is accepted from a file: seconds and parameter counts, bytes of a JSON file and of a history.
 LARGEST, JSON_BYTES, HISTORY_BYTES = 1e15, 1_000_000, 30_000_000
+_RUN_NAME = re.compile(r"-[0-9a-f]{10}$")  # the end of a run id
 ROW_BYTES = 20_000  # of predictions.csv: the path and the digest of an image; classes and probabilities come on top
 
 
@@ -301,13 +303,25 @@ def find_runs(root: str | Path, *, warn: bool = True) -> Found:
     found = Found([], [])
     for folder in sorted(root.iterdir()):
         try:
-            if not folder.name.startswith(".") and any(_is_file(folder / name) for name in FILES[:2]):
+            if _may_be_run(folder):
                 found.runs.append(Run.open(folder))
         except (RunError, FormatVersionError) as problem:
             found.damaged.append(folder.name)
             if warn:
                 logger.warning("run left out: %s", problem)
     return found
+
+
+def _may_be_run(folder: Path) -> bool:
+    """Whether a folder of a folder of runs is to be opened. One that may not be looked into is if it is named like a run."""
+    if folder.name.startswith("."):
+        return False
+    try:
+        return any(_is_file(folder / name) for name in FILES[:2])
+    except RunError:
+        if _RUN_NAME.search(folder.name):
+            raise
+        return False
 
 
 def is_run_folder(path: str | Path) -> bool:
