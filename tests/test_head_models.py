@@ -206,6 +206,30 @@ def test_of_equally_near_rows_the_first_ones_vote() -> None:
     assert (model_of(estimator, COLUMNS).probabilities(X) == [0.5, 0.25, 0.25]).all()
 
 
+@pytest.mark.parametrize("metric", ["euclidean", "cosine", "manhattan"])
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_of_many_equal_rows_the_first_ones_vote_however_many_are_asked_about(metric: str, dtype: Any) -> None:
+    """Five rows, each there 333 times in any order and with any label. Where all of them vote, scikit-learn agrees."""
+    from sklearn.metrics import pairwise_distances
+
+    generator = np.random.default_rng(0)
+    base, which = generator.normal(size=(5, 1283)).astype(dtype), generator.permutation(np.arange(1665) % 5)
+    y, Z = generator.integers(0, 3, 1665), generator.normal(size=(7, 1283)).astype(dtype)
+    for count in (4, 333, 350, 666):
+        params = {"n_neighbors": count, "algorithm": "brute", "metric": metric}
+        estimator = make_estimator(NEAREST, params, 0).fit(base[which], y)
+        model = model_of(estimator, 1283)
+        rank = pairwise_distances(Z, base, metric=metric).argsort(axis=1).argsort(axis=1)
+        voters = rank[:, which].argsort(axis=1, kind="stable")[:, :count]
+        expected = np.stack([np.bincount(y[rows], minlength=3) / count for rows in voters])
+        np.testing.assert_allclose(model.probabilities(Z), expected, rtol=0, atol=1e-12)
+        np.testing.assert_allclose(
+            np.concatenate([model.probabilities(one[None]) for one in Z]), expected, rtol=0, atol=1e-12
+        )
+        if count % 333 == 0:
+            np.testing.assert_allclose(estimator.predict_proba(Z), expected, rtol=0, atol=1e-12)
+
+
 def test_a_row_without_a_neighbour_is_an_error_with_a_way_out() -> None:
     model = model_of(fitted(RADIUS, {"radius": 3.0}, 2), COLUMNS)
     with pytest.raises(HeadError, match=r"1 rows have no training row within the radius of 3.*outlier_label"):
