@@ -33,7 +33,7 @@ CHATTER = "chatter from C++\nchatter from Python\n"
     [
         ("pass", "before\nafter\n", 0),
         ("raise ValueError", f"before\n{CHATTER}after\n", 0),
-        ("raise KeyboardInterrupt", "before\n", -signal.SIGINT),
+        ("raise KeyboardInterrupt", f"before\n{CHATTER}", -signal.SIGINT),
         ("sys.stderr.flush(); os.abort()", f"before\n{CHATTER}", -signal.SIGABRT),
         ("sys.stderr.flush(); os._exit(7)", f"before\n{CHATTER}", 7),
     ],
@@ -47,3 +47,36 @@ def test_messages_are_held_back_unless_something_goes_wrong(tmp_path: Path, end:
     )
     assert (result.stderr.partition("Traceback")[0], result.returncode) == (shown, code)
     assert list((tmp_path / "temporary").iterdir()) == []
+
+
+_THREADS = """
+import logging, os, sys, threading
+from features.networks.backend import held_back
+from pipeline.progress import StderrHandler
+logging.getLogger().addHandler(StderrHandler())
+kept = []
+def another():
+    logging.getLogger("pipeline").warning("said by another thread")
+    print("printed by another thread", file=sys.stderr)
+with held_back():
+    kept.append(sys.stderr)
+    print("chatter from Python", file=sys.stderr)
+    thread = threading.Thread(target=another)
+    thread.start()
+    thread.join()
+    os.write(2, b"chatter from C++\\n")
+print("kept by a library", file=kept[0])
+thread = threading.Thread(target=another)
+thread.start()
+thread.join()
+"""
+
+
+@pytest.mark.slow
+def test_what_other_threads_say_meanwhile_is_shown() -> None:
+    result = subprocess.run(
+        [sys.executable, "-c", _THREADS],
+        **{"cwd": ROOT, "capture_output": True, "text": True, "check": False},
+    )
+    said = "WARNING: said by another thread\nprinted by another thread\n"
+    assert (result.stderr, result.returncode) == (f"{said}kept by a library\n{said}", 0)

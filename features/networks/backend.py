@@ -7,8 +7,9 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 from features.errors import ConfigurationError
 from features.temporary import system_folder
@@ -48,9 +49,10 @@ def _is_news(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Hold back what this process writes to file descriptor 2, from C++ too, and drop it at the end.
+    """Hold back what this thread writes to stderr, and C++ in any thread, and drop it at the end.
 
-    It is passed on if an exception ends the block, or if the process dies in it.
+    It is passed on if an exception ends the block, or if the process dies in it. What other threads write through
+    ``sys.stderr``, such as messages and bars, is shown at once.
     """
     sys.stderr.flush()
     try:
@@ -62,11 +64,11 @@ def held_back() -> Iterator[None]:
         with system_folder() as folder:  # the file loses its name at once, so that a dead process leaves none
             held = stack.enter_context(open(folder / "stderr", "wb"))
             written = stack.enter_context(open(folder / "stderr", "rb"))
-        with _shown_after_death(written, terminal):
+        with _shown_after_death(written, terminal), _others_shown(terminal):
             os.dup2(held.fileno(), 2)
             try:
                 yield
-            except Exception:
+            except BaseException:
                 with contextlib.suppress(OSError):  # stderr is full or broken
                     os.write(terminal, written.read())
                 raise
@@ -75,6 +77,51 @@ def held_back() -> Iterator[None]:
                 os.dup2(terminal, 2)
                 os.close(terminal)
         logger.debug("held back: %s", written.read().decode(errors="replace"))
+
+
+@contextlib.contextmanager
+def _others_shown(terminal: int) -> Iterator[None]:
+    """Let all threads but this one write to the terminal through ``sys.stderr``."""
+    with open(os.dup(terminal), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as shown:
+        before, threads = sys.stderr, _Threads(sys.stderr, shown)
+        sys.stderr = threads  # type: ignore[assignment]
+        try:
+            yield
+        finally:
+            threads.end()  # a library may have kept it
+            if sys.stderr is threads:
+                sys.stderr = before
+
+
+class _Threads:
+    """A text stream that is ``held`` for the thread that made it, and ``shown`` for others until `end` is called."""
+
+    def __init__(self, held: TextIO, shown: TextIO) -> None:
+        self._held, self._maker, self._lock = held, threading.get_ident(), threading.Lock()
+        self._shown: TextIO | None = shown
+
+    @property
+    def _stream(self) -> TextIO:
+        return self._held if self._shown is None or threading.get_ident() == self._maker else self._shown
+
+    def write(self, text: str) -> int:
+        with self._lock:
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._lock:
+            self._stream.flush()
+
+    def isatty(self) -> bool:
+        with self._lock:
+            return self._stream.isatty()
+
+    def end(self) -> None:
+        with self._lock:
+            self._shown = None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._held, name)
 
 
 @contextlib.contextmanager
