@@ -84,7 +84,7 @@ def _others_shown(terminal: int) -> Iterator[None]:
     """Let all threads but this one write to the terminal through ``sys.stderr``."""
     with open(os.dup(terminal), "w", buffering=1, encoding="utf-8", errors="backslashreplace") as shown:
         before, threads = sys.stderr, _Threads(sys.stderr, shown)
-        sys.stderr = threads  # type: ignore[assignment]
+        sys.stderr = threads
         try:
             yield
         finally:
