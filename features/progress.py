@@ -1,4 +1,4 @@
-"""The type of a callback that reports progress."""
+"""The type of a callback that reports progress, and how a duration is told."""
 
 from __future__ import annotations
 
@@ -6,3 +6,16 @@ from collections.abc import Callable
 
 # Called with (stage, done, total), such as ("extract", 320, 2000); total is 0 where it is not known.
 Progress = Callable[[str, int, int], None]
+
+
+def duration(seconds: float) -> str:
+    """Format a rough number of seconds for a person.
+
+    Examples
+    --------
+    >>> duration(0.2), duration(48), duration(200), duration(9000)
+    ('1 s', '50 s', '3 minutes', '2.5 hours')
+    """
+    if seconds < 90:
+        return f"{max(1, round(seconds)) if seconds < 10 else round(seconds, -1):.0f} s"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from features.extraction.announcing import announcement
 from features.extraction.extraction import prepare
 from features.extraction.options import ExtractionOptions
 from features.extraction.running import ShardRunner, run_here
 from features.files import printable
-from features.progress import Progress
+from features.progress import Progress, duration
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.tables import table_text
 
+logger = logging.getLogger(__name__)
 DOCUMENT_FORMAT = 1
 MOST_CLASSES = 40  # in the table of classes
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable", "hashed")
@@ -32,6 +35,8 @@ def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | N
     extraction = prepare(images, out, options)
     decided = extraction.plan()
     cost = extraction.forecast(decided)
+    if cost and not cluster and (said := announcement(extraction.network, options, decided.to_infer, cost.seconds)):
+        logger.warning("%s", said)
     return {
         "format": DOCUMENT_FORMAT,
         "out": str(out),
@@ -57,20 +62,10 @@ def plan_summary(document: dict[str, Any]) -> str:
     cost = document["forecast"]
     if cost:
         lines.append(
-            f"  about {_duration(cost['seconds'])}{' on this machine alone' if document['cluster'] else ''} at {cost['images_per_second']:.0f} images/s, "
+            f"  about {duration(cost['seconds'])}{' on this machine alone' if document['cluster'] else ''} at {cost['images_per_second']:.0f} images/s, "
             f"{cost['disk_bytes'] / 2**20:.0f} MiB of disk at most, {cost['memory_bytes'] / 2**30:.1f} GiB of memory"
         )
     return "\n".join(lines)
-
-
-def _duration(seconds: float) -> str:
-    return (
-        f"{seconds:.0f} s"
-        if seconds < 120
-        else f"{seconds / 60:.0f} min"
-        if seconds < 7200
-        else f"{seconds / 3600:.1f} h"
-    )
 
 
 def run(

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import IntegrityError
+from features.extraction.announcing import Announcer
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard
 from features.files import printable
@@ -84,8 +85,13 @@ ShardRunner = Callable[[Work, Advance], Generator[MadeShard, None, None]]
 
 
 def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
-    """Make the shards in this process, ``SHARDS_IN_FLIGHT`` at a time."""
+    """Make the shards in this process, ``SHARDS_IN_FLIGHT`` at a time; a long run is announced after its first batches."""
     read, engine = work.reader(), _LazyEngine(work)
+    announce = Announcer(work.network, work.options, sum(map(len, work.specs)))
+
+    def finished(images: int) -> None:
+        announce(images)
+        advance(images)
 
     def make(spec: ShardSpec) -> MadeShard:
         record = extract_shard(
@@ -95,7 +101,7 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
             infer=engine.for_recipes(spec.recipes),
             decoders=decoders,
             batch_size=work.options.batch_size,
-            advance=advance,
+            advance=finished,
         )
         return MadeShard(spec, record, engine.name)
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, HeadError
+from features.progress import duration
 from pipeline.heads.head import Head
 
 LONG = 60  # seconds from which a head is announced before it starts
@@ -149,16 +150,3 @@ def announcement(head: Head, rows: int, columns: int, views: int = 1, folds: int
         f"{head.name} takes about {duration(whole)} on one core for {rows * views:,} x {columns:,} features and "
         f"{len(head.classes)} classes{f', with {folds} folds' if folds else ''}{cheaper}"
     )
-
-
-def duration(seconds: float) -> str:
-    """Format a rough number of seconds for a person.
-
-    Examples
-    --------
-    >>> duration(0.2), duration(48), duration(200), duration(9000)
-    ('1 s', '50 s', '3 minutes', '2.5 hours')
-    """
-    if seconds < 90:
-        return f"{max(1, round(seconds)) if seconds < 10 else round(seconds, -1):.0f} s"
-    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"

@@ -1,0 +1,95 @@
+"""Say that an extraction will take long, and what would be faster here: in a dry run, and once the first batches are measured.
+
+batches of images --Announcer--> seconds for all --announcement--> one warning, or none if it is short
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+from features.extraction.options import ExtractionOptions
+from features.files import printable
+from features.machine import has_bfloat16, may_have_gpu
+from features.networks.openvino_engine import is_installed
+from features.progress import duration
+
+logger = logging.getLogger(__name__)
+LONG = 1800.0  # seconds from which an extraction is announced
+MEASURED = (
+    10.0  # seconds after the first batch from which the rate is trusted; that batch is slow, as it starts the engine
+)
+SMALL = "mobilenetv2"  # the network that is offered in place of a slow one
+
+
+def announcement(network: Any, options: ExtractionOptions, images: int, seconds: float) -> str:
+    """Say that an extraction takes long, and what would be faster; empty if it takes less than `LONG` seconds.
+
+    Parameters
+    ----------
+    network : Network
+        Its ``backbone_argument`` and ``recipes`` are used.
+    options : ExtractionOptions
+        ``precision``, ``device`` and ``engine`` decide what is offered.
+    images : int
+        Number of images that go through the network.
+    seconds : float
+        Expected time for all of them.
+    """
+    if seconds < LONG:
+        return ""
+    faster = []
+    if (
+        options.precision == "float32"
+        and options.engine in ("auto", "openvino")
+        and is_installed()
+        and has_bfloat16()
+        and not may_have_gpu(options.device)
+    ):
+        faster.append("--precision bfloat16, in about half the time if the network takes most of it")
+    if not network.recipes[0].backbone.startswith("mobilenet"):
+        faster.append(f"a smaller network (--backbone {SMALL})")
+    if options.decode == "full":
+        faster.append("--decode fast for large JPEGs")
+    offers = f"; faster here: {', or '.join(faster)}" if faster else ""
+    return (
+        f"{printable(network.backbone_argument)} takes about {duration(seconds)} for {images:,} images, "
+        f"{images / seconds:.1f} a second{offers}"
+    )
+
+
+class Announcer:
+    """Measures a running extraction after its first batch, and warns once if all of it will take long.
+
+    Parameters
+    ----------
+    network, options, images
+        As for `announcement`.
+    clock : callable, optional
+        Seconds that never run back.
+    """
+
+    def __init__(
+        self, network: Any, options: ExtractionOptions, images: int, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._network, self._options, self._images, self._clock = network, options, images, clock
+        self._lock, self._done, self._decided = threading.Lock(), 0, False
+        self._began: tuple[float, int] | None = None  # when the first batch was finished, and its images
+
+    def __call__(self, more: int) -> None:
+        """Count images that have just been finished; may be called from several threads."""
+        with self._lock:
+            if self._decided:
+                return
+            self._done += more
+            now = self._clock()
+            began, first = self._began = self._began or (now, self._done)
+            if now - began < MEASURED or self._done == first:
+                return
+            self._decided = True
+            seconds = self._images * (now - began) / (self._done - first)
+        if said := announcement(self._network, self._options, self._images, seconds):
+            logger.warning("%s. Ctrl-C keeps what is finished", said)
