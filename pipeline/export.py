@@ -1,12 +1,11 @@
 """Export: resize, preprocessing, network, head and class names in one artefact, from pixels to probabilities.
 
-run -> network + head -> one Keras model -> parity -> convert -> parity by its own runtime, in a new process -> rename
+run -> network + head -> one model -> parity -> convert -> parity by its own runtime, in a new process -> rename
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -30,8 +29,10 @@ from features.recipe import Recipe
 from features.sources.scan import scan
 from features.temporary import sweep_dead, temporary_folder
 from pipeline.exporting.artefacts import Card, full_pixels, write_card
-from pipeline.exporting.assembled import assemble, exact_recipe, first_stage_that_differs, head_and_layers, outputs_of
+from pipeline.exporting.assembled import Assembled, Assembler, exact_recipe, head_and_layers
 from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
+from pipeline.exporting.keras_graph import KerasAssembled
+from pipeline.exporting.onnx_graph import OnnxAssembled
 from pipeline.exporting.resizing import longest_side
 from pipeline.heads.head import Head
 from pipeline.runs.board import take_run
@@ -41,6 +42,8 @@ from pipeline.tuning.parity import largest_gap
 
 logger = logging.getLogger(__name__)
 PARITY_IMAGES = 50  # images that are compared at most
+# By kind of network: what joins it with a head.
+ASSEMBLERS: dict[str, Assembler] = {"keras": KerasAssembled.join, "onnx": OnnxAssembled.join}
 _FEW = 8  # images that are compared before the conversion
 # Heights and widths of the painted images, beside the network's own: larger, smaller, narrow, and one pixel.
 _REFERENCE_SIZES = ((375, 500), (500, 333), (96, 61), (640, 211), (1, 1))
@@ -108,16 +111,17 @@ def export(
     recipe = exact_recipe(chosen)
     head, dense = head_and_layers(chosen)
     writable_folder(path.parent)
-    keras = load_keras()
-    _check_backend(row, keras.backend.backend())
     network = network_of(chosen, weights)
+    kind = network.backbone.runtime
+    row.check_kind(kind)
+    _check_backend(row, load_keras().backend.backend())
     probes = _painted(recipe) if images is None else _from(images, recipe)
     report("export", 1, 4)
-    gate = Gate(network, recipe, probes, predicted(network, recipe, head, probes))
-    model = assemble(network, recipe, dense)
+    gate = Gate(probes, predicted(network, recipe, head, probes))
+    whole = ASSEMBLERS[kind](network, recipe, dense)
     some = gate.first(_FEW)
-    received = np.concatenate([_call(model, probe.pixels) for probe in some.probes])
-    some.check("the assembled network", received, FORMATS["keras"].tolerance, lambda: model)
+    received = np.concatenate([whole(probe.pixels) for probe in some.probes])
+    some.check("the assembled network", received, FORMATS["keras"].tolerance, lambda: whole)
     report("export", 2, 4)
     card = Card(
         artefact=row.name,
@@ -131,13 +135,13 @@ def export(
     )
     with writing(path), temporary_folder(path) as temporary:
         made = temporary / f"model{row.suffix}"
-        with enough_room(temporary, 4 * model.count_params()):  # float32
-            convert(model, row, made)
+        with enough_room(temporary, whole.bytes):
+            convert(whole.model, kind, row, made)
             write_card(made, card)
         report("export", 3, 4)
         received = run_elsewhere(made, probes)
         what = f"{row.name}, loaded by its own runtime"
-        gap = gate.check(what, received, row.tolerance, _opener(row, made))
+        gap = gate.check(what, received, row.tolerance, _opener(whole, row, made))
         size = sum(file.stat().st_size for file in [made, *made.rglob("*")] if file.is_file())
         _publish(made, path)
     report("export", 4, 4)
@@ -231,8 +235,6 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
 class Gate:
     """Compares each form of the model with the run's own probabilities, float64 (n, c), of some images."""
 
-    network: Network
-    recipe: Recipe
     probes: Sequence[Probe]
     expected: np.ndarray
 
@@ -240,7 +242,7 @@ class Gate:
         """Make a gate for the first images only."""
         return dataclasses.replace(self, probes=self.probes[:count], expected=self.expected[:count])
 
-    def check(self, what: str, received: np.ndarray, tolerance: float, opened: Callable[[], Any] | None) -> float:
+    def check(self, what: str, received: np.ndarray, tolerance: float, opened: Callable[[], Assembled] | None) -> float:
         """Return the largest difference in probability.
 
         Parameters
@@ -252,7 +254,7 @@ class Gate:
         tolerance : float
             Largest accepted difference in probability.
         opened : callable, optional
-            Returns the Keras model that gave them, in which to look for the first layer that differs.
+            Returns the model that gave them, in which to look for the first stage that differs.
 
         Raises
         ------
@@ -264,22 +266,19 @@ class Gate:
             return gap
         probe, where = self.probes[worst], ""
         if opened is not None:
-            layer = first_stage_that_differs(opened(), self.network, self.recipe, probe.pixels)
-            where = f" The first layer that differs is {layer!r}."
+            where = f" The first layer that differs is {opened().stage_that_differs(probe.pixels)!r}."
         raise ParityError(
             f"{what}: probabilities of {printable(probe.name)} differ by {gap:.2e} from those of predict; at most "
             f"{tolerance:.0e} is allowed.{where} The artefact is not kept."
         )
 
 
-def _opener(row: Format, path: Path) -> Callable[[], Any] | None:
-    """Return a function that loads the artefact as a Keras model, or None if its format hides the layers' outputs."""
-    return functools.partial(load_keras().saving.load_model, path, compile=False) if row.name == "keras" else None
-
-
-def _call(model: Any, pixels: np.ndarray) -> np.ndarray:
-    (output,) = outputs_of(model, pixels[None])
-    return np.asarray(load_keras().ops.convert_to_numpy(output), np.float64)
+def _opener(whole: Assembled, row: Format, path: Path) -> Callable[[], Assembled] | None:
+    """Return a function that loads the artefact again, or None if its format hides the layers' outputs."""
+    if row.reopen is None:
+        return None
+    reopen = row.reopen
+    return lambda: whole.reopened(reopen(path))
 
 
 def _painted(recipe: Recipe) -> list[Probe]:

@@ -34,8 +34,8 @@ from features.extraction.extraction import extract_features
 from features.recipe import PixelRule
 from pipeline.export import Probe, export, predicted
 from pipeline.exporting.artefacts import Card, full_pixels, open_artefact, read_card, write_card
-from pipeline.exporting.assembled import assemble
 from pipeline.exporting.formats import FORMATS, convert, find_format
+from pipeline.exporting.keras_graph import KerasAssembled, assemble
 from pipeline.heads.kinds import head_of
 from pipeline.predict import predict
 from pipeline.runs.folder import Run
@@ -175,7 +175,7 @@ def test_a_keras_file_opens_without_this_project_and_ignores_training_mode(
 ) -> None:
     run = Run.open(runs["logistic"])
     model = assemble(network_of(run), run.recipe, head_of(run).as_dense())  # type: ignore[arg-type]
-    convert(model, find_format("keras"), tmp_path / "model.keras")
+    convert(model, "keras", find_format("keras"), tmp_path / "model.keras")
     np.save(tmp_path / "pixels.npy", probes[0].pixels)
     code = (
         "import keras, numpy as np\n"
@@ -190,10 +190,10 @@ def test_a_keras_file_opens_without_this_project_and_ignores_training_mode(
 
 def disturbed(layer: str) -> Any:
     def assemble_wrongly(*arguments: Any) -> Any:
-        model = assemble(*arguments)
-        found = model.get_layer("backbone").get_layer(layer)
+        whole = KerasAssembled.join(*arguments)
+        found = whole.model.get_layer("backbone").get_layer(layer)
         found.set_weights([values + 0.1 for values in found.get_weights()])
-        return model
+        return whole
 
     return assemble_wrongly
 
@@ -205,7 +205,7 @@ def test_a_full_disk_is_not_blamed_on_the_network(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write=full))
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write={"keras": full}))
     with pytest.raises(StoreError, match=r"model\.onnx: could not be written \(No space left on device.*Make room"):
         export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []
@@ -215,7 +215,7 @@ def test_other_probabilities_name_the_layer_and_leave_nothing(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline.export, "assemble", disturbed("block_12_depthwise"))
+        patch.setitem(pipeline.export.ASSEMBLERS, "keras", disturbed("block_12_depthwise"))
         with pytest.raises(
             ParityError, match=r"assembled network: .*first layer that differs is 'block_12_depthwise'"
         ) as caught:
@@ -223,10 +223,10 @@ def test_other_probabilities_name_the_layer_and_leave_nothing(
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == []
 
-    def convert_wrongly(model: Any, row: Any, path: Path) -> None:
+    def convert_wrongly(model: Any, kind: str, row: Any, path: Path) -> None:
         kernel = model.get_layer("backbone").get_layer("block_3_expand")
         kernel.set_weights([values * 1.5 for values in kernel.get_weights()])
-        convert(model, row, path)
+        convert(model, kind, row, path)
 
     monkeypatch.setattr(pipeline.export, "convert", convert_wrongly)
     with pytest.raises(ParityError, match=r"keras, loaded by its own runtime: .*differs is 'block_3_expand'"):

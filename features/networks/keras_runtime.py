@@ -60,6 +60,10 @@ class KerasRuntime:
         load_weights(model, backbone, weights)
         return model
 
+    def graph(self, backbone: Backbone, recipes: Sequence[Recipe]) -> Any:
+        """Refuse: Keras has no ONNX graph of this kind of network."""
+        raise ConfigurationError(f"{backbone.name}: a network of Keras has no graph of an ONNX file")
+
     def converted(self, backbone: Backbone, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
         """Convert for OpenVINO; the outputs for the reference batch are those of Keras."""
         from features.networks.openvino_engine import from_keras

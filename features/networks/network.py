@@ -59,6 +59,16 @@ class Network:
         rule = self.recipes[0].pixels
         return self._runtime.load(self.backbone, self.weights, (rule.height, rule.width))
 
+    def graph(self, recipe: Recipe) -> Any:
+        """Return the network as an ``onnx.ModelProto``: see ``features.networks.onnx_graph.composed``.
+
+        Raises
+        ------
+        ConfigurationError
+            If it does not come as an ONNX file.
+        """
+        return self._runtime.graph(self.backbone, [recipe])
+
     @property
     def _runtime(self) -> Runtime:
         return RUNTIMES[self.backbone.runtime]
@@ -116,6 +126,10 @@ class Runtime(Protocol):
 
     def load(self, backbone: Any, weights: WeightsFile, size: tuple[int, int]) -> Any:
         """Build a ``keras.Model``, or raise ``ConfigurationError`` and say what to do."""
+        ...
+
+    def graph(self, backbone: Any, recipes: Sequence[Recipe]) -> Any:
+        """Return an ``onnx.ModelProto`` from uint8 pixels to features, or raise ``ConfigurationError``."""
         ...
 
     def converted(self, backbone: Any, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:

@@ -10,7 +10,7 @@ from elsewhere. The package ``onnx`` only parses; ONNX Runtime or OpenVINO compu
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
@@ -19,7 +19,8 @@ import numpy as np
 from features.errors import ConfigurationError, WeightsError, nearest
 from features.recipe import Normalisation
 
-INPUT = "bottleneck/images"
+PREFIX = "bottleneck/"  # of all tensors that are added to a model
+INPUT = f"{PREFIX}images"
 _MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # whose operators ONNX Runtime has
 _TYPES = {1: "float32", 10: "float16", 2: "uint8"}  # of an input of pixels: TensorProto.FLOAT, FLOAT16, UINT8
@@ -205,16 +206,16 @@ def composed(
     made = onnx.ModelProto()
     made.CopyFrom(model)
     graph = made.graph
-    _out_of_the_way(graph, {INPUT, *map(output_name, range(len(outputs)))})
+    names = [output_name(index) for index in range(len(outputs))]
+    renamed = out_of_the_way(graph, lambda name: name.startswith(PREFIX) or name in names)
     _only_float32(graph)
     opset = next(item.version for item in made.opset_import if item.domain in ("", "ai.onnx"))
-    builder = _Builder(opset)
-    _front(builder, outline, normalisation)
+    builder = Builder(opset, PREFIX)
+    _front(builder, dataclasses.replace(outline, input=renamed(outline.input)), normalisation)
     graph_nodes = list(graph.node)
     front, builder.nodes = builder.nodes, []
     for index, output in enumerate(outputs):
-        _back(builder, outline, output, output_name(index))
-    names = [output_name(index) for index in range(len(outputs))]
+        _back(builder, outline, output._replace(layer=renamed(output.layer)), names[index])
     nodes, used = _needed([*front, *graph_nodes, *builder.nodes], names)
     weights = [tensor for tensor in [*graph.initializer, *builder.constants] if tensor.name in used]
     sparse = [tensor for tensor in graph.sparse_initializer if tensor.values.name in used]
@@ -232,37 +233,49 @@ def output_name(index: int) -> str:
     return f"output_{index}"
 
 
-class _Builder:
-    """Collects nodes and constants; tensors are numbered under a prefix that no model has."""
+class Builder:
+    """Collects nodes and constants; tensors are numbered under a prefix.
 
-    def __init__(self, opset: int) -> None:
+    Parameters
+    ----------
+    opset : int
+        Version of the operators of ONNX.
+    prefix : str
+        What the names of tensors begin with; ``PREFIX``, or longer, so that no model has it.
+    """
+
+    def __init__(self, opset: int, prefix: str) -> None:
         self.opset = opset
+        self._prefix = prefix
         self.nodes: list[Any] = []
         self.constants: list[Any] = []
         self._count = 0
 
     def add(self, operator: str, *inputs: str, name: str | None = None, **attributes: Any) -> str:
+        """Add a node with one output and return its name."""
         import onnx
 
         self._count += 1
-        name = name or f"bottleneck/{operator}_{self._count}"
+        name = name or f"{self._prefix}{operator}_{self._count}"
         self.nodes.append(onnx.helper.make_node(operator, list(inputs), [name], name=name, **attributes))
         return name
 
     def constant(self, values: Any, dtype: Any) -> str:
+        """Add a constant and return its name."""
         import onnx
 
-        name = f"bottleneck/constant_{len(self.constants)}"
+        name = f"{self._prefix}constant_{len(self.constants)}"
         self.constants.append(onnx.numpy_helper.from_array(np.asarray(values, dtype), name))
         return name
 
     def reduced(self, operator: str, value: str, axes: list[int], name: str | None = None) -> str:
+        """Add a reduction over some axes, which are not kept, and return its name."""
         if self.opset >= 18:  # the axes became an input
             return self.add(operator, value, self.constant(axes, np.int64), name=name, keepdims=0)
         return self.add(operator, value, name=name, axes=axes, keepdims=0)
 
 
-def _front(builder: _Builder, outline: Outline, how: Normalisation) -> None:
+def _front(builder: Builder, outline: Outline, how: Normalisation) -> None:
     """From ``INPUT`` to the input of the model: ``(pixel * scale - mean) / std`` in the order of its axes."""
     value = builder.add("Cast", INPUT, to=1)
     if how.channels == "bgr":
@@ -278,7 +291,7 @@ def _front(builder: _Builder, outline: Outline, how: Normalisation) -> None:
     builder.add("Cast", value, name=outline.input, to=2 if outline.type == "uint8" else 1)
 
 
-def _back(builder: _Builder, outline: Outline, output: Output, name: str) -> None:
+def _back(builder: Builder, outline: Outline, output: Output, name: str) -> None:
     """From a tensor of the model to features, named ``name``: pooled, float32, spatial ones as (h, w, c)."""
     value = builder.add("Cast", output.layer, to=1)
     axes = [1] if output.rank == 3 else [2, 3] if outline.layout == "NCHW" else [1, 2]
@@ -347,15 +360,29 @@ def _tensors(graph: Any) -> Iterator[Any]:
             yield from _tensors(inner)
 
 
-def _out_of_the_way(graph: Any, names: set[str]) -> None:
-    """Rename the model's own tensors that have names of ours."""
-    taken = names & {name for node in _nodes(graph) for name in (*node.input, *node.output)}
-    new = {name: f"{name}/of the model" for name in taken}
-    for node in _nodes(graph):
-        for tensors in (node.input, node.output):
-            tensors[:] = [new.get(name, name) for name in tensors]
-    for tensor in graph.initializer:
-        tensor.name = new.get(tensor.name, tensor.name)
+def out_of_the_way(graph: Any, taken: Callable[[str], bool]) -> Callable[[str], str]:
+    """Rename the tensors of a graph, and of the graphs within it, whose names are taken.
+
+    Returns
+    -------
+    callable
+        Takes the former name of a tensor and returns its present one.
+    """
+    parts = [graph, *(inner for node in _nodes(graph) for inner in _graphs(node))]
+    values = [value for part in parts for value in (*part.initializer, *part.input, *part.output, *part.value_info)]
+    values += [sparse.values for part in parts for sparse in part.sparse_initializer]
+    lists = [names for part in parts for node in part.node for names in (node.input, node.output)]
+    known = {value.name for value in values}.union(*lists)
+    new: dict[str, str] = {}
+    for name in sorted(filter(taken, known)):
+        new[name] = f"of the model/{name}"
+        while new[name] in known:
+            new[name] += "'"
+    for value in values:
+        value.name = new.get(value.name, value.name)
+    for names in lists:
+        names[:] = [new.get(name, name) for name in names]
+    return lambda name: new.get(name, name)
 
 
 def _only_float32(graph: Any) -> None:

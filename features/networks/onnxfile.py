@@ -204,7 +204,7 @@ class OnnxRuntime:
         """Convert for OpenVINO; the outputs for the reference batch are those of ONNX Runtime."""
         from features.networks.openvino_engine import from_onnx
 
-        model, rule, step = self.composed(backbone, recipes), recipes[0].pixels, backbone.outline.batch
+        model, rule, step = self._composed(backbone, recipes), recipes[0].pixels, backbone.outline.batch
         batch = reference_images(rule.height, rule.width)
         engine = OnnxRuntimeEngine(model, recipes, batch_size=len(batch), step=step)
         return from_onnx(model, batch, [*engine(batch).values()], step)
@@ -220,11 +220,11 @@ class OnnxRuntime:
         precision: str,
     ) -> Engine:
         """Open the ONNX Runtime engine."""
-        model = self.composed(backbone, recipes)
+        model = self._composed(backbone, recipes)
         return OnnxRuntimeEngine(model, recipes, batch_size=batch_size, step=backbone.outline.batch, device=device)
 
-    def composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:
-        """Return the model from uint8 pixels to the feature sets of these recipes, serialised."""
+    def graph(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> Any:
+        """Return the model from uint8 pixels to the feature sets of these recipes."""
         rule = recipes[0].pixels
         ranks = dict(self._shapes(backbone, (rule.height, rule.width), [*{recipe.layer: 0 for recipe in recipes}]))
         outputs = [
@@ -234,7 +234,10 @@ class OnnxRuntime:
         how = recipes[0].normalisation or Normalisation()
         model = read_model(backbone.path)
         size = (rule.height, rule.width)
-        return _bytes(backbone.path, composed(model, backbone.outline, outputs, normalisation=how, size=size))
+        return composed(model, backbone.outline, outputs, normalisation=how, size=size)
+
+    def _composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:
+        return _bytes(backbone.path, self.graph(backbone, recipes))
 
 
 def _bytes(path: Path, model: Any) -> bytes:

@@ -10,7 +10,7 @@ import importlib.util
 import logging
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from features.errors import ConfigurationError, RunError
 from features.machine import processors
 from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
+from features.networks.onnx_engine import import_onnxruntime
 from features.networks.openvino_engine import _openvino
 from pipeline.exporting.saved_model import check_saved_model
 
@@ -45,12 +46,14 @@ class Format:
         File in the folder that every runtime opens; empty if the artefact is a file.
     packages : tuple of str
         Modules needed to write or run it, besides Keras and TensorFlow.
-    write : callable
-        (Keras model, path) -> None; raises whatever its converter raises.
+    write : dict of str to callable
+        By kind of network (``keras``, ``onnx``), (model of this kind, path) -> None; raises whatever its converter raises.
     load : callable
         Path -> function that takes uint8 (n, h, w, 3) and returns float (n, c).
     put, get : callable
         Write the card's text into a finished artefact; read it, None if there is none.
+    reopen : callable, optional
+        Path -> a model of the kind that was written, in which the outputs of the layers can be seen.
     tolerance : float
         Largest accepted difference in probability from the run, 0-1.
     note : str
@@ -61,10 +64,11 @@ class Format:
     suffix: str
     main: str
     packages: tuple[str, ...]
-    write: Callable[[Any, Path], None]
+    write: Mapping[str, Callable[[Any, Path], None]]
     load: Callable[[Path], Runtime]
     put: Callable[[Path, str], None]
     get: Callable[[Path], str | None]
+    reopen: Callable[[Path], Any] | None = None
     tolerance: float = 1e-4
     note: str = ""
 
@@ -75,6 +79,15 @@ class Format:
             raise ConfigurationError(
                 f"format {self.name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
                 "pip install 'bottleneck-features[export]'"
+            )
+
+    def check_kind(self, kind: str) -> None:
+        """Raise ``ConfigurationError`` if networks of this kind cannot be written in this format."""
+        if kind not in self.write:
+            able = " or ".join(row.name for row in FORMATS.values() if kind in row.write)
+            raise ConfigurationError(
+                f"format {self.name}: its converter needs a network of Keras, but this network is an ONNX file. "
+                f"Use --format {able}"
             )
 
 
@@ -92,8 +105,8 @@ def format_of(path: Path) -> Format | None:
     return None
 
 
-def convert(model: Any, row: Format, path: Path) -> None:
-    """Write the model in a format.
+def convert(model: Any, kind: str, row: Format, path: Path) -> None:
+    """Write a model, which is of this kind, in a format.
 
     Raises
     ------
@@ -107,7 +120,7 @@ def convert(model: Any, row: Format, path: Path) -> None:
     try:
         for item in loggers:  # they warn about their own deprecated calls; a failed conversion raises an error
             item.setLevel(logging.CRITICAL)
-        row.write(model, path)
+        row.write[kind](model, path)
     except OSError:  # such as a full disk, which is not the fault of the network
         raise
     except Exception as error:  # converters raise errors of any type, even plain Exception
@@ -121,6 +134,10 @@ def convert(model: Any, row: Format, path: Path) -> None:
 # -------------------------------------------------------------------------------------------------- writers
 def _write_keras(model: Any, path: Path) -> None:
     model.save(path)
+
+
+def _reopen_keras(path: Path) -> Any:
+    return load_keras().saving.load_model(path, compile=False)
 
 
 def _write_saved_model(model: Any, path: Path) -> None:
@@ -138,14 +155,42 @@ def _write_openvino(model: Any, path: Path) -> None:
 
 
 def _write_onnx(model: Any, path: Path) -> None:
-    """Write ONNX. Keras's own exporter lists constants of the graph, such as the means of preprocessing, as inputs.
-
-    The input is called ``images``, the output ``probabilities``. tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error for them.
-    """
+    """Write ONNX. tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error."""
     import onnx
+
+    converted = to_onnx(model, OUTPUT)
+    onnx.checker.check_model(converted)
+    onnx.save(converted, path)
+
+
+def _save_onnx(model: Any, path: Path) -> None:
+    path.write_bytes(model.SerializeToString())
+
+
+def _onnx_to_openvino(model: Any, path: Path) -> None:
+    openvino = _openvino()
+    path.mkdir()
+    converted = openvino.Core().read_model(model.SerializeToString())
+    openvino.save_model(converted, path / "model.xml", compress_to_fp16=False)
+
+
+def to_onnx(model: Any, output: str, opset: int | None = None) -> Any:
+    """Convert a Keras model from images to one output to an ``onnx.ModelProto``.
+
+    Keras's own exporter lists constants of the graph, such as the means of preprocessing, as inputs.
+
+    Parameters
+    ----------
+    model : keras.Model
+        uint8 (n, h, w, 3) -> any; its input is called ``images`` in the result.
+    output : str
+        Name of the output in the result.
+    opset : int, optional
+        Version of the operators.
+    """
     import tensorflow as tf
 
-    _onnxruntime()  # switches its telemetry off before tf2onnx imports it
+    import_onnxruntime()  # switches its telemetry off before tf2onnx imports it
     import tf2onnx
     from tf2onnx import tf_loader
 
@@ -154,15 +199,14 @@ def _write_onnx(model: Any, path: Path) -> None:
     inputs, outputs = [traced.inputs[0].name], [traced.outputs[0].name]
     with tf.device("cpu:0"):
         frozen = tf_loader.from_function(traced, inputs, outputs)
-        converted, _ = tf2onnx.convert.from_graph_def(frozen, input_names=inputs, output_names=outputs)
-    names = {inputs[0]: INPUT, outputs[0]: OUTPUT}
+        converted, _ = tf2onnx.convert.from_graph_def(frozen, input_names=inputs, output_names=outputs, opset=opset)
+    names = {inputs[0]: INPUT, outputs[0]: output}
     for value in (converted.graph.input[0], converted.graph.output[0]):
         value.name = names[value.name]
     for node in converted.graph.node:
         for tensors in (node.input, node.output):
             tensors[:] = [names.get(name, name) for name in tensors]
-    onnx.checker.check_model(converted)
-    onnx.save(converted, path)
+    return converted
 
 
 # -------------------------------------------------------------------------------------------------- runtimes
@@ -198,20 +242,8 @@ def _load_saved_model(path: Path) -> Runtime:
     return run
 
 
-def _onnxruntime() -> Any:
-    """Import ONNX Runtime with its telemetry off, here and in child processes.
-
-    It would write a device id into the home folder and a session file into the temporary folder, and send events.
-    """
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # read when the library is loaded, so before the first import
-    import onnxruntime
-
-    onnxruntime.disable_telemetry_events()
-    return onnxruntime
-
-
 def _load_onnx(path: Path) -> Runtime:
-    onnxruntime = _onnxruntime()
+    onnxruntime = import_onnxruntime()
     if _reads_other_files(_onnx_model(path)):
         raise ValueError("it takes weights from another file, which is not followed; export keeps them in the model")
     options = onnxruntime.SessionOptions()
@@ -331,19 +363,25 @@ _F32 = (
 FORMATS = {
     row.name: row
     for row in (
-        Format("keras", ".keras", "", (), _write_keras, _load_keras, _put_zip, _get_zip),
+        Format(
+            *("keras", ".keras", "", (), {"keras": _write_keras}, _load_keras, _put_zip, _get_zip),
+            reopen=_reopen_keras,
+        ),
         Format(
             *("saved_model", "", "saved_model.pb", ("tensorflow",)),
-            *(_write_saved_model, _load_saved_model, _put_asset, _get_asset),
+            *({"keras": _write_saved_model}, _load_saved_model, _put_asset, _get_asset),
         ),
-        Format("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), _write_onnx, _load_onnx, _put_onnx, _get_onnx),
         Format(
-            *("litert", ".tflite", "", ("ai_edge_litert",), _write_litert, _load_litert, _put_zip, _get_zip),
+            *("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), {"keras": _write_onnx, "onnx": _save_onnx}),
+            *(_load_onnx, _put_onnx, _get_onnx),
+        ),
+        Format(
+            *("litert", ".tflite", "", ("ai_edge_litert",), {"keras": _write_litert}, _load_litert, _put_zip, _get_zip),
             tolerance=1e-3,  # LiteRT multiplies in another order, and in half precision on some processors
         ),
         Format(
             *("openvino", "", "model.xml", ("openvino",)),
-            *(_write_openvino, _load_openvino, _put_openvino, _get_openvino),
+            *({"keras": _write_openvino, "onnx": _onnx_to_openvino}, _load_openvino, _put_openvino, _get_openvino),
             note=_F32,
         ),
     )

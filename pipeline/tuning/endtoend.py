@@ -18,6 +18,7 @@ from features.errors import ConfigurationError, RunError, nearest
 from features.networks.backbones import BOUNDARY, MODEL_SUFFIX, build_backbone, feature_model, preprocess
 from features.networks.backend import load_keras
 from features.networks.graph import cut_at, layer_tensors, valid_cuts
+from features.networks.hub import is_hub_name
 from features.networks.keras_engine import KerasEngine
 from features.networks.network import Network, resolve_network
 from features.networks.weights import IMAGENET, RANDOM
@@ -76,16 +77,20 @@ def _places(run: Run, given: str | None) -> tuple[str, str]:
         if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != run.folder:
             return given, IMAGENET  # a model file has its own weights
         return str(file if file.is_file() else _moved(run, file)), weights
+    if file.is_absolute() or is_hub_name(backbone):  # an ONNX file, its folder, or their name on a hub
+        if given is None and file.is_absolute() and not file.exists():
+            given = str(_moved(run, file))
+        return given or backbone, IMAGENET
     if given is None and weights not in (IMAGENET, RANDOM) and not Path(weights).is_file():
         return backbone, str(_moved(run, Path(weights)))
     return backbone, weights
 
 
 def _moved(run: Run, file: Path) -> Path:
-    """Look for a file of a run that is not where it was: beside the run, its folder, or here, under the same name."""
+    """Look for a file or folder of a run that is not where it was: beside the run, its folder, or here, under the same name."""
     for folder in (run.folder, run.folder.parent, run.folder.parent.parent, Path.cwd()):
         found = folder.resolve() / file.name
-        if found.is_file():
+        if found.exists():
             logger.warning("%s is no longer there; using %s if its digest is that of the run", file, found)
             return found
     raise RunError(

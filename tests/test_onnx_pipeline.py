@@ -1,0 +1,173 @@
+"""What comes after the extraction by an ONNX file: heads, predictions, reports and exports, or a refusal with the way."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import listing, paint_folder
+from onnx import TensorProto
+from test_onnx_networks import HOW, network
+
+import pipeline.export
+from features.errors import ConfigurationError, ParityError
+from features.extraction.extraction import extract_features
+from features.networks.onnx_engine import run as session_run
+from features.networks.onnx_engine import session_of
+from features.networks.onnx_graph import INPUT, PREFIX, Output, composed, outline_of, read_model
+from features.networks.reference import reference_images
+from features.recipe import Normalisation
+from pipeline.export import export
+from pipeline.exporting.artefacts import open_artefact
+from pipeline.exporting.onnx_graph import OnnxAssembled
+from pipeline.predict import predict
+from pipeline.train_head import train_head
+
+BYTES = {**HOW, "scale": 1, "mean": [0, 0, 0], "std": [1, 1, 1]}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return paint_folder(tmp_path_factory.mktemp("pipeline") / "images", {"cat": 10, "dog": 10})
+
+
+def trained(
+    folder: Path,
+    images: Path,
+    head: str = "logistic",
+    params: dict[str, Any] | None = None,
+    *,
+    made: dict[str, Any] | None = None,
+    how: dict[str, Any] = HOW,
+    **options: Any,
+) -> Path:
+    """Make a network, features and a head that is not certain; return the folder of the run."""
+    path = network(folder / "net.onnx", **(made or {}))
+    (folder / "how.json").write_text(json.dumps(how))
+    store = extract_features(
+        images, folder / "f.h5", backbone=str(path), preprocess=str(folder / "how.json"), **options
+    )
+    weak = {"C": 3e-3} if head == "logistic" else {}
+    return train_head(store, head, runs=folder / "runs", params={**weak, **(params or {})}).folder
+
+
+def rows_of(run: Path, images: Path) -> np.ndarray:
+    predict(run, images, stream=(text := io.StringIO()))
+    return np.array([[float(row["cat"]), float(row["dog"])] for row in csv.DictReader(text.getvalue().splitlines())])
+
+
+# -------------------------------------------------------------------------------------------------- export
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("made", "how", "options", "head", "params", "formats"),
+    [
+        ({"opset": 21}, HOW, {}, "logistic", {}, ("onnx", "openvino")),
+        (
+            {"end": "tokens"}, HOW, {"prefix_tokens": 1, "pooling": "cls+tokens"}, "dense",
+            {"epochs": 5, "hidden": [8, 8], "activation": "silu"}, ("onnx",),
+        ),
+        (
+            {"dtype": TensorProto.FLOAT16, "opset": 11}, HOW, {"pooling": "none"}, "dense",
+            {"epochs": 2, "hidden": [8], "activation": "gelu"}, ("openvino",),
+        ),
+    ],
+)  # fmt: skip
+def test_a_network_from_an_onnx_file_is_exported_with_its_head(
+    made: Any, how: Any, options: Any, head: str, params: Any, formats: tuple[str, ...], images: Path, tmp_path: Path
+) -> None:
+    run = trained(tmp_path / "made", images, head, params, made=made, how=how, **options)
+    expected = rows_of(run, images)
+    assert np.ptp(expected[:, 0]) > 1e-4  # nothing passes because all is the same
+    assert np.all(np.abs(expected[:, 0] - 0.5) < 0.4999)  # nor because all is certain
+    for name in formats:
+        out = tmp_path / ("model.onnx" if name == "onnx" else "model")
+        document = export(run, format=name, out=out, images=images)
+        assert document["images"] == 20
+        assert document["parity_gap"] <= 2e-6
+        np.testing.assert_allclose(rows_of(out, images), expected, atol=3e-6)
+        assert open_artefact(out)(np.zeros((2, 40, 30, 3), np.uint8)).shape == (2, 2)
+    if "onnx" in formats:
+        graph = onnx.load(tmp_path / "model.onnx").graph
+        assert [[value.name for value in side] for side in (graph.input, graph.output)] == [
+            ["images"],
+            ["probabilities"],
+        ]
+
+
+@pytest.fixture(scope="module")
+def run(images: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return trained(tmp_path_factory.mktemp("run"), images)
+
+
+@pytest.mark.slow
+def test_what_differs_is_named_and_nothing_is_left(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def disturbed(name: str, stage: str) -> None:
+        def join(*arguments: Any) -> OnnxAssembled:
+            whole = OnnxAssembled.join(*arguments)
+            (tensor,) = (tensor for tensor in whole.model.graph.initializer if tensor.name == name)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 3 + 1, name))
+            return whole
+
+        monkeypatch.setitem(pipeline.export.ASSEMBLERS, "onnx", join)
+        with pytest.raises(ParityError, match=f"assembled network: .*The first layer that differs is '{stage}'"):
+            export(run, format="onnx", out=tmp_path / "model.onnx")
+
+    disturbed("bias", "relu")
+    disturbed(f"{PREFIX}head/constant_0", "probabilities")
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.slow
+def test_exports_that_cannot_be_are_refused_in_one_line(run: Path, images: Path, tmp_path: Path) -> None:
+    for name, out in (("keras", "m.keras"), ("saved_model", "m"), ("litert", "m.tflite")):
+        with pytest.raises(
+            ConfigurationError, match=f"format {name}: .* is an ONNX file. Use --format onnx or openvino$"
+        ):
+            export(run, format=name, out=tmp_path / out)
+    fixed = trained(tmp_path / "fixed", images, made={"batch": 2})
+    with pytest.raises(
+        ConfigurationError, match=r"net\.onnx: takes batches of 2 images only, but an artefact takes any"
+    ):
+        export(fixed, format="onnx", out=tmp_path / "m.onnx")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["fixed"]
+
+
+# -------------------------------------------------------------------------------------------------- names
+@pytest.mark.parametrize(
+    "name", ["output_0", "images", "probabilities", INPUT, f"{PREFIX}Cast_1", f"{PREFIX}constant_0"]
+)
+def test_a_network_may_have_names_of_ours(name: str, tmp_path: Path) -> None:
+    """As one that was exported here has, and as those of other exporters often do."""
+    path = network(tmp_path / "net.onnx")
+    model = onnx.load(path)
+    for old in ("pixels", "conv", "relu", "kernel"):
+        other = onnx.ModelProto()
+        other.CopyFrom(model)
+        for node in other.graph.node:
+            for names in (node.input, node.output):
+                names[:] = [name if one == old else one for one in names]
+        for value in (*other.graph.input, *other.graph.output, *other.graph.initializer):
+            value.name = name if value.name == old else value.name
+        renamed = tmp_path / "renamed.onnx"
+        onnx.save(other, renamed)
+        read = read_model(renamed)
+        layer = name if old == "relu" else "relu"
+        made = composed(
+            read, outline_of(renamed, read), [Output(layer, "avg", 4)], normalisation=Normalisation(), size=(8, 8)
+        )
+        batch = reference_images(8, 8, 2)
+        (received,) = run_of(made, batch)
+        plain = composed(
+            model, outline_of(path, model), [Output("relu", "avg", 4)], normalisation=Normalisation(), size=(8, 8)
+        )
+        np.testing.assert_array_equal(received, run_of(plain, batch)[0])
+
+
+def run_of(model: Any, batch: np.ndarray) -> list[np.ndarray]:
+    return session_run(session_of(model.SerializeToString()), batch, 1)
