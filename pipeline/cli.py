@@ -7,6 +7,7 @@ import logging
 import sys
 
 from features.files import printable
+from features.networks.backend import leave_out
 from pipeline.commands import features, heads, looks, models, recipes  # noqa: F401  # each adds its commands
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
@@ -42,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
+    leave_out("matplotlib", "sklearn")
     for name in TELLING:
         logging.getLogger(name).setLevel(logging.INFO)
     try:

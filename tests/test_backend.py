@@ -80,3 +80,22 @@ def test_what_other_threads_say_meanwhile_is_shown() -> None:
     )
     said = "WARNING: said by another thread\nprinted by another thread\n"
     assert (result.stderr, result.returncode) == (f"{said}kept by a library\n{said}", 0)
+
+
+_LEAVES_OUT = """
+import sys
+from features.networks.backend import load_keras
+from pipeline.cli import main
+assert main(["--version"]) == 0
+keras = load_keras()
+print(sorted({"matplotlib", "sklearn"} & set(sys.modules)))
+import matplotlib.pyplot, sklearn.linear_model  # as the command line itself does
+print(keras.wrappers.SKLearnClassifier.__name__)
+"""
+
+
+@pytest.mark.slow
+def test_the_command_line_starts_keras_without_what_it_does_not_use() -> None:
+    result = subprocess.run([sys.executable, "-c", _LEAVES_OUT], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[1:] == ["[]", "SKLearnClassifier"]

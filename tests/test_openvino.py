@@ -345,12 +345,10 @@ def test_a_conversion_that_differs_is_refused_and_not_kept(cache: Path, monkeypa
 @needs_openvino
 @pytest.mark.slow
 def test_a_network_that_does_not_convert_is_said_to(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import keras
-
-    def export(*_: Any, **__: Any) -> None:
+    def write(*_: Any) -> None:
         raise Exception("Cannot convert\n the operation Foo")  # plain, as from OpenVINO's converter
 
-    monkeypatch.setattr(keras.Model, "export", export)
+    monkeypatch.setattr(openvino_engine, "write_graph", write)
     with pytest.raises(OpenVinoError, match=r"OpenVINO cannot convert functional.*: the operation Foo"):
         open_toy(Toy())
     assert listing(cache) == []
@@ -359,13 +357,11 @@ def test_a_network_that_does_not_convert_is_said_to(cache: Path, monkeypatch: py
 @needs_openvino
 @pytest.mark.slow
 def test_a_full_disk_is_not_the_fault_of_the_network(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import keras
-
-    def export(*_: Any, **__: Any) -> None:
+    def write(*_: Any) -> None:
         raise RuntimeError("basic_ios::clear: iostream error")  # what OpenVINO says of a full disk
 
     usage = shutil.disk_usage(cache.parent)
-    monkeypatch.setattr(keras.Model, "export", export)
+    monkeypatch.setattr(openvino_engine, "write_graph", write)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage._replace(free=0))
     with pytest.raises(OpenVinoError, match=r"cannot be written: .*No space left on device") as caught:
         open_toy(Toy())

@@ -8,13 +8,23 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO, TextIO
 
 from features.errors import ConfigurationError
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
+_left_out: list[str] = []
+
+
+def leave_out(*modules: str) -> None:
+    """Let ``load_keras`` load Keras without these modules, if this process has not loaded them.
+
+    Keras imports scikit-learn and matplotlib for its wrappers and galleries, which is a third of its start. It takes them
+    for not installed, so this is for programs that use neither; they themselves import both as usual.
+    """
+    _left_out[:] = modules
 
 
 def load_keras() -> Any:
@@ -29,7 +39,7 @@ def load_keras() -> Any:
         return sys.modules["keras"]
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     logging.getLogger("tensorflow").addFilter(_is_news)
-    with held_back():
+    with held_back(), _without(name for name in _left_out if name not in sys.modules):
         try:
             import keras
 
@@ -45,6 +55,18 @@ def load_keras() -> Any:
 def _is_news(record: logging.LogRecord) -> bool:
     """Filter out TensorFlow's retracing warning, which is false when a new function reuses the address of an old one."""
     return "triggered tf.function retracing" not in str(record.msg)
+
+
+@contextlib.contextmanager
+def _without(modules: Iterable[str]) -> Iterator[None]:
+    """Make the import of these modules fail in a block."""
+    hidden = dict.fromkeys(modules)
+    sys.modules.update(hidden)  # type: ignore[arg-type]  # None means: there is no such module
+    try:
+        yield
+    finally:
+        for name in hidden:
+            del sys.modules[name]
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ from features.machine import processors
 from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
 from features.networks.onnx_engine import import_onnxruntime
-from features.networks.openvino_engine import _openvino
+from features.networks.openvino_engine import _openvino, write_graph
 from pipeline.exporting.saved_model import check_saved_model
 
 CARD = "bottleneck.json"  # name of the card, if it is a file
@@ -149,9 +149,8 @@ def _write_litert(model: Any, path: Path) -> None:
 
 
 def _write_openvino(model: Any, path: Path) -> None:
-    _openvino()  # switches its telemetry off before Keras imports it
     path.mkdir()
-    model.export(str(path / "model.xml"), format="openvino", verbose=False)
+    write_graph(model, path / "model.xml")
 
 
 def _write_onnx(model: Any, path: Path) -> None:
