@@ -30,7 +30,7 @@ from pipeline.tuning.endtoend import network_of, probabilities_of, split_for_tra
 from pipeline.tuning.settings import TuningSettings
 from pipeline.tuning.training import Tail
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]
 CATS_DOGS = "images/cats_and_dogs_filtered"
 
 
@@ -80,34 +80,34 @@ def relative_difference(received: np.ndarray, expected: np.ndarray) -> float:
 
 
 @pytest.fixture(
-    scope="module", params=[("mobilenet_v2_1.0_224", "mobilenetv2"), ("vgg16", "vgg16")], ids=lambda p: p[1]
+    scope="module", params=[("mobilenet_v2_1.0_224", "mobilenetv2", 224), ("vgg16", "vgg16", 96)], ids=lambda p: p[1]
 )
-def live(request: pytest.FixtureRequest, assets: Path) -> tuple[str, str, Any]:
-    """Keras' own model with Keras' own loading, and our name for it."""
+def live(request: pytest.FixtureRequest, assets: Path) -> tuple[str, str, int, Any]:
+    """Keras' own model with Keras' own loading, our name for it, and the size of its images."""
     import keras
 
-    file, name = request.param
+    file, name, size = request.param
     builder = {"mobilenetv2": keras.applications.MobileNetV2, "vgg16": keras.applications.VGG16}[name]
-    model = builder(include_top=False, weights=None, input_shape=(224, 224, 3), pooling="avg")
+    model = builder(include_top=False, weights=None, input_shape=(size, size, 3), pooling="avg")
     model.load_weights(weights_of(assets, file))
-    return name, weights_of(assets, file), model
+    return name, weights_of(assets, file), size, model
 
 
 @pytest.mark.pain(3)
 def test_pain_03_features_are_those_of_a_live_network_with_its_own_preprocessing(
-    live: tuple[str, str, Any], assets: Path, tmp_path: Path
+    live: tuple[str, str, int, Any], assets: Path, tmp_path: Path
 ) -> None:
     import keras
 
-    name, weights, model = live
+    name, weights, side, model = live
     module = {"mobilenetv2": keras.applications.mobilenet_v2, "vgg16": keras.applications.vgg16}[name]
     source = some_cats_and_dogs(assets, tmp_path / "images", 4)
+    options = {"backbone": name, "weights": weights, "image_size": side}
     stores = {
-        size: extract_features(source, tmp_path / f"{size}.h5", backbone=name, weights=weights, batch_size=size)
-        for size in (1, 5, 16)
+        size: extract_features(source, tmp_path / f"{size}.h5", batch_size=size, **options) for size in (1, 5, 16)
     }
     assert {len(store) for store in stores.values()} == {12}
-    pixels = pixels_of(stores[1], source, PixelRule(224, 224)).astype(np.float32)
+    pixels = pixels_of(stores[1], source, PixelRule(side, side)).astype(np.float32)
     expected = np.asarray(model(module.preprocess_input(pixels.copy()), training=False))
     assert np.abs(expected).max() > 0.1  # real weights: nothing passes because everything is tiny
     wrong = np.asarray(model(pixels / 255, training=False))

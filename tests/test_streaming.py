@@ -266,8 +266,8 @@ def test_averages_over_partial_fits_are_those_of_one_fit(store: FeatureStore, si
     """Across partial fits scikit-learn's own average goes wrong, the more the smaller they are."""
     train, validation = standardised(store, 64 * MEGABYTE)
     parameters = {"loss": "log_loss", "alpha": 0.03, "average": True}
-    found = fit_sgd_streaming(sgd(**parameters), train, validation, classes=6, epochs=4, patience=0, batch_size=size)
-    in_memory = sgd(max_iter=4, tol=None, **parameters).fit(whole(train), train.labels)
+    found = fit_sgd_streaming(sgd(**parameters), train, validation, classes=6, epochs=2, patience=0, batch_size=size)
+    in_memory = sgd(max_iter=2, tol=None, **parameters).fit(whole(train), train.labels)
     _, loss = fit_temperature(in_memory.decision_function(whole(validation)), validation.labels)
     assert min(found.history["val_loss"]) == pytest.approx(loss, abs=0.006)
     assert found.history["val_loss"][-1] == pytest.approx(loss, abs=0.006)

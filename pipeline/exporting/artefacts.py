@@ -17,6 +17,7 @@ import numpy as np
 
 from features.canonical import canonical_json
 from features.errors import ConfigurationError, RunError
+from features.networks.backend import leave_out
 from features.pixels.decode import decode_upright
 from features.recipe import PixelRule, Recipe
 from pipeline.config import Settings, parse
@@ -209,4 +210,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
+    leave_out("matplotlib", "sklearn")
     sys.exit(main(sys.argv[1:]))
