@@ -34,6 +34,7 @@ REPRESENTATIVES = [
     ("densenet121", 64, "relu", "pool4_pool"),
     ("efficientnetb0", 64, "top_activation", "block5c_add"),
     ("efficientnetv2b0", 32, "top_activation", "block5e_add"),
+    ("efficientnet-lite0", 64, "top_relu", "block_14_add"),
     ("inceptionv3", 96, "mixed10", "mixed7"),
     ("mobilenet-0.25", 64, "conv_pw_13_relu", "conv_pw_11_relu"),
     ("mobilenetv2-0.35", 64, "out_relu", "block_15_add"),
@@ -75,6 +76,7 @@ def run(model: Any, images: np.ndarray) -> Any:
         ("EfficientNet-V2-B0", "efficientnetv2b0"),
         ("resnet_50", "resnet50"),
         ("NASNetMobile", "nasnetmobile"),
+        ("EfficientNet_Lite0", "efficientnet-lite0"),
     ],
 )
 def test_a_name_is_found_whatever_its_case_and_hyphens(given: str, name: str) -> None:
@@ -83,9 +85,10 @@ def test_a_name_is_found_whatever_its_case_and_hyphens(given: str, name: str) ->
 
 def test_names_stay_apart_without_hyphens() -> None:
     plain = {name.replace("-", "") for name in BACKBONES}
-    assert len(plain) == len(BACKBONES) == len(OFFICIAL) == 52
-    assert set(OFFICIAL) == set(BACKBONES)
-    assert set(WHEELS) == {"mobilenetv2", "vgg16"}
+    lite = {"efficientnet-lite0", "efficientnet-lite2"}
+    assert len(plain) == len(BACKBONES) == len(OFFICIAL) + 2 == 54
+    assert set(OFFICIAL) == set(BACKBONES) - lite
+    assert set(WHEELS) == {"mobilenetv2", "vgg16"} | lite
 
 
 def test_an_unknown_name_gets_the_nearest_ones() -> None:

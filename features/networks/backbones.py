@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, WeightsError
 from features.files import file_digest
+from features.networks import efficientnet_lite
 from features.networks.backend import load_keras
 from features.networks.graph import (
     boundary_by_rule,
@@ -29,6 +30,7 @@ from features.networks.graph import (
 )
 from features.networks.modelfile import load_model_file
 from features.networks.official import OFFICIAL, WHEELS, OfficialFile, Wheel
+from features.networks.torchfile import StoredTensor
 from features.recipe import TOKEN_POOLINGS, NetworkOptions, Normalisation, PixelRule
 
 __all__ = [
@@ -155,6 +157,14 @@ class Backbone:
         """Build the ``keras.Model`` for images of this height and width; see ``build_backbone``."""
         raise ConfigurationError(f"{self.name}: this kind of network cannot be built as a Keras model")
 
+    def from_torch(self, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        """Give the tensors of a PyTorch file the names and axes that they have here; ``WeightsError`` if none fits."""
+        ported = ", ".join(row.name for row in _TABLE if isinstance(row, EfficientNetLite))
+        raise WeightsError(
+            f"{self.name}: its namesake in PyTorch takes other pixels and rounds otherwise, so weights of a .pth file would "
+            f"give other features. Expected .h5, .keras or .npz; a .pth fits only {ported}"
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Application(Backbone):
@@ -205,6 +215,30 @@ class Application(Backbone):
         if self.top is not None:
             return keras.Model(model.inputs, model.get_layer(self.top).output, name=model.name)
         return model if self.factors is None else _with_factors(model, self.factors)
+
+
+@dataclasses.dataclass(frozen=True)
+class EfficientNetLite(Backbone):
+    """A row of the table: an EfficientNet-Lite, which ``keras.applications`` does not have.
+
+    Parameters
+    ----------
+    width, depth : float
+        Factors for the channels and the repeats of its stages.
+    """
+
+    width: float
+    depth: float
+
+    def pixel_rule(self, options: NetworkOptions) -> PixelRule:
+        height, width = self.default_size
+        return PixelRule.of(options, PixelRule(height, width, "bicubic", f"crop:{height + efficientnet_lite.MARGIN}"))
+
+    def build(self, size: tuple[int, int]) -> Any:
+        return efficientnet_lite.build(size, self.width, self.depth, self.name)
+
+    def from_torch(self, tensors: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+        return efficientnet_lite.canonical(tensors)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,7 +302,11 @@ def _row(
     )
 
 
-_TABLE = (
+def _lite(name: str, size: int, width: float, depth: float, boundary: str) -> EfficientNetLite:
+    return EfficientNetLite(name, "none", size, boundary=boundary, wheel=WHEELS[name], width=width, depth=depth)
+
+
+_TABLE: tuple[Backbone, ...] = (
     _row("ConvNeXtTiny", "convnext", 224, boundary="convnext_tiny_downsampling_block_2"),
     _row("ConvNeXtSmall", "convnext", 224, boundary="convnext_small_downsampling_block_2"),
     _row("ConvNeXtBase", "convnext", 224, boundary="convnext_base_downsampling_block_2"),
@@ -285,6 +323,8 @@ _TABLE = (
     _row("EfficientNetB5", "efficientnet", 456, factors=_EFFICIENTNET_FACTORS),
     _row("EfficientNetB6", "efficientnet", 528, factors=_EFFICIENTNET_FACTORS),
     _row("EfficientNetB7", "efficientnet", 600, factors=_EFFICIENTNET_FACTORS),
+    _lite("efficientnet-lite0", 224, width=1.0, depth=1.0, boundary="block_14_add"),
+    _lite("efficientnet-lite2", 260, width=1.1, depth=1.2, boundary="block_19_add"),
     _row("EfficientNetV2B0", "efficientnet_v2", 224),
     _row("EfficientNetV2B1", "efficientnet_v2", 240),
     _row("EfficientNetV2B2", "efficientnet_v2", 260),

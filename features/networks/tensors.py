@@ -17,7 +17,7 @@ import math
 import re
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -27,6 +27,7 @@ from features.canonical import canonical_json
 from features.errors import WeightsError, nearest
 from features.files import whole_file
 from features.networks.graph import snake_case, stable_names
+from features.networks.torchfile import DESCRIPTION, LEGACY_MAGIC, StoredTensor, torch_tensors
 
 _HDF5_MAGIC = b"\x89HDF\r\n\x1a\n"
 _ZIP_MAGIC = b"PK\x03\x04"
@@ -79,7 +80,7 @@ def digest_of_tensors(tensors: Mapping[str, np.ndarray]) -> str:
 
 
 def container_of(path: Path) -> str:
-    """Recognise a weights file by its first bytes and, in a zip archive, its members: ``hdf5``, ``keras`` or ``npz``.
+    """Recognise a weights file by its first bytes and, in a zip archive, its members: ``hdf5``, ``keras``, ``npz``, ``torch``.
 
     Raises
     ------
@@ -88,9 +89,11 @@ def container_of(path: Path) -> str:
     """
     try:
         with open(path, "rb") as file:
-            magic = file.read(8)
-        if magic == _HDF5_MAGIC:
+            magic = file.read(len(LEGACY_MAGIC))
+        if magic.startswith(_HDF5_MAGIC):
             return "hdf5"
+        if magic == LEGACY_MAGIC:
+            return "torch"
         if magic.startswith(_ZIP_MAGIC):
             with zipfile.ZipFile(path) as archive:
                 names = archive.namelist()
@@ -98,15 +101,25 @@ def container_of(path: Path) -> str:
                 return "keras"
             if names and all(name.endswith(".npy") for name in names):
                 return "npz"
+            if any(name.endswith(f"/{DESCRIPTION}") for name in names):
+                return "torch"
     except (OSError, zipfile.BadZipFile) as error:
         raise WeightsError(f"{path} cannot be read: {error}") from error
     raise WeightsError(
-        f"{path} is not a weights file: expected HDF5 (.weights.h5, .h5), a Keras archive (.keras) or .npz with keys "
-        f"'layer/variable', received a file of {path.stat().st_size} bytes that begins with {magic!r}"
+        f"{path} is not a weights file: expected HDF5 (.weights.h5, .h5), a Keras archive (.keras), .npz with keys "
+        f"'layer/variable' or a PyTorch file (.pth), received a file of {path.stat().st_size} bytes that begins with {magic[:8]!r}"
     )
 
 
-def assign_from_file(model: Any, path: Path) -> None:
+def _not_from_torch(_: Mapping[str, StoredTensor]) -> dict[str, StoredTensor]:
+    raise WeightsError("a PyTorch file does not fit this network; expected HDF5, a Keras archive or .npz")
+
+
+def assign_from_file(
+    model: Any,
+    path: Path,
+    from_torch: Callable[[Mapping[str, StoredTensor]], dict[str, StoredTensor]] = _not_from_torch,
+) -> None:
     """Assign to every variable of ``model`` its value from a weights file of any known kind.
 
     Parameters
@@ -115,7 +128,10 @@ def assign_from_file(model: Any, path: Path) -> None:
         A model that is not frozen yet.
     path : Path
         Keras 3 ``.weights.h5``; legacy ``.h5`` (layers are matched by order, or by name if the file has more layers
-        than the model); ``.keras`` (only its tensors are read, no code or configuration); or ``.npz``.
+        than the model); ``.keras`` (only its tensors are read, no code or configuration); ``.npz``; or a state dict of
+        PyTorch.
+    from_torch : callable
+        Gives the tensors of a state dict their canonical names and axes; ``features.networks.backbones.Backbone.from_torch``.
 
     Raises
     ------
@@ -128,6 +144,9 @@ def assign_from_file(model: Any, path: Path) -> None:
         if container == "npz":
             with _stored_npz(path) as tensors:
                 pairs = _fit_by_name(model, tensors, str(path))
+        elif container == "torch":
+            with open(path, "rb") as file:
+                pairs = _fit_by_name(model, from_torch(torch_tensors(file, str(path))), str(path))
         elif container == "keras":
             with zipfile.ZipFile(path) as archive:
                 pairs = _fit_hdf5(model, io.BytesIO(read_member(archive, "model.weights.h5")), str(path))

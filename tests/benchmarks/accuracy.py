@@ -33,6 +33,8 @@ TABLES: dict[str, dict[str, tuple[tuple[str, ...], tuple[str, ...]]]] = {
         "MobileNetV2, 160 px": (("--backbone", "mobilenetv2", "--image-size", "160"), ()),
         "MobileNetV2, 224 px": (USUAL, ()),
         "MobileNetV2, 288 px": (("--backbone", "mobilenetv2", "--image-size", "288"), ()),
+        "EfficientNet-Lite0, 224 px": (("--backbone", "efficientnet-lite0"), ()),
+        "EfficientNet-Lite2, 260 px": (("--backbone", "efficientnet-lite2"), ()),
         "VGG16, 224 px": (("--backbone", "vgg16", "--image-size", "224"), ()),
     },
     "layer and pooling": {
@@ -101,7 +103,7 @@ def measure(images: str, folder: Path, extract: tuple[str, ...], head: tuple[str
     words = [word.strip("-") for word in extract if word not in ("--backbone", "--image-size", "--layer", "--pooling")]
     store = folder / f"{images}-{'-'.join(words).replace(' ', '')}.h5"
     if not store.exists():
-        weights = assets / "weights" / f"{WEIGHTS[backbone]}.weights.h5"
+        weights = assets / "weights" / f"{WEIGHTS[backbone]}.weights.h5" if backbone in WEIGHTS else "imagenet"
         split = ("--split", "stratified:0.75,0.25") if images == "flowers17" else ()
         pipeline("extract", assets / "images" / IMAGES[images], "--out", store, "--weights", weights, *extract, *split)
     trained = pipeline("train-head", store, "--runs", folder / "runs", *(head or ("--head", "logistic")))
