@@ -13,12 +13,13 @@ from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
 from pipeline.streams import standard_streams
 
-# They say when a download begins, and which run of a folder is taken.
+# They say when a download begins, which network is being compared, and which run of a folder is taken.
 TELLING = (
     "features.networks.fetching",
     "features.networks.hub",
     "features.networks.weights",
     "features.networks.wheels",
+    "pipeline.compare",
     "pipeline.runs.board",
 )
 

@@ -62,7 +62,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
 }
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}
-STAGES = {"extract", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"}
+STAGES = {"extract", "compare", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"}
 
 
 @functools.cache
@@ -202,7 +202,7 @@ def test_help_imports_nothing_heavy() -> None:
 def test_help_names_the_commands() -> None:
     result = run_pipeline("--help")
     assert result.returncode == 0
-    commands = "extract inspect verify train-head leaderboard finetune predict evaluate report preview"
+    commands = "extract compare inspect verify train-head leaderboard finetune predict evaluate report preview"
     for command in commands.split():
         assert command in result.stdout
 

@@ -51,7 +51,7 @@ def announcement(network: Any, options: ExtractionOptions, images: int, seconds:
     ):
         faster.append("--precision bfloat16, in about half the time if the network takes most of it")
     if not network.recipes[0].backbone.startswith("mobilenet"):
-        faster.append(f"a smaller network (--backbone {SMALL})")
+        faster.append(f"a smaller network (--backbone {SMALL}; bottleneck compare tells what it costs in accuracy)")
     if options.decode == "full":
         faster.append("--decode fast for large JPEGs")
     offers = f"; faster here: {', or '.join(faster)}" if faster else ""

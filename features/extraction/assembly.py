@@ -96,7 +96,7 @@ def table_of(
     )
     given = images.given_splits[good]
     hint = "" if groups is None or rule.kind == "stratified" or (given >= 0).all() else GROUPS_HINT
-    warnings += warnings_about(table.labels, table.splits, images.classes, hint)
+    warnings += warnings_about(table.labels, table.splits, images.classes, hint, whole=not images.left_out)
     empty = empty_splits(table.labels, table.splits, groups, sha256, str(rule), given)
     warnings += [f"no labelled image is in {split}: {advice}" for split, advice in empty.items() if split != "test"]
     for message in warnings:

@@ -351,7 +351,9 @@ def _equal_but_unlike(
     return [(paths[row], paths[other]) for row, other in sorted(pairs)]
 
 
-def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str], hint: str = "") -> list[str]:
+def warnings_about(
+    labels: np.ndarray, splits: np.ndarray, classes: Sequence[str], hint: str = "", *, whole: bool = True
+) -> list[str]:
     """Return warnings about what would harm training: too few classes or images, and classes without images in a split.
 
     Parameters
@@ -362,6 +364,8 @@ def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str
     classes : sequence of str
     hint : str
         What is said after the first split that lacks a class.
+    whole : bool
+        Whether these are all images of the source. If not, that a split lacks a class says nothing.
     """
     labelled = np.asarray(labels) >= 0
     if not labelled.any():
@@ -377,7 +381,7 @@ def warnings_about(labels: np.ndarray, splits: np.ndarray, classes: Sequence[str
         messages.append(f"only one class has images, {classes[int(totals.argmax())]!r}: training needs two")
     if (totals < 2).any():
         messages.append(f"classes with fewer than 2 images: {_named(classes, totals < 2)}")
-    for code, split in enumerate(SPLITS[:3]):
+    for code, split in enumerate(SPLITS[:3] if whole else ()):
         absent = (counts[:, code] == 0) & (totals > 0)
         if counts[:, code].any() and absent.any():
             messages.append(f"classes without images in {split}: {_named(classes, absent)}{hint}")

@@ -1,10 +1,12 @@
-"""The commands of stage one: extract, inspect, verify, pack."""
+"""The commands of stage one: extract, compare, inspect, verify, pack."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
+
+import typer
 
 from features.augmentation import PRESETS
 from pipeline.commands.common import (
@@ -184,6 +186,75 @@ def _with_moves(split: str, validation_from_train: float, test_from_validation: 
     """Add the two options that move given images to the text of a split rule."""
     added = {"validation-from-train": validation_from_train, "test-from-validation": test_from_validation}
     return "+".join([split, *(f"{name}:{share}" for name, share in added.items() if share)])
+
+
+@app.command()
+@guarded
+def compare(
+    images: Annotated[str, arg("Image source with labels, as for extract.")],
+    backbones: Annotated[
+        list[str],
+        opt("Networks, as --backbone of extract, separated by commas; may be repeated, as for paths with commas."),
+    ],
+    limit: Annotated[int, opt("Number of images of the sample.", min=2)] = 500,
+    weights: Annotated[
+        list[str] | None,
+        opt("Weights file of one of the networks; may be repeated.", metavar="NETWORK=FILE"),
+    ] = None,
+    stores: Annotated[
+        Path | None,
+        opt("Folder for the features, which extract takes up. Default: compare/ and the name of the source."),
+    ] = None,
+    out: Annotated[
+        Path | None, opt("PNG or JPEG file to write. Default: compare.png in the folder of --stores.")
+    ] = None,
+    image_size: Annotated[
+        str | None, opt("Image size in pixels: 224 or HEIGHTxWIDTH. Default: each network's.")
+    ] = None,
+    precision: Annotated[str, opt("Arithmetic: float32, bfloat16 or float16.")] = "float32",
+    engine: Annotated[str, opt("What runs the networks: auto, keras, openvino or onnxruntime.")] = "auto",
+    device: Device = "auto",
+    batch_size: BatchSize = 32,
+    workers: Workers = None,
+    seed: Seed = 0,
+    target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
+    split_folders: SplitFolders = "",
+    class_level: ClassLevel = 0,
+    merge_labels: Annotated[
+        bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Compare networks on a sample: accuracy of a cross-validated head, images per second, time for all images."""
+    from pipeline import compare as stage
+    from pipeline.progress import ConsoleProgress
+
+    names = [name for item in backbones for name in stage.names_in(item)]
+    with ConsoleProgress() as progress:
+        document = stage.compare(
+            images,
+            names,
+            limit=limit,
+            weights=stage.weights_of(weights or [], names),
+            stores=stores,
+            out=out,
+            progress=progress,
+            image_size=parse_size(image_size),
+            precision=precision,
+            engine=engine,
+            device=device,
+            batch_size=batch_size,
+            workers=workers,
+            seed=seed,
+            target=target,
+            split_folders=split_folders,
+            class_level=class_level,
+            merge_labels=merge_labels,
+        )
+    print_document(document, as_json, stage.summary(document))
+    if not document["networks"]:
+        raise typer.Exit(1)
+    print_next(*document["next"])
 
 
 @app.command()

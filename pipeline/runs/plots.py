@@ -95,7 +95,7 @@ def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
     count = len(classes)
     named = count <= LABELLED_CLASSES
     side = COLUMN if count <= 8 else min(PAGE, 2.2 + 0.2 * count) if named else COLUMN
-    figure, axes = _figure(side, side)
+    figure, axes = new_figure(side, side)
     colours = shades(table)
     axes.imshow(colours, interpolation="nearest")
     total = int(table.sum())
@@ -126,7 +126,7 @@ def _learning(history: History) -> Any:
     panels["accuracy"] = {"accuracy": "training", "val_accuracy": "validation"}
     shown = {label: [name for name in names if name in history] for label, names in panels.items()}
     shown = {label: names for label, names in shown.items() if names}
-    figure, found = _figure(COLUMN, 0.4 + 1.7 * len(shown), panels=len(shown))
+    figure, found = new_figure(COLUMN, 0.4 + 1.7 * len(shown), panels=len(shown))
     styles = {"training": (BLUE, "-", "o"), "validation": (VERMILLION, "--", "s")}
     kept = epochs[int(np.argmin(history["val_loss"]))] if "val_loss" in history else None
     for axes, (label, names) in zip(np.ravel(found), shown.items(), strict=True):
@@ -149,7 +149,8 @@ def _learning(history: History) -> Any:
     return figure
 
 
-def _figure(width: float, height: float, *, panels: int = 1) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, *, panels: int = 1) -> tuple[Any, Any]:
+    """Make a figure of this size in inches, and its axes, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
