@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from PIL import Image
 
 from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, RunError
+from features.recipe import PixelRule
 from features.store.reader import FeatureStore
 from pipeline.heads.records import describe_features
 from pipeline.presets import LogisticParameters
@@ -219,6 +221,27 @@ def test_the_commands_say_what_differs_from_the_usual(tmp_path: Path) -> None:
     assert "--dtype" not in made[0]
     assert made[1][1:7] == ["train-head", "/nowhere/features.h5", "--features", "last.avg", "--head", "logistic"]
     assert made[1][7:] == ["--param", "C=0.5", "--runs", str(tmp_path / "my runs")]
+
+
+@pytest.mark.parametrize(
+    ("backbone", "resize", "fit", "said"),
+    [
+        ("mobilenetv2", "antialias", "stretch", ""),
+        ("mobilenetv2", "bicubic", "crop:256", "--resize bicubic --fit crop:256"),
+        ("efficientnet-lite0", "bicubic", "crop:256", ""),
+        ("efficientnet-lite0", "antialias", "stretch", "--resize antialias --fit stretch"),
+        ("model", "antialias", "stretch", ""),
+    ],
+)
+def test_the_commands_say_which_pixels_unless_the_network_has_them(
+    tmp_path: Path, backbone: str, resize: str, fit: str, said: str
+) -> None:
+    run = run_folder(tmp_path, "logistic-1", ("a", "b"), ["a/0.png", "b/1.png"], np.array([0, 1], np.int32), np.eye(2))
+    made = dataclasses.replace(recipe(backbone=backbone), pixels=PixelRule(224, 224, resize, fit))
+    run.config["features"]["recipe"] = made.to_dict()
+    words = shlex.split(commands(run)[0])
+    start, end = words.index("224x224") + 1, words.index("--split")
+    assert words[start:end] == said.split()
 
 
 # --- the page -----------------------------------------------------------------------------------------------

@@ -11,7 +11,8 @@ from typing import Any
 from features.augmentation import PRESETS as PRESETS_OF_VIEWS
 from features.augmentation import AugmentSpec
 from features.files import printable
-from features.recipe import Recipe
+from features.networks.backbones import BACKBONES
+from features.recipe import NetworkOptions, PixelRule, Recipe
 from features.sources.scan import is_manifest
 from pipeline.presets import PRESETS, EstimatorParameters
 from pipeline.runs.folder import Run
@@ -72,7 +73,7 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
     precision, _, engine = recipe.precision.partition(":")
     usual = {"decode": "full", "dtype": "float32", "precision": "float32"}
     if recipe.normalisation is None:  # otherwise the description of the network may say something else
-        usual |= {"resize": "antialias", "fit": "stretch"}
+        usual |= _usual_pixels(recipe)
     given = {"resize": pixels.resize, "fit": pixels.fit, "decode": pixels.decode, "dtype": recipe.dtype}
     given |= {"precision": precision, "engine": engine.partition("-")[0]}
     given["prefix-tokens"] = "" if recipe.prefix_tokens is None else str(recipe.prefix_tokens)
@@ -92,6 +93,16 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
             notes.append(_comment("VIEWS: the number of views in the store, which was not found"))
         notes += note
     return [*notes, _line(words)]
+
+
+def _usual_pixels(recipe: Recipe) -> dict[str, str]:
+    """Return the values of ``--resize`` and ``--fit`` that a network has without them, at this image size."""
+    pixels = recipe.pixels
+    own = PixelRule(pixels.height, pixels.width)
+    if recipe.backbone in BACKBONES:
+        asked = NetworkOptions(recipe.backbone, image_size=(pixels.height, pixels.width))
+        own = BACKBONES[recipe.backbone].pixel_rule(asked)
+    return {"resize": own.resize, "fit": own.fit}
 
 
 def _train(run: Run) -> str:
