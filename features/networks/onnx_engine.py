@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
+import re
+import resource
 import sys
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from features.errors import ConfigurationError, check_batch
 from features.machine import processors
-from features.networks.onnx_graph import INPUT, output_name
+from features.networks.onnx_graph import INPUT, output_name, shown
 from features.recipe import Recipe
 
 
@@ -57,15 +62,98 @@ def session_of(model: bytes, *, device: str = "cpu") -> Any:
                 "device: a GPU was asked for, but this ONNX Runtime has none. Install onnxruntime-gpu, or use --device cpu"
             )
         providers.insert(0, ("CUDAExecutionProvider", {"use_tf32": "0"}))
+    return _load(model, options, providers)
+
+
+def _load(model: bytes, options: Any, providers: Sequence[Any]) -> Any:
+    onnxruntime = import_onnxruntime()
     try:
         return onnxruntime.InferenceSession(model, options, providers=providers)
     except Exception as error:  # the classes of its errors are not public
+        if is_memory_error(error):
+            raise
         raise ConfigurationError(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the network: {_reason(error)}"
         ) from error
 
 
-def run(session: Any, images: np.ndarray, count: int) -> list[np.ndarray]:
+def try_out(model: bytes, batches: Sequence[np.ndarray], count: int) -> list[list[np.ndarray]]:
+    """Run a model that nobody has run before, with limits of memory and time, and return its outputs for each batch.
+
+    A small file can ask for any amount of both. The limits grow with the size of the file and of the images, and are far
+    above what networks need. The limit of memory is one of this process, and only on Linux.
+
+    Raises
+    ------
+    ConfigurationError
+        If the model cannot be loaded, refuses the images, or needs more than the limits.
+    """
+    onnxruntime = import_onnxruntime()
+    pixels = max(images.size for images in batches) // 3
+    memory = (1 << 30) + 4 * len(model) + 4096 * pixels
+    seconds = (8 + 1e-7 * len(model)) * max(1, pixels / 224**2)
+    options, running = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
+    options.graph_optimization_level = (
+        onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    )  # which would compute constants
+    options.intra_op_num_threads = processors()
+    options.log_severity_level = running.log_severity_level = 4
+    ended = threading.Event()
+
+    def end() -> None:
+        ended.set()
+        running.terminate = True
+        options.set_load_cancellation_flag(True)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+    try:
+        with limited_memory(memory):
+            session = _load(model, options, ["CPUExecutionProvider"])
+            return [run(session, images, count, running) for images in batches]
+    except Exception as error:
+        height, width = batches[0].shape[1:3]
+        if ended.is_set() or is_memory_error(error):
+            needed = f"{seconds:.0f} seconds" if ended.is_set() else f"{memory / 1e6:.0f} MB of memory"
+            raise ConfigurationError(
+                f"the network needs more than {needed} for {len(batches[0])} images of {height}x{width} pixels, which no "
+                "network of its size does. Check where the file comes from, or export it again"
+            ) from error
+        raise
+    finally:
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def limited_memory(more: int) -> Iterator[None]:
+    """Limit the memory of this process to what it has now and ``more`` bytes, where the system can."""
+    used = re.search(r"VmData:\s+(\d+) kB", _status())
+    if used is None:
+        yield
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_DATA, (min([1024 * int(used[1]) + more, *limits]), hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+
+
+def _status() -> str:
+    try:
+        return Path("/proc/self/status").read_text()
+    except OSError:  # not Linux
+        return ""
+
+
+def is_memory_error(error: BaseException) -> bool:
+    """Whether memory ended: ONNX Runtime has no class of errors for that."""
+    return isinstance(error, MemoryError) or any(word in str(error).lower() for word in ("memory", "bad_alloc"))
+
+
+def run(session: Any, images: np.ndarray, count: int, options: Any = None) -> list[np.ndarray]:
     """Run a session on a batch and return its ``count`` outputs.
 
     Raises
@@ -74,11 +162,10 @@ def run(session: Any, images: np.ndarray, count: int) -> list[np.ndarray]:
         If the network refuses the images, as those of a size that it was not made for.
     """
     try:
-        return [
-            np.asarray(array) for array in session.run([output_name(index) for index in range(count)], {INPUT: images})
-        ]
+        names = [output_name(index) for index in range(count)]
+        return [np.asarray(array) for array in session.run(names, {INPUT: images}, options)]
     except Exception as error:
-        if isinstance(error, MemoryError) or "memory" in str(error).lower():
+        if is_memory_error(error) or (options is not None and options.terminate):
             raise
         height, width = images.shape[1:3]
         raise ConfigurationError(
@@ -135,4 +222,7 @@ class OnnxRuntimeEngine:
 
 def _reason(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return lines[0].rpartition(" : ")[2][:300]
+    # without places in its source
+    line = re.sub(r"\S+\.(h|cc):\d+ (\S* ?\S+\(.*?\) )?", "", lines[0].rpartition(" : ")[2], count=1)
+    newer = ". Update onnxruntime, or export the network again with a lower opset" if "version" in line.lower() else ""
+    return shown(line.rstrip("."), 300) + newer

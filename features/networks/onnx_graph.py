@@ -10,6 +10,7 @@ from elsewhere. The package ``onnx`` only parses; ONNX Runtime or OpenVINO compu
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
@@ -17,12 +18,18 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from features.errors import ConfigurationError, WeightsError, nearest
+from features.files import printable
 from features.recipe import Normalisation
 
 PREFIX = "bottleneck/"  # of all tensors that are added to a model
 INPUT = f"{PREFIX}images"
 _MOST_BYTES = (1 << 31) - 1  # of a protobuf message
 _DOMAINS = ("", "ai.onnx", "ai.onnx.ml", "com.microsoft")  # whose operators ONNX Runtime has
+_RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Multinomial", "Bernoulli")
+_SCALED_BY_BATCH = "DynamicQuantizeLinear"  # its output depends on all images of a batch
+_LONGEST_NAME = 300
+_LARGEST_BATCH = 1024
+_DEEPEST = 6  # graphs within graphs: ONNX Runtime looks at each level twice from the one above
 _TYPES = {1: "float32", 10: "float16", 2: "uint8"}  # of an input of pixels: TensorProto.FLOAT, FLOAT16, UINT8
 
 
@@ -39,7 +46,8 @@ class Outline:
     layout : {"NCHW", "NHWC"}
         Order of its axes; spatial outputs are taken to have the same.
     batch, height, width : int or None
-        Fixed lengths of its axes; None for any.
+        Fixed lengths of its axes; None for any. A model that is quantised while it runs has the batch 1, because its
+        numbers depend on the largest one in the batch.
     outputs : tuple of str
         Names of the outputs of the graph.
     scores : bool
@@ -110,19 +118,33 @@ def read_model(path: Path, *, weights: bool = True) -> Any:
         )
     if not model.graph.node or not model.opset_import:
         raise WeightsError(f"{path}: not an ONNX model: it contains no graph. Download or export it again")
+    if _depth(model.graph) > _DEEPEST:
+        raise ConfigurationError(
+            f"{path}: has graphs within graphs, deeper than {_DEEPEST}, which no runtime loads in time. Export the network "
+            "without conditions"
+        )
     strange = sorted({f"{node.domain}.{node.op_type}" for node in _nodes(model.graph) if node.domain not in _DOMAINS})
     if strange or model.functions:
         names = strange or [f"{function.domain}.{function.name}" for function in model.functions]
         raise ConfigurationError(
-            f"{path}: contains operators that are not part of ONNX: {', '.join(names[:5])}. Export the network without them"
+            f"{path}: contains operators that are not part of ONNX: {_list(names)}. Export the network without them"
         )
-    for tensor in _external(model.graph):
-        _check_external(path, tensor)
+    if not any(item.domain in ("", "ai.onnx") and item.version > 0 for item in model.opset_import):
+        raise ConfigurationError(f"{path}: does not say which version of ONNX's operators it has. Export it again")
+    for tensor in _tensors(model.graph):
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_external(path, tensor)
+        else:
+            _check_numbers(path, tensor)
     if weights and any(_external(model.graph)):
         try:
             onnx.load_external_data_for_model(model, str(path.parent))
         except (OSError, ValueError, onnx.checker.ValidationError) as error:
-            raise WeightsError(f"{path}: its weights cannot be read: {str(error).splitlines()[0]}") from error
+            raise WeightsError(f"{path}: its weights cannot be read: {shown(str(error))}") from error
+        if any(_external(model.graph)):
+            raise WeightsError(
+                f"{path}: has sparse weights in another file, which are not read. Export it with them inside"
+            )
     return model
 
 
@@ -139,7 +161,8 @@ def outline_of(path: Path, model: Any) -> Outline:
     }
     inputs = [value for value in model.graph.input if value.name not in given]
     images = [value for value in inputs if len(value.type.tensor_type.shape.dim) == 4]
-    words = ", ".join(f"{value.name} {_shape_text(value)}" for value in inputs) or "none"
+    words = ", ".join(f"{shown(value.name)} {_shape_text(value)}" for value in inputs[:4]) or "none"
+    words += f" and {len(inputs) - 4} more" if len(inputs) > 4 else ""
     if len(inputs) > 1 and len(images) == 1:
         raise ConfigurationError(
             f"{path}: has the inputs {words}; expected images alone. This is a network of images and something else, such as "
@@ -152,28 +175,40 @@ def outline_of(path: Path, model: Any) -> Outline:
     (value,) = images
     kind = value.type.tensor_type.elem_type
     if kind not in _TYPES:
-        raise ConfigurationError(f"{path}: its input {value.name} has the element type {kind}, expected float32")
+        raise ConfigurationError(f"{path}: its input {shown(value.name)} has the element type {kind}, expected float32")
     if not model.graph.output:
         raise ConfigurationError(f"{path}: has no output")
     lengths = [dim.dim_value if dim.HasField("dim_value") and dim.dim_value > 0 else None for dim in _dims(value)]
     layout = _layout(path, value, lengths)
     height, width = lengths[2:] if layout == "NCHW" else lengths[1:3]
+    if (lengths[0] or 0) > _LARGEST_BATCH:
+        raise ConfigurationError(
+            f"{path}: takes batches of {lengths[0]} images, at most {_LARGEST_BATCH} are possible here. Export it with a "
+            "dynamic batch axis"
+        )
     outputs = tuple(output.name for output in model.graph.output)
     made = next((node for node in model.graph.node if outputs[0] in node.output), None)
     scores = (made is not None and made.op_type in ("Softmax", "LogSoftmax")) or any(
         word in outputs[0].lower() for word in ("logit", "prob")
     )
     external = tuple(sorted({_location(tensor) for tensor in _external(model.graph)}))
-    return Outline(value.name, _TYPES[kind], layout, lengths[0], height, width, outputs, scores, external)
+    scaled = any(node.op_type == _SCALED_BY_BATCH for node in _nodes(model.graph))
+    batch = 1 if scaled and lengths[0] is None else lengths[0]
+    return Outline(value.name, _TYPES[kind], layout, batch, height, width, outputs, scores, external)
 
 
 def check_layer(path: Path, model: Any, name: str) -> None:
-    """Raise ``ConfigurationError`` unless a node of the graph computes this tensor; the nearest names are offered."""
+    """Raise ``ConfigurationError`` unless a node of the graph computes this tensor, under a name that can be shown."""
     names = [output for node in model.graph.node for output in node.output if output]
     if name not in names:
+        near = nearest(shown(name), map(shown, names)) or "."
         raise ConfigurationError(
-            f"{path} has no tensor {name!r}{nearest(name, names) or '.'} Its outputs are "
-            f"{', '.join(output.name for output in model.graph.output)}; its last tensors {', '.join(names[-5:])}"
+            f"{path} has no tensor {shown(name)!r}{near} Its outputs are "
+            f"{_list([output.name for output in model.graph.output])}; its last tensors {_list(names[-5:])}"
+        )
+    if len(name) > _LONGEST_NAME or not name.isprintable():
+        raise ConfigurationError(
+            f"{path}: the name of its tensor {shown(name)!r} is too long or cannot be printed. Give another one with --layer"
         )
 
 
@@ -200,11 +235,18 @@ def composed(
     onnx.ModelProto
         Input ``INPUT``: uint8 (n, h, w, 3), RGB; the batch is fixed where that of the model is. Outputs ``output_0``,
         ... float32 (n, ...) in the given order; spatial ones as (h, w, c).
+
+    Raises
+    ------
+    ConfigurationError
+        If it has loops, which may have no end, or random numbers.
     """
     import onnx
 
     made = onnx.ModelProto()
     made.CopyFrom(model)
+    for field in ("metadata_props", "training_info", "doc_string"):
+        made.ClearField(field)
     graph = made.graph
     names = [output_name(index) for index in range(len(outputs))]
     renamed = out_of_the_way(graph, lambda name: name.startswith(PREFIX) or name in names)
@@ -217,6 +259,7 @@ def composed(
     for index, output in enumerate(outputs):
         _back(builder, outline, output._replace(layer=renamed(output.layer)), names[index])
     nodes, used = _needed([*front, *graph_nodes, *builder.nodes], names)
+    _check_operators(nodes)
     weights = [tensor for tensor in [*graph.initializer, *builder.constants] if tensor.name in used]
     sparse = [tensor for tensor in graph.sparse_initializer if tensor.values.name in used]
     batch = outline.batch if outline.batch is not None else "n"
@@ -325,6 +368,23 @@ def _needed(nodes: Sequence[Any], outputs: Sequence[str]) -> tuple[list[Any], se
     return kept[::-1], used
 
 
+def _check_operators(nodes: Sequence[Any]) -> None:
+    """Refuse what may never end, or gives other numbers for the same image."""
+    for node in nodes:
+        inner = [node, *(child for graph in _graphs(node) for child in _nodes(graph))]
+        for one in inner:
+            if one.op_type in _RANDOM:
+                raise ConfigurationError(
+                    f"the network has the operator {one.op_type}: the same image would get other features each time. Export "
+                    "it for inference"
+                )
+            if one.op_type != "If" and any(_graphs(one)):
+                raise ConfigurationError(
+                    f"the network has the operator {shown(one.op_type)}, a loop, which may have no end. Export it without loops, "
+                    "or take a tensor before it with --layer"
+                )
+
+
 def _reads(node: Any) -> set[str]:
     """Names of the tensors that a node reads; a graph inside it may read any tensor of the graph around it."""
     inner = (name for graph in _graphs(node) for child in graph.node for name in _reads(child))
@@ -344,6 +404,10 @@ def _nodes(graph: Any) -> Iterator[Any]:
         yield node
         for inner in _graphs(node):
             yield from _nodes(inner)
+
+
+def _depth(graph: Any) -> int:
+    return max((1 + _depth(inner) for node in graph.node for inner in _graphs(node)), default=0)
 
 
 def _tensors(graph: Any) -> Iterator[Any]:
@@ -392,12 +456,26 @@ def _only_float32(graph: Any) -> None:
     half = (onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     for tensor in _tensors(graph):
         if tensor.data_type in half:
-            values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            try:
+                values = onnx.numpy_helper.to_array(tensor).astype(np.float32)
+            except ValueError as error:
+                raise WeightsError(
+                    f"the weights {shown(tensor.name)!r} have a wrong size. Download the file again"
+                ) from error
             tensor.CopyFrom(onnx.numpy_helper.from_array(values, tensor.name))
     for node in _nodes(graph):
         for attribute in node.attribute:
             if attribute.name in ("to", "dtype") and attribute.i in half:
                 attribute.i = onnx.TensorProto.FLOAT
+
+
+def shown(text: str, most: int = 60) -> str:
+    """Shorten a name from a model file, and escape what a terminal would obey."""
+    return printable(text[:most]) + ("..." if len(text) > most else "")
+
+
+def _list(names: Sequence[str]) -> str:
+    return ", ".join(map(shown, names[:5])) + (", ..." if len(names) > 5 else "")
 
 
 # -------------------------------------------------------------------------------------------------- inputs
@@ -406,7 +484,8 @@ def _dims(value: Any) -> Any:
 
 
 def _shape_text(value: Any) -> str:
-    return "(" + ", ".join(str(dim.dim_value or dim.dim_param or "any") for dim in _dims(value)) + ")"
+    names = [str(dim.dim_value or shown(dim.dim_param) or "any") for dim in _dims(value)]
+    return "(" + ", ".join(names[:6]) + (", ...)" if len(names) > 6 else ")")
 
 
 def _layout(path: Path, value: Any, lengths: Sequence[int | None]) -> str:
@@ -418,11 +497,22 @@ def _layout(path: Path, value: Any, lengths: Sequence[int | None]) -> str:
     if lengths[1] is None or lengths[3] is None:
         return "NCHW" if lengths[1] is None else "NHWC"  # PyTorch names no axis unless asked to
     raise ConfigurationError(
-        f"{path}: its input {value.name} is {_shape_text(value)}; expected images of 3 channels, (n, 3, h, w) or (n, h, w, 3)"
+        f"{path}: its input {shown(value.name)} is {_shape_text(value)}; expected images of 3 channels, (n, 3, h, w) or (n, h, w, 3)"
     )
 
 
-# -------------------------------------------------------------------------------------------------- external data
+# -------------------------------------------------------------------------------------------------- weights
+def _check_numbers(path: Path, tensor: Any) -> None:
+    """Refuse a tensor that declares more numbers than the file holds: a few bytes would become any amount of memory."""
+    typed = ("float_data", "int32_data", "string_data", "int64_data", "double_data", "uint64_data")
+    most = 4 * len(tensor.raw_data) + 8 * sum(len(getattr(tensor, name)) for name in typed)  # of 2 bits, or packed
+    if any(length < 0 for length in tensor.dims) or math.prod(tensor.dims) > most:
+        raise WeightsError(
+            f"{path}: its weights {shown(tensor.name)!r} declare the shape {shown(str([*tensor.dims]))}, but the file does not "
+            "hold so many numbers. Download or export it again"
+        )
+
+
 def _external(graph: Any) -> Iterator[Any]:
     import onnx
 
@@ -444,11 +534,11 @@ def _check_external(path: Path, tensor: Any) -> None:
     inside = bool(parts) and ".." not in parts and not PurePosixPath(location).is_absolute() and "\\" not in location
     if not inside or "\0" in location or not file.resolve().is_relative_to(folder):
         raise WeightsError(
-            f"{path}: its weights lie in {location!r}, outside its folder, and are not read. Copy the model and its weights "
+            f"{path}: its weights lie in {shown(location)!r}, outside its folder, and are not read. Copy the model and its weights "
             "into one folder (cp -rL where these are links)"
         )
     if not file.is_file():
-        raise WeightsError(f"{path}: its weights {location!r} are not beside it. Put that file into {folder}")
+        raise WeightsError(f"{path}: its weights {shown(location)!r} are not beside it. Put that file into {folder}")
     entries = _entries(tensor)
     try:
         offset, length = int(entries.get("offset", 0)), int(entries.get("length", 0))

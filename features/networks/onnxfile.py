@@ -25,13 +25,15 @@ from features.networks.descriptions import find_image_input, read_preprocess
 from features.networks.engines import Engine
 from features.networks.hub import ONNX_NAMES
 from features.networks.imageinput import ImageInput
-from features.networks.onnx_engine import OnnxRuntimeEngine, run, session_of
+from features.networks.onnx_engine import OnnxRuntimeEngine, try_out
 from features.networks.onnx_graph import Outline, Output, check_layer, composed, outline_of, read_model
-from features.networks.reference import reference_images
+from features.networks.reference import reference_images, relative_difference
 from features.networks.weights import WeightsFile
 from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
 
-MEMO_VERSION = 1
+MEMO_VERSION = 2
+_USUAL = Normalisation(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # about what networks take, for a trial
+_SAME = 1e-3  # relative difference of an image's features in two batches: float32 rounds differently, training mode is far off
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,15 +181,22 @@ class OnnxRuntime:
         for name in names:
             check_layer(backbone.path, model, name)
         plain = [Output(name, "none", rank=2) for name in names]
-        whole = composed(model, outline, plain, normalisation=Normalisation(), size=size)
-        images = reference_images(*size, count=outline.batch or 1)
+        how = Normalisation() if outline.type == "uint8" else _USUAL
+        whole = composed(model, outline, plain, normalisation=how, size=size)
+        both, alone = _batches(size, outline.batch)
         shapes = []
-        for name, array in zip(names, run(session_of(_bytes(backbone.path, whole)), images, len(names)), strict=True):
-            if array.ndim not in (2, 3, 4) or len(array) != len(images):
+        whole_bytes = _bytes(backbone.path, whole)
+        try:
+            found, others = try_out(whole_bytes, [both, alone], len(names))
+        except ConfigurationError:
+            if outline.batch is None and _takes(whole_bytes, alone, len(names)):
                 raise ConfigurationError(
-                    f"{backbone.path}: {name!r} gives {array.shape} for {len(images)} images; expected (n, channels), "
-                    "(n, tokens, channels) or a spatial output of four axes. Choose another tensor with --layer"
-                )
+                    f"{backbone.path}: takes one image at a time, although its input says any number. Export it with a fixed "
+                    "batch of 1, or with a dynamic batch axis"
+                ) from None
+            raise
+        for name, array, other in zip(names, found, others, strict=True):
+            _check_features(backbone.path, name, array, other, len(both))
             first, *rest = array.shape[1:]
             spatial = array.ndim == 4 and outline.layout == "NCHW"
             shapes.append([name, [*rest, first] if spatial else [first, *rest]])
@@ -238,6 +247,40 @@ class OnnxRuntime:
 
     def _composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:
         return _bytes(backbone.path, self.graph(backbone, recipes))
+
+
+def _takes(model: bytes, images: np.ndarray, count: int) -> bool:
+    try:
+        try_out(model, [images], count)
+    except ConfigurationError:
+        return False
+    return True
+
+
+def _batches(size: tuple[int, int], fixed: int | None) -> tuple[np.ndarray, np.ndarray]:
+    """Return a batch, and the same first image among others: alone or, where the number of images is fixed, among black ones."""
+    both = reference_images(*size, count=fixed or 2)
+    alone = both.copy() if fixed else both[:1]
+    alone[1:] = 0
+    return both, alone
+
+
+def _check_features(path: Path, name: str, array: np.ndarray, other: np.ndarray, count: int) -> None:
+    """Refuse what cannot be the features of images: ``array`` for a batch, ``other`` for another one of the same first image."""
+    if array.ndim not in (2, 3, 4) or len(array) != count or not array.size:
+        raise ConfigurationError(
+            f"{path}: {name!r} gives {array.shape} for {count} images; expected (n, channels), (n, tokens, channels) or a "
+            "spatial output of four axes. Choose another tensor with --layer"
+        )
+    if not np.isfinite(array).all():
+        raise ConfigurationError(
+            f"{path}: {name!r} gives numbers that are not finite for painted images. Export it again"
+        )
+    if not relative_difference(other[0], array[0]) <= _SAME:
+        raise ConfigurationError(
+            f"{path}: what {name!r} gives for an image depends on the other images of its batch, as with BatchNorm or Dropout "
+            "in training mode. Export the network for inference (model.eval())"
+        )
 
 
 def _bytes(path: Path, model: Any) -> bytes:

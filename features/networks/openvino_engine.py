@@ -181,6 +181,8 @@ class OpenVinoEngine:
                 },
             )
             self._ports = [compiled.output(_output(index)) for index in range(len(recipes))]
+            if any(port.partial_shape.is_dynamic for port in self._ports):
+                raise OpenVinoError("OpenVINO cannot tell the shape of the features before it computes them")
         except RuntimeError as error:
             raise OpenVinoError(f"OpenVINO cannot load the network: {_reason(error)}") from error
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
