@@ -103,7 +103,7 @@ QUICK = [
 
 # These load Keras, or look for weights.
 SLOW = [
-    Mistake("an unknown backbone", "extract photos --backbone mobilnetv2", 2, ("backbone: received 'mobilnetv2'", "a name of keras.applications or a .keras file", "did you mean 'mobilenetv2'")),
+    Mistake("an unknown backbone", "extract photos --backbone mobilnetv2", 2, ("backbone: received 'mobilnetv2'", "expected the name of a network, a .keras or .onnx file", "did you mean 'mobilenetv2'")),
     Mistake("a text for a model", "extract photos --backbone fake.keras", 2, ("fake.keras is not a Keras model file", "Write one with model.save('NAME.keras')")),
     Mistake("an unknown layer", f"extract photos {SMALL} --layer out_rleu", 2, ("has no layer 'out_rleu'", "did you mean 'out_relu'", "Its last layers are")),
     Mistake("images too small for the backbone", "extract photos --weights random --image-size 8", 2, ("mobilenetv2 cannot be built for images of 8x8 pixels", "at least 32x32", "Choose a larger --image-size")),

@@ -13,7 +13,7 @@ from features.networks.hub import hub_folder, is_hub_name
 from features.networks.modelfile import ModelConfig
 from features.networks.onnxfile import find_onnx
 
-_EXPECTED = "a name of keras.applications, a .keras or .onnx file, a folder with an ONNX file, or hf:OWNER/NAME"
+_EXPECTED = "the name of a network, a .keras or .onnx file, a folder with an ONNX file, or hf:OWNER/NAME"
 _OTHER_FILES = (
     ".h5",
     ".hdf5",
