@@ -11,18 +11,20 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import listing, paint_folder
+from helpers import call_pipeline, listing, paint_folder
 from onnx import TensorProto
-from test_onnx_networks import HOW, network
+from sklearn.base import clone
+from test_onnx_networks import HOW, centre, convolved, network, normalised
 
 import pipeline.export
-from features.errors import ConfigurationError, ParityError
+from features.errors import ConfigurationError, ParityError, RunError
 from features.extraction.extraction import extract_features
 from features.networks.onnx_engine import run as session_run
 from features.networks.onnx_engine import session_of
 from features.networks.onnx_graph import INPUT, PREFIX, Output, composed, outline_of, read_model
-from features.networks.reference import reference_images
+from features.networks.reference import reference_images, relative_difference
 from features.recipe import Normalisation
+from features.transformer import FeatureExtractor
 from pipeline.export import export
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.exporting.onnx_graph import OnnxAssembled
@@ -171,3 +173,62 @@ def test_a_network_may_have_names_of_ours(name: str, tmp_path: Path) -> None:
 
 def run_of(model: Any, batch: np.ndarray) -> list[np.ndarray]:
     return session_run(session_of(model.SerializeToString()), batch, 1)
+
+
+# -------------------------------------------------------------------------------------------------- other ways
+@pytest.mark.slow
+def test_a_file_that_moved_is_found_and_one_that_changed_is_not(images: Path, tmp_path: Path) -> None:
+    run = trained(tmp_path / "made", images)
+    expected = rows_of(run, images)
+    old = tmp_path / "made" / "net.onnx"
+    new = old.rename(tmp_path / "elsewhere.onnx")
+    with pytest.raises(
+        RunError, match=r"net\.onnx, is no longer there. Name the place where it is now with --weights FILE"
+    ):
+        rows_of(run, images)
+    predict(run, images, weights=str(new), stream=(text := io.StringIO()))
+    rows = [[float(row["cat"]), float(row["dog"])] for row in csv.DictReader(text.getvalue().splitlines())]
+    np.testing.assert_array_equal(rows, expected)
+    beside = run.parent / old.name
+    new.rename(beside)
+    np.testing.assert_array_equal(rows_of(run, images), expected)  # under its own name beside the run
+    model = onnx.load(beside)
+    model.producer_name = "another"
+    onnx.save(model, beside)
+    with pytest.raises(RunError, match=r"another network \(weights: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
+        rows_of(run, images)
+
+
+@pytest.mark.slow
+def test_a_grid_over_layers_and_poolings_finds_the_features_of_numpy(images: Path, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.model_selection import GridSearchCV
+    from sklearn.pipeline import Pipeline
+
+    path = network(tmp_path / "net.onnx", end="tokens")
+    (tmp_path / "how.json").write_text(json.dumps(HOW))
+    files = sorted(map(str, images.rglob("*.png")))
+    extractor = FeatureExtractor(
+        backbone=str(path), preprocess=str(tmp_path / "how.json"), prefix_tokens=1, store=str(tmp_path / "stores")
+    )
+    poolings = ["cls", "tokens", "cls+tokens"]
+    grid = {"features__pooling": poolings, "features__layer": [None, "last_hidden_state"]}
+    search = GridSearchCV(Pipeline([("features", extractor), ("head", LogisticRegression())]), grid, cv=2)
+    search.fit(files, [Path(file).parent.name for file in files])
+    assert np.isfinite(search.cv_results_["mean_test_score"]).all()
+    tokens = convolved(normalised(np.stack([centre(Path(file)) for file in files]))).reshape(len(files), 16, 5)
+    parts = {"cls": -tokens.mean(axis=1), "tokens": tokens.mean(axis=1)}
+    for pooling in poolings:
+        expected = np.hstack([parts[part] for part in pooling.split("+")])
+        for store in (extractor.store, None):  # from the stores that the search made, and computed now
+            made = clone(extractor).set_params(pooling=pooling, store=store).fit_transform(files)
+            assert relative_difference(made, expected) < 2e-6
+
+
+def test_preview_reads_how_images_are_prepared(images: Path, tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx", size=("h", "w"))
+    (tmp_path / "how.json").write_text(json.dumps({**HOW, "size": [20, 30], "fit": "stretch"}))
+    arguments = ["preview", str(images), "--backbone", str(path), "--out", str(tmp_path / "p.png"), "--json"]
+    done = call_pipeline(*arguments, "--preprocess", str(tmp_path / "how.json"))
+    assert (done.returncode, json.loads(done.stdout)["image_size"]) == (0, [20, 30])
+    assert "nothing says how images are prepared" in call_pipeline(*arguments).stderr

@@ -262,9 +262,13 @@ def pooled_shape(shape: tuple[int, ...], pooling: str) -> tuple[int, ...]:
     --------
     >>> pooled_shape((7, 7, 512), "avg"), pooled_shape((7, 7, 512), "flatten"), pooled_shape((7, 7, 512), "none")
     ((512,), (25088,), (7, 7, 512))
+    >>> pooled_shape((257, 384), "cls"), pooled_shape((257, 384), "cls+tokens")
+    ((384,), (768,))
     """
     if pooling == "flatten":
         return (int(np.prod(shape)),)
+    if pooling == "cls+tokens":
+        return (2 * shape[-1],)
     return shape if pooling == "none" else shape[-1:]
 
 
