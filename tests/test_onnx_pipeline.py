@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import io
 import json
+import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ from pipeline.export import export
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.exporting.onnx_graph import OnnxAssembled
 from pipeline.predict import predict
+from pipeline.reporting.reproduce import commands
+from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
 
 BYTES = {**HOW, "scale": 1, "mean": [0, 0, 0], "std": [1, 1, 1]}
@@ -223,6 +227,20 @@ def test_a_grid_over_layers_and_poolings_finds_the_features_of_numpy(images: Pat
         for store in (extractor.store, None):  # from the stores that the search made, and computed now
             made = clone(extractor).set_params(pooling=pooling, store=store).fit_transform(files)
             assert relative_difference(made, expected) < 2e-6
+
+
+@pytest.mark.slow
+def test_the_commands_of_a_report_make_the_same_features_without_the_description(images: Path, tmp_path: Path) -> None:
+    options = {"prefix_tokens": 1, "pooling": "cls+tokens", "image_size": 12, "fit": "stretch"}
+    run = Run.open(trained(tmp_path / "made", images, made={"end": "tokens", "size": ("h", "w")}, **options))
+    (tmp_path / "made" / "how.json").unlink()
+    store = tmp_path / "made" / "f.h5"
+    before = store.rename(tmp_path / "before.h5")
+    description, extract, _ = commands(run)
+    subprocess.run(["/bin/sh", "-c", description], check=True)
+    done = call_pipeline(*shlex.split(extract)[1:])
+    assert done.returncode == 0, done.stderr
+    assert store.read_bytes() == before.read_bytes()
 
 
 def test_preview_reads_how_images_are_prepared(images: Path, tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from features.augmentation import PRESETS as PRESETS_OF_VIEWS
 from features.augmentation import AugmentSpec
 from features.files import printable
 from features.networks.backbones import BACKBONES
-from features.recipe import NetworkOptions, PixelRule, Recipe
+from features.networks.descriptions import FORMAT
+from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
 from features.sources.scan import is_manifest
 from pipeline.presets import PRESETS, EstimatorParameters
 from pipeline.runs.folder import Run
@@ -70,6 +71,11 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
     words = ["bottleneck", "extract", _place(source), "--out", features["store"]]
     words += ["--backbone", features["backbone"], "--weights", features["weights"]]
     words += ["--layer", recipe.layer, "--pooling", recipe.pooling, "--image-size", f"{pixels.height}x{pixels.width}"]
+    before = []
+    if recipe.normalisation is not None:  # the description may lie elsewhere than beside the network
+        file = f"{PurePath(features['store']).with_suffix('')}.preprocess.json"
+        before.append(f"{_line(['echo', _description(recipe)])} > {_line([_place(file)])}")
+        words += ["--preprocess", file]
     precision, _, engine = recipe.precision.partition(":")
     usual = {"decode": "full", "dtype": "float32", "precision": "float32"}
     if recipe.normalisation is None:  # otherwise the description of the network may say something else
@@ -92,7 +98,14 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         if views is None:
             notes.append(_comment("VIEWS: the number of views in the store, which was not found"))
         notes += note
-    return [*notes, _line(words)]
+    return [*notes, *before, _line(words)]
+
+
+def _description(recipe: Recipe) -> str:
+    """Return how images are prepared as the JSON that ``--preprocess`` takes."""
+    pixels, how = recipe.pixels, recipe.normalisation or Normalisation()
+    said = {"format": FORMAT, "size": [pixels.height, pixels.width], "resize": pixels.resize, "fit": pixels.fit}
+    return json.dumps(said | how.to_dict())
 
 
 def _usual_pixels(recipe: Recipe) -> dict[str, str]:
