@@ -269,3 +269,29 @@ def test_the_last_block_is_fine_tuned(
     assert tuned["parity_gap"] < 1e-4
     kernels = 192 * 1152 + 9 * 1152 + 1152 * 320 + 320 * 1280
     assert tuned["trainable_parameters"] == kernels + 1280 + 1
+
+
+def test_the_network_as_an_onnx_file_gives_the_same_features_and_the_same_head(
+    fetched: Path, assets: Path, tmp_path: Path
+) -> None:
+    """The ONNX file takes float pixels, as its normalisation is in the graph; it is described by a file of our own."""
+    weights, images = str(fetched / "efficientnet-lite0.pth"), assets / "images/flowers17"
+    keras_network = resolve_network(NetworkOptions("efficientnet-lite0", weights=weights))
+    rule = keras_network.recipes[0].pixels
+    model = keras_network.load()
+    model(np.zeros((1, rule.height, rule.width, 3), np.float32))  # the exporter wants a model that was called
+    model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
+    how = {"format": "bottleneck-preprocess 1", "size": [rule.height, rule.width], "resize": rule.resize, "fit": rule.fit}
+    how |= {"scale": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
+    (tmp_path / "how.json").write_text(json.dumps(how))
+    common: dict[str, Any] = {"limit": 170, "split": "stratified:0.75,0.25"}
+    ours = extract_features(images, tmp_path / "keras.h5", backbone="efficientnet-lite0", weights=weights, **common)
+    onnx = {"backbone": str(tmp_path / "model.onnx"), "preprocess": str(tmp_path / "how.json")}
+    theirs = extract_features(images, tmp_path / "onnx.h5", **onnx, **common)
+    assert [store.recipes[store.names[0]].backbone for store in (ours, theirs)] == ["efficientnet-lite0", "onnx"]
+    assert ours.images.paths == theirs.images.paths
+    assert relative_difference(theirs.load()[0], ours.load()[0]) < 1e-4
+    results = [train_head(store, "logistic", runs=tmp_path / store.path.stem) for store in (ours, theirs)]
+    first, second = (result.metrics["validation"] for result in results)
+    assert first["accuracy"] == second["accuracy"] > 0.8
+    assert first["log_loss"] == pytest.approx(second["log_loss"], rel=1e-3)
