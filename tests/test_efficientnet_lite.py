@@ -281,7 +281,12 @@ def test_the_network_as_an_onnx_file_gives_the_same_features_and_the_same_head(
     model = keras_network.load()
     model(np.zeros((1, rule.height, rule.width, 3), np.float32))  # the exporter wants a model that was called
     model.export(str(tmp_path / "model.onnx"), format="onnx", verbose=False)
-    how = {"format": "bottleneck-preprocess 1", "size": [rule.height, rule.width], "resize": rule.resize, "fit": rule.fit}
+    how = {
+        "format": "bottleneck-preprocess 1",
+        "size": [rule.height, rule.width],
+        "resize": rule.resize,
+        "fit": rule.fit,
+    }
     how |= {"scale": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     (tmp_path / "how.json").write_text(json.dumps(how))
     common: dict[str, Any] = {"limit": 170, "split": "stratified:0.75,0.25"}

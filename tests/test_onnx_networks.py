@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import paint_folder, recipe
+from hubs import commit, running_hub
 from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
@@ -27,6 +28,7 @@ from features.pixels.decode import resize_image
 from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
 from features.store.reader import FeatureStore
 from features.store.schema import attributes_digest
+from pipeline.cli import main
 
 MEAN, STD = (0.4, 0.5, 0.6), (0.2, 0.25, 0.3)
 HOW = {
@@ -527,3 +529,39 @@ def test_a_strip_that_an_edge_would_make_huge_is_set_aside() -> None:
     with pytest.raises(UnreadableImageError, match="crop:256 makes 7680000x256 pixels of it") as caught:
         resize_image(strip, PixelRule(224, 224, fit="crop:256"))
     assert caught.value.reason == "too-large"
+
+
+@pytest.mark.slow
+def test_a_network_is_taken_from_a_hub_by_name_and_used_again_without_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1,localhost")
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+    monkeypatch.chdir(tmp_path)
+    paint_folder(tmp_path / "photos", {"cat": 12, "dog": 12})
+    config = {"do_resize": True, "size": {"shortest_edge": 10}, "do_center_crop": True, "crop_size": 8, "resample": 3}
+    config |= {
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": True,
+        "image_mean": MEAN,
+        "image_std": STD,
+    }
+    config |= {"image_processor_type": "BitImageProcessor"}
+    with running_hub() as hub:
+        monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+        hub.files["onnx/model.onnx"] = network(tmp_path / "made.onnx", end="tokens", size=("h", "w")).read_bytes()
+        hub.files["preprocessor_config.json"] = json.dumps(config).encode()
+        hub.files["config.json"] = json.dumps({"model_type": "dinov2", "image_size": 8, "patch_size": 2}).encode()
+        assert main(["extract", "photos", "--out", "a.h5", "--backbone", "hf:owner/name"]) == 0
+    store = FeatureStore.open(tmp_path / "a.h5")
+    (recipe,) = store.recipes.values()
+    assert (recipe.pooling, recipe.pixels) == ("cls", PixelRule(8, 8, resize="bicubic", fit="crop:10"))
+    assert store.provenance["backbone"] == f"hf:owner/name@{commit('a')}"
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # and the server has gone
+    assert main(["extract", "photos", "--out", "a.h5", "--backbone", "hf:owner/name"]) == 0
+    assert "0 inferred" in capsys.readouterr().out
+    assert main(["train-head", "a.h5", "--head", "logistic"]) == 0
+    assert main(["predict", "runs", "photos/cat", "--out", "p.csv"]) == 0
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 13
