@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import Counter
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
@@ -163,6 +163,12 @@ def _data_sets(entries: dict[str, Any]) -> str:
     return table_text([{name: row[name] for name in said} for row in rows], "  ")
 
 
+def _place_lines(document: dict[str, Any]) -> list[str]:
+    """Say where the network was, if it is a file, a folder or a name on a hub: the table shows its kind only."""
+    place = str(document["provenance"].get("backbone", ""))
+    return [f"  network: {printable(place)}"] if PurePath(place).is_absolute() or ":" in place else []
+
+
 def _precision_lines(document: dict[str, Any]) -> list[str]:
     checked = document["provenance"].get("precision_check")
     if not isinstance(checked, dict):
@@ -200,6 +206,7 @@ def summary(document: dict[str, Any]) -> str:
     if document["rows_missing"]:
         lines.append(f"  {document['rows_missing']} rows are missing with their shards; extract again to compute them")
     lines.append(_data_sets(document["data_sets"]))
+    lines += _place_lines(document)
     lines += _precision_lines(document)
     if "inferred" in document:
         changed = ", ".join(

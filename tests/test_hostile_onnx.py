@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -178,6 +179,15 @@ def test_the_limit_of_memory_ends_with_the_trial() -> None:
         np.ones(60 << 20, np.uint8)
     assert resource.getrlimit(resource.RLIMIT_DATA) == before
     assert np.ones(60 << 20, np.uint8)[-1] == 1
+
+    def often(number: int) -> None:
+        for _ in range(50):
+            with limited_memory(1 << 30):
+                pass
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(often, range(4)))
+    assert resource.getrlimit(resource.RLIMIT_DATA) == before
 
 
 @pytest.mark.slow

@@ -6,7 +6,9 @@ import csv
 import io
 import json
 import shlex
+import signal
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,8 @@ from test_onnx_networks import HOW, centre, convolved, network, normalised
 
 import pipeline.export
 from features.errors import ConfigurationError, ParityError, RunError
-from features.extraction.extraction import extract_features
+from features.extraction.extraction import extract_features, prepare
+from features.extraction.options import ExtractionOptions
 from features.networks.onnx_engine import run as session_run
 from features.networks.onnx_engine import session_of
 from features.networks.onnx_graph import INPUT, PREFIX, Output, composed, outline_of, read_model
@@ -240,7 +243,42 @@ def test_the_commands_of_a_report_make_the_same_features_without_the_description
     subprocess.run(["/bin/sh", "-c", description], check=True)
     done = call_pipeline(*shlex.split(extract)[1:])
     assert done.returncode == 0, done.stderr
+    assert f"\n  network: {tmp_path / 'made' / 'net.onnx'}\n" in call_pipeline("inspect", store).stdout
     assert store.read_bytes() == before.read_bytes()
+
+
+_KILLED = """
+import os, signal, sys
+from features.extraction.extraction import extract_features, prepare
+from features.extraction.options import ExtractionOptions
+from features.networks.openvino_engine import OpenVinoEngine
+real = OpenVinoEngine.__call__
+def call(self, images):
+    if self.images_inferred >= 9:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(self, images)
+OpenVinoEngine.__call__ = call
+source, out, net, how = sys.argv[1:]
+extract_features(source, out, backbone=net, preprocess=how, layout="sharded", shard_rows=3, batch_size=3)
+"""
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_goes_on_to_the_same_bytes(images: Path, tmp_path: Path) -> None:
+    net, how = str(network(tmp_path / "net.onnx")), str(tmp_path / "how.json")
+    Path(how).write_text(json.dumps(HOW))
+    options = {"backbone": net, "preprocess": how, "layout": "sharded", "shard_rows": 3, "batch_size": 3}
+    extract_features(images, tmp_path / "whole.h5", **options)  # the kept conversion is proven with 8 images
+    line = [sys.executable, "-c", _KILLED, str(images), str(tmp_path / "killed.h5"), net, how]
+    assert subprocess.run(line, capture_output=True, check=False).returncode == -signal.SIGKILL
+    left = len(list((tmp_path / "killed.h5.parts").glob("*.h5")))
+    assert 1 <= left <= 3
+    assert not (tmp_path / "killed.h5").exists()
+    done = prepare(images, tmp_path / "killed.h5", ExtractionOptions(**options)).run()
+    assert done.inferred == 20 - 3 * left
+    for file in (tmp_path / "whole.h5.parts").glob("*.h5"):
+        assert file.read_bytes() == (tmp_path / "killed.h5.parts" / file.name).read_bytes()
+    assert (tmp_path / "whole.h5").read_bytes() == (tmp_path / "killed.h5").read_bytes()
 
 
 def test_preview_reads_how_images_are_prepared(images: Path, tmp_path: Path) -> None:

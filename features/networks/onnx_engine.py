@@ -20,6 +20,8 @@ from features.machine import processors
 from features.networks.onnx_graph import INPUT, output_name, shown
 from features.recipe import Recipe
 
+_limiting = threading.Lock()  # of two threads, one would restore what the other has set
+
 
 def is_installed() -> bool:
     """Whether the package ``onnxruntime`` is installed; it is not imported."""
@@ -132,13 +134,14 @@ def limited_memory(more: int) -> Iterator[None]:
     if used is None:
         yield
         return
-    soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_DATA, (min([1024 * int(used[1]) + more, *limits]), hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
+    with _limiting:
+        soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
+        limits = [limit for limit in (soft, hard) if limit != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_DATA, (min([1024 * int(used[1]) + more, *limits]), hard))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
 def _status() -> str:
