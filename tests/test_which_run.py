@@ -22,7 +22,7 @@ from pipeline.config import load_yaml
 from pipeline.finetune import best_head, summary
 from pipeline.heads.records import describe_features
 from pipeline.report import make_report
-from pipeline.runs.board import leaderboard, note_on_older_state, take_run
+from pipeline.runs.board import leaderboard, note_on_older_state, renew_states, take_run
 from pipeline.runs.datasets import data_sets, source_of
 from pipeline.runs.folder import Run, find_runs
 from pipeline.tables import board_text
@@ -93,6 +93,24 @@ def test_heads_whose_epoch_the_validation_images_chose_are_named_beside_others(
     config.write_text(yaml.safe_dump(values))
     leaderboard(tmp_path)
     assert "too good" not in caplog.text
+
+
+def test_the_hint_on_epochs_speaks_of_heads_on_the_newest_state_alone(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A fine-tuned logistic head has epochs, but the head logistic has none, and fine-tuning has no folds."""
+    caplog.set_level(logging.INFO, "pipeline.runs.board")
+    made_run(tmp_path, "dense", head="dense", digest=OLD, minute=1)
+    made_run(tmp_path, "knn", head="knn", digest=OLD, minute=2)
+    made_run(tmp_path, "logistic", digest=ANTS, minute=3)
+    tuned = made_run(tmp_path, "finetune-logistic", digest=ANTS, minute=4, settings={"start": "logistic"})
+    assert tuned.stops_on_validation
+    leaderboard(tmp_path)
+    assert "too good" not in caplog.text
+    made_run(tmp_path, "dense-new", head="dense", digest=ANTS, minute=5)
+    leaderboard(tmp_path)
+    assert caplog.text.count("too good") == 1
+    assert "photos: validation scores of dense are slightly too good" in caplog.text
 
 
 def test_one_cross_validated_run_is_no_comparison(tmp_path: Path) -> None:
@@ -189,6 +207,31 @@ def test_the_newest_state_is_that_of_the_newest_run(tmp_path: Path) -> None:
     made_run(tmp_path, "logistic-2", digest=ANTS, accuracy=0.6, minute=2)
     made_run(tmp_path, "logistic-3", digest=OLD, accuracy=0.7, minute=3)  # the change was taken back
     assert taken(tmp_path) == "logistic-1"
+
+
+def test_a_state_that_is_trained_on_again_is_the_newest_again(tmp_path: Path) -> None:
+    """A class was renamed, and named back: the first run is there already, and is the one to take."""
+    first = made_run(tmp_path, "logistic-1", digest=OLD, accuracy=0.7, minute=1)
+    made_run(tmp_path, "logistic-2", digest=ANTS, accuracy=0.9, minute=2)
+    trial = made_run(tmp_path, "logistic-3", digest=BRAIN, minute=3, limit=50)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    renew_states(tmp_path, ["logistic-2"])  # it is of the newest state
+    renew_states(tmp_path, ["logistic-2", "logistic-1"])
+    renew_states(tmp_path, [trial.run_id])
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert taken(tmp_path) == "logistic-2"
+    renew_states(tmp_path, ["logistic-1"])
+    assert taken(tmp_path) == "logistic-1"
+    assert note_on_older_state(tmp_path, ["logistic-1"]) == ""
+    after = {path for path, old in before.items() if path.read_bytes() != old}
+    assert after == {first.folder / "environment.json"}
+    renewed = Run.open(first.folder).environment
+    assert renewed == first.environment | {"renewed": renewed["renewed"]}
+    shutil.rmtree(tmp_path / "logistic-1")
+    shutil.rmtree(tmp_path / "logistic-2")
+    made_run(tmp_path, "logistic-4", digest=ANTS, minute=4, limit=60)
+    renew_states(tmp_path, [trial.run_id])  # of trials alone
+    assert taken(tmp_path) == trial.run_id
 
 
 @pytest.mark.parametrize("created", ["2026-99-99", "soon", None, 7, "9999-12-31T23:59:59+00:00junk", "0001-01-01"])

@@ -190,9 +190,11 @@ def parse_folds(text: str | None, stores: Sequence[FeatureStore]) -> int | None:
 
 
 def _note_stale(runs: Path, run_ids: Sequence[str], stores: Sequence[FeatureStore], *, cached: bool) -> None:
-    """Say that other commands take another run, which can be if it was there before or the store is of some images."""
-    from pipeline.runs.board import note_on_older_state
+    """Make the state of runs that were there before the newest; say if other commands take another run even so."""
+    from pipeline.runs.board import note_on_older_state, renew_states
 
+    if cached:
+        renew_states(runs, run_ids)
     trial = any(store.provenance.get("limit") for store in stores)
     if (cached or trial) and (note := note_on_older_state(runs, run_ids)):
         print_note(note)

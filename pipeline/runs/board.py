@@ -5,6 +5,7 @@ runs --pipeline.runs.datasets--> data sets --newest state--> runs that compare -
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 from collections.abc import Callable, Collection, Sequence
@@ -12,11 +13,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from features import canonical
-from features.errors import ConfigurationError, RunError
+from features.errors import ConfigurationError, RunError, StoreError
 from features.files import printable
 from pipeline.intervals import interval_of
 from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
+from pipeline.runs.writing import renew
 from pipeline.scores.selection import CHOICES, FEW, USUAL_FOLDS, Candidate, balanced_accuracy_interval, choose
 from pipeline.tables import counted
 
@@ -96,6 +98,18 @@ def _account(run: Run, one: DataSet, state: State, for_tuning: bool) -> str:
     return printable(f"run taken: {run.folder} ({of}{older}{instead})")
 
 
+def renew_states(root: str | Path, run_ids: Collection[str]) -> None:
+    """Make the older state of runs that were asked for again the newest of its data set: a change was taken back.
+
+    Nothing is written if one of the runs is of the newest state. A trial never comes before runs on all images.
+    """
+    for one in data_sets(find_runs(root, warn=False).runs):
+        asked = [(state, run) for state in one.states for run in state.runs if run.run_id in run_ids]
+        if asked and asked[0][0] is not one.states[0] and (asked[0][0].kind == OLDER or one.states[0].kind != OLDER):
+            with contextlib.suppress(StoreError):  # of others, who let us read alone
+                renew(asked[0][1])
+
+
 def note_on_older_state(root: str | Path, run_ids: Collection[str]) -> str:
     """Say that runs which were asked for again are not of the newest state of their data set; empty if they are."""
     for one in data_sets(find_runs(root, warn=False).runs):
@@ -162,9 +176,10 @@ def board_of(
         found, groups = [one], [(one, older) for older in one.states if one.is_called(data_set) or older is state]
     rows = []
     for one, state in groups:
-        if said := _judging(state.runs, folds):
+        first = len(groups) == 1 or state is one.states[0]
+        if first and (said := _judging(state.runs, folds)):
             logger.info("%s: %s", printable(one.name), said)
-        chosen = starred(state.runs, by, folds=folds) if len(groups) == 1 or state is one.states[0] else None
+        chosen = starred(state.runs, by, folds=folds) if first else None
         if chosen is not None and (usual := starred(state.runs)) is not chosen:
             logger.warning(
                 "the asterisk stands at %s because of how you compare; predict, evaluate, export and finetune take %s from this "
@@ -184,8 +199,9 @@ def _judging(runs: Sequence[Run], folds: bool | None) -> str:
     """Say how runs on one state were compared, or what is unlike about their scores; empty where there is nothing to say."""
     if by_folds(runs, folds):
         return "compared by cross-validation, as it has few validation images" if folds is None else ""
-    ahead = sorted({run.config["head"]["name"] for run in runs if run.stops_on_validation})
-    if not ahead or all(run.stops_on_validation for run in runs):
+    heads = [run for run in runs if run.config["stage"] == "head"]  # fine-tuned runs have no folds and no stop_on
+    ahead = sorted({run.config["head"]["name"] for run in heads if run.stops_on_validation})
+    if not ahead or all(run.stops_on_validation for run in heads):
         return ""
     return (
         f"validation scores of {', '.join(ahead)} are slightly too good beside those of other heads, because the same images "

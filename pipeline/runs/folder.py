@@ -27,6 +27,7 @@ from pipeline.presets import DENSE, EPOCHS, PRESETS, EstimatorParameters, Preset
 logger = logging.getLogger(__name__)
 
 FILES = ("config.yaml", "metrics.json", "history.csv", "predictions.csv", "environment.json", "README.md")
+RENEWED = "renewed"  # key of environment.json: when a run of an older state was last asked for
 BACKBONE_WEIGHTS = "backbone.npz"
 BACKBONE_MODEL = "backbone.keras"
 # Upper limits of what is accepted from a file: seconds and parameter counts, bytes of a JSON file and of a history.
@@ -153,11 +154,8 @@ class Run:
 
     @property
     def created(self) -> float:
-        """When it was made, in seconds since 1970; 0 if it does not say so."""
-        try:
-            return datetime.fromisoformat(str(self.environment.get("created"))).timestamp()
-        except (ValueError, OverflowError):
-            return 0.0
+        """When it was made, or last renewed (`pipeline.runs.writing.renew`), in seconds since 1970; 0 if it does not say so."""
+        return max(_seconds(self.environment.get(name)) for name in ("created", RENEWED))
 
     @property
     def split_rule(self) -> str:
@@ -213,6 +211,14 @@ class Run:
         if self.config["seed"]:
             given["seed"] = self.config["seed"]
         return " ".join(f"{name}={value}" for name, value in given.items())
+
+
+def _seconds(moment: object) -> float:
+    """A moment as ``environment.json`` notes it, in seconds since 1970; 0 for anything else."""
+    try:
+        return datetime.fromisoformat(str(moment)).timestamp()
+    except (ValueError, OverflowError):
+        return 0.0
 
 
 def read_predictions(run: Run) -> Predictions:

@@ -20,6 +20,7 @@ from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse,
 from pipeline.runs.folder import (
     BACKBONE_MODEL,
     BACKBONE_WEIGHTS,
+    RENEWED,
     Predictions,
     Run,
     is_finished,
@@ -201,6 +202,13 @@ def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
     with atomic_file(path) as temporary:
         _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
     return Run.open(run.folder)
+
+
+def renew(run: Run) -> None:
+    """Note in ``environment.json`` that a finished run was asked for now, so that its state is the newest again."""
+    path = run.folder / "environment.json"
+    with atomic_file(path) as temporary:
+        _write_json(temporary, {**run.environment, RENEWED: environment()["created"]})
 
 
 def add_plots(run: Run) -> None:
