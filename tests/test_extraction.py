@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -56,6 +57,32 @@ def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: 
         rows = store.rows(split)
         np.testing.assert_array_equal(y, store.images.labels[rows])
         np.testing.assert_allclose(X, expected_features(source, [store.images.paths[row] for row in rows]), rtol=1e-6)
+
+
+def test_a_later_extraction_without_a_split_rule_keeps_that_of_the_store(
+    source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def again(**options: Any) -> FeatureStore:
+        asked = ExtractionOptions(batch_size=4, workers=2, **options)
+        return Extraction(scan(source), NumpyNetwork(), tmp_path / "f.h5", asked).run().store
+
+    first = again(split="stratified:0.6,0.2,0.2", seed=3)
+    paint(source / "cat" / "new.png", (1, 2, 3))
+    kept = again()
+    assert (len(kept), kept.split_rule) == (34, "stratified:0.6,0.2,0.2@3")
+    assert again().split_rule == first.split_rule == kept.split_rule
+    assert again(seed=5).split_rule == "stratified:0.6,0.2,0.2@5"
+    caplog.clear()
+    before = again()
+    assert "the split rule" not in caplog.text
+    after = again(split="hash")
+    changed = int((before.images.splits != after.images.splits).sum())
+    assert after.split_rule == "hash"
+    assert changed > 0
+    assert (
+        f"f.h5: the split rule changes from stratified:0.6,0.2,0.2@5 to hash, and the splits of {changed} images with it; "
+        "--split stratified:0.6,0.2,0.2@5 keeps them"
+    ) in caplog.text
 
 
 @pytest.mark.slow

@@ -28,7 +28,9 @@ from features.files import behind_link, locked, printable, sweep, writable_folde
 from features.machine import processors
 from features.progress import Progress
 from features.sources.scan import ImageSet, scan
+from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
+from features.store.schema import ImageTable
 
 if TYPE_CHECKING:
     from features.networks.network import Network
@@ -235,13 +237,16 @@ class Extraction:
             self._checked = self._check_precision(some_rows(self.images.labels, readable, self.options.check_precision))
         if plan.old is not None and not self.options.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} was not changed")
-        table, quarantine = table_of(self.images, identities, self.options.rule, strict=self.options.strict)
+        rule = self.options.rule_after("" if plan.old is None else plan.old.split_rule)
+        table, quarantine = table_of(self.images, identities, rule, strict=self.options.strict)
+        if plan.old is not None and plan.old.split_rule != str(rule):
+            _warn_of_another_rule(plan.old, rule, table)
         return Contents(
             images=table,
             quarantine=quarantine,
             classes=self.images.classes,
             source=self.images.description,
-            split_rule=str(self.options.rule),
+            split_rule=str(rule),
             provenance=self._provenance(plan, done),
         )
 
@@ -379,6 +384,17 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
             if not parts.records:
                 parts.remove()
     return FeatureStore.open(target)
+
+
+def _warn_of_another_rule(old: FeatureStore, rule: SplitRule, table: ImageTable) -> None:
+    """Log that the split rule of a store changes, and how many of its images change their split with it."""
+    before = dict(zip(old.images.paths, old.images.splits.tolist(), strict=True))
+    now = zip(table.paths, table.splits.tolist(), strict=True)
+    if changed := sum(before.get(path, split) != split for path, split in now):
+        logger.warning(
+            "%s: the split rule changes from %s to %s, and the splits of %d images with it; --split %s keeps them",
+            printable(str(old.path)), old.split_rule or "none", rule, changed, old.split_rule or "hash",
+        )  # fmt: skip
 
 
 def _identities_now(plan: Plan) -> list[Identity | None]:

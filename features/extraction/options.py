@@ -25,11 +25,11 @@ class ExtractionOptions(NetworkOptions):
         Views per image, 1-1000; view 0 is the plain image. A store that already has more views keeps them.
     augment : str or AugmentSpec
         Augmentation of views 1 and above: the name of a preset, or ranges.
-    split : str
+    split : str, optional
         How images without a given split are assigned to one: ``"hash"`` or ``"stratified"``, followed by a colon and
-        the fractions; see ``SplitRule``.
+        the fractions; see ``SplitRule``. Default: the rule of the existing store; ``"hash"`` for a new one.
     seed : int
-        Random seed of the views and of the split.
+        Random seed of the views and of the split. 0 keeps the seed of a split rule that is kept.
     target : str, optional
         Column of the manifest that holds the label; it is recorded in the store for later stages.
     split_folders : str
@@ -73,7 +73,7 @@ class ExtractionOptions(NetworkOptions):
 
     views: int = 1
     augment: str | AugmentSpec = "none"
-    split: str = "hash"
+    split: str | None = None
     seed: int = 0
     target: str | None = None
     split_folders: str = ""
@@ -93,7 +93,7 @@ class ExtractionOptions(NetworkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        SplitRule.parse(self.split, self.seed)
+        self.rule_after("")
         _ = self.reading
         self._check_views()
         check_range("batch size", self.batch_size, 1, 4096)
@@ -142,7 +142,9 @@ class ExtractionOptions(NetworkOptions):
         """What shows that a file is unchanged."""
         return "nothing" if self.rehash else "times" if self.trust_times else "notes"
 
-    @property
-    def rule(self) -> SplitRule:
-        """How images without a given split are assigned to one."""
-        return SplitRule.parse(self.split, self.seed)
+    def rule_after(self, before: str) -> SplitRule:
+        """How images without a given split are assigned to one; ``before`` is the rule of the existing store, or empty."""
+        if self.split is not None or not before:
+            return SplitRule.parse("hash" if self.split is None else self.split, self.seed)
+        kept = SplitRule.parse(before)
+        return dataclasses.replace(kept, seed=self.seed or kept.seed)

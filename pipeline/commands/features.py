@@ -77,9 +77,12 @@ def extract(
     augment: Annotated[str, opt(f"How all views but the first are varied: {', '.join(PRESETS)}.")] = "none",
     dtype: Annotated[str, opt("Type of the stored features: float32 or float16.")] = "float32",
     split: Annotated[
-        str,
-        opt("Split rule: hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]. Given splits are kept."),
-    ] = "hash",
+        str | None,
+        opt(
+            "Split rule: hash[:0.8,0.1,0.1] or stratified[:0.75,0.25]. Given splits are kept. Default: that of the store; "
+            "hash for a new one."
+        ),
+    ] = None,
     validation_from_train: Annotated[float, opt("Share of the given training images to move to validation.")] = 0.0,
     test_from_validation: Annotated[float, opt("Share of the given validation images to move to test.")] = 0.0,
     seed: Seed = 0,
@@ -182,10 +185,11 @@ def _print_next(document: dict[str, Any], out: Path, layers: Sequence[str]) -> N
         print_next("bottleneck", "train-head", out, "--head", "logistic", *several)
 
 
-def _with_moves(split: str, validation_from_train: float, test_from_validation: float) -> str:
-    """Add the two options that move given images to the text of a split rule."""
-    added = {"validation-from-train": validation_from_train, "test-from-validation": test_from_validation}
-    return "+".join([split, *(f"{name}:{share}" for name, share in added.items() if share)])
+def _with_moves(split: str | None, validation_from_train: float, test_from_validation: float) -> str | None:
+    """Add the two options that move given images to the text of a split rule; None if none of the three is given."""
+    shares = {"validation-from-train": validation_from_train, "test-from-validation": test_from_validation}
+    added = [f"{name}:{share}" for name, share in shares.items() if share]
+    return "+".join([split or "hash", *added]) if added else split
 
 
 @app.command()
