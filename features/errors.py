@@ -139,8 +139,10 @@ def check_batch(images: Any, shape: tuple[int, ...]) -> None:
         raise ConfigurationError(f"engine: received {images.dtype} {images.shape}, expected uint8 {shape}")
 
 
-def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
+def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.55) -> str:
     """Return a hint that names the known words nearest to ``name``; empty if none is near.
+
+    ``cutoff``, 0-1, is the least likeness: names that are words of a language are like each other by chance up to 0.6.
 
     Examples
     --------
@@ -150,5 +152,5 @@ def nearest(name: str, known: Iterable[str], count: int = 3) -> str:
     ''
     """
     by_lower = {word.lower(): word for word in known}
-    found = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=0.55)
+    found = difflib.get_close_matches(name.lower(), list(by_lower), n=count, cutoff=cutoff)
     return "; did you mean " + " or ".join(repr(by_lower[word]) for word in found) + "?" if found else ""

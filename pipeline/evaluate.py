@@ -209,7 +209,7 @@ def _labels(source: ImageSet, rows: np.ndarray, model: str, classes: Sequence[st
     strange = Counter(name for name in names if name not in known)
     if strange:
         named = [
-            f"{shortened(printable(name), 40)!r} ({counted(n, 'image')}){nearest(name, classes)}"
+            f"{shortened(printable(name), 40)!r} ({counted(n, 'image')}){nearest(name, classes, cutoff=0.75)}"
             for name, n in strange.most_common(NAMED)
         ]
         more = f" and {len(strange) - NAMED} more" if len(strange) > NAMED else ""

@@ -33,10 +33,10 @@ from pipeline.heads.kinds import can_finetune, head_of
 from pipeline.intervals import interval_of
 from pipeline.runs.board import ranked, take_run
 from pipeline.runs.datasets import absolute, source_of
-from pipeline.runs.folder import Predictions, Run, find_runs, is_finished
+from pipeline.runs.folder import Predictions, Run, find_runs, is_finished, is_run_folder
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.tables import score_columns, table_text
-from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut
+from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut, unlike
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
 from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
 from pipeline.tuning.inputs import Data, ImagePass, Inputs, KeptFeatures, LiveViews, read_data
@@ -175,12 +175,23 @@ def finetune(
     return _report(Run.open(folder), damaged, cached=False, resumed=outcome.resumed)
 
 
+def _rival(document: dict[str, Any]) -> dict[str, Any]:
+    """The scores that fine-tuning has to beat: those of the best head, or of the head alone."""
+    before, best = document["before"], document["best_head"]
+    return dict(best if best is not None and best["accuracy"] > before["accuracy"] else before)
+
+
+def advised(document: dict[str, Any]) -> Path:
+    """The run to predict with: the fine-tuned one, or the head beside it that it is no better than."""
+    tuned, rival = Path(document["run"]), _rival(document)
+    head = tuned.parent / rival.get("run", document["start"])
+    return tuned if document["after"]["accuracy"] > rival["accuracy"] or not is_run_folder(head) else head
+
+
 def summary(document: dict[str, Any]) -> str:
     """Summarise the result for a person: was it worth the minutes?"""
-    before, after, best = document["before"], document["after"], document["best_head"]
-    rival, name = before, "the head alone"
-    if best is not None and best["accuracy"] > before["accuracy"]:
-        rival, name = best, f"the best head, {best['run']}"
+    before, after, rival = document["before"], document["after"], _rival(document)
+    name = f"the best head, {rival['run']}" if "run" in rival else "the head alone"
     gained = (after["accuracy"] - rival["accuracy"]) * after["n"]
     high = interval_of(rival)[1]
     if document["parity_gap"] is None:
@@ -193,7 +204,7 @@ def summary(document: dict[str, Any]) -> str:
             verdict = f"perhaps by chance: the accuracy is within the confidence interval of {name}"
         else:
             verdict = f"not worth it: no more validation images are classified correctly than by {name}"
-    compared = {"before": before, **({} if rival is before else {"best head": rival}), "after": after}
+    compared = {"before": before, **({"best head": rival} if "run" in rival else {}), "after": after}
     scores = [{"": title, **score_columns(values)} for title, values in compared.items()]
     lines = [
         f"{document['run']}: {'already fine-tuned' if document['cached'] else 'fine-tuned'}, in {document['minutes']:.1f} minutes",
@@ -268,11 +279,9 @@ def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
 def _check_classes(run: Run, source: ImageSet) -> None:
     if source.classes == run.classes:
         return
-    missing = sorted(set(run.classes) - set(source.classes))
-    added = sorted(set(source.classes) - set(run.classes))
     raise RunError(
-        f"{source.description}: its classes are not those of {run.run_id} (missing {missing[:10]}, not in the run "
-        f"{added[:10]}). Give the images that its features were made of: {run.config['features']['source']}"
+        f"{source.description}: its classes are not those of {run.run_id} "
+        f"({unlike(run.classes, source.classes)}). Give the images that its features were made of: {run.config['features']['source']}"
     )
 
 

@@ -19,6 +19,7 @@ from typing import Any, TextIO
 
 from features.augmentation import PRESETS, AugmentSpec
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError, UnreadableImageError
+from features.files import printable
 from features.machine import processors
 from features.networks.reference import evenly_spread
 from features.pixels.decode import read_bytes
@@ -38,6 +39,7 @@ from pipeline.runs.folder import FILES, Run
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
+NAMED = 3  # folders that are no class, named in the judgement
 SHOWN = 20  # classes listed in the summary
 PICTURES = 36  # images of a grid
 
@@ -74,7 +76,7 @@ def predict(
     dict
         ``run``, ``out``, ``rows`` (the format of the rows), ``images``, ``predicted``, ``unreadable``, ``classes`` (how often
         each was predicted), ``labelled`` (predicted images in folders named like a class of the run), ``right`` (how many of
-        them were given that class), ``grid``, and ``damaged``, the names of damaged runs that were left out.
+        them were given that class), ``others`` (predicted images in each folder of another name), ``grid``, and ``damaged``, the names of damaged runs that were left out.
 
     Raises
     ------
@@ -115,6 +117,7 @@ def predict(
     counts: Counter[int] = Counter()  # -1 counts unreadable images
     numbers = {name: number for number, name in enumerate(model.classes)}
     judged: Counter[bool] = Counter()  # of the labelled images, how many are right and wrong
+    others: Counter[str] = Counter()  # predicted images in folders that are no class
     with (
         ThreadPoolExecutor(asked.workers or processors()) as pool,
         destination(written.get("--out"), stream or sys.stdout, kind) as write,
@@ -127,6 +130,8 @@ def predict(
                 counts[best] += 1
                 if best >= 0 and item.label in numbers:
                     judged[best == numbers[item.label]] += 1
+                elif best >= 0 and item.label:
+                    others[item.label] += 1
             if progress:
                 progress("predict", counts.total(), total)
         if not counts:
@@ -150,6 +155,7 @@ def predict(
         "classes": {name: counts[index] for index, name in enumerate(model.classes)},
         "labelled": judged.total(),
         "right": judged[True],
+        "others": dict(others) if judged else {},
         "grid": None if grid is None else str(grid),
         "damaged": damaged,
     }
@@ -170,9 +176,14 @@ def judgement(document: dict[str, Any]) -> str:
     """Say for a person how many of the labelled images were right."""
     right, labelled = document["right"], document["labelled"]
     low, high = wilson_interval(right, labelled)
+    others = Counter(document["others"]).most_common()
+    named = " and ".join(f"{count} in {shortened(printable(name), 40)!r}" for name, count in others[:NAMED])
+    more = f" and {len(others) - NAMED} more folders" if len(others) > NAMED else ""
+    which = "is no class" if len(others) == 1 else "are no classes"
+    rest = f". {named}{more}, which {which} of the run, are left out of this" if others else ""
     return (
         f"{right} of {labelled} images are right, going by the names of their folders: accuracy {right / labelled:.4f} "
-        f"({low:.4f} to {high:.4f}); bottleneck evaluate says more"
+        f"({low:.4f} to {high:.4f}); bottleneck evaluate says more{rest}"
     )
 
 

@@ -132,6 +132,13 @@ def test_a_manifest_and_a_split_of_it(images: Path, run: SimpleNamespace) -> Non
         evaluate("run", images / "new.csv", split="tests")
 
 
+def test_only_a_class_with_a_really_near_name_is_suggested() -> None:
+    source = SimpleNamespace(description="new", classes=("pansy", "tulip"), labels=np.array([0, 1, 0]))
+    with pytest.raises(SourceError) as caught:
+        pipeline.evaluate._labels(source, np.arange(3), "flowers", ("daisy", "tulips"))  # type: ignore[arg-type]
+    assert "'pansy' (2 images), 'tulip' (1 image); did you mean 'tulips'?; expected daisy" in str(caught.value)
+
+
 def test_classes_that_the_run_does_not_know_are_named_before_anything_is_loaded(
     images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

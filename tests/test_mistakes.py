@@ -124,7 +124,7 @@ SLOW = [
     Mistake("a weights file that is not there", "extract photos --weights none.h5", 1, ("weights: received 'none.h5', which is not a file", "Expected 'imagenet', 'random', or a file")),
     Mistake("a text for weights", "extract photos --weights notes.txt", 1, ("notes.txt is not a weights file", "expected HDF5 (.weights.h5, .h5)")),
     Mistake("fine-tuning without images", "finetune kerasruns", 2, ("nothing to train on: give --images",)),
-    Mistake("fine-tuning on other classes", "finetune kerasruns --images birds", 1, ("its classes are not those of dropout-linear-", "missing ['cat', 'dog'], not in the run ['ape', 'bee']", "Give the images that its features were made of")),
+    Mistake("fine-tuning on other classes", "finetune kerasruns --images birds", 1, ("its classes are not those of dropout-linear-", "without its classes 'cat', 'dog'; 'ape', 'bee' are no classes of the run", "Give the images that its features were made of")),
     Mistake("fine-tuning on other images", "finetune kerasruns --images other", 1, ("other: 6 of 6 validation images of dropout-linear-", "are not here", "Extract and train the head again")),
     Mistake("an unknown layer to train", "finetune kerasruns --images photos --unfreeze block_16_expnd", 2, ("has no layer 'block_16_expnd'", "did you mean 'block_16_expand'", "Use last-block")),
     Mistake("prediction of what is no image", "predict kerasruns fake.jpg --out rows.csv", 4, ("fake.jpg is unreadable (not-an-image", "none of 1 images could be read; nothing was written")),

@@ -170,6 +170,7 @@ def test_formats_follow_the_name_of_the_file_and_a_document_counts(
         assert document == {
             "format": 1, "run": "colours", "out": str(tmp_path / name), "rows": "csv" if name[0] in "ad" else "jsonl",
             "images": 5, "predicted": 4, "unreadable": 1, "classes": {"ape": 2, "bee": 1, "file": 1}, "labelled": 0, "right": 0,
+            "others": {},
             "grid": None, "damaged": [],
         }  # fmt: skip
     assert (tmp_path / "a.csv").read_text() == (tmp_path / "d.txt").read_text() == written(images)
@@ -189,11 +190,15 @@ def test_predict_on_a_labelled_folder_says_how_many_were_right(
             paint(known / label / f"{name}.png", PAINT[name])
     (known / "bee" / "broken.png").write_bytes(b"no image")
     said = "3 of 5 images are right, going by the names of their folders: accuracy 0.6000 (0.2307 to 0.8824)"
+    left_out = "says more. 1 in 'other', which is no class of the run, are left out of this"
     assert main(["predict", "run", str(known), "--out", str(out), "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
     assert (document["images"], document["labelled"], document["right"]) == (7, 5, 3)
+    assert document["others"] == {"other": 1}
     assert main(["predict", "run", str(known), "--out", str(out)]) == 0
-    assert said in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert left_out in printed
     assert main(["predict", "run", str(known)]) == 0
     printed = capsys.readouterr()
     assert (said in printed.err, said in printed.out) == (True, False)

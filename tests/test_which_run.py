@@ -19,7 +19,7 @@ from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.config import load_yaml
-from pipeline.finetune import best_head, summary
+from pipeline.finetune import advised, best_head, summary
 from pipeline.heads.records import describe_features
 from pipeline.report import make_report
 from pipeline.runs.board import leaderboard, note_on_older_state, renew_states, take_run
@@ -443,6 +443,11 @@ def test_the_verdict_compares_with_the_best_head_of_the_same_data(tmp_path: Path
     assert "worth it: the accuracy is above the confidence interval of the head alone (+30 of 100 images)" in summary(
         {**document, "best_head": None}
     )
+    document |= {"run": str(tuned.folder), "start": "logistic-weak"}
+    assert advised(document) == tmp_path / "ridge-best"  # not the fine-tuned run, which is no better
+    assert advised({**document, "best_head": None}) == tuned.folder  # better than the head alone
+    assert advised({**document, "best_head": None, "after": weak}) == tmp_path / "logistic-weak"
+    assert advised({**document, "best_head": None, "after": weak, "start": "elsewhere"}) == tuned.folder
 
 
 # --- the command line ---------------------------------------------------------------------------------------

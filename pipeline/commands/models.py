@@ -126,7 +126,7 @@ def finetune(
             **further,
         )
     print_document(document, as_json, stage.summary(document))
-    print_next("bottleneck", "predict", document["run"], "IMAGES")
+    print_next("bottleneck", "predict", stage.advised(document), "IMAGES")
     exit_if_damaged(document["damaged"])
 
 

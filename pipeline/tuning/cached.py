@@ -6,7 +6,7 @@ store -> the feature set that this run's trunk would compute -> CachedFeatures
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, RunError
 from features.recipe import Recipe
+from features.sources.splits import listed
 from features.store.reader import FeatureStore
 from pipeline.runs.folder import Run
 from pipeline.tuning.inputs import PLAIN, Data
@@ -86,15 +87,26 @@ def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
     return cut
 
 
+def unlike(expected: Sequence[str], received: Sequence[str]) -> str:
+    """Say which classes of a run are missing, and which the run does not know.
+
+    Examples
+    --------
+    >>> unlike(["cat", "dog"], ["dog", "wolf"])
+    "without its class 'cat'; 'wolf' is no class of the run"
+    """
+    missing, added = sorted(set(expected) - set(received)), sorted(set(received) - set(expected))
+    said = [f"without its {'class' if len(missing) == 1 else 'classes'} {listed(missing)}"] if missing else []
+    said += [f"{listed(added)} {'is no class' if len(added) == 1 else 'are no classes'} of the run"] if added else []
+    return "; ".join(said) or "they are in another order"
+
+
 def _check_rows(store: FeatureStore, run: Run) -> None:
     if store.data_digest == run.config["features"]["data_digest"]:
         return
     where = f"{store.path}: its images are not those that {run.run_id} was trained on"
     if store.classes != run.classes:
-        missing, added = sorted(set(run.classes) - set(store.classes)), sorted(set(store.classes) - set(run.classes))
-        raise RunError(
-            f"{where} (classes missing {missing[:10]}, not in the run {added[:10]}). Give a store of the same images."
-        )
+        raise RunError(f"{where} ({unlike(run.classes, store.classes)}). Give a store of the same images.")
     ours, theirs = (rule or "as given" for rule in (store.split_rule, run.split_rule))
     other = "the split rule is the same" if ours == theirs else f"it is split {ours}, the run {theirs}"
     raise RunError(
