@@ -96,7 +96,8 @@ class NetworkOptions:
     ----------
     backbone : str
         Name of the network, a key of ``features.networks.backbones.BACKBONES``, or the path of a ``.keras`` or
-        ``.onnx`` file or of a folder that holds an ONNX file and its description.
+        ``.onnx`` file or of a folder that holds an ONNX file and its description, or ``preset:FOLDER`` with a folder of
+        KerasHub.
     weights : str
         ``"imagenet"``, ``"random"`` or a file; see ``features.networks.weights.resolve_weights``.
     layers : tuple of str
@@ -110,8 +111,8 @@ class NetworkOptions:
         How many tokens stand before those of the image: the class token and the registers. Default: what the
         description of the network says.
     preprocess : Normalisation or str, optional
-        For a network that was not made by Keras: how pixels become its input, or the JSON file that says it. Default:
-        the description beside the network.
+        For a network that comes as a file: how pixels become its input, or the JSON file that says it. Default: the
+        description beside the network; none for a ``.keras`` file made with Keras alone.
     image_size : int or (int, int), optional
         Side of a square, or height and width, in pixels, 1-4096. Default: the size that the network was trained on.
     resize : {"antialias", "keras", "bicubic"}, optional

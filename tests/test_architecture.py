@@ -17,6 +17,7 @@ LATE = {
     "tensorflow",
     "pyarrow",
     "keras",
+    "keras_hub",
     "jax",
     "torch",
     "sklearn",

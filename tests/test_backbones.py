@@ -122,7 +122,7 @@ def test_a_family_builds_cuts_and_keeps_its_names(name: str, size: int, last: st
     assert last_layer(model) == last
     assert boundary_of(backbone, model) == boundary
 
-    images = preprocess(backbone)(pixels(2, size, size))
+    images = preprocess(backbone.preprocessing)(pixels(2, size, size))
     trunk, tail = cut_at(model, boundary)
     whole = np.asarray(run(model, images))
     assert np.abs(whole).max() > 1e-3  # else the comparison would say nothing
@@ -165,7 +165,7 @@ def test_pain_03_preprocessing_belongs_to_the_network() -> None:
         "efficientnetb0": [255.0, 127.5, 0.0],  # inside the network
     }
     for name, values in expected.items():
-        apply = preprocess(find_backbone(name))
+        apply = preprocess(find_backbone(name).preprocessing)
         given = image.copy()
         np.testing.assert_allclose(np.asarray(apply(given))[0, 0, 0], values, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(given, image)  # the caller's pixels are not changed
@@ -298,7 +298,8 @@ def test_a_model_file_is_a_backbone(tmp_path: Path, *, sequential: bool) -> None
     model = build_backbone(backbone, (20, 30))
     images = pixels(2, 20, 30)
     np.testing.assert_array_equal(
-        np.asarray(run(model, preprocess(backbone)(images))), np.asarray(run(keras.saving.load_model(path), images))
+        np.asarray(run(model, preprocess(backbone.preprocessing)(images))),
+        np.asarray(run(keras.saving.load_model(path), images)),
     )
     file = resolve_weights(backbone)
     assert (file.path, file.route) == (path, "model file")

@@ -80,7 +80,7 @@ def test_the_difference_is_the_worst_tensors() -> None:
 def test_real_weights_give_the_same_features(assets: Path, name: str, size: int, count: int) -> None:
     model = load(name, size, str(assets / "weights" / REAL[name]))
     kept = feature_model(model, [("out_relu", "avg"), ("block_15_add", "none")])
-    apply = preprocess(find_backbone(name))
+    apply = preprocess(find_backbone(name).preprocessing)
     before = kept.get_weights()
     folded = fold_batch_norms(kept, apply(images(size)))
     assert len(norms(kept)) == count
@@ -113,7 +113,7 @@ def test_every_family_folds_what_follows_a_convolution(name: str, size: int, lef
     model = load(name, size, "random")
     shake(model)
     kept = feature_model(model, [(list(layer_tensors(model))[-1], "avg")])
-    batch = preprocess(find_backbone(name))(images(size))
+    batch = preprocess(find_backbone(name).preprocessing)(images(size))
     folded = fold_batch_norms(kept, batch)
     assert folded is not kept
     assert len(norms(folded)) == left

@@ -58,7 +58,7 @@ def builder(of: Network) -> Callable[[], tuple[Any, Callable[[Any], Any]]]:
 
     def build() -> tuple[Any, Callable[[Any], Any]]:
         model = feature_model(of.load(), [(item.layer, item.pooling) for item in of.recipes])
-        return model, preprocess(of.backbone)
+        return model, preprocess(of.backbone.preprocessing)
 
     return build
 

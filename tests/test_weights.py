@@ -29,13 +29,13 @@ from features.networks import tensors, wheels
 from features.networks.backbones import (
     BACKBONES,
     Backbone,
-    ModelFile,
     boundary_of,
     build_backbone,
     last_layer,
     preprocess,
 )
 from features.networks.finding import find_backbone
+from features.networks.kerasfiles import ModelFile
 from features.networks.official import OfficialFile, Wheel
 from features.networks.tensors import assign_from_file, container_of, digest_of_tensors, read_npz, write_npz
 from features.networks.weights import (
@@ -706,9 +706,11 @@ def test_an_official_file_gives_what_keras_itself_gives(
     digest = load_weights(ours, backbone, file)
     assert digest == tensor_digest(theirs)
     images = np.random.default_rng(0).uniform(0, 255, (2, size, size, 3)).astype(np.float32)
-    expected = np.asarray(theirs(preprocess(backbone)(images), training=False))
+    expected = np.asarray(theirs(preprocess(backbone.preprocessing)(images), training=False))
     assert np.abs(expected).max() > 1e-3
-    np.testing.assert_array_equal(np.asarray(ours(preprocess(backbone)(images), training=False)), expected)
+    np.testing.assert_array_equal(
+        np.asarray(ours(preprocess(backbone.preprocessing)(images), training=False)), expected
+    )
     keras.backend.clear_session()
 
 

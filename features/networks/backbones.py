@@ -9,10 +9,13 @@ is built.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from features.errors import ConfigurationError, WeightsError
 from features.files import file_digest
@@ -28,7 +31,6 @@ from features.networks.graph import (
     stable_names,
     valid_cuts,
 )
-from features.networks.modelfile import load_model_file
 from features.networks.official import OFFICIAL, WHEELS, OfficialFile, Wheel
 from features.networks.torchfile import StoredTensor
 from features.recipe import TOKEN_POOLINGS, NetworkOptions, Normalisation, PixelRule
@@ -39,7 +41,6 @@ __all__ = [
     "MODEL_SUFFIX",
     "Backbone",
     "Description",
-    "ModelFile",
     "boundary_of",
     "build_backbone",
     "cut_at",
@@ -241,42 +242,6 @@ class EfficientNetLite(Backbone):
         return efficientnet_lite.canonical(tensors)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelFile(Backbone):
-    """A ``.keras`` file, which contains both network and weights.
-
-    Parameters
-    ----------
-    path : Path
-        The file.
-    file_size : tuple of int or None
-        Height and width of its input in pixels; None if it accepts any size.
-    """
-
-    path: Path
-    file_size: tuple[int, int] | None = None
-
-    @property
-    def default_size(self) -> tuple[int, int]:
-        if self.file_size is None:
-            raise ConfigurationError(f"{self.path} accepts images of any size; choose one with --image-size")
-        return self.file_size
-
-    @property
-    def own_weights(self) -> Path | None:
-        return self.path
-
-    def build(self, size: tuple[int, int]) -> Any:
-        model = load_model_file(self.path, size)
-        half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
-        if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
-            raise ConfigurationError(
-                f"{self.path}: layer {odd[0]} computes in {half[odd[0]]}, expected float32. Save the model with the "
-                "dtype policy float32, and choose another precision with --precision."
-            )
-        return model
-
-
 def _row(
     builder: str,
     preprocessing: str,
@@ -403,8 +368,15 @@ def build_backbone(backbone: Backbone, size: tuple[int, int]) -> Any:
     return backbone.build(size)
 
 
-def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
+def preprocess(preprocessing: str, normalisation: Normalisation | None = None) -> Callable[[Any], Any]:
     """Return the function that turns pixels into the input of a network.
+
+    Parameters
+    ----------
+    preprocessing : str
+        As in recipes: a module of ``keras.applications``, ``"none"``, or ``"mean-std"`` with a normalisation.
+    normalisation : Normalisation or None
+        As in recipes.
 
     Returns
     -------
@@ -412,11 +384,13 @@ def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
         Takes float32 RGB (n, h, w, 3), 0-255, as an array or a tensor of any Keras backend, symbolic or not, and
         returns the same shape. It does not modify its argument.
     """
-    if backbone.preprocessing == "none":
+    if normalisation is not None:
+        return functools.partial(_normalised, normalisation)
+    if preprocessing == "none":
         return lambda images: images
     import keras
 
-    function = getattr(keras.applications, backbone.preprocessing).preprocess_input
+    function = getattr(keras.applications, preprocessing).preprocess_input
 
     def apply(images: Any) -> Any:
         # Keras modifies arrays and torch tensors in place
@@ -424,6 +398,19 @@ def preprocess(backbone: Backbone) -> Callable[[Any], Any]:
         return function(copy() if callable(copy) else images, data_format="channels_last")
 
     return apply
+
+
+def _normalised(how: Normalisation, images: Any) -> Any:
+    """Compute ``(images * scale - mean) / std``; arrays stay arrays, and tensors stay tensors of their backend."""
+    import keras
+
+    plain = isinstance(images, np.ndarray)
+    mean, std = np.asarray(how.mean, np.float32), np.asarray(how.std, np.float32)
+    values = images if how.channels == "rgb" else images[..., ::-1]
+    values = values * how.scale
+    if plain:
+        return (values - mean) / std
+    return keras.ops.divide(keras.ops.subtract(values, mean), std)
 
 
 def boundary_of(backbone: Backbone, model: Any) -> str:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from features.errors import ConfigurationError
@@ -50,6 +51,25 @@ def load_keras() -> Any:
                 "Install that backend (pip install jax, or torch), or unset KERAS_BACKEND."
             ) from error
     return keras
+
+
+def load_keras_hub(path: Path) -> Any:
+    """Import KerasHub for the network of a file, and say which package is missing if that fails.
+
+    KerasHub runs without TensorFlow Text and without Kaggle's package, which it needs only for texts and downloads.
+    """
+    load_keras()
+    try:
+        with held_back():
+            import keras_hub
+    except ImportError as error:
+        missing = (error.name or "keras_hub").partition(".")[0].replace("_", "-")
+        raise ConfigurationError(
+            f"{path} is a network of KerasHub, and the package {missing} is not installed here: pip install keras-hub (or "
+            "'bottleneck-features[keras-hub]'). Its large tensorflow-text is not needed: pip install --no-deps keras-hub, and "
+            "pip install regex tokenizers sentencepiece"
+        ) from error
+    return keras_hub
 
 
 def _is_news(record: logging.LogRecord) -> bool:

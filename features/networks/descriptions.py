@@ -100,11 +100,13 @@ def read_preprocess(path: Path) -> ImageInput:
     )
 
 
-def missing_description(folder: Path) -> str:
+def missing_description(
+    place: Path, looked_for: str = "preprocessor_config.json, timm's config.json and open_clip_config.json"
+) -> str:
     """Return the message for a network without a description: what was looked for, and what to write."""
     return (
-        f"{folder}: nothing says how images are prepared for this network (looked for preprocessor_config.json, timm's "
-        f"config.json and open_clip_config.json), and that is not guessed. {_example()}"
+        f"{place}: nothing says how images are prepared for this network (looked for {looked_for}), and that is not "
+        f"guessed. {_example()}"
     )
 
 

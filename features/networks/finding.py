@@ -8,12 +8,12 @@ from pathlib import Path
 
 from features.errors import ConfigurationError, nearest
 from features.files import quoted
-from features.networks.backbones import BACKBONES, MODEL_SUFFIX, Backbone, ModelFile
+from features.networks.backbones import BACKBONES, MODEL_SUFFIX, Backbone
 from features.networks.hub import hub_folder, is_hub_name
-from features.networks.modelfile import ModelConfig
+from features.networks.kerasfiles import find_model_file, find_preset
 from features.networks.onnxfile import find_onnx
 
-_EXPECTED = "the name of a network, a .keras or .onnx file, a folder with an ONNX file, or hf:OWNER/NAME"
+_EXPECTED = "the name of a network, a .keras or .onnx file, a folder with an ONNX file, preset:FOLDER, or hf:OWNER/NAME"
 _OTHER_FILES = (
     ".h5",
     ".hdf5",
@@ -32,7 +32,7 @@ def find_backbone(name: str) -> Backbone:
     ----------
     name : str
         Key of ``BACKBONES``, where case, ``-`` and ``_`` do not matter; or the path of a ``.keras`` or ``.onnx`` file, or
-        of a folder with an ONNX file and its description; or ``hf:OWNER/NAME@REVISION``.
+        of a folder with an ONNX file and its description; ``preset:FOLDER``; or ``hf:OWNER/NAME@REVISION``.
 
     Raises
     ------
@@ -59,14 +59,6 @@ def find_backbone(name: str) -> Backbone:
     raise ConfigurationError(f"backbone: received {name!r}, expected {_EXPECTED}{hint}")
 
 
-def _model_file(name: str) -> Backbone | None:
-    path = Path(name).expanduser()
-    if path.suffix.lower() != MODEL_SUFFIX:
-        return None
-    config = ModelConfig(path)
-    return ModelFile("model", "none", None, path=path, file_size=config.size, classifier=config.classifier)
-
-
 def _table_row(name: str) -> Backbone | None:
     rows = [row for key, row in BACKBONES.items() if _plain(key) == _plain(name)]
     return BACKBONES.get(name) or (rows[0] if len(rows) == 1 else None)
@@ -84,12 +76,17 @@ def _on_hub(name: str) -> Backbone | None:
     found = find_onnx(str(folder.path))
     if found is not None:
         return dataclasses.replace(found, given=folder.name)
+    preset = find_preset(str(folder.path))
+    if preset is not None:
+        return dataclasses.replace(preset, given=folder.name)
     files = sorted(folder.path.glob(f"*{MODEL_SUFFIX}"))
     if not files:
-        raise ConfigurationError(f"backbone: {name} holds neither an ONNX file nor one {MODEL_SUFFIX} file")
-    return _model_file(str(files[0]))
+        raise ConfigurationError(
+            f"backbone: {name} holds neither an ONNX file nor a preset of KerasHub nor one {MODEL_SUFFIX} file"
+        )
+    return find_model_file(str(files[0]))
 
 
 # Functions asked in this order for a network of a given name; each returns None if it knows none. To add a kind of
 # network, write a subclass of ``Backbone`` and add a line here.
-FINDERS: list[Callable[[str], Backbone | None]] = [_on_hub, _model_file, _table_row, find_onnx]
+FINDERS: list[Callable[[str], Backbone | None]] = [_on_hub, find_model_file, find_preset, _table_row, find_onnx]

@@ -1,15 +1,17 @@
 """The layer graph of a Keras model: stable layer names, tensors by layer, and where the graph can be cut in two.
 
 It works for functional and Sequential models on any Keras backend. Only ``graph_nodes`` reads Keras' private call
-records (``_keras_history``, ``_inbound_nodes``), which have not changed since Keras 3.0.
+records (``_keras_history``, ``_inbound_nodes``), and only ``with_true_shapes`` writes to ``_shape``; they have not changed
+since Keras 3.0.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from features.errors import ConfigurationError, nearest
@@ -63,20 +65,22 @@ def stable_names(layers: Sequence[Any]) -> list[str]:
 def layer_tensors(model: Any) -> dict[str, Any]:
     """Return the output tensor of every layer that is called once and has one output, in topological order.
 
-    Input layers are left out, and layers inside nested models, which ``layer_shapes`` has. ``layer.output`` is not used,
-    because for a nested model it is a tensor of the inner graph.
+    A layer with several outputs counts if one of them is the output of the model. Input layers are left out, and layers
+    inside nested models, which ``layer_shapes`` has. ``layer.output`` is not used, because for a nested model it is a
+    tensor of the inner graph.
     """
     import keras
 
     nodes = graph_nodes(model)
     calls = Counter(id(operation) for operation, _, _ in nodes)
-    return {
-        operation.name: outputs[0]
-        for operation, _, outputs in nodes
-        if isinstance(operation, keras.layers.Layer)
-        and not isinstance(operation, keras.layers.InputLayer)
-        and calls[id(operation)] == len(outputs) == 1
-    }
+    ends = {id(tensor) for tensor in model.outputs}
+    found = {}
+    for operation, _, outputs in nodes:
+        tensors = outputs if len(outputs) == 1 else [tensor for tensor in outputs if id(tensor) in ends]
+        is_layer = isinstance(operation, keras.layers.Layer) and not isinstance(operation, keras.layers.InputLayer)
+        if is_layer and calls[id(operation)] == len(tensors) == 1:
+            found[operation.name] = tensors[0]
+    return found
 
 
 def layer_shapes(model: Any) -> dict[str, tuple[Any, ...]]:
@@ -123,6 +127,60 @@ def _inner_shapes(nested: Any, value: Any) -> dict[str, tuple[Any, ...]]:
     every = keras.Model(nested.inputs[0], [layer_tensor(nested, name) for name in names])
     outputs = every.compute_output_spec(keras.KerasTensor(value.shape, value.dtype))
     return {name: tuple(output.shape[1:]) for name, output in zip(names, outputs, strict=True)}
+
+
+def with_true_shapes(model: Any) -> Any:
+    """Give the tensors of a model the shapes that its layers give, which are not always those that they announce.
+
+    A layer may announce a shape (``compute_output_shape``) that is wrong or has gaps, and Keras believes it. One forward
+    pass tells. What Keras's own layers announce is trusted, so most models are returned as they are at once.
+
+    Returns
+    -------
+    keras.Model
+        The same object.
+    """
+    import keras
+
+    gaps = any(None in tensor.shape[1:] for _, _, outputs in graph_nodes(model) for tensor in outputs)
+    if gaps or any(_announces_itself(layer) for layer in model._flatten_layers(include_self=False)):
+        _correct_shapes(model, keras.ops.zeros((1, *model.inputs[0].shape[1:])))
+    return model
+
+
+def _correct_shapes(model: Any, value: Any) -> None:
+    """Correct the tensors of a model, and what its layers announce, nested ones too, to what they give for ``value``."""
+    import keras
+
+    nodes = [node for node in graph_nodes(model) if not isinstance(node[0], keras.layers.InputLayer)]
+    tensors = {id(tensor): tensor for _, _, outputs in nodes for tensor in outputs}
+    values = keras.Model(model.inputs[0], [*tensors.values()])(value, training=False)
+    given = dict(zip(tensors, [values] if hasattr(values, "shape") else values, strict=True))
+    given[id(model.inputs[0])] = value
+    calls = Counter(id(operation) for operation, _, _ in nodes)
+    for operation, inputs, outputs in nodes:
+        shapes = [tuple(given[id(tensor)].shape[1:]) for tensor in outputs]
+        if _is_nested(operation):
+            _correct_shapes(operation, given[id(inputs[0])])
+        elif calls[id(operation)] == 1 and shapes != [tuple(tensor.shape[1:]) for tensor in outputs]:
+            operation.compute_output_spec = functools.partial(_true_spec, operation.compute_output_spec, shapes)
+        for tensor, shape in zip(outputs, shapes, strict=True):
+            tensor._shape = (tensor.shape[0], *shape)
+
+
+def _true_spec(announce: Callable[..., Any], shapes: Sequence[tuple[int, ...]], *args: Any, **options: Any) -> Any:
+    import keras
+
+    announced = announce(*args, **options)
+    pairs = zip(keras.tree.flatten(announced), shapes, strict=True)
+    tensors = [keras.KerasTensor((tensor.shape[0], *shape), tensor.dtype) for tensor, shape in pairs]
+    return keras.tree.pack_sequence_as(announced, tensors)
+
+
+def _announces_itself(layer: Any) -> bool:
+    """Whether the shape that a layer announces comes from code that is not Keras's."""
+    methods = (type(layer).compute_output_shape, type(layer).compute_output_spec)
+    return any(method.__module__.partition(".")[0] != "keras" for method in methods)
 
 
 def valid_cuts(model: Any) -> list[str]:
@@ -228,11 +286,18 @@ def boundary_by_rule(model: Any) -> str:
     there: to the input of an inverted residual instead of its expansion, or to a tensor instead of its padded copy.
     At most half of the layers with kernels may follow the boundary.
 
+    In a transformer, the last stage is its last block: it begins behind the last valid cut before the last layer that
+    holds attention and gives tokens.
+
     Raises
     ------
     ConfigurationError
-        If the graph has no such cut, like that of NASNet, where every cell reads the two cells before it.
+        If the graph has no such cut, like that of NASNet, where every cell reads the two cells before it, or that of a
+        transformer whose blocks are all in one layer.
     """
+    blocks = _attention_layers(model)
+    if len(blocks) > 1:
+        return _before(model, blocks[-1])
     nodes = [(operation, outputs[0]) for operation, _, outputs in graph_nodes(model)]
     names = [operation.name for operation, _ in nodes]
     areas = [
@@ -240,6 +305,11 @@ def boundary_by_rule(model: Any) -> str:
         for index, (operation, tensor) in enumerate(nodes)
         if getattr(operation, "weights", ()) and len(tensor.shape) == 4 and None not in tensor.shape[1:]
     ]
+    if not areas and blocks:
+        raise ConfigurationError(
+            f"{model.name} has no boundary: all blocks of its transformer are in one layer, {blocks[0]!r}, so the last one "
+            "cannot be separated. To train the network, train all of it: --unfreeze all"
+        )
     if not areas:
         raise ConfigurationError(
             f"{model.name} has no boundary layer, because no layer has both weights and a 4-D output of known size. Name a layer."
@@ -265,6 +335,29 @@ def boundary_by_rule(model: Any) -> str:
             "layer to unfreeze from."
         )
     return str(names[chosen])
+
+
+def _attention_layers(model: Any) -> list[str]:
+    """Return the layers that hold attention and give as many tokens as they take, in topological order."""
+    return [
+        operation.name
+        for operation, inputs, outputs in graph_nodes(model)
+        if inputs
+        and len(outputs[0].shape) == 3
+        and tuple(outputs[0].shape) == tuple(inputs[0].shape)
+        and any("Attention" in type(layer).__name__ for layer in getattr(operation, "_flatten_layers", tuple)())
+    ]
+
+
+def _before(model: Any, layer: str) -> str:
+    names = [operation.name for operation, _, _ in graph_nodes(model)]
+    earlier = [name for name in valid_cuts(model) if names.index(name) < names.index(layer)]
+    if not earlier:
+        raise ConfigurationError(
+            f"{model.name} has no boundary: no single tensor separates its last block, which has the layer {layer!r}. To train "
+            "the network, train all of it: --unfreeze all"
+        )
+    return earlier[-1]
 
 
 def _has_kernel(operation: Any) -> bool:

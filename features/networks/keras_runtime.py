@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -69,7 +69,7 @@ class KerasRuntime:
         from features.networks.openvino_engine import from_keras
 
         rule = recipes[0].pixels
-        return from_keras(self._features(backbone, weights, recipes), preprocess(backbone), rule.height, rule.width)
+        return from_keras(self._features(backbone, weights, recipes), _preprocess(recipes), rule.height, rule.width)
 
     def engine(
         self,
@@ -86,13 +86,17 @@ class KerasRuntime:
 
         model = self._features(backbone, weights, recipes)
         return KerasEngine(
-            model, preprocess(backbone), recipes, batch_size=batch_size, device=device, precision=precision
+            model, _preprocess(recipes), recipes, batch_size=batch_size, device=device, precision=precision
         )
 
     def _features(self, backbone: Backbone, weights: WeightsFile, recipes: Sequence[Recipe]) -> Any:
         rule = recipes[0].pixels
         model = self.load(backbone, weights, (rule.height, rule.width))
         return feature_model(model, [(recipe.layer, recipe.pooling, recipe.prefix_tokens) for recipe in recipes])
+
+
+def _preprocess(recipes: Sequence[Recipe]) -> Callable[[Any], Any]:
+    return preprocess(recipes[0].preprocessing, recipes[0].normalisation)
 
 
 def kept_description(path: Any) -> Description | None:

@@ -15,7 +15,9 @@ from typing import Any
 
 from features.errors import ConfigurationError, brief
 from features.files import quoted
-from features.networks.graph import graph_nodes
+from features.networks.backend import load_keras_hub
+from features.networks.graph import graph_nodes, layer_tensors, stable_names, with_true_shapes
+from features.networks.kerashub import PACKAGE, HubConfig, mentions_hub
 
 logger = logging.getLogger(__name__)
 _LARGEST_CONFIG = 64 << 20  # bytes of JSON
@@ -45,6 +47,12 @@ class ModelConfig:
         Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
     keras : str
         Version of Keras that wrote the file; empty if it does not say.
+    hub : HubConfig or None
+        What it says of its network, if that is one of KerasHub.
+    has_hub_classes : bool
+        Whether KerasHub is needed to open it.
+    is_layered : bool
+        Whether it lists the layers of its model, which tell the size.
     """
 
     def __init__(self, path: Path) -> None:
@@ -60,7 +68,9 @@ class ModelConfig:
                 f"{path} is not a Keras model file (a zip with config.json): {error}. Write one with model.save('NAME.keras')"
             ) from error
         self.keras = str(about.get("keras_version", ""))[:20] if isinstance(about, Mapping) else ""
-        self.size = _image_size(config)
+        self.hub, self.has_hub_classes = HubConfig.of(path, config), mentions_hub(config)
+        self.is_layered = bool(_layers(config))
+        self.size = _image_size(config) if self.hub is None else self.hub.size
         self.classifier = _classifier(_layers(config))
 
 
@@ -133,9 +143,24 @@ def load_model_file(path: Path, size: tuple[int, int]) -> Any:
     ConfigurationError
         If the file cannot be loaded in safe mode, or its model has other inputs or outputs.
     """
+
+    return sized_model(path, open_model(path), size)
+
+
+def sized_model(path: Path, model: Any, size: tuple[int, int]) -> Any:
+    """Check that a model is one from images to features in float32, and return it for images of one size.
+
+    Parameters
+    ----------
+    path : Path
+        Where it comes from, for messages.
+    model : keras.Model
+        With its weights.
+    size : tuple of int
+        Height and width in pixels.
+    """
     import keras
 
-    model = open_model(path)
     if not isinstance(model, keras.Model) or not getattr(model, "inputs", None):
         raise ConfigurationError(f"{path}: expected a functional or Sequential model with an input, not a subclass")
     shapes = [tuple(tensor.shape) for tensor in model.inputs]
@@ -149,13 +174,86 @@ def load_model_file(path: Path, size: tuple[int, int]) -> Any:
         raise ConfigurationError(
             f"{path} takes images of {fixed[0]}x{fixed[1]} pixels, received {size[0]}x{size[1]}. Omit --image-size."
         )
+    half = {layer.name: layer.compute_dtype for layer in model._flatten_layers(include_self=False)}
+    if odd := sorted(name for name, dtype in half.items() if dtype != "float32"):
+        raise ConfigurationError(
+            f"{path}: layer {odd[0]} computes in {half[odd[0]]}, expected float32. Save the model with the "
+            "dtype policy float32, and choose another precision with --precision."
+        )
     if None not in fixed:
-        _check_outputs(path, model)
+        sized = _with_own_positions(model)
+        if _is_of_hub(sized):
+            _use_stable_names(sized)
+        _check_outputs(path, sized)
+    else:
+        sized = untrained_copy(model, size)
+        _check_outputs(path, sized)
+        sized.set_weights(model.get_weights())
+    last, tensor = list(layer_tensors(sized).items())[-1]
+    if tensor is not sized.outputs[0]:
+        logger.warning(
+            "%s: its output is not that of a layer; the features are those of its last layer, %s, unless --layer names another",
+            *(path, last),
+        )
+    return with_true_shapes(sized)
+
+
+def _with_own_positions(model: Any) -> Any:
+    """Copy a network of KerasHub that interpolates its positions to one that has them for its own images.
+
+    DINOv2 trains the interpolated ones. Only if the others have the same shape, they can be saved as they are, see
+    ``keep_positions``.
+    """
+    settings = model.get_config() if _is_of_hub(model) else {}
+    shape = settings.get("image_shape")
+    if tuple(settings.get("position_embedding_shape") or ())[:2] in ((), tuple(shape or ())[:2]):
         return model
-    sized = keras.models.clone_model(model, input_tensors=keras.Input((*size, 3), name=model.inputs[0].name))
-    _check_outputs(path, sized)
-    sized.set_weights(model.get_weights())
-    return sized
+    copy = type(model).from_config({**settings, "position_embedding_shape": shape})
+    for mine, theirs in zip(copy.weights, model.weights, strict=True):
+        if mine.shape == theirs.shape:
+            mine.assign(theirs)
+    keep_positions(copy)
+    return copy
+
+
+def keep_positions(model: Any) -> None:
+    """Take over the positions that a DINOv2 of KerasHub has learned into those that it saves; other models stay.
+
+    KerasHub does so itself on saving, but not if the sum of the changes is negative (release 0.32).
+    """
+    for layer in model.layers:
+        if hasattr(layer, "interpolated_position_embeddings"):
+            layer.position_embeddings.assign(layer.interpolated_position_embeddings)
+
+
+def untrained_copy(model: Any, size: tuple[int, int] | None = None) -> Any:
+    """Make the same model with new weights; with a size, for images of this height and width only.
+
+    Networks of KerasHub are made by their class where it takes a size, because the configurations of some of their layers
+    are not whole.
+    """
+    import keras
+
+    settings = model.get_config() if _is_of_hub(model) else {}
+    if settings and (size is None or "image_shape" in settings):
+        copy = type(model).from_config(settings if size is None else {**settings, "image_shape": (*size, 3)})
+    else:
+        image = None if size is None else keras.Input((*size, 3), name=model.inputs[0].name)
+        given = None if image is None else keras.tree.map_structure(lambda _: image, model.input)
+        copy = keras.models.clone_model(model, input_tensors=given)
+    if settings:
+        _use_stable_names(copy)
+    return copy
+
+
+def _is_of_hub(model: Any) -> bool:
+    return type(model).__module__.partition(".")[0] == PACKAGE
+
+
+def _use_stable_names(model: Any) -> None:
+    """Name the layers of a network of KerasHub as in a fresh process; other models have names of their own."""
+    for layer, name in zip(model.layers, stable_names(model.layers), strict=True):
+        layer.name = name
 
 
 def _check_outputs(path: Path, model: Any) -> None:
@@ -178,14 +276,17 @@ def open_model(path: Path) -> Any:
     """
     import keras
 
-    version = ModelConfig(path).keras
+    about = ModelConfig(path)
+    version = about.keras
+    if about.has_hub_classes:
+        load_keras_hub(path)
     try:
-        _check_memory(path)
+        _check_file(path)
         model = keras.saving.load_model(path, compile=False, safe_mode=True)
     except ConfigurationError:
         raise
     except Exception as error:  # layers of a file raise errors of any type while they are made
-        reason = _reason(error)
+        reason = reason_of(error)
         if version.startswith(("1.", "2.")):
             raise ConfigurationError(
                 f"{path} was written by Keras {version}, and Keras {keras.__version__} cannot open it ({brief(reason.partition('. ')[0], 150)}). "
@@ -196,6 +297,8 @@ def open_model(path: Path) -> Any:
             f"{path} cannot be loaded in safe mode: {reason}. If the model contains Lambda layers or custom classes, "
             "save it again without them."
         ) from error
+    if about.hub is not None:
+        model = getattr(model, "backbone", model)  # of a task
     renamed = _use_plain_names(model)
     if renamed:
         logger.warning(
@@ -232,11 +335,15 @@ def _use_plain_names(model: Any, prefix: str = "") -> list[str]:
     return renamed
 
 
-def _check_memory(path: Path) -> None:
-    """Refuse a model whose layers declare far more weights than its file holds, before memory is taken for them."""
+def _check_file(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         config = _read_json(archive, "config.json")
         held = archive.getinfo("model.weights.h5").file_size
+    check_memory(path, config, held)
+
+
+def check_memory(path: Path, config: Any, held: int) -> None:
+    """Refuse a model whose layers declare far more weights than the ``held`` bytes of its file, before memory is taken."""
     needed = _declared_bytes(config)
     if needed > max(_SMALL, _LARGEST_EXPANSION * held):
         raise ConfigurationError(
@@ -272,7 +379,7 @@ def _declared_bytes(config: Any) -> int:
     return result
 
 
-def _reason(error: BaseException) -> str:
+def reason_of(error: BaseException) -> str:
     """Take the reason from an error of Keras, which may quote the whole configuration before it or nothing after it."""
     text = " ".join(str(error).split()) or type(error).__name__
     for sign in ("Exception encountered:", "Example error message for object"):

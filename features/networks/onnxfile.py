@@ -20,8 +20,9 @@ from features.cache import cache_path, keep_json, kept_json
 from features.canonical import digest_of
 from features.errors import ConfigurationError
 from features.files import file_digest
-from features.networks.backbones import BOUNDARY, Backbone, Description
-from features.networks.descriptions import find_image_input, read_preprocess
+from features.networks.backbones import BOUNDARY, Description
+from features.networks.described import Described
+from features.networks.descriptions import find_image_input
 from features.networks.engines import Engine
 from features.networks.hub import ONNX_NAMES
 from features.networks.imageinput import ImageInput
@@ -29,7 +30,7 @@ from features.networks.onnx_engine import OnnxRuntimeEngine, try_out
 from features.networks.onnx_graph import Outline, Output, check_layer, composed, outline_of, read_model
 from features.networks.reference import reference_images, relative_difference
 from features.networks.weights import WeightsFile
-from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
+from features.recipe import NetworkOptions, Normalisation, Recipe
 
 MEMO_VERSION = 2
 _USUAL = Normalisation(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # about what networks take, for a trial
@@ -37,7 +38,7 @@ _SAME = 1e-3  # relative difference of an image's features in two batches: float
 
 
 @dataclasses.dataclass(frozen=True)
-class OnnxFile(Backbone):
+class OnnxFile(Described):
     """An ONNX file, which contains both network and weights.
 
     Parameters
@@ -85,51 +86,28 @@ class OnnxFile(Backbone):
         others = [[name, file_digest(self.path.parent / name)] for name in self.outline.external]
         return digest_of([self.file_sha256, *others]) if others else self.file_sha256
 
-    def pixel_rule(self, options: NetworkOptions) -> PixelRule:
-        """As the options say, and else the description; a file of fixed size takes no other."""
-        if isinstance(options.preprocess, Normalisation):
-            default: PixelRule | tuple[int, int] = self.outline.size or (224, 224)
-        else:
-            found = self._image_input(options)
-            described = PixelRule(found.height, found.width, resize=found.resize, fit=found.fit)
-            default = PixelRule.of(NetworkOptions(image_size=self.outline.size), described)
-        rule = PixelRule.of(options, default)
-        if self.outline.size not in (None, (rule.height, rule.width)):
-            height, width = self.outline.size
-            raise ConfigurationError(
-                f"image size: received {rule.height}x{rule.width}, but {self.path} takes images of {height}x{width} pixels "
-                "only; omit --image-size, or export the network with dynamic axes"
-            )
-        return rule
+    @functools.cached_property
+    def image_input(self) -> ImageInput:
+        """The description in its folder."""
+        return find_image_input(self.path.parent)
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        return self.outline.size
+
+    @property
+    def larger(self) -> str:
+        return ", or export the network with dynamic axes"
 
     def normalisation(self, options: NetworkOptions) -> Normalisation | None:
         """As the options or the description say."""
-        if isinstance(options.preprocess, Normalisation):
-            how = options.preprocess
-        else:
-            found = self._image_input(options)
-            how = Normalisation(found.scale, found.mean, found.std, found.channels)
+        how = super().normalisation(options)
         if self.outline.type == "uint8" and how != Normalisation():
             raise ConfigurationError(
                 f"{self.path}: takes uint8 pixels, so it prepares them itself; expected scale 1, mean 0 and std 1, rgb, "
                 "received other numbers. Give these with --preprocess FILE.json"
             )
         return how
-
-    def prefix_tokens(self, options: NetworkOptions) -> int | None:
-        """As the options or the description say; None if neither does."""
-        if options.prefix_tokens is not None or isinstance(options.preprocess, Normalisation):
-            return options.prefix_tokens
-        return self._image_input(options).prefix_tokens
-
-    def _image_input(self, options: NetworkOptions) -> ImageInput:
-        return (
-            self._found if options.preprocess is None else read_preprocess(Path(str(options.preprocess)).expanduser())
-        )
-
-    @functools.cached_property
-    def _found(self) -> ImageInput:
-        return find_image_input(self.path.parent)
 
 
 def find_onnx(name: str) -> OnnxFile | None:

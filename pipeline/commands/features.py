@@ -35,7 +35,10 @@ def extract(
     images: Annotated[str, arg("Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")],
     out: Annotated[Path, opt("HDF5 file to create or update.")] = Path("features.h5"),
     backbone: Annotated[
-        str, opt("Network: a name such as mobilenetv2, a .keras or .onnx file, or a folder with an ONNX file.")
+        str,
+        opt(
+            "Network: a name such as mobilenetv2, a .keras or .onnx file, a folder with an ONNX file, or preset:FOLDER of KerasHub."
+        ),
     ] = "mobilenetv2",
     weights: Weights = "imagenet",
     layer: Annotated[

@@ -55,7 +55,9 @@ class KerasAssembled:
         expected = resize_image(Image.fromarray(pixels), self.recipe.pixels)[None].astype(np.float32)
         if relative_difference(scaled, expected) > LAYER_TOLERANCE:
             return "resized"
-        reference = keras.ops.convert_to_numpy(preprocess(self.network.backbone)(expected))
+        reference = keras.ops.convert_to_numpy(
+            preprocess(self.recipe.preprocessing, self.recipe.normalisation)(expected)
+        )
         if relative_difference(prepared, reference) > LAYER_TOLERANCE:
             return "preprocessed"
         found = first_difference(self.model.get_layer("backbone"), _features(self.network, self.recipe), reference)
@@ -87,7 +89,9 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
     features = _features(network, recipe)
     images = keras.Input((None, None, 3), dtype="uint8", name=INPUT)
     pixels = layers.Identity(dtype="float32", name="resized")(resized(images, recipe.pixels))
-    values = layers.Identity(dtype="float32", name="preprocessed")(preprocess(network.backbone)(pixels))
+    values = layers.Identity(dtype="float32", name="preprocessed")(
+        preprocess(recipe.preprocessing, recipe.normalisation)(pixels)
+    )
     (values,) = _listed(features(values))
     if head.pool not in (None, "none"):
         values = pooling_layer(head.pool, len(values.shape) - 1, name="pool")(values)

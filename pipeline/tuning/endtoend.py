@@ -15,11 +15,13 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, RunError, nearest
-from features.networks.backbones import BOUNDARY, MODEL_SUFFIX, build_backbone, feature_model, preprocess
+from features.networks.backbones import MODEL_SUFFIX, boundary_of, build_backbone, feature_model, preprocess
 from features.networks.backend import load_keras
-from features.networks.graph import cut_at, layer_tensors, valid_cuts
+from features.networks.graph import cut_at, layer_tensors, valid_cuts, with_true_shapes
 from features.networks.hub import is_hub_name
 from features.networks.keras_engine import KerasEngine
+from features.networks.kerasfiles import PREFIX
+from features.networks.modelfile import keep_positions, untrained_copy
 from features.networks.network import Network, resolve_network
 from features.networks.weights import IMAGENET, RANDOM
 from features.recipe import Recipe
@@ -77,6 +79,8 @@ def _places(run: Run, given: str | None) -> tuple[str, str]:
         if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != run.folder:
             return given, IMAGENET  # a model file has its own weights
         return str(file if file.is_file() else _moved(run, file)), weights
+    if given is not None and backbone.startswith(PREFIX):
+        return f"{PREFIX}{given.removeprefix(PREFIX)}", IMAGENET  # so does a preset
     if file.is_absolute() or is_hub_name(backbone):  # an ONNX file, its folder, or their name on a hub
         if given is None and file.is_absolute() and not file.exists():
             given = str(_moved(run, file))
@@ -151,6 +155,7 @@ class Split:
         """Return the original with the trained weights, which can be saved and opened without this project's classes."""
         if self.original is not self.backbone:
             self.original.set_weights(self.backbone.get_weights())
+        keep_positions(self.original)
         return self.original
 
 
@@ -202,7 +207,7 @@ def split_for_training(
     keras = load_keras()
     original = untrained(network) if scratch else network.load()
     first = first_trainable(original, unfreeze, network)
-    backbone = with_stored_statistics(original) if bn == "affine" else original
+    backbone = with_stored_statistics(original) if bn == "affine" and batch_normalizations(original) else original
     names = [layer.name for layer in backbone.layers]
     if recipe.layer not in names:
         raise ConfigurationError(
@@ -226,7 +231,9 @@ def split_for_training(
     parts = (head.network, features.layers[-1].name, cut)
     if cut == PIXELS:
         pixels = keras.Input(features.inputs[0].shape[1:], name=PIXELS)
-        tail = keras.Model(pixels, whole(preprocess(network.backbone)(pixels)), name="from_pixels")
+        tail = keras.Model(
+            pixels, whole(preprocess(recipe.preprocessing, recipe.normalisation)(pixels)), name="from_pixels"
+        )
         return Split(original, backbone, None, tail, *parts)
     _, tail = cut_at(whole, cut)
     # The original's ordinary layers have BatchNorm that can be folded: faster, and the way a store's features were made.
@@ -237,9 +244,8 @@ def split_for_training(
 
 def untrained(network: Network) -> Any:
     """Build the network's architecture with new weights, drawn by Keras's initialisers."""
-    keras = load_keras()
     if network.backbone.own_weights is not None:
-        return keras.models.clone_model(network.load())
+        return with_true_shapes(untrained_copy(network.load()))
     rule = network.recipes[0].pixels
     return build_backbone(network.backbone, (rule.height, rule.width))
 
@@ -260,10 +266,13 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
     if unfreeze == LAST_BLOCK:
         boundary = network.description.boundary
         if boundary is None:
-            raise ConfigurationError(
-                f"unfreeze: {network.backbone.name} has no {BOUNDARY}: no single tensor separates its last block. Give the "
-                f"name or number of the first layer to train; the last layers are {', '.join(names[-5:])}"
-            )
+            try:
+                boundary = boundary_of(network.backbone, backbone)
+            except ConfigurationError as error:
+                raise ConfigurationError(
+                    f"unfreeze: {error}; or give the name or number of the first layer to train: the last layers are "
+                    f"{', '.join(names[-5:])}"
+                ) from error
         return names.index(boundary) + 1
     if unfreeze.lstrip("-").isdecimal():
         number = int(unfreeze)
@@ -305,7 +314,7 @@ def with_stored_statistics(model: Any) -> Any:
 
     copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
     copy.set_weights(model.get_weights())
-    return copy
+    return with_true_shapes(copy)
 
 
 def batch_normalizations(model: Any) -> list[Any]:
@@ -328,7 +337,9 @@ def trunk_function(
     if split.trunk is None:
         return lambda pixels: pixels
     cut = dataclasses.replace(recipe, layer=split.cut, pooling="none", dtype="float32")
-    engine = KerasEngine(split.trunk, preprocess(network.backbone), [cut], batch_size=batch_size, device=device)
+    engine = KerasEngine(
+        split.trunk, preprocess(recipe.preprocessing, recipe.normalisation), [cut], batch_size=batch_size, device=device
+    )
     return lambda pixels: engine(pixels)[cut.name]
 
 

@@ -359,5 +359,5 @@ def _opened(split: Split, features: np.ndarray, network: Network) -> tuple[Any, 
     values = np.asarray(features, np.float32)
     if split.cut != PIXELS:
         return split.tail, values
-    prepared = preprocess(network.backbone)(values)
+    prepared = preprocess(network.recipes[0].preprocessing, network.recipes[0].normalisation)(values)
     return split.tail.get_layer("end_to_end"), load_keras().ops.convert_to_numpy(prepared)

@@ -72,7 +72,7 @@ def keras_model(options: argparse.Namespace) -> tuple[Any, Callable[[Any], Any]]
     import keras
 
     pooled = keras.layers.GlobalAveragePooling2D()(base.output)
-    return keras.Model(base.input, pooled), preprocess(find_backbone(options.backbone))
+    return keras.Model(base.input, pooled), preprocess(find_backbone(options.backbone).preprocessing)
 
 
 def tuned(options: argparse.Namespace) -> dict[str, float]:

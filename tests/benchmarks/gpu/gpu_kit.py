@@ -480,7 +480,7 @@ def variants(options: Any) -> None:
         exact_float32()
         network = network_of(backbone)
         model = feature_model(network.load(), [(item.layer, item.pooling) for item in network.recipes])
-        prepare = preprocess(network.backbone)
+        prepare = preprocess(network.backbone.preprocessing)
         if fold:
             with keras.device(f"{DEVICE}:0"):
                 sample = keras.ops.convert_to_numpy(

@@ -1,0 +1,75 @@
+"""Networks whose files say how images are prepared for them, unless the user says it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from features.errors import ConfigurationError
+from features.networks.backbones import Backbone
+from features.networks.descriptions import read_preprocess
+from features.networks.imageinput import ImageInput
+from features.recipe import NetworkOptions, Normalisation, PixelRule
+
+
+@dataclasses.dataclass(frozen=True)
+class Described(Backbone):
+    """A network with a description of its images. Each kind of file is a subclass."""
+
+    @property
+    def image_input(self) -> ImageInput | None:
+        """What its own files say; None if it takes RGB 0-255 and prepares them itself."""
+        raise NotImplementedError
+
+    @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of its images, if it takes no others."""
+        return None
+
+    @property
+    def own_prefix(self) -> int | None:
+        """Tokens before those of the image, if the kind of network tells; None if it does not."""
+        return None
+
+    @property
+    def larger(self) -> str:
+        """How a network is had that takes other sizes, as the end of a sentence."""
+        return ""
+
+    def pixel_rule(self, options: NetworkOptions) -> PixelRule:
+        """As the options say, and else the description; a network of fixed size takes no other."""
+        default: PixelRule | tuple[int, int]
+        if isinstance(options.preprocess, Normalisation):
+            default = self.fixed_size or (224, 224)
+        elif (found := self._found(options)) is None:
+            default = self.default_size
+        else:
+            described = PixelRule(found.height, found.width, resize=found.resize, fit=found.fit)
+            default = PixelRule.of(NetworkOptions(image_size=self.fixed_size), described)
+        rule = PixelRule.of(options, default)
+        if self.fixed_size not in (None, (rule.height, rule.width)):
+            height, width = self.fixed_size
+            raise ConfigurationError(
+                f"image size: received {rule.height}x{rule.width}, but {self.own_weights} takes images of {height}x{width} pixels "
+                f"only; omit --image-size{self.larger}"
+            )
+        return rule
+
+    def normalisation(self, options: NetworkOptions) -> Normalisation | None:
+        """As the options or the description say."""
+        if isinstance(options.preprocess, Normalisation):
+            return options.preprocess
+        found = self._found(options)
+        return None if found is None else Normalisation(found.scale, found.mean, found.std, found.channels)
+
+    def prefix_tokens(self, options: NetworkOptions) -> int | None:
+        """As the options or the description say; None if neither does."""
+        if options.prefix_tokens is not None:
+            return options.prefix_tokens
+        found = None if isinstance(options.preprocess, Normalisation) else self._found(options)
+        return self.own_prefix if found is None or found.prefix_tokens is None else found.prefix_tokens
+
+    def _found(self, options: NetworkOptions) -> ImageInput | None:
+        if options.preprocess is None:
+            return self.image_input
+        return read_preprocess(Path(str(options.preprocess)).expanduser())
