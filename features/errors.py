@@ -147,7 +147,7 @@ def nearest(name: str, known: Iterable[str], count: int = 3, cutoff: float = 0.5
     Examples
     --------
     >>> nearest("vgg61", ["vgg16", "vgg19", "resnet50"])
-    "; did you mean 'vgg16' or 'vgg19'?"
+    "; did you mean 'vgg19' or 'vgg16'?"
     >>> nearest("xyz", ["vgg16"])
     ''
     """

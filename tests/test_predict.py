@@ -181,6 +181,28 @@ def test_formats_follow_the_name_of_the_file_and_a_document_counts(
     assert [line.split() for line in said[1:]] == [["class", "images"], ["ape", "2"], ["bee", "1"], ["file", "1"]]
 
 
+def test_several_images_are_named_and_a_dash_is_standard_output(
+    colours: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("red", "green"):
+        paint(tmp_path / f"{name}.png", PAINT[name])
+    assert main(["predict", "run", "red.png", "green.png", "--out", "-", "--top", "1"]) == 0
+    assert [line.split(",")[:2] for line in capsys.readouterr().out.splitlines()] == [
+        ["file", "class_1"],
+        ["red.png", "ape"],
+        ["green.png", "bee"],
+    ]
+    for further in (".", "-", "rows.csv", "new.zip"):
+        assert main(["predict", "run", "red.png", further]) == 2
+        said = f"error: {further}: is no image, and of 2 names each has to be one."
+        assert capsys.readouterr().err.startswith(said)
+    for typed in ("report", "preview red.png", "extract red.png", "pack red.png", "export run"):
+        assert main([*typed.split(), "--out", "-"]) == 2
+        assert capsys.readouterr().err == "error: --out -: this command cannot write to standard output; give a name\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["green.png", "red.png"]
+
+
 def test_predict_on_a_labelled_folder_says_how_many_were_right(
     colours: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

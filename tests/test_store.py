@@ -184,6 +184,15 @@ def test_an_unknown_version_says_what_to_do(path: Path) -> None:
         FeatureStore.open(path)
 
 
+def test_a_folder_of_images_beside_its_store_is_taken_for_a_slip(tmp_path: Path) -> None:
+    (tmp_path / "photos.h5").touch()
+    with pytest.raises(StoreError, match=r"no such feature store; did you mean '.*/photos\.h5'\?$"):
+        FeatureStore.open(tmp_path / "photos")
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(IntegrityError, match=r"a feature store is a file; did you mean '.*/photos\.h5'\?$"):
+        FeatureStore.open(tmp_path / "photos")
+
+
 def test_files_that_are_no_store(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="no such feature store"):
         FeatureStore.open(tmp_path / "none.h5")

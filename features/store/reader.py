@@ -337,12 +337,18 @@ class FeatureStore:
         return f"/{values_group(self.kind)}/{self._feature_set(name)}"
 
     def _open(self) -> None:
+        beside = Path(f"{self.path}.h5")
+        hint = f"; did you mean {str(beside)!r}?" if beside.is_file() else ""
         if not self.path.exists():
+            if hint:
+                raise StoreError(f"{self.path}: no such feature store{hint}")
             raise StoreError(
                 f"{self.path}: no such feature store. Make it with: bottleneck extract IMAGES --out {quoted(self.path)}"
             )
         if not self.path.is_file():
             if self.path.is_dir():
+                if hint:
+                    raise IntegrityError(f"{self.path}: is a folder, and a feature store is a file{hint}")
                 raise IntegrityError(
                     f"{self.path}: is a folder, and a feature store is a file, such as {self.path / 'features.h5'}. To "
                     f"make one of a folder of images: bottleneck extract {quoted(self.path)} --out features.h5"

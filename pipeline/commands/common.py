@@ -48,6 +48,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             set_quiet(quiet=True)
         try:
             _check_encoding()
+            if str(kwargs.get("out")) == "-":
+                raise ConfigurationError("--out -: this command cannot write to standard output; give a name")
             with temporary_files_together():
                 command(*args, **kwargs)
         except KeyboardInterrupt:

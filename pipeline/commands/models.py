@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -130,17 +131,46 @@ def finetune(
     exit_if_damaged(document["damaged"])
 
 
+def _none_for_dash(out: Path | None) -> Path | None:
+    return None if out == Path("-") else out
+
+
+def _source_of(images: Sequence[str]) -> str | Iterable[str]:
+    """Return the only source of images, or the paths of several images, from standard input for ``-``."""
+    from features.sources.archives import ARCHIVE_SUFFIXES
+    from features.sources.scan import is_manifest
+
+    if images[0] == "-" and len(images) == 1:
+        if is_closed(0):
+            raise ConfigurationError("standard input is closed; expected a list of paths there, one per line")
+        return listed_paths(sys.stdin.buffer)
+    if len(images) == 1:
+        return images[0]
+    for name in images:
+        if (
+            name == "-"
+            or Path(name).is_dir()
+            or is_manifest(name)
+            or name.lower().endswith((*ARCHIVE_SUFFIXES, ".npz"))
+        ):
+            raise ConfigurationError(
+                f"{name}: is no image, and of {len(images)} names each has to be one. Give one source of images alone, or "
+                "images, or - and their names on standard input; --out names the file to write"
+            )
+    return images
+
+
 @app.command()
 @guarded
 def predict(
     run: Annotated[Path, arg("Run, folder of runs (the one with the asterisk is taken), or exported model.")],
     images: Annotated[
-        str,
-        arg(
-            "Folder of images, one image, any image source of extract, or - for paths on standard input, one per line."
-        ),
+        list[str],
+        arg("Folder of images, images, any image source of extract, or - for paths on standard input, one per line."),
     ],
-    out: Annotated[Path | None, opt("File to write. Default: standard output.")] = None,
+    out: Annotated[
+        Path | None, opt("File to write. Default: standard output, as with -.", callback=_none_for_dash)
+    ] = None,
     format: Annotated[str | None, opt("csv or jsonl. Default: from the suffix of --out, else csv.", "--format")] = None,
     top: Annotated[int | None, opt("Write only this many classes, the most probable first.")] = None,
     views: Annotated[
@@ -166,15 +196,14 @@ def predict(
 
     if as_json and out is None:
         raise ConfigurationError("--json describes the file that --out names; for rows as JSON type --format jsonl")
-    if images == "-" and is_closed(0):
-        raise ConfigurationError("standard input is closed; expected a list of paths there, one per line")
     if out is None and is_closed(1):
         raise ConfigurationError("standard output is closed, so the rows would be lost; give a file with --out")
+    source = _source_of(images)
     on_screen = out is None and sys.stdout.isatty()  # rows are progress enough
     with ConsoleProgress() as progress:
         document = stage.predict(
             run,
-            listed_paths(sys.stdin.buffer) if images == "-" else images,
+            source,
             out=out,
             format=format,
             top=top,
