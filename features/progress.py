@@ -1,4 +1,4 @@
-"""The type of a callback that reports progress, and how a duration is told."""
+"""The type of a callback that reports progress, and how durations and numbers of things are told."""
 
 from __future__ import annotations
 
@@ -19,3 +19,14 @@ def duration(seconds: float) -> str:
     if seconds < 90:
         return f"{max(1, round(seconds)) if seconds < 10 else round(seconds, -1):.0f} s"
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
+
+
+def counted(count: int, noun: str) -> str:
+    """Format a number of things, with the plural of the noun.
+
+    Examples
+    --------
+    >>> counted(1, "run"), counted(1500, "image"), counted(2, "class")
+    ('1 run', '1,500 images', '2 classes')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"

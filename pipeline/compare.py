@@ -26,7 +26,7 @@ from features.extraction.options import ExtractionOptions
 from features.files import atomic_file, printable, read_small, writable_folder
 from features.machine import processors
 from features.networks.network import Network, resolve_network
-from features.progress import Progress, duration
+from features.progress import Progress, counted, duration
 from features.recipe import Recipe
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SPLITS
@@ -39,7 +39,7 @@ from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.comparison import draw_comparison
 from pipeline.reporting.grids import check_picture
 from pipeline.scores.selection import USUAL_FOLDS, stratified_folds
-from pipeline.tables import counted, shortened, table_text
+from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
 DOCUMENT_FORMAT, SPEEDS_FORMAT = 1, 1

@@ -21,7 +21,7 @@ from features.canonical import check_choice
 from features.errors import BottleneckError, ConfigurationError, RunError, SourceError, TooManyUnreadableError, nearest
 from features.files import printable
 from features.machine import processors
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.sources.reading import Reading
 from features.sources.scan import ImageSet, is_manifest, scan
 from features.sources.splits import SPLITS
@@ -34,7 +34,7 @@ from pipeline.reporting.data import Rows, class_table, confused_pairs, reliabili
 from pipeline.runs.datasets import absolute
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.metrics import evaluate as scores_of
-from pipeline.tables import counted, score_columns, shortened, table_text
+from pipeline.tables import score_columns, shortened, table_text
 
 logger = logging.getLogger(__name__)
 NAMED = 5  # classes named in a message

@@ -15,14 +15,15 @@ from features.extraction.extraction import prepare
 from features.extraction.options import ExtractionOptions
 from features.extraction.running import ShardRunner, run_here
 from features.files import printable
-from features.progress import Progress, duration
+from features.progress import Progress, counted, duration
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
-from pipeline.tables import table_text
+from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
 DOCUMENT_FORMAT = 1
 MOST_CLASSES = 40  # in the table of classes
+SHOWN_CLASSES = 3  # in the first line
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable", "hashed")
 
 
@@ -54,10 +55,10 @@ def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | N
 
 def plan_summary(document: dict[str, Any]) -> str:
     """Describe the plan for a person."""
-    counted = ", ".join(f"{document[name]} {name}" for name in COUNTED if document[name])
+    done = ", ".join(f"{document[name]} {name}" for name in COUNTED if document[name])
     drawn = f" ({document['passes']} of their views)" if document["passes"] != document["to_infer"] else ""
     lines = [
-        f"{document['out']}: {document['images']} images ({counted or 'none'}), {document['to_infer']} to infer{drawn}"
+        f"{document['out']}: {document['images']} images ({done or 'none'}), {document['to_infer']} to infer{drawn}"
     ]
     cost = document["forecast"]
     if cost:
@@ -114,6 +115,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "splits": {name: splits[name] for name in SPLITS if splits[name]},
         "split_rule": store.split_rule,
         "source": printable(store.source),
+        "data_digest": store.data_digest,
         "data_sets": {
             name: {
                 "shape": list(store.shape(name)),
@@ -195,10 +197,24 @@ def class_table(document: dict[str, Any]) -> str:
     return table_text(rows, "  ") + (f"\n  and {left} more classes (--json lists all)" if left else "")
 
 
+def _class_names(document: dict[str, Any]) -> str:
+    """Name the first few classes beside their number."""
+    names = [printable(shortened(name, 20)) for name in document["classes"]]
+    more = ", ..." if len(names) > SHOWN_CLASSES else ""
+    return counted(len(names), "class") + (f" ({', '.join(names[:SHOWN_CLASSES])}{more})" if names else "")
+
+
+def origin(document: dict[str, Any]) -> str:
+    """Say where the images of a store came from, and by which digest ``--data-set`` knows them."""
+    root = printable(str(document["provenance"].get("root", "")))
+    at = f" in {root}" if root not in ("", document["source"]) else ""
+    return f"  images: {document['source'] or 'of an unknown place'}{at}; --data-set {document['data_digest'][:10]}"
+
+
 def summary(document: dict[str, Any]) -> str:
     """Describe the store for a person."""
     lines = [
-        f"{document['file']}: {document['rows']} rows, {len(document['classes'])} classes, "
+        f"{document['file']}: {document['rows']} rows, {_class_names(document)}, "
         + ", ".join(f"{name} {count}" for name, count in document["splits"].items())
     ]
     if document["layout"] == "sharded":
@@ -214,12 +230,13 @@ def summary(document: dict[str, Any]) -> str:
         )
         if document["hashed"]:
             fresh = document["new"] + document["changed"]
-            lines.append(f"  {document['hashed']:,} images hashed, {fresh or 'none'} new")
+            lines.append(f"  {counted(document['hashed'], 'image')} hashed, {fresh or 'none'} new")
         if not document["written"]:
             lines.append(f"  nothing to do: {document['rows']} rows cached, 0 inferred, file untouched")
         else:
             views = " views" if any(entry["views"] > 1 for entry in document["data_sets"].values()) else ""
-            lines.append(f"  {document['inferred']}{views} inferred ({changed or 'no change'})")
+            among = ", unreadable ones included" if changed and document["quarantine"] else ""
+            lines.append(f"  {document['inferred']}{views} inferred ({changed or 'no change'}{among})")
     if document["quarantine"]:
         lines.append(f"  {len(document['quarantine'])} unreadable, quarantined:")
         lines += [f"    {item['path']}: {item['reason']}" for item in document["quarantine"][:20]]

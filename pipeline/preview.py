@@ -16,12 +16,12 @@ from features.errors import ConfigurationError, TooManyUnreadableError, Unreadab
 from features.files import printable
 from features.networks.finding import find_backbone
 from features.pixels.views import decode_views
+from features.progress import counted
 from features.recipe import NetworkOptions, PixelRule
 from features.sources.reading import Reading
 from features.sources.scan import ImageSet, scan
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
-from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
 IMAGES, AUGMENTED_IMAGES, VIEWS = 24, 5, 6

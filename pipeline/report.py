@@ -19,7 +19,7 @@ from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, printable
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.store.reader import FeatureStore
 from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
@@ -28,7 +28,7 @@ from pipeline.reporting.chosen import Detail, describe_run
 from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, starred
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs
-from pipeline.tables import counted, shortened
+from pipeline.tables import shortened
 
 logger = logging.getLogger(__name__)
 

@@ -182,17 +182,6 @@ def _fitting(lines: list[dict[str, Any]], width: int | None) -> tuple[list[dict[
     return lines, gone
 
 
-def counted(count: int, noun: str) -> str:
-    """Format a number of things, with the plural of the noun.
-
-    Examples
-    --------
-    >>> counted(1, "run"), counted(1500, "image")
-    ('1 run', '1,500 images')
-    """
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def shortened(text: str, most: int = 60) -> str:
     """Shorten a long name to ``most`` characters by cutting out the middle, as names differ at both ends.
 

@@ -194,7 +194,7 @@ def test_a_folder_that_only_wraps_the_others_is_no_class(tmp_path: Path, caplog:
     assert images.paths == tuple(f"cats_and_dogs_filtered/{name}" for name in names)
     assert images.classes == ("cats", "dogs")
     assert [SPLITS[code] for code in images.given_splits] == ["train", "train", "validation"]
-    assert "1 files of other kinds are left out: .py 1" in caplog.text
+    assert "1 file of other kinds is left out: .py 1" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -36,6 +36,7 @@ from features.machine import peak_memory
 from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
+from pipeline.extract import describe, origin, summary
 from pipeline.heads.records import describe_features
 
 
@@ -83,6 +84,30 @@ def test_a_later_extraction_without_a_split_rule_keeps_that_of_the_store(
         f"f.h5: the split rule changes from stratified:0.6,0.2,0.2@5 to hash, and the splits of {changed} images with it; "
         "--split stratified:0.6,0.2,0.2@5 keeps them"
     ) in caplog.text
+
+
+def test_the_remedy_for_a_class_without_images_in_a_split_gives_it_some(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    source = paint_folder(tmp_path / "images", {"cat": 4, "dog": 60})
+    hashed = extract(source, tmp_path / "f.h5").store
+    assert len({*hashed.images.splits[hashed.images.labels == 0].tolist()}) < 3
+    assert "'cat'. --split stratified:0.6,0.2,0.2 gives each split some of every class that has 4 images" in caplog.text
+    caplog.clear()
+    even = extract(source, tmp_path / "g.h5", split="stratified:0.6,0.2,0.2").store
+    assert np.bincount(even.images.splits[even.images.labels == 0]).tolist() == [2, 1, 1]
+    assert "without images" not in caplog.text
+
+
+def test_a_store_says_where_its_images_came_from(source: Path, tmp_path: Path) -> None:
+    (source / "dog" / "broken.png").write_bytes(b"hello\n")
+    result = extract(source, tmp_path / "f.h5", max_unreadable=0.5)
+    document = {**describe(result.store), "inferred": result.inferred, "written": True, **result.counts}
+    assert document["data_digest"] == result.store.data_digest
+    assert origin(document) == f"  images: {source}; --data-set {result.store.data_digest[:10]}"
+    text = summary({"hashed": 0, "cached": 0, "moved": 0, "changed": 0, "removed": 0, **document})
+    assert text.startswith(f"{tmp_path}/f.h5: 33 rows, 2 classes (cat, dog), train ")
+    assert "  33 inferred (34 new, unreadable ones included)" in text.splitlines()
 
 
 @pytest.mark.slow
@@ -383,9 +408,7 @@ def test_the_same_bytes_in_two_splits_are_named_and_refused_with_strict(
     paint_folder(source / "train", {"a": 4, "b": 4})
     paint_folder(source / "test", {"a": 3, "b": 3}, start=50)
     shutil.copy(source / "train" / "a" / "0001.png", source / "test" / "a" / "copy.png")
-    with pytest.raises(
-        SourceError, match=r"1 images are in two splits .*: test/a/copy.png = train/a/0001.png.*--strict"
-    ):
+    with pytest.raises(SourceError, match=r"1 image is in two splits .*: test/a/copy.png = train/a/0001.png.*--strict"):
         extract(source, tmp_path / "f.h5", strict=True)
     assert not (tmp_path / "f.h5").exists()
     store = extract(source, tmp_path / "f.h5").store

@@ -80,6 +80,10 @@ ORIENTED = {  # EXIF 2.3, table of tag 274: where row 0 and column 0 of the file
 }
 
 
+def test_a_refusal_shows_only_bytes_of_the_file() -> None:
+    assert str(refusal(b"hello\n")).startswith(r"not-an-image: the first bytes, b'hello\n', match no known format")
+
+
 @pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_each_exif_orientation(orientation: int, kind: str) -> None:

@@ -263,14 +263,14 @@ def test_what_looks_like_a_mistake_and_works(
         paint(here / "flat" / f"{number}.png", (number, 90, 90))
     paint_folder(here / "lone", {"cat": 5}, start=700)
     for source, rows, warning in (
-        ("packed.zip", "60 rows, 2 classes", ""),  # not unpacked
+        ("packed.zip", "60 rows, 2 classes (cat, dog)", ""),  # not unpacked
         ("gap", "60 rows, 2 classes", "folders without images are not classes: 'bird'"),
         (
             "flat",
             "5 rows, 0 classes",
             "no image has a label: features can be kept, but nothing can be trained. To train,",
         ),
-        ("lone", "5 rows, 1 classes", "only one class has images, 'cat': training needs two"),
+        ("lone", "5 rows, 1 class (cat)", "only one class has images, 'cat': training needs two"),
     ):
         caplog.clear()
         assert main(f"extract {source} --out {source}.h5 {SMALL}".split()) == 0

@@ -199,7 +199,8 @@ def test_what_is_certain_is_read_as_before(
     caplog.set_level(logging.DEBUG)
     images = scan(touch(tmp_path, *names))
     assert (images.classes, images.groups, images.reading) == (classes, None, {})
-    assert caplog.text == ""
+    assert ("add --class-level 2" in caplog.text) == ("animals" in classes)
+    assert len(caplog.records) == ("animals" in classes)
 
 
 def test_a_class_named_like_a_split_is_refused(tmp_path: Path) -> None:
@@ -356,7 +357,7 @@ def test_the_same_image_in_two_class_folders_is_said(tmp_path: Path, caplog: pyt
     root = paint_folder(tmp_path / "photos", {"cat": 3, "dog": 3})
     (root / "dog" / "again.png").write_bytes((root / "cat" / "0001.png").read_bytes())
     extract(root, tmp_path / "f.h5", split="hash:1,0,0")
-    assert "1 images have the same bytes as one of another class in their split" in caplog.text
+    assert "1 image has the same bytes as one of another class in its split" in caplog.text
     assert "cat/0001.png = dog/again.png" in caplog.text
 
 
@@ -372,3 +373,27 @@ def test_inspect_prints_classes_and_counts(tmp_path: Path, capsys: pytest.Captur
     ]
     assert main(["inspect", str(tmp_path / "f.h5"), "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["classes_by_split"]["cat"] == {"train": 3, "test": 2}
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ("photos/daisy/1.png", "photos/tulip/2.png", "more/iris/3.png"),
+            "the classes are 'more', 'photos'; no image lies in them directly. If the folders inside are the classes "
+            "('daisy', 'iris', 'tulip'), add --class-level 2",
+        ),
+        (("cat/images/1.png", "dog/images/2.png"), ""),  # as in Tiny ImageNet
+        (("cat/1.png", "dog/big/2.png", "dog/small/3.png"), ""),
+    ],
+)
+def test_collections_of_class_folders_are_warned_about(
+    files: tuple[str, ...], said: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = touch(tmp_path, *files)
+    scan(root)
+    assert caplog.messages == ([f"{root}: {said}"] if said else [])
+    caplog.clear()
+    if said:
+        assert scan(root, reading=Reading(class_level=2)).classes == ("daisy", "iris", "tulip")
+        assert caplog.messages == []

@@ -995,6 +995,9 @@ def test_warnings_about() -> None:
     assert warnings_about(two, np.array([0, 1, 0, 1], np.int8), ("a", "b")) == []
     hinted = warnings_about(labels, splits, ("cat", "dog", "emu", "fox"), ". Do this")
     assert [message.endswith(". Do this") for message in hinted] == [False, True, False, False]
+    helped = warnings_about(labels, splits, ("cat", "dog", "emu", "fox"), ". Do this", 2)
+    assert [message.endswith(". Do this") for message in helped] == [False, False, True, False]
+    assert not any(". Do" in text for text in warnings_about(labels, splits, ("cat", "dog", "emu", "fox"), ". Do", 4))
     only = warnings_about(np.zeros(4, np.int32), np.array([0, 0, 1, 1], np.int8), ("a",))
     assert only == ["only one class has images, 'a': training needs two"]
     assert "nothing can be trained" in warnings_about(np.full(3, -1, np.int32), np.full(3, 3, np.int8), ())[0]

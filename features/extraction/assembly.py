@@ -21,7 +21,7 @@ from features.errors import IntegrityError, SourceError
 from features.extraction.planning import Identity, KnownRows, Location, Plan
 from features.files import atomic_file, printable
 from features.machine import software_versions
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.advice import empty_splits
 from features.sources.scan import ImageSet
@@ -33,6 +33,8 @@ from features.store.writer import StoreWriter
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
 MAY_BE = ("reading", "limit")  # entries of the provenance that not every store has
+ENOUGH = 4  # images of a class from which stratified:0.6,0.2,0.2 gives some to each split
+FEW_HINT = f". --split stratified:0.6,0.2,0.2 gives each split some of every class that has {ENOUGH} images"
 GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each class is in each split"
 
 
@@ -95,21 +97,22 @@ def table_of(
         columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
     )
     given = images.given_splits[good]
-    hint = "" if groups is None or rule.kind == "stratified" or (given >= 0).all() else GROUPS_HINT
-    warnings += warnings_about(table.labels, table.splits, images.classes, hint, whole=not images.left_out)
+    hint = _hint(rule, given, grouped=groups is not None)
+    enough = ENOUGH if hint == FEW_HINT else 0
+    warnings += warnings_about(table.labels, table.splits, images.classes, hint, enough, whole=not images.left_out)
     empty = empty_splits(table.labels, table.splits, groups, sha256, str(rule), given)
     warnings += [f"no labelled image is in {split}: {advice}" for split, advice in empty.items() if split != "test"]
     for message in warnings:
         logger.warning("%s", message)
     if conflicts := find_conflicts(sha256, table.labels, splits, table.paths):
         logger.warning(
-            "%d images have the same bytes as one of another class in their split, so one label is wrong: %s",
-            len(conflicts), _equal(conflicts),
+            "%s the same bytes as one of another class in its split, so one label is wrong: %s",
+            "1 image has" if len(conflicts) == 1 else f"each of {len(conflicts)} images has", _equal(conflicts),
         )  # fmt: skip
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
         pairs = _equal(leaks)
-        message = f"leakage: {len(leaks)} images are in two splits with the same bytes: {pairs}"
+        message = f"leakage: {counted(len(leaks), 'image')} {'is' if len(leaks) == 1 else 'are'} in two splits with the same bytes: {pairs}"
         if strict:
             raise SourceError(f"{message}. Remove one of each pair, or omit --strict; nothing was written.")
         logger.warning("%s", message)
@@ -121,6 +124,14 @@ def table_of(
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
     )
     return table, quarantine
+
+
+def _hint(rule: SplitRule, given: np.ndarray, *, grouped: bool) -> str:
+    """What gives each split images of each class; empty if no split rule does."""
+    if grouped:
+        return "" if rule.kind == "stratified" or (given >= 0).all() else GROUPS_HINT
+    even = SplitRule("stratified", (0.6, 0.2, 0.2), rule.seed)
+    return "" if rule == even or (given >= 0).any() else FEW_HINT
 
 
 def _equal(pairs: Sequence[tuple[str, str]]) -> str:

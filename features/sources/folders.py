@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from features.errors import SourceError
+from features.progress import counted
 from features.sources.splits import listed
 
 logger = logging.getLogger(__name__)
@@ -135,7 +136,11 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
     """Log how many files of which suffix are left out because they are not images."""
     if left_out:
         kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]
-        logger.warning("%s: %d files of other kinds are left out: %s", root, left_out.total(), ", ".join(kinds[:20]))
+        number = left_out.total()
+        logger.warning(
+            "%s: %s of other kinds %s left out: %s",
+            root, counted(number, "file"), "is" if number == 1 else "are", ", ".join(kinds[:20]),
+        )  # fmt: skip
 
 
 def _look_at_entry(entry: os.DirEntry[str], path: str) -> File:

@@ -352,7 +352,13 @@ def _equal_but_unlike(
 
 
 def warnings_about(
-    labels: np.ndarray, splits: np.ndarray, classes: Sequence[str], hint: str = "", *, whole: bool = True
+    labels: np.ndarray,
+    splits: np.ndarray,
+    classes: Sequence[str],
+    hint: str = "",
+    enough: int = 0,
+    *,
+    whole: bool = True,
 ) -> list[str]:
     """Return warnings about what would harm training: too few classes or images, and classes without images in a split.
 
@@ -363,7 +369,9 @@ def warnings_about(
         Index into ``SPLITS``.
     classes : sequence of str
     hint : str
-        What is said after the first split that lacks a class.
+        What is said after the first split that lacks a class which the hint helps.
+    enough : int
+        Number of images from which it helps a class.
     whole : bool
         Whether these are all images of the source. If not, that a split lacks a class says nothing.
     """
@@ -384,8 +392,10 @@ def warnings_about(
     for code, split in enumerate(SPLITS[:3] if whole else ()):
         absent = (counts[:, code] == 0) & (totals > 0)
         if counts[:, code].any() and absent.any():
-            messages.append(f"classes without images in {split}: {_named(classes, absent)}{hint}")
-            hint = ""
+            messages.append(f"classes without images in {split}: {_named(classes, absent)}")
+            if (totals[absent] >= enough).any():
+                messages[-1] += hint
+                hint = ""
     return messages
 
 

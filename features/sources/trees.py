@@ -84,6 +84,8 @@ def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading
     if not kept:
         raise SourceError(f"{root}: no image lies in a class folder; leave --class-level out, or give another folder")
     _warn_left_out(root, parents, parts, rows, layout)
+    if not (reading.settled or layout.splits or asked.class_level):
+        _warn_of_collections(root, parts)
     depth = 2 if layout.splits else layout.level
     used = {"/".join(part[:length]) for part in parts.values() for length in range(depth + 1)}
     inner = ["/".join(_plain(folder.split("/")[skip:], doubled)) for folder in folders]
@@ -134,6 +136,16 @@ def _warn_left_out(
     )
     also = f", those in {listed(others)} too" if layout.splits and others else ""
     logger.warning("%s: %d images beside the class folders are left out%s", root, left_out.total(), also)
+
+
+def _warn_of_collections(root: Path, parts: Parts) -> None:
+    """Log which classes were taken where no class folder holds images, only folders of its own with other names."""
+    outer, inner = ({part[level] for part in parts.values() if len(part) == 2} for level in (0, 1))
+    if len(inner) > 1 and {len(part) for part in parts.values()} == {2}:
+        logger.warning(
+            "%s: the classes are %s; no image lies in them directly. If the folders inside are the classes (%s), add "
+            "--class-level 2", root, listed(sorted(outer), 3), listed(sorted(inner), 3),
+        )  # fmt: skip
 
 
 def _decide(root: Path, parts: Parts, reading: Reading, *, checked: bool) -> tuple[_Layout, Reading]:

@@ -273,7 +273,7 @@ def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = Fals
 
     document = stage.describe(FeatureStore.open(file))
     classes = f"\n{stage.class_table(document)}" if document["classes"] else ""
-    print_document(document, as_json, stage.summary(document) + classes)
+    print_document(document, as_json, f"{stage.summary(document)}\n{stage.origin(document)}{classes}")
 
 
 @app.command()

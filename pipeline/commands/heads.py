@@ -13,6 +13,7 @@ import typer
 
 from features.errors import ConfigurationError, nearest
 from features.files import creatable_folder, printable_lines
+from features.progress import counted
 from pipeline.commands.common import (
     Cluster,
     DataSetName,
@@ -136,7 +137,7 @@ def train_head(
         few = document["metrics"]["validation"]["n"]
         if few < FEW and folds is None:
             print_note(
-                f"only {few} validation images: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
+                f"only {counted(few, 'validation image')}: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
                 "compares heads by the training images"
             )
         _note_stale(runs, [Path(document["run"]).name], stores, cached=document["cached"])

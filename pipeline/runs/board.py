@@ -15,12 +15,12 @@ from typing import Any, NamedTuple
 from features import canonical
 from features.errors import ConfigurationError, RunError, StoreError
 from features.files import printable
+from features.progress import counted
 from pipeline.intervals import interval_of
 from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.runs.writing import renew
 from pipeline.scores.selection import CHOICES, FEW, USUAL_FOLDS, Candidate, balanced_accuracy_interval, choose
-from pipeline.tables import counted
 
 logger = logging.getLogger(__name__)
 

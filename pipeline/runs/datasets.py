@@ -16,9 +16,10 @@ from pathlib import PurePath
 
 from features.errors import ConfigurationError, nearest
 from features.files import printable
+from features.progress import counted
 from features.sources.scan import is_manifest
 from pipeline.runs.folder import Run
-from pipeline.tables import counted, shortened
+from pipeline.tables import shortened
 
 SHOWN = 6  # data sets that an error lists
 OLDER = "an older state"
