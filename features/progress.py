@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 # Called with (stage, done, total), such as ("extract", 320, 2000); total is 0 where it is not known.
 Progress = Callable[[str, int, int], None]
+PLURALS = {"is": "are", "has": "have", "does": "do", "lies": "lie"}
 
 
 def duration(seconds: float) -> str:
@@ -21,12 +22,16 @@ def duration(seconds: float) -> str:
     return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
-def counted(count: int, noun: str) -> str:
-    """Format a number of things, with the plural of the noun.
+def counted(count: int, noun: str, verb: str = "") -> str:
+    """Format a number of things, with the plural of the noun; of a verb in the singular, such as ``has``, too.
 
     Examples
     --------
     >>> counted(1, "run"), counted(1500, "image"), counted(2, "class")
     ('1 run', '1,500 images', '2 classes')
+    >>> counted(1, "file", "does"), counted(2, "file", "does")
+    ('1 file does', '2 files do')
     """
+    if verb:
+        return f"{counted(count, noun)} {verb if count == 1 else PLURALS[verb]}"
     return f"{count:,} {noun}{'' if count == 1 else 'es' if noun.endswith('s') else 's'}"

@@ -194,7 +194,7 @@ def test_a_folder_that_only_wraps_the_others_is_no_class(tmp_path: Path, caplog:
     assert images.paths == tuple(f"cats_and_dogs_filtered/{name}" for name in names)
     assert images.classes == ("cats", "dogs")
     assert [SPLITS[code] for code in images.given_splits] == ["train", "train", "validation"]
-    assert "1 file of other kinds is left out: .py 1" in caplog.text
+    assert "left out: 1 file of other kinds: .py 1" in caplog.text
 
 
 @pytest.mark.parametrize(
@@ -229,7 +229,7 @@ def test_archives_inside_are_left_out_and_named(tmp_path: Path, caplog: pytest.L
     inner = write_zip(tmp_path / "inner.zip", FILES).read_bytes()
     images = scan(write_zip(tmp_path / "a.zip", FILES | {"cat/more.zip": inner, "all.tar.gz": b"x", "empty/": b""}))
     assert contents(images) == FILES
-    assert "2 files of other kinds are left out: .gz 1, .zip 1" in caplog.text
+    assert "left out: 2 files of other kinds: .gz 1, .zip 1" in caplog.text
     assert "folders without images are not classes: 'empty'" in caplog.text
 
 

@@ -33,6 +33,7 @@ from features.extraction.options import ExtractionOptions
 from features.extraction.shard import rows_per_shard
 from features.files import locked
 from features.machine import peak_memory
+from features.progress import counted
 from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
@@ -81,7 +82,7 @@ def test_a_later_extraction_without_a_split_rule_keeps_that_of_the_store(
     assert after.split_rule == "hash"
     assert changed > 0
     assert (
-        f"f.h5: the split rule changes from stratified:0.6,0.2,0.2@5 to hash, and the splits of {changed} images with it; "
+        f"f.h5: the split rule changes from stratified:0.6,0.2,0.2@5 to hash, and the split of {counted(changed, 'image')} with it; "
         "--split stratified:0.6,0.2,0.2@5 keeps them"
     ) in caplog.text
 

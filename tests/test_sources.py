@@ -142,8 +142,8 @@ def test_what_is_left_out_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     images = scan(tmp_path)
     assert images.paths == ("a/1.png", "b/1.png")
     assert images.classes == ("a", "b")
-    assert "5 files of other kinds are left out: .heic 2, .txt 2, no suffix 1" in caplog.text
-    assert "1 images beside the class folders" in caplog.text
+    assert "left out: 5 files of other kinds: .heic 2, .txt 2, no suffix 1" in caplog.text
+    assert "left out: 1 image beside the class folders" in caplog.text
     assert "folders without images are not classes: 'empty'" in caplog.text
     assert "MACOSX" not in caplog.text
     assert ".db" not in caplog.text
@@ -434,7 +434,7 @@ def test_manifest_errors(tmp_path: Path, text: str | bytes, message: str) -> Non
 def test_manifest_with_some_missing_files(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = scan(manifest(tmp_path, "path,label\n1.png,a\n2.png,b\n", "1.png"))
     assert images.sizes.tolist() == [5, -1]  # the missing one goes to quarantine, by name
-    assert "1 files do not exist: '2.png'" in caplog.text
+    assert "1 file does not exist: '2.png'" in caplog.text
 
 
 def test_a_manifest_may_have_long_fields(tmp_path: Path) -> None:
@@ -457,7 +457,7 @@ def test_manifest_names_in_the_other_unicode_form_are_found(
     images = scan(manifest(tmp_path, f"path,label\n{unicodedata.normalize(written, there)},a\n", there))
     assert images.paths == (there,)
     assert images.read(0) == there.encode()
-    assert "1 names are in another Unicode form than their files" in caplog.text
+    assert "1 path is in another Unicode form than the file it names" in caplog.text
 
 
 def test_recycle_bins_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -471,7 +471,7 @@ def test_recycle_bins_are_no_classes(tmp_path: Path, caplog: pytest.LogCaptureFi
 def test_manifest_train_without_label_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     images = scan(manifest(tmp_path, "path,label,split\n1.png,a,train\n2.png,,train\n", "1.png", "2.png"))
     assert images.given_splits.tolist() == [0, 3]
-    assert "1 images of train or validation have no label" in caplog.text
+    assert "1 image has no label, in train or validation" in caplog.text
 
 
 def labels_manifest(root: Path, labels: list[str]) -> Path:
@@ -916,7 +916,7 @@ def test_groups_that_given_splits_tear_apart_are_warned_about() -> None:
     labels, given_splits = np.array([0, 0, 0, -1], np.int32), np.array([0, 1, 0, -1], np.int8)
     splits, warnings = assign_splits(labels, given_splits, ("p1", "p1", "p2", "p2"), contents(4), SplitRule())
     assert splits.tolist() == [0, 1, 0, 3]
-    assert warnings == ["1 groups lie in more than one split, because of given splits: 'p1'"]
+    assert warnings == ["1 group lies in more than one split, because of given splits: 'p1'"]
 
 
 @pytest.mark.parametrize(

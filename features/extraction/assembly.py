@@ -106,13 +106,13 @@ def table_of(
         logger.warning("%s", message)
     if conflicts := find_conflicts(sha256, table.labels, splits, table.paths):
         logger.warning(
-            "%s the same bytes as one of another class in its split, so one label is wrong: %s",
-            "1 image has" if len(conflicts) == 1 else f"each of {len(conflicts)} images has", _equal(conflicts),
+            "%s the same bytes as one of another class in the same split, so one label is wrong: %s",
+            counted(len(conflicts), "image", "has"), _equal(conflicts),
         )  # fmt: skip
     leaks = find_leakage(sha256, splits, table.paths)
     if leaks:
         pairs = _equal(leaks)
-        message = f"leakage: {counted(len(leaks), 'image')} {'is' if len(leaks) == 1 else 'are'} in two splits with the same bytes: {pairs}"
+        message = f"leakage: {counted(len(leaks), 'image', 'is')} in two splits with the same bytes: {pairs}"
         if strict:
             raise SourceError(f"{message}. Remove one of each pair, or omit --strict; nothing was written.")
         logger.warning("%s", message)

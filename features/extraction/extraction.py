@@ -26,7 +26,7 @@ from features.extraction.precision import check_precision, some_rows
 from features.extraction.running import MadeShard, Reconciliation, ShardRunner, Work, run_here
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.machine import processors
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
@@ -392,8 +392,8 @@ def _warn_of_another_rule(old: FeatureStore, rule: SplitRule, table: ImageTable)
     now = zip(table.paths, table.splits.tolist(), strict=True)
     if changed := sum(before.get(path, split) != split for path, split in now):
         logger.warning(
-            "%s: the split rule changes from %s to %s, and the splits of %d images with it; --split %s keeps them",
-            printable(str(old.path)), old.split_rule or "none", rule, changed, old.split_rule or "hash",
+            "%s: the split rule changes from %s to %s, and the split of %s with it; --split %s keeps them",
+            printable(str(old.path)), old.split_rule or "none", rule, counted(changed, "image"), old.split_rule or "hash",
         )  # fmt: skip
 
 

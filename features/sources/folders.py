@@ -136,11 +136,8 @@ def warn_left_out(root: Path, left_out: Counter[str]) -> None:
     """Log how many files of which suffix are left out because they are not images."""
     if left_out:
         kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]
-        number = left_out.total()
-        logger.warning(
-            "%s: %s of other kinds %s left out: %s",
-            root, counted(number, "file"), "is" if number == 1 else "are", ", ".join(kinds[:20]),
-        )  # fmt: skip
+        number = counted(left_out.total(), "file")
+        logger.warning("%s: left out: %s of other kinds: %s", root, number, ", ".join(kinds[:20]))
 
 
 def _look_at_entry(entry: os.DirEntry[str], path: str) -> File:

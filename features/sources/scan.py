@@ -21,6 +21,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.pixels.decode import read_bytes
+from features.progress import counted
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
@@ -359,7 +360,7 @@ def _scan_manifest(
             f"expected paths that are absolute or relative to the manifest's folder{hint}"
         )
     if missing:
-        logger.warning("%s: %d files do not exist: %s%s", manifest, len(missing), listed(missing), hint)
+        logger.warning("%s: %s not exist: %s%s", manifest, counted(len(missing), "file", "does"), listed(missing), hint)
     if target is None and names and all(split_of(name, alone=True) is not None for name in set(names)):
         raise SourceError(
             f"{manifest}: the column 'label' holds the names of splits ({listed(sorted(set(names)))}): name that column "
@@ -367,7 +368,9 @@ def _scan_manifest(
         )
     useless = sum(1 for name, split in zip(names, splits, strict=True) if not name and split in (0, 1))
     if useless:
-        logger.warning("%s: %d images of train or validation have no label and are left unlabelled", manifest, useless)
+        logger.warning(
+            "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
+        )
     return _image_set(description, root, files, names, splits, groups, columns, reading=reading)
 
 
@@ -386,9 +389,9 @@ def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:
                 break
     if other:
         logger.warning(
-            "%s: %d names are in another Unicode form than their files (NFC, NFD); the files were found",
+            "%s: %s in another Unicode form than the file it names (NFC, NFD); found all the same",
             manifest,
-            other,
+            counted(other, "path", "is"),
         )
     return files
 

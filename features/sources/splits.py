@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, nearest
+from features.progress import counted
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 NOT_GIVEN, UNLABELLED = -1, 3
@@ -288,7 +289,9 @@ def _crossing_groups(groups: Sequence[str] | None, splits: np.ndarray) -> list[s
             crossing[group] = None
     if not crossing:
         return []
-    return [f"{len(crossing)} groups lie in more than one split, because of given splits: {listed(list(crossing))}"]
+    return [
+        f"{counted(len(crossing), 'group', 'lies')} in more than one split, because of given splits: {listed(list(crossing))}"
+    ]
 
 
 def find_leakage(sha256: np.ndarray, splits: np.ndarray, paths: Sequence[str]) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from features.errors import SourceError, nearest
 from features.files import quoted
+from features.progress import counted
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File
 from features.sources.reading import Reading, split_of
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, SPLITS, UNLABELLED, listed
@@ -135,7 +136,7 @@ def _warn_left_out(
         {part[2 - layout.level] for parent in left_out if len(part := parts[parent]) > 1} - set(layout.splits)
     )
     also = f", those in {listed(others)} too" if layout.splits and others else ""
-    logger.warning("%s: %d images beside the class folders are left out%s", root, left_out.total(), also)
+    logger.warning("%s: left out: %s beside the class folders%s", root, counted(left_out.total(), "image"), also)
 
 
 def _warn_of_collections(root: Path, parts: Parts) -> None:
