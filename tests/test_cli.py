@@ -130,7 +130,7 @@ def mistakes(source: Path, store: Path, folder: Path) -> dict[str, tuple[tuple[o
         "empty folder": (("extract", empty, "--out", out, *SMALL), 1, "holds no images"),
         "unknown backbone": (("extract", source, "--out", out, "--backbone", "mobilenetv22"), 2, "did you mean 'mobilenetv2'"),
         "unknown layer": (("extract", source, "--out", out, *SMALL, "--layer", "out_rleu"), 2, "did you mean 'out_relu'"),
-        "unknown resize": (("extract", source, "--out", out, *SMALL, "--resize", "bicubic"), 2, "antialias, keras"),
+        "unknown resize": (("extract", source, "--out", out, *SMALL, "--resize", "lanczos"), 2, "antialias, keras"),
         "image size in words": (("extract", source, "--out", out, "--image-size", "big"), 2, "such as 224 or 192x256"),
         "image too small": (("extract", source, "--out", out, "--weights", "random", "--image-size", "8"), 2, "--image-size"),
         "split that does not add up": (("extract", source, "--out", out, *SMALL, "--split", "hash:0.5,0.1"), 2, "add up to 1"),

@@ -83,6 +83,7 @@ def test_every_requirement_has_a_floor() -> None:
 def test_the_version_is_that_of_the_metadata(monkeypatch: pytest.MonkeyPatch) -> None:
     import features
     import pipeline
+    from features.machine import installed_version
 
     assert features.__version__ == pipeline.__version__ == importlib.metadata.version("bottleneck-features")
 
@@ -90,7 +91,11 @@ def test_the_version_is_that_of_the_metadata(monkeypatch: pytest.MonkeyPatch) ->
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "version", missing)
-    assert features.__version__ == pipeline.__version__ == "0+unknown"
+    installed_version.cache_clear()
+    try:
+        assert features.__version__ == pipeline.__version__ == "0+unknown"
+    finally:
+        installed_version.cache_clear()
 
 
 @pytest.mark.slow
