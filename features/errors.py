@@ -63,6 +63,15 @@ class WeightsNotFoundError(WeightsError, FileNotFoundError):
     """Weights that were not found; the message lists every place that was searched."""
 
 
+class FetchError(WeightsError):
+    """Something could not be fetched. ``status`` is that of HTTP, 0 if there was no answer; ``code`` is the hub's own."""
+
+    def __init__(self, message: str, status: int = 0, code: str = "") -> None:
+        super().__init__(message)
+        self.status = status
+        self.code = code
+
+
 class StoreError(BottleneckError, OSError):
     """A feature store that cannot be written or opened."""
 

@@ -358,7 +358,7 @@ def test_files_that_are_no_models_are_refused(tmp_path: Path) -> None:
             find_backbone(str(tmp_path / name))
     with zipfile.ZipFile(tmp_path / "odd.keras", "w") as archive:
         archive.writestr("config.json", json.dumps({"config": []}))
-    assert find_backbone(str(tmp_path / "odd.keras")).file_size is None
+    assert find_backbone(str(tmp_path / "odd.keras")).fixed_size is None
 
 
 def described(path: Path, layers: list[dict[str, Any]], version: str = "3.15.1", **config: Any) -> Path:

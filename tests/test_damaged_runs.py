@@ -216,18 +216,18 @@ def test_many_classes_cost_no_matrix_of_all_pairs(runs: Path, tmp_path: Path) ->
 
 
 def test_a_folder_that_may_not_be_read_is_named(runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    is_file = Path.is_file
+    is_file, bad = Path.is_file, (runs / "logistic-bad").rename(runs / "logistic-0badbadbad")
 
     def refuse(path: Path) -> bool:
-        if path.parent.name == "logistic-bad":
+        if path.parent.name == bad.name:
             raise PermissionError(13, "Permission denied", str(path))
         return is_file(path)
 
     monkeypatch.setattr(Path, "is_file", refuse)
     found = find_runs(runs)
-    assert ([run.run_id for run in found.runs], found.damaged) == ([GOOD], ["logistic-bad"])
+    assert ([run.run_id for run in found.runs], found.damaged) == ([GOOD], [bad.name])
     with pytest.raises(RunError, match=r"config\.yaml: cannot be read: Permission denied"):
-        Run.open(runs / "logistic-bad")
+        Run.open(bad)
 
 
 def test_only_damaged_runs(runs: Path, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ HEAVY = {"numpy", "keras", "tensorflow", "sklearn", "h5py", "PIL"}
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "ai_edge_litert": "ai-edge-litert",
+    "keras_hub": "keras-hub",
     "axe_playwright_python": "axe-playwright-python",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

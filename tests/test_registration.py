@@ -164,7 +164,7 @@ def test_a_new_export_format_is_proven_and_predicts(
     from pipeline import export as stage
     from pipeline.exporting.artefacts import open_artefact
 
-    row = Format("bundle", ".bundle", "", (), bundle, open_bundle, put, get, tolerance=1e-5, note="a zip")
+    row = Format("bundle", ".bundle", "", (), {"keras": bundle}, open_bundle, put, get, tolerance=1e-5, note="a zip")
     monkeypatch.setitem(FORMATS, "bundle", row)
 
     def run_here(made: Path, probes: Any) -> np.ndarray:  # another process would not know the registration

@@ -27,7 +27,7 @@ from email.message import Message
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from features.errors import ConfigurationError, WeightsError, brief
+from features.errors import ConfigurationError, FetchError, WeightsError, brief
 from features.files import printable, whole_file
 
 logger = logging.getLogger(__name__)
@@ -45,25 +45,9 @@ _CHUNK = 1 << 20  # bytes
 _BETWEEN_NEWS = 10  # seconds
 
 
-class FetchError(WeightsError):
-    """Something that could not be fetched.
-
-    Parameters
-    ----------
-    url : str
-        What was tried; its query is not shown, because it may hold a signature.
-    reason : str
-        What happened.
-    status : int
-        HTTP status; 0 if there was no answer.
-    code : str
-        ``X-Error-Code`` of the hub, such as ``RevisionNotFound``; empty if it gave none.
-    """
-
-    def __init__(self, url: str, reason: str, status: int = 0, code: str = "") -> None:
-        super().__init__(f"{brief(printable(url.partition('?')[0]), 300)}: {brief(printable(reason), 300)}")
-        self.status = status
-        self.code = code
+def _failure(url: str, reason: str, status: int = 0, code: str = "") -> FetchError:
+    """Say what could not be fetched and why; the query of the address is not shown, because it may hold a signature."""
+    return FetchError(f"{brief(printable(url.partition('?')[0]), 300)}: {brief(printable(reason), 300)}", status, code)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +170,7 @@ class Server:
                             )
                 if promise.size is None or file.tell() == promise.size:
                     return
-                failure = FetchError(url, f"received {file.tell():,} of {promise.size:,} bytes")
+                failure = _failure(url, f"received {file.tell():,} of {promise.size:,} bytes")
             except FetchError as error:
                 failure = error
         assert failure is not None
@@ -195,13 +179,13 @@ class Server:
     def _open(self, url: str, *, start: int = 0) -> tuple[http.client.HTTPResponse, _Promise]:
         """Follow redirects to the answer; what the endpoint's own host says of the file is its promise."""
         if self.offline:
-            raise FetchError(url, "HF_HUB_OFFLINE is set")
+            raise _failure(url, "HF_HUB_OFFLINE is set")
         own, promise = _split(self.endpoint), _Promise()
         assert own is not None
         for _ in range(_MOST_REDIRECTS + 1):
             parts = _split(url)
             if parts is None or not _is_allowed(parts, local=own.hostname in _LOCAL):
-                raise FetchError(url, "a redirect to an address that is not https")
+                raise _failure(url, "a redirect to an address that is not https")
             is_own = (parts.scheme, parts.netloc) == (own.scheme, own.netloc)
             response = self._ask(url, start, with_token=is_own)
             if is_own:
@@ -214,10 +198,10 @@ class Server:
             location = response.headers.get("Location")
             if response.status not in _REDIRECTS or not location:
                 code = response.headers.get("X-Error-Code", "")
-                raise FetchError(url, f"HTTP status {response.status}", response.status, code)
+                raise _failure(url, f"HTTP status {response.status}", response.status, code)
             with contextlib.suppress(ValueError):
                 url = urllib.parse.urljoin(url, location)
-        raise FetchError(url, f"more than {_MOST_REDIRECTS} redirects")
+        raise _failure(url, f"more than {_MOST_REDIRECTS} redirects")
 
     def _ask(self, url: str, start: int, *, with_token: bool) -> http.client.HTTPResponse:
         request = urllib.request.Request(
@@ -231,7 +215,7 @@ class Server:
             response: http.client.HTTPResponse = urllib.request.build_opener(_AnyStatus).open(request, timeout=_TIMEOUT)
         except (OSError, http.client.HTTPException, ValueError) as error:
             reason = error.reason if isinstance(error, urllib.error.URLError) else error
-            raise FetchError(url, str(reason) or type(error).__name__) from error
+            raise _failure(url, str(reason) or type(error).__name__) from error
         return response
 
 
@@ -265,7 +249,7 @@ def _read(response: http.client.HTTPResponse, url: str) -> bytes:
     try:
         return response.read1(_CHUNK)
     except (OSError, http.client.HTTPException, ValueError) as error:
-        raise FetchError(url, str(error) or type(error).__name__, response.status) from error
+        raise _failure(url, str(error) or type(error).__name__, response.status) from error
 
 
 def _sha256_if_promised(path: Path, promise: _Promise) -> str:

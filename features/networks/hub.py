@@ -28,9 +28,17 @@ from urllib.parse import quote
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
-from features.errors import ConfigurationError, StoreError, WeightsError, WeightsNotFoundError, brief, nearest
+from features.errors import (
+    ConfigurationError,
+    FetchError,
+    StoreError,
+    WeightsError,
+    WeightsNotFoundError,
+    brief,
+    nearest,
+)
 from features.files import file_digest, printable, writing
-from features.networks.fetching import FetchError, Server
+from features.networks.fetching import Server
 
 logger = logging.getLogger(__name__)
 PREFIX = "hf:"
