@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finetuning import paint_noise
-from helpers import ROOT
+from helpers import ROOT, STRESS
 from PIL import Image
 
 from features.errors import ConfigurationError
@@ -464,7 +464,8 @@ def predicted(run: Path, pictures: Path, store: Any, folder: Path) -> np.ndarray
 
 @pytest.mark.slow
 @needs_hub
-@pytest.mark.parametrize("name", HOW)
+@pytest.mark.stress  # all four of them there; here one without and one with a last block
+@pytest.mark.parametrize("name", HOW if STRESS else ("vit", "siglip"))
 def test_from_extraction_to_a_fine_tuned_network(
     made: dict[str, Made], pictures: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
