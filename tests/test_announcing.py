@@ -77,6 +77,7 @@ def test_a_short_run_says_nothing_and_a_long_one_says_it_once(caplog: pytest.Log
     assert len(announced(caplog, [(0.0, 32), (20.0, 80), (40.0, 80), (60.0, 80)], 7_300)) == 1
 
 
+@pytest.mark.slow
 def test_a_run_and_a_dry_run_announce(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,6 +67,7 @@ def test_children_end_with_a_parent_that_is_killed(way: str, tmp_path: Path) -> 
     assert not [number for number in family if alive(number)]
 
 
+@pytest.mark.slow
 def test_a_module_runs_as_with_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "given.py").write_text(
         "import os, sys\nprint(__name__, sys.argv, os.environ['A'], sys.stdin.read())\nsys.exit('no: ü')"

@@ -89,6 +89,7 @@ def by_name(document: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
 
 
 # ------------------------------------------------------------------------------------------------------- values
+@pytest.mark.slow
 def test_accuracies_differences_and_the_choice(
     source: Path, networks: dict[str, Network], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -129,6 +130,7 @@ def test_accuracies_differences_and_the_choice(
     ]
 
 
+@pytest.mark.slow
 def test_all_networks_are_scored_on_the_same_folds_that_keep_groups(
     tmp_path: Path, networks: dict[str, Network], monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -176,6 +178,7 @@ def test_the_paired_interval_covers_the_difference(shares: tuple[float, float]) 
 
 
 # ------------------------------------------------------------------------------------------- nothing is done twice
+@pytest.mark.slow
 def test_the_full_extraction_infers_only_the_rest(source: Path, networks: dict[str, Network], quick: None) -> None:
     document = compared(source, "rgb", seed=3, workers=2)
     store = document["networks"][0]["store"]
@@ -206,6 +209,7 @@ def test_a_larger_sample_adds_images_and_a_smaller_one_loses_none(
     assert len(FeatureStore.open(document["networks"][0]["store"])) == 30
 
 
+@pytest.mark.slow
 def test_ctrl_c_and_again(source: Path, networks: dict[str, Network], quick: None) -> None:
     networks["g"] = Network("g")
     networks["g"].fail_after = 4
@@ -217,6 +221,7 @@ def test_ctrl_c_and_again(source: Path, networks: dict[str, Network], quick: Non
     assert 0 < by_name(document)["g"]["inferred"] < 60
 
 
+@pytest.mark.slow
 def test_a_speed_that_was_not_noted_is_measured(source: Path, networks: dict[str, Network], quick: None) -> None:
     first = compared(source, "r")
     speeds = source.parent / "stores" / "speeds.json"
@@ -289,6 +294,7 @@ def test_the_exit_code_is_1_only_if_all_fail(
 
 
 # ------------------------------------------------------------------------------------------------------- the picture
+@pytest.mark.slow
 def test_labels_of_the_picture_cover_nothing(
     source: Path, networks: dict[str, Network], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -87,6 +87,7 @@ def test_a_later_extraction_without_a_split_rule_keeps_that_of_the_store(
     ) in caplog.text
 
 
+@pytest.mark.slow
 def test_the_remedy_for_a_class_without_images_in_a_split_gives_it_some(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -580,6 +581,7 @@ def test_an_extraction_with_a_limit_grows_into_the_whole(
     assert "limit" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_limit_is_blamed_for_what_it_leaves_out_alone(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -206,6 +206,7 @@ def test_of_equally_near_rows_the_first_ones_vote() -> None:
     assert (model_of(estimator, COLUMNS).probabilities(X) == [0.5, 0.25, 0.25]).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("metric", ["euclidean", "cosine", "manhattan"])
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
 def test_of_many_equal_rows_the_first_ones_vote_however_many_are_asked_about(metric: str, dtype: Any) -> None:

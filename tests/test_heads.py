@@ -425,6 +425,7 @@ def test_foreign_types_in_a_skops_file_are_named_and_not_made_even_if_trusted(tm
     assert not proof.exists()
 
 
+@pytest.mark.slow
 def test_a_head_that_arrays_do_not_describe_needs_the_signature_of_this_user_or_trust(tmp_path: Path) -> None:
     head, X = fitted("sklearn.discriminant_analysis.QuadraticDiscriminantAnalysis")
     head.save(tmp_path)

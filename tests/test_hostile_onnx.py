@@ -163,6 +163,7 @@ def test_what_no_network_does_is_refused_in_one_line(name: str, tmp_path: Path) 
     assert str(caught.value).isprintable()
 
 
+@pytest.mark.slow
 def test_what_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     timer = "features.networks.onnx_engine.threading.Timer"
     real = __import__("threading").Timer

@@ -29,6 +29,7 @@ def blobs(classes: int, rows: int = 12, columns: int = 6) -> tuple[np.ndarray, n
     return (np.random.default_rng(0).normal(size=(len(y), columns)) + y[:, None]).astype(np.float32), y
 
 
+@pytest.mark.slow
 def test_as_many_classes_as_a_run_can_hold_are_trained_on_and_no_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -104,6 +105,7 @@ def test_a_head_json_that_could_not_be_read_is_not_written(tmp_path: Path, monke
         make_head("logistic").fit(X, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "params"),
     [

@@ -318,6 +318,7 @@ def test_the_storages_of_an_older_file_are_those_of_its_tensors(keys: bytes, val
         read(legacy(state(tensor()), keys, values))
 
 
+@pytest.mark.slow
 def test_archives_that_expand_or_lie_are_refused() -> None:
     zeros = 1 << 24
     bomb = zipped(state(tensor()), bytes(4 * zeros), zipfile.ZIP_DEFLATED)

@@ -209,6 +209,7 @@ def test_the_newest_state_is_that_of_the_newest_run(tmp_path: Path) -> None:
     assert taken(tmp_path) == "logistic-1"
 
 
+@pytest.mark.slow
 def test_a_state_that_is_trained_on_again_is_the_newest_again(tmp_path: Path) -> None:
     """A class was renamed, and named back: the first run is there already, and is the one to take."""
     first = made_run(tmp_path, "logistic-1", digest=OLD, accuracy=0.7, minute=1)

@@ -81,6 +81,16 @@ class Output(NamedTuple):
     prefix: int | None = None
 
 
+def check_size(path: Path) -> None:
+    """Raise ``WeightsError`` for a file that is too large to be one, before anything reads it whole."""
+    size = path.stat().st_size
+    if size > _MOST_BYTES:
+        raise WeightsError(
+            f"{path}: an ONNX file holds at most 2 GB, received {size / 1e9:.1f} GB. Export it again with its weights beside "
+            "it (external data)"
+        )
+
+
 def read_model(path: Path, *, weights: bool = True) -> Any:
     """Read an ONNX file and refuse what no runtime here could run, or what reads files from elsewhere.
 
@@ -105,17 +115,11 @@ def read_model(path: Path, *, weights: bool = True) -> Any:
     import onnx
 
     try:
-        size = path.stat().st_size
-        model = onnx.load(str(path), load_external_data=False) if size <= _MOST_BYTES else None
+        model = onnx.load(str(path), load_external_data=False)
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's class is not one of Python's
         raise WeightsError(f"{path}: not an ONNX file, or only a part of one. Download or export it again") from error
-    if model is None:
-        raise WeightsError(
-            f"{path}: an ONNX file holds at most 2 GB, received {size / 1e9:.1f} GB. Export it again with its weights beside "
-            "it (external data)"
-        )
     if not model.graph.node or not model.opset_import:
         raise WeightsError(f"{path}: not an ONNX model: it contains no graph. Download or export it again")
     if _depth(model.graph) > _DEEPEST:

@@ -27,7 +27,7 @@ from features.networks.engines import Engine
 from features.networks.hub import ONNX_NAMES
 from features.networks.imageinput import ImageInput
 from features.networks.onnx_engine import OnnxRuntimeEngine, try_out
-from features.networks.onnx_graph import Outline, Output, check_layer, composed, outline_of, read_model
+from features.networks.onnx_graph import Outline, Output, check_layer, check_size, composed, outline_of, read_model
 from features.networks.reference import reference_images, relative_difference
 from features.networks.weights import WeightsFile
 from features.recipe import NetworkOptions, Normalisation, Recipe
@@ -131,6 +131,7 @@ def find_onnx(name: str) -> OnnxFile | None:
 
 
 def _onnx_file(path: Path, given: Path) -> OnnxFile:
+    check_size(path)
     return OnnxFile("onnx", "none", None, path=path, given=str(given.resolve()))
 
 
