@@ -23,6 +23,8 @@ RESIZE_RULES = ("antialias", "keras", "bicubic")
 FIT_RULES = ("stretch", "crop", "pad")
 EDGE_RULE = "crop:"  # followed by the length of the shorter edge in pixels
 CHANNEL_ORDERS = ("rgb", "bgr")
+LARGEST_SIDE = 4096  # pixels
+MOST_PREFIX = 64  # tokens
 DTYPES = ("float32", "float16")
 DECODE_RULES = ("full", "fast")
 ENGINES = ("auto", "keras", "openvino", "onnxruntime")
@@ -198,14 +200,16 @@ class PixelRule:
     def __post_init__(self) -> None:
         for name in ("height", "width"):
             value = getattr(self, name)
-            if not 1 <= value <= 4096:
-                raise ConfigurationError(f"image size: received the {name} {value}, expected 1 to 4096 pixels")
+            if not 1 <= value <= LARGEST_SIDE:
+                raise ConfigurationError(
+                    f"image size: received the {name} {value}, expected 1 to {LARGEST_SIDE} pixels"
+                )
         check_choice("resize", self.resize, RESIZE_RULES)
         edge = check_fit(self.fit)
         check_choice("decode", self.decode, DECODE_RULES)
-        if edge is not None and not max(self.height, self.width) <= edge <= 4096:
+        if edge is not None and not max(self.height, self.width) <= edge <= LARGEST_SIDE:
             raise ConfigurationError(
-                f"fit: received {self.fit!r}, expected an edge of {max(self.height, self.width)} (the image size) to 4096 pixels"
+                f"fit: received {self.fit!r}, expected an edge of {max(self.height, self.width)} (the image size) to {LARGEST_SIDE} pixels"
             )
 
     @property
@@ -428,8 +432,8 @@ def check_fit(fit: str) -> int | None:
 
 def check_prefix(count: int) -> None:
     """Raise ``ConfigurationError`` unless ``count`` can be a number of prefix tokens."""
-    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= 64:
-        raise ConfigurationError(f"prefix tokens: received {count!r}, expected 0 to 64")
+    if not isinstance(count, int) or isinstance(count, bool) or not 0 <= count <= MOST_PREFIX:
+        raise ConfigurationError(f"prefix tokens: received {count!r}, expected 0 to {MOST_PREFIX}")
 
 
 def check_device(device: str) -> None:

@@ -21,18 +21,16 @@ from features.errors import ConfigurationError, brief, nearest
 from features.networks.imageinput import (
     CLIP,
     IMAGENET,
-    LARGEST_SIDE,
-    MOST_PREFIX,
     Fields,
     ImageInput,
     crop_rule,
     read_json,
 )
 from features.networks.processors import read_transformers
+from features.recipe import LARGEST_SIDE, MOST_PREFIX, PixelRule
 
 FORMAT = "bottleneck-preprocess 1"
 _TOLERANCE = 1e-4  # to which two descriptions of one network agree
-_FIT = re.compile(r"stretch|crop|pad|crop:([1-9]\d{0,3})")
 _INTERPOLATIONS = {"bilinear": "antialias", "bicubic": "bicubic"}
 
 
@@ -82,9 +80,12 @@ def read_preprocess(path: Path) -> ImageInput:
             raise ConfigurationError(f"{path}: unknown key {brief(key, 80)!r}{nearest(key, known)}. {_example()}")
     height, width = values.pair("size", values.get("size"))
     fit = str(values.get("fit"))
-    match = _FIT.fullmatch(fit)
-    if not match or (match[1] and not max(height, width) <= int(match[1]) <= LARGEST_SIDE):
-        raise values.error("fit", f"stretch, crop, pad or crop:EDGE with an EDGE of {max(height, width)} to 4096")
+    try:
+        PixelRule(height, width, fit=fit)
+    except ConfigurationError:
+        raise values.error(
+            "fit", f"stretch, crop, pad or crop:EDGE with an EDGE of {max(height, width)} to 4096"
+        ) from None
     prefix = values.get("prefix_tokens", None)
     return ImageInput(
         height=height,

@@ -11,9 +11,8 @@ from typing import Any
 
 from features.errors import ConfigurationError, brief, nearest
 from features.files import named, read_small
+from features.recipe import LARGEST_SIDE
 
-LARGEST_SIDE = 4096  # pixels
-MOST_PREFIX = 64  # tokens
 WAY = "Say it in a file of your own with --preprocess FILE.json."
 Statistics = tuple[list[float], list[float]]  # mean and standard deviation of the channels
 CLIP: Statistics = ([0.48145466, 0.4578275, 0.40821073], [0.26862954, 0.26130258, 0.27577711])

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from features.errors import ConfigurationError, brief
-from features.networks.imageinput import LARGEST_SIDE, MOST_PREFIX, WAY, Fields, ImageInput
+from features.networks.imageinput import WAY, Fields, ImageInput
+from features.recipe import LARGEST_SIDE, MOST_PREFIX
 
 PACKAGE = "keras_hub"
 # Tokens before those of the image, in the output of each class; others give no tokens, or their number is not known.

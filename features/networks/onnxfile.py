@@ -145,13 +145,19 @@ class OnnxRuntime:
     ) -> Description:
         """Find the shapes of the asked tensors by a forward pass: what a graph says of them is often wrong or missing."""
         asked = [*dict.fromkeys(layers or backbone.outline.outputs[:1])]
-        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, weights.sha256, [*size], asked])}.json")
+        shapes = self._kept_shapes(backbone, weights.sha256, size, [name for name in asked if name != BOUNDARY])
+        return Description(weights.sha256, shapes, asked[0], None)
+
+    def _kept_shapes(
+        self, backbone: OnnxFile, sha256: str, size: tuple[int, int], names: Sequence[str]
+    ) -> dict[str, tuple[int, ...]]:
+        """Shapes of these tensors, found once for weights of this digest and then kept."""
+        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, sha256, [*size], [*names]])}.json")
         shapes = kept_json(memo)
         if shapes is None:
-            shapes = self._shapes(backbone, size, [name for name in asked if name != BOUNDARY])
+            shapes = self._shapes(backbone, size, names)
             keep_json(memo, shapes)
-        described = {str(name): tuple(int(length) for length in shape) for name, shape in shapes}
-        return Description(weights.sha256, described, asked[0], None)
+        return {str(name): tuple(int(length) for length in shape) for name, shape in shapes}
 
     def _shapes(self, backbone: OnnxFile, size: tuple[int, int], names: Sequence[str]) -> list[list[Any]]:
         if not names:
@@ -213,15 +219,15 @@ class OnnxRuntime:
 
     def graph(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> Any:
         """Return the model from uint8 pixels to the feature sets of these recipes."""
-        rule = recipes[0].pixels
-        ranks = dict(self._shapes(backbone, (rule.height, rule.width), [*{recipe.layer: 0 for recipe in recipes}]))
+        size = recipes[0].pixels.height, recipes[0].pixels.width
+        layers = [*dict.fromkeys(recipe.layer for recipe in recipes)]
+        shapes = self._kept_shapes(backbone, recipes[0].weights, size, layers)
         outputs = [
-            Output(recipe.layer, recipe.pooling, len(ranks[recipe.layer]) + 1, recipe.prefix_tokens)
+            Output(recipe.layer, recipe.pooling, len(shapes[recipe.layer]) + 1, recipe.prefix_tokens)
             for recipe in recipes
         ]
         how = recipes[0].normalisation or Normalisation()
         model = read_model(backbone.path)
-        size = (rule.height, rule.width)
         return composed(model, backbone.outline, outputs, normalisation=how, size=size)
 
     def _composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:

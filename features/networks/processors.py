@@ -16,8 +16,6 @@ from features.networks.imageinput import (
     CLIP,
     HALF,
     IMAGENET,
-    LARGEST_SIDE,
-    MOST_PREFIX,
     WAY,
     Fields,
     ImageInput,
@@ -25,6 +23,7 @@ from features.networks.imageinput import (
     crop_rule,
     read_json,
 )
+from features.recipe import LARGEST_SIDE, MOST_PREFIX
 
 _PILLOW_FILTERS = {2: "antialias", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 _REFUSED_FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}

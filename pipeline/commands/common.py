@@ -101,6 +101,9 @@ def whole_program(
 Json = Annotated[bool, opt("Print one JSON document.", "--json")]
 Runs = Annotated[Path, opt("Folder of run folders.")]
 Seed = Annotated[int, opt("Random seed.")]
+MergeLabels = Annotated[
+    bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
+]
 SplitFolders = Annotated[
     str,
     opt("Split folders of other names: train=Training,test=Testing.", metavar="SPLIT=FOLDER,...", show_default=False),

@@ -15,6 +15,7 @@ from pipeline.commands.common import (
     Cluster,
     Device,
     Json,
+    MergeLabels,
     Seed,
     SplitFolders,
     Weights,
@@ -92,9 +93,7 @@ def extract(
     target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
     split_folders: SplitFolders = "",
     class_level: ClassLevel = 0,
-    merge_labels: Annotated[
-        bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
-    ] = False,
+    merge_labels: MergeLabels = False,
     limit: Annotated[int | None, opt("Use at most this many images, for a trial run.", min=1)] = None,
     batch_size: BatchSize = 32,
     workers: Workers = None,
@@ -227,9 +226,7 @@ def compare(
     target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
     split_folders: SplitFolders = "",
     class_level: ClassLevel = 0,
-    merge_labels: Annotated[
-        bool, opt("Make one class of labels that look alike (Cat, cat; 0, 0.0), no label of nan.", "--merge-labels")
-    ] = False,
+    merge_labels: MergeLabels = False,
     as_json: Json = False,
 ) -> None:
     """Compare networks on a sample: accuracy of a cross-validated head, images per second, time for all images."""
