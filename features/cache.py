@@ -70,8 +70,8 @@ def _private_folder(problem: str) -> Path:
     return folder
 
 
-def write_signed(path: Path, content: bytes | memoryview) -> None:
-    """Write a file of the cache with this user's signature in front; the file is whole or as it was before.
+def write_signed(path: Path, content: bytes | memoryview) -> str:
+    """Write a file of the cache with this user's signature in front, and return that; the file is whole or as it was before.
 
     Raises
     ------
@@ -79,8 +79,10 @@ def write_signed(path: Path, content: bytes | memoryview) -> None:
         As the file system raises it: the caller decides whether the file matters.
     """
     with whole_file(path) as file:  # before the key is made, so that a home without both is said once
-        file.write(signature(hashlib.sha256(content).hexdigest(), _purpose(path)).encode("ascii"))
+        seal = signature(hashlib.sha256(content).hexdigest(), _purpose(path))
+        file.write(seal.encode("ascii"))
         file.write(content)
+    return seal
 
 
 @contextlib.contextmanager
@@ -100,6 +102,12 @@ def signed_file(path: Path) -> Iterator[BinaryIO]:
             raise ValueError("it does not carry this user's signature")
         file.seek(_SIGNATURE_BYTES)
         yield file
+
+
+def seal_of(file: BinaryIO) -> str:
+    """Return the signature of a file that ``signed_file`` opened: it tells contents apart without hashing them again."""
+    file.seek(0)
+    return file.read(_SIGNATURE_BYTES).decode("ascii")
 
 
 def kept_json(path: Path) -> Any:

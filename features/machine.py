@@ -30,6 +30,27 @@ def has_bfloat16() -> bool:
     return any(f" {flag}" in flags for flag in ("avx512_bf16", "amx_bf16", "bf16"))
 
 
+@functools.cache
+def processor() -> str | None:
+    """Return the model and the instructions of the processor, as Linux tells them; None elsewhere."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines()
+    except OSError:
+        return None
+    wanted = (
+        "vendor_id",
+        "cpu family",
+        "model",
+        "model name",
+        "stepping",
+        "flags",
+        "CPU implementer",
+        "CPU part",
+        "Features",
+    )
+    return "\n".join(line for line in lines if line.partition(":")[0].strip() in wanted) or None
+
+
 def may_have_gpu(device: str = "auto") -> bool:
     """Whether a GPU may be present, so that it is worth asking Keras for one."""
     return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)

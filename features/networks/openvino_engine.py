@@ -4,7 +4,8 @@
                  else convert -> check -> write to the cache -> engine
 
 A cached file is signed (``features.cache``) and holds an ``.npz``: model, weights, reference batch, the outputs for it of
-the library that the network came from and, if the model takes only batches of one size, that size.
+the library that the network came from and, if the model takes only batches of one size, that size. The check is noted by
+the signature of the file, and repeated on another processor, with another precision or another number of images per pass.
 """
 
 from __future__ import annotations
@@ -25,18 +26,18 @@ from typing import Any
 
 import numpy as np
 
-from features.cache import cache_path, signed_file, write_signed
+from features.cache import cache_path, keep_json, kept_json, seal_of, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, check_batch
 from features.files import enough_room
-from features.machine import processors
+from features.machine import processor, processors
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
 
-FORMAT = 2
+FORMAT = 3
 # Largest accepted relative L2 difference from Keras float32 on the reference batch. Deep networks amplify the rounding
 # of bfloat16 to 8 significant bits (0.2 in MobileNetV2), so its bound only tells rounding from a wrong result; the
 # effect on accuracy is measured by ``features.extraction.precision``.
@@ -102,17 +103,23 @@ def open_engine(
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
     about = _about(recipes, source, by)
     path = cache_path("openvino", f"{digest_of(about)}.model")
-    kept = _read(path, about)
-    if kept is not None:
+    found = _read(path, about)
+    if found is not None:
+        kept, seal = found
         try:
-            return _proven(kept, recipes, batch_size, precision, threads)
+            engine = _opened(kept, recipes, batch_size, precision, threads)
+            if not _is_proven(engine, seal):
+                _prove(engine, kept)
+                _note_proof(engine, seal)
+            return engine
         except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
             logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
     made = convert()
-    engine = _proven(made, recipes, batch_size, "float32", threads)  # always checked against the strict bound
-    if precision != "float32":
-        engine = _proven(made, recipes, batch_size, precision, threads)
-    _write(path, about, made)
+    for each in dict.fromkeys(("float32", precision)):  # always checked against the strict bound
+        engine = _opened(made, recipes, batch_size, each, threads)
+        _prove(engine, made)
+    if (written := _write(path, about, made)) is not None:
+        _note_proof(engine, written)
     return engine
 
 
@@ -163,13 +170,13 @@ class OpenVinoEngine:
         self.images_inferred = 0
         self._lock = threading.Lock()
         threads = threads or processors()
-        self._images = step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
+        self.images_per_pass = step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
         self._shape = (batch_size, rule.height, rule.width, 3)
-        streams = min(threads, -(-batch_size // self._images))
+        streams = min(threads, -(-batch_size // self.images_per_pass))
         try:
             core = openvino.Core()
             graph = core.read_model(model.tobytes(), openvino.Tensor(weights))
-            graph.reshape([self._images, *self._shape[1:]])
+            graph.reshape([self.images_per_pass, *self._shape[1:]])
             compiled = core.compile_model(
                 graph,
                 "CPU",
@@ -195,7 +202,7 @@ class OpenVinoEngine:
         count = len(images)
         check_batch(images, self._shape)
         arrays = [np.empty((count, *tuple(port.shape)[1:]), np.float32) for port in self._ports]
-        starts = range(0, count, self._images)
+        starts = range(0, count, self.images_per_pass)
         for _ in self._workers.map(lambda start: self._infer(images, start, arrays), starts):
             pass  # raises the error of a failed request
         with self._lock:
@@ -203,10 +210,10 @@ class OpenVinoEngine:
         return dict(zip(self.names, arrays, strict=True))
 
     def _infer(self, images: np.ndarray, start: int, arrays: list[np.ndarray]) -> None:
-        part = np.ascontiguousarray(images[start : start + self._images])
+        part = np.ascontiguousarray(images[start : start + self.images_per_pass])
         count = len(part)
-        if count < self._images:
-            part = np.concatenate([part, np.zeros((self._images - count, *part.shape[1:]), np.uint8)])
+        if count < self.images_per_pass:
+            part = np.concatenate([part, np.zeros((self.images_per_pass - count, *part.shape[1:]), np.uint8)])
         request = self._requests.get()
         try:
             request.infer({0: part}, share_inputs=True, share_outputs=True)
@@ -244,6 +251,7 @@ def from_onnx(
         try:
             graph = openvino.Core().read_model(model)
             graph.reshape([step or len(batch), *batch.shape[1:]])
+            fold_constants(graph)
             with enough_room(folder, len(model)):
                 openvino.serialize(graph, path)
         except OSError as error:
@@ -256,6 +264,15 @@ def from_onnx(
     kept = {"model": files[0], "weights": files[1], "batch": batch}
     kept |= {_output(index): values for index, values in enumerate(expected)}
     return kept if step is None else kept | {"step": np.array([step])}
+
+
+def fold_constants(graph: Any) -> None:
+    """Compute what depends on no image, once: every compilation would do so again, which took 2 of 3 seconds for a ViT."""
+    from openvino.passes import ConstantFolding, Manager
+
+    manager = Manager()
+    manager.register_pass(ConstantFolding())
+    manager.run_passes(graph)
 
 
 def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
@@ -314,11 +331,10 @@ def write_graph(model: Any, path: Path) -> None:
     openvino.serialize(openvino.convert_model(traced.get_concrete_function()), path)
 
 
-def _proven(
+def _opened(
     kept: Mapping[str, np.ndarray], recipes: Sequence[Recipe], batch_size: int, precision: str, threads: int | None
 ) -> OpenVinoEngine:
-    """Open an engine and check that it reproduces the original's outputs for the reference batch; else OpenVinoError."""
-    engine = OpenVinoEngine(
+    return OpenVinoEngine(
         kept["model"],
         kept["weights"],
         recipes,
@@ -327,17 +343,20 @@ def _proven(
         threads=threads,
         step=int(kept["step"][0]) if "step" in kept else None,
     )
-    batch = kept["batch"]
-    parts = [engine(batch[start : start + batch_size]) for start in range(0, len(batch), batch_size)]
+
+
+def _prove(engine: OpenVinoEngine, kept: Mapping[str, np.ndarray]) -> None:
+    """Check that an engine reproduces the original's outputs for the reference batch; else OpenVinoError."""
+    batch, step, allowed = kept["batch"], engine.batch_size, TOLERANCES[engine.precision]
+    parts = [engine(batch[start : start + step]) for start in range(0, len(batch), step)]
     for index, name in enumerate(engine.names):
         found = relative_difference(np.concatenate([part[name] for part in parts]), kept[_output(index)])
-        if not found <= TOLERANCES[precision]:
+        if not found <= allowed:
             raise OpenVinoError(
-                f"{name}: OpenVINO {precision} differs from the original by {found:.2g} (relative L2), at most "
-                f"{TOLERANCES[precision]:g} is allowed"
+                f"{name}: OpenVINO {engine.precision} differs from the original by {found:.2g} (relative L2), at most "
+                f"{allowed:g} is allowed"
             )
     engine.images_inferred = 0
-    return engine
 
 
 # -------------------------------------------------------------------------------------------------- cached files
@@ -359,14 +378,32 @@ def _about(recipes: Sequence[Recipe], source: str, by: str) -> dict[str, Any]:
     }
 
 
-def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
-    """Read the arrays of a cached file; None if there is no file or, with a warning, if it is not usable."""
+def _is_proven(engine: OpenVinoEngine, seal: str) -> bool:
+    """Whether this very file has been checked on this processor, in this precision and with as many images per pass."""
+    path = _proof(engine, seal)
+    return path is not None and kept_json(path) is not None
+
+
+def _note_proof(engine: OpenVinoEngine, seal: str) -> None:
+    if (path := _proof(engine, seal)) is not None:
+        keep_json(path, seal)
+
+
+def _proof(engine: OpenVinoEngine, seal: str) -> Path | None:
+    if (machine := processor()) is None:  # another one might be taken for it
+        return None
+    return cache_path("proofs", f"{digest_of([seal, engine.precision, engine.images_per_pass, machine])}.json")
+
+
+def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str] | None:
+    """Read the arrays of a cached file, and its signature; None if there is no file or, with a warning, if it is not usable."""
     try:
         with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
             kept = {name: archive[name] for name in archive.files}
+            seal = seal_of(file)
         if json.loads(kept.pop("about").tobytes()) != about:
             raise ValueError("it describes another network")
-        return kept
+        return kept, seal
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
@@ -374,14 +411,16 @@ def _read(path: Path, about: Mapping[str, Any]) -> dict[str, np.ndarray] | None:
         return None
 
 
-def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> None:
+def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> str | None:
+    """Write a cached file and return its signature; None, with a warning, if that fails."""
     arrays = {"about": np.frombuffer(canonical_json(about).encode("ascii"), np.uint8), **kept}
     archive = io.BytesIO()
     np.savez(archive, **arrays)  # type: ignore[arg-type]
     try:
-        write_signed(path, archive.getbuffer())
+        return write_signed(path, archive.getbuffer())
     except OSError as error:  # the cache only saves time
         logger.warning("%s could not be written (%s); the next run converts the network again", path, error)
+        return None
 
 
 def _openvino() -> Any:

@@ -1,0 +1,103 @@
+"""How a known network starts: what was worked out once is not worked out again, and what must be checked again is."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from onnx import helper
+from test_onnx_networks import HOW, IMAGES, network
+
+from features.networks import openvino_engine
+from features.networks.network import resolve_network
+from features.networks.openvino_engine import OpenVinoEngine, is_installed
+from features.networks.reference import relative_difference
+from features.recipe import NetworkOptions
+
+pytestmark = pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed (pip install openvino)")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of images in the calls of engines so far."""
+    seen: list[int] = []
+    call = OpenVinoEngine.__call__
+
+    def counted(engine: OpenVinoEngine, images: np.ndarray) -> object:
+        seen.append(len(images))
+        return call(engine, images)
+
+    monkeypatch.setattr(OpenVinoEngine, "__call__", counted)
+    return seen
+
+
+def opened(folder: Path, batch_size: int = 3) -> OpenVinoEngine:
+    path, how = folder / "net.onnx", folder / "how.json"
+    if not path.exists():
+        how.write_text(json.dumps(HOW))
+        network(path, end="vector")
+    found = resolve_network(NetworkOptions(str(path), engine="openvino", preprocess=str(how)))
+    engine = found.engine(found.recipes, batch_size=batch_size)
+    assert isinstance(engine, OpenVinoEngine)
+    return engine
+
+
+def test_a_conversion_is_checked_once_and_again_where_another_result_is_possible(
+    cache: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_engine, "processors", lambda: 1)  # so that a pass takes as many images as a batch
+    (expected,) = opened(tmp_path)(IMAGES).values()
+    assert passes == [3, 1, 3]  # the reference images in batches of 3, and ours
+    passes.clear()
+    (again,) = opened(tmp_path)(IMAGES).values()
+    np.testing.assert_array_equal(again, expected)
+    assert passes == [3]
+    passes.clear()
+    opened(tmp_path, batch_size=1)  # one image per pass
+    assert passes == [1, 1, 1, 1]
+    passes.clear()
+    monkeypatch.setattr(openvino_engine, "processor", lambda: "another one")
+    opened(tmp_path)
+    assert passes == [3, 1]
+    passes.clear()
+    monkeypatch.setattr(openvino_engine, "processor", lambda: None)  # this system does not tell
+    opened(tmp_path)
+    opened(tmp_path)
+    assert passes == [3, 1] * 2
+
+
+def test_a_proof_that_another_wrote_is_none(cache: Path, tmp_path: Path, passes: list[int]) -> None:
+    opened(tmp_path)
+    for proof in (cache / "proofs").iterdir():
+        proof.write_bytes(b"true")
+    passes.clear()
+    opened(tmp_path)
+    assert passes == [3, 1]
+
+
+def test_what_depends_on_no_image_is_computed_once(cache: Path, tmp_path: Path) -> None:
+    plain = opened(tmp_path)(IMAGES)
+    model = onnx.load(tmp_path / "net.onnx")
+    turned = helper.make_node("Transpose", ["across"], ["kernel"], perm=[1, 0, 2, 3])
+    (kernel,) = (item for item in model.graph.initializer if item.name == "kernel")
+    kernel.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(kernel).transpose(1, 0, 2, 3), "across"))
+    model.graph.node.insert(0, turned)
+    onnx.save(model, tmp_path / "net.onnx")
+    for path in (cache / "openvino").iterdir():
+        path.unlink()
+    (values,), (expected,) = opened(tmp_path)(IMAGES).values(), plain.values()
+    assert relative_difference(values, expected) <= 1e-6
+    (path,) = (cache / "openvino").iterdir()
+    kept = np.load(io.BytesIO(path.read_bytes()[64:]))["model"].tobytes().decode()
+    assert 'type="Convolution"' in kept
+    assert kept.count('type="Transpose"') == 1  # of the pixels
