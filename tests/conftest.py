@@ -20,6 +20,12 @@ os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 typer.main.get_command = functools.cache(typer.main.get_command)
 # A shell's background job ignores Ctrl-C, and so would every process that a test starts and interrupts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+# Thousands of small folders: a disk takes milliseconds to remove each of them, memory takes none.
+SHARED_MEMORY = "/dev/shm"
+if os.access(SHARED_MEMORY, os.W_OK):
+    memory = os.statvfs(SHARED_MEMORY)
+    if memory.f_bavail * memory.f_frsize > 8 << 30 and not memory.f_flag & os.ST_NOEXEC:
+        os.environ.setdefault("PYTEST_DEBUG_TEMPROOT", SHARED_MEMORY)
 
 
 @pytest.fixture(scope="session")
@@ -41,9 +47,11 @@ def without_plots(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Tests use neither the user's cache nor the user's key; the sample and the memos are made once a session."""
-    folder = tmp_path_factory.mktemp("cache")
+    """Tests use neither the user's cache nor the user's key; what all processes of a session keep is made once."""
+    base = tmp_path_factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("BOTTLENECK_CACHE", str(folder))
-        patch.setenv("XDG_CONFIG_HOME", str(tmp_path_factory.mktemp("config")))
-        yield folder
+        for variable, name in (("BOTTLENECK_CACHE", "cache"), ("XDG_CONFIG_HOME", "config")):
+            (base / name).mkdir(mode=0o700, exist_ok=True)
+            patch.setenv(variable, str(base / name))
+        yield base / "cache"

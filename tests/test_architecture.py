@@ -72,9 +72,13 @@ def parsed(path: Path) -> ast.Module:
 
 
 @functools.cache
+def calls_and_imports(path: Path) -> list[ast.AST]:
+    return [node for node in ast.walk(parsed(path)) if isinstance(node, ast.Call | ast.Import | ast.ImportFrom)]
+
+
+@functools.cache
 def imports(path: Path, *, top_only: bool) -> set[str]:
-    tree = parsed(path)
-    nodes: list[ast.AST] = list(tree.body) if top_only else list(ast.walk(tree))
+    nodes: list[ast.AST] = list(parsed(path).body) if top_only else calls_and_imports(path)
     found = set()
     for node in nodes:
         if isinstance(node, ast.Import):
@@ -166,7 +170,7 @@ def test_no_pickle_and_no_print_in_the_packages() -> None:
         assert not used & (banned - allowed), path
         calls = [
             node.func.id
-            for node in ast.walk(parsed(path))
+            for node in calls_and_imports(path)
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
         ]
         assert "print" not in calls, path
