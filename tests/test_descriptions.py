@@ -233,7 +233,7 @@ PUBLISHED = {
     ),
     "facebook/convnext-tiny-224": (
         {"preprocessor": CONVNEXT, "config": {"model_type": "convnext", "patch_size": 4}},
-        expected("crop:256", "bicubic", MEAN, STD, patch=4),
+        expected("crop:256", "bicubic", MEAN, STD),  # it has patches, and no tokens
     ),
     "microsoft/resnet-50": (
         {"preprocessor": CONVNEXT, "config": {"model_type": "resnet", "num_channels": 3}},

@@ -72,13 +72,45 @@ def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture)
     machine(openvino=False, gpu=False, bfloat16=False)
     chosen_engine("openvino", "float32", "auto")
     assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using keras" in caplog.text
-    machine(openvino=True, gpu=False, bfloat16=False)
-    chosen_engine("openvino", "bfloat16", "auto")
-    assert "OpenVINO does not support bfloat16 on this processor; using keras" in caplog.text
-    assert "this processor has no bfloat16 instructions; bfloat16 works, but is slower" in caplog.text
     caplog.clear()
+    machine(openvino=True, gpu=False, bfloat16=False)
     chosen_engine("auto", "float32", "auto")
-    assert caplog.text == ""
+    assert caplog.messages == []
+
+
+NONE = "this processor has no bfloat16 instructions"
+SLOW = ". It is slower than float32 here"
+KERAS = ", so OpenVINO does not compute in it; using keras"
+
+
+@pytest.mark.parametrize(
+    ("engine", "gpu", "bfloat16", "said"),
+    [
+        ("auto", False, True, []),
+        ("auto", False, False, [NONE + SLOW]),
+        ("keras", False, False, [NONE + SLOW]),
+        ("openvino", False, False, [NONE + KERAS + SLOW]),
+        ("openvino", True, False, [NONE + KERAS]),
+        ("auto", True, False, []),
+    ],
+)
+def test_bfloat16_on_a_processor_without_it_is_one_line(
+    machine: Any, engine: str, gpu: bool, bfloat16: bool, said: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(openvino=True, gpu=gpu, bfloat16=bfloat16)
+    chosen_engine(engine, "bfloat16", "auto")
+    assert caplog.messages == said
+
+
+@pytest.mark.parametrize(("bfloat16", "end"), [(True, "that has it"), (False, "that has it, unlike this one")])
+def test_bfloat16_of_an_onnx_network_needs_openvino(
+    machine: Any, bfloat16: bool, end: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    machine(openvino=True, gpu=False, bfloat16=bfloat16)
+    engine = "onnxruntime" if bfloat16 else "auto"
+    with pytest.raises(ConfigurationError, match=f"onnxruntime computes in float32; received bfloat16.*{end}$"):
+        choose_engine(NetworkOptions(engine=engine, precision="bfloat16"), ("onnxruntime", "openvino"))
+    assert caplog.messages == []
 
 
 @pytest.mark.parametrize(

@@ -167,11 +167,24 @@ def test_networks_that_interpolate_their_positions_take_whole_patches_of_any_siz
     assert isinstance(found, Preset)
     assert found.pixel_rule(NetworkOptions()).height == 224
     assert found.pixel_rule(NetworkOptions(image_size=280)).width == 280
-    found.hub.check_size((280, 280))
-    with pytest.raises(
-        ConfigurationError, match=r"received 240x240, but .* patches of 14x14 pixels; use --image-size 238$"
-    ):
-        found.hub.check_size((240, 240))
+    message = r"received 240x240, but .* patches of 14x14 pixels; use --image-size 238$"
+    with pytest.raises(ConfigurationError, match=message):
+        found.pixel_rule(NetworkOptions(image_size=240))
+
+
+@pytest.mark.slow
+def test_a_network_may_have_been_made_for_images_that_are_no_whole_patches(tmp_path: Path) -> None:
+    """SigLIP so400m has 27 x 27 patches of 14 pixels in 384."""
+    shape = {"image_shape": [384, 384, 3], "patch_size": 14}
+    folder = preset_of(
+        tmp_path / "p", config_of("SigLIPVisionEncoder", **shape), image_converter=converter_of(image_size=[384, 384])
+    )
+    found = find_backbone(f"preset:{folder}")
+    assert found.pixel_rule(NetworkOptions()).height == 384
+    with pytest.raises(ConfigurationError, match="cannot be loaded as a preset"):  # not because of its size
+        found.build((384, 384))
+    with pytest.raises(ConfigurationError, match=r"patches of 14x14 pixels; use --image-size 378$"):
+        found.build((385, 385))
 
 
 @pytest.mark.parametrize(
@@ -376,6 +389,57 @@ def test_a_network_that_interpolates_its_positions_takes_another_size(made: dict
     assert relative_difference(features(network, images), np.asarray(larger(scaled))[:, 0]) < 1e-5
 
 
+def efficientnet() -> Any:
+    """A network whose blocks are layers with BatchNorm within them."""
+    import keras_hub
+
+    one = {name: [1] for name in ("stackwise_num_repeats", "stackwise_strides")}
+    return keras_hub.models.EfficientNetBackbone(
+        stackwise_kernel_sizes=[3], stackwise_input_filters=[8], stackwise_output_filters=[16], **one,
+        stackwise_expansion_ratios=[2], stackwise_squeeze_and_excite_ratios=[0.25], stackwise_block_types=["v1"],
+        width_coefficient=1.0, depth_coefficient=1.0,
+    )  # fmt: skip
+
+
+def numbers(model: Any) -> dict[str, np.ndarray]:
+    import keras
+
+    return {weight.path: keras.ops.convert_to_numpy(weight).copy() for weight in model.weights}
+
+
+@pytest.mark.slow
+@needs_hub
+def test_batchnorm_within_a_layer_keeps_its_statistics(tmp_path: Path) -> None:
+    import keras_hub
+
+    from pipeline.heads.kinds import make_head
+    from pipeline.tuning.endtoend import split_for_training
+    from pipeline.tuning.settings import TuningSettings
+    from pipeline.tuning.training import Tail
+
+    efficientnet().save_to_preset(str(tmp_path))
+    keras_hub.layers.ImageConverter(image_size=(SIDE, SIDE), scale=SCALE, offset=OFFSET).save_to_preset(str(tmp_path))
+    network = resolve_network(NetworkOptions(f"preset:{tmp_path}", engine="keras"))
+    images, labels = reference_images(SIDE, SIDE, 8), np.arange(8, dtype=np.int32) % 2
+    head = make_head("dropout-linear", classes=("cat", "dog"), epochs=1)
+    head.fit(features(network, images), labels)
+    changed: dict[str, set[str]] = {}
+    for bn in ("frozen", "affine"):
+        split = split_for_training(network, network.recipes[0], head, unfreeze="all", bn=bn)
+        before = numbers(split.backbone)
+        within = {path for path in before if path.startswith("block1a")}
+        statistics = [path for path in before if "moving" in path]
+        assert len(statistics) == len(split.statistics()) == 2 * 5
+        assert len(within & {*statistics}) == 2 * 3
+        Tail(split, 1.0, TuningSettings(learning_rate=1e-2, batch_size=8)).step(images, labels)
+        changed[bn] = {path for path, now in numbers(split.backbone).items() if not np.array_equal(before[path], now)}
+        assert not changed[bn] & {*statistics}
+    norms = {path for path in before if path.endswith(("/gamma", "/beta")) and path in within}
+    assert len(norms) == 2 * 3
+    assert norms <= changed["affine"]
+    assert not norms & changed["frozen"]
+
+
 @pytest.mark.slow
 @needs_hub
 def test_networks_are_taken_by_their_output_and_their_last_block(tmp_path: Path) -> None:
@@ -384,19 +448,11 @@ def test_networks_are_taken_by_their_output_and_their_last_block(tmp_path: Path)
 
     models, shape = keras_hub.models, (SIDE, SIDE, 3)
     heads = {"num_layers": 2, "num_heads": 2, "hidden_dim": 16, "intermediate_dim": 32}
-    one = {name: [1] for name in ("stackwise_num_repeats", "stackwise_expansion_ratios", "stackwise_strides")}
     converter = keras_hub.layers.ImageConverter(image_size=shape[:2], scale=SCALE, offset=OFFSET)
     images = reference_images(SIDE, SIDE, 3)
     for network, pool, boundary in (
         (models.DeiTBackbone(image_shape=shape, patch_size=8, **heads), lambda tokens: tokens[:, 0], None),
-        (
-            models.EfficientNetBackbone(
-                stackwise_kernel_sizes=[3], stackwise_input_filters=[8], stackwise_output_filters=[16], **one,
-                stackwise_squeeze_and_excite_ratios=[0.25], stackwise_block_types=["v1"],
-                width_coefficient=1.0, depth_coefficient=1.0,
-            ),
-            lambda maps: maps.mean(axis=(1, 2)), None,
-        ),
+        (efficientnet(), lambda maps: maps.mean(axis=(1, 2)), None),
         (
             models.MiTBackbone([1, 2], 2, [1, 2], [2, 1], 0.0, [7, 3], [4, 2], image_shape=shape, hidden_dims=[16, 32]),
             lambda maps: maps.mean(axis=(1, 2)), "hierarchical_encoder_1_0",
@@ -444,7 +500,9 @@ def test_shapes_are_those_of_a_forward_pass_where_a_layer_announces_others(made:
     tokens = np.asarray(of.network.get_layer("siglip_embedding")(of.converter(images)))
     assert tokens.shape == (4, 9, 16)
     assert relative_difference(found["siglip_embedding.tokens"], tokens.mean(axis=1)) < 1e-5
-    (first,) = resolve_network(NetworkOptions(f"preset:{of.preset}", layers=names[:1], pooling="cls")).recipes
+    (first,) = resolve_network(
+        NetworkOptions(f"preset:{of.preset}", layers=names[:1], pooling="cls", prefix_tokens=1)
+    ).recipes
     model = network.load()
     from features.networks.backbones import feature_model
 

@@ -165,6 +165,50 @@ def test_small_files_give_what_numpy_gives(
     assert relative_difference(received, expected) < 2e-6
 
 
+def turned(nodes: list[Any], inputs: list[Any]) -> None:
+    """The output of the network with its axes in the other order, and names that are hard to keep."""
+    order = [0, 2, 3, 1] if nodes[-1].output[0] == "relu" else [0, 3, 1, 2]
+    nodes.append(helper.make_node("Transpose", [nodes[-1].output[0]], ["turned over"], perm=order))
+    for name in ("a/b", "a|b", "."):
+        nodes.append(helper.make_node("Identity", ["relu"], [name]))
+    nodes.append(helper.make_node("GlobalAveragePool", ["relu"], ["means"]))
+    nodes.append(helper.make_node("Flatten", ["means"], ["relu.avg"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+@pytest.mark.parametrize(("size", "side"), [((8, 8), (4, 4)), ((12, 8), (6, 4))])
+def test_a_tensor_inside_may_have_its_axes_in_another_order_than_the_input(
+    engine: str, layout: str, size: tuple[int, int], side: tuple[int, int], how: str, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx", layout=layout, size=("h", "w"), extra=turned)
+    images = reference_images(*size, 3)
+    expected = convolved(normalised(images))
+    assert expected.shape == (3, *side, 5)
+    for pooling, value in (("avg", expected.mean(axis=(1, 2))), ("none", expected)):
+        options = {"layers": ("turned over",), "pooling": pooling, "preprocess": how, "image_size": size}
+        assert relative_difference(features(path, engine, images, **options), value) < 2e-6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("layers", "pooling", "message"),
+    [
+        (("a/b", "a|b"), None, r"layers 'a/b' and 'a\|b' would both be kept under the name 'a\|b'"),
+        (("relu", "relu.avg"), "avg", r"layers 'relu' and 'relu\.avg' would both be kept under the name 'relu\.avg'"),
+        ((".",), "none", r"layer '\.' cannot be kept"),
+    ],
+)
+def test_layers_whose_names_in_a_store_would_be_one(
+    layers: tuple[str, ...], pooling: str | None, message: str, how: str, tmp_path: Path
+) -> None:
+    path = network(tmp_path / "net.onnx", extra=turned)
+    options = NetworkOptions(str(path), layers=layers, pooling=pooling, preprocess=how)
+    with pytest.raises(ConfigurationError, match=message):
+        resolve_network(options)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
 def test_half_precision_weights_are_computed_with_in_float32(engine: str, how: str, tmp_path: Path) -> None:
@@ -217,6 +261,114 @@ def test_a_description_beside_the_file_is_read_and_its_numbers_are_in_the_finger
     }
     again = resolve_network(recipe.options(str(moved), "imagenet"))
     assert again.recipes == (recipe,)
+
+
+VIT = {
+    "image_processor_type": "ViTImageProcessor", "size": {"height": 8, "width": 8}, "resample": 3, "image_mean": MEAN, "image_std": STD,
+}  # fmt: skip
+
+
+def transformer(folder: Path, kind: str, **config: Any) -> Path:
+    """A network with 17 tokens of which the first is of the class, and a description."""
+    network(folder / "model.onnx", end="tokens", size=("h", "w"))
+    (folder / "preprocessor_config.json").write_text(json.dumps(VIT))
+    (folder / "config.json").write_text(json.dumps({"model_type": kind, "patch_size": 2, **config}))
+    return folder
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("vit", {}, None),
+        ("vit", {"pooling": "cls+tokens", "image_size": (6, 10)}, None),
+        ("swin", {"image_size": 7}, None),  # whose patches are merged
+        ("deit", {}, r"17 tokens for 8x8 pixels in patches of 2x2, so 1 of them .*says 2\. Give --prefix-tokens 1$"),
+        ("vit", {"layers": ("patches",), "pooling": "cls"}, "0 of them .*says 1. Give --prefix-tokens 0, or --pooling avg$"),
+        ("vit", {"layers": ("patches",), "pooling": "tokens", "prefix_tokens": 0}, None),
+        ("siglip_vision_model", {"pooling": "cls"}, "cls takes the class token of 'last_hidden_state', but this network has none"),
+        ("siglip_vision_model", {"pooling": "tokens"}, "so 1 of them .*says 0"),
+        ("vit", {"image_size": 7}, "received 7x7, but .*json divides images into patches of 2x2 pixels; use --image-size 8$"),
+    ],
+)  # fmt: skip
+def test_what_a_description_says_of_tokens_is_compared_with_their_number(
+    kind: str, options: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    asked = NetworkOptions(str(transformer(tmp_path / "net", kind)), **options)
+    if message is None:
+        assert resolve_network(asked).recipes
+        return
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        resolve_network(asked)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_number_of_tokens_that_the_user_gives_is_only_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = str(transformer(tmp_path / "net", "deit"))
+    resolve_network(NetworkOptions(folder, pooling="tokens", prefix_tokens=1))
+    assert caplog.messages == []
+    resolve_network(NetworkOptions(folder, pooling="tokens", prefix_tokens=3))
+    (message,) = caplog.messages
+    assert message.endswith("so 1 of them stand before those of the image, not 3 (--prefix-tokens)")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "pooling", "prefix"),
+    [("vit_tiny_patch2_reg1_gap_8", "tokens", 1), ("vit_tiny_patch2_8", "cls", None), ("vit_tiny_patch2_8.gap", "avg", None)],
+)  # fmt: skip
+def test_a_register_is_no_class_token(architecture: str, pooling: str, prefix: int | None, tmp_path: Path) -> None:
+    network(tmp_path / "model.onnx", end="tokens")
+    about = {"input_size": [3, 8, 8], "crop_pct": 1.0, "interpolation": "bicubic", "mean": MEAN, "std": STD}
+    name, _, gap = architecture.partition(".")
+    config = {"architecture": name, "global_pool": "avg" if gap else "token", "pretrained_cfg": about}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (recipe,) = resolve_network(NetworkOptions(str(tmp_path))).recipes
+    assert (recipe.pooling, recipe.prefix_tokens) == (pooling, prefix)
+    if pooling == "tokens":
+        with pytest.raises(ConfigurationError, match=r"cls takes the class token .* but this network has none"):
+            resolve_network(NetworkOptions(str(tmp_path), pooling="cls"))
+
+
+def classifier(output: str, classes: int) -> Callable[[list[Any], list[Any]], None]:
+    def extra(nodes: list[Any], inputs: list[Any]) -> None:
+        weights = numpy_helper.from_array(np.zeros((5, classes), np.float32), "fc")
+        nodes.append(helper.make_node("Constant", [], ["fc"], value=weights))
+        nodes.append(helper.make_node("MatMul", ["logits", "fc"], [output]))
+
+    return extra
+
+
+@pytest.mark.slow
+def test_a_network_that_ends_in_scores_is_warned_about_and_the_tensor_before_named(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for output, classes, said in (
+        ("output", 1000, True),
+        ("output", 512, False),
+        ("logits_2", 7, True),
+        ("image_embeds", 7, False),
+    ):
+        caplog.clear()
+        path = network(tmp_path / f"{output}{classes}.onnx", end="vector", extra=classifier(output, classes))
+        model = onnx.load(path)
+        constant = next(node for node in model.graph.node if node.op_type == "Constant")
+        model.graph.initializer.append(constant.attribute[0].t)
+        model.graph.initializer[-1].name = "fc"
+        model.graph.node.remove(constant)
+        del model.graph.output[:]
+        model.graph.output.append(helper.make_tensor_value_info(output, TensorProto.FLOAT, None))
+        onnx.save(model, path)
+        resolve_network(NetworkOptions(str(path), preprocess=how))
+        resolve_network(NetworkOptions(str(path), preprocess=how, layers=("logits",)))
+        expected = (
+            f"the network ends in a classifier: its last layer {output} gives scores of {classes} classes, and these would be the "
+            "features. The layer before it knows more about an image: --layer logits"
+        )
+        assert caplog.messages == ([expected] if said else []), output
 
 
 @pytest.mark.slow

@@ -281,6 +281,22 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(images: Path, tmp_path: P
     assert (tmp_path / "whole.h5").read_bytes() == (tmp_path / "killed.h5").read_bytes()
 
 
+@pytest.mark.slow
+def test_the_cost_of_less_precision_is_measured_against_the_networks_own_engine(images: Path, tmp_path: Path) -> None:
+    path = network(tmp_path / "net.onnx")
+    (tmp_path / "how.json").write_text(json.dumps(HOW))
+    options = {"backbone": str(path), "preprocess": str(tmp_path / "how.json")}
+    exact = extract_features(images, tmp_path / "exact.h5", **options)
+    half = extract_features(images, tmp_path / "half.h5", **options, dtype="float16", check_precision=100)
+    (name,) = half.recipes
+    whole, rounded = (store.array(name)[:].astype(np.float64) for store in (exact, half))
+    found = half.provenance["precision_check"][name]
+    expected = np.linalg.norm(rounded - whole) / np.linalg.norm(whole)
+    assert found["images"] == 20
+    assert 1e-5 < expected < 1e-3
+    assert found["relative_error"] == pytest.approx(expected, rel=0.02)
+
+
 def test_preview_reads_how_images_are_prepared(images: Path, tmp_path: Path) -> None:
     path = network(tmp_path / "net.onnx", size=("h", "w"))
     (tmp_path / "how.json").write_text(json.dumps({**HOW, "size": [20, 30], "fit": "stretch"}))

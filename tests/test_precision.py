@@ -24,6 +24,7 @@ class Network:
 
     recipes: tuple[Recipe, ...]
     engine_name: str = "openvino"
+    own_engine: str = "keras"
     asked: list[tuple[str, int]] = dataclasses.field(default_factory=list)
 
     def engine(self, recipes: tuple[Recipe, ...], *, batch_size: int, device: str) -> Any:

@@ -1,6 +1,6 @@
 """Measure the effect of half precision: compute some images in float32 too, and train a head on both.
 
-some images -> chosen engine, stored type | Keras, float32 -> relative error, accuracy of a head on each
+some images -> chosen engine, stored type | the network's own engine, float32 -> relative error, accuracy of a head on each
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def check_precision(
     exact = dataclasses.replace(
         network,
         recipes=tuple(dataclasses.replace(item, precision="float32", dtype="float32") for item in network.recipes),
-        engine_name="keras",
+        engine_name=network.own_engine,
     )
     engines = [item.engine(item.recipes, batch_size=batch_size, device=device) for item in (network, exact)]
     tallies = {recipe.name: _Tally(recipe.dtype) for recipe in network.recipes}

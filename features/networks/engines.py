@@ -82,19 +82,13 @@ def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "o
     if engine not in ("auto", *engines):
         raise ConfigurationError(f"engine: received {engine!r}, expected {' or '.join(engines)} for {options.backbone}")
     can = precision != "float16" and device != "gpu"
-    if engine == "openvino":
-        if not can:
-            raise ConfigurationError(
-                f"engine: openvino runs only on the CPU, in float32 or bfloat16; received precision {precision} and "
-                f"device {device}. Omit --engine, or use --engine {own}."
-            )
-        if not is_installed():
-            logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using %s", own)
-        elif precision == "bfloat16" and not has_bfloat16():
-            logger.warning("OpenVINO does not support bfloat16 on this processor; using %s", own)
-    if precision == "bfloat16" and not has_bfloat16() and not may_have_gpu(device):
-        logger.warning("this processor has no bfloat16 instructions; bfloat16 works, but is slower than float32")
-    fits = can and is_installed() and (precision == "float32" or has_bfloat16())
+    if engine == "openvino" and not can:
+        raise ConfigurationError(
+            f"engine: openvino runs only on the CPU, in float32 or bfloat16; received precision {precision} and "
+            f"device {device}. Omit --engine, or use --engine {own}."
+        )
+    without = precision == "bfloat16" and not has_bfloat16()
+    fits = can and is_installed() and not without
     # OpenVINO converts what TensorFlow traces; the conversion has failed with the other Keras backends.
     converts = own != "keras" or keras_backend() == "tensorflow"
     chosen = (
@@ -105,8 +99,17 @@ def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "o
     if chosen == "onnxruntime" and precision != "float32":
         raise ConfigurationError(
             f"precision: onnxruntime computes in float32; received {precision}. For bfloat16 use --engine openvino on a "
-            "processor that has it"
+            "processor that has it" + (", unlike this one" if without else "")
         )
+    if engine == "openvino" and not is_installed():
+        logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using %s", own)
+    if without:
+        instead = (
+            f", so OpenVINO does not compute in it; using {own}" if engine == "openvino" and is_installed() else ""
+        )
+        slow = "" if may_have_gpu(device) else ". It is slower than float32 here"
+        if instead or slow:
+            logger.warning("this processor has no bfloat16 instructions%s%s", instead, slow)
     return chosen
 
 

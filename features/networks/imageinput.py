@@ -45,8 +45,10 @@ class ImageInput:
         The file that says so.
     prefix_tokens : int or None
         Tokens before those of the image (class token, registers), 0-64; None if the files do not say.
+    class_token : bool or None
+        Whether the first of these tokens is a class token, and not a register; None if the files do not say.
     patch : int or None
-        Side of a patch in pixels; None if the files do not say or the network has no patches.
+        Side of the patches of which each becomes a token, in pixels; None if the files do not say or there are none.
     license : str or None
         Licence of the weights, as the file names it.
     """
@@ -61,6 +63,7 @@ class ImageInput:
     channels: str
     source: Path
     prefix_tokens: int | None = None
+    class_token: bool | None = None
     patch: int | None = None
     license: str | None = None
 
@@ -157,6 +160,16 @@ def _is_number(value: Any) -> bool:
         return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     except OverflowError:  # a whole number that no float can hold
         return False
+
+
+def check_patches(path: Path, patch: int | None, size: tuple[int, int]) -> None:
+    """Raise ``ConfigurationError`` unless images of this height and width are whole patches: the rest would be cut off."""
+    if patch is not None and any(side % patch for side in size):
+        height, width = (max(patch, round(side / patch) * patch) for side in size)
+        raise ConfigurationError(
+            f"image size: received {size[0]}x{size[1]}, but {path} divides images into patches of {patch}x{patch} pixels; use "
+            f"--image-size {height if height == width else f'{height}x{width}'}"
+        )
 
 
 def crop_rule(values: Fields, edge: int, crop: tuple[int, int]) -> str:

@@ -21,7 +21,7 @@ from features.networks.backbones import MODEL_SUFFIX
 from features.networks.backend import load_keras_hub
 from features.networks.described import Described
 from features.networks.descriptions import missing_description
-from features.networks.imageinput import ImageInput, read_json
+from features.networks.imageinput import ImageInput, check_patches, read_json
 from features.networks.kerashub import HubConfig, check_classes, converter_of
 from features.networks.modelfile import ModelConfig, check_memory, load_model_file, open_model, reason_of, sized_model
 
@@ -45,6 +45,10 @@ class ModelFile(Described):
     def about(self) -> ModelConfig:
         """What the file says, read without Keras."""
         return ModelConfig(self.path)
+
+    @property
+    def classifier(self) -> tuple[str, str] | None:
+        return self.about.classifier
 
     @property
     def default_size(self) -> tuple[int, int]:
@@ -165,7 +169,8 @@ class Preset(Described):
         import keras
 
         check_classes(self.folder / "config.json", self.config)
-        self.hub.check_size(size)
+        if size != self.hub.size:  # its own need not be whole patches
+            check_patches(self.folder / "config.json", self.hub.patch, size)
         load_keras_hub(self.folder)
         settings = {**self.hub.settings, "dtype": _float32(self.folder, self.hub.settings.get("dtype"))}
         if self.hub.takes_any_size and "image_shape" in settings:
@@ -201,7 +206,8 @@ def find_model_file(name: str) -> ModelFile | None:
     path = Path(name).expanduser()
     if path.suffix.lower() != MODEL_SUFFIX or name.startswith(PREFIX):
         return None
-    return ModelFile("model", "none", None, path=path, classifier=ModelConfig(path).classifier)
+    found = ModelFile("model", "none", None, path=path)
+    return found if found.about else None  # or an error says what it is
 
 
 def find_preset(name: str) -> Preset | None:

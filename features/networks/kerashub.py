@@ -98,15 +98,6 @@ class HubConfig:
         count = _PREFIX.get(self.name)
         return None if count is None else count(Fields(self.path, self.settings))
 
-    def check_size(self, size: tuple[int, int]) -> None:
-        """Raise ``ConfigurationError`` unless images of this height and width are whole patches."""
-        if self.patch is not None and any(side % self.patch for side in size):
-            height, width = (max(self.patch, round(side / self.patch) * self.patch) for side in size)
-            raise ConfigurationError(
-                f"image size: received {size[0]}x{size[1]}, but {self.path} divides images into patches of {self.patch}x{self.patch} "
-                f"pixels; use --image-size {height if height == width else f'{height}x{width}'}"
-            )
-
     def image_input(self, path: Path, converter: Mapping[str, Any]) -> ImageInput:
         """Read an image converter from ``path`` for this network; see ``read_converter``."""
         return dataclasses.replace(read_converter(path, converter, self.size), patch=self.patch)

@@ -22,7 +22,7 @@ from features.networks.finding import find_backbone
 from features.networks.keras_runtime import KerasRuntime
 from features.networks.onnxfile import OnnxRuntime
 from features.networks.weights import WeightsFile, resolve_weights
-from features.recipe import MEAN_STD, TOKEN_POOLINGS, NetworkOptions, Recipe
+from features.recipe import MEAN_STD, MOST_PREFIX, TOKEN_POOLINGS, NetworkOptions, Recipe
 
 logger = logging.getLogger(__name__)
 
@@ -68,6 +68,11 @@ class Network:
             If it does not come as an ONNX file.
         """
         return self._runtime.graph(self.backbone, [recipe])
+
+    @property
+    def own_engine(self) -> str:
+        """The engine of the library that the network came from, which defines its features."""
+        return self._runtime.engines[0]
 
     @property
     def _runtime(self) -> Runtime:
@@ -178,7 +183,7 @@ def resolve_network(options: NetworkOptions) -> Network:
     description = runtime.describe(row, file, (rule.height, rule.width), options.layers)
     chosen: dict[tuple[str, str], Recipe] = {}
     for layer in [_layer(name, description, row) for name in options.layers] or [description.last]:
-        pooled = _pooling(options, description.layers[layer], prefix)
+        pooled = _pooling(options, description.layers[layer], prefix, row.has_class_token(options))
         chosen[layer, pooled] = Recipe(
             backbone=row.name,
             weights=description.digest,
@@ -192,6 +197,10 @@ def resolve_network(options: NetworkOptions) -> Network:
             prefix_tokens=_prefix(options, layer, pooled, prefix),
         )
     _check_pooling(options, [(layer, description.layers[layer]) for layer, _ in chosen])
+    _check_names([*chosen.values()])
+    for (layer, pooled), recipe in chosen.items():
+        if pooled in TOKEN_POOLINGS and len(description.layers[layer]) == 2:
+            _check_tokens(options, row, recipe, description.layers[layer][0], prefix)
     if not options.layers and row.classifier is not None:
         _warn_of_classifier(row.classifier, description)
     # Absolute paths, so that a later stage finds the same network from any working directory.
@@ -200,15 +209,16 @@ def resolve_network(options: NetworkOptions) -> Network:
     return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
 
 
-def _pooling(options: NetworkOptions, shape: tuple[int, ...], prefix: int | None) -> str:
-    """Choose the pooling of a layer: what was asked for; else, for the last layer, ``avg`` or the class token; else none."""
+def _pooling(options: NetworkOptions, shape: tuple[int, ...], prefix: int | None, has_class: bool) -> str:
+    """Choose the pooling of a layer: what was asked for; else, for the last layer, the class token or the mean; else none."""
     if len(shape) == 1:  # a vector has nothing to pool
         return "none"
     if options.pooling is not None:
         return options.pooling
     if options.layers:
         return "none"
-    return "cls" if len(shape) == 2 and prefix else "avg" if len(shape) in (2, 3) else "none"
+    tokens = ("cls" if has_class else "tokens") if len(shape) == 2 and prefix else None
+    return tokens or ("avg" if len(shape) in (2, 3) else "none")
 
 
 def _prefix(options: NetworkOptions, layer: str, pooled: str, prefix: int | None) -> int | None:
@@ -242,12 +252,49 @@ def _check_pooling(options: NetworkOptions, layers: Sequence[tuple[str, tuple[in
         )
 
 
+def _check_names(recipes: Sequence[Recipe]) -> None:
+    """Refuse layers that cannot be kept under their names."""
+    taken: dict[str, Recipe] = {}
+    for recipe in recipes:
+        if recipe.name == ".":
+            raise ConfigurationError(f"layer {recipe.layer!r} cannot be kept: HDF5 has no array of this name")
+        other = taken.setdefault(recipe.name, recipe)
+        if other is not recipe:
+            raise ConfigurationError(
+                f"layers {other.layer!r} and {recipe.layer!r} would both be kept under the name {recipe.name!r}. Extract them "
+                "into stores of their own"
+            )
+
+
+def _check_tokens(options: NetworkOptions, row: Backbone, recipe: Recipe, tokens: int, prefix: int | None) -> None:
+    """Refuse a class token where there is none; compare the number of tokens with that of the patches, behind which they stand."""
+    if recipe.pooling != "tokens" and not row.has_class_token(options):
+        raise ConfigurationError(
+            f"pooling: {recipe.pooling} takes the class token of {recipe.layer!r}, but this network has none. Use --pooling tokens; "
+            "or, if it has one, say so with --prefix-tokens 1"
+        )
+    patch, pixels = row.patch(options), recipe.pixels
+    before = -1 if patch is None else tokens - (pixels.height // patch) * (pixels.width // patch)
+    if patch is None or prefix is None or before == prefix or not 0 <= before <= MOST_PREFIX:
+        return
+    text = (
+        f"layer {recipe.layer!r} gives {tokens} tokens for {pixels.height}x{pixels.width} pixels in patches of {patch}x{patch}, so "
+        f"{before} of them stand before those of the image"
+    )
+    if options.prefix_tokens is None:
+        raise ConfigurationError(
+            f"pooling: {text}, but the description of the network says {prefix}. Give --prefix-tokens {before}"
+            + (", or --pooling avg" if not before else "")
+        )
+    logger.warning("%s, not %d (--prefix-tokens)", text, prefix)
+
+
 def _warn_of_classifier(classifier: tuple[str, str], description: Description) -> None:
     """Warn that the features will be the scores of a classifier, and name the layer before it."""
     last, before = classifier
-    if last.partition("/")[0] != description.last or before not in description.layers:
+    if last.partition("/")[0] != description.last:
         return
-    pool = " --pooling avg" if len(description.layers[before]) > 1 else ""
+    pool = " --pooling avg" if len(description.layers.get(before, ())) > 1 else ""
     logger.warning(
         "the network ends in a classifier: its last layer %s gives scores of %d classes, and these would be the features. "
         "The layer before it knows more about an image: --layer %s%s",

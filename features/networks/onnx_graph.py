@@ -30,6 +30,8 @@ _SCALED_BY_BATCH = "DynamicQuantizeLinear"  # its output depends on all images o
 _LONGEST_NAME = 300
 _LARGEST_BATCH = 1024
 _DEEPEST = 6  # graphs within graphs: ONNX Runtime looks at each level twice from the one above
+_AFTER_SCORES = ("Softmax", "LogSoftmax", "Sigmoid", "Identity", "Cast", "Add", "Squeeze", "Flatten", "Reshape")
+_PUBLISHED_CLASSES = (1000, 1001, 11821, 21841, 21842, 21843)  # of ImageNet, and of its larger sets
 _TYPES = {1: "float32", 10: "float16", 2: "uint8"}  # of an input of pixels: TensorProto.FLOAT, FLOAT16, UINT8
 
 
@@ -44,14 +46,14 @@ class Outline:
     type : {"float32", "float16", "uint8"}
         Type of the input.
     layout : {"NCHW", "NHWC"}
-        Order of its axes; spatial outputs are taken to have the same.
+        Order of its axes.
     batch, height, width : int or None
         Fixed lengths of its axes; None for any. A model that is quantised while it runs has the batch 1, because its
         numbers depend on the largest one in the batch.
     outputs : tuple of str
         Names of the outputs of the graph.
-    scores : bool
-        Whether the first output seems to hold the scores of a classifier.
+    before_scores : str or None
+        The tensor before the scores of classes, if the first output seems to hold such.
     external : tuple of str
         Names of the files with weights, relative to the folder of the model.
     """
@@ -63,7 +65,7 @@ class Outline:
     height: int | None
     width: int | None
     outputs: tuple[str, ...]
-    scores: bool
+    before_scores: str | None
     external: tuple[str, ...]
 
     @property
@@ -73,12 +75,13 @@ class Outline:
 
 
 class Output(NamedTuple):
-    """One tensor to compute: its name, its pooling as in recipes, its rank and, for tokens, the length of the prefix."""
+    """One tensor to compute: its name, its pooling as in recipes, its rank, the prefix of tokens, the order of spatial axes."""
 
     layer: str
     pooling: str
     rank: int
     prefix: int | None = None
+    layout: str = "NCHW"
 
 
 def check_size(path: Path) -> None:
@@ -191,14 +194,11 @@ def outline_of(path: Path, model: Any) -> Outline:
             "dynamic batch axis"
         )
     outputs = tuple(output.name for output in model.graph.output)
-    made = next((node for node in model.graph.node if outputs[0] in node.output), None)
-    scores = (made is not None and made.op_type in ("Softmax", "LogSoftmax")) or any(
-        word in outputs[0].lower() for word in ("logit", "prob")
-    )
     external = tuple(sorted({_location(tensor) for tensor in _external(model.graph)}))
     scaled = any(node.op_type == _SCALED_BY_BATCH for node in _nodes(model.graph))
     batch = 1 if scaled and lengths[0] is None else lengths[0]
-    return Outline(value.name, _TYPES[kind], layout, batch, height, width, outputs, scores, external)
+    before = _before_scores(model.graph, outputs[0])
+    return Outline(value.name, _TYPES[kind], layout, batch, height, width, outputs, before, external)
 
 
 def check_layer(path: Path, model: Any, name: str) -> None:
@@ -261,7 +261,7 @@ def composed(
     graph_nodes = list(graph.node)
     front, builder.nodes = builder.nodes, []
     for index, output in enumerate(outputs):
-        _back(builder, outline, output._replace(layer=renamed(output.layer)), names[index])
+        _back(builder, output._replace(layer=renamed(output.layer)), names[index])
     nodes, used = _needed([*front, *graph_nodes, *builder.nodes], names)
     _check_operators(nodes)
     weights = [tensor for tensor in [*graph.initializer, *builder.constants] if tensor.name in used]
@@ -338,10 +338,10 @@ def _front(builder: Builder, outline: Outline, how: Normalisation) -> None:
     builder.add("Cast", value, name=outline.input, to=2 if outline.type == "uint8" else 1)
 
 
-def _back(builder: Builder, outline: Outline, output: Output, name: str) -> None:
+def _back(builder: Builder, output: Output, name: str) -> None:
     """From a tensor of the model to features, named ``name``: pooled, float32, spatial ones as (h, w, c)."""
     value = builder.add("Cast", output.layer, to=1)
-    axes = [1] if output.rank == 3 else [2, 3] if outline.layout == "NCHW" else [1, 2]
+    axes = [1] if output.rank == 3 else [2, 3] if output.layout == "NCHW" else [1, 2]
     if output.pooling in ("avg", "max"):
         builder.reduced("ReduceMean" if output.pooling == "avg" else "ReduceMax", value, axes, name)
     elif output.pooling in ("cls", "tokens", "cls+tokens"):
@@ -356,7 +356,7 @@ def _back(builder: Builder, outline: Outline, output: Output, name: str) -> None
             "Concat" if len(parts) > 1 else "Identity", *parts, name=name, **({"axis": 1} if len(parts) > 1 else {})
         )
     else:
-        if output.rank == 4 and outline.layout == "NCHW":
+        if output.rank == 4 and output.layout == "NCHW":
             value = builder.add("Transpose", value, perm=[0, 2, 3, 1])
         flat = output.pooling == "flatten"
         builder.add("Flatten" if flat else "Identity", value, name=name, **({"axis": 1} if flat else {}))
@@ -503,6 +503,51 @@ def _layout(path: Path, value: Any, lengths: Sequence[int | None]) -> str:
     raise ConfigurationError(
         f"{path}: its input {shown(value.name)} is {_shape_text(value)}; expected images of 3 channels, (n, 3, h, w) or (n, h, w, 3)"
     )
+
+
+def spatial_layout(shape: Sequence[int], size: tuple[int, int], usual: str) -> str:
+    """Find the order of the axes of a spatial tensor, which is not always that of the input.
+
+    Swin and ConvNeXt have (n, h, w, c) inside although they take (n, c, h, w); files made from TensorFlow the other way
+    round.
+
+    Parameters
+    ----------
+    shape : sequence of int
+        All four lengths of the tensor.
+    size : (int, int)
+        Height and width of the images in pixels.
+    usual : {"NCHW", "NHWC"}
+        Order of the input, which holds unless only the other one has the proportions of the images.
+
+    Examples
+    --------
+    >>> spatial_layout((2, 768, 7, 7), (224, 224), "NCHW"), spatial_layout((2, 7, 7, 768), (224, 224), "NCHW")
+    ('NCHW', 'NHWC')
+    """
+
+    def fits(height: int, width: int) -> bool:
+        return abs(height * size[1] - width * size[0]) < max(size)  # lengths are rounded to whole steps
+
+    fitting = {"NCHW": fits(*shape[2:]), "NHWC": fits(*shape[1:3])}
+    (other,) = {*fitting} - {usual}
+    return other if fitting[other] and not fitting[usual] else usual
+
+
+# --------------------------------------------------------------------------------------------------- scores
+def _before_scores(graph: Any, output: str) -> str | None:
+    """Find the tensor before the layer that makes scores of classes, if an output seems to hold such: by names and numbers."""
+    made = {name: node for node in graph.node for name in node.output if name}
+    widths = {tensor.name: [*tensor.dims] for tensor in graph.initializer}
+    named, node = any(word in output.lower() for word in ("logit", "prob")), made.get(output)
+    while node is not None and node.op_type in _AFTER_SCORES:
+        named |= node.op_type in ("Softmax", "LogSoftmax")
+        node = next((made[name] for name in node.input if name in made), None)
+    if node is None or node.op_type not in ("Gemm", "MatMul") or len(widths.get(node.input[1], ())) != 2:
+        return None
+    turned = any(attribute.name == "transB" and attribute.i for attribute in node.attribute)
+    classes = widths[node.input[1]][0 if turned else 1]
+    return str(node.input[0]) if named or classes in _PUBLISHED_CLASSES else None
 
 
 # -------------------------------------------------------------------------------------------------- weights

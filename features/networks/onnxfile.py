@@ -12,7 +12,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,12 +27,21 @@ from features.networks.engines import Engine
 from features.networks.hub import ONNX_NAMES
 from features.networks.imageinput import ImageInput
 from features.networks.onnx_engine import OnnxRuntimeEngine, try_out
-from features.networks.onnx_graph import Outline, Output, check_layer, check_size, composed, outline_of, read_model
+from features.networks.onnx_graph import (
+    Outline,
+    Output,
+    check_layer,
+    check_size,
+    composed,
+    outline_of,
+    read_model,
+    spatial_layout,
+)
 from features.networks.reference import reference_images, relative_difference
 from features.networks.weights import WeightsFile
 from features.recipe import NetworkOptions, Normalisation, Recipe
 
-MEMO_VERSION = 2
+MEMO_VERSION = 3
 _USUAL = Normalisation(1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # about what networks take, for a trial
 _SAME = 1e-3  # relative difference of an image's features in two batches: float32 rounds differently, training mode is far off
 
@@ -96,6 +105,11 @@ class OnnxFile(Described):
         return self.outline.size
 
     @property
+    def classifier(self) -> tuple[str, str] | None:
+        before = self.outline.before_scores
+        return None if before is None else (self.outline.outputs[0], before)
+
+    @property
     def larger(self) -> str:
         return ", or export the network with dynamic axes"
 
@@ -135,6 +149,13 @@ def _onnx_file(path: Path, given: Path) -> OnnxFile:
     return OnnxFile("onnx", "none", None, path=path, given=str(given.resolve()))
 
 
+class _Tensor(NamedTuple):
+    """What a forward pass tells of a tensor: its shape without the batch, spatial ones as (h, w, c), and its order of axes."""
+
+    shape: tuple[int, ...]
+    layout: str
+
+
 class OnnxRuntime:
     """See ``features.networks.network.Runtime``."""
 
@@ -145,21 +166,19 @@ class OnnxRuntime:
     ) -> Description:
         """Find the shapes of the asked tensors by a forward pass: what a graph says of them is often wrong or missing."""
         asked = [*dict.fromkeys(layers or backbone.outline.outputs[:1])]
-        shapes = self._kept_shapes(backbone, weights.sha256, size, [name for name in asked if name != BOUNDARY])
-        return Description(weights.sha256, shapes, asked[0], None)
+        found = self._kept(backbone, weights.sha256, size, [name for name in asked if name != BOUNDARY])
+        return Description(weights.sha256, {name: tensor.shape for name, tensor in found.items()}, asked[0], None)
 
-    def _kept_shapes(
-        self, backbone: OnnxFile, sha256: str, size: tuple[int, int], names: Sequence[str]
-    ) -> dict[str, tuple[int, ...]]:
-        """Shapes of these tensors, found once for weights of this digest and then kept."""
+    def _kept(self, backbone: OnnxFile, sha256: str, size: tuple[int, int], names: Sequence[str]) -> dict[str, _Tensor]:
+        """What is known of these tensors, found once for weights of this digest and then kept."""
         memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, sha256, [*size], [*names]])}.json")
-        shapes = kept_json(memo)
-        if shapes is None:
-            shapes = self._shapes(backbone, size, names)
-            keep_json(memo, shapes)
-        return {str(name): tuple(int(length) for length in shape) for name, shape in shapes}
+        found = kept_json(memo)
+        if found is None:
+            found = self._tried(backbone, size, names)
+            keep_json(memo, found)
+        return {str(name): _Tensor(tuple(map(int, shape)), str(layout)) for name, shape, layout in found}
 
-    def _shapes(self, backbone: OnnxFile, size: tuple[int, int], names: Sequence[str]) -> list[list[Any]]:
+    def _tried(self, backbone: OnnxFile, size: tuple[int, int], names: Sequence[str]) -> list[list[Any]]:
         if not names:
             return []
         outline, model = backbone.outline, read_model(backbone.path)
@@ -169,7 +188,7 @@ class OnnxRuntime:
         how = Normalisation() if outline.type == "uint8" else _USUAL
         whole = composed(model, outline, plain, normalisation=how, size=size)
         both, alone = _batches(size, outline.batch)
-        shapes = []
+        tensors = []
         whole_bytes = _bytes(backbone.path, whole)
         try:
             found, others = try_out(whole_bytes, [both, alone], len(names))
@@ -183,9 +202,11 @@ class OnnxRuntime:
         for name, array, other in zip(names, found, others, strict=True):
             _check_features(backbone.path, name, array, other, len(both))
             first, *rest = array.shape[1:]
-            spatial = array.ndim == 4 and outline.layout == "NCHW"
-            shapes.append([name, [*rest, first] if spatial else [first, *rest]])
-        return shapes
+            spatial = array.ndim == 4
+            layout = spatial_layout(array.shape, size, outline.layout) if spatial else outline.layout
+            turned = spatial and layout == "NCHW"
+            tensors.append([name, [*rest, first] if turned else [first, *rest], layout])
+        return tensors
 
     def load(self, backbone: OnnxFile, weights: WeightsFile, size: tuple[int, int]) -> Any:
         """Refuse: Keras cannot build this kind of network."""
@@ -221,10 +242,10 @@ class OnnxRuntime:
         """Return the model from uint8 pixels to the feature sets of these recipes."""
         size = recipes[0].pixels.height, recipes[0].pixels.width
         layers = [*dict.fromkeys(recipe.layer for recipe in recipes)]
-        shapes = self._kept_shapes(backbone, recipes[0].weights, size, layers)
+        found = self._kept(backbone, recipes[0].weights, size, layers)
         outputs = [
-            Output(recipe.layer, recipe.pooling, len(shapes[recipe.layer]) + 1, recipe.prefix_tokens)
-            for recipe in recipes
+            Output(one.layer, one.pooling, len(found[one.layer].shape) + 1, one.prefix_tokens, found[one.layer].layout)
+            for one in recipes
         ]
         how = recipes[0].normalisation or Normalisation()
         model = read_model(backbone.path)

@@ -267,12 +267,15 @@ def _box(values: Fields, key: str, size: Any) -> tuple[int, int]:
 
 
 def _tokens(model: Fields) -> tuple[int | None, int | None]:
-    """Return the number of tokens before those of the image, and the side of a patch, as a config.json says them."""
+    """Return the number of tokens before those of the image, and the side of a patch, as a config.json says them.
+
+    Networks without such tokens have patches that they merge, or of which they cut off nothing.
+    """
     model_type = str(model.get("model_type", ""))
     inner = model.inner("vision_config")
     vision = inner if list(inner) else model
-    patch = vision.get("patch_size", None)
     _, prefix = _MODELS.get(model_type, ("", None))
+    patch = None if prefix is None else vision.get("patch_size", None)
     registers = model.get("num_register_tokens", None if model_type in _REGISTERS_MUST_BE_SAID else 0)
     if prefix is None or registers is None:
         prefix = None

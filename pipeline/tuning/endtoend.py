@@ -6,7 +6,6 @@ run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut ten
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
 from collections.abc import Callable
 from pathlib import Path
@@ -109,13 +108,10 @@ class Split:
 
     Parameters
     ----------
-    original : keras.Model
-        The network as it was loaded, made of ordinary layers.
     backbone : keras.Model
-        The network that shares its layers with the tail: the original, or a copy with other BatchNorm layers.
+        The network, which shares its layers with trunk and tail.
     trunk : keras.Model or None
-        Preprocessed pixels -> cut tensor, made of the original's layers. It is never trained and never runs in training
-        mode. None if the cut is `PIXELS`.
+        Preprocessed pixels -> cut tensor. It is never trained and never runs in training mode. None if the cut is `PIXELS`.
     tail : keras.Model
         Cut tensor -> logits, including the head. If the cut is `PIXELS`, the whole network including preprocessing.
     head : keras.Model
@@ -126,7 +122,6 @@ class Split:
         Name of the layer whose output is the cut tensor, or `PIXELS`.
     """
 
-    original: Any
     backbone: Any
     trunk: Any
     tail: Any
@@ -135,7 +130,7 @@ class Split:
     cut: str
 
     def statistics_variables(self) -> list[Any]:
-        """List moving mean and variance of every BatchNorm layer, including those of nested models."""
+        """List moving mean and variance of every BatchNorm layer, including those within other layers."""
         layers = batch_normalizations(self.backbone)
         return [item for layer in layers for item in (layer.moving_mean, layer.moving_variance)]
 
@@ -152,11 +147,9 @@ class Split:
         return [layer for layer in layers if id(layer) not in head and not isinstance(layer, keras.Model)]
 
     def trained_backbone(self) -> Any:
-        """Return the original with the trained weights, which can be saved and opened without this project's classes."""
-        if self.original is not self.backbone:
-            self.original.set_weights(self.backbone.get_weights())
-        keep_positions(self.original)
-        return self.original
+        """Return the network with the trained weights, to be saved; it is made of the layers that it was loaded with."""
+        keep_positions(self.backbone)
+        return self.backbone
 
 
 def split_for_training(
@@ -182,8 +175,8 @@ def split_for_training(
     unfreeze : str
         ``"last-block"``, ``"all"``, ``"head"``, the name of the first layer to train, or its number in ``model.layers``.
     bn : {"frozen", "affine", "train"}
-        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are trained, in layers whose call
-        forces inference statistics. In both, moving statistics are never updated: ``base(x, training=False)`` alone
+        ``frozen``: BatchNorm layers are not trained. ``affine``: their gamma and beta are trained, and each call of theirs
+        uses the stored statistics. In both, moving statistics are never updated: ``base(x, training=False)`` alone
         does not ensure that under ``fit`` in Keras 3.15. ``train``: they are trained as Keras does it, from scratch only.
     scratch : bool
         Draw new weights for the network, with Keras's own initialisers and the global seed.
@@ -205,9 +198,8 @@ def split_for_training(
     if bn not in modes:
         raise ConfigurationError(f"bn: received {bn!r}, expected one of {', '.join(modes)}{nearest(bn, modes)}")
     keras = load_keras()
-    original = untrained(network) if scratch else network.load()
-    first = first_trainable(original, unfreeze, network)
-    backbone = with_stored_statistics(original) if bn == "affine" and batch_normalizations(original) else original
+    backbone = untrained(network) if scratch else network.load()
+    first = first_trainable(backbone, unfreeze, network)
     names = [layer.name for layer in backbone.layers]
     if recipe.layer not in names:
         raise ConfigurationError(
@@ -220,10 +212,12 @@ def split_for_training(
             "to train. Extract features of a later --layer, or unfreeze from an earlier one."
         )
     for index, layer in enumerate(backbone.layers):
-        layer.trainable = index >= first  # a nested model passes this on to all its layers
-    if bn == "frozen":
-        for layer in batch_normalizations(backbone):
+        layer.trainable = index >= first  # a layer passes this on to all layers within it
+    for layer in batch_normalizations(backbone):
+        if bn == "frozen":
             layer.trainable = False
+        elif bn == "affine":
+            use_stored_statistics(layer)
     features = feature_model(backbone, [(recipe.layer, recipe.pooling, recipe.prefix_tokens)])
     whole = keras.Model(features.inputs[0], head.network(features.outputs[0]), name="end_to_end")
     frozen = set(names[:first])
@@ -234,12 +228,11 @@ def split_for_training(
         tail = keras.Model(
             pixels, whole(preprocess(recipe.preprocessing, recipe.normalisation)(pixels)), name="from_pixels"
         )
-        return Split(original, backbone, None, tail, *parts)
+        return Split(backbone, None, tail, *parts)
     _, tail = cut_at(whole, cut)
-    # The original's ordinary layers have BatchNorm that can be folded: faster, and the way a store's features were made.
-    trunk = keras.Model(original.inputs[0], layer_tensors(original)[cut], name="trunk")
+    trunk = keras.Model(backbone.inputs[0], layer_tensors(backbone)[cut], name="trunk")
     trunk.trainable = False
-    return Split(original, backbone, trunk, tail, *parts)
+    return Split(backbone, trunk, tail, *parts)
 
 
 def untrained(network: Network) -> Any:
@@ -289,44 +282,23 @@ def first_trainable(backbone: Any, unfreeze: str, network: Network) -> int:
     return names.index(unfreeze)
 
 
-@functools.cache
-def stored_statistics_layer() -> Any:
-    """Make the class of a BatchNorm layer that always uses its stored statistics; gamma and beta can be trained."""
-    import keras
+def use_stored_statistics(layer: Any) -> None:
+    """Make every call of a BatchNorm layer use its stored statistics and leave them alone; gamma and beta can be trained."""
+    call = layer.call  # of the class, as is what is saved
 
-    @keras.saving.register_keras_serializable(package="bottleneck")
-    class StoredStatisticsBatchNormalization(keras.layers.BatchNormalization):
-        def call(self, inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
-            return super().call(inputs, training=False, mask=mask)
+    def with_stored(inputs: Any, training: bool | None = None, mask: Any = None) -> Any:
+        return call(inputs, training=False, mask=mask)
 
-    return StoredStatisticsBatchNormalization
+    layer.call = with_stored
 
 
-def with_stored_statistics(model: Any) -> Any:
-    """Copy a model and its weights, with BatchNorm layers that never compute or update statistics."""
-    import keras
-
-    def clone(layer: Any) -> Any:
-        kind = type(layer)
-        if isinstance(layer, keras.layers.BatchNormalization):
-            kind = stored_statistics_layer()
-        return kind.from_config(layer.get_config())
-
-    copy = keras.models.clone_model(model, clone_function=clone, recursive=True)
-    copy.set_weights(model.get_weights())
-    return with_true_shapes(copy)
-
-
-def batch_normalizations(model: Any) -> list[Any]:
-    """List every BatchNorm layer of a model, including those of nested models."""
+def batch_normalizations(layer: Any) -> list[Any]:
+    """List every BatchNorm layer of a model or layer, including those within other layers."""
     import keras
 
     found = []
-    for layer in model.layers:
-        if isinstance(layer, keras.layers.BatchNormalization):
-            found.append(layer)
-        elif isinstance(layer, keras.Model):
-            found += batch_normalizations(layer)
+    for inner in layer._flatten_layers(include_self=False, recursive=False):
+        found += [inner] if isinstance(inner, keras.layers.BatchNormalization) else batch_normalizations(inner)
     return found
 
 
