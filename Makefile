@@ -1,5 +1,5 @@
 # Everything runs from the virtual environment in .venv. Each target first makes it if it is missing or if pyproject.toml
-# has changed. Variables may be set on the command line: make extract DATA='my images'
+# or the C file has changed. Variables may be set on the command line: make extract DATA='my images'
 # The shell gets each variable as one word, as it was typed; only ARGS may be several words, or none.
 PYTHON   ?= python3
 DATA     ?= sample:digits
@@ -33,7 +33,7 @@ help:  ## list the targets
 	@printf '  variables:'; printf ' %s' $(foreach name,$(filter-out PYTHON NAME,$(VARIABLES)),$(name)=$(call quoted,$(name))) 'ARGS="..."'; echo
 
 # uv installs in a fraction of the time; pip does it where uv cannot (a private index that only pip knows).
-$(VENV)/.installed: pyproject.toml
+$(VENV)/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 	@$(call quoted,PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(0 if (3, 11) <= v < (3, 14) else "Python 3.11 to 3.13 is needed, %s.%s found: make PYTHON=python3.12 ..." % v)'
 	@test -x $(BIN)/python || $(call quoted,PYTHON) -m venv $(VENV) || { rm -rf $(VENV); echo "could not make $(VENV) (on Debian: apt-get install python3-venv)" >&2; exit 1; }
 	@echo "installing into $(VENV) (TensorFlow is a large download; this happens once)" >&2
@@ -90,7 +90,7 @@ check: setup  ## run ruff, mypy and the architecture test
 test-fast: setup  ## run the tests that need no TensorFlow, in about 20 s
 	$(BIN)/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
-$(FLOOR)/.installed: pyproject.toml
+$(FLOOR)/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 	@test -x $(FLOOR)/bin/python || $(call quoted,PYTHON) -m venv $(FLOOR)
 	@echo "installing the lowest declared versions into $(FLOOR) (TensorFlow is a large download)" >&2
 	@$(FLOOR)/bin/python -m pip install --quiet --disable-pip-version-check uv

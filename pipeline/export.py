@@ -23,7 +23,7 @@ from features.machine import processors
 from features.networks.backend import load_keras
 from features.networks.network import Network
 from features.networks.reference import evenly_spread, reference_images
-from features.pixels.decode import resize_image
+from features.pixels.resizing import resize_image
 from features.progress import Progress
 from features.recipe import Recipe
 from features.sources.scan import scan

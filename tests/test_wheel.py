@@ -17,9 +17,9 @@ pytestmark = pytest.mark.slow
 PACKAGES = ("features", "pipeline")
 
 
-def run(*words: object, cwd: Path) -> str:
+def run(*words: object, cwd: Path, **variables: str) -> str:
     """What a command prints; it sees neither the checkout nor what the tests have set."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | variables
     result = subprocess.run(
         [str(word) for word in words], cwd=cwd, env=environment, capture_output=True, text=True, check=False
     )
@@ -27,18 +27,26 @@ def run(*words: object, cwd: Path) -> str:
     return result.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built from a copy, without the network: setuptools is part of the dev extra."""
-    place = tmp_path_factory.mktemp("build")
+def copied(place: Path) -> Path:
+    """The sources, in a folder of their own, as the build leaves files beside them."""
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, place / name)
     for name in PACKAGES:
-        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(ROOT / name, place / name, ignore=shutil.ignore_patterns("__pycache__", "*.so"))
+    return place
+
+
+def build(place: Path, **variables: str) -> Path:
+    """The wheel, made without the network: setuptools is part of the dev extra."""
     pip = (sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-index", "--no-build-isolation")
-    run(*pip, "--wheel-dir", "dist", ".", cwd=place)
+    run(*pip, "--wheel-dir", "dist", ".", cwd=place, **variables)
     (built,) = (place / "dist").glob("*.whl")
     return built
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(copied(tmp_path_factory.mktemp("build")))
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +79,20 @@ def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
         path.relative_to(ROOT).as_posix()
         for name in PACKAGES
         for path in (ROOT / name).rglob("*")
-        if path.is_file() and "__pycache__" not in path.parts
+        if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
     }
     assert {"features/py.typed", "features/FORMAT.md", "pipeline/templates/report.html.j2"} <= files
     with zipfile.ZipFile(wheel) as archive:
-        assert {name for name in archive.namelist() if ".dist-info/" not in name} == files
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+    # Where there is a compiler, the extension is there too; without one the wheel is whole without it.
+    compiled = {"features/pixels/_resize.abi3.so"} if shutil.which("cc") or shutil.which("gcc") else set()
+    assert names == files | compiled
+
+
+def test_without_a_compiler_it_is_installed_without_the_extension(tmp_path: Path) -> None:
+    with zipfile.ZipFile(build(copied(tmp_path), CC="no-such-compiler")) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(".so")]
+        assert "features/pixels/resizing.py" in archive.namelist()
 
 
 def test_it_works_in_an_empty_folder(bottleneck: Path, tmp_path: Path) -> None:

@@ -23,8 +23,7 @@ from features.canonical import digest_of
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
 from features.files import atomic_file, file_digest, printable
 from features.pixels.batches import batches
-from features.pixels.decode import NO_MEMORY
-from features.pixels.limits import watch
+from features.pixels.limits import NO_MEMORY, watch
 from features.pixels.views import DecodedViews, decode_views
 from features.recipe import PixelRule, Recipe
 from features.store.reader import FeatureStore, shard_path

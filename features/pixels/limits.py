@@ -22,6 +22,7 @@ from features.errors import UnreadableImageError
 from features.files import printable
 
 MAX_PIXELS = 100_000_000
+NO_MEMORY = "no-memory"  # the reason that is perhaps the fault of the machine, so it decides nothing for good
 MAX_BYTES = 1 << 30  # of a file
 MAX_SIDE = 65_535  # pixels, the largest that JPEG allows; resizing a longer side would take gigabytes
 MAX_DECODED = 1_200_000_000  # bytes that decoding takes, by `decoded_bytes`

@@ -25,7 +25,8 @@ import numpy as np
 from PIL import Image
 
 from features.augmentation import AugmentSpec
-from features.pixels.decode import decode_image, decoding, resize_image
+from features.pixels.decode import decode_image, decoding
+from features.pixels.resizing import resize_image
 from features.recipe import PixelRule
 
 CROP_ATTEMPTS = 10  # as in torchvision
@@ -217,7 +218,7 @@ def render_views(
     views : sequence of int
         Numbers of the requested views, in any order.
     resize : callable
-        ``(image, rule) -> uint8, (rule.height, rule.width, 3)``, such as ``features.pixels.decode.resize_image``.
+        ``(image, rule) -> uint8, (rule.height, rule.width, 3)``, such as ``features.pixels.resizing.resize_image``.
 
     Returns
     -------

@@ -12,7 +12,7 @@ from features.networks.backbones import feature_model, pooling_layer, preprocess
 from features.networks.backend import load_keras
 from features.networks.network import Network
 from features.networks.reference import relative_difference
-from features.pixels.decode import resize_image
+from features.pixels.resizing import resize_image
 from features.recipe import Recipe
 from pipeline.exporting.assembled import folded
 from pipeline.exporting.formats import INPUT

@@ -19,7 +19,7 @@ from features.networks.onnx_engine import session_of
 from features.networks.onnx_graph import INPUT as PIXELS
 from features.networks.onnx_graph import PREFIX, Builder, out_of_the_way, output_name
 from features.networks.reference import relative_difference
-from features.pixels.decode import resize_image
+from features.pixels.resizing import resize_image
 from features.recipe import PixelRule, Recipe
 from pipeline.exporting.assembled import folded
 from pipeline.exporting.formats import INPUT, OUTPUT, to_onnx

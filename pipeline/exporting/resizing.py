@@ -1,4 +1,4 @@
-"""The resize of ``features.pixels.decode`` as a graph: uint8 images of any size in, exactly the same pixel values out.
+"""The resize of ``features.pixels.resizing`` as a graph: uint8 images of any size in, exactly the same pixel values out.
 
 It consists of ``keras.ops`` on symbolic tensors, so that a saved model needs no class of this project and every converter
 accepts it:
@@ -9,7 +9,7 @@ accepts it:
 (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in https://github.com/python-pillow/Pillow, Resample.c).
 Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the values are equal, not just close.
 ``bicubic`` is Pillow's too, but its weights are computed in float32: about one value in 10,000 may differ by one.
-``keras`` is computed in integers too, but ``features.pixels.decode`` follows TensorFlow's float32. Where the exact value lies
+``keras`` is computed in integers too, but ``features.pixels.resizing`` follows TensorFlow's float32. Where the exact value lies
 half-way between two integers, its rounding may differ from ours by one (0.1 % of the values, at some sizes 3 %).
 """
 
@@ -83,7 +83,7 @@ def resized(images: Any, rule: PixelRule) -> Any:
     Returns
     -------
     float32, symbolic, (n, rule.height, rule.width, 3)
-        Integers 0-255, equal to those of ``features.pixels.decode.resize_image``.
+        Integers 0-255, equal to those of ``features.pixels.resizing.resize_image``.
     """
     across, down = _axes(_positions(images[0, 0, :, 0]), _positions(images[0, :, 0, 0]), rule)
     if rule.resize == "keras":
@@ -119,7 +119,7 @@ def _positions(line: Any) -> Any:
 
 # -------------------------------------------------------------------------------------------------- windows
 def _axes(xs: Any, ys: Any, rule: PixelRule) -> tuple[Axis, Axis]:
-    """Describe both axes, with the windows of ``features.pixels.decode.crop_window`` and ``pad_window``."""
+    """Describe both axes, with the windows of ``features.pixels.resizing.crop_window`` and ``pad_window``."""
     from keras import ops
 
     width, height = ops.max(xs) + 1, ops.max(ys) + 1

@@ -194,7 +194,8 @@ def _ways(only: str = "") -> dict[str, Any]:
     """Name -> function of the bytes of a JPEG; with ``only``, no library is loaded that this one does not need."""
     from PIL import Image
 
-    from features.pixels.decode import decode_image, decode_upright, resize_image
+    from features.pixels.decode import decode_image, decode_upright
+    from features.pixels.resizing import resize_image
 
     full, fast = _rule(), _rule(decode="fast")
     ways: dict[str, Any] = {
