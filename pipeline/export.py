@@ -19,8 +19,7 @@ from PIL import Image
 from features.children import run_module
 from features.errors import ConfigurationError, ParityError, TooManyUnreadableError, UnreadableImageError
 from features.files import enough_room, printable, sync_folder, writable_folder, writing
-from features.machine import processors
-from features.networks.backend import load_keras
+from features.machine import keras_backend, processors
 from features.networks.network import Network
 from features.networks.reference import evenly_spread, reference_images
 from features.pixels.resizing import resize_image
@@ -113,8 +112,7 @@ def export(
     writable_folder(path.parent)
     network = network_of(chosen, weights)
     kind = network.backbone.runtime
-    row.check_kind(kind)
-    _check_backend(row, load_keras().backend.backend())
+    row.check_writer(kind, keras_backend())
     probes = _painted(recipe) if images is None else _from(images, recipe)
     report("export", 1, 4)
     gate = Gate(probes, predicted(network, recipe, head, probes))
@@ -178,13 +176,6 @@ def _check_target(row: Format, path: Path) -> None:
         raise ConfigurationError(f"out: received {path}, expected a name ending in {row.suffix} for {row.name}")
     if path.exists() or path.is_symlink():
         raise ConfigurationError(f"out: {path} exists; remove it or give another name")
-
-
-def _check_backend(row: Format, backend: str) -> None:
-    if row.name != "keras" and backend != "tensorflow":
-        raise ConfigurationError(
-            f"format {row.name}: the conversion needs TensorFlow, but Keras runs on {backend}; unset KERAS_BACKEND"
-        )
 
 
 def _publish(made: Path, path: Path) -> None:

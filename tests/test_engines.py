@@ -20,8 +20,8 @@ from features.extraction.extraction import extract_features
 from features.networks import engines, keras_engine
 from features.networks import network as networks
 from features.networks.backbones import BACKBONES
+from features.networks.backend import is_out_of_memory
 from features.networks.engines import choose_engine
-from features.networks.keras_engine import is_out_of_memory
 from features.networks.reference import reference_images
 from features.recipe import NetworkOptions
 from features.store.reader import FeatureStore
@@ -132,11 +132,46 @@ class ResourceExhaustedError(Exception):
     """As TensorFlow's is called."""
 
 
-def test_out_of_memory_is_recognised() -> None:
-    assert is_out_of_memory(ResourceExhaustedError("OOM when allocating tensor"))
-    assert is_out_of_memory(RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate"))  # JAX
-    assert is_out_of_memory(MemoryError())
-    assert not is_out_of_memory(RuntimeError("shapes do not match"))
+class OutOfMemoryError(RuntimeError):
+    """As torch's is called."""
+
+
+class AcceleratorError(RuntimeError):
+    """As torch's is called for what CUDA says."""
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        ResourceExhaustedError("OOM when allocating tensor"),
+        RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 12345 bytes."),  # JAX
+        OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.18 GiB"),
+        AcceleratorError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED"),
+        RuntimeError("INTERNAL: CUDA_ERROR_OUT_OF_MEMORY: out of memory"),
+        RuntimeError("Failed copying input tensor to GPU:0: Dst tensor is not initialized."),  # TensorFlow
+        RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: you tried to"),
+        RuntimeError("Failed to allocate memory for requested buffer of size 1073741824"),  # ONNX Runtime
+    ],
+    ids=lambda error: f"{type(error).__name__} {str(error)[:24]}",
+)
+def test_out_of_memory_is_recognised_in_every_spelling(error: Exception) -> None:
+    assert is_out_of_memory(error)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        RuntimeError("shapes do not match"),
+        AcceleratorError("CUDA error: device-side assert triggered"),
+        RuntimeError("CUDNN_STATUS_NOT_SUPPORTED"),
+    ],
+)
+def test_other_errors_are_not_taken_for_it(error: Exception) -> None:
+    assert not is_out_of_memory(error)
 
 
 class Device(keras_engine.KerasEngine):
@@ -153,7 +188,7 @@ class Device(keras_engine.KerasEngine):
         return [images.sum(axis=(1, 2, 3)).astype(np.float32)]
 
 
-def test_the_batch_is_halved_once_when_memory_does_not_suffice(caplog: pytest.LogCaptureFixture) -> None:
+def test_the_batch_is_halved_as_often_as_needed_when_memory_does_not_suffice(caplog: pytest.LogCaptureFixture) -> None:
     images = np.random.default_rng(0).integers(0, 256, (7, 2, 2, 3), dtype=np.uint8)
     expected = images.sum(axis=(1, 2, 3))
     device = Device(room=4, batch_size=7)
@@ -166,8 +201,9 @@ def test_the_batch_is_halved_once_when_memory_does_not_suffice(caplog: pytest.Lo
     ]
     assert device.passes == [7, 4, 4, 4, 4, 4]
     assert device.images_inferred == 17
-    with pytest.raises(ResourceExhaustedError):
-        Device(room=2, batch_size=7)(images)  # half is still too much
+    small = Device(room=1, batch_size=7)
+    np.testing.assert_array_equal(small(images)["sum"], expected)
+    assert small.passes == [7, 4, 2, *[1] * 7]
     with pytest.raises(ResourceExhaustedError):
         Device(room=0, batch_size=1)(images[:1])
 

@@ -251,12 +251,32 @@ def test_bad_requests_are_refused_before_any_work(
     with pytest.raises(RunError, match=r"another network \(weights: [0-9a-f]{64} -> [0-9a-f]{64}\)"):
         export(run, format="onnx", out=tmp_path / "model.onnx", weights="random")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(
-        ConfigurationError, match=r"tf2onnx and onnxruntime are not installed; pip install .*\[export\]"
-    ):
+    with pytest.raises(ConfigurationError, match=r"onnxruntime is not installed; pip install .*\[export\]"):
         export(run, format="onnx", out=tmp_path / "model.onnx")
     assert listing(tmp_path) == ["there.onnx"]
     assert (tmp_path / "there.onnx").read_bytes() == b"mine"
+
+
+def test_what_a_converter_needs_is_asked_for_only_where_it_is_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name in ("tensorflow", "tf2onnx") else "there")
+    find_format("onnx").require()  # an artefact runs without what made it
+    for name, kind, backend in (
+        *(("keras", "keras", backend) for backend in ("tensorflow", "jax", "torch")),
+        *((name, "onnx", backend) for name in ("onnx", "openvino") for backend in ("tensorflow", "jax")),
+        *((name, "keras", "tensorflow") for name in ("litert", "openvino")),
+    ):
+        find_format(name).check_writer(kind, backend)
+    for name in ("saved_model", "onnx", "litert", "openvino"):
+        with pytest.raises(
+            ConfigurationError,
+            match=rf"format {name}: the conversion needs TensorFlow, but Keras runs on jax. Use --format keras, or pip "
+            r"install 'bottleneck-features\[tensorflow,export\]' and set KERAS_BACKEND=tensorflow",
+        ):
+            find_format(name).check_writer("keras", "jax")
+    with pytest.raises(ConfigurationError, match=r"tf2onnx is not installed; pip install 'bottleneck-features\[export"):
+        find_format("onnx").check_writer("keras", "tensorflow")
+    with pytest.raises(ConfigurationError, match=r"is an ONNX file\. Use --format onnx or openvino"):
+        find_format("litert").check_writer("onnx", "jax")
 
 
 def test_files_that_export_did_not_make_are_refused(runs: dict[str, Path], tmp_path: Path) -> None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -17,6 +19,21 @@ from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
 _left_out: list[str] = []
+_ENVIRONMENT = {
+    "TF_CPP_MIN_LOG_LEVEL": "2",
+    "TF_FORCE_GPU_ALLOW_GROWTH": "true",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}
+_OUT_OF_MEMORY = (  # letters of an error's class and text
+    "outofmemory",  # torch, CUDA, HIP; CUDA_ERROR_OUT_OF_MEMORY
+    "resourceexhausted",  # TensorFlow, JAX
+    "allocfailed",  # CUDNN_STATUS_ALLOC_FAILED, CUBLAS_STATUS_ALLOC_FAILED
+    "allocationfailed",  # CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED
+    "failedtoallocate",  # XLA, ONNX Runtime
+    "dsttensorisnotinitialized",  # TensorFlow, where a batch cannot be copied to the GPU
+    "tallocatememory",  # torch on a processor: can't allocate memory
+    "notenoughmemory",
+)
 
 
 def leave_out(*modules: str) -> None:
@@ -29,16 +46,24 @@ def leave_out(*modules: str) -> None:
 
 
 def load_keras() -> Any:
-    """Import Keras and start its backend, unless that was done before.
+    """Import Keras and start its backend, unless that was done before, with exact products (see `exact_float32`).
+
+    TensorFlow and JAX then take memory of a GPU as they need it, and not all of it at once.
 
     Raises
     ------
     ConfigurationError
         If the backend that ``KERAS_BACKEND`` names cannot be started.
     """
-    if "keras" in sys.modules:
-        return sys.modules["keras"]
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    if "keras" not in sys.modules:
+        _start_keras()
+    _exact_once()
+    return sys.modules["keras"]
+
+
+def _start_keras() -> None:
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
     logging.getLogger("tensorflow").addFilter(_is_news)
     with held_back(), _without(name for name in _left_out if name not in sys.modules):
         try:
@@ -50,7 +75,50 @@ def load_keras() -> Any:
                 f"Keras cannot start with KERAS_BACKEND={os.environ.get('KERAS_BACKEND', 'tensorflow')!r}: {error}. "
                 "Install that backend (pip install jax, or torch), or unset KERAS_BACKEND."
             ) from error
-    return keras
+
+
+def exact_float32() -> None:
+    """Turn TensorFloat-32 off in this process: GPUs multiply with 10 bits in it, which changes features by 1e-3."""
+    import keras
+
+    backend = keras.backend.backend()
+    if backend == "tensorflow":
+        import tensorflow as tf
+
+        tf.config.experimental.enable_tensor_float_32_execution(False)
+    elif backend == "jax":
+        import jax
+
+        jax.config.update("jax_default_matmul_precision", "highest")
+    elif backend == "torch":
+        import torch
+
+        backends = torch.backends
+        backends.cudnn.allow_tf32 = backends.cuda.matmul.allow_tf32 = False
+        if hasattr(backends, "fp32_precision"):  # since torch 2.9; each of them may have been set
+            for part in (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn):
+                part.fp32_precision = "ieee"
+
+
+_exact_once = functools.cache(exact_float32)
+
+
+def place_of(device: str) -> str:
+    """Return Keras's name of a device, for ``keras.device``.
+
+    On torch, ``cpu:0`` is another device than the ``cpu`` of the weights: they were copied at every pass.
+    """
+    return "cpu" if device == "cpu" else f"{device}:0"
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory, of the device or of this machine, did not suffice.
+
+    Backends have classes of their own for this (``torch.OutOfMemoryError``, TensorFlow's ``ResourceExhaustedError``),
+    codes in the text (JAX's ``RESOURCE_EXHAUSTED``), and texts of the libraries below them (``CUBLAS_STATUS_ALLOC_FAILED``).
+    """
+    said = re.sub(r"[^a-z]", "", f"{type(error).__name__} {error}".lower())
+    return isinstance(error, MemoryError) or any(sign in said for sign in _OUT_OF_MEMORY)
 
 
 def load_keras_hub(path: Path) -> Any:

@@ -128,14 +128,21 @@ def choose_device(device: str) -> str:
     if device == "auto" and not seen and may_have_gpu():
         logger.warning(
             "there is a GPU, but Keras does not see it and runs on the CPU. Install the CUDA build of the backend "
-            "(pip install 'tensorflow[and-cuda]'), or use --device cpu, which may run OpenVINO"
+            "(%s), or use --device cpu, which may run OpenVINO",
+            _cuda_build(),
         )
     if device == "gpu" and not seen:
         raise ConfigurationError(
-            "device: a GPU was asked for, but Keras sees none. Install the CUDA build of the backend "
-            "(pip install 'tensorflow[and-cuda]') and check the driver with nvidia-smi, or use --device auto."
+            f"device: a GPU was asked for, but Keras sees none. Install the CUDA build of the backend ({_cuda_build()}) "
+            "and check the driver with nvidia-smi, or use --device auto."
         )
     return "gpu" if seen else "cpu"
+
+
+def _cuda_build() -> str:
+    """Say how to install what runs Keras's backend on a GPU."""
+    builds = {"jax": "pip install 'jax[cuda12]'", "torch": "pip install torch, see https://pytorch.org"}
+    return builds.get(keras_backend(), "pip install 'tensorflow[and-cuda]'")
 
 
 def _gpu_count() -> int:

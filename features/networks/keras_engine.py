@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import check_batch
+from features.networks.backend import is_out_of_memory, place_of
 from features.networks.engines import choose_device
 from features.networks.folding import fold_batch_norms
 from features.networks.reference import reference_images
@@ -97,10 +98,8 @@ class KerasEngine:
         self._shape, self._step = (batch_size, rule.height, rule.width, 3), batch_size
         self.images_inferred = 0
 
-        if self.device == "gpu" and precision == "float32":
-            exact_float32()
         if self.device == "cpu" or keras.backend.backend() == "tensorflow":  # folding is checked on the CPU
-            with keras.device("cpu:0"):
+            with keras.device(place_of("cpu")):
                 images = reference_images(rule.height, rule.width, 2).astype(np.float32)
                 model = fold_batch_norms(model, preprocess(images))
         if precision != "float32":
@@ -111,31 +110,29 @@ class KerasEngine:
             outputs = model(preprocess(keras.ops.cast(pixels, "float32")), training=False)
             return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
 
-        self._scope = functools.partial(keras.device, f"{self.device}:0")
+        self._scope = functools.partial(keras.device, place_of(self.device))
         self._forward = compiled(forward)
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
         """Compute the features of one batch; shapes and dtypes are those of ``features.networks.engines.Engine``."""
-        count = len(images)
         check_batch(images, self._shape)
-        parts = [self._infer(images[start : start + self._step]) for start in range(0, count, self._step)]
-        self.images_inferred += count
+        parts: list[list[np.ndarray]] = []
+        done = 0
+        while done < len(images):
+            try:
+                parts.append(self._forward_pass(images[done : done + self._step]))
+                done += self._step
+            except Exception as error:
+                if self._step == 1 or not is_out_of_memory(error):
+                    raise
+                before, self._step = self._step, -(-self._step // 2)
+                logger.warning(
+                    "out of memory with batches of %d images; continuing with %d. Use --batch-size %d to start with that.",
+                    *(before, self._step, self._step),
+                )
+        self.images_inferred += len(images)
         arrays = parts[0] if len(parts) == 1 else [np.concatenate(outputs) for outputs in zip(*parts, strict=True)]
         return dict(zip(self.names, arrays, strict=True))
-
-    def _infer(self, images: np.ndarray) -> list[np.ndarray]:
-        try:
-            return self._forward_pass(images)
-        except Exception as error:
-            if self._step < self.batch_size or self._step == 1 or not is_out_of_memory(error):
-                raise
-            self._step = -(-self.batch_size // 2)
-            logger.warning(
-                "out of memory with batches of %d images; continuing with %d. Use --batch-size %d to start with that.",
-                *(self.batch_size, self._step, self._step),
-            )
-        halves = [self._forward_pass(images[start : start + self._step]) for start in range(0, len(images), self._step)]
-        return [np.concatenate(outputs) for outputs in zip(*halves, strict=True)]
 
     def _forward_pass(self, images: np.ndarray) -> list[np.ndarray]:
         import keras
@@ -159,29 +156,3 @@ def compute_in(model: Any, precision: str) -> None:
     for layer in model._flatten_layers(include_self=False):
         if id(layer) not in last:
             layer.dtype_policy = policy
-
-
-def exact_float32() -> None:
-    """Turn TensorFloat-32 off on a GPU: it multiplies with only 10 bits, which changes features by 1e-3."""
-    import keras
-
-    backend = keras.backend.backend()
-    if backend == "tensorflow":
-        import tensorflow as tf
-
-        tf.config.experimental.enable_tensor_float_32_execution(False)
-    elif backend == "jax":
-        import jax
-
-        jax.config.update("jax_default_matmul_precision", "float32")
-    elif backend == "torch":
-        import torch
-
-        torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the device ran out of memory; TensorFlow and JAX report that by an error code, torch by a class."""
-    return isinstance(error, MemoryError) or any(
-        sign in f"{type(error).__name__} {error}" for sign in ("ResourceExhausted", "RESOURCE_EXHAUSTED", "OutOfMemory")
-    )

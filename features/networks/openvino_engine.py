@@ -31,6 +31,7 @@ from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, check_batch
 from features.files import enough_room
 from features.machine import processor, processors
+from features.networks.backend import place_of
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
 from features.temporary import system_folder
@@ -286,7 +287,7 @@ def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width:
     # The outputs are named, because the conversion does not keep their order.
     whole = keras.Model(images, {_output(index): output for index, output in enumerate(listed)})
     batch = reference_images(height, width)
-    with keras.device("cpu:0"):
+    with keras.device(place_of("cpu")):
         expected = whole(keras.ops.convert_to_tensor(batch), training=False)
     with system_folder() as folder:
         path = folder / "model.xml"

@@ -33,6 +33,25 @@ Runtime = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
+class Writer:
+    """How a format is written from one kind of network.
+
+    Parameters
+    ----------
+    write : callable
+        (model of this kind, path) -> None; raises whatever its converter raises.
+    packages : tuple of str
+        Modules needed besides Keras and those that run the format.
+    backend : str
+        Backend of Keras whose models the converter takes; empty if it takes all.
+    """
+
+    write: Callable[[Any, Path], None]
+    packages: tuple[str, ...] = ()
+    backend: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Format:
     """One row of the table of formats.
 
@@ -45,9 +64,9 @@ class Format:
     main : str
         File in the folder that every runtime opens; empty if the artefact is a file.
     packages : tuple of str
-        Modules needed to write or run it, besides Keras and TensorFlow.
-    write : dict of str to callable
-        By kind of network (``keras``, ``onnx``), (model of this kind, path) -> None; raises whatever its converter raises.
+        Modules needed to run it, besides Keras.
+    writers : dict of str to Writer
+        By kind of network (``keras``, ``onnx``).
     load : callable
         Path -> function that takes uint8 (n, h, w, 3) and returns float (n, c).
     put, get : callable
@@ -64,7 +83,7 @@ class Format:
     suffix: str
     main: str
     packages: tuple[str, ...]
-    write: Mapping[str, Callable[[Any, Path], None]]
+    writers: Mapping[str, Writer]
     load: Callable[[Path], Runtime]
     put: Callable[[Path, str], None]
     get: Callable[[Path], str | None]
@@ -73,22 +92,36 @@ class Format:
     note: str = ""
 
     def require(self) -> None:
-        """Raise ``ConfigurationError``, which says what to install, if a package is missing."""
-        missing = [name for name in self.packages if importlib.util.find_spec(name) is None]
-        if missing:
-            raise ConfigurationError(
-                f"format {self.name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
-                "pip install 'bottleneck-features[export]'"
-            )
+        """Raise ``ConfigurationError``, which says what to install, if a package that runs the format is missing."""
+        _require(self.name, self.packages)
 
-    def check_kind(self, kind: str) -> None:
-        """Raise ``ConfigurationError`` if networks of this kind cannot be written in this format."""
-        if kind not in self.write:
-            able = " or ".join(row.name for row in FORMATS.values() if kind in row.write)
+    def check_writer(self, kind: str, backend: str) -> None:
+        """Raise ``ConfigurationError`` if networks of this kind cannot be written in this format by this backend of Keras."""
+        writer = self.writers.get(kind)
+        if writer is None:
+            able = " or ".join(row.name for row in FORMATS.values() if kind in row.writers)
             raise ConfigurationError(
                 f"format {self.name}: its converter needs a network of Keras, but this network is an ONNX file. "
                 f"Use --format {able}"
             )
+        if writer.backend and backend != writer.backend:
+            able = " or ".join(
+                name for name, row in FORMATS.items() if kind in row.writers and not row.writers[kind].backend
+            )
+            raise ConfigurationError(
+                f"format {self.name}: the conversion needs TensorFlow, but Keras runs on {backend}. Use --format {able}, or "
+                "pip install 'bottleneck-features[tensorflow,export]' and set KERAS_BACKEND=tensorflow"
+            )
+        _require(self.name, writer.packages)
+
+
+def _require(name: str, packages: tuple[str, ...]) -> None:
+    missing = [package for package in packages if importlib.util.find_spec(package) is None]
+    if missing:
+        raise ConfigurationError(
+            f"format {name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
+            f"pip install 'bottleneck-features[{'tensorflow' if 'tensorflow' in missing else 'export'}]'"
+        )
 
 
 def find_format(name: str) -> Format:
@@ -113,14 +146,12 @@ def convert(model: Any, kind: str, row: Format, path: Path) -> None:
     RunError
         If the network has an operation that the format's converter does not support.
     """
-    import tensorflow as tf
-
-    loggers = [tf.get_logger(), logging.getLogger("tf2onnx")]
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "tf2onnx")]
     levels = [item.level for item in loggers]
     try:
         for item in loggers:  # they warn about their own deprecated calls; a failed conversion raises an error
             item.setLevel(logging.CRITICAL)
-        row.write[kind](model, path)
+        row.writers[kind].write(model, path)
     except OSError:  # such as a full disk, which is not the fault of the network
         raise
     except Exception as error:  # converters raise errors of any type, even plain Exception
@@ -363,24 +394,27 @@ FORMATS = {
     row.name: row
     for row in (
         Format(
-            *("keras", ".keras", "", (), {"keras": _write_keras}, _load_keras, _put_zip, _get_zip),
+            *("keras", ".keras", "", (), {"keras": Writer(_write_keras)}, _load_keras, _put_zip, _get_zip),
             reopen=_reopen_keras,
         ),
         Format(
             *("saved_model", "", "saved_model.pb", ("tensorflow",)),
-            *({"keras": _write_saved_model}, _load_saved_model, _put_asset, _get_asset),
+            *({"keras": Writer(_write_saved_model, (), "tensorflow")}, _load_saved_model, _put_asset, _get_asset),
         ),
         Format(
-            *("onnx", ".onnx", "", ("tf2onnx", "onnxruntime"), {"keras": _write_onnx, "onnx": _save_onnx}),
+            *("onnx", ".onnx", "", ("onnxruntime",)),
+            {"keras": Writer(_write_onnx, ("tf2onnx",), "tensorflow"), "onnx": Writer(_save_onnx)},
             *(_load_onnx, _put_onnx, _get_onnx),
         ),
         Format(
-            *("litert", ".tflite", "", ("ai_edge_litert",), {"keras": _write_litert}, _load_litert, _put_zip, _get_zip),
+            *("litert", ".tflite", "", ("ai_edge_litert",)),
+            *({"keras": Writer(_write_litert, (), "tensorflow")}, _load_litert, _put_zip, _get_zip),
             tolerance=1e-3,  # LiteRT multiplies in another order, and in half precision on some processors
         ),
         Format(
             *("openvino", "", "model.xml", ("openvino",)),
-            *({"keras": _write_openvino, "onnx": _onnx_to_openvino}, _load_openvino, _put_openvino, _get_openvino),
+            {"keras": Writer(_write_openvino, (), "tensorflow"), "onnx": Writer(_onnx_to_openvino)},
+            *(_load_openvino, _put_openvino, _get_openvino),
             note=_F32,
         ),
     )

@@ -227,7 +227,7 @@ class KerasHead(Head):
         values = keras.ops.convert_to_tensor(np.asarray(Z, np.float32))
         parts = self.weights
         for number in range(0, len(parts), 2):
-            values = keras.ops.matmul(values, parts[number]) + parts[number + 1]
+            values = keras.ops.add(keras.ops.matmul(values, parts[number]), parts[number + 1])
             if number + 2 < len(parts):
                 values = getattr(keras.activations, self.parameters.activation)(values)
         return np.asarray(keras.ops.convert_to_numpy(values), np.float64)

@@ -466,8 +466,9 @@ def variants(options: Any) -> None:
     import torch
 
     from features.networks.backbones import feature_model, preprocess
+    from features.networks.backend import exact_float32
     from features.networks.folding import fold_batch_norms
-    from features.networks.keras_engine import compute_in, exact_float32
+    from features.networks.keras_engine import compute_in
 
     backbone = options.backbone
     expected = np.load(WORK / f"reference-{backbone}.npy")
@@ -999,10 +1000,9 @@ def bank(options: Any) -> None:
 
 def parity(options: Any) -> None:
     """Is the head's matrix product on this card float32, as the parity gate of 1e-4 supposes, or TensorFloat-32?"""
-    from features.networks.backend import load_keras
+    import keras  # not by load_keras, which turns TensorFloat-32 off
 
-    keras = load_keras()
-    from features.networks.keras_engine import exact_float32
+    from features.networks.backend import exact_float32
 
     generator = np.random.default_rng(0)
     X, W = (
@@ -1027,8 +1027,7 @@ def memory(options: Any) -> None:
     import logging
 
     logging.basicConfig(level=logging.WARNING)
-    from features.networks.backend import load_keras
-    from features.networks.keras_engine import is_out_of_memory
+    from features.networks.backend import is_out_of_memory, load_keras
 
     found: dict[int, Any] = {}
     if os.environ["KERAS_BACKEND"] == "torch" and GPU:
