@@ -99,3 +99,31 @@ def test_the_command_line_starts_keras_without_what_it_does_not_use() -> None:
     result = subprocess.run([sys.executable, "-c", _LEAVES_OUT], cwd=ROOT, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[1:] == ["[]", "SKLearnClassifier"]
+
+
+@pytest.mark.slow
+def test_products_are_exact_and_a_gpu_is_not_taken_whole_even_where_keras_was_imported_before() -> None:
+    program = """
+import os
+import keras
+from features.networks.backend import load_keras
+backend = load_keras().backend.backend()
+if backend == "tensorflow":
+    import tensorflow
+    exact = not tensorflow.config.experimental.tensor_float_32_execution_enabled()
+elif backend == "jax":
+    import jax
+    exact = jax.config.jax_default_matmul_precision == "highest"
+else:
+    from torch import backends
+    parts = (backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn)
+    exact = [part.fp32_precision for part in parts] == ["ieee"] * 3
+print(exact, os.environ.get("TF_FORCE_GPU_ALLOW_GROWTH"), os.environ.get("XLA_PYTHON_CLIENT_PREALLOCATE"))
+"""
+    for before, expected in (("", "True true false"), ("import keras\n", "True None None")):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("TF_", "XLA_"))}
+        result = subprocess.run(
+            [sys.executable, "-c", program.replace("import keras\n", before)],
+            **{"cwd": ROOT, "env": environment, "capture_output": True, "text": True, "check": False},
+        )
+        assert result.stdout.strip() == expected, result.stderr
