@@ -68,12 +68,16 @@ def _alone(function: Callable[..., Any], number: int, arguments: tuple[Any, ...]
 
 
 def _reason(problem: Exception) -> str:
-    if isinstance(problem, BrokenProcessPool) or type(problem).__name__ == "KilledWorker":  # the latter is Dask's
+    if _was_killed(problem):
         return (
             "its process was killed each time, at last with nothing beside it, most likely because memory ran out; leave this "
             "head out, or give it fewer columns (another pooling, or pca) or more memory"
         )
     return f"its result cannot be sent between processes ({type(problem).__name__}); train it with --n-jobs 1"
+
+
+def _was_killed(problem: Exception) -> bool:
+    return isinstance(problem, BrokenProcessPool) or type(problem).__name__ == "KilledWorker"  # the latter is Dask's
 
 
 def _values(function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], jobs: int) -> Iterator[tuple[int, Any]]:
@@ -89,29 +93,42 @@ def _values(function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], 
 
 
 def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
-    """Make calls on a cluster, one for each thread of its workers; Dask runs those of a lost worker again, a few times.
+    """Make calls on a cluster, one for each thread of its workers.
+
+    Dask runs the calls of a killed worker again and gives up those that were on several: the culprit, and whatever was often
+    beside it. These are made once more when all others are done, one at a time, so that only the culprit is lost.
 
     joblib has a backend for Dask, but it waits for ever for a call that failed (seen in 1.6).
     """
     import distributed
 
     left = enumerate(calls)
+    given_up: list[int] = []
+    alone = False
     flying: dict[Any, int] = {}
     done = distributed.as_completed(loop=client.loop)
     try:
         while True:
             room = 2 * max(1, sum(client.nthreads().values())) - len(flying)
-            for number, arguments in itertools.islice(left, max(0, room)):
+            next_calls = list(itertools.islice(left, max(0, room)))
+            if not flying and not next_calls:
+                if not given_up:
+                    return
+                alone = True
+                number = given_up.pop(0)
+                next_calls = [(number, calls[number])]
+            for number, arguments in next_calls:
                 future = client.submit(_numbered, function, number, *arguments, pure=False)
                 flying[future] = number
                 done.add(future)
-            if not flying:
-                return
             future = next(done)
             number = flying.pop(future)
             try:
                 _, value = future.result()
             except Exception as problem:  # noqa: BLE001  returned as the reason
+                if _was_killed(problem) and not alone:
+                    given_up.append(number)
+                    continue
                 value = Lost(_reason(problem))
             yield number, value
     finally:
