@@ -457,7 +457,10 @@ def test_names_that_tensorflow_refuses_are_replaced(
 
 @pytest.mark.slow
 def test_a_layer_inside_a_nested_model_gives_its_features(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """OUTER/INNER names it; a classifier at the end is warned about, and the layer before it is named."""
+    """OUTER/INNER names it; a classifier at the end is warned about, and the layer before it is named.
+
+    Both models are compiled, as most saved models are: such a file could not be opened.
+    """
     import keras
 
     from features.networks.network import resolve_network
@@ -468,7 +471,11 @@ def test_a_layer_inside_a_nested_model_gives_its_features(tmp_path: Path, caplog
     inner = keras.Model(image, keras.layers.ReLU(name="relu")(conv), name="inner")
     scale, pool = keras.layers.Rescaling(1 / 255, name="scale"), keras.layers.GlobalAveragePooling2D(name="pool")
     head = keras.layers.Dense(3, activation="softmax", name="scores")
+    inner.compile("adam", "mse")
     model = keras.Sequential([keras.Input((16, 12, 3)), scale, inner, pool, head])
+    model.compile(
+        keras.optimizers.Adam(keras.optimizers.schedules.CosineDecay(0.1, 10)), "sparse_categorical_crossentropy"
+    )
     model.save(tmp_path / "net.keras")
     images = pixels(2, 16, 12)
     expected = np.asarray(keras.Model(inner.inputs, conv)(scale(images)))

@@ -366,6 +366,17 @@ def test_features_are_the_networks_own_forward_pass_on_its_own_preprocessing(mad
     again = resolve_network(NetworkOptions(str(of.file), engine="keras", preprocess=how, image_size=SIDE))
     assert again.recipes[0].weights == network.recipes[0].weights  # the same network, however it was saved
     if name == "vit":
+        import keras_hub
+
+        models = keras_hub.models  # a classifier, which gives itself an optimizer
+        prepared = models.ViTImageClassifierPreprocessor(image_converter=of.converter)
+        models.ViTImageClassifier(backbone=of.network, num_classes=3, preprocessor=prepared).save(
+            of.file.parent / "task.keras"
+        )
+        task = resolve_network(NetworkOptions(str(of.file.parent / "task.keras"), engine="keras"))
+        assert task.recipes[0].fingerprint == network.recipes[0].fingerprint
+        assert relative_difference(features(task, images), expected) < 1e-5
+
         converted = resolve_network(NetworkOptions(f"preset:{of.preset}", pooling="cls+tokens"))
         assert converted.engine_name == "openvino"
         tokens = of.forward(images)
