@@ -395,7 +395,7 @@ def _uncompiled(config: Any) -> dict[str, type]:
 
     name = config.get("registered_name") if isinstance(config, Mapping) else None
     task = keras.saving.get_registered_object(name) if mentions_hub({"registered_name": name}) else None
-    if not hasattr(task, "compile"):
+    if not isinstance(task, type):
         return {}
     return {str(name): type(task.__name__, (task,), {"compile": lambda self, *args, **kwargs: None})}
 
