@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import errno
 import glob
 import hashlib
@@ -16,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from features.errors import BottleneckError, LockedError, StoreError
+from features.errors import BottleneckError, LockedError, StoreError, WeightsError
 from features.ownership import make_folder
 from features.temporary import sweep_dead, temporary_path
 
@@ -249,6 +250,43 @@ def file_digest(path: Path) -> str:
     """Return the sha256 of a file as 64 hexadecimal digits."""
     with named(path), open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def file_stamp(path: Path) -> tuple[int, int, int, int]:
+    """Return inode, change time, modification time and size: what changes if another file comes to lie there."""
+    status = os.stat(path)
+    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size
+
+
+@dataclasses.dataclass(frozen=True)
+class HashedFile:
+    """A file as it was when it was hashed.
+
+    Parameters
+    ----------
+    path : Path
+        The file.
+    sha256 : str
+        64 hexadecimal digits.
+    stamp : tuple of int
+        ``file_stamp`` from before it was read.
+    """
+
+    path: Path
+    sha256: str
+    stamp: tuple[int, int, int, int]
+
+    @classmethod
+    def of(cls, path: Path) -> HashedFile:
+        stamp = file_stamp(path)
+        return cls(path, file_digest(path), stamp)
+
+    def check(self) -> None:
+        """Raise ``WeightsError`` if what was read since it was hashed may be something else."""
+        if file_stamp(self.path) != self.stamp:
+            raise WeightsError(
+                f"{self.path} was changed while it was read. Run the command again when nothing writes it"
+            )
 
 
 def quoted(path: str | Path) -> str:

@@ -393,6 +393,25 @@ def test_weights_beside_the_file_are_part_of_its_digest(how: str, tmp_path: Path
         read_model(beside)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("changed", ["net.onnx", "net.onnx_data"])
+def test_what_is_read_is_what_was_hashed(changed: str, how: str, tmp_path: Path) -> None:
+    model = onnx.load(network(tmp_path / "whole.onnx"))
+    path = tmp_path / "net.onnx"
+    onnx.save(model, path, save_as_external_data=True, location="net.onnx_data", size_threshold=0)
+    options = NetworkOptions(str(path), preprocess=how, engine="onnxruntime")
+    found = resolve_network(options)
+    whole = (tmp_path / changed).read_bytes()
+    (tmp_path / "other").write_bytes(whole)
+    (tmp_path / "other").replace(tmp_path / changed)  # the same bytes, but nobody has looked
+    with pytest.raises(WeightsError, match=f"{changed} was changed while it was read. Run the command again"):
+        found.engine(found.recipes, batch_size=3)
+    again = resolve_network(options)
+    assert again.recipes == found.recipes
+    (values,) = again.engine(again.recipes, batch_size=3)(IMAGES).values()
+    assert relative_difference(values, EXPECTED.mean(axis=(1, 2))) < 2e-6
+
+
 @pytest.mark.parametrize("location", ["../secret", "/etc/passwd", "a/../../secret", "link", "sub\\..\\x", ""])
 def test_weights_outside_the_folder_are_not_read(location: str, tmp_path: Path) -> None:
     folder = tmp_path / "model"

@@ -272,7 +272,7 @@ def test_a_killed_extraction_goes_on_to_the_same_bytes(images: Path, tmp_path: P
     line = [sys.executable, "-c", _KILLED, str(images), str(tmp_path / "killed.h5"), net, how]
     assert subprocess.run(line, capture_output=True, check=False).returncode == -signal.SIGKILL
     left = len(list((tmp_path / "killed.h5.parts").glob("*.h5")))
-    assert 1 <= left <= 3
+    assert 1 <= left < 7
     assert not (tmp_path / "killed.h5").exists()
     done = prepare(images, tmp_path / "killed.h5", ExtractionOptions(**options)).run()
     assert done.inferred == 20 - 3 * left

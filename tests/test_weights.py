@@ -465,6 +465,18 @@ def small() -> Any:
     return model
 
 
+@pytest.mark.slow
+def test_weights_that_change_while_they_are_read_are_neither_used_nor_remembered(small: Any, tmp_path: Path) -> None:
+    backbone, path = find_backbone("mobilenetv2-0.35"), tmp_path / "numbers.npz"
+    save_weights(small, path)
+    file = resolve_weights(backbone, str(path))
+    (tmp_path / "other").write_bytes(path.read_bytes())
+    (tmp_path / "other").replace(path)
+    with pytest.raises(WeightsError, match=r"numbers\.npz was changed while it was read"):
+        load_weights(small, backbone, file)
+    assert known_digest(backbone, file) is None
+
+
 def loaded(name: str, weights: str | Path, size: int = 32) -> tuple[Any, str]:
     backbone = find_backbone(name)
     model = build_backbone(backbone, (size, size))

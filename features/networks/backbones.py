@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, WeightsError
-from features.files import file_digest
+from features.files import HashedFile
 from features.networks import efficientnet_lite
 from features.networks.backend import load_keras
 from features.networks.graph import (
@@ -138,9 +138,14 @@ class Backbone:
         """Where the network is found from any working folder; None for one of the table."""
         return None if self.own_weights is None else str(self.own_weights.resolve())
 
+    @functools.cached_property
+    def own_files(self) -> tuple[HashedFile, ...]:
+        """The files that contain both network and weights, hashed."""
+        return () if self.own_weights is None else (HashedFile.of(self.own_weights),)
+
     def own_digest(self) -> str:
-        """sha256 of the network's own weights, 64 hexadecimal digits, if it has a file of its own."""
-        return file_digest(self.own_weights or Path())
+        """sha256 of the network's own weights, 64 hexadecimal digits, if it has files of its own."""
+        return self.own_files[0].sha256
 
     def pixel_rule(self, options: NetworkOptions) -> PixelRule:
         """Return how images are decoded and resized: as the options say, and else as the network was trained."""

@@ -19,7 +19,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -37,7 +36,7 @@ from features.errors import (
     brief,
     nearest,
 )
-from features.files import file_digest, printable, writing
+from features.files import file_digest, file_stamp, printable, writing
 from features.networks.fetching import Server
 
 logger = logging.getLogger(__name__)
@@ -395,7 +394,7 @@ def _completed(server: Server, repository: str, record: _Record, names: Sequence
         if note is None:
             with writing(path):
                 sha256 = server.fetch(f"/{repository}/resolve/{record.commit}/{quote(name)}", path)
-                note = _Note(sha256, path.stat().st_size, _stamp(path))
+                note = _Note(sha256, path.stat().st_size, file_stamp(path))
         files[name] = note
     return dataclasses.replace(record, files=files)
 
@@ -404,15 +403,10 @@ def _unchanged(path: Path, note: _Note | None) -> _Note | None:
     """Return the note on a file, with its stamp of now, if the file is as noted; None if it has to come again."""
     if note is None or not path.is_file():
         return None
-    stamp = _stamp(path)
+    stamp = file_stamp(path)
     if stamp == note.stamp:
         return note
     if stamp[3] == note.size and file_digest(path) == note.sha256:
         return dataclasses.replace(note, stamp=stamp)
     logger.warning("%s is not as it was downloaded; it is downloaded again", path)
     return None
-
-
-def _stamp(path: Path) -> tuple[int, int, int, int]:
-    status = os.stat(path)
-    return status.st_ino, status.st_ctime_ns, status.st_mtime_ns, status.st_size

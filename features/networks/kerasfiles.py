@@ -16,7 +16,7 @@ from typing import Any
 
 from features.canonical import digest_of
 from features.errors import ConfigurationError, brief
-from features.files import file_digest
+from features.files import HashedFile
 from features.networks.backbones import MODEL_SUFFIX
 from features.networks.backend import load_keras_hub
 from features.networks.described import Described
@@ -146,9 +146,13 @@ class Preset(Described):
     def place(self) -> str | None:
         return self.given
 
+    @functools.cached_property
+    def own_files(self) -> tuple[HashedFile, ...]:
+        return tuple(map(HashedFile.of, (self.folder / "config.json", *self._weights_files())))
+
     def own_digest(self) -> str:
         """sha256 over the sha256 of ``config.json`` and of the files of the weights."""
-        return digest_of([file_digest(path) for path in (self.folder / "config.json", *self._weights_files())])
+        return digest_of([file.sha256 for file in self.own_files])
 
     def _weights_files(self) -> list[Path]:
         whole = self.own_weights or self.folder

@@ -19,7 +19,7 @@ import numpy as np
 from features.cache import cache_path, keep_json, kept_json
 from features.canonical import digest_of
 from features.errors import ConfigurationError
-from features.files import file_digest
+from features.files import HashedFile
 from features.networks.backbones import BOUNDARY, Description
 from features.networks.described import Described
 from features.networks.descriptions import find_image_input
@@ -74,26 +74,38 @@ class OnnxFile(Described):
         return self.given
 
     @functools.cached_property
-    def file_sha256(self) -> str:
-        """sha256 of the ``.onnx`` file alone, 64 hexadecimal digits."""
-        return file_digest(self.path)
+    def file(self) -> HashedFile:
+        """The ``.onnx`` file alone."""
+        return HashedFile.of(self.path)
 
     @functools.cached_property
     def outline(self) -> Outline:
         """What the file takes and gives; read from it once, then kept by its sha256."""
-        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, self.file_sha256])}.json")
+        memo = cache_path("onnx", f"{digest_of([MEMO_VERSION, self.file.sha256])}.json")
         known = kept_json(memo)
         if isinstance(known, dict):
             lists = {name: tuple(known[name]) for name in ("outputs", "external")}
             return Outline(**{**known, **lists})
         outline = outline_of(self.path, read_model(self.path, weights=False))
+        self.file.check()
         keep_json(memo, dataclasses.asdict(outline))
         return outline
 
+    @functools.cached_property
+    def own_files(self) -> tuple[HashedFile, ...]:
+        return self.file, *(HashedFile.of(self.path.parent / name) for name in self.outline.external)
+
     def own_digest(self) -> str:
         """sha256 of the file, or of its sha256 and those of its external weights."""
-        others = [[name, file_digest(self.path.parent / name)] for name in self.outline.external]
-        return digest_of([self.file_sha256, *others]) if others else self.file_sha256
+        others = [[name, file.sha256] for name, file in zip(self.outline.external, self.own_files[1:], strict=True)]
+        return digest_of([self.file.sha256, *others]) if others else self.file.sha256
+
+    def model(self) -> Any:
+        """Read the ``onnx.ModelProto`` with its weights: that which was hashed."""
+        found = read_model(self.path)
+        for file in self.own_files:
+            file.check()
+        return found
 
     @functools.cached_property
     def image_input(self) -> ImageInput:
@@ -181,7 +193,7 @@ class OnnxRuntime:
     def _tried(self, backbone: OnnxFile, size: tuple[int, int], names: Sequence[str]) -> list[list[Any]]:
         if not names:
             return []
-        outline, model = backbone.outline, read_model(backbone.path)
+        outline, model = backbone.outline, backbone.model()
         for name in names:
             check_layer(backbone.path, model, name)
         plain = [Output(name, "none", rank=2) for name in names]
@@ -248,7 +260,7 @@ class OnnxRuntime:
             for one in recipes
         ]
         how = recipes[0].normalisation or Normalisation()
-        model = read_model(backbone.path)
+        model = backbone.model()
         return composed(model, backbone.outline, outputs, normalisation=how, size=size)
 
     def _composed(self, backbone: OnnxFile, recipes: Sequence[Recipe]) -> bytes:

@@ -27,7 +27,7 @@ import numpy as np
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, WeightsError, WeightsNotFoundError, brief
-from features.files import file_digest, whole_file
+from features.files import HashedFile, file_digest, whole_file
 from features.networks.backbones import Backbone
 from features.networks.official import WHEELS, OfficialFile
 from features.networks.tensors import (
@@ -62,11 +62,19 @@ class WeightsFile:
         sha256 of the file, 64 hexadecimal digits; for ``"random"``, of the rule that generates the values.
     route : {"file", "cache", "keras cache", "download", "wheel", "model file", "random"}
         How the file was found.
+    read : tuple of HashedFile
+        The user's own files that ``sha256`` was made of.
     """
 
     path: Path | None
     sha256: str
     route: str
+    read: tuple[HashedFile, ...] = dataclasses.field(default=(), compare=False, repr=False)
+
+    def check_unchanged(self) -> None:
+        """Raise ``WeightsError`` if what was loaded may be something else than what was hashed."""
+        for file in self.read:
+            file.check()
 
 
 def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
@@ -94,7 +102,7 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
     if own is not None:
         if weights != IMAGENET:
             raise ConfigurationError(f"{own} contains its own weights; received weights {weights!r}. Omit --weights.")
-        return WeightsFile(own, backbone.own_digest(), "model file")
+        return WeightsFile(own, backbone.own_digest(), "model file", backbone.own_files)
     if weights == RANDOM:
         return WeightsFile(None, digest_of(["he-normal-philox", 1, _SEED]), "random")
     if weights != IMAGENET:
@@ -136,6 +144,7 @@ def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
         _initialise(model)
     elif backbone.own_weights is None:
         assign_from_file(model, file.path, backbone.from_torch)
+    file.check_unchanged()
     digest = tensor_digest(model) if backbone.own_weights is None else model_digest(model)
     if file.route in ("cache", "wheel") and backbone.wheel is not None and digest != backbone.wheel.digest:
         raise WeightsError(f"{file.path}: its tensors have the digest {digest}, expected {backbone.wheel.digest}")
@@ -211,7 +220,8 @@ def _given(path: Path) -> WeightsFile:
             "(.weights.h5, .h5, .keras, .npz, .pth)"
         )
     container_of(path)
-    return WeightsFile(path, file_digest(path), "file")
+    hashed = HashedFile.of(path)
+    return WeightsFile(path, hashed.sha256, "file", (hashed,))
 
 
 def _own_cache(backbone: Backbone) -> WeightsFile:
