@@ -27,7 +27,6 @@ from features.files import atomic_file, printable, read_small, writable_folder
 from features.machine import processors
 from features.networks.network import Network, resolve_network
 from features.progress import Progress, counted, duration
-from features.recipe import Recipe
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
@@ -49,7 +48,7 @@ SPEEDS, SPEEDS_BYTES = "speeds.json", 1 << 20  # measured speeds, beside the sto
 BATCHES_OF_A_SHARD = 2  # what is lost if the process is killed
 # Fields of the options that the extraction of all images needs too, as options of the command.
 REPEATED = (
-    *("weights", "image_size", "precision", "engine", "device", "seed", "batch_size", "workers"),
+    *("weights", "preprocess", "image_size", "precision", "engine", "device", "seed", "batch_size", "workers"),
     *("target", "split_folders", "class_level", "merge_labels"),
 )
 
@@ -61,34 +60,13 @@ class _Sample:
     images: ImageSet
     rows: np.ndarray
 
-    def is_in(self, store: FeatureStore, recipe: Recipe) -> bool:
-        """Whether a store has features of all of these images, or has them in quarantine, as far as size and time tell.
-
-        Raises
-        ------
-        ConfigurationError
-            If the store was made from images in another place.
-        """
+    def check_place(self, store: FeatureStore) -> None:
+        """Raise ``ConfigurationError`` if a store was made from images in another place."""
         if store.provenance.get("root") != str(self.images.root):
             raise ConfigurationError(
                 f"{store.path}: holds features of {printable(store.source)}, which lies elsewhere than "
                 f"{printable(self.images.description)}. Give another folder with --stores"
             )
-        made = store.recipes.get(recipe.name)
-        if made is None or made.fingerprint != recipe.fingerprint:
-            return False
-        there, refused = store.images, store.quarantine
-        known = set(
-            zip(there.paths, there.sizes.tolist(), there.mtimes_ns.tolist(), store.present().tolist(), strict=True)
-        )
-        known |= {
-            (*file, True)
-            for file in zip(refused.paths, refused.sizes.tolist(), refused.mtimes_ns.tolist(), strict=True)
-        }
-        images = self.images
-        return all(
-            (images.paths[row], int(images.sizes[row]), int(images.mtimes_ns[row]), True) in known for row in self.rows
-        )
 
     def with_those_of(self, stores: Iterable[FeatureStore]) -> ImageSet:
         """The sample, and all images of stores and shards, so that none of their rows is lost."""
@@ -125,8 +103,8 @@ def names_in(text: str) -> list[str]:
     return [name for part in text.split(",") if (name := part.strip())]
 
 
-def weights_of(items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
-    """Read ``NETWORK=FILE`` items, where the networks are ``names``.
+def files_of_networks(option: str, items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
+    """Read the ``NETWORK=FILE`` items of an option, where the networks are ``names``.
 
     Raises
     ------
@@ -138,7 +116,7 @@ def weights_of(items: Sequence[str], names: Sequence[str]) -> dict[str, str]:
         name = max((name for name in names if item.startswith(f"{name}=")), key=len, default=None)
         if name is None or len(item) == len(name) + 1:
             raise ConfigurationError(
-                f"--weights: received {item!r}, expected NETWORK=FILE with one of the networks that are compared: "
+                f"{option}: received {item!r}, expected NETWORK=FILE with one of the networks that are compared: "
                 f"{', '.join(names)}"
             )
         found[name] = item[len(name) + 1 :]
@@ -151,6 +129,7 @@ def compare(
     *,
     limit: int = 500,
     weights: Mapping[str, str] | None = None,
+    preprocess: Mapping[str, str] | None = None,
     stores: str | Path | None = None,
     out: str | Path | None = None,
     progress: Progress | None = None,
@@ -168,6 +147,8 @@ def compare(
         Largest number of images of the sample, taken in turn from each class.
     weights : dict of str to str, optional
         Weights of single networks by their name in ``backbones``; default: those that belong to the name.
+    preprocess : dict of str to str, optional
+        JSON files with how images are prepared for single networks; default: as their own files say.
     stores : Path, optional
         Folder for the features, one store for each network, where a later extraction of all images takes them up, and for
         the speeds. Default: ``compare/NAME``, with the name of the source.
@@ -193,7 +174,7 @@ def compare(
         If the images have no labels, or too few images of two classes.
     """
     check_range("limit", limit, 2, 1 << 40)
-    base, weights = ExtractionOptions(**options), dict(weights or {})
+    base, weights, preprocess = ExtractionOptions(**options), dict(weights or {}), dict(preprocess or {})
     source = scan(images, target=base.target, reading=base.reading, trust=base.trust)
     sample = _sample(source, limit)
     folder = Path(stores) if stores is not None else Path("compare", Path(source.description).stem or "images")
@@ -208,7 +189,9 @@ def compare(
         logger.info(
             "%s: %s (network %d of %d)", printable(name), counted(len(sample.rows), "image"), number, len(backbones)
         )
-        asked = dataclasses.replace(base, backbone=name, weights=weights.get(name, base.weights))
+        asked = dataclasses.replace(
+            base, backbone=name, weights=weights.get(name, base.weights), preprocess=preprocess.get(name)
+        )
         try:
             done[name] = _computed(asked, sample, folder, progress)
         except Exception as problem:  # noqa: BLE001  libraries raise errors of any type; the reason is reported
@@ -256,20 +239,20 @@ def _computed(asked: ExtractionOptions, sample: _Sample, folder: Path, progress:
     recipe = network.recipes[0]
     out = folder / f"{_plain(asked.backbone)}-{recipe.fingerprint[:8]}.h5"
     asked = dataclasses.replace(asked, shard_rows=BATCHES_OF_A_SHARD * asked.batch_size)
-    speeds, meter, inferred = _Speeds(folder / SPEEDS), _Meter(progress), 0
+    speeds, meter = _Speeds(folder / SPEEDS), _Meter(progress)
     key = speeds.key(network, asked)
     store = FeatureStore.open(out) if out.exists() else None
-    if store is None or not sample.is_in(store, recipe):
-        try:
-            result = _extraction(asked, network, sample, store, out).run(meter)
-        finally:
-            if meter.images_per_second:  # also after Ctrl-C: the next run may have nothing left to measure
-                speeds.note(key, meter.images_per_second)
-        store, inferred = result.store, result.inferred
+    if store is not None:
+        sample.check_place(store)
+    try:
+        result = _extraction(asked, network, sample, store, out).run(meter)
+    finally:
+        if meter.images_per_second:  # also after Ctrl-C: the next run may have nothing left to measure
+            speeds.note(key, meter.images_per_second)
     if (speed := speeds.known(key)) is None:
         speed = _measured(sample, network, folder, asked)
         speeds.note(key, speed)
-    return _Computed(asked, network, store, inferred, speed)
+    return _Computed(asked, network, result.store, result.inferred, speed)
 
 
 def _extraction(

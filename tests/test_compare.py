@@ -6,13 +6,14 @@ import csv
 import itertools
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from helpers import NumpyNetwork, as_engine, call_pipeline, paint, recipe
+from helpers import NumpyNetwork, as_engine, assert_rows_are_their_images, call_pipeline, paint, recipe
 from PIL import Image
 
 from features.errors import ConfigurationError, SourceError, WeightsError
@@ -22,7 +23,7 @@ from features.recipe import Recipe
 from features.sources.scan import scan
 from features.store.reader import FeatureStore
 from pipeline import compare as stage
-from pipeline.compare import compare, summary, weights_of
+from pipeline.compare import compare, files_of_networks, summary
 from pipeline.intervals import paired_interval, wilson_interval
 from pipeline.reporting.comparison import _drawn
 
@@ -209,6 +210,35 @@ def test_a_larger_sample_adds_images_and_a_smaller_one_loses_none(
     assert len(FeatureStore.open(document["networks"][0]["store"])) == 30
 
 
+def test_exchanged_files_of_one_size_and_time_keep_their_own_features(
+    source: Path, networks: dict[str, Network], quick: None
+) -> None:
+    one, other = source / "ant" / "00.bmp", source / "cow" / "00.bmp"
+    for path, red in ((one, 1), (other, 250)):
+        paint(path, (red, 2, 3))
+        os.utime(path, ns=(10**18, 10**18))
+    compared(source, "rgb", limit=60)
+    one.rename(source / "aside")
+    other.rename(one)
+    (source / "aside").rename(other)
+    document = compared(source, "rgb", limit=60)
+    assert document["networks"][0]["inferred"] == 0  # both are known, under other names
+    assert_rows_are_their_images(FeatureStore.open(document["networks"][0]["store"]), source)
+
+
+def test_a_network_without_a_description_is_given_one(
+    source: Path, networks: dict[str, Network], quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[ExtractionOptions] = []
+    resolve = stage.resolve_network
+    monkeypatch.setattr(stage, "resolve_network", lambda options: (asked.append(options), resolve(options))[1])
+    document = compared(source, "r", "g", preprocess={"g": "how.json"})
+    assert [(options.backbone, options.preprocess) for options in asked] == [("r", None), ("g", "how.json")]
+    assert ("--preprocess" in document["next"]) == (document["chosen"] == "g")
+    words = compared(source, "g", preprocess={"g": "how.json"})["next"]
+    assert words[words.index("--preprocess") + 1] == "how.json"
+
+
 @pytest.mark.slow
 def test_ctrl_c_and_again(source: Path, networks: dict[str, Network], quick: None) -> None:
     networks["g"] = Network("g")
@@ -275,10 +305,12 @@ def test_names_and_weights_of_networks(tmp_path: Path, monkeypatch: pytest.Monke
     assert stage.names_in("mobilenetv2, vgg16,") == ["mobilenetv2", "vgg16"]
     assert stage.names_in("a,b") == ["a,b"]
     names = ["net", "net=1", "vgg16"]
-    assert weights_of(["net=1=f.h5", "vgg16=a=b.h5"], names) == {"net=1": "f.h5", "vgg16": "a=b.h5"}
+    assert files_of_networks("--weights", ["net=1=f.h5", "vgg16=a=b.h5"], names) == {"net=1": "f.h5", "vgg16": "a=b.h5"}
     for wrong in ("vgg19=f.h5", "f.h5", "vgg16="):
-        with pytest.raises(ConfigurationError, match="expected NETWORK=FILE with one of the networks"):
-            weights_of([wrong], names)
+        with pytest.raises(
+            ConfigurationError, match=r"^--preprocess: .* expected NETWORK=FILE with one of the networks"
+        ):
+            files_of_networks("--preprocess", [wrong], names)
 
 
 @pytest.mark.parametrize(("names", "code"), [("r,nothing", 0), ("nothing,odd", 1)])

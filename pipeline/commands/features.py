@@ -207,6 +207,10 @@ def compare(
         list[str] | None,
         opt("Weights file of one of the networks; may be repeated.", metavar="NETWORK=FILE"),
     ] = None,
+    preprocess: Annotated[
+        list[str] | None,
+        opt("How images are prepared for one of the networks; may be repeated.", metavar="NETWORK=FILE.json"),
+    ] = None,
     stores: Annotated[
         Path | None,
         opt("Folder for the features, which extract takes up. Default: compare/ and the name of the source."),
@@ -239,7 +243,8 @@ def compare(
             images,
             names,
             limit=limit,
-            weights=stage.weights_of(weights or [], names),
+            weights=stage.files_of_networks("--weights", weights or [], names),
+            preprocess=stage.files_of_networks("--preprocess", preprocess or [], names),
             stores=stores,
             out=out,
             progress=progress,
