@@ -96,6 +96,10 @@ def test_an_unknown_name_gets_the_nearest_ones() -> None:
         find_backbone("resnet500")
     with pytest.raises(ConfigurationError, match="the known names are convnexttiny"):
         find_backbone("zzz")
+    with pytest.raises(
+        ConfigurationError, match="no such folder, and a repository on a hub is called hf:a/dinov2-small"
+    ):
+        find_backbone("a/dinov2-small")
 
 
 @pytest.mark.slow

@@ -21,7 +21,8 @@ from PIL import Image
 
 from features.errors import BottleneckError, ConfigurationError, IntegrityError, UnreadableImageError, WeightsError
 from features.extraction.extraction import extract_features
-from features.networks.network import resolve_network
+from features.networks.backbones import Description
+from features.networks.network import _warn_of_single_numbers, resolve_network
 from features.networks.onnx_graph import INPUT, Output, composed, outline_of, read_model
 from features.networks.reference import reference_images, relative_difference
 from features.pixels.decode import resize_image
@@ -470,6 +471,7 @@ def test_small_files_are_refused(
     ("made", "options", "message"),
     [
         ({}, {"layers": ("rulu",)}, r"has no tensor 'rulu'; did you mean 'relu'\? Its outputs are relu"),
+        ({}, {"layers": ("rel",)}, r"has no tensor 'rel'; the last ones that contain this: relu\. Its outputs are relu"),
         ({"end": "tokens"}, {"pooling": "tokens"}, "needs to know how many tokens of 'last_hidden_state' stand before"),
         ({}, {"pooling": "cls"}, r"pooling: cls is for \(tokens, channels\), but layer 'relu' gives \(4, 4, 5\)"),
         ({}, {"layers": ("boundary",)}, "has no boundary"),
@@ -521,6 +523,17 @@ def test_without_a_description_nothing_is_guessed(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="nothing says how images are prepared") as caught:
         resolve_network(NetworkOptions(str(path)))
     assert '"format": "bottleneck-preprocess 1"' in str(caught.value)
+    (tmp_path / "mine" / "onnx").mkdir(parents=True)
+    network(tmp_path / "mine" / "onnx" / "model.onnx")
+    with pytest.raises(ConfigurationError, match=rf"^{tmp_path}/mine: nothing says"):  # where the description would lie
+        resolve_network(NetworkOptions(str(tmp_path / "mine")))
+
+
+def test_features_of_a_single_number_are_warned_about(caplog: pytest.LogCaptureFixture) -> None:
+    found = Description("0" * 64, {"map": (224, 224, 1), "tokens": (5, 2)}, "map", None)
+    _warn_of_single_numbers([recipe(layer="map", pooling="avg"), recipe(layer="tokens", pooling="avg")], found)
+    (message,) = caplog.messages
+    assert message.startswith("map.avg is a single number for each image")
 
 
 def test_only_what_is_needed_stays_in_a_composed_model(tmp_path: Path) -> None:

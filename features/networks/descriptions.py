@@ -49,7 +49,7 @@ def find_image_input(folder: Path) -> ImageInput:
     places = [folder, folder.parent] if folder.name == "onnx" else [folder]
     found = [found for place in places for read in _READERS if (found := read(place)) is not None]
     if not found:
-        raise ConfigurationError(missing_description(folder))
+        raise ConfigurationError(missing_description(places[-1]))
     first = found[0]
     for other in found[1:]:
         _check_agreement(first, other)

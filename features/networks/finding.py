@@ -9,7 +9,7 @@ from pathlib import Path
 from features.errors import ConfigurationError, nearest
 from features.files import quoted
 from features.networks.backbones import BACKBONES, MODEL_SUFFIX, Backbone
-from features.networks.hub import hub_folder, is_hub_name
+from features.networks.hub import PREFIX, hub_folder, is_hub_name, is_name
 from features.networks.kerasfiles import find_model_file, find_preset
 from features.networks.onnxfile import find_onnx
 
@@ -55,8 +55,18 @@ def find_backbone(name: str) -> Backbone:
             f"weights of such a network, name the network: --backbone NAME --weights {quoted(name)}. If it is a whole model, load "
             "it with the library that wrote it, save it with Keras 3 as model.save('NAME.keras'), and give that file"
         )
-    hint = nearest(name, BACKBONES) or f"; the known names are {', '.join(BACKBONES)}"
-    raise ConfigurationError(f"backbone: received {name!r}, expected {_EXPECTED}{hint}")
+    raise ConfigurationError(f"backbone: received {name!r}, expected {_EXPECTED}{_hint(name)}")
+
+
+def _hint(name: str) -> str:
+    """Return the end of a sentence that says what an unknown name may have meant."""
+    if name.count("/") == 1 and is_name(PREFIX + name):
+        return f"; there is no such folder, and a repository on a hub is called {PREFIX}{name}"
+    sizes = [key for key in BACKBONES if "-0." not in key and "-1." not in key]
+    return nearest(name, BACKBONES) or (
+        f"; the known names are {', '.join(sizes)}, and of MobileNets narrower ones such as mobilenetv2-0.35. Others (DINOv2, "
+        "CLIP, SigLIP, those of timm) come as ONNX files"
+    )
 
 
 def _table_row(name: str) -> Backbone | None:

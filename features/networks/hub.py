@@ -216,12 +216,18 @@ def hub_folder(name: str, wanted: Callable[[Sequence[str]], Sequence[str]] = nee
     return HubFolder(record.folder, f"{PREFIX}{repository}@{record.commit}", record.commit, record.license)
 
 
-def _parse(name: str) -> tuple[str, str]:
-    """Split a name into repository and revision."""
+def is_name(name: str) -> bool:
+    """Whether a name is ``hf:OWNER/NAME`` or ``hf:OWNER/NAME@REVISION``."""
     repository, at, revision = name.removeprefix(PREFIX).partition("@")
     owner, slash, short = repository.partition("/")
     right = slash and all(_NAME.fullmatch(part) and "--" not in part and ".." not in part for part in (owner, short))
-    if not right or (at and (not _REVISION.fullmatch(revision) or ".." in revision)):
+    return bool(right) and not (at and (not _REVISION.fullmatch(revision) or ".." in revision))
+
+
+def _parse(name: str) -> tuple[str, str]:
+    """Split a name into repository and revision."""
+    repository, _, revision = name.removeprefix(PREFIX).partition("@")
+    if not is_name(name):
         raise ConfigurationError(
             f"backbone: received {brief(printable(name), 200)!r}, expected hf:OWNER/NAME or hf:OWNER/NAME@REVISION, as in "
             "hf:onnx-community/dinov2-small; a revision is a branch, a tag or a commit."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -201,6 +201,7 @@ def resolve_network(options: NetworkOptions) -> Network:
     for (layer, pooled), recipe in chosen.items():
         if pooled in TOKEN_POOLINGS and len(description.layers[layer]) == 2:
             _check_tokens(options, row, recipe, description.layers[layer][0], prefix)
+    _warn_of_single_numbers(chosen.values(), description)
     if not options.layers and row.classifier is not None:
         _warn_of_classifier(row.classifier, description)
     # Absolute paths, so that a later stage finds the same network from any working directory.
@@ -287,6 +288,15 @@ def _check_tokens(options: NetworkOptions, row: Backbone, recipe: Recipe, tokens
             + (", or --pooling avg" if not before else "")
         )
     logger.warning("%s, not %d (--prefix-tokens)", text, prefix)
+
+
+def _warn_of_single_numbers(recipes: Iterable[Recipe], description: Description) -> None:
+    for recipe in recipes:
+        if np.prod(pooled_shape(description.layers[recipe.layer], recipe.pooling)) == 1:
+            logger.warning(
+                "%s is a single number for each image, from which a head learns next to nothing: name another layer with --layer",
+                recipe.name,
+            )
 
 
 def _warn_of_classifier(classifier: tuple[str, str], description: Description) -> None:

@@ -205,9 +205,14 @@ def check_layer(path: Path, model: Any, name: str) -> None:
     """Raise ``ConfigurationError`` unless a node of the graph computes this tensor, under a name that can be shown."""
     names = [output for node in model.graph.node for output in node.output if output]
     if name not in names:
-        near = nearest(shown(name), map(shown, names)) or "."
+        inside = [other for other in names if name in other]
+        near = (
+            f"; the last ones that contain this: {_list(inside[-3:])}."
+            if inside
+            else nearest(shown(name), map(shown, names))
+        )
         raise ConfigurationError(
-            f"{path} has no tensor {shown(name)!r}{near} Its outputs are "
+            f"{path} has no tensor {shown(name)!r}{near or '.'} Its outputs are "
             f"{_list([output.name for output in model.graph.output])}; its last tensors {_list(names[-5:])}"
         )
     if len(name) > _LONGEST_NAME or not name.isprintable():

@@ -5,12 +5,13 @@ Each format is one row of `FORMATS`. Runtimes and converters are imported only w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import logging
 import os
 import zipfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -146,17 +147,25 @@ def convert(model: Any, kind: str, row: Format, path: Path) -> None:
     RunError
         If the network has an operation that the format's converter does not support.
     """
-    loggers = [logging.getLogger(name) for name in ("tensorflow", "tf2onnx")]
-    levels = [item.level for item in loggers]
     try:
-        for item in loggers:  # they warn about their own deprecated calls; a failed conversion raises an error
-            item.setLevel(logging.CRITICAL)
-        row.writers[kind].write(model, path)
+        with silenced():
+            row.writers[kind].write(model, path)
     except OSError:  # such as a full disk, which is not the fault of the network
         raise
     except Exception as error:  # converters raise errors of any type, even plain Exception
         reason = " ".join(str(error).split())[:300] or repr(error)
         raise RunError(f"{row.name}: this network cannot be converted ({reason}); give another --format") from error
+
+
+@contextlib.contextmanager
+def silenced() -> Iterator[None]:
+    """Silence converters, which warn about their own deprecated calls; a failed conversion raises an error."""
+    loggers = [logging.getLogger(name) for name in ("tensorflow", "tf2onnx")]
+    levels = [item.level for item in loggers]
+    try:
+        for item in loggers:
+            item.setLevel(logging.CRITICAL)
+        yield
     finally:
         for item, level in zip(loggers, levels, strict=True):
             item.setLevel(level)

@@ -22,7 +22,7 @@ from features.networks.reference import relative_difference
 from features.pixels.resizing import resize_image
 from features.recipe import PixelRule, Recipe
 from pipeline.exporting.assembled import folded
-from pipeline.exporting.formats import INPUT, OUTPUT, to_onnx
+from pipeline.exporting.formats import INPUT, OUTPUT, silenced, to_onnx
 from pipeline.exporting.resizing import resized
 from pipeline.heads.dense import KerasHead
 from pipeline.tuning.parity import LAYER_TOLERANCE
@@ -141,7 +141,8 @@ def _resizing(rule: PixelRule, opset: int) -> Any:
     keras = load_keras()
     images = keras.Input((None, None, 3), dtype="uint8", name=INPUT)
     pixels = keras.layers.Identity(dtype="uint8")(keras.ops.cast(resized(images, rule), "uint8"))
-    model = to_onnx(keras.Model(images, pixels), PIXELS, min(opset, _OPSETS[1]))
+    with silenced():
+        model = to_onnx(keras.Model(images, pixels), PIXELS, min(opset, _OPSETS[1]))
     prefix = f"{PREFIX}resized/"
     names = {INPUT: INPUT, PIXELS: PIXELS}
     if opset > _OPSETS[1]:
