@@ -26,6 +26,7 @@ from PIL import features as pillow
 
 from features.errors import ConfigurationError, UnreadableImageError
 from features.machine import installed_version
+from features.pixels import jpeg
 from features.pixels.limits import (
     MAX_BYTES,
     MAX_PIXELS,
@@ -290,12 +291,17 @@ def _decoded(data: bytes, rule: PixelRule, max_pixels: int, held: contextlib.Exi
         size = _shrink_on_load(image, rule) if rule.decode == "fast" and image.format == "JPEG" else None
         if image.format == "PPM" and getattr(image, "tile", [("",)])[0][0] == "ppm":
             image = _scaled_pixmap(image, data)
-        image.load()
+        pixels = jpeg.loaded(image, data) if image.format == "JPEG" else None
+        if pixels is None:
+            image.load()
+            pixels = image
         if image.format == "ICO":  # it may hold a larger image than its header says
             check_picture(image, data, max_pixels)
         if image.format == "PNG":
             _scale_transparent_colour(image, bits=data[24])
-        upright = _upright(image)
+        # Only now, because Pillow rotates a TIFF by itself while loading, and then removes the tag.
+        method = _orientation(image)
+        upright = pixels if method is None else pixels.transpose(method)
         return Upright(_to_rgb(upright), *(size or upright.size))
     except UnreadableImageError:
         raise
@@ -406,12 +412,6 @@ def _shrink_on_load(image: Image.Image, rule: PixelRule) -> tuple[int, int]:
         wanted = (rule.width, rule.height)
     image.draft(None, wanted[::-1] if turned else wanted)
     return width, height
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    # Called after load(), because Pillow rotates a TIFF by itself while loading, and then removes the tag.
-    method = _orientation(image)
-    return image if method is None else image.transpose(method)
 
 
 def _orientation(image: Image.Image) -> Image.Transpose | None:
