@@ -218,15 +218,18 @@ class PixelRule:
         return check_fit(self.fit)
 
     @classmethod
-    def of(cls, options: NetworkOptions, default: PixelRule | tuple[int, int]) -> PixelRule:
-        """Make the rule for the given options; ``default`` is the network's own rule, or its height and width."""
-        rule = default if isinstance(default, PixelRule) else cls(*default)
-        size = options.image_size or (rule.height, rule.width)
-        height, width = (size, size) if isinstance(size, int) else size
+    def of(cls, options: NetworkOptions, default: PixelRule | int | tuple[int, int]) -> PixelRule:
+        """Make the rule for the given options; ``default`` is the network's own rule, or its size."""
+        rule = default if isinstance(default, PixelRule) else cls(*_both(default))
+        height, width = _both(options.image_size or (rule.height, rule.width))
         fit = options.fit or rule.fit
         if options.fit is None and rule.edge is not None:  # the same part of the image at another size
             fit = f"{EDGE_RULE}{rule.edge * max(height, width) // max(rule.height, rule.width)}"
         return cls(height, width, resize=options.resize or rule.resize, fit=fit, decode=options.decode)
+
+
+def _both(size: int | tuple[int, int]) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 _LATER_FIELDS = {"normalisation", "prefix_tokens"}

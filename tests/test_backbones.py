@@ -27,6 +27,7 @@ from features.networks.graph import (
 )
 from features.networks.official import OFFICIAL, WHEELS
 from features.networks.weights import load_weights, model_digest, resolve_weights, tensor_digest
+from features.recipe import NetworkOptions, PixelRule
 
 # name, image size, last layer, boundary; a representative of every family
 REPRESENTATIVES = [
@@ -323,6 +324,8 @@ def test_a_model_file_of_any_size_takes_the_one_asked_for(tmp_path: Path) -> Non
     backbone = find_backbone(str(path))
     with pytest.raises(ConfigurationError, match="--image-size"):
         _ = backbone.default_size
+    assert backbone.pixel_rule(NetworkOptions(str(path), image_size=(24, 18))) == PixelRule(24, 18)
+    assert backbone.pixel_rule(NetworkOptions(str(path), image_size=24)) == PixelRule(24, 24)
     model = build_backbone(backbone, (24, 18))
     assert layer_tensors(model)["second"].shape == (None, 9, 6, 5)
     images = pixels(1, 24, 18)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -12,10 +14,11 @@ import pytest
 from onnx import helper
 from test_onnx_networks import HOW, IMAGES, network
 
-from features.networks import openvino_engine
+from features.networks import keras_runtime, openvino_engine
+from features.networks.backbones import BACKBONES, Backbone, Description
 from features.networks.network import resolve_network
 from features.networks.openvino_engine import OpenVinoEngine, is_installed
-from features.networks.reference import relative_difference
+from features.networks.reference import reference_images, relative_difference
 from features.recipe import NetworkOptions
 
 pytestmark = pytest.mark.skipif(not is_installed(), reason="OpenVINO is not installed (pip install openvino)")
@@ -101,3 +104,88 @@ def test_what_depends_on_no_image_is_computed_once(cache: Path, tmp_path: Path) 
     kept = np.load(io.BytesIO(path.read_bytes()[64:]))["model"].tobytes().decode()
     assert 'type="Convolution"' in kept
     assert kept.count('type="Transpose"') == 1  # of the pixels
+
+
+# ----------------------------------------------------------------------------------------- one network, any size
+@dataclasses.dataclass(frozen=True)
+class Tiny(Backbone):
+    """A row of the table: strides of 2 pad by the image's being odd or even."""
+
+    def build(self, size: tuple[int, int]) -> Any:
+        import keras
+
+        image = keras.Input((*size, 3), name="image")
+        tensor = keras.layers.Conv2D(4, 3, strides=2, padding="same", activation="relu", name="first")(image)
+        tensor = keras.layers.Conv2D(5, 3, strides=2, padding="same", name="second")(tensor)
+        return keras.Model(image, tensor, name=f"tiny_{size[0]}")
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BACKBONES, "tiny", Tiny("tiny", "none", 96))
+
+
+def run(size: tuple[int, int]) -> tuple[Description, dict[str, np.ndarray]]:
+    layers = ("first", "second")
+    found = resolve_network(NetworkOptions("tiny", weights="random", image_size=size, layers=layers, engine="openvino"))
+    engine = found.engine(found.recipes, batch_size=3)
+    assert engine.name == "openvino"
+    return found.description, dict(engine(reference_images(*size, count=3)))
+
+
+def no_keras(*_: object) -> None:
+    raise AssertionError("Keras was asked")
+
+
+@pytest.mark.slow
+def test_one_conversion_serves_every_size_of_the_same_graph(
+    cache: Path, tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    size = (160, 224)
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "other"))
+    expected = run(size)
+    assert expected[1]["second"].shape == (3, 40, 56, 5)
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(cache))
+    run((96, 128))
+    monkeypatch.setattr(keras_runtime, "build_backbone", no_keras)
+    description, values = run(size)
+    assert description == expected[0]
+    for name in ("first", "second"):
+        np.testing.assert_array_equal(values[name], expected[1][name])
+    assert len(list((cache / "openvino").iterdir())) == 1
+    for other in ((161, 224), (160, 96), (64, 128)):  # of another graph, or smaller than what is known
+        with pytest.raises(AssertionError, match="Keras was asked"):
+            run(other)
+
+
+@pytest.mark.slow
+def test_a_conversion_that_is_wrong_at_a_second_size_serves_one_alone(
+    cache: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    second = openvino_engine.second_size
+
+    def wrong(*arguments: Any) -> dict[str, np.ndarray]:
+        arrays = second(*arguments)
+        return {**arrays, "other_output_1": arrays["other_output_1"] * np.float32(1.01)}
+
+    monkeypatch.setattr(openvino_engine, "second_size", wrong)
+    _, expected = run((96, 128))
+    monkeypatch.setattr(openvino_engine, "second_size", second)
+    asked = []
+    converted = keras_runtime.KerasRuntime.converted
+    monkeypatch.setattr(keras_runtime.KerasRuntime, "converted", lambda *given: asked.append(1) or converted(*given))
+    np.testing.assert_array_equal(run((96, 128))[1]["second"], expected["second"])
+    assert asked == []
+    run((160, 192))
+    assert asked == [1]
+
+
+@pytest.mark.slow
+def test_networks_that_pad_by_the_size_are_the_same_every_32_pixels() -> None:
+    from features.networks.backbones import build_backbone
+    from features.networks.weights import architecture_of
+
+    row = BACKBONES["mobilenetv2-0.35"]
+    first, same, other = (architecture_of(build_backbone(row, (size, size))) for size in (128, 192, 150))
+    assert first == same
+    assert first != other

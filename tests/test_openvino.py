@@ -306,7 +306,7 @@ def test_a_whole_file_that_gives_other_numbers_is_made_again(cache: Path, caplog
     assert found is not None
     kept, _ = found
     kept["output_1"] = kept["output_1"] * np.float32(1.001)
-    openvino_engine._write(path, about, kept)
+    openvino_engine._write(about, kept)
     with caplog.at_level(logging.WARNING, logger="features"):
         open_toy(toy)
     assert toy.built == 2

@@ -124,6 +124,11 @@ class Backbone:
         return self.size, self.size
 
     @property
+    def fixed_size(self) -> tuple[int, int] | None:
+        """Height and width in pixels of its images, if it takes no others."""
+        return None
+
+    @property
     def own_weights(self) -> Path | None:
         """The file that contains both network and weights; None if the weights come from a file of their own."""
         return None

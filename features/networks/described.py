@@ -22,11 +22,6 @@ class Described(Backbone):
         raise NotImplementedError
 
     @property
-    def fixed_size(self) -> tuple[int, int] | None:
-        """Height and width in pixels of its images, if it takes no others."""
-        return None
-
-    @property
     def own_prefix(self) -> int | None:
         """Tokens before those of the image, if the kind of network tells; None if it does not."""
         return None
@@ -38,13 +33,13 @@ class Described(Backbone):
 
     def pixel_rule(self, options: NetworkOptions) -> PixelRule:
         """As the options say, and else the description; a network of fixed size takes no other."""
-        default: PixelRule | tuple[int, int]
+        default: PixelRule | int | tuple[int, int]
         found = self._found(options)
         if found is not None:
             described = PixelRule(found.height, found.width, resize=found.resize, fit=found.fit)
             default = PixelRule.of(NetworkOptions(image_size=self.fixed_size), described)
         elif options.preprocess is None:
-            default = self.default_size
+            default = options.image_size or self.default_size  # a network for any size has none of its own
         else:
             default = self.fixed_size or (224, 224)
         rule = PixelRule.of(options, default)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import logging
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -23,9 +25,11 @@ from features.networks.backbones import (
 )
 from features.networks.engines import Engine
 from features.networks.graph import layer_shapes
-from features.networks.weights import WeightsFile, load_weights
+from features.networks.sizes import Size, another, kin, shape_at
+from features.networks.weights import WeightsFile, architecture_of, load_weights, model_digest
 from features.recipe import Recipe
 
+logger = logging.getLogger(__name__)
 MEMO_VERSION = 5
 
 
@@ -34,27 +38,23 @@ class KerasRuntime:
 
     engines = ("keras", "openvino")
 
-    def describe(
-        self, backbone: Backbone, weights: WeightsFile, size: tuple[int, int], layers: Sequence[str]
-    ) -> Description:
-        """Describe a network; a description in the cache is used instead of building the network again."""
-        key = digest_of([MEMO_VERSION, backbone.name, weights.sha256, list(size), importlib.metadata.version("keras")])
-        memo = cache_path("backbones", f"{key}.json")
-        known = kept_description(memo)
+    def __init__(self) -> None:
+        self._built: tuple[Any, Any] | None = None  # what `describe` built, which `converted` needs next
+
+    def describe(self, backbone: Backbone, weights: WeightsFile, size: Size, layers: Sequence[str]) -> Description:
+        """Describe a network; a description in the cache, of this size or two of its kin, saves building it again."""
+        memo = _memo(backbone, weights, size)
+        known = kept_description(memo) or _described_by_kin(_memo(backbone, weights, ["kin", *kin(size)]), size)
         if known is not None:
             return known
         model = build_backbone(backbone, size)
         digest = load_weights(model, backbone, weights)
-        shapes = {name: shape for name, shape in layer_shapes(model).items() if None not in shape}
-        try:
-            boundary: str | None = boundary_of(backbone, model)
-        except ConfigurationError:
-            boundary = None
-        description = Description(digest, shapes, last_layer(model), boundary)
+        description = _description(backbone, model, digest)
         keep_description(memo, description)
+        self._built = (backbone, weights, size), model
         return description
 
-    def load(self, backbone: Backbone, weights: WeightsFile, size: tuple[int, int]) -> Any:
+    def load(self, backbone: Backbone, weights: WeightsFile, size: Size) -> Any:
         """Build the network as a ``keras.Model`` and load its weights."""
         model = build_backbone(backbone, size)
         load_weights(model, backbone, weights)
@@ -65,11 +65,25 @@ class KerasRuntime:
         raise ConfigurationError(f"{backbone.name}: a network of Keras has no graph of an ONNX file")
 
     def converted(self, backbone: Backbone, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
-        """Convert for OpenVINO; the outputs for the reference batch are those of Keras."""
-        from features.networks.openvino_engine import from_keras
+        """Convert for OpenVINO; the outputs are those of Keras, and those at a second size if the network is the same there."""
+        from features.networks.openvino_engine import from_keras, second_size
 
-        rule = recipes[0].pixels
-        return from_keras(self._features(backbone, weights, recipes), _preprocess(recipes), rule.height, rule.width)
+        size = recipes[0].pixels.height, recipes[0].pixels.width
+        (built, model), self._built = self._built or (None, None), None
+        if built != (backbone, weights, size):
+            model = self.load(backbone, weights, size)
+        kept = from_keras(_features(model, recipes), _preprocess(recipes), *size)
+        other = another(size)
+        try:
+            second = _same_at(other, backbone, model, recipes[0].weights)
+            kept |= second_size(_features(second, recipes), _preprocess(recipes), *other)
+        except ConfigurationError as error:
+            logger.debug("the conversion is for one size: %s", error)
+            return kept
+        descriptions = [_description(backbone, each, recipes[0].weights) for each in (model, second)]
+        known = [[[*at], _plain(each)] for at, each in zip((size, other), descriptions, strict=True)]
+        keep_json(_memo(backbone, weights, ["kin", *kin(size)]), known)
+        return kept
 
     def engine(
         self,
@@ -84,31 +98,95 @@ class KerasRuntime:
         """Open the Keras engine."""
         from features.networks.keras_engine import KerasEngine
 
-        model = self._features(backbone, weights, recipes)
+        model = self.load(backbone, weights, (recipes[0].pixels.height, recipes[0].pixels.width))
         return KerasEngine(
-            model, _preprocess(recipes), recipes, batch_size=batch_size, device=device, precision=precision
+            _features(model, recipes),
+            _preprocess(recipes),
+            recipes,
+            batch_size=batch_size,
+            device=device,
+            precision=precision,
         )
 
-    def _features(self, backbone: Backbone, weights: WeightsFile, recipes: Sequence[Recipe]) -> Any:
-        rule = recipes[0].pixels
-        model = self.load(backbone, weights, (rule.height, rule.width))
-        return feature_model(model, [(recipe.layer, recipe.pooling, recipe.prefix_tokens) for recipe in recipes])
+
+def _features(model: Any, recipes: Sequence[Recipe]) -> Any:
+    return feature_model(model, [(recipe.layer, recipe.pooling, recipe.prefix_tokens) for recipe in recipes])
 
 
 def _preprocess(recipes: Sequence[Recipe]) -> Callable[[Any], Any]:
     return preprocess(recipes[0].preprocessing, recipes[0].normalisation)
 
 
-def kept_description(path: Any) -> Description | None:
-    """Read a description that ``keep_description`` wrote; None if there is none that can be used."""
-    values = kept_json(path)
+def _same_at(size: Size, backbone: Backbone, model: Any, digest: str) -> Any:
+    """Build a network at another size, with the same weights; ``ConfigurationError`` if it is another network there, or none."""
+    if backbone.fixed_size is not None:
+        raise ConfigurationError(f"{backbone.name} takes one size")
     try:
-        layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
-        return Description(layers=layers, **values)
+        second = build_backbone(backbone, size)
+        same = architecture_of(second) == architecture_of(model)
+    except Exception as error:  # layers raise errors of any type while they are made
+        raise ConfigurationError(f"{backbone.name} is none at {size[0]}x{size[1]} pixels: {error}") from error
+    if not same:
+        raise ConfigurationError(f"{backbone.name} is another network at {size[0]}x{size[1]} pixels")
+    for mine, its in zip(second.weights, model.weights, strict=True):
+        mine.assign(its)
+    if (
+        backbone.own_weights is not None and model_digest(second) != digest
+    ):  # which holds the shapes of its layers, mostly
+        raise ConfigurationError(f"{backbone.name} has another digest at {size[0]}x{size[1]} pixels")
+    return second
+
+
+# ------------------------------------------------------------------------------------------------ descriptions
+def _memo(backbone: Backbone, weights: WeightsFile, size: Sequence[int | str]) -> Path:
+    key = digest_of([MEMO_VERSION, backbone.name, weights.sha256, list(size), importlib.metadata.version("keras")])
+    return cache_path("backbones", f"{key}.json")
+
+
+def _description(backbone: Backbone, model: Any, digest: str) -> Description:
+    shapes = {name: shape for name, shape in layer_shapes(model).items() if None not in shape}
+    try:
+        boundary: str | None = boundary_of(backbone, model)
+    except ConfigurationError:
+        boundary = None
+    return Description(digest, shapes, last_layer(model), boundary)
+
+
+def _described_by_kin(path: Path, size: Size) -> Description | None:
+    """Describe a network at a size from its descriptions at two others; None if there are none, or they do not tell."""
+    known = kept_json(path)
+    if known is None:
+        return None
+    try:
+        (first, one), (second, other) = [((int(at[0]), int(at[1])), _of_plain(values)) for at, values in known]
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return None
+    shapes = {
+        name: shape_at(size, [(first, shape), (second, other.layers.get(name, ()))])
+        for name, shape in one.layers.items()
+    }
+    found = {name: shape for name, shape in shapes.items() if shape is not None}
+    same = [*one.layers] == [*other.layers] and (one.last, one.boundary) == (other.last, other.boundary)
+    return dataclasses.replace(one, layers=found) if same and len(found) == len(shapes) else None
+
+
+def kept_description(path: Path) -> Description | None:
+    """Read a description that ``keep_description`` wrote; None if there is none that can be used."""
+    try:
+        return _of_plain(kept_json(path))
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
 
 
-def keep_description(path: Any, description: Description) -> None:
+def keep_description(path: Path, description: Description) -> None:
     """Write a description to a file of the cache, its layers in their order."""
-    keep_json(path, {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]})
+    keep_json(path, _plain(description))
+
+
+def _plain(description: Description) -> dict[str, Any]:
+    return {**dataclasses.asdict(description), "layers": [[*item] for item in description.layers.items()]}
+
+
+def _of_plain(values: Any) -> Description:
+    layers = {str(name): tuple(int(length) for length in shape) for name, shape in values.pop("layers")}
+    return Description(layers=layers, **values)

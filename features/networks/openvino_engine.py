@@ -10,9 +10,11 @@ the signature of the file, and repeated on another processor, with another preci
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.metadata
 import importlib.util
 import io
+import itertools
 import json
 import logging
 import queue
@@ -33,7 +35,8 @@ from features.files import enough_room
 from features.machine import processor, processors
 from features.networks.backend import place_of
 from features.networks.reference import reference_images, relative_difference
-from features.recipe import Recipe
+from features.networks.sizes import Size, kin, reaches, shape_at
+from features.recipe import PixelRule, Recipe
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,7 @@ FORMAT = 3
 # effect on accuracy is measured by ``features.extraction.precision``.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
 _HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_OTHER = "other"  # array of a cached file: reference images of a second size
 # Images per inference request. The activations of a few images fit into the processor's cache: with 4 instead of 32,
 # MobileNetV2 was 1.15-1.3 times as fast and used half the memory.
 _REQUEST_IMAGES = 4
@@ -103,25 +107,51 @@ def open_engine(
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
     about = _about(recipes, source, by)
-    path = cache_path("openvino", f"{digest_of(about)}.model")
-    found = _read(path, about)
-    if found is not None:
-        kept, seal = found
-        try:
-            engine = _opened(kept, recipes, batch_size, precision, threads)
-            if not _is_proven(engine, seal):
-                _prove(engine, kept)
-                _note_proof(engine, seal)
-            return engine
-        except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
-            logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
+    asked = _Asked(recipes, batch_size, precision, threads)
+    of_kin = {**about, "size": ["kin", *kin(asked.size)]}
+    for key in (about, of_kin):
+        if (kept := _kept_engine(key, asked)) is not None:
+            return kept
     made = convert()
     for each in dict.fromkeys(("float32", precision)):  # always checked against the strict bound
-        engine = _opened(made, recipes, batch_size, each, threads)
-        _prove(engine, made)
-    if (written := _write(path, about, made)) is not None:
-        _note_proof(engine, written)
+        engine = dataclasses.replace(asked, precision=each).open(made)
+        _check(engine, made, asked)
+    seal = _write(of_kin if _serves_kin(made, asked) else about, made)
+    if seal is not None:
+        _note_proof(engine, seal)
     return engine
+
+
+@dataclasses.dataclass(frozen=True)
+class _Asked:
+    """What an engine is opened for; see ``open_engine``."""
+
+    recipes: Sequence[Recipe]
+    batch_size: int
+    precision: str
+    threads: int | None
+
+    @property
+    def size(self) -> Size:
+        """Height and width of the images in pixels."""
+        return self.recipes[0].pixels.height, self.recipes[0].pixels.width
+
+    def open(self, kept: Mapping[str, np.ndarray]) -> OpenVinoEngine:
+        """Open an engine with a kept network."""
+        return OpenVinoEngine(
+            kept["model"],
+            kept["weights"],
+            self.recipes,
+            batch_size=self.batch_size,
+            precision=self.precision,
+            threads=self.threads,
+            step=int(kept["step"][0]) if "step" in kept else None,
+        )
+
+    def at(self, size: Size) -> _Asked:
+        """The same for images of another height and width."""
+        rule = PixelRule(*size)
+        return dataclasses.replace(self, recipes=[dataclasses.replace(item, pixels=rule) for item in self.recipes])
 
 
 class OpenVinoEngine:
@@ -172,7 +202,8 @@ class OpenVinoEngine:
         self._lock = threading.Lock()
         threads = threads or processors()
         self.images_per_pass = step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
-        self._shape = (batch_size, rule.height, rule.width, 3)
+        self.size = rule.height, rule.width
+        self._shape = (batch_size, *self.size, 3)
         streams = min(threads, -(-batch_size // self.images_per_pass))
         try:
             core = openvino.Core()
@@ -287,8 +318,7 @@ def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width:
     # The outputs are named, because the conversion does not keep their order.
     whole = keras.Model(images, {_output(index): output for index, output in enumerate(listed)})
     batch = reference_images(height, width)
-    with keras.device(place_of("cpu")):
-        expected = whole(keras.ops.convert_to_tensor(batch), training=False)
+    expected = _outputs(model, preprocess, batch)
     with system_folder() as folder:
         path = folder / "model.xml"
         level = logging.getLogger().level
@@ -305,7 +335,32 @@ def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width:
         finally:
             logging.getLogger().setLevel(level)  # a failed conversion raises it, hiding later warnings
     kept = {"model": files[0], "weights": files[1], "batch": batch}
-    return kept | {name: keras.ops.convert_to_numpy(value).astype(np.float32) for name, value in expected.items()}
+    return kept | {_output(index): values for index, values in enumerate(expected)}
+
+
+def second_size(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
+    """Return arrays for a cached file that let its network serve all sizes of the same graph: outputs at one more of them.
+
+    Raises
+    ------
+    ConfigurationError
+        If the model does not take that size.
+    """
+    batch = reference_images(height, width)
+    try:
+        outputs = _outputs(model, preprocess, batch)
+    except Exception as error:  # layers raise errors of any type
+        raise ConfigurationError(f"{model.name} cannot take {height}x{width} pixels: {_reason(error)}") from error
+    return {_OTHER: batch} | {_output(index, _OTHER): values for index, values in enumerate(outputs)}
+
+
+def _outputs(model: Any, preprocess: Callable[[Any], Any], batch: np.ndarray) -> list[np.ndarray]:
+    import keras
+
+    with keras.device(place_of("cpu")):
+        outputs = model(preprocess(keras.ops.convert_to_tensor(batch.astype(np.float32))), training=False)
+    listed = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+    return [keras.ops.convert_to_numpy(values).astype(np.float32) for values in listed]
 
 
 def write_graph(model: Any, path: Path) -> None:
@@ -332,32 +387,71 @@ def write_graph(model: Any, path: Path) -> None:
     openvino.serialize(openvino.convert_model(traced.get_concrete_function()), path)
 
 
-def _opened(
-    kept: Mapping[str, np.ndarray], recipes: Sequence[Recipe], batch_size: int, precision: str, threads: int | None
-) -> OpenVinoEngine:
-    return OpenVinoEngine(
-        kept["model"],
-        kept["weights"],
-        recipes,
-        batch_size=batch_size,
-        precision=precision,
-        threads=threads,
-        step=int(kept["step"][0]) if "step" in kept else None,
-    )
+def _references(kept: Mapping[str, np.ndarray]) -> dict[Size, tuple[np.ndarray, list[np.ndarray]]]:
+    """Return the reference images of a cached file and the original's outputs for them, by height and width."""
+    found = {}
+    for name in ("batch", _OTHER):
+        if name in kept:
+            keys = itertools.takewhile(kept.__contains__, (_output(index, name) for index in itertools.count()))
+            found[kept[name].shape[1:3]] = kept[name], [kept[key] for key in keys]
+    return found
 
 
-def _prove(engine: OpenVinoEngine, kept: Mapping[str, np.ndarray]) -> None:
-    """Check that an engine reproduces the original's outputs for the reference batch; else OpenVinoError."""
-    batch, step, allowed = kept["batch"], engine.batch_size, TOLERANCES[engine.precision]
-    parts = [engine(batch[start : start + step]) for start in range(0, len(batch), step)]
-    for index, name in enumerate(engine.names):
-        found = relative_difference(np.concatenate([part[name] for part in parts]), kept[_output(index)])
+def _prove(engine: OpenVinoEngine, batch: np.ndarray, expected: Sequence[np.ndarray]) -> None:
+    """Check that an engine reproduces the original's outputs for a reference batch; else OpenVinoError."""
+    allowed = TOLERANCES[engine.precision]
+    for (name, values), original in zip(_all_of(engine, batch).items(), expected, strict=True):
+        found = relative_difference(values, original)
         if not found <= allowed:
             raise OpenVinoError(
                 f"{name}: OpenVINO {engine.precision} differs from the original by {found:.2g} (relative L2), at most "
                 f"{allowed:g} is allowed"
             )
+
+
+def _all_of(engine: OpenVinoEngine, batch: np.ndarray) -> dict[str, np.ndarray]:
+    parts = [engine(batch[start : start + engine.batch_size]) for start in range(0, len(batch), engine.batch_size)]
     engine.images_inferred = 0
+    return {name: np.concatenate([part[name] for part in parts]) for name in engine.names}
+
+
+def _check(engine: OpenVinoEngine, kept: Mapping[str, np.ndarray], asked: _Asked) -> None:
+    """Check an engine with a kept network; else OpenVinoError.
+
+    At a size for which the original's outputs are kept, it reproduces them. At another one, it reproduces them at the size
+    of the conversion; and here its outputs have the shapes that follow from those at two sizes, and are the same if every
+    image is computed alone.
+    """
+    references = _references(kept)
+    if asked.size in references:
+        _prove(engine, *references[asked.size])
+        return
+    first = next(iter(references))
+    _prove(asked.at(first).open(kept), *references[first])
+    batch = reference_images(*asked.size)
+    alone = _all_of(dataclasses.replace(asked, batch_size=1).open(kept), batch)
+    for index, (name, values) in enumerate(_all_of(engine, batch).items()):
+        shapes = [(size, outputs[index].shape[1:]) for size, (_, outputs) in references.items()]
+        if values.shape[1:] != shape_at(asked.size, shapes):
+            raise OpenVinoError(f"{name}: OpenVINO gives {values.shape[1:]} at {asked.size[0]}x{asked.size[1]} pixels")
+        if not relative_difference(alone[name], values) <= TOLERANCES[asked.precision]:
+            raise OpenVinoError(
+                f"{name}: the numbers that OpenVINO gives depend on how many images it computes at a time"
+            )
+
+
+def _serves_kin(made: Mapping[str, np.ndarray], asked: _Asked) -> bool:
+    """Whether a conversion is right at a second size, too."""
+    if _OTHER not in made:
+        return False
+    size = made[_OTHER].shape[1:3]
+    try:
+        engine = dataclasses.replace(asked.at(size), precision="float32").open(made)
+        _prove(engine, *_references(made)[size])
+    except (OpenVinoError, ConfigurationError) as error:
+        logger.debug("the conversion serves one size alone: %s", error)
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------- cached files
@@ -379,6 +473,27 @@ def _about(recipes: Sequence[Recipe], source: str, by: str) -> dict[str, Any]:
     }
 
 
+def _kept_engine(about: Mapping[str, Any], asked: _Asked) -> OpenVinoEngine | None:
+    """Open an engine with a cached file, and check it unless that was done before; None if there is none that can be used."""
+    path = _path(about)
+    found = _read(path, about)
+    if found is None:
+        return None
+    kept, seal = found
+    references = _references(kept)
+    if asked.size not in references and not reaches(asked.size, [*references]):
+        return None
+    try:
+        engine = asked.open(kept)
+        if not _is_proven(engine, seal):
+            _check(engine, kept, asked)
+            _note_proof(engine, seal)
+        return engine
+    except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
+        logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
+        return None
+
+
 def _is_proven(engine: OpenVinoEngine, seal: str) -> bool:
     """Whether this very file has been checked on this processor, in this precision and with as many images per pass."""
     path = _proof(engine, seal)
@@ -393,7 +508,8 @@ def _note_proof(engine: OpenVinoEngine, seal: str) -> None:
 def _proof(engine: OpenVinoEngine, seal: str) -> Path | None:
     if (machine := processor()) is None:  # another one might be taken for it
         return None
-    return cache_path("proofs", f"{digest_of([seal, engine.precision, engine.images_per_pass, machine])}.json")
+    shape = [engine.images_per_pass, *engine.size]
+    return cache_path("proofs", f"{digest_of([seal, engine.precision, shape, machine])}.json")
 
 
 def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], str] | None:
@@ -412,8 +528,13 @@ def _read(path: Path, about: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], 
         return None
 
 
-def _write(path: Path, about: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> str | None:
+def _path(about: Mapping[str, Any]) -> Path:
+    return cache_path("openvino", f"{digest_of(about)}.model")
+
+
+def _write(about: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> str | None:
     """Write a cached file and return its signature; None, with a warning, if that fails."""
+    path = _path(about)
     arrays = {"about": np.frombuffer(canonical_json(about).encode("ascii"), np.uint8), **kept}
     archive = io.BytesIO()
     np.savez(archive, **arrays)  # type: ignore[arg-type]
@@ -436,8 +557,8 @@ def _openvino() -> Any:
     return openvino
 
 
-def _output(index: int) -> str:
-    return f"output_{index}"
+def _output(index: int, batch: str = "batch") -> str:
+    return f"output_{index}" if batch == "batch" else f"{batch}_output_{index}"
 
 
 def _reason(error: BaseException) -> str:

@@ -179,18 +179,27 @@ def model_digest(model: Any) -> str:
     """Compute the sha256 over a model's tensors and architecture, 64 hexadecimal digits.
 
     It identifies a model file, whose tensors alone do not determine what is computed. The digest does not depend on
-    which layers are trainable, nor on the image size.
+    which layers are trainable. It depends on the image size where the file takes any, and says between which layers tensors go.
     """
-    return digest_of([tensor_digest(model), _architecture(json.loads(model.to_json())["config"])])
+    return digest_of([tensor_digest(model), _architecture(model)])
 
 
-def _architecture(config: Any) -> Any:
-    if isinstance(config, list):
-        return [_architecture(item) for item in config]
-    if isinstance(config, dict):
-        left_out = ("trainable", "build_config", "batch_shape", "input_shape")
-        return {key: _architecture(value) for key, value in config.items() if key not in left_out}
-    return config
+def architecture_of(model: Any) -> Any:
+    """Return a model's configuration as JSON values, without what depends on the image size and without what is trainable."""
+    return {**_architecture(model, "shape"), "name": ""}  # some builders write the size into it
+
+
+def _architecture(model: Any, *more: str) -> Any:
+    left_out = ("trainable", "build_config", "batch_shape", "input_shape", *more)
+
+    def without(config: Any) -> Any:
+        if isinstance(config, list):
+            return [without(item) for item in config]
+        if isinstance(config, dict):
+            return {key: without(value) for key, value in config.items() if key not in left_out}
+        return config
+
+    return without(json.loads(model.to_json())["config"])
 
 
 def known_digest(backbone: Backbone, file: WeightsFile) -> str | None:
