@@ -144,12 +144,13 @@ OWN = {
     "prefix_tokens": 5,
 }
 PREPROCESSOR, CONFIG, OPEN_CLIP = "preprocessor_config.json", "config.json", "open_clip_config.json"
+PROCESSOR = "processor_config.json"
+NAMES = {"preprocessor": PREPROCESSOR, "processor": PROCESSOR, "config": CONFIG, "open_clip": OPEN_CLIP}
 
 
 def folder_of(tmp_path: Path, **files: Any) -> Path:
-    names = {"preprocessor": PREPROCESSOR, "config": CONFIG, "open_clip": OPEN_CLIP}
     for name, values in files.items():
-        (tmp_path / names[name]).write_text(json.dumps(values))
+        (tmp_path / NAMES[name]).write_text(json.dumps(values))
     return tmp_path
 
 
@@ -192,6 +193,26 @@ MOBILECLIP = {
     "size": {"shortest_edge": 256},
 }
 NONE, ONE = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+DEIT = {
+    **VIT,
+    "feature_extractor_type": "DeiTFeatureExtractor",
+    "crop_size": 224,
+    "do_center_crop": True,
+    "resample": 3,
+    "size": 256,
+}
+SIGLIP2 = {**SIGLIP, "do_convert_rgb": None, "image_processor_type": "SiglipImageProcessorFast", "resample": 2}
+TIMM_EVA = {
+    "architecture": "eva02_small_patch14_224",
+    "num_classes": 0,
+    "num_features": 384,
+    "global_pool": "avg",
+    "pretrained_cfg": {
+        "tag": "mim_in22k", "custom_load": False, "input_size": [3, 224, 224], "fixed_input_size": True,
+        "interpolation": "bicubic", "crop_pct": 0.9, "crop_mode": "center", "mean": [0.48145466, 0.4578275, 0.40821073],
+        "std": [0.26862954, 0.26130258, 0.27577711], "num_classes": 0, "license": "mit", "first_conv": "patch_embed.proj",
+    },
+}  # fmt: skip
 
 PUBLISHED = {
     "facebook/dinov3-vits16-pretrain-lvd1689m": (
@@ -208,6 +229,151 @@ PUBLISHED = {
             "config": {"model_type": "clip", "vision_config": {"patch_size": 32, "image_size": 224}},
         },
         expected("crop:224", "bicubic", CLIP_MEAN, CLIP_STD, prefix_tokens=1, patch=32),
+    ),
+    "microsoft/beit-base-patch16-224": (
+        {
+            "preprocessor": {
+                **VIT,
+                "feature_extractor_type": "BeitFeatureExtractor",
+                "crop_size": 224,
+                "do_center_crop": False,
+                "resample": 2,
+            },
+            "config": {"model_type": "beit", "patch_size": 16, "image_size": 224},
+        },
+        expected("stretch", "antialias", HALF, HALF, prefix_tokens=1, patch=16),
+    ),
+    "microsoft/swin-tiny-patch4-window7-224": (
+        {
+            "preprocessor": {**CONVNEXT, "crop_pct": None, "feature_extractor_type": "ViTFeatureExtractor"},
+            "config": {"model_type": "swin", "patch_size": 4, "window_size": 7, "image_size": 224},
+        },
+        expected("stretch", "bicubic", MEAN, STD),
+    ),
+    "apple/mobilevit-small": (
+        {
+            "preprocessor": {
+                "crop_size": {"height": 256, "width": 256},
+                "do_center_crop": True,
+                "do_flip_channel_order": True,
+                "do_rescale": True,
+                "do_resize": True,
+                "image_processor_type": "MobileViTImageProcessor",
+                "resample": 2,
+                "rescale_factor": FACTOR,
+                "size": {"shortest_edge": 288},
+            },
+            "config": {"model_type": "mobilevit", "patch_size": 2, "image_size": 256},
+        },
+        expected("crop:288", "antialias", NONE, ONE, height=256, width=256, channels="bgr"),
+    ),
+    "google/mobilenet_v2_1.0_224": (
+        {
+            "preprocessor": {
+                "crop_size": {"height": 224, "width": 224},
+                "do_center_crop": True,
+                "do_normalize": True,
+                "do_rescale": True,
+                "do_resize": True,
+                "image_mean": [0.5, 0.5, 0.5],
+                "image_processor_type": "MobileNetV2ImageProcessor",
+                "image_std": [0.5, 0.5, 0.5],
+                "resample": 2,
+                "rescale_factor": FACTOR,
+                "size": {"shortest_edge": 256},
+            },
+            "config": {"model_type": "mobilenet_v2", "image_size": 224},
+        },
+        expected("crop:256", "antialias", HALF, HALF),
+    ),
+    "facebook/regnet-y-040": (
+        {"preprocessor": CONVNEXT, "config": {"model_type": "regnet", "num_channels": 3}},
+        expected("crop:256", "bicubic", MEAN, STD),
+    ),
+    "facebook/vit-mae-base": (
+        {
+            "preprocessor": {
+                **CONVNEXT,
+                "crop_pct": None,
+                "feature_extractor_type": "ViTFeatureExtractor",
+                "resample": 2,
+            },
+            "config": {"model_type": "vit_mae", "patch_size": 16, "image_size": 224},
+        },
+        expected("stretch", "antialias", MEAN, STD),
+    ),
+    "google/siglip2-base-patch16-224": (
+        {"preprocessor": SIGLIP2, "config": {"model_type": "siglip", "vision_config": {"patch_size": 16}}},
+        expected("stretch", "antialias", HALF, HALF, prefix_tokens=0, patch=16),
+    ),
+    "openai/clip-vit-base-patch32, of transformers 5": (
+        {
+            "processor": {
+                "image_processor": {**CLIP, "image_processor_type": "CLIPImageProcessorFast"},
+                "processor_class": "CLIPProcessor",
+            },
+            "config": {"model_type": "clip", "vision_config": {"patch_size": 32}},
+        },
+        expected("crop:224", "bicubic", CLIP_MEAN, CLIP_STD, prefix_tokens=1, patch=32),
+    ),
+    "timm/eva02_small_patch14_224.mim_in22k": (
+        {"config": TIMM_EVA},
+        expected("crop:248", "bicubic", CLIP_MEAN, CLIP_STD, patch=14, license="mit"),
+    ),
+    "timm/mobilenetv3_small_100.lamb_in1k, by transformers": (
+        {
+            "preprocessor": {
+                "image_processor_type": "TimmWrapperImageProcessor",
+                "pretrained_cfg": TIMM_MOBILENET["pretrained_cfg"],
+            },
+            "config": {**TIMM_MOBILENET, "model_type": "timm_wrapper"},
+        },
+        expected("crop:256", "bicubic", MEAN, STD),
+    ),
+    "timm/ViT-B-16-SigLIP": (
+        {
+            "open_clip": {
+                "model_cfg": {
+                    "embed_dim": 768,
+                    "init_logit_bias": -10,
+                    "custom_text": True,
+                    "vision_cfg": {
+                        "image_size": 224,
+                        "timm_model_name": "vit_base_patch16_siglip_224",
+                        "timm_model_pretrained": False,
+                        "timm_pool": "map",
+                        "timm_proj": "none",
+                    },
+                },
+                "preprocess_cfg": {
+                    "mean": [0.5, 0.5, 0.5],
+                    "std": [0.5, 0.5, 0.5],
+                    "interpolation": "bicubic",
+                    "resize_mode": "squash",
+                },
+            },
+        },
+        expected("stretch", "bicubic", HALF, HALF, prefix_tokens=0, patch=16),
+    ),
+    "apple/MobileCLIP-S1-OpenCLIP": (
+        {
+            "open_clip": {
+                "model_cfg": {
+                    "embed_dim": 512,
+                    "vision_cfg": {
+                        "timm_model_name": "fastvit_mci1",
+                        "timm_model_pretrained": False,
+                        "timm_pool": "avg",
+                        "timm_proj": None,
+                        "timm_drop": 0.0,
+                        "timm_drop_path": 0.0,
+                        "image_size": 256,
+                    },
+                },
+                "preprocess_cfg": {"mean": [0, 0, 0], "std": [1, 1, 1], "interpolation": "bilinear"},
+            },
+        },
+        expected("crop:256", "antialias", NONE, ONE, height=256, width=256),
     ),
     "facebook/dinov2-small": (
         {"preprocessor": DINOV2, "config": DINOV2_MODEL},
@@ -262,9 +428,41 @@ def test_what_is_published_is_read_value_by_value(name: str, tmp_path: Path) -> 
     files, values = PUBLISHED[name]
     found = find_image_input(folder_of(tmp_path, **files))
     assert said(found, values) == {**values, "scale": pytest.approx(1 / 255, rel=1e-12)}
-    assert found.source == tmp_path / (
-        PREPROCESSOR if "preprocessor" in files else CONFIG if "config" in files else OPEN_CLIP
-    )
+    order = ["preprocessor", "processor", "config", "open_clip"]["by transformers" in name and 2 :]
+    assert found.source == tmp_path / NAMES[next(kind for kind in order if kind in files)]
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (
+            {"preprocessor": DEIT, "config": {"model_type": "deit", "patch_size": 16}},
+            r"'crop_size' is 224, expected the size \(256, 256\): an image that was stretched is not cropped here\. Say it in a "
+            r'file of your own with --preprocess FILE\.json\. Nearest is "fit": "crop:256", which keeps the proportions of the image\.$',
+        ),
+        (
+            {
+                "preprocessor": {
+                    **VIT, "crop_size": {"height": 289, "width": 289}, "do_center_crop": False, "include_top": True, "resample": 0,
+                    "image_processor_type": "EfficientNetImageProcessor", "rescale_offset": False,
+                },
+            },
+            r"'include_top' is True, which may change pixels and is not done here\. .*--preprocess FILE\.json",
+        ),
+        (
+            {"preprocessor": {**SIGLIP, "image_processor_type": "Siglip2ImageProcessor", "max_num_patches": 256, "patch_size": 16}},
+            "'Siglip2ImageProcessor', which is not known here",
+        ),
+        ({"processor": {"processor_class": "CLIPProcessor"}}, "nothing says how images are prepared"),
+        ({"preprocessor": {"image_processor_type": "TimmWrapperImageProcessor"}}, "nothing says how images are prepared"),
+    ],
+)  # fmt: skip
+def test_what_is_published_and_not_done_is_refused_with_the_way(
+    files: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigurationError, match=message) as caught:
+        find_image_input(folder_of(tmp_path, **files))
+    assert len(str(caught.value)) <= 1000
 
 
 @pytest.mark.parametrize(
@@ -400,7 +598,7 @@ def test_open_clip_says_how_it_resizes(change: dict[str, Any], fit: str, resize:
         ({"do_resize": 1}, "'do_resize' is 1, expected true or false"),
         ({"do_center_crop": False}, "by its shortest edge alone, images differ in size"),
         ({"size": {"shortest_edge": 200}}, "shortest edge has 200 pixels are cropped to 224x224"),
-        ({"size": {"height": 256, "width": 256}}, "a stretched image is not cropped here"),
+        ({"size": {"height": 256, "width": 256}}, "an image that was stretched is not cropped here"),
         ({"size": {"longest_edge": 256}}, "expected a number"),
         ({"size": {"shortest_edge": 224, "longest_edge": 224}}, "expected a number"),
         ({"size": {"shortest_edge": 5000}}, "1 to 4096 pixels"),
@@ -431,7 +629,10 @@ def test_what_is_not_done_or_not_right_is_refused_by_its_key(
     ("change", "message"),
     [
         ({"crop_mode": "border"}, "'crop_mode' is 'border', expected one of center, squash"),
-        ({"crop_mode": "squash", "crop_pct": 0.9}, "'crop_pct' is 0.9, expected 1 where crop_mode is squash"),
+        (
+            {"crop_mode": "squash", "crop_pct": 0.9},
+            r"'crop_pct' is 0.9, expected 1 where crop_mode is squash.*crop:575",
+        ),
         ({"interpolation": "nearest"}, "'interpolation' is 'nearest'"),
         ({"input_size": [1, 28, 28]}, r"'input_size' is \[1, 28, 28\], expected \[3, height, width\]"),
         ({"input_size": [3, 224, 192]}, "a square where crop_mode is center"),

@@ -409,8 +409,11 @@ def test_a_missing_licence_is_said(hub: Hub, caplog: pytest.LogCaptureFixture) -
             r"the hub has no such revision \('main'\). Look for its branches, tags and commits at",
         ),
         ((404, ""), r"the hub has no such repository or revision \('main'\)"),
-        ((500, ""), "is not whole in the cache, and cannot be fetched"),
-        ((429, ""), "HTTP status 429"),
+        (
+            (503, ""),
+            r"is not whole in the cache, and cannot be fetched\. .* The hub is busy: try again later, or with HF_TOKEN; or",
+        ),
+        ((429, ""), "HTTP status 429.*The hub is busy"),
     ],
 )
 def test_what_the_hub_refuses_is_explained(hub: Hub, status: tuple[int, str], message: str) -> None:

@@ -258,6 +258,13 @@ def test_a_preset_on_a_hub_keeps_its_pinned_name(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.slow
+def test_a_keras_file_on_a_hub_keeps_its_pinned_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    keras_file(tmp_path / "vit.keras", config_of("ViTBackbone", **VIT))
+    monkeypatch.setattr(finding, "hub_folder", lambda name: HubFolder(tmp_path, f"{name}@{'a' * 40}", "a" * 40, "mit"))
+    found = find_backbone("hf:owner/name")
+    assert (type(found), found.place) == (ModelFile, f"hf:owner/name@{'a' * 40}")
+
+
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keras printed the whole configuration."""
     monkeypatch.setitem(sys.modules, "keras_hub", None)

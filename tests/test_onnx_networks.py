@@ -501,6 +501,8 @@ def test_files_that_are_none(how: str, tmp_path: Path) -> None:
     assert "does not exist" in refusal(str(tmp_path / "none.onnx"))
     (tmp_path / "page.onnx").write_text("<html>404</html>")
     assert "not an ONNX file, or only a part of one" in refusal(str(tmp_path / "page.onnx"))
+    (tmp_path / "pointer.onnx").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    assert "(a pointer of Git LFS: fetch it by git lfs pull)" in refusal(str(tmp_path / "pointer.onnx"))
     path = network(tmp_path / "net.onnx")
     whole = path.read_bytes()
     (tmp_path / "cut.onnx").write_bytes(whole[: len(whole) // 2])

@@ -1,6 +1,6 @@
 """How images are prepared for a network, read from the files beside it and never guessed.
 
-    preprocessor_config.json | config.json of timm | open_clip_config.json --find_image_input()--> ImageInput
+    preprocessor_config.json or processor_config.json | config.json of timm | open_clip_config.json --find_image_input()--> ImageInput
     --preprocess FILE.json --read_preprocess()--> ImageInput
 
 What a file leaves out has the default of the library that it was written for: transformers 4, timm 1
@@ -21,6 +21,7 @@ from features.errors import ConfigurationError, brief, nearest
 from features.networks.imageinput import (
     CLIP,
     IMAGENET,
+    WAY,
     Fields,
     ImageInput,
     crop_rule,
@@ -102,7 +103,8 @@ def read_preprocess(path: Path) -> ImageInput:
 
 
 def missing_description(
-    place: Path, looked_for: str = "preprocessor_config.json, timm's config.json and open_clip_config.json"
+    place: Path,
+    looked_for: str = "preprocessor_config.json, processor_config.json, timm's config.json and open_clip_config.json",
 ) -> str:
     """Return the message for a network without a description: what was looked for, and what to write."""
     return (
@@ -155,7 +157,12 @@ def _read_timm(folder: Path) -> ImageInput | None:
     share = values.number("crop_pct", least=0.0)
     mode = values.choice("crop_mode", ("center", "squash"), "center")
     if mode == "squash" and share != 1:
-        raise values.error("crop_pct", "1 where crop_mode is squash: a stretched image is not cropped here")
+        edge = math.floor(size[0] / share)
+        raise values.error(
+            "crop_pct",
+            "1 where crop_mode is squash: an image that was stretched is not cropped here",
+            f'{WAY} Nearest is "fit": "crop:{edge}", which keeps the proportions of the image.',
+        )
     if mode == "center" and size[0] != size[1]:
         raise values.error("input_size", "a square where crop_mode is center")
     architecture = str(whole.get("architecture", ""))

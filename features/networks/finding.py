@@ -94,7 +94,8 @@ def _on_hub(name: str) -> Backbone | None:
         raise ConfigurationError(
             f"backbone: {name} holds neither an ONNX file nor a preset of KerasHub nor one {MODEL_SUFFIX} file"
         )
-    return find_model_file(str(files[0]))
+    file = find_model_file(str(files[0]))
+    return None if file is None else dataclasses.replace(file, given=folder.name)
 
 
 # Functions asked in this order for a network of a given name; each returns None if it knows none. To add a kind of

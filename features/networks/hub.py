@@ -45,7 +45,7 @@ FORMAT = 1
 # ONNX files of one image network, the most fitting first: a vision_model.onnx is the image half of a network of images
 # and texts, whose model.onnx takes both.
 ONNX_NAMES = ("onnx/vision_model.onnx", "vision_model.onnx", "onnx/model.onnx", "model.onnx")
-_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "open_clip_config.json")
+_DESCRIPTIONS = ("config.json", "preprocessor_config.json", "processor_config.json", "open_clip_config.json")
 _PRESET = re.compile(
     r"(config|metadata|task|preprocessor|image_converter|tokenizer|model\.weights)\.json|model(_\d{1,5})?\.weights\.h5|assets/.+"
 )
@@ -313,6 +313,8 @@ def _explained(repository: str, revision: str, server: Server) -> Iterator[None]
                 f"{name}: it does not exist, or it is not for everyone. {way}. Tried: {error}"
             ) from error
         network = "Unset it for once" if server.offline else "Is there a network? HF_ENDPOINT names a mirror"
+        if error.status == 429 or error.status >= 500:
+            network = "The hub is busy: try again later" + (", or with HF_TOKEN" if not server.token else "")
         way = f"{network}; or download the repository on another machine and give its folder: --backbone FOLDER"
         raise WeightsNotFoundError(
             f"{name} is not whole in the cache, and cannot be fetched. Tried: {error}. {way}."

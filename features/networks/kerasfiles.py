@@ -37,9 +37,12 @@ class ModelFile(Described):
     ----------
     path : Path
         The file.
+    given : str or None
+        A pinned name on a hub; None for the path.
     """
 
     path: Path
+    given: str | None = None
 
     @functools.cached_property
     def about(self) -> ModelConfig:
@@ -63,6 +66,10 @@ class ModelFile(Described):
     @property
     def fixed_size(self) -> tuple[int, int] | None:
         return self.about.size
+
+    @property
+    def place(self) -> str | None:
+        return self.given or super().place
 
     @property
     def own_prefix(self) -> int | None:

@@ -182,7 +182,7 @@ def sized_model(path: Path, model: Any, size: tuple[int, int]) -> Any:
         )
     if None not in fixed:
         sized = _with_own_positions(model)
-        if _is_of_hub(sized):
+        if is_of_hub(sized):
             _use_stable_names(sized)
         _check_outputs(path, sized)
     else:
@@ -204,7 +204,7 @@ def _with_own_positions(model: Any) -> Any:
     DINOv2 trains the interpolated ones. Only if the others have the same shape, they can be saved as they are, see
     ``keep_positions``.
     """
-    settings = model.get_config() if _is_of_hub(model) else {}
+    settings = model.get_config() if is_of_hub(model) else {}
     shape = settings.get("image_shape")
     if tuple(settings.get("position_embedding_shape") or ())[:2] in ((), tuple(shape or ())[:2]):
         return model
@@ -234,7 +234,7 @@ def untrained_copy(model: Any, size: tuple[int, int] | None = None) -> Any:
     """
     import keras
 
-    settings = model.get_config() if _is_of_hub(model) else {}
+    settings = model.get_config() if is_of_hub(model) else {}
     if settings and (size is None or "image_shape" in settings):
         copy = type(model).from_config(settings if size is None else {**settings, "image_shape": (*size, 3)})
     else:
@@ -246,7 +246,8 @@ def untrained_copy(model: Any, size: tuple[int, int] | None = None) -> Any:
     return copy
 
 
-def _is_of_hub(model: Any) -> bool:
+def is_of_hub(model: Any) -> bool:
+    """Whether a network is of a class of KerasHub, which can be saved although not each of its layers can."""
     return type(model).__module__.partition(".")[0] == PACKAGE
 
 

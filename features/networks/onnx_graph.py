@@ -122,7 +122,10 @@ def read_model(path: Path, *, weights: bool = True) -> Any:
     except OSError as error:
         raise WeightsError(f"{path}: cannot be read: {error.strerror or error}") from error
     except Exception as error:  # protobuf's class is not one of Python's
-        raise WeightsError(f"{path}: not an ONNX file, or only a part of one. Download or export it again") from error
+        pointer = " (a pointer of Git LFS: fetch it by git lfs pull)" if is_pointer(path) else ""
+        raise WeightsError(
+            f"{path}: not an ONNX file, or only a part of one{pointer}. Download or export it again"
+        ) from error
     if not model.graph.node or not model.opset_import:
         raise WeightsError(f"{path}: not an ONNX model: it contains no graph. Download or export it again")
     if _depth(model.graph) > _DEEPEST:
@@ -153,6 +156,12 @@ def read_model(path: Path, *, weights: bool = True) -> Any:
                 f"{path}: has sparse weights in another file, which are not read. Export it with them inside"
             )
     return model
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether a file only says where Git LFS has its content."""
+    with open(path, "rb") as file:
+        return file.read(40).startswith(b"version https://git-lfs")
 
 
 def outline_of(path: Path, model: Any) -> Outline:

@@ -1,6 +1,6 @@
 """Read the ``preprocessor_config.json`` of transformers, with the ``config.json`` of the network beside it.
 
-What the files leave out has the default of the class of transformers 4 that they name; so every class is known by name
+Networks of images and texts may have the same in ``processor_config.json``, under the key ``image_processor``. What the files leave out has the default of the class of transformers 4 that they name; so every class is known by name
 here, or refused. A key that may change pixels and is not done here is refused too.
 """
 
@@ -27,6 +27,7 @@ from features.recipe import LARGEST_SIDE, MOST_PREFIX
 
 _PILLOW_FILTERS = {2: "antialias", 3: "bicubic"}  # numbers of PIL.Image.Resampling
 _REFUSED_FILTERS = {0: "nearest", 1: "lanczos", 4: "box", 5: "hamming"}
+_OF_TIMM = "TimmWrapperImageProcessor"
 _AUDIO, _VIDEO, _TEXT = "audio", "video", "text"
 _OTHER_MODALITIES = {
     "sampling_rate": _AUDIO,
@@ -117,9 +118,14 @@ _REGISTERS_MUST_BE_SAID = ("dinov2_with_registers", "dinov3_vit")
 
 def read_transformers(folder: Path) -> ImageInput | None:
     path = folder / "preprocessor_config.json"
-    if not path.exists():
+    if path.exists():
+        values = Fields(path, read_json(path))
+    elif (path := folder / "processor_config.json").exists() and "image_processor" in (whole := read_json(path)):
+        values = Fields(path, whole).inner("image_processor")
+    else:
         return None
-    values = Fields(path, read_json(path))
+    if values.get("image_processor_type", None) == _OF_TIMM:
+        return None  # the config.json beside it says it
     _check_modality(values)
     model = Fields(folder / "config.json", read_json(folder / "config.json") if _has_config(folder) else {})
     kind, processor = _processor(values, str(model.get("model_type", "")))
@@ -241,7 +247,12 @@ def _geometry(values: Fields, kind: str, processor: _Processor) -> tuple[int, in
         if edge is not None:
             return *crop, crop_rule(values, edge, crop)
         if box != crop:
-            raise values.error("crop_size", f"the size {box}: a stretched image is not cropped here")
+            edge = max(*(box or crop), *crop)
+            raise values.error(
+                "crop_size",
+                f"the size {box}: an image that was stretched is not cropped here",
+                f'{WAY} Nearest is "fit": "crop:{edge}", which keeps the proportions of the image.',
+            )
         return *crop, "stretch"
     if box is None:
         raise values.error("size", "height and width, or a crop: by its shortest edge alone, images differ in size")

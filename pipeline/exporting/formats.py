@@ -194,7 +194,7 @@ def _write_openvino(model: Any, path: Path) -> None:
 
 
 def _write_onnx(model: Any, path: Path) -> None:
-    """Write ONNX. tf2onnx may write operations that ONNX does not have (for ConvNeXt's GELU); the checker raises an error."""
+    """Write ONNX. tf2onnx may write operations that ONNX does not have; the checker raises an error."""
     import onnx
 
     converted = to_onnx(model, OUTPUT)
@@ -233,6 +233,8 @@ def to_onnx(model: Any, output: str, opset: int | None = None) -> Any:
     import tf2onnx
     from tf2onnx import tf_loader
 
+    # it would name each Erfc, which is replaced below; what else it cannot convert is found by the checker
+    logging.getLogger("tf2onnx.tfonnx").setLevel(logging.CRITICAL)
     function = tf.function(lambda images: model(images, training=False))
     traced = function.get_concrete_function(tf.TensorSpec((None, None, None, 3), tf.uint8, name=INPUT))
     inputs, outputs = [traced.inputs[0].name], [traced.outputs[0].name]
@@ -245,7 +247,26 @@ def to_onnx(model: Any, output: str, opset: int | None = None) -> Any:
     for node in converted.graph.node:
         for tensors in (node.input, node.output):
             tensors[:] = [names.get(name, name) for name in tensors]
+    _replace_erfc(converted.graph)
     return converted
+
+
+def _replace_erfc(graph: Any) -> None:
+    """Write TensorFlow's ``Erfc``, which ONNX does not have, as 1 - ``Erf``; Keras computes the exact GELU by it."""
+    import onnx
+
+    one, nodes = onnx.numpy_helper.from_array(np.float32(1), "one of erfc"), []
+    for node in graph.node:
+        if node.op_type != "Erfc":
+            nodes.append(node)
+            continue
+        erf = f"{node.output[0]}/erf"
+        nodes.append(onnx.helper.make_node("Erf", node.input, [erf], name=erf))
+        nodes.append(onnx.helper.make_node("Sub", [one.name, erf], node.output, name=node.name))
+    if len(nodes) > len(graph.node):
+        graph.initializer.append(one)
+        del graph.node[:]
+        graph.node.extend(nodes)
 
 
 # -------------------------------------------------------------------------------------------------- runtimes

@@ -8,8 +8,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from features.networks.backbones import feature_model, pooling_layer, preprocess
+from features.networks.backbones import feature_model, last_layer, pooling_layer, preprocess
 from features.networks.backend import load_keras
+from features.networks.graph import with_true_shapes
+from features.networks.modelfile import is_of_hub
 from features.networks.network import Network
 from features.networks.reference import relative_difference
 from features.pixels.resizing import resize_image
@@ -109,7 +111,11 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
 
 
 def _features(network: Network, recipe: Recipe) -> Any:
-    model = feature_model(network.load(), [(recipe.layer, recipe.pooling, recipe.prefix_tokens)])
+    model, layer = network.load(), recipe.layer
+    if is_of_hub(model) and layer == last_layer(model):
+        images = load_keras().Input(model.inputs[0].shape[1:])
+        model, layer = with_true_shapes(load_keras().Model(images, model(images))), model.name
+    model = feature_model(model, [(layer, recipe.pooling, recipe.prefix_tokens)])
     model.name = "backbone"
     return model
 

@@ -78,8 +78,10 @@ def _places(run: Run, given: str | None) -> tuple[str, str]:
         if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != run.folder:
             return given, IMAGENET  # a model file has its own weights
         return str(file if file.is_file() else _moved(run, file)), weights
-    if given is not None and backbone.startswith(PREFIX):
-        return f"{PREFIX}{given.removeprefix(PREFIX)}", IMAGENET  # so does a preset
+    if backbone.startswith(PREFIX):  # so does a preset
+        file = Path(backbone.removeprefix(PREFIX))
+        place = given or (file if file.exists() else _moved(run, file))
+        return f"{PREFIX}{str(place).removeprefix(PREFIX)}", IMAGENET
     if file.is_absolute() or is_hub_name(backbone):  # an ONNX file, its folder, or their name on a hub
         if given is None and file.is_absolute() and not file.exists():
             given = str(_moved(run, file))
