@@ -56,6 +56,11 @@ def may_have_gpu(device: str = "auto") -> bool:
     return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
 
 
+def usual_batch(engine: str, device: str) -> int:
+    """Return the number of images in one forward pass if the user gives none: 256 where Keras may have a GPU, else 32."""
+    return 256 if engine in ("auto", "keras") and may_have_gpu(device) else 32
+
+
 def peak_memory() -> int:
     """Return the peak memory of this process in bytes.
 

@@ -17,6 +17,7 @@ from helpers import ROOT, call_pipeline, paint_folder, recipe, rounds, run_pipel
 
 from features.errors import ConfigurationError, OpenVinoError
 from features.extraction.extraction import extract_features
+from features.extraction.options import ExtractionOptions
 from features.networks import engines, keras_engine
 from features.networks import network as networks
 from features.networks.backbones import BACKBONES
@@ -25,6 +26,7 @@ from features.networks.engines import choose_engine
 from features.networks.reference import reference_images
 from features.recipe import NetworkOptions
 from features.store.reader import FeatureStore
+from pipeline.predicting.options import PredictOptions
 
 
 @pytest.fixture
@@ -66,6 +68,16 @@ def test_the_engine_is_chosen_by_what_is_there(
 ) -> None:
     machine(openvino=openvino, gpu=gpu, bfloat16=bfloat16)
     assert chosen_engine(*asked) == chosen
+
+
+def test_a_gpu_gets_larger_batches(machine: Any) -> None:
+    machine(openvino=True, gpu=True, bfloat16=True)
+    assert ExtractionOptions().batch_size == PredictOptions().batch_size == 256
+    for asked in ({"device": "cpu"}, {"engine": "openvino"}):
+        assert ExtractionOptions(**asked).batch_size == 32
+    assert ExtractionOptions(batch_size=7).batch_size == PredictOptions(batch_size=7).batch_size == 7
+    machine(openvino=True, gpu=False, bfloat16=True)
+    assert ExtractionOptions().batch_size == PredictOptions().batch_size == 32
 
 
 def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture) -> None:

@@ -7,6 +7,7 @@ import dataclasses
 from features.augmentation import PRESETS, AugmentSpec
 from features.canonical import check_choice
 from features.errors import ConfigurationError, check_range
+from features.machine import usual_batch
 from features.recipe import NetworkOptions
 from features.sources.archives import Trust
 from features.sources.reading import Reading
@@ -41,8 +42,8 @@ class ExtractionOptions(NetworkOptions):
         Make one class of labels that look alike, such as ``Cat`` and ``cat``, and no label of ``nan``.
     limit : int, optional
         Use at most this many images, taken in turn from each class and given split, for a trial run.
-    batch_size : int
-        Views per forward pass, 1-4096.
+    batch_size : int, optional
+        Views per forward pass, 1-4096. Default: 256 where Keras may have a GPU, else 32.
     shard_rows : int, optional
         Images per shard, 1-1,048,576. Default: as many as make about 64 MiB of features.
     workers : int, optional
@@ -80,7 +81,7 @@ class ExtractionOptions(NetworkOptions):
     class_level: int = 0
     merge_labels: bool = False
     limit: int | None = None
-    batch_size: int = 32
+    batch_size: int = None  # type: ignore[assignment]  # filled in by __post_init__
     shard_rows: int | None = None
     workers: int | None = None
     max_unreadable: float = 0.05
@@ -93,6 +94,8 @@ class ExtractionOptions(NetworkOptions):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", usual_batch(self.engine, self.device))
         self.rule_after("")
         _ = self.reading
         self._check_views()

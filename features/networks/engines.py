@@ -49,7 +49,7 @@ class Engine(Protocol):
 
         Returns
         -------
-        dict of str to float32, (n, ...)
+        dict of str to float32, or the stored dtype, (n, ...)
             Features by name of the feature set.
         """
         ...

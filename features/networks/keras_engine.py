@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from features.cache import cache_path
 from features.errors import check_batch
 from features.networks.backend import is_out_of_memory, place_of
 from features.networks.engines import choose_device
 from features.networks.folding import fold_batch_norms
 from features.networks.reference import reference_images
+from features.networks.torch_graph import GraphedForward
 from features.recipe import Recipe
 
 logger = logging.getLogger(__name__)
@@ -36,12 +39,21 @@ def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..
     elif backend == "jax":
         import jax
 
+        keep_compiled()
         made = jax.jit(function)
     elif backend == "torch":
         import torch
 
         made = torch.inference_mode()(function)
     return made
+
+
+def keep_compiled() -> None:
+    """Let JAX keep what took it over half a second to compile in this user's cache, which nobody else can write."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", str(cache_path("jax")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def xla_of(layers: Iterable[Any]) -> bool | str:
@@ -73,10 +85,14 @@ class KerasEngine:
     device : {"auto", "cpu", "gpu"}
         Where to run.
     precision : {"float32", "bfloat16", "float16"}
-        Arithmetic of all layers except the final pooling; weights and outputs are float32.
-    """
+        Arithmetic of all layers except the final pooling; weights are float32, outputs have the type of the recipe.
 
-    concurrent = False  # a single batch already keeps the device busy
+    Attributes
+    ----------
+    concurrent : bool
+        True on a GPU, where the next batch is copied and launched while one is computed. A single batch keeps the
+        processors busy.
+    """
 
     def __init__(
         self,
@@ -93,25 +109,36 @@ class KerasEngine:
         self.names = [recipe.name for recipe in recipes]
         self.batch_size = batch_size
         self.device = choose_device(device)
+        self.concurrent = self.device == "gpu"
         self.name = f"keras-{keras.backend.backend()}"
         rule = recipes[0].pixels
         self._shape, self._step = (batch_size, rule.height, rule.width, 3), batch_size
+        self._lock = threading.Lock()  # of launching on a GPU, not of waiting for it
         self.images_inferred = 0
+        self._scope = functools.partial(keras.device, place_of(self.device))
 
-        if self.device == "cpu" or keras.backend.backend() == "tensorflow":  # folding is checked on the CPU
-            with keras.device(place_of("cpu")):
-                images = reference_images(rule.height, rule.width, 2).astype(np.float32)
-                model = fold_batch_norms(model, preprocess(images))
+        with self._scope():
+            images = reference_images(rule.height, rule.width, 2).astype(np.float32)
+            model = fold_batch_norms(model, preprocess(images))
         if precision != "float32":
             compute_in(model, precision)
 
-        def forward(pixels: Any) -> list[Any]:
-            # Only uint8 pixels are copied to the device: the compiled function contains the cast and the preprocessing.
-            outputs = model(preprocess(keras.ops.cast(pixels, "float32")), training=False)
-            return list(outputs) if isinstance(outputs, list | tuple) else [outputs]
+        def prepare(pixels: Any) -> Any:
+            return preprocess(keras.ops.cast(pixels, "float32"))
 
-        self._scope = functools.partial(keras.device, place_of(self.device))
-        self._forward = compiled(forward)
+        def network(inputs: Any) -> list[Any]:
+            outputs = model(inputs, training=False)
+            listed = outputs if isinstance(outputs, list | tuple) else [outputs]
+            return [keras.ops.cast(output, recipe.dtype) for output, recipe in zip(listed, recipes, strict=True)]
+
+        # uint8 goes to the device and the stored type comes back: casts and preprocessing are part of the function.
+        self._forward = compiled(lambda pixels: network(prepare(pixels)))
+        self._graph: GraphedForward | None = None
+        self._capture = (
+            functools.partial(GraphedForward, prepare, network)
+            if (self.device, keras.backend.backend()) == ("gpu", "torch")
+            else None
+        )
 
     def __call__(self, images: np.ndarray) -> Mapping[str, np.ndarray]:
         """Compute the features of one batch; shapes and dtypes are those of ``features.networks.engines.Engine``."""
@@ -119,13 +146,14 @@ class KerasEngine:
         parts: list[list[np.ndarray]] = []
         done = 0
         while done < len(images):
+            before = self._step  # another thread may lower it
             try:
-                parts.append(self._forward_pass(images[done : done + self._step]))
-                done += self._step
+                parts.append(self._forward_pass(images[done : done + before]))
+                done += before
             except Exception as error:
-                if self._step == 1 or not is_out_of_memory(error):
+                if before == 1 or not is_out_of_memory(error):
                     raise
-                before, self._step = self._step, -(-self._step // 2)
+                self._step = min(self._step, -(-before // 2))
                 logger.warning(
                     "out of memory with batches of %d images; continuing with %d. Use --batch-size %d to start with that.",
                     *(before, self._step, self._step),
@@ -142,9 +170,27 @@ class KerasEngine:
             padded = np.zeros((self._step, *self._shape[1:]), dtype=np.uint8)
             padded[:count] = images
             images = padded
-        with self._scope():
+        if self._capture is not None and (graph := self._captured(images)) is not None:
+            with self._scope():
+                return [output[:count] for output in graph(images)]
+        with self._lock, self._scope():
             outputs = self._forward(keras.ops.convert_to_tensor(images, dtype="uint8"))
-            return [keras.ops.convert_to_numpy(output)[:count] for output in outputs]
+        return [keras.ops.convert_to_numpy(output)[:count] for output in outputs]
+
+    def _captured(self, images: np.ndarray) -> GraphedForward | None:
+        """Return the CUDA graph for such batches; None, with a warning, if this network cannot be captured."""
+        with self._lock, self._scope():
+            if self._capture is not None and (self._graph is None or self._graph.shape != images.shape):
+                self._graph = None  # frees the memory of the one before
+                try:
+                    self._graph = self._capture(images, "cuda:0")
+                except RuntimeError as error:
+                    if is_out_of_memory(error):
+                        raise
+                    reason = str(error).splitlines()[0]
+                    logger.warning("%s runs without a CUDA graph, which is slower: %s", self.names[0], reason)
+                    self._capture = None
+            return self._graph
 
 
 def compute_in(model: Any, precision: str) -> None:

@@ -120,7 +120,7 @@ Cluster = Annotated[
     str | None,
     opt("local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),
 ]
-BatchSize = Annotated[int, opt("Number of images in one forward pass.")]
+BatchSize = Annotated[int | None, opt("Number of images in one forward pass. Default: 256 on a GPU, else 32.")]
 Workers = Annotated[int | None, opt("Number of threads that read and decode. Default: one for each processor.")]
 DataSetName = Annotated[
     str | None,

@@ -95,7 +95,7 @@ def extract(
     class_level: ClassLevel = 0,
     merge_labels: MergeLabels = False,
     limit: Annotated[int | None, opt("Use at most this many images, for a trial run.", min=1)] = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
     engine: Annotated[
@@ -153,7 +153,7 @@ def extract(
         class_level=class_level,
         merge_labels=merge_labels,
         limit=limit,
-        batch_size=batch_size,
+        batch_size=batch_size,  # type: ignore[arg-type]  # None: as many as usual
         workers=workers,
         device=device,
         engine=engine,
@@ -224,7 +224,7 @@ def compare(
     precision: Annotated[str, opt("Arithmetic: float32, bfloat16 or float16.")] = "float32",
     engine: Annotated[str, opt("What runs the networks: auto, keras, openvino or onnxruntime.")] = "auto",
     device: Device = "auto",
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     workers: Workers = None,
     seed: Seed = 0,
     target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,

@@ -6,6 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from features.errors import check_range
+from features.machine import usual_batch
 
 MOST_VIEWS = 1000
 
@@ -30,8 +31,8 @@ class PredictOptions:
         has labels.
     weights : str, optional
         Weights file of the network, if that of the extraction has moved.
-    batch_size : int
-        Number of images in one forward pass, 1-4096.
+    batch_size : int, optional
+        Number of images in one forward pass, 1-4096. Default: 256 where Keras may have a GPU, else 32.
     workers : int, optional
         Number of threads that read and decode, 1-1024; default: one for each processor.
     device : {"auto", "cpu", "gpu"}
@@ -53,13 +54,15 @@ class PredictOptions:
     augment: str | None = None
     grid: str | Path | None = None
     weights: str | None = None
-    batch_size: int = 32
+    batch_size: int = None  # type: ignore[assignment]  # filled in by __post_init__
     workers: int | None = None
     device: str = "auto"
     data_set: str | None = None
     trust: bool = False
 
     def __post_init__(self) -> None:
+        if self.batch_size is None:
+            object.__setattr__(self, "batch_size", usual_batch("auto", self.device))
         check_range("batch size", self.batch_size, 1, 4096)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
         check_range("views", self.views, 1, MOST_VIEWS)
