@@ -61,9 +61,20 @@ class SearchedParameters(ClassifierParameters):
 
 
 class LogisticParameters(SearchedParameters):
-    """``C`` is the inverse of the L2 penalty. If it is None, cross-validation with ``folds`` folds chooses it."""
+    """``C`` is the inverse of the L2 penalty. If it is None, cross-validation with ``folds`` folds chooses it.
+
+    Parameters
+    ----------
+    solver : {"scikit-learn", "keras"}
+        What minimises the loss; both find the same minimum. ``keras`` computes on a GPU where there is one, and reads rows
+        that do not fit into memory piece by piece; see `pipeline.heads.logistic`.
+    """
 
     C: PositiveFloat | None = None
+    solver: Literal["scikit-learn", "keras"] = "scikit-learn"
+
+    def described(self) -> dict[str, Any]:
+        return _without(super().described(), {"solver": "scikit-learn"})
 
 
 class RidgeParameters(SearchedParameters):

@@ -323,6 +323,7 @@ HEADS: dict[str, dict[str, Any]] = {
     "linear-sgd": {**FEW, "learning_rate": 0.03, "class_weight": "balanced", "label_smoothing": 0.02},  # by Keras
     "mlp-256": {**FEW, "hidden": (32,), "optimizer": "rmsprop", "batch_norm": True, "mixup": 0.1},
     "sgd": {"alpha": 0.03},
+    "logistic": {"C": 0.1, "solver": "keras"},
     "sklearn.linear_model.SGDClassifier": {"loss": "hinge", "alpha": 1e-3, "class_weight": "balanced"},
 }
 

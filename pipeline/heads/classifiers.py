@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, HeadError
+from features.networks.backend import load_keras
 from features.progress import Progress
 from pipeline.config import ArraysHeadFile, HeadFile, History, Settings, parse
 from pipeline.heads.classifier_table import CLASSIFIERS, OTHER
@@ -18,6 +19,7 @@ from pipeline.heads.costs import solver_bytes, solver_seconds
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.estimators import check_estimator, find_class, make_estimator
 from pipeline.heads.head import Head
+from pipeline.heads.logistic import fit_logistic, solver_memory
 from pipeline.heads.models.converting import model_of
 from pipeline.heads.models.model import Model
 from pipeline.heads.models.parts import NotPlainError
@@ -69,6 +71,13 @@ class SklearnHead(Head):
 
     def warm_up(self) -> None:
         find_class(self.kind)
+        if self.by_keras:
+            load_keras()
+
+    @property
+    def by_keras(self) -> bool:
+        """Whether Keras minimises the loss of the scikit-learn class, on a GPU where there is one."""
+        return getattr(self.parameters, "solver", "") == "keras"
 
     @property
     def fitted(self) -> Model:
@@ -105,7 +114,7 @@ class SklearnHead(Head):
 
     @property
     def streams(self) -> bool:
-        return self.kind == STREAMED and self.parameters.pca is None
+        return (self.kind == STREAMED or self.by_keras) and self.parameters.pca is None
 
     def _train(self, data: Prepared, progress: Progress) -> History:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
@@ -135,7 +144,7 @@ class SklearnHead(Head):
         elif self.row.linear and Z.size < SMALL:
             rows = Z.astype(np.float64)
         value, history = self._search(rows, train, groups, progress)
-        estimator = self._new(value).fit(rows, y)
+        estimator = self._made(value, rows, y)
         if combination is not None:
             estimator.coef_ = times(estimator.coef_ @ combination, Z)
             estimator.n_features_in_ = Z.shape[1]
@@ -163,6 +172,10 @@ class SklearnHead(Head):
             sample, groups = self._sample(train, data.groups)
             value, _ = self._search(sample.flat, sample, groups, lambda stage, done, total: None)
         estimator = self._new(value)
+        if self.by_keras:
+            fit_logistic(estimator, lambda size: (Z for _, Z in train.pieces(size)), train.labels, train.width)
+            self._keep(estimator, value)
+            return {"rows": [float(len(train))]}
         if estimator.class_weight == "balanced":
             weights = class_weights(data.y, len(self.classes))
             estimator.set_params(class_weight=dict(enumerate(weights.tolist())))
@@ -224,9 +237,13 @@ class SklearnHead(Head):
         need += 8 * rows * columns * double
         if self.margins or self.folds or (self.searchable and self.given is None):
             need += (8 if double else 4) * searched * columns
+        if self.by_keras:
+            return need + solver_memory(rows, columns, outputs)
         return need + solver_bytes(self.kind.rpartition(".")[2], self.arguments, rows, columns, outputs)
 
     def fit_seconds(self, rows: int, columns: int, views: int = 1) -> float:
+        if self.by_keras:
+            return 0.0  # it depends on the device
         rows, searched = rows * views, min(rows, SEARCH_ROWS) * views
         columns = min(columns, self.parameters.pca or columns)
         if self.row.spanned and self.searchable:
@@ -258,6 +275,15 @@ class SklearnHead(Head):
         if getattr(self.parameters, "class_weight", None):
             values["class_weight"] = "balanced"
         return make_estimator(self.kind, values, self.seed)
+
+    def _made(self, value: Any, Z: np.ndarray, y: np.ndarray, **more: Any) -> Any:
+        """Make an estimator and fit it to rows in memory."""
+        estimator = self._new(value, **more)
+        if not self.by_keras:
+            return estimator.fit(Z, y)
+        return fit_logistic(
+            estimator, lambda size: (Z[start : start + size] for start in range(0, len(Z), size)), y, Z.shape[1]
+        )
 
     def _search(
         self, Z: np.ndarray, rows: ArrayRows, groups: np.ndarray | None, progress: Progress
@@ -326,7 +352,7 @@ class SklearnHead(Head):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", ConvergenceWarning)  # an approximate fit is good enough for ranking
                 rows = used & (folds != fold)
-                model = self._new(value, **more).fit(Z[rows], y[rows])
+                model = self._made(value, Z[rows], y[rows], **more)
             outputs[folds == fold] = self._outputs_of(model, Z[folds == fold])
         tested = folds >= 0
         return outputs[tested], tested
