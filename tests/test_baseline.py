@@ -56,6 +56,21 @@ def test_ratios_are_those_of_medians_and_two_means_half_of_the_time(bench: Modul
     assert "ours, before" in bench.table([tuned, ours, before])
 
 
+def test_the_table_of_stages_adds_up(bench: ModuleType) -> None:
+    whole = [bench.Cost(wall=20, processor=30, peak_mib=1)] * 3  # of 2,000 images: 10 ms and 15 processor-ms each
+    start = [bench.Cost(wall=2 + 32 * 0.010, processor=4 + 32 * 0.015, peak_mib=1)] * 3
+    alone = {"reading": 1.0, "decoding": 2.0, "resizing": 1.5, "forward": 7.0, "writing": 0.5}
+    row = bench.where(whole, start, [{**alone, "decode_each": 0.003, "forward_each": 0.005}] * 3, 2000)
+    assert {name: row[name] for name in alone} == alone
+    assert (row["start"], row["whole"], row["start_seconds"]) == pytest.approx((2, 15, 2))
+    assert row["rest"] == pytest.approx(15 - 2 - 12)
+    assert row["bound_per_second"] == pytest.approx(125)
+    assert (row["of_bound"], row["of_bound_after_start"]) == pytest.approx((0.8, 8 / 9))
+    cells = bench.where_table({"ours": row}).splitlines()
+    assert cells[2] == "| ours | 2.00 | 1.00 | 2.00 | 1.50 | 7.00 | 0.50 | 1.00 | 15.00 | 2.0 s | 125/s | 80% | 89% |"
+    assert cells[0].count("|") == cells[1].count("|") == cells[2].count("|")
+
+
 @pytest.mark.slow
 def test_processor_time_counts_processes_that_a_command_waits_for(bench: ModuleType, tmp_path: Path) -> None:
     work = "import time\nwhile time.process_time() < 0.3: pass"

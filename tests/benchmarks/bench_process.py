@@ -8,6 +8,10 @@ kept conversion from the first round, which is not counted, and its output is ab
 too, a checkout of another commit, and the last column says how many times as fast as that this checkout is.
 
 Processor time is that of the process and of those it waited for. On a machine that others use it is the steadier figure.
+
+A second table says where the milliseconds of our commands go, in processor-ms an image. In every round each stage is measured
+alone by one more process; `start` is the command on one batch of images; `the rest` is Python, and whatever several threads
+cost each other. The bound is what the machine could do, decoding and the forward pass each alone: 1 / (decode + forward).
 """
 
 from __future__ import annotations
@@ -21,13 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 TUNED = "keras predict, tuned"
+FEW = 32  # images of the command that measures the start: one batch
+STAGES = ("reading", "decoding", "resizing", "forward", "writing")
 WEIGHTS = "mobilenet_v2_1.0_224_no_top.weights.h5"
 WAYS = {
     "ours, float32": (),
@@ -45,13 +51,13 @@ class Contender:
     arguments: tuple[str, ...] = ()
     code: Path | None = None
 
-    def command(self, options: argparse.Namespace, out: Path) -> list[str]:
+    def command(self, options: argparse.Namespace, out: Path, *more: str) -> list[str]:
         if self.code is None:
             script = [str(HERE / "baseline_keras.py"), str(options.folder), str(out)]
             return [sys.executable, *script, "--weights", str(options.weights), "--size", str(options.size)]
         extract = ["-m", "pipeline", "extract", str(options.folder), "--out", str(out), "--backbone", "mobilenetv2"]
         size = ["--image-size", str(options.size), "--weights", str(options.weights), "--json"]
-        return [sys.executable, *extract, *size, *self.arguments]
+        return [sys.executable, *extract, *size, *self.arguments, *more]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,18 +85,22 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
         return Cost(wall, usage.ru_utime + usage.ru_stime, peak), out.read().decode()
 
 
-def run(contender: Contender, options: argparse.Namespace, scratch: Path) -> Cost:
-    """Run a contender once, with its output absent before; the run must have made features of every image."""
-    code = contender.code or ROOT
-    environment = {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(code)}
+def environment_of(code: Path, scratch: Path) -> dict[str, str]:
     # Another commit may keep its conversions in another form.
-    environment["BOTTLENECK_CACHE"] = str(scratch / f"cache {code.name} {code == ROOT}")
+    cache = str(scratch / f"cache {code.name} {code == ROOT}")
+    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(code), "BOTTLENECK_CACHE": cache}
+
+
+def run(contender: Contender, options: argparse.Namespace, scratch: Path, limit: int | None = None) -> Cost:
+    """Run a contender once, with its output absent before; the run must have made features of every image, or of ``limit``."""
+    more = () if limit is None else ("--limit", str(limit))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / ("features.npz" if contender.code is None else "features.h5")
         cwd = Path(folder) if contender.code is None else contender.code
-        cost, said = measure(contender.command(options, out), cwd=cwd, environment=environment)
+        environment = environment_of(contender.code or ROOT, scratch)
+        cost, said = measure(contender.command(options, out, *more), cwd=cwd, environment=environment)
         images = features_in(out) if contender.code is None else json.loads(said)["inferred"]
-    if images != options.images:
+    if images != (limit or options.images):
         sys.exit(f"{contender.name}: features of {images} images instead of {options.images}")
     return cost
 
@@ -100,6 +110,85 @@ def features_in(path: Path) -> int:
 
     with np.load(path) as arrays:
         return len(arrays["features"])
+
+
+def stages(way: str, options: argparse.Namespace) -> dict[str, float]:
+    """Return the processor-ms an image of each stage alone, and the seconds an image of the two halves of the bound."""
+    import hashlib
+
+    from bench_extract import Ours, decode_alone, forward_alone, prepared, timed_writing
+
+    from features.pixels.decode import decode_image, decode_upright
+
+    given = dict(zip(WAYS[way][::2], WAYS[way][1::2], strict=True))
+    asked = Ours(given.get("--engine", "auto"), given.get("--precision", "float32"), given.get("--decode", "full"))
+    with tempfile.TemporaryDirectory() as folder, timed_writing() as writing:
+        extraction, engine = prepared(options, asked, Path(folder) / "f.h5")
+        count = extraction.run().inferred
+    source, rule = extraction.images, extraction.network.recipes[0].pixels
+    chosen = range(0, len(source), max(1, len(source) // 500))
+    files = [source.read(index) for index in chosen]
+
+    def each(function: Callable[[Any], object], items: Sequence[Any]) -> float:
+        started = time.process_time()
+        for item in items:
+            function(item)
+        return 1000 * (time.process_time() - started) / len(items)
+
+    reading = each(lambda index: hashlib.sha256(source.read(index)).digest(), chosen)
+    decoding = each(lambda data: decode_upright(data, rule), files)
+    both = each(lambda data: decode_image(data, rule), files)
+    bound = decode_alone(options, extraction)
+    started = time.process_time()
+    bound |= forward_alone(options, engine)
+    forward = 1000 * (time.process_time() - started) / options.forward
+    parts = (reading, decoding, both - decoding, forward, 1000 * sum(writing) / count)
+    return {**dict(zip(STAGES, parts, strict=True)), **bound}
+
+
+def stages_of(way: str, options: argparse.Namespace, scratch: Path) -> dict[str, float]:
+    """Call ``stages`` in a process of its own."""
+    command = [sys.executable, __file__, "--stages", way, "--folder", str(options.folder), "--size", str(options.size)]
+    _, said = measure(command, cwd=ROOT, environment=environment_of(ROOT, scratch))
+    return dict(json.loads(said))
+
+
+def where(
+    whole: Sequence[Cost], start: Sequence[Cost], parts: Sequence[Mapping[str, float]], images: int
+) -> dict[str, float]:
+    """Return where the processor-ms of an image go, and the shares of the bound that a command reaches.
+
+    ``of_bound`` counts the seconds from start to exit, ``of_bound_after_start`` those without the start.
+    """
+    row = {stage: statistics.median(part[stage] for part in parts) for stage in STAGES}
+    each, wall = (statistics.median(getattr(cost, what) for cost in whole) / images for what in ("processor", "wall"))
+    begun = {
+        what: statistics.median(getattr(cost, what) for cost in start) - FEW * own
+        for what, own in (("processor", each), ("wall", wall))
+    }
+    started = {what: max(0.0, value) / images for what, value in begun.items()}
+    bound = statistics.median(part["decode_each"] + part["forward_each"] for part in parts)
+    return {
+        "start": 1000 * started["processor"],
+        **row,
+        "rest": 1000 * (each - started["processor"]) - sum(row.values()),
+        "whole": 1000 * each,
+        "start_seconds": images * started["wall"],
+        "bound_per_second": 1 / bound,
+        "of_bound": bound / wall,
+        "of_bound_after_start": bound / (wall - started["wall"]),
+    }
+
+
+def where_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    names = ("start", *STAGES, "rest", "whole")
+    lines = [f"| processor-ms an image | {' | '.join(names)} | start | bound | of it | after the start |"]
+    lines.append("| --- " * (len(names) + 5) + "|")
+    for way, row in rows.items():
+        cells = [way, *(f"{row[name]:.2f}" for name in names), f"{row['start_seconds']:.1f} s"]
+        cells += [f"{row['bound_per_second']:.0f}/s", f"{row['of_bound']:.0%}", f"{row['of_bound_after_start']:.0%}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def contenders(options: argparse.Namespace) -> list[Contender]:
@@ -174,6 +263,9 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
     options.images = len(list(Path(options.folder).rglob("*.jpg")))
     chosen = contenders(options)
     costs: dict[str, list[Cost]] = {contender.name: [] for contender in chosen}
+    mine = [contender for contender in chosen if contender.code == ROOT]
+    starts: dict[str, list[Cost]] = {contender.name: [] for contender in mine}
+    parts: dict[str, list[dict[str, float]]] = {contender.name: [] for contender in mine}
     for number in range(options.rounds + 1):
         for contender in chosen:
             cost = run(contender, options, scratch)
@@ -183,11 +275,14 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
                 f"round {number}: {contender.name}: {cost.wall:.1f} s, {cost.processor:.1f} s of processors",
                 file=sys.stderr,
             )
+        for contender in mine if number else ():
+            starts[contender.name].append(run(contender, options, scratch, FEW))
+            parts[contender.name].append(stages_of(contender.name, options, scratch))
     other = {
-        mine.name: theirs.name
-        for mine in chosen
+        one.name: theirs.name
+        for one in mine
         for theirs in chosen
-        if options.code and mine.code == ROOT and theirs.code == options.code and theirs.arguments == mine.arguments
+        if options.code and theirs.code == options.code and theirs.arguments == one.arguments
     }
     return {
         "machine": {**machine(held), "bfloat16": has_bfloat16()},
@@ -196,6 +291,7 @@ def compare(options: argparse.Namespace, scratch: Path) -> dict[str, Any]:
         "rounds": options.rounds,
         "commit": commit(ROOT),
         "rows": summarise(costs, other),
+        "where": {name: where(costs[name], starts[name], parts[name], options.images) for name in starts},
         "measured": {name: [dataclasses.asdict(cost) for cost in values] for name, values in costs.items()},
     }
 
@@ -210,6 +306,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=WAYS, help="these of our commands")
     parser.add_argument("--code", type=Path, help="a checkout of another commit, to be timed too")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--stages", choices=WAYS, help=argparse.SUPPRESS)  # of one way; called by this script
+    parser.add_argument("--folder", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.rounds < 1:
         parser.error("--rounds must be at least 1")
@@ -222,9 +320,19 @@ def main() -> None:
         print("BOTTLENECK_ASSETS is not set: there are no photographs and weights; skipped", file=sys.stderr)
         return
     options.weights = Path(assets).resolve() / "weights" / WEIGHTS
+    if options.stages:
+        of_ours = {
+            "images": options.folder,
+            "backbone": "mobilenetv2",
+            "forward": 1024,
+            "weights": str(options.weights),
+        }
+        print(json.dumps(stages(options.stages, argparse.Namespace(size=options.size, **of_ours))))
+        return
     with tempfile.TemporaryDirectory() as scratch:
         document = compare(options, Path(scratch))
     print(table(document["rows"]))
+    print(where_table(document["where"]))
     if not document["machine"]["bfloat16"]:
         print("this processor has no bfloat16: in those rows Keras emulates it")
     if options.json:

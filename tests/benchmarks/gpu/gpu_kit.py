@@ -448,9 +448,11 @@ def forward(options: Any) -> None:
                 count = min(CHECKED, batch)
                 row["difference"][batch] = relative(features[:count], expected[:count])
                 row["engine"][batch] = number(rate_of(lambda: engine(images), batch, options.seconds))
+                row["graph"] = engine._graph is not None
                 with engine._scope():
                     there = keras.ops.convert_to_tensor(images, dtype="uint8")
-                    row["resident"][batch] = number(rate_of(lambda: engine._forward(there), batch, options.seconds))
+                    alone = engine._graph.replay if row["graph"] else lambda: engine._forward(there)
+                    row["resident"][batch] = number(rate_of(alone, batch, options.seconds))
 
             error = attempt(measure)
             if error:
@@ -998,6 +1000,39 @@ def bank(options: Any) -> None:
     say("bank", found)
 
 
+def logistic(options: Any) -> None:
+    """Logistic regression by Keras against scikit-learn's own solver: seconds, and the probabilities' difference."""
+    from sklearn.linear_model import LogisticRegression
+
+    from features.networks.backend import load_keras
+    from pipeline.heads.logistic import fit_logistic
+
+    load_keras()
+    generator = np.random.default_rng(0)
+    rows, width, classes = (50_000, 1280, 100) if not TINY else (300, 32, 4)
+    y = generator.integers(0, classes, rows)
+    X = (generator.standard_normal((classes, width))[y] + 4 * generator.standard_normal((rows, width))).astype(
+        np.float32
+    )
+    found: dict[str, Any] = {"rows": rows, "columns": width, "classes": classes}
+
+    def pieces(size: int) -> Any:
+        return (X[start : start + size] for start in range(0, rows, size))
+
+    def fitted(name: str, fit: Any) -> np.ndarray:
+        started = time.perf_counter()
+        model = fit(LogisticRegression(C=0.01, max_iter=1000))
+        found[name] = number(time.perf_counter() - started, 2)
+        return np.asarray(model.predict_proba(X[:1000]))
+
+    mine = fitted("keras_s", lambda model: fit_logistic(model, pieces, y, width))
+    save(f"logistic-{_backend()}", found)
+    theirs = fitted("scikit_learn_s", lambda model: model.fit(X, y))
+    found["difference"] = float(np.abs(mine - theirs).max())
+    save(f"logistic-{_backend()}", found)
+    say("logistic", found)
+
+
 def parity(options: Any) -> None:
     """Is the head's matrix product on this card float32, as the parity gate of 1e-4 supposes, or TensorFloat-32?"""
     import keras  # not by load_keras, which turns TensorFloat-32 off
@@ -1094,11 +1129,31 @@ def summary(_: Any) -> None:
                     "share": number(row["images_s"] / bound, 3),
                 }
     document["shares"] = shares
+    document["published"] = against_published(document)
     out = Path(os.environ.get("OUT", WORK))
     (out / "gpu.json").write_text(json.dumps(document, indent=1))
     say("---- shares of the bound (slower of raw forward and decoding on all processors)")
-    for name, row in shares.items():
+    for name, row in [*shares.items(), *document["published"].items()]:
         say(name, row)
+
+
+PUBLISHED = {"mobilenetv2": 16293, "vgg16": 3852}  # images/s of the network alone: timm, RTX 4090, AMP, compiled
+
+
+def against_published(document: dict[str, Any]) -> dict[str, Any]:
+    """The best bfloat16 rates: the network alone, through the engine, and how many times what timm publishes."""
+    found: dict[str, Any] = {}
+    for backbone, published in PUBLISHED.items():
+        for backend in ("torch", "jax"):
+            rows = document.get(f"forward-{backend}-{backbone}", {}).get("rows", [])
+            rates = {
+                way: max((v for row in rows if row["precision"] == "bfloat16" for v in row[way].values()), default=None)
+                for way in ("resident", "engine")
+            }
+            if rates["resident"]:
+                times = number(rates["resident"] / published, 3)
+                found[f"{backbone} bfloat16, {backend}"] = {**rates, "published": published, "times": times}
+    return found
 
 
 STEPS = {
@@ -1118,6 +1173,7 @@ STEPS = {
         commands,
         processes,
         bank,
+        logistic,
         parity,
         memory,
         summary,

@@ -11,11 +11,12 @@ SLOW="${SLOW:-1}"   # every limit times this: for rehearsals on a busy machine
 here="$(cd "$(dirname "$0")" && pwd)"
 carried="$here/../../../.whl"
 [ -e "$carried/images.tar" ] || { echo ".whl is not filled: run tests/benchmarks/gpu/prepare.sh where pip reaches PyPI, and copy .whl here" >&2; exit 1; }
+REHEARSE="${REHEARSE:-}"   # 1: without a GPU, with the packages of the python3 in PATH instead of the wheels
 mkdir -p "$OUT" "$WORK/results" "$WORK/done"
 log="$OUT/log.txt"
 site="$WORK/site"
 begun=$SECONDS
-if [ ! -e "$site/.whole" ]; then
+if [ "$REHEARSE" != 1 ] && [ ! -e "$site/.whole" ]; then
     rm -rf "$site"
     python3 -m pip install -q --no-index --no-deps --no-compile --no-cache-dir --disable-pip-version-check --target "$site" "$carried"/*.whl >>"$log" 2>&1 ||
         { echo "pip failed; the wheels are unpacked by hand" | tee -a "$log"; rm -rf "$site"; mkdir -p "$site"; for w in "$carried"/*.whl; do python3 -m zipfile -e "$w" "$site" || exit 1; done; }
@@ -59,6 +60,8 @@ step nvjpeg 20 torch nvjpeg
 step endtoend-jax 50 jax endtoend --few --count 6000
 step bank-torch 30 torch bank
 step bank-jax 40 jax bank
+step logistic-torch 60 torch logistic
+step logistic-jax 60 jax logistic
 step ideal 40 torch ideal --seconds 0.6
 step forward-jax-vgg16 60 jax forward --backbone vgg16 --seconds 0.6
 step memory-torch 30 torch memory

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Fill .whl (ignored by git) with what the GPU machine lacks: wheels, photographs of both classes, MobileNetV2's weights.
 #   bash tests/benchmarks/gpu/prepare.sh [IMAGES_PER_CLASS]      needs pip, and BOTTLENECK_ASSETS
+# REHEARSE=1: without the wheels, for a rehearsal with packages that are installed.
 set -euo pipefail
 each="${1:-250}"
 assets="${BOTTLENECK_ASSETS:?name the folder that holds images and weights}"
@@ -9,7 +10,7 @@ cd "$(dirname "$0")/../../.."
 rm -rf .whl/*.whl .whl/images.tar .whl/*.h5
 mkdir -p .whl
 # Pure ones and those for CPython 3.12 on x86-64. Versions that go together (pydantic pins pydantic-core exactly).
-python3 -m pip download -q --disable-pip-version-check --no-deps --python-version 3.12 --implementation cp \
+[ "${REHEARSE:-}" = 1 ] || python3 -m pip download -q --disable-pip-version-check --no-deps --python-version 3.12 --implementation cp \
     --platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 --platform manylinux_2_17_x86_64 \
     --platform manylinux2014_x86_64 --platform manylinux_2_12_x86_64 --platform manylinux2010_x86_64 \
     --platform manylinux_2_5_x86_64 --platform manylinux1_x86_64 -d .whl \
@@ -23,6 +24,6 @@ list="$(mktemp)"
 tar -C "$assets/images/cats_and_dogs_filtered/train" -cf .whl/images.tar -T "$list"
 rm -f "$list"
 total=$(( $(du -sb .whl | cut -f1) + $(git ls-files -z | xargs -0 du -cb | tail -1 | cut -f1) ))
-echo "$(ls .whl/*.whl | wc -l) wheels, $(du -ck .whl/*.whl | tail -1 | cut -f1) KiB; images $(du -k .whl/images.tar | cut -f1) KiB; MobileNetV2 $(du -k .whl/mobilenetv2.weights.h5 | cut -f1) KiB"
+echo "$(find .whl -type f -name '*.whl' | wc -l) wheels; images $(du -k .whl/images.tar | cut -f1) KiB; MobileNetV2 $(du -k .whl/mobilenetv2.weights.h5 | cut -f1) KiB"
 echo "travels: $((total / 1024)) KiB of 65536"
 [ "$total" -lt $((63 * 1024 * 1024)) ] || { echo "too much: fewer images" >&2; exit 1; }
