@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finetuning import save_network
 from helpers import ROOT, call_pipeline, paint_folder, recipe, rounds, run_pipeline, run_without
 
 from features.errors import ConfigurationError, OpenVinoError
@@ -341,7 +342,7 @@ def test_a_broken_openvino_is_as_good_as_none(tmp_path: Path) -> None:
     source = paint_folder(tmp_path / "images", {"cat": 6, "dog": 6})
     (tmp_path / "broken" / "openvino").mkdir(parents=True)
     (tmp_path / "broken" / "openvino" / "__init__.py").write_text("raise ImportError('libopenvino.so is missing')")
-    network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32, "--json")
+    network = ("--backbone", save_network(tmp_path / "tiny.keras"), "--json")
     for folder, warned in (("broken", True), ("plain", False)):
         path = os.pathsep.join((str(tmp_path / folder), str(ROOT)))
         (tmp_path / "plain" / "openvino").mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from finetuning import TinyWorld, save_network, tiny_world
-from test_endtoend import some_cats_and_dogs, weights_of
+from photographs import some_cats_and_dogs, weights_of
 
 from features.errors import ConfigurationError, RunError
 from features.extraction.extraction import extract_features

@@ -20,7 +20,6 @@ from pipeline.heads.kinds import Head, load_head, make_head, resolve_pool
 from pipeline.heads.models.linear import Linear
 from pipeline.heads.persistence import TRUSTED_TYPES
 from pipeline.heads.pooling import pool_features
-from pipeline.presets import PRESETS
 from pipeline.scores.metrics import evaluate, softmax
 from pipeline.scores.selection import stratified_folds
 
@@ -658,33 +657,3 @@ def test_weights_of_another_shape_are_refused_and_both_shapes_named(tmp_path: Pa
     (small / "head.weights.h5").write_bytes(b"no weights")
     with pytest.raises(HeadError, match=r"head\.weights\.h5: the weights do not fit head\.json"):
         load_head(small)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", list(PRESETS))
-def test_presets_reach_what_they_promise_on_real_features(name: str, assets: Path) -> None:
-    """MobileNetV2 0.35 features of 200 + 200 cats and dogs at 96 pixels: far from chance, with every head."""
-    X, y, held_out, labels = real_features(assets)
-    head = make_head(name, classes=("cats", "dogs"))
-    head.fit(X, y, X_validation=held_out, y_validation=labels)
-    assert evaluate(head.predict_proba(held_out), labels, head.classes)["accuracy"] > 0.8
-
-
-_REAL: list[tuple[np.ndarray, ...]] = []
-
-
-def real_features(assets: Path) -> tuple[np.ndarray, ...]:
-    if not _REAL:
-        import keras
-        from PIL import Image
-
-        model = keras.applications.MobileNetV2((96, 96, 3), alpha=0.35, include_top=False, weights=None, pooling="avg")
-        model.load_weights(assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5")
-        parts: list[np.ndarray] = []
-        for split, count in (("train", 200), ("validation", 100)):
-            folder = assets / "images" / "cats_and_dogs_filtered" / split
-            paths = [path for name in ("cats", "dogs") for path in sorted((folder / name).iterdir())[:count]]
-            pixels = [np.asarray(Image.open(path).convert("RGB").resize((96, 96)), np.float32) for path in paths]
-            parts += [model.predict(np.stack(pixels) / 127.5 - 1, verbose=0), np.repeat([0, 1], count).astype(np.int32)]
-        _REAL.append(tuple(parts))
-    return _REAL[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import logging
 import shutil
@@ -177,38 +176,6 @@ def test_real_weights_on_photographs_give_the_features_of_keras(
             assert np.abs(got).max() > 0.1
             assert relative_difference(got, expected[item.name]) <= 1e-4, (item.name, batch_size)
     assert len(listing(cache / "openvino")) == 1
-
-
-@needs_openvino
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "size"),
-    [("efficientnetb0", 64), ("resnet50", 64), ("xception", 96), ("mobilenetv3small", 64), ("convnexttiny", 64)],
-)
-def test_every_family_converts(cache: Path, name: str, size: int) -> None:
-    net = resolve_network(NetworkOptions(name, weights="random", image_size=(size, size)))
-    build = functools.cache(builder(net))
-    engine = open_engine(net.recipes, build, source=net.weights.sha256, batch_size=4)
-    images = pictures(4, size)
-    expected = KerasEngine(*build(), net.recipes, batch_size=4, device="cpu")(images)
-    for item in net.recipes:
-        assert np.abs(expected[item.name]).max() > 0
-        assert relative_difference(engine(images)[item.name], expected[item.name]) <= 1e-4
-
-
-@needs_openvino
-@pytest.mark.slow
-def test_many_outputs_keep_their_order(assets: Path, cache: Path) -> None:
-    names = [f"block_{number}_project_BN" for number in range(1, 14)]  # converted, they come as 0, 1, 10, 11, 12, 2
-    net = network(assets, "mobilenetv2-0.35", 96, layers=names, pooling="avg")
-    build = functools.cache(builder(net))
-    engine = open_engine(net.recipes, build, source=net.weights.sha256, batch_size=4)
-    images = photographs(assets, net.recipes[0].pixels, 4)
-    expected = KerasEngine(*build(), net.recipes, batch_size=4, device="cpu")(images)
-    got = engine(images)
-    assert list(got) == [f"{name}.avg" for name in names]
-    for name, values in got.items():
-        assert relative_difference(values, expected[name]) <= 1e-4
 
 
 @needs_openvino

@@ -5,57 +5,18 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
-from helpers import STRESS, listing, paint_folder
+from helpers import listing, paint_folder
+from kitchen import MOBILENET, assert_best_epoch_is_kept, cook, history, predicted
+from photographs import CATS_DOGS
 
 from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.experiments.sampling import name_in_a_folder
 from pipeline.experiments.schema import experiment_names, read_experiment
 from pipeline.runs.folder import Run
-
-CATS_DOGS, FLOWERS = "images/cats_and_dogs_filtered", "images/flowers17"
-MOBILENET, VGG = "weights/mobilenet_v2_1.0_224_no_top.weights.h5", "weights/vgg16_no_top.weights.h5"
-
-
-def cook(capsys: pytest.CaptureFixture[str], *arguments: Any, images: int = 64) -> dict[str, dict[str, dict[str, Any]]]:
-    """A recipe with a few images and two epochs: way -> step -> its line."""
-    typed = ["recipe", *map(str, arguments), "--limit", str(images), "--epochs", "2", "--json"]
-    assert main(typed) == 0, capsys.readouterr().err
-    out, errors = capsys.readouterr()
-    assert "retracing" not in errors
-    assert "Traceback" not in errors
-    document = json.loads(out)
-    assert (document["format"], document["recipe"]) == (1, arguments[0])
-    ways: dict[str, dict[str, dict[str, Any]]] = {}
-    for line in document["steps"]:
-        assert line["seconds"] >= 0
-        ways.setdefault(line["way"], {})[line["step"]] = line
-    return ways
-
-
-def history(run: str) -> dict[str, list[float]]:
-    with open(Path(run) / "history.csv", newline="") as stream:
-        lines = list(csv.DictReader(stream))
-    return {name: [float(line[name]) for line in lines] for name in lines[0]}
-
-
-def assert_best_epoch_is_kept(line: dict[str, Any]) -> None:
-    """The most accurate on validation, of those the one with the lowest loss; and that is what the run predicts."""
-    columns = history(line["document"]["run"])
-    best = max(zip(columns["val_accuracy"], (-loss for loss in columns["val_loss"]), strict=True))
-    after = line["document"]["after"]
-    assert (after["accuracy"], -after["log_loss"]) == pytest.approx(best, abs=1e-12)
-    assert line["accuracy"] == after["accuracy"]
-    assert after["n"] == line["n"] > 0
-
-
-def predicted(line: dict[str, Any]) -> list[dict[str, str]]:
-    with open(line["document"]["out"], newline="") as stream:
-        return list(csv.DictReader(stream))
 
 
 @pytest.mark.slow
@@ -112,57 +73,6 @@ def test_mobilenetv2_cats_dogs(assets: Path, tmp_path: Path, capsys: pytest.Capt
         for name, line in steps.items():
             assert line["made"] == ways[way][name]["made"]
             assert line["document"].get("cached", True)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("without_plots")
-def test_vgg16_flowers(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    typed = ("vgg16-flowers", assets / FLOWERS, "--out", tmp_path, "--image-size", 32, "--weights", assets / VGG)
-    published, cached = cook(capsys, *typed, images=32).values()
-    extracted = published["1 extract"]["document"]
-    assert extracted["classes"] == {"colts_foot": 16, "daffodil": 16}  # of 17
-    assert published["1 extract"]["made"] == cached["1 extract"]["made"]
-    document = published["3 finetune"]["document"]
-    # Of the first five layers three are convolutions: kernel and bias of ten more, and of three dense layers.
-    assert (document["trainable_variables"], document["cut"]) == (2 * 10 + 2 * 3, "block2_conv1")
-    assert_best_epoch_is_kept(published["3 finetune"])
-    assert cached["2 train_head"]["cv_accuracy"] > 0.4
-    store = FeatureStore.open(cached["1 extract"]["document"]["file"])
-    validation = [store.images.paths[row] for row in store.rows("validation")]
-    for line in (published["4 predict"], cached["3 predict"]):
-        (row,) = predicted(line)
-        assert row["file"] in validation
-        assert (assets / FLOWERS / row["file"]).is_file()
-        assert row["class"] in ("colts_foot", "daffodil")
-
-
-@pytest.mark.slow
-@pytest.mark.stress
-@pytest.mark.usefixtures("without_plots")
-def test_vgg16_three_ways(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    side, images = (2, 64) if STRESS else (1, 24)  # of the last feature map
-    typed = ("vgg16-three-ways", assets / CATS_DOGS, "--out", tmp_path, "--image-size", 32 * side)
-    three = [
-        word for way in ("a-architecture-only", "b-bottleneck-features", "c-last-block") for word in ("--way", way)
-    ]
-    scratch, features, block = cook(capsys, *typed, "--weights", assets / VGG, *three, images=images).values()
-    document = scratch["3 finetune"]["document"]
-    assert (document["parity_gap"], document["cut"]) == (None, "pixels")
-    assert (document["trainable_variables"], document["trainable_parameters"]) == (
-        30,
-        14_714_688 + side**2 * 512 * 256 + 513,
-    )
-    assert features["2 train_head"]["cv_accuracy"] >= (0.5 if STRESS else 0.1)  # of so few images it says little
-    document = block["3 finetune"]["document"]
-    assert document["start"] == features["2 train_head"]["made"] == block["2 train_head"]["made"]
-    assert (document["cut"], document["parity_gap"] < 1e-4) == ("block4_pool", True)
-    assert document["trainable_variables"] == 2 * 3 + 2 * 2
-    (layers,) = cook(capsys, *typed, "--weights", "random", "--way", "d-fc-layer", images=images).values()
-    document = layers["3 finetune"]["document"]
-    assert (document["trainable_variables"], document["parity_gap"] < 1e-4) == (2 * 4 + 2 * 3, True)
-    for line in (scratch["3 finetune"], block["3 finetune"], layers["3 finetune"]):
-        assert_best_epoch_is_kept(line)
-        assert history(line["document"]["run"])["epoch"] == [0, 1, 2]
 
 
 @pytest.mark.slow

@@ -786,7 +786,7 @@ def test_an_interrupted_sweep_of_processes_goes_on_where_it_was(
     values = ", ".join(str(value) for value in range(5, 13))
     path = write(
         tmp_path / "sweep.yaml",
-        f"version: 1\nheads: [{{head: sklearn.ensemble.RandomForestClassifier, grid: {{n_estimators: [150], max_depth: [{values}]}}}}]",
+        f"version: 1\nheads: [{{head: sklearn.ensemble.RandomForestClassifier, grid: {{n_estimators: [80], max_depth: [{values}]}}}}]",
     )
     command = [sys.executable, "-m", "pipeline", "train-head", str(file), "--heads", str(path)]
     command += ["--runs", str(tmp_path / "runs"), "--n-jobs", "2"]

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,6 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
-from sklearn.utils import estimator_checks
 
 from features.errors import ConfigurationError, LockedError, UnreadableImageError
 from features.extraction.extraction import pack_store
@@ -549,6 +549,8 @@ def test_a_kill_loses_at_most_the_shard_in_flight(counting_module, killed_stores
 )
 def test_scikit_learns_own_checks(check: str) -> None:
     """Those that need no matrix of numbers as input."""
+    from sklearn.utils import estimator_checks
+
     getattr(estimator_checks, check)("FeatureExtractor", FeatureExtractor())
 
 
@@ -636,7 +638,11 @@ def test_cross_validation_in_two_processes_infers_each_image_once(paths, tmp_pat
 @pytest.mark.slow
 def test_a_real_backbone_in_a_grid_search(assets: Path, tmp_path: Path) -> None:
     """Cats and dogs; both poolings of the grid come from one folder, and equal an extraction's features."""
-    folder = assets / "images" / "cats_and_dogs_filtered" / "train"
+    for name in ("cats", "dogs"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for path in sorted((assets / "images" / "cats_and_dogs_filtered" / "train" / name).iterdir())[:30]:
+            shutil.copy(path, tmp_path / "train" / name)
+    folder = tmp_path / "train"
     chosen = sorted((folder / "cats").iterdir())[:20] + sorted((folder / "dogs").iterdir())[:20]
     labels = np.repeat([0, 1], 20)
     weights = str(assets / "weights" / "mobilenet_v2_0.35_224_no_top.weights.h5")
