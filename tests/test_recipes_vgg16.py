@@ -12,6 +12,12 @@ from photographs import CATS_DOGS
 from features.store.reader import FeatureStore
 
 
+@pytest.fixture(autouse=True)
+def without_xla(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling VGG16 would take longer than these few steps; the tests of fine-tuning train with XLA."""
+    monkeypatch.setattr("pipeline.tuning.training.xla_of", lambda layers: False)
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("without_plots")
 def test_vgg16_flowers(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

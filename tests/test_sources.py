@@ -803,7 +803,9 @@ def test_hash_added_images_never_move_others(count: int, more: int, seed: int, o
 
 
 @pytest.mark.stress
-@given(st.lists(st.text(min_size=1, max_size=4), min_size=2, max_size=80), st.integers(0, 2**31))
+@given(
+    st.lists(st.text("ab é漢\U0001f600\n\0", min_size=1, max_size=4), min_size=2, max_size=80), st.integers(0, 2**31)
+)
 @settings(max_examples=rounds(200), deadline=None)
 def test_hash_groups_never_cross(groups: list[str], seed: int) -> None:
     sides: dict[str, set[int]] = {}
