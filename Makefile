@@ -101,7 +101,7 @@ test-floor: $(FLOOR)/.installed  ## run the fast tests with the lowest versions 
 	$(FLOOR)/bin/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
 test: setup  ## run all tests
-	$(BIN)/python -m pytest -n auto --dist loadfile --max-worker-restart 0 $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
 stress: setup  ## kill a real extraction 50 times, flip thousands of bits (minutes)
 	$(BIN)/python tests/benchmarks/stress.py
