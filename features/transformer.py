@@ -256,6 +256,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
                     "weights": network.weights_argument,
                     "batch_size": self.batch_size,
                     "software": software_versions(),
+                    **({"license": network.license} if network.license else {}),
                 },
                 lock_timeout=self.lock_timeout,
             )

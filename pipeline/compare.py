@@ -416,6 +416,7 @@ def _ranked(done: Mapping[str, _Computed], right: Mapping[str, np.ndarray], imag
                 "seconds": images / item.images_per_second,
                 "store": str(item.store.path),
                 "fingerprint": recipe.fingerprint,
+                "license": item.network.license,
                 "inferred": item.inferred,
             }
         )
@@ -444,6 +445,7 @@ def _next(item: _Computed, images: str | Path, count: int) -> list[str]:
 
 def summary(document: dict[str, Any]) -> str:
     """Describe the comparison for a person."""
+    licensed = any(one["license"] for one in document["networks"])
     rows = [
         {
             "": "*" if one["network"] == document["chosen"] else "",
@@ -455,6 +457,7 @@ def summary(document: dict[str, Any]) -> str:
             "against the best": one["difference_interval"] or "",
             "images/s": f"{one['images_per_second']:.1f}",
             f"all {document['images']:,} images": duration(one["seconds"]),
+            **({"licence": shortened(one["license"] or "", 20)} if licensed else {}),
         }
         for one in document["networks"]
     ]

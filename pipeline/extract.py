@@ -166,9 +166,10 @@ def _data_sets(entries: dict[str, Any]) -> str:
 
 
 def _place_lines(document: dict[str, Any]) -> list[str]:
-    """Say where the network was, if it is a file, a folder or a name on a hub: the table shows its kind only."""
-    place = str(document["provenance"].get("backbone", ""))
-    return [f"  network: {printable(place)}"] if PurePath(place).is_absolute() or ":" in place else []
+    """Say where the network was, if it is a file, a folder or a name on a hub (the table shows its kind only), and its licence."""
+    place, named = (str(document["provenance"].get(key) or "") for key in ("backbone", "license"))
+    said = f"; licence: {printable(named[:200])}" if named else ""
+    return [f"  network: {printable(place)}{said}"] if PurePath(place).is_absolute() or ":" in place or named else []
 
 
 def _precision_lines(document: dict[str, Any]) -> list[str]:

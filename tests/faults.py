@@ -33,6 +33,7 @@ class NumpyNetwork:
     """Means of the colour channels, repeated with factors: cheap, exact, and different for every image."""
 
     backbone_argument, weights_argument = "numpy", "none"
+    license: str | None = None
 
     def __init__(self, width: int, size: int = 8) -> None:
         from features.recipe import PixelRule, Recipe

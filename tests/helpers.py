@@ -144,6 +144,7 @@ class NumpyNetwork:
     """Channel means ("last.avg") and the first pixel ("corner") of each image; counts what goes through it."""
 
     backbone_argument, weights_argument = "numpy", "none"
+    license: str | None = None
     row_bytes = 12
 
     def __init__(self, recipes: Sequence[Recipe] = (recipe(),)) -> None:

@@ -735,6 +735,7 @@ class MeanNetwork:
     """Channel means, and how many images were asked for."""
 
     backbone_argument, weights_argument, row_bytes = "numpy", "none", 12
+    license: str | None = None
 
     def __init__(self) -> None:
         self.recipes, self.inferred = (recipe(),), 0

@@ -874,6 +874,7 @@ class NumpyNetwork:
     """Channel means; notes how many images go through it."""
 
     backbone_argument, weights_argument = "numpy", "none"
+    license: str | None = None
     row_bytes = 12
 
     def __init__(self) -> None:

@@ -99,6 +99,8 @@ def test_accuracies_differences_and_the_choice(
     monkeypatch.setattr(stage._Meter, "images_per_second", None)
     monkeypatch.setattr(stage, "_measured", lambda sample, network, folder, asked: speeds[network.backbone_argument])
     monkeypatch.setattr(stage, "draw_comparison", lambda document, path: None)
+    networks["r"] = Network("r")
+    networks["r"].license = "mit"
     document = compared(source, "rgb", "nothing", "b", "r", "odd", "rgb", limit=60)
     found = by_name(document)
     n = document["scored"]
@@ -119,7 +121,10 @@ def test_accuracies_differences_and_the_choice(
         {"network": "odd", "reason": "KeyError: 'an error of a library'"},
     ]
     assert document["next"][:4] == ["bottleneck", "train-head", found["r"]["store"], "--head"]  # all images are there
+    assert {name: one["license"] for name, one in found.items()} == {"rgb": None, "r": "mit", "b": None}
     text = summary(document)
+    assert text.splitlines()[1].endswith("  licence")
+    assert [line.endswith("  mit") for line in text.splitlines()[2:5]] == [True, False, False]
     assert f"{source}: {n} of 60 images, logistic in 5 folds" in text
     assert "these images do not tell apart r, rgb; * is the fastest of them" in text
     assert "  failed: nothing: the weights of 'nothing' were not found" in text

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from features.errors import ConfigurationError
-from features.networks.descriptions import find_image_input, missing_description, read_preprocess
+from features.networks.descriptions import card_license, find_image_input, missing_description, read_preprocess
 from features.networks.imageinput import ImageInput
 
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
@@ -687,6 +687,28 @@ def test_a_folder_called_onnx_has_its_description_around_it(tmp_path: Path) -> N
     assert find_image_input(tmp_path / "onnx").fit == "crop:256"
     with pytest.raises(ConfigurationError, match="nothing says how images are prepared"):
         find_image_input(tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("card", "licence"),
+    [
+        ("---\ntags:\n- dino\nlicense: apache-2.0\nlanguage: en\n---\n# DINOv2\nlicense: mine\n", "apache-2.0"),
+        ("---\r\nlicense: 'mit'\r\n---\r\n", "mit"),
+        ("---\nlicense:\n- cc-by-4.0\n- mit\ntags:\n- x\n---\n", "cc-by-4.0, mit"),
+        ("---\nlicense: [mit, bsd]\n---\n", "mit, bsd"),
+        ("---\nlicense: other\nlicense_name: dinov3-license\n---\n", "other (dinov3-license)"),
+        ("---\nlicense: other\n", None),
+        ("license: mit\n", None),
+        ("---\ntags: x\n---\n", None),
+        ("\u001b[31m", None),
+        (f"---\nlicense: {'x' * (1 << 20)}\n---\n", None),
+    ],
+)
+def test_the_licence_that_a_model_card_names(card: str, licence: str | None, tmp_path: Path) -> None:
+    (tmp_path / "onnx").mkdir()
+    assert card_license(tmp_path / "onnx") is None
+    (tmp_path / "README.md").write_bytes(card.encode())
+    assert card_license(tmp_path / "onnx") == card_license(tmp_path) == licence
 
 
 def test_the_message_for_a_missing_description_can_be_pasted(tmp_path: Path) -> None:

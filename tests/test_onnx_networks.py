@@ -745,6 +745,8 @@ def test_a_network_is_taken_from_a_hub_by_name_and_used_again_without_it(
     (recipe,) = store.recipes.values()
     assert (recipe.pooling, recipe.pixels) == ("cls", PixelRule(8, 8, resize="bicubic", fit="crop:10"))
     assert store.provenance["backbone"] == f"hf:owner/name@{commit('a')}"
+    assert store.provenance["license"] == "apache-2.0"
+    assert f"network: hf:owner/name@{commit('a')}; licence: apache-2.0\n" in capsys.readouterr().out
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")  # and the server has gone
     assert main(["extract", "photos", "--out", "a.h5", "--backbone", "hf:owner/name"]) == 0
     assert "0 inferred" in capsys.readouterr().out

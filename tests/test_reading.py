@@ -375,6 +375,17 @@ def test_inspect_prints_classes_and_counts(tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["classes_by_split"]["cat"] == {"train": 3, "test": 2}
 
 
+def test_inspect_names_the_licence_of_the_network_if_it_has_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, network = paint_folder(tmp_path / "photos", {"cat": 3, "dog": 3}), NumpyNetwork()
+    assert "license" not in extract(root, tmp_path / "f.h5", network).store.provenance
+    network.license = "apache-2.0"
+    assert extract(root, tmp_path / "f.h5", network).store.provenance["license"] == "apache-2.0"
+    assert main(["inspect", str(tmp_path / "f.h5")]) == 0
+    assert "\n  network: numpy; licence: apache-2.0\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("files", "said"),
     [

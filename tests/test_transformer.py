@@ -417,6 +417,7 @@ from features.transformer import FeatureExtractor
 
 class Network:
     backbone_argument, weights_argument, row_bytes = "numpy", "none", 12
+    license: str | None = None
     recipes = (Recipe("numpy", "0" * 64, "last", "avg", PixelRule(8, 8), "none"),)
 
     def engine(self, recipes, *, batch_size, device):

@@ -32,7 +32,7 @@ from features.store.writer import StoreWriter
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
-MAY_BE = ("reading", "limit")  # entries of the provenance that not every store has
+MAY_BE = ("reading", "limit", "license")  # entries of the provenance that not every store has
 ENOUGH = 4  # images of a class from which stratified:0.6,0.2,0.2 gives some to each split
 FEW_HINT = f". --split stratified:0.6,0.2,0.2 gives each split some of every class that has {ENOUGH} images"
 GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each class is in each split"

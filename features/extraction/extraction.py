@@ -263,6 +263,7 @@ class Extraction:
             "target": self.options.target or "",
             "root": str(self.images.root),
             **({"reading": self.images.reading} if self.images.reading else {}),
+            **({"license": self.network.license} if self.network.license else {}),
             **({"limit": len(self.images)} if self.images.left_out else {}),
         }
 

@@ -148,6 +148,11 @@ class Backbone:
         """The files that contain both network and weights, hashed."""
         return () if self.own_weights is None else (HashedFile.of(self.own_weights),)
 
+    @property
+    def license(self) -> str | None:
+        """Licence of the weights, as the hub or the files beside them name it; None if nothing does."""
+        return None
+
     def own_digest(self) -> str:
         """sha256 of the network's own weights, 64 hexadecimal digits, if it has files of its own."""
         return self.own_files[0].sha256

@@ -2,19 +2,42 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 
 from features.errors import ConfigurationError
 from features.networks.backbones import Backbone
-from features.networks.descriptions import read_preprocess
+from features.networks.descriptions import card_license, read_preprocess
 from features.networks.imageinput import ImageInput, check_patches
 from features.recipe import NetworkOptions, Normalisation, PixelRule
 
 
 @dataclasses.dataclass(frozen=True)
 class Described(Backbone):
-    """A network with a description of its images. Each kind of file is a subclass."""
+    """A network with a description of its images. Each kind of file is a subclass.
+
+    Parameters
+    ----------
+    hub_license : str or None
+        Licence that a hub names; None if it came from none.
+    """
+
+    _: dataclasses.KW_ONLY
+    hub_license: str | None = None
+
+    @property
+    def license(self) -> str | None:
+        """As the hub, the description or the model card says."""
+        with contextlib.suppress(ConfigurationError):  # there may be no description
+            if self.hub_license is None and self.image_input is not None and self.image_input.license is not None:
+                return self.image_input.license
+        return self.hub_license or (None if self.card is None else card_license(self.card))
+
+    @property
+    def card(self) -> Path | None:
+        """Folder in which its model card would lie; None if that is not its own."""
+        return None
 
     @property
     def image_input(self) -> ImageInput | None:

@@ -10,6 +10,7 @@ its key. The files are untrusted: sizes, types and numbers are checked.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -18,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from features.errors import ConfigurationError, brief, nearest
+from features.files import read_small
 from features.networks.imageinput import (
     CLIP,
     IMAGENET,
@@ -31,6 +33,7 @@ from features.networks.processors import read_transformers
 from features.recipe import LARGEST_SIDE, MOST_PREFIX, PixelRule
 
 FORMAT = "bottleneck-preprocess 1"
+_LARGEST_CARD = 1 << 20  # bytes
 _TOLERANCE = 1e-4  # to which two descriptions of one network agree
 _INTERPOLATIONS = {"bilinear": "antialias", "bicubic": "bicubic"}
 
@@ -47,7 +50,7 @@ def find_image_input(folder: Path) -> ImageInput:
         If there is none (the message shows what to write), a file is not what it should be, it asks for something that
         is not done here, or two contradict each other.
     """
-    places = [folder, folder.parent] if folder.name == "onnx" else [folder]
+    places = _places(folder)
     found = [found for place in places for read in _READERS if (found := read(place)) is not None]
     if not found:
         raise ConfigurationError(missing_description(places[-1]))
@@ -59,6 +62,33 @@ def find_image_input(folder: Path) -> ImageInput:
             first, **{name: value for name, value in said.items() if getattr(first, name) is None}
         )
     return first
+
+
+def _places(folder: Path) -> list[Path]:
+    """Return where files about the network in a folder lie; the last is what its user calls the folder of the network."""
+    return [folder, folder.parent] if folder.name == "onnx" else [folder]
+
+
+def card_license(folder: Path) -> str | None:
+    """Read what the model card of the network in a folder, its ``README.md``, names as the licence; None if there is none.
+
+    A model card begins with lines of YAML between ``---``: ``license``, and ``license_name`` for one that is not common.
+    """
+    for place in _places(folder):
+        with contextlib.suppress(OSError):
+            text = read_small(place / "README.md", _LARGEST_CARD).decode("utf-8", "replace").replace("\r\n", "\n")
+            head = re.match(r"---\n(.*?\n)---", text, re.DOTALL)
+            named = _named(head[1], "license") if head else []
+            if head and named:
+                further = [f"({name})" for name in _named(head[1], "license_name")]
+                return brief(" ".join([", ".join(named), *further]), 100)
+    return None
+
+
+def _named(lines: str, key: str) -> list[str]:
+    """Return the words that lines of YAML give a key: one, or a list on one line or several."""
+    found = re.search(rf"^{key}:(.*(?:\n *- .*)*)", lines, re.MULTILINE)
+    return re.findall(r"\w[\w.+-]*", found[1]) if found else []
 
 
 def read_preprocess(path: Path) -> ImageInput:

@@ -83,19 +83,17 @@ def _on_hub(name: str) -> Backbone | None:
     if not is_hub_name(name):
         return None
     folder = hub_folder(name)
-    found = find_onnx(str(folder.path))
-    if found is not None:
-        return dataclasses.replace(found, given=folder.name)
-    preset = find_preset(str(folder.path))
-    if preset is not None:
-        return dataclasses.replace(preset, given=folder.name)
     files = sorted(folder.path.glob(f"*{MODEL_SUFFIX}"))
-    if not files:
+    found = (
+        find_onnx(str(folder.path))
+        or find_preset(str(folder.path))
+        or (find_model_file(str(files[0])) if files else None)
+    )
+    if found is None:
         raise ConfigurationError(
             f"backbone: {name} holds neither an ONNX file nor a preset of KerasHub nor one {MODEL_SUFFIX} file"
         )
-    file = find_model_file(str(files[0]))
-    return None if file is None else dataclasses.replace(file, given=folder.name)
+    return dataclasses.replace(found, given=folder.name, hub_license=folder.license)
 
 
 # Functions asked in this order for a network of a given name; each returns None if it knows none. To add a kind of

@@ -153,6 +153,10 @@ class Preset(Described):
     def place(self) -> str | None:
         return self.given
 
+    @property
+    def card(self) -> Path:
+        return self.folder
+
     @functools.cached_property
     def own_files(self) -> tuple[HashedFile, ...]:
         return tuple(map(HashedFile.of, (self.folder / "config.json", *self._weights_files())))

@@ -48,6 +48,11 @@ class Network:
             for item in self.recipes
         )
 
+    @property
+    def license(self) -> str | None:
+        """Licence of the weights, as the hub or the files beside them name it; None if nothing does."""
+        return self.backbone.license
+
     def load(self) -> Any:
         """Build the network as a ``keras.Model`` and load its weights.
 

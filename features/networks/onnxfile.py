@@ -113,6 +113,10 @@ class OnnxFile(Described):
         return find_image_input(self.path.parent)
 
     @property
+    def card(self) -> Path:
+        return self.path.parent
+
+    @property
     def fixed_size(self) -> tuple[int, int] | None:
         return self.outline.size
 
