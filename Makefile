@@ -9,6 +9,7 @@ HEAD     ?= dropout-linear
 RUNS     ?= runs
 PREDICTIONS ?= predictions.csv
 ARGS     ?=
+TORCH    ?= torch
 ifeq ($(origin RUN),undefined)
 RUN := $(value RUNS)
 endif
@@ -16,21 +17,23 @@ ifeq ($(origin IMAGES),undefined)
 IMAGES := $(value DATA)
 endif
 
-VARIABLES := PYTHON DATA BACKBONE FEATURES HEAD RUNS RUN IMAGES PREDICTIONS NAME
+VARIABLES := PYTHON TORCH DATA BACKBONE FEATURES HEAD RUNS RUN IMAGES PREDICTIONS NAME
 unexport $(VARIABLES)
 quoted = $(subst '~/,~/','$(subst ','\'',$(value $(1)))')
 
 VENV := .venv
 FLOOR := .venv-floor
+STAGES := cluster,openvino,onnx-backbones
+TESTING := pytest pytest-timeout
 BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict evaluate leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test stress bench gpu-check clean
+.PHONY: help setup demo extract train-head finetune predict evaluate leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test-jax test-torch test stress bench gpu-check clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
-	@printf '  variables:'; printf ' %s' $(foreach name,$(filter-out PYTHON NAME,$(VARIABLES)),$(name)=$(call quoted,$(name))) 'ARGS="..."'; echo
+	@printf '  variables:'; printf ' %s' $(foreach name,$(filter-out PYTHON TORCH NAME,$(VARIABLES)),$(name)=$(call quoted,$(name))) 'ARGS="..."'; echo
 
 # uv installs in a fraction of the time; pip does it where uv cannot (a private index that only pip knows).
 $(VENV)/.installed: pyproject.toml $(wildcard features/pixels/*.c)
@@ -100,6 +103,26 @@ $(FLOOR)/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 test-floor: $(FLOOR)/.installed  ## run the fast tests with the lowest versions that pyproject.toml allows
 	$(FLOOR)/bin/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
+# Environments without TensorFlow.
+.venv-jax/.installed: pyproject.toml
+	@test -x .venv-jax/bin/python || $(call quoted,PYTHON) -m venv .venv-jax
+	@echo "installing JAX and the project into .venv-jax" >&2
+	@{ .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check uv && .venv-jax/bin/uv pip install --quiet --python .venv-jax/bin/python -e '.[jax,$(STAGES)]' $(TESTING); } 2>/dev/null \
+		|| .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check -e '.[jax,$(STAGES)]' $(TESTING)
+	@touch $@
+
+.venv-torch/.installed: pyproject.toml
+	@test -x .venv-torch/bin/python || $(call quoted,PYTHON) -m venv .venv-torch
+	@echo "installing PyTorch and the project into .venv-torch (from PyPI that is several GB; TORCH=... names another build)" >&2
+	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check $(call quoted,TORCH) -e '.[$(STAGES)]' $(TESTING)
+	@touch $@
+
+test-jax: .venv-jax/.installed  ## run the tests of all stages with JAX, without TensorFlow
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest -q tests/test_without_tensorflow.py $(ARGS)
+
+test-torch: .venv-torch/.installed  ## run the tests of all stages with PyTorch, without TensorFlow
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -q tests/test_without_tensorflow.py $(ARGS)
+
 test: setup  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)
 
@@ -120,5 +143,5 @@ gpu-check:  ## check a GPU machine with torch and JAX, in minutes; see tests/ben
 	bash tests/benchmarks/gpu/on_device.sh $(ARGS)
 
 clean:  ## remove the virtual environment and caches; features and runs are kept
-	rm -rf $(VENV) $(FLOOR) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(FLOOR) .venv-jax .venv-torch .pytest_cache .mypy_cache .ruff_cache *.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import importlib.metadata
+import importlib.util
+import itertools
 import json
 import os
 import platform
@@ -12,6 +15,11 @@ import resource
 import sys
 from pathlib import Path
 
+from features.errors import ConfigurationError
+
+_BACKENDS = ("tensorflow", "jax", "torch")  # of Keras, in the order in which they are taken
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+_CARDS = "/dev/nvidia[0-9]*"
 # Device files of the NVIDIA and AMD drivers and of WSL (Linux on Windows). Without any of them there is no GPU.
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
 
@@ -52,8 +60,56 @@ def processor() -> str | None:
 
 
 def may_have_gpu(device: str = "auto") -> bool:
-    """Whether a GPU may be present, so that it is worth asking Keras for one."""
-    return device != "cpu" and any(Path(node).exists() for node in _GPU_NODES)
+    """Whether a GPU may be present and is not hidden from this process, so that it is worth asking Keras for one."""
+    hidden = os.environ.get(VISIBLE, "0").strip() in ("", "-1")
+    return device != "cpu" and not hidden and any(Path(node).exists() for node in _GPU_NODES)
+
+
+def gpus() -> list[str]:
+    """Return the NVIDIA GPUs that this process may use, as the environment variable `VISIBLE` names them."""
+    named = os.environ.get(VISIBLE)
+    if named is None:
+        return [str(number) for number in range(len(glob.glob(_CARDS)))]
+    cards = (card.strip() for card in named.split(","))
+    return list(itertools.takewhile(lambda card: card not in ("", "-1"), cards))
+
+
+def take_device(device: str) -> str:
+    """Let this process, and those that it starts, see no other GPU than it is to use.
+
+    Everything then runs where the network runs, and no memory is taken on other cards.
+
+    Parameters
+    ----------
+    device : str
+        ``auto``, ``cpu``, ``gpu``, or ``gpu:K``, where K counts as ``nvidia-smi`` does, within `VISIBLE` if that is set.
+
+    Returns
+    -------
+    str
+        The device without a number.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is no such GPU, or a library that uses GPUs was imported before.
+    """
+    kind, numbered, number = device.partition(":")
+    if device == "cpu" and may_have_gpu():
+        os.environ |= {VISIBLE: "", "JAX_PLATFORMS": "cpu"}
+    if kind != "gpu" or not numbered:
+        return device
+    cards = gpus()
+    if not number.isdecimal() or int(number) >= len(cards):
+        there = f"gpu:0 to gpu:{len(cards) - 1}" if len(cards) > 1 else "gpu:0" if cards else "no NVIDIA GPU"
+        raise ConfigurationError(f"device: received {device!r}, but this process can use {there}; see nvidia-smi")
+    if started := [name for name in _BACKENDS if name in sys.modules]:
+        raise ConfigurationError(
+            f"device: received {device!r}, but {started[0]} has been imported and sees all GPUs. Use gpu, and set {VISIBLE} "
+            "before Python starts"
+        )
+    os.environ |= {VISIBLE: cards[int(number)], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    return kind
 
 
 def usual_batch(engine: str, device: str) -> int:
@@ -73,7 +129,11 @@ def peak_memory() -> int:
 
 
 def keras_backend() -> str:
-    """Return the backend that Keras uses or would use (https://keras.io/getting_started/#configuring-your-backend)."""
+    """Return the backend that Keras uses or will use: the one that is named, if it is installed, else one that is.
+
+    ``KERAS_BACKEND`` names it, else Keras's file, which Keras writes when it first runs
+    (https://keras.io/getting_started/#configuring-your-backend).
+    """
     if "keras" in sys.modules:
         return str(sys.modules["keras"].backend.backend())
     named = os.environ.get("KERAS_BACKEND")
@@ -81,14 +141,17 @@ def keras_backend() -> str:
         return named
     home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     try:
-        return str(json.loads((home / "keras.json").read_bytes())["backend"])
+        chosen = str(json.loads((home / "keras.json").read_bytes())["backend"])
     except (OSError, ValueError, KeyError, TypeError):
-        return "tensorflow"
+        chosen = _BACKENDS[0]
+    there = [name for name in _BACKENDS if importlib.util.find_spec(name) is not None]
+    return there[0] if there and chosen in _BACKENDS and chosen not in there else chosen
 
 
 def software_versions() -> dict[str, str]:
     """Return the versions of the software that affects the features, read without importing it."""
-    names = ("bottleneck-features", "tensorflow", "keras", "openvino", "h5py", "numpy", "pillow")
+    other = {keras_backend()} & {"jax", "torch"}
+    names = ("bottleneck-features", "tensorflow", *other, "keras", "openvino", "h5py", "numpy", "pillow")
     return {"python": platform.python_version(), **{name: installed_version(name) for name in names}}
 
 

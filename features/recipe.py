@@ -440,7 +440,10 @@ def check_prefix(count: int) -> None:
 
 
 def check_device(device: str) -> None:
-    """Raise ``ConfigurationError`` unless ``device`` is one of ``DEVICES``; names like ``cuda`` get a special hint."""
+    """Raise ``ConfigurationError`` unless ``device`` is one of ``DEVICES``; names like ``cuda`` get a special hint.
+
+    One of several GPUs is chosen by the process: see ``features.machine.take_device``.
+    """
     if device.lower().partition(":")[0] in ("cuda", "mps", "metal", "rocm", "nvidia"):
         raise ConfigurationError(
             f"device: received {device!r}, expected one of {', '.join(DEVICES)}; use gpu for any make"

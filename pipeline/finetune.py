@@ -39,7 +39,7 @@ from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut, unlike
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
 from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
-from pipeline.tuning.inputs import Data, ImagePass, Inputs, KeptFeatures, LiveViews, read_data
+from pipeline.tuning.inputs import Data, ImagePass, Inputs, KeptFeatures, LiveViews, on_device, read_data
 from pipeline.tuning.parity import Gate, Job
 from pipeline.tuning.settings import TuningSettings, settings_of
 from pipeline.tuning.training import Tail, train
@@ -147,7 +147,7 @@ def finetune(
             trunk = trunk_function(job.split, job.network, start.recipe, batch_size=chosen.batch_size, device=device)
             rule = start.recipe.pixels
             passing = None if source is None else ImagePass(source, trunk, rule, pool, chosen.batch_size)
-            inputs = make_inputs(job, data, passing, folder=runs, progress=progress)
+            inputs = make_inputs(job, data, passing, folder=runs, device=device, progress=progress)
             tail = Tail(job.split, job.head.temperature, chosen)
             gate = Gate(job, data, inputs, tail)
             pixels = None if source is None else _pixels(source, data, gate.rows, rule, pool)
@@ -317,17 +317,27 @@ def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
     return read_data(source, SplitRule.parse(job.start.split_rule), pool)
 
 
-def make_inputs(job: Job, data: Data, source: ImagePass | None, *, folder: Path, progress: Progress | None) -> Inputs:
+def make_inputs(
+    job: Job, data: Data, source: ImagePass | None, *, folder: Path, device: str, progress: Progress | None
+) -> Inputs:
     """Choose the source of cut features: a store, the images once, or views of the images in each epoch."""
     settings = job.settings
-    if job.cached is not None:
-        return CachedFeatures(job.cached, batch_size=settings.batch_size, seed=settings.seed)
-    assert source is not None
     spec, plain = settings.augmentation, data.rows("validation")
     if spec is None:
         plain = np.concatenate([data.rows("train"), plain])
-    kept = KeptFeatures(source, plain, folder, progress)
-    return kept if spec is None else LiveViews(source, data, spec, settings.seed, kept)
+    kept: Inputs
+    if job.cached is not None:
+        kept = CachedFeatures(job.cached, batch_size=settings.batch_size, seed=settings.seed)
+        same = job.cached.store.views(job.cached.name) == 1
+    else:
+        assert source is not None
+        kept, same = KeptFeatures(source, plain, folder, progress), True
+    if same and choose_device(device) == "gpu":
+        kept = on_device(kept, plain, settings.batch_size)
+    if spec is None:
+        return kept
+    assert source is not None
+    return LiveViews(source, data, spec, settings.seed, kept)
 
 
 def _sweep(runs: Path, identity: str, checkpoint: Checkpoint) -> None:

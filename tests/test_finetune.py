@@ -332,6 +332,18 @@ def test_pain_04_the_gate_names_the_first_layer_that_differs(
 
 
 @pytest.mark.slow
+def test_features_that_stay_on_the_device_train_the_same(
+    tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = []
+    for device in ("cpu", "gpu"):
+        monkeypatch.setattr("pipeline.finetune.choose_device", lambda _, device=device: device)
+        run = tiny.finetune(runs=tmp_path / device, epochs=2)["run"]
+        found.append((Path(run, "predictions.csv").read_bytes(), Path(run, "history.csv").read_bytes()))
+    assert found[0] == found[1]
+
+
+@pytest.mark.slow
 def test_a_run_fine_tuned_from_a_linear_head_predicts_what_it_says(tiny: TinyWorld, tmp_path: Path) -> None:
     head = train_head(FeatureStore.open(tiny.store), "logistic", runs=tmp_path)
     document = stage.finetune(tmp_path, tiny.images, epochs=3, patience=0, learning_rate=3e-3)

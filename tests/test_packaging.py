@@ -27,8 +27,8 @@ DISTRIBUTIONS = {
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }
-# Backends of Keras that only those have who chose them; what the GPU kit carries along; a module that a test writes.
-UNDECLARED = {"jax", "torch", "torchvision", "simplejpeg", "cv2", "pynvml", "counting_extractor"}
+# What the GPU kit carries along; a module that a test writes.
+UNDECLARED = {"torchvision", "simplejpeg", "cv2", "pynvml", "counting_extractor"}
 
 
 def declared(requirements: list[str]) -> set[str]:

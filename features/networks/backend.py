@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
 from features.errors import ConfigurationError
+from features.machine import keras_backend
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
@@ -64,6 +65,7 @@ def load_keras() -> Any:
 def _start_keras() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
+    os.environ["KERAS_BACKEND"] = keras_backend()  # also of the processes that are started from here
     logging.getLogger("tensorflow").addFilter(_is_news)
     with held_back(), _without(name for name in _left_out if name not in sys.modules):
         try:
@@ -72,8 +74,8 @@ def _start_keras() -> None:
             keras.ops.convert_to_numpy(keras.ops.zeros(1))  # the backend looks for devices now, while it is silenced
         except (ImportError, ValueError) as error:
             raise ConfigurationError(
-                f"Keras cannot start with KERAS_BACKEND={os.environ.get('KERAS_BACKEND', 'tensorflow')!r}: {error}. "
-                "Install that backend (pip install jax, or torch), or unset KERAS_BACKEND."
+                f"Keras cannot start with KERAS_BACKEND={os.environ['KERAS_BACKEND']!r}: {error}. Install that backend "
+                "(pip install 'bottleneck-features[tensorflow]', or [jax], or [torch]), or unset KERAS_BACKEND."
             ) from error
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from features.errors import ClusterError, ConfigurationError
 from features.files import writable_folder, writing
+from features.machine import VISIBLE, gpus
 from features.temporary import system_folder, temporary_path
 from pipeline.cluster.plan import versions
 from pipeline.cluster.worker import OWNER, PROCESSORS, probe
@@ -29,6 +30,7 @@ CONNECT_SECONDS = 10.0
 PATIENCE_SECONDS = 300.0  # to wait without any worker: batch systems start workers late, and nannies restart them
 DEATHS = 3  # how many workers a shard may kill before it is split; on other clusters Dask's allowed-failures + 1
 MAX_LOCAL = 256
+GPU = "GPU"  # the resource that workers announce, as with `dask worker --resources GPU=1`
 
 
 def parse_cluster(text: str) -> int | str:
@@ -160,9 +162,13 @@ def _local(count: int) -> Iterator[Any]:
         workers = {
             number: {
                 "cls": distributed.Nanny,
-                "options": {**options, "env": {**owner, **({PROCESSORS: ",".join(map(str, share))} if share else {})}},
+                "options": {
+                    **options,
+                    "env": {**owner, **environment},
+                    "resources": {GPU: 1} if VISIBLE in environment else {},
+                },
             }
-            for number, share in enumerate(shares(count))
+            for number, environment in enumerate(parts(count))
         }
         scheduler = {"cls": distributed.Scheduler, "options": {**common, "port": 0, "dashboard_address": "127.0.0.1:0"}}
         settings = {
@@ -178,6 +184,16 @@ def _local(count: int) -> Iterator[Any]:
             distributed.SpecCluster(workers=workers, scheduler=scheduler, silence_logs=logging.CRITICAL) as cluster,
         ):
             yield cluster
+
+
+def parts(count: int) -> list[dict[str, str]]:
+    """Environment of each of ``count`` workers: its processors, and its GPU, of which several workers may share one."""
+    cards = gpus()
+    found = []
+    for number, share in enumerate(shares(count)):
+        part = {PROCESSORS: ",".join(map(str, share))} if share else {}
+        found.append(part | ({VISIBLE: cards[number % len(cards)]} if cards else {}))
+    return found
 
 
 def shares(count: int) -> list[list[int]]:

@@ -29,7 +29,7 @@ from features.temporary import temporary_path
 
 PLAN_FORMAT = 1
 # Compared only if both sides have them: a GPU node does not need OpenVINO, nor a node with another backend TensorFlow.
-OPTIONAL = ("openvino", "tensorflow")
+OPTIONAL = ("openvino", "tensorflow", "jax", "torch")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -30,6 +30,7 @@ from features.files import printable
 from features.store.reader import FeatureStore, shard_path
 from pipeline.cluster.connection import (
     CONNECT_SECONDS,
+    GPU,
     PATIENCE_SECONDS,
     check_workers,
     connected,
@@ -49,7 +50,6 @@ TICK_SECONDS = 0.5
 LOOK_SECONDS = 5.0  # between two queries for the list of workers
 STUCK_SECONDS = 600.0  # a worker is stuck if it reports nothing for this long, and for
 STUCK_TIMES = 10  # times the usual time of such a shard (it reports every eighth of a shard)
-GPU = "GPU"  # the resource that workers announce with `dask worker --resources GPU=1`
 
 
 class ClusterShards:

@@ -19,6 +19,8 @@ import typer
 import features
 from features.errors import BottleneckError, ConfigurationError, IntegrityError, brief
 from features.files import printable, printable_lines
+from features.machine import take_device
+from features.networks.backend import is_out_of_memory
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
 
@@ -39,6 +41,16 @@ app = typer.Typer(name="bottleneck", no_args_is_help=True, rich_markup_mode=None
 Quiet = Annotated[bool, opt("Print only errors on stderr: no progress, no hints, no warnings.", "--quiet", "-q")]
 
 
+def _memory_text(error: Exception, batch_size: int | None) -> str:
+    """Say that memory ended, and what to do."""
+    said = brief(" ".join(str(error).split()) or type(error).__name__, 300)
+    smaller = f"--batch-size {max(1, batch_size // 2)}" if batch_size else "a smaller batch size"
+    return (
+        f"error: memory did not suffice: {said}. All finished work is kept. Give {smaller}, or --device cpu, or end other "
+        "programs that use the device; then run the same command again"
+    )
+
+
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
     """Turn errors of this project and Ctrl-C into one line on stderr and an exit code; add the option ``--quiet``."""
 
@@ -50,6 +62,8 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             _check_encoding()
             if str(kwargs.get("out")) == "-":
                 raise ConfigurationError("--out -: this command cannot write to standard output; give a name")
+            if "device" in kwargs:
+                kwargs["device"] = take_device(kwargs["device"])
             with temporary_files_together():
                 command(*args, **kwargs)
         except KeyboardInterrupt:
@@ -63,6 +77,11 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise
             text = brief(f"error: {error.filename or 'the system'}: {error.strerror or error}")
             sys.stderr.write(printable_lines(text) + "\n")
+            raise typer.Exit(1) from None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            sys.stderr.write(printable_lines(_memory_text(error, kwargs.get("batch_size"))) + "\n")
             raise typer.Exit(1) from None
 
     # Every command takes --quiet, and so does the program itself, because people type it in either place.
@@ -115,7 +134,7 @@ ClassLevel = Annotated[
         show_default=False,
     ),
 ]
-Device = Annotated[str, opt("Device that the network runs on: auto, cpu or gpu.")]
+Device = Annotated[str, opt("Device that the command runs on: auto, cpu, gpu, or gpu:K for one of several.")]
 Cluster = Annotated[
     str | None,
     opt("local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),

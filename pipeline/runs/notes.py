@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from datetime import UTC, datetime
 from typing import Any
 
+from features.machine import keras_backend
 from pipeline.intervals import interval_of
 
 PACKAGES = (
@@ -33,7 +34,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "cpu_count": os.cpu_count(),
-        "keras_backend": os.environ.get("KERAS_BACKEND", "tensorflow"),
+        "keras_backend": keras_backend(),
         "packages": dict(_versions()),
     }
 

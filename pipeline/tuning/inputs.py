@@ -3,6 +3,8 @@
 images ─┬─ trunk, once ─────────── KeptFeatures ────┐
         └─ augment, trunk, each epoch ─ LiveViews ──┼─▶ batches(rows, epoch) ─▶ pipeline.tuning.training
 store ──── read ────────────────── pipeline.tuning.cached ─┘
+
+What does not change between epochs stays on a GPU, if it fits (`on_device`).
 """
 
 from __future__ import annotations
@@ -15,13 +17,14 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from features.augmentation import AugmentSpec
 from features.errors import RunError, StoreError, UnreadableImageError
 from features.files import printable
+from features.networks.backend import is_out_of_memory, load_keras
 from features.pixels.batches import batches
 from features.pixels.views import DecodedViews, decode_views
 from features.progress import Progress
@@ -32,6 +35,7 @@ from features.store.schema import data_digest
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
+DEVICE_BYTES = 2 << 30  # features up to this size stay on a GPU
 PLAIN = 0  # the epoch number that stands for view 0 of every image
 Trunk = Callable[[np.ndarray], np.ndarray]
 
@@ -108,8 +112,11 @@ class Inputs(Protocol):
     def readable(self, rows: np.ndarray) -> np.ndarray:
         """Return those of ``rows`` that have features, in the same order."""
 
-    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield ``(rows, features (k, ...))`` in the order of ``rows``. An epoch may read any view; `PLAIN` reads view 0."""
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, Any]]:
+        """Yield ``(rows, features (k, ...))`` in the order of ``rows``. An epoch may read any view; `PLAIN` reads view 0.
+
+        The features are an array, or a tensor of Keras's backend.
+        """
 
 
 class ImagePass:
@@ -229,6 +236,52 @@ class LiveViews:
             return decode_views(data, self._source.rule, self._spec, seed=self._seed, sha256=content, views=[epoch])
 
         yield from self._source.features(rows, drawn)
+
+
+class DeviceFeatures:
+    """Features of plain images that stay on the device; a batch is gathered there.
+
+    Parameters
+    ----------
+    source : Inputs
+        Where they come from, once.
+    rows : int64, (n,)
+        Rows of the images.
+    batch_size : int
+        Rows per batch.
+    """
+
+    def __init__(self, source: Inputs, rows: np.ndarray, batch_size: int) -> None:
+        self._rows, self._batch_size = source.readable(rows), batch_size
+        self._place = {row: place for place, row in enumerate(self._rows.tolist())}
+        parts = [features for _, features in source.batches(self._rows, PLAIN)]
+        self._features = load_keras().ops.convert_to_tensor(np.concatenate(parts))
+
+    def readable(self, rows: np.ndarray) -> np.ndarray:
+        return np.array([row for row in rows.tolist() if row in self._place], dtype=np.int64)
+
+    def batches(self, rows: np.ndarray, epoch: int) -> Iterator[tuple[np.ndarray, Any]]:
+        for start in range(0, len(rows), self._batch_size):
+            batch = rows[start : start + self._batch_size]
+            places = np.array([self._place[row] for row in batch.tolist()], np.int32)
+            yield batch, load_keras().ops.take(self._features, places, axis=0)
+
+
+def on_device(source: Inputs, rows: np.ndarray, batch_size: int) -> Inputs:
+    """Keep the features of plain images on the device if they fit, else return ``source``."""
+    some = source.readable(rows)[:1]
+    if not len(some):
+        return source
+    _, first = next(source.batches(some, PLAIN))
+    if first.nbytes * len(rows) > DEVICE_BYTES:
+        return source
+    try:
+        return DeviceFeatures(source, rows, batch_size)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        logger.info("the features before the trained layers do not fit on the device; each batch is sent")
+        return source
 
 
 def _allocated(shape: tuple[int, ...], dtype: np.dtype, folder: Path) -> np.ndarray:

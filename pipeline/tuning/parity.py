@@ -264,7 +264,7 @@ class Gate:
 
     def _features(self, row: int) -> np.ndarray:
         _, features = next(iter(self._inputs.batches(np.array([row]), PLAIN)))
-        return features
+        return np.asarray(load_keras().ops.convert_to_numpy(features))
 
     def _explain_before(self, row: int) -> str:
         job, features = self._job, self._features(row)

@@ -62,13 +62,13 @@ class Tail:
         ]
 
     def step(
-        self, features: np.ndarray, labels: np.ndarray, *, weights: np.ndarray | None = None, rate: float | None = None
+        self, features: Any, labels: np.ndarray, *, weights: np.ndarray | None = None, rate: float | None = None
     ) -> float:
         """Train on one batch and return its mean loss.
 
         Parameters
         ----------
-        features : (n, ...)
+        features : array or tensor, (n, ...)
             Cut features.
         labels : int32, (n,)
             Class indices.
@@ -81,7 +81,7 @@ class Tail:
         if rate is not None:
             self.model.optimizer.learning_rate = rate
         self.model.reset_metrics()  # otherwise Keras returns the mean over all batches so far
-        values = np.asarray(features, np.float32)
+        values = _float32(features)
         weights = None if weights is None else weights.astype(np.float32)
         return float(self.model.train_on_batch(values, targets, sample_weight=weights))
 
@@ -89,13 +89,13 @@ class Tail:
         """Compute class probabilities of the plain images of rows, float64, (n, c)."""
         return self.probabilities_of(features for _, features in inputs.batches(rows, PLAIN))
 
-    def probabilities_of(self, batches: Iterable[np.ndarray]) -> np.ndarray:
+    def probabilities_of(self, batches: Iterable[Any]) -> np.ndarray:
         """Compute class probabilities of batches of cut features, float64, (n, c)."""
         parts = []
         for features in batches:
             count = len(features)
-            batch = np.zeros((self.batch_size, *features.shape[1:]), np.float32)  # one shape, so compiled only once
-            batch[:count] = features
+            missing = [(0, self.batch_size - count), *[(0, 0)] * (len(features.shape) - 1)]
+            batch = load_keras().ops.pad(_float32(features), missing)  # one shape, so compiled only once
             parts.append(self.model.predict_on_batch(batch)[:count])  # reads the current variables
         return probabilities_of(np.concatenate(parts), self._temperature)
 
@@ -235,6 +235,11 @@ def _close_epoch(state: State, tail: Tail, epoch: int, loss: float, scores: dict
     waiting = Patience(0, state.lowest, state.waited)
     waiting.lower(scores["log_loss"])
     state.lowest, state.waited = float(waiting.lowest), int(waiting.waited)
+
+
+def _float32(features: Any) -> Any:
+    ops = load_keras().ops
+    return ops.cast(ops.convert_to_tensor(features), "float32")
 
 
 def _values(variables: Sequence[Any]) -> list[np.ndarray]:

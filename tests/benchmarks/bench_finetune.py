@@ -69,7 +69,7 @@ class Contender:
         self._data = read_rows(job, source, pool)
         trunk = trunk_function(job.split, job.network, run.recipe, batch_size=BATCH, device="cpu")
         passing = ImagePass(source, trunk, run.recipe.pixels, pool, BATCH)
-        self._inputs = make_inputs(job, self._data, passing, folder=folder, progress=None)
+        self._inputs = make_inputs(job, self._data, passing, folder=folder, device="auto", progress=None)
         self._tail = Tail(job.split, job.head.temperature, settings)
         self._rows = self._data.by_content(self._data.rows("train"))
 
