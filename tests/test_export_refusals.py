@@ -119,7 +119,7 @@ def test_what_a_converter_needs_is_asked_for_only_where_it_is_needed(monkeypatch
         with pytest.raises(
             ConfigurationError,
             match=rf"format {name}: the conversion needs TensorFlow, but Keras runs on jax. Use --format keras, or pip "
-            r"install 'bottleneck-features\[tensorflow,export\]' and set KERAS_BACKEND=tensorflow",
+            r"install tensorflow 'bottleneck-features\[export\]' and set KERAS_BACKEND=tensorflow",
         ):
             find_format(name).check_writer("keras", "jax")
     with pytest.raises(ConfigurationError, match=r"tf2onnx is not installed; pip install 'bottleneck-features\[export"):

@@ -75,7 +75,7 @@ def _start_keras() -> None:
         except (ImportError, ValueError) as error:
             raise ConfigurationError(
                 f"Keras cannot start with KERAS_BACKEND={os.environ['KERAS_BACKEND']!r}: {error}. Install that backend "
-                "(pip install 'bottleneck-features[tensorflow]', or [jax], or [torch]), or unset KERAS_BACKEND."
+                "(pip install tensorflow, or jax, or torch), or unset KERAS_BACKEND."
             ) from error
 
 

@@ -111,7 +111,7 @@ class Format:
             )
             raise ConfigurationError(
                 f"format {self.name}: the conversion needs TensorFlow, but Keras runs on {backend}. Use --format {able}, or "
-                "pip install 'bottleneck-features[tensorflow,export]' and set KERAS_BACKEND=tensorflow"
+                "pip install tensorflow 'bottleneck-features[export]' and set KERAS_BACKEND=tensorflow"
             )
         _require(self.name, writer.packages)
 
