@@ -36,7 +36,7 @@ from pipeline.cluster import run as module
 from pipeline.cluster import worker as cluster_worker
 from pipeline.cluster.connection import check_workers, connected, parse_cluster, shares
 from pipeline.cluster.model import Costs, Worker, forecast_cluster
-from pipeline.cluster.plan import OpenPlan, PlanFile, Setting, ShardTask
+from pipeline.cluster.plan import OpenPlan, PlanFile, Setting, ShardTask, versions
 from pipeline.cluster.plan import differences as version_differences
 from pipeline.cluster.run import ClusterShards
 
@@ -98,6 +98,15 @@ def test_versions_that_decide_numbers_are_compared() -> None:
         "feature format 2 instead of 1",
         "keras 3.12.0 instead of 3.15.1",
         "openvino 2025.1 instead of 2026.0",
+    ]
+
+
+def test_versions_of_what_runs_onnx_files_and_presets_are_compared() -> None:
+    mine = versions()
+    assert {"onnxruntime", "keras-hub"} <= {*mine}
+    assert version_differences(mine, {**mine, "onnxruntime": "not installed"}) == []
+    assert version_differences({**mine, "onnxruntime": "2"}, {**mine, "onnxruntime": "1"}) == [
+        "onnxruntime 1 instead of 2"
     ]
 
 

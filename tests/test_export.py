@@ -27,7 +27,7 @@ from features.errors import (
 from features.recipe import PixelRule
 from pipeline.export import Probe, export, predicted
 from pipeline.exporting.artefacts import full_pixels, open_artefact, read_card
-from pipeline.exporting.formats import FORMATS, convert, find_format
+from pipeline.exporting.formats import FORMATS, convert, find_format, to_onnx
 from pipeline.exporting.keras_graph import KerasAssembled
 from pipeline.heads.kinds import head_of
 from pipeline.predict import predict
@@ -196,3 +196,17 @@ def test_a_keras_file_opens_without_this_project_and_ignores_training_mode(
     done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
     for received in json.loads(done.stdout.splitlines()[-1]):
         np.testing.assert_allclose(received, expected["logistic"][0], atol=1e-4)
+
+
+def test_the_exact_gelu_is_written_in_operations_of_onnx(tmp_path: Path) -> None:
+    import keras
+    import onnxruntime
+
+    images = keras.Input((None, None, 3), dtype="uint8", name="images")
+    maps = keras.layers.Conv2D(4, 3, activation="gelu")(keras.layers.Rescaling(1 / 127.5, -1)(images))
+    model = keras.Model(images, keras.layers.GlobalAveragePooling2D()(keras.layers.Activation("gelu")(maps)))
+    onnx.checker.check_model(made := to_onnx(model, "features"))
+    assert [node.op_type for node in made.graph.node].count("Erf") == 2
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 8, 3), dtype=np.uint8)
+    (found,) = onnxruntime.InferenceSession(made.SerializeToString()).run(["features"], {"images": pixels})
+    np.testing.assert_allclose(found, keras.ops.convert_to_numpy(model(pixels)), atol=1e-6)

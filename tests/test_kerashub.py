@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -581,6 +582,33 @@ def test_from_extraction_to_a_fine_tuned_network(
     np.testing.assert_allclose(
         predicted(tuned.folder, pictures, store, tmp_path), head_of(tuned).predict_proba(own), atol=1e-4
     )
+
+
+SAVED = [(name, suffix) for name in HOW for suffix in ("keras", "onnx")]
+
+
+@pytest.mark.slow
+@needs_hub
+@pytest.mark.stress  # all of them there
+@pytest.mark.parametrize(("name", "suffix"), SAVED if STRESS else [("vit", "keras"), ("siglip", "onnx")])
+def test_a_preset_is_exported_with_its_head(
+    made: dict[str, Made], pictures: Path, name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer of ViT cannot be saved by itself, its GELU has an operation that ONNX has not; SigLIP announces wrong shapes."""
+    from pipeline.export import export
+    from pipeline.train_head import train_head
+
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    options = {"engine": "keras", "batch_size": 16, "pooling": "cls+tokens" if HOW[name] == "cls" else None}
+    folder = shutil.copytree(made[name].preset, tmp_path / "there" / "net")
+    store = extract_features(pictures, tmp_path / "f.h5", backbone=f"preset:{folder}", **options)
+    run = train_head(store, "logistic", runs=tmp_path / "runs", params={"C": 3e-3}).folder
+    folder.rename(tmp_path / "net")  # it is found beside the runs
+    expected = predicted(run, pictures, store, tmp_path)
+    assert np.ptp(expected[:, 0]) > 1e-3
+    document = export(run, format=suffix, out=tmp_path / f"model.{suffix}")
+    assert document["parity_gap"] <= 1e-4
+    np.testing.assert_allclose(predicted(tmp_path / f"model.{suffix}", pictures, store, tmp_path), expected, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -429,6 +429,32 @@ def test_weights_outside_the_folder_are_not_read(location: str, tmp_path: Path) 
         read_model(path)
 
 
+def quantised(nodes: list[Any], inputs: list[Any]) -> None:
+    """A sigmoid of bytes, which is ONNX Runtime's own."""
+    numbers = {"scale": np.float32(1 / 64), "zero": np.uint8(7), "scale_2": np.float32(1 / 256), "zero_2": np.uint8(0)}
+    for name, value in numbers.items():
+        nodes.insert(0, helper.make_node("Constant", [], [name], value=numpy_helper.from_array(value, name)))
+    nodes.append(helper.make_node("QuantizeLinear", ["relu", "scale", "zero"], ["bytes"]))
+    own = helper.make_node("QLinearSigmoid", ["bytes", *numbers], ["curved"], domain="com.microsoft")
+    nodes.extend([own, helper.make_node("DequantizeLinear", ["curved", "scale_2", "zero_2"], ["floats"])])
+
+
+@pytest.mark.slow
+def test_what_openvino_does_not_take_runs_by_onnx_runtime_and_is_said(
+    how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = network(tmp_path / "net.onnx", extra=quantised)
+    found = resolve_network(NetworkOptions(str(path), preprocess=how, layers=("floats",)))
+    assert found.engine_name == "openvino"
+    engine = found.engine(found.recipes, batch_size=3)
+    assert engine.name == "onnxruntime"
+    assert "; using ONNX Runtime, which computes the same features more slowly" in caplog.text
+    (values,) = engine(IMAGES).values()
+    expected = 1 / (1 + np.exp(-EXPECTED))
+    assert np.abs(values - expected).max() < 1 / 128  # a step before and after the curve
+    assert np.ptp(expected) > 0.2
+
+
 # -------------------------------------------------------------------------------------------------- refused
 def text_input(nodes: list[Any], inputs: list[Any]) -> None:
     inputs.insert(0, helper.make_tensor_value_info("input_ids", TensorProto.INT64, ["n", 77]))

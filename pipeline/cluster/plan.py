@@ -22,14 +22,14 @@ from features.canonical import canonical_json
 from features.errors import ClusterError
 from features.extraction.shard import ShardSpec
 from features.files import writing
-from features.machine import keras_backend, software_versions
+from features.machine import installed_version, keras_backend, software_versions
 from features.recipe import Recipe
 from features.store.schema import FORMAT_VERSIONS
 from features.temporary import temporary_path
 
 PLAN_FORMAT = 1
 # Compared only if both sides have them: a GPU node does not need OpenVINO, nor a node with another backend TensorFlow.
-OPTIONAL = ("openvino", "tensorflow", "jax", "torch")
+OPTIONAL = ("openvino", "tensorflow", "jax", "torch", "onnxruntime", "keras-hub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,7 +170,8 @@ class OpenPlan:
 
 def versions() -> dict[str, str]:
     """Return the versions that must be equal on all machines, read without importing the packages."""
-    found = {**software_versions(), "feature format": str(max(FORMAT_VERSIONS))}
+    found = {**{name: installed_version(name) for name in ("onnxruntime", "keras-hub")}, **software_versions()}
+    found["feature format"] = str(max(FORMAT_VERSIONS))
     return {**found, "keras backend": keras_backend(), "python": ".".join(platform.python_version_tuple()[:2])}
 
 

@@ -113,8 +113,10 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
 def _features(network: Network, recipe: Recipe) -> Any:
     model, layer = network.load(), recipe.layer
     if is_of_hub(model) and layer == last_layer(model):
-        images = load_keras().Input(model.inputs[0].shape[1:])
-        model, layer = with_true_shapes(load_keras().Model(images, model(images))), model.name
+        keras = load_keras()
+        images = keras.Input(model.inputs[0].shape[1:])
+        given = keras.tree.map_structure(lambda _: images, model.input)
+        model, layer = with_true_shapes(keras.Model(images, model(given))), model.name
     model = feature_model(model, [(layer, recipe.pooling, recipe.prefix_tokens)])
     model.name = "backbone"
     return model
