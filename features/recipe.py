@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,11 +29,11 @@ MOST_PREFIX = 64  # tokens
 DTYPES = ("float32", "float16")
 DECODE_RULES = ("full", "fast")
 ENGINES = ("auto", "keras", "openvino", "onnxruntime")
-ARITHMETIC = ("float32", "bfloat16", "float16")
+ARITHMETIC = ("float32", "bfloat16", "float16", "int8")
 DEVICES = ("auto", "cpu", "gpu")
 # Half precision rounds to 8 or 11 bits in every layer, so two engines differ by far more than in float32. The engine
-# is therefore part of the precision.
-PRECISIONS = ("float32", "bfloat16:openvino") + tuple(  # noqa: RUF005
+# is therefore part of the precision. In int8 a quantised network decides, whose digest is part of the recipe.
+PRECISIONS = ("float32", "bfloat16:openvino", "int8") + tuple(  # noqa: RUF005
     f"{kind}:keras-{backend}" for kind in ("bfloat16", "float16") for backend in ("tensorflow", "jax", "torch")
 )
 MEAN_STD = "mean-std"  # the preprocessing of a recipe with a normalisation
@@ -128,10 +129,13 @@ class NetworkOptions:
         Whether a JPEG is decoded at full size.
     engine : {"auto", "keras", "openvino", "onnxruntime"}
         Engine that runs the network; see ``features.networks.engines.choose_engine``.
-    precision : {"float32", "bfloat16", "float16"}
+    precision : {"float32", "bfloat16", "float16", "int8"}
         Arithmetic of the forward pass.
     device : {"auto", "cpu", "gpu"}
         Device that the network runs on.
+    quantised : str, optional
+        File of the quantised network that computes in ``int8``; see ``features.networks.quantised``. An extraction finds
+        or makes it itself.
 
     Raises
     ------
@@ -153,6 +157,7 @@ class NetworkOptions:
     engine: str = "auto"
     precision: str = "float32"
     device: str = "auto"
+    quantised: str | None = None
 
     def __post_init__(self) -> None:
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
@@ -167,6 +172,10 @@ class NetworkOptions:
         check_choice("engine", self.engine, ENGINES)
         check_choice("precision", self.precision, ARITHMETIC)
         check_device(self.device)
+        if self.quantised is not None and self.precision != "int8":
+            raise ConfigurationError(
+                f"quantised: received {self.quantised} with the precision {self.precision}; add --precision int8, or leave it out"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +241,8 @@ def _both(size: int | tuple[int, int]) -> tuple[int, int]:
     return (size, size) if isinstance(size, int) else size
 
 
-_LATER_FIELDS = {"normalisation", "prefix_tokens"}
+_LATER_FIELDS = {"normalisation", "prefix_tokens", "quantised"}
+_DIGEST = re.compile("[0-9a-f]{64}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,7 +271,7 @@ class Recipe:
         Ranges from which views 1 and above are drawn; None if there is only view 0.
     seed : int
         Random seed of the views; 0 if there is only view 0.
-    precision : {"float32", "bfloat16:openvino", "bfloat16:keras-tensorflow", "float16:keras-tensorflow", ...}
+    precision : {"float32", "int8", "bfloat16:openvino", "bfloat16:keras-tensorflow", "float16:keras-tensorflow", ...}
         Arithmetic of the forward pass, followed by the engine where it affects the values. The features are stored
         as ``dtype`` in any case.
     dtype : {"float32", "float16"}
@@ -270,6 +280,8 @@ class Recipe:
         How pixels become the input of the network, if no module of ``keras.applications`` says it.
     prefix_tokens : int or None
         Number of tokens before those of the image; None unless ``pooling`` is ``tokens`` or ``cls+tokens``.
+    quantised : str or None
+        sha256 of the file of the quantised network, 64 hexadecimal digits; None unless ``precision`` is ``int8``.
     """
 
     backbone: str
@@ -285,6 +297,7 @@ class Recipe:
     dtype: str = "float32"
     normalisation: Normalisation | None = None
     prefix_tokens: int | None = None
+    quantised: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("pooling", self.pooling, POOLINGS + TOKEN_POOLINGS)
@@ -301,11 +314,17 @@ class Recipe:
             raise ConfigurationError(
                 f"preprocessing {self.preprocessing!r}: expected a normalisation only with {MEAN_STD!r}"
             )
+        fits = self.quantised is None if self.precision != "int8" else _DIGEST.fullmatch(self.quantised or "")
+        if not fits:
+            raise ConfigurationError(
+                f"quantised: received {self.quantised!r} with the precision {self.precision}; expected 64 hexadecimal digits "
+                "with int8, and nothing otherwise"
+            )
 
     @property
     def format_version(self) -> int:
         """Lowest version of the store's format that allows this recipe; see FORMAT.md."""
-        later = self.pooling in TOKEN_POOLINGS or self.normalisation is not None
+        later = self.pooling in TOKEN_POOLINGS or self.normalisation is not None or self.quantised is not None
         return 2 if later or self.pixels.resize == "bicubic" or self.pixels.edge is not None else 1
 
     @property
@@ -319,6 +338,11 @@ class Recipe:
         """The recipe of view 0, which depends on neither augmentation nor seed."""
         return self if self.augmentation is None else dataclasses.replace(self, augmentation=None, seed=0)
 
+    @functools.cached_property
+    def in_float32(self) -> Recipe:
+        """The recipe of the same features computed and stored in float32."""
+        return dataclasses.replace(self, precision="float32", dtype="float32", quantised=None)
+
     def augmented(self, spec: AugmentSpec | None, seed: int) -> Recipe:
         """Return this recipe with another augmentation and seed; without both if ``spec`` changes nothing."""
         if spec is None or spec.is_plain:
@@ -326,7 +350,13 @@ class Recipe:
         return dataclasses.replace(self, augmentation=spec, seed=seed)
 
     def options(
-        self, backbone: str, weights: str, *, engine: str | None = None, device: str = "auto"
+        self,
+        backbone: str,
+        weights: str,
+        *,
+        engine: str | None = None,
+        device: str = "auto",
+        quantised: str | None = None,
     ) -> NetworkOptions:
         """Return options that resolve to the plain recipe again.
 
@@ -338,6 +368,8 @@ class Recipe:
             Engine that runs the network. Default: the one that the precision names, or ``auto`` in float32.
         device : {"auto", "cpu", "gpu"}
             Device that the network runs on.
+        quantised : str, optional
+            Where the file of the quantised network is.
         """
         precision, _, made_by = self.precision.partition(":")
         return NetworkOptions(
@@ -355,6 +387,7 @@ class Recipe:
             engine=engine or made_by.partition("-")[0] or "auto",
             precision=precision,
             device=device,
+            quantised=quantised,
         )
 
     def cell(self, view: int) -> Cell:

@@ -30,6 +30,7 @@ from features.files import printable
 from features.machine import processors, software_versions
 from features.networks.engines import Engine
 from features.networks.network import Network, resolve_network
+from features.networks.quantised import keep, networks_of_store
 from features.pixels.batches import loaded
 from features.pixels.decode import read_bytes
 from features.pixels.png import plain_png
@@ -57,8 +58,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         Pooling of spatial features or tokens, and how pixels become the input. Default: ``none`` for a layer that is named.
     image_size : int or (int, int), optional
         Height and width in pixels; default: those of the network.
-    resize, fit_rule, decode, dtype, engine, precision, device : str
-        As for ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here.
+    resize, fit_rule, decode, dtype, engine, precision, device, quantised : str
+        As for ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here. The precision ``int8`` needs
+        ``quantised``, because nothing is learned from the images here: take the file that ``extract`` made.
     store : path, optional
         Where features are kept; without it every call computes them. A path that ends in ``.h5`` is one store, of one
         recipe; any other is a folder that gets a store per recipe, so that a grid search may vary layers. The
@@ -107,6 +109,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         engine: str = "auto",
         precision: str = "float32",
         device: str = "auto",
+        quantised: str | None = None,
         store: str | os.PathLike[str] | None = None,
         batch_size: int = 32,
         workers: int | None = None,
@@ -128,6 +131,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         self.engine = engine
         self.precision = precision
         self.device = device
+        self.quantised = quantised
         self.store = store
         self.batch_size = batch_size
         self.workers = workers
@@ -249,6 +253,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         """Return what keeps computed rows, if some are missing and the store may grow."""
         lacking = 0 if store is None else len(wanted - store.rows.keys())
         if store is not None and lacking and store.grows:
+            if network.quantised is not None:
+                keep(network.quantised, str(network.recipes[0].quantised), networks_of_store(store.path))
             return store.extending(
                 shard_rows=max(1, SHARD_BYTES // network.row_bytes),
                 provenance={

@@ -20,6 +20,7 @@ import numpy as np
 
 from features.canonical import digest_of
 from features.errors import ConfigurationError, HeadError, SourceError, check_range
+from features.extraction.calibration import with_quantised
 from features.extraction.extraction import Extraction
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
@@ -235,9 +236,15 @@ def _sample(source: ImageSet, limit: int) -> _Sample:
 
 def _computed(asked: ExtractionOptions, sample: _Sample, folder: Path, progress: Progress | None) -> _Computed:
     """Compute what is missing of the features of the sample by one network, and measure or recall its speed."""
+    stem, out = _plain(asked.backbone), folder
+    if asked.precision == "int8":  # the quantised network is found by the store, so its name cannot depend on it
+        exact = resolve_network(dataclasses.replace(asked, precision="float32", engine="openvino", device="cpu"))
+        out = folder / f"{stem}-{exact.recipes[0].fingerprint[:8]}-int8.h5"
+        asked = with_quantised(asked, sample.images, out, progress)
     network = resolve_network(asked)
     recipe = network.recipes[0]
-    out = folder / f"{_plain(asked.backbone)}-{recipe.fingerprint[:8]}.h5"
+    if recipe.quantised is None:
+        out = folder / f"{stem}-{recipe.fingerprint[:8]}.h5"
     asked = dataclasses.replace(asked, shard_rows=BATCHES_OF_A_SHARD * asked.batch_size)
     speeds, meter = _Speeds(folder / SPEEDS), _Meter(progress)
     key = speeds.key(network, asked)

@@ -23,7 +23,7 @@ from features.machine import keras_backend, processors
 from features.networks.network import Network
 from features.networks.reference import evenly_spread, reference_images
 from features.pixels.resizing import resize_image
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.scan import scan
 from features.temporary import sweep_dead, temporary_folder
@@ -35,6 +35,7 @@ from pipeline.exporting.onnx_graph import OnnxAssembled
 from pipeline.exporting.resizing import longest_side
 from pipeline.heads.head import Head
 from pipeline.runs.board import take_run
+from pipeline.runs.folder import Run
 from pipeline.runs.notes import environment
 from pipeline.tuning.endtoend import network_of
 from pipeline.tuning.parity import largest_gap
@@ -62,6 +63,7 @@ def export(
     out: str | Path,
     images: str | Path | None = None,
     weights: str | None = None,
+    quantised: str | None = None,
     data_set: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -79,6 +81,8 @@ def export(
         Source of the images to compare on; up to `PARITY_IMAGES` are used. By default images are painted.
     weights : str, optional
         Where the network's weights are now, if they have moved since the extraction.
+    quantised : str, optional
+        File of the quantised network of a run in int8, if it is in none of the usual places.
     data_set : str, optional
         Data set whose run is taken from a folder of runs.
     progress : callable, optional
@@ -88,7 +92,8 @@ def export(
     -------
     dict
         ``format`` 1, ``artefact``, ``path``, ``run``, ``classes``, ``bytes``, ``images`` (number compared),
-        ``parity_gap`` (largest difference in probability), ``tolerance``, ``note``, and ``damaged``, the names
+        ``parity_gap`` (largest difference in probability), ``precision_gap`` (that between the run's own precision and
+        float32, in which the artefact computes; None for a run in float32), ``tolerance``, ``note``, and ``damaged``, the names
         of damaged runs that were left out.
 
     Raises
@@ -110,12 +115,13 @@ def export(
     recipe = exact_recipe(chosen)
     head, dense = head_and_layers(chosen)
     writable_folder(path.parent)
-    network = network_of(chosen, weights)
+    network = network_of(chosen, weights, quantised=quantised)
     kind = network.backbone.runtime
     row.check_writer(kind, keras_backend())
     probes = _painted(recipe) if images is None else _from(images, recipe)
     report("export", 1, 4)
     gate = Gate(probes, predicted(network, recipe, head, probes))
+    precision_gap = _precision_gap(chosen, network, head, gate)
     whole = ASSEMBLERS[kind](network, recipe, dense)
     some = gate.first(_FEW)
     received = np.concatenate([whole(probe.pixels) for probe in some.probes])
@@ -152,6 +158,7 @@ def export(
         "bytes": size,
         "images": len(probes),
         "parity_gap": gap,
+        "precision_gap": precision_gap,
         "tolerance": row.tolerance,
         "note": row.note,
         "damaged": damaged,
@@ -160,10 +167,12 @@ def export(
 
 def summary(document: dict[str, Any]) -> str:
     """Summarise the result for a person."""
+    exact = document["precision_gap"] is None
     text = (
         f"{document['path']}: {document['artefact']} of {document['run']}, {document['bytes'] / 1e6:.1f} MB\n"
         f"  probabilities of {document['images']} images, computed by its own runtime, differ by at most "
-        f"{document['parity_gap']:.1e} from those of predict ({document['tolerance']:.0e} is allowed)"
+        f"{document['parity_gap']:.1e} from those of {'predict' if exact else 'the run in float32'} "
+        f"({document['tolerance']:.0e} is allowed)"
     )
     return text + (f"\n  note: {document['note']}" if document["note"] else "")
 
@@ -201,6 +210,20 @@ def predicted(network: Network, recipe: Recipe, head: Head, probes: Sequence[Pro
         (features,) = engine(pixels[start : start + 16]).values()
         parts.append(head.predict_proba(features))
     return np.concatenate(parts)
+
+
+def _precision_gap(run: Run, network: Network, head: Head, gate: Gate) -> float | None:
+    """Say by how much the run's probabilities differ from those in float32, which the artefact gives; None if in nothing."""
+    recipe = run.recipe.plain
+    if recipe.precision == "float32":
+        return None
+    _, gap = largest_gap(predicted(network, recipe, head, gate.probes), gate.expected)
+    logger.warning(
+        "%s: its features were computed in %s, and the artefact computes in float32: the probabilities of %s differ by up to "
+        "%.2g from those of predict, which is no fault",
+        *(run.folder, recipe.precision, counted(len(gate.probes), "image"), gap),
+    )
+    return gap
 
 
 def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:

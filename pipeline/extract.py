@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from features.errors import ConfigurationError
 from features.extraction.announcing import announcement
 from features.extraction.extraction import prepare
 from features.extraction.options import ExtractionOptions
 from features.extraction.running import ShardRunner, run_here
 from features.files import printable
+from features.networks.quantised import find, networks_of_store, place_in, read
 from features.progress import Progress, counted, duration
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
@@ -27,13 +29,15 @@ SHOWN_CLASSES = 3  # in the first line
 COUNTED = ("cached", "moved", "new", "changed", "removed", "unreadable", "hashed")
 
 
-def plan(images: str, out: Path, options: ExtractionOptions, *, cluster: str | None = None) -> dict[str, Any]:
+def plan(
+    images: str, out: Path, options: ExtractionOptions, *, progress: Progress | None = None, cluster: str | None = None
+) -> dict[str, Any]:
     """Describe what an extraction would do. Nothing is written, no cluster is contacted; the forecast is for this machine."""
     if cluster is not None:
         from pipeline.cluster.connection import parse_cluster
 
         parse_cluster(cluster)
-    extraction = prepare(images, out, options)
+    extraction = prepare(images, out, options, progress=progress)
     decided = extraction.plan()
     cost = extraction.forecast(decided)
     if cost and not cluster and (said := announcement(extraction.network, options, decided.to_infer, cost.seconds)):
@@ -78,7 +82,7 @@ def run(
         from pipeline.cluster.run import ClusterShards
 
         run_shards = ClusterShards(cluster)
-    result = prepare(images, out, options, run_shards=run_shards).run(progress)
+    result = prepare(images, out, options, run_shards=run_shards, progress=progress).run(progress)
     return {
         **describe(result.store),
         "inferred": result.inferred,
@@ -123,6 +127,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
                 "augment": "none" if recipe.augmentation is None else recipe.augmentation.name,
                 "fingerprint": recipe.fingerprint,
                 "recipe": recipe.to_dict(),
+                **({} if recipe.quantised is None else {"network": _network_of(store, recipe.quantised)}),
             }
             for name, recipe in sorted(store.recipes.items())
         },
@@ -130,6 +135,32 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "quarantine": [{"path": printable(path), "reason": reason} for path, reason in reasons],
         "provenance": store.provenance,
     }
+
+
+def _network_of(store: FeatureStore, digest: str) -> str | None:
+    """Return where the quantised network of a store is; None if it is lost."""
+    try:
+        return str(find(digest, [networks_of_store(store.path)]))
+    except ConfigurationError:
+        return None
+
+
+def verify_networks(store: FeatureStore) -> int:
+    """Compare the quantised networks beside a store with their digests, and return their number.
+
+    Raises
+    ------
+    IntegrityError
+        If one is damaged.
+    """
+    digests = {recipe.quantised for recipe in store.recipes.values()} - {None}
+    for digest in map(str, digests):
+        path = place_in(networks_of_store(store.path), digest)
+        try:
+            read(path, digest)
+        except FileNotFoundError:
+            logger.warning("%s is not there: new images need it, and so do predictions", path)
+    return len(digests)
 
 
 def _views(entry: dict[str, Any]) -> str:
@@ -170,6 +201,12 @@ def _place_lines(document: dict[str, Any]) -> list[str]:
     place, named = (str(document["provenance"].get(key) or "") for key in ("backbone", "license"))
     said = f"; licence: {printable(named[:200])}" if named else ""
     return [f"  network: {printable(place)}{said}"] if PurePath(place).is_absolute() or ":" in place or named else []
+
+
+def _quantised_lines(document: dict[str, Any]) -> list[str]:
+    """Say where the quantised network is."""
+    places = {entry["network"] for entry in document["data_sets"].values() if "network" in entry}
+    return [f"  quantised network: {'lost' if place is None else printable(place)}" for place in places]
 
 
 def _precision_lines(document: dict[str, Any]) -> list[str]:
@@ -224,6 +261,7 @@ def summary(document: dict[str, Any]) -> str:
         lines.append(f"  {document['rows_missing']} rows are missing with their shards; extract again to compute them")
     lines.append(_data_sets(document["data_sets"]))
     lines += _place_lines(document)
+    lines += _quantised_lines(document)
     lines += _precision_lines(document)
     if "inferred" in document:
         changed = ", ".join(

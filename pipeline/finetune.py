@@ -38,7 +38,7 @@ from pipeline.runs.writing import Outcome, write_run
 from pipeline.tables import score_columns, table_text
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut, unlike
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
-from pipeline.tuning.endtoend import network_of, split_for_training, trunk_function, untrained_head
+from pipeline.tuning.endtoend import check_float32, network_of, split_for_training, trunk_function, untrained_head
 from pipeline.tuning.inputs import Data, ImagePass, Inputs, KeptFeatures, LiveViews, on_device, read_data
 from pipeline.tuning.parity import Gate, Job
 from pipeline.tuning.settings import TuningSettings, settings_of
@@ -287,6 +287,7 @@ def _check_classes(run: Run, source: ImageSet) -> None:
 
 def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None) -> Job:
     """Join network and head, and cut the result where the inputs come in."""
+    check_float32(start.recipe)
     network, head = network_of(start, weights), head_of(start).as_dense()
     head = untrained_head(head) if settings.scratch or settings.new_head else head
     cached: list[CachedCut] = []

@@ -18,6 +18,7 @@ QUIET = threading.Event()  # set if the whole process is quiet; see `set_quiet`
 _UNITS = {
     "extract": "images",
     "hash": "images",
+    "calibrate": "images",
     "assemble": "rows",
     "verify": "blocks",
     "predict": "images",

@@ -25,6 +25,7 @@ LATE = {
     "onnx",
     "matplotlib",
     "openvino",
+    "nncf",
     "onnxruntime",
     "tf2onnx",
     "ai_edge_litert",

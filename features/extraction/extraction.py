@@ -11,13 +11,14 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.errors import StoreError, TooManyUnreadableError
 from features.extraction.assembly import Contents, assemble, is_current, pack, table_of
+from features.extraction.calibration import with_quantised
 from features.extraction.forecast import Forecast, forecast
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
@@ -26,7 +27,9 @@ from features.extraction.precision import check_precision, some_rows
 from features.extraction.running import MadeShard, Reconciliation, ShardRunner, Work, run_here
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.machine import processors
+from features.networks.quantised import find, keep, keep_only, networks_of_store
 from features.progress import Progress, counted
+from features.recipe import Recipe
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
     from features.networks.network import Network
 
 logger = logging.getLogger(__name__)
+LOST = 0.005  # accuracy that a quantised network may cost in the precision check without a warning
 NOTE_SECONDS = 60.0  # between two times that the notes are written while shards are made
 
 
@@ -151,6 +155,7 @@ class Extraction:
             plan = self.plan(progress)
             done = _Done()
             try:
+                self._keep_quantised()
                 if plan.layout == "packed" or plan.old is None:
                     self.parts.drop(plan.superseded)
                 if plan.specs:
@@ -167,9 +172,16 @@ class Extraction:
                 self.parts.keep({*result.store.shards.names, *before} & self.parts.records.keys())
             else:
                 self.parts.remove()
+            keep_only(networks_of_store(self.out), _digests(result.store.recipes.values()))
         reasons = [None] * len(result.store) + list(result.store.quarantine.reasons)
         self._check_unreadable(reasons, f"the {len(result.store)} good rows are in {self.out}")
         return result
+
+    def _keep_quantised(self) -> None:
+        """Copy the quantised network to the store before any row that it computes; workers of a cluster take it from there."""
+        for digest in _digests(self.network.recipes):
+            path = keep(Path(str(self.network.quantised)), digest, networks_of_store(self.out))
+            self.network = dataclasses.replace(self.network, quantised=path)
 
     def _run_shards(self, plan: Plan, done: _Done, progress: Progress | None) -> None:
         count, total, lock = 0, sum(map(len, plan.specs)), threading.Lock()
@@ -269,7 +281,7 @@ class Extraction:
 
     def _check_precision(self, rows: Sequence[int]) -> dict[str, Any]:
         with ThreadPoolExecutor(self.workers) as decoders:
-            return check_precision(
+            found = check_precision(
                 self.network,
                 self.images,
                 rows,
@@ -277,6 +289,9 @@ class Extraction:
                 batch_size=self.options.batch_size,
                 device=self.options.device,
             )
+        if self.network.recipes[0].quantised is not None:
+            _warn_of_loss(found)
+        return found
 
     def _check_unreadable(self, reasons: Sequence[str | None], outcome: str) -> None:
         refused = Counter(reason for reason in reasons if reason is not None)
@@ -291,7 +306,12 @@ class Extraction:
 
 
 def prepare(
-    images: str | Path, out: str | Path, options: ExtractionOptions, *, run_shards: ShardRunner = run_here
+    images: str | Path,
+    out: str | Path,
+    options: ExtractionOptions,
+    *,
+    run_shards: ShardRunner = run_here,
+    progress: Progress | None = None,
 ) -> Extraction:
     """Scan the images, find the network, and return the extraction.
 
@@ -305,6 +325,8 @@ def prepare(
         The options.
     run_shards : callable, optional
         Makes the shards; see ``Extraction``.
+    progress : callable, optional
+        Called with ``(stage, done, total)``, if a network is quantised.
 
     Raises
     ------
@@ -314,6 +336,7 @@ def prepare(
     from features.networks.network import resolve_network
 
     image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust)
+    options = with_quantised(options, image_set, behind_link(Path(out)), progress)
     if options.limit is not None and options.limit < len(image_set):
         logger.warning(
             "%s: %d of %d images, as --limit asks; run again without it to add the others",
@@ -344,7 +367,7 @@ def extract_features(
     FeatureStore
         The finished store.
     """
-    return prepare(images, out, ExtractionOptions(**options)).run(progress).store
+    return prepare(images, out, ExtractionOptions(**options), progress=progress).run(progress).store
 
 
 def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Progress | None = None) -> FeatureStore:
@@ -375,6 +398,9 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
     with locked(path), locked(target) if target != path else contextlib.nullcontext():
         sweep(target)
         store = FeatureStore.open(path)
+        if target != path:
+            for digest in _digests(store.recipes.values()):
+                keep(find(digest, [networks_of_store(path)]), digest, networks_of_store(target))
         if store.kind == "index" or target != path:
             pack(store, target, progress)
         if target == path:
@@ -385,6 +411,22 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
             if not parts.records:
                 parts.remove()
     return FeatureStore.open(target)
+
+
+def _warn_of_loss(checked: Mapping[str, Mapping[str, Any]]) -> None:
+    """Say which features are clearly worse in int8 than in float32: some networks quantise badly."""
+    for name, found in checked.items():
+        if found["accuracy"] is not None and (lost := found["accuracy_float32"] - found["accuracy"]) > LOST:
+            logger.warning(
+                "%s: a head on the int8 features is right on %.4f of %s, in float32 on %.4f: %.4f is lost. Better in half "
+                "precision: --precision bfloat16, with another --out",
+                *(name, found["accuracy"], counted(found["images"], "image"), found["accuracy_float32"], lost),
+            )
+
+
+def _digests(recipes: Iterable[Recipe]) -> list[str]:
+    """Return the digests of the quantised networks of recipes."""
+    return sorted({recipe.quantised for recipe in recipes if recipe.quantised is not None})
 
 
 def _warn_of_another_rule(old: FeatureStore, rule: SplitRule, table: ImageTable) -> None:

@@ -59,7 +59,7 @@ def check_precision(
     rule = network.recipes[0].pixels
     exact = dataclasses.replace(
         network,
-        recipes=tuple(dataclasses.replace(item, precision="float32", dtype="float32") for item in network.recipes),
+        recipes=tuple(item.in_float32 for item in network.recipes),
         engine_name=network.own_engine,
     )
     engines = [item.engine(item.recipes, batch_size=batch_size, device=device) for item in (network, exact)]

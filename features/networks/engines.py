@@ -79,6 +79,8 @@ def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "o
     """
     engine, precision, device = options.engine, options.precision, options.device
     own = engines[0]
+    if precision == "int8":
+        return _engine_of_int8(engine, device)
     if engine not in ("auto", *engines):
         raise ConfigurationError(f"engine: received {engine!r}, expected {' or '.join(engines)} for {options.backbone}")
     can = precision != "float16" and device != "gpu"
@@ -111,6 +113,20 @@ def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "o
         if instead or slow:
             logger.warning("this processor has no bfloat16 instructions%s%s", instead, slow)
     return chosen
+
+
+def _engine_of_int8(engine: str, device: str) -> str:
+    """Return the engine that runs quantised networks, whatever the kind; refuse others."""
+    if engine not in ("auto", "openvino") or device.partition(":")[0] == "gpu":
+        raise ConfigurationError(
+            f"precision: int8 runs with openvino on the processor only; received engine {engine} and device {device}. Leave "
+            "both out, or choose another --precision"
+        )
+    if not is_installed():
+        raise ConfigurationError(
+            "precision: int8 needs OpenVINO, which is not installed: pip install 'bottleneck-features[openvino]'"
+        )
+    return "openvino"
 
 
 def choose_device(device: str) -> str:

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -21,6 +22,7 @@ from features.networks.engines import Engine, choose_engine
 from features.networks.finding import find_backbone
 from features.networks.keras_runtime import KerasRuntime
 from features.networks.onnxfile import OnnxRuntime
+from features.networks.quantised import SUFFIX, checked
 from features.networks.weights import WeightsFile, resolve_weights
 from features.recipe import MEAN_STD, MOST_PREFIX, TOKEN_POOLINGS, NetworkOptions, Recipe
 
@@ -38,6 +40,7 @@ class Network:
     recipes: tuple[Recipe, ...]
     description: Description
     engine_name: str = "keras"
+    quantised: Path | None = None  # file of the quantised network
 
     @property
     def row_bytes(self) -> int:
@@ -74,6 +77,23 @@ class Network:
         """
         return self._runtime.graph(self.backbone, [recipe])
 
+    def conversion(self) -> Mapping[str, np.ndarray]:
+        """Return the network in float32 as OpenVINO runs it, proven; see ``features.networks.openvino_engine.conversion``.
+
+        Raises
+        ------
+        OpenVinoError
+            If OpenVINO cannot run it.
+        """
+        from features.networks.openvino_engine import conversion
+
+        return conversion(
+            self.recipes, self._convert(self.recipes), source=self.weights.sha256, by=self._runtime.engines[0]
+        )
+
+    def _convert(self, recipes: Sequence[Recipe]) -> Callable[[], dict[str, np.ndarray]]:
+        return lambda: self._runtime.converted(self.backbone, self.weights, recipes)
+
     @property
     def own_engine(self) -> str:
         """The engine of the library that the network came from, which defines its features."""
@@ -91,7 +111,7 @@ class Network:
         ConfigurationError
             If a GPU is requested of OpenVINO.
         OpenVinoError
-            If OpenVINO cannot run the network and Keras would give other features, as in half precision.
+            If OpenVINO cannot run the network and Keras would give other features, as in half precision and int8.
         """
         from features.networks.openvino_engine import open_engine
 
@@ -100,11 +120,15 @@ class Network:
             raise ConfigurationError(
                 f"device: a GPU was asked for, but openvino runs only on the CPU. Use --engine {runtime.engines[0]}."
             )
+        if precision == "int8" and self.quantised is not None:
+            from features.networks.quantising import open_quantised
+
+            return open_quantised(self.quantised, str(recipes[0].quantised), recipes, batch_size=batch_size)
         if self.engine_name == "openvino":
             try:
                 return open_engine(
                     recipes,
-                    lambda: runtime.converted(self.backbone, self.weights, recipes),
+                    self._convert(recipes),
                     source=self.weights.sha256,
                     by=runtime.engines[0],
                     batch_size=batch_size,
@@ -175,7 +199,8 @@ def resolve_network(options: NetworkOptions) -> Network:
     Raises
     ------
     ConfigurationError
-        If a name is unknown; the message suggests the nearest ones.
+        If a name is unknown; the message suggests the nearest ones. If the precision is int8, and there is no quantised
+        network of these features.
     WeightsError
         If the weights cannot be found or do not fit.
     """
@@ -197,7 +222,7 @@ def resolve_network(options: NetworkOptions) -> Network:
             pixels=rule,
             preprocessing=row.preprocessing if normalisation is None else MEAN_STD,
             dtype=options.dtype,
-            precision=options.precision if options.precision == "float32" else f"{options.precision}:{by}",
+            precision="float32" if options.precision in ("float32", "int8") else f"{options.precision}:{by}",
             normalisation=normalisation,
             prefix_tokens=_prefix(options, layer, pooled, prefix),
         )
@@ -212,7 +237,21 @@ def resolve_network(options: NetworkOptions) -> Network:
     # Absolute paths, so that a later stage finds the same network from any working directory.
     backbone = options.backbone if row.place is None else row.place
     weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
-    return Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
+    network = Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
+    return _quantised(network, options) if options.precision == "int8" else network
+
+
+def _quantised(network: Network, options: NetworkOptions) -> Network:
+    """Return the network in int8, with the file that the options name."""
+    if options.quantised is None:
+        raise ConfigurationError(
+            "precision: int8 needs a quantised network, which extract makes from images; name its file with --quantised "
+            f"FILE{SUFFIX}"
+        )
+    file = Path(options.quantised).absolute()
+    digest = checked(file, network.recipes)
+    recipes = (dataclasses.replace(item, precision="int8", quantised=digest) for item in network.recipes)
+    return dataclasses.replace(network, recipes=tuple(recipes), quantised=file)
 
 
 def _pooling(options: NetworkOptions, shape: tuple[int, ...], prefix: int | None, has_class: bool) -> str:

@@ -46,7 +46,7 @@ FORMAT = 3
 # of bfloat16 to 8 significant bits (0.2 in MobileNetV2), so its bound only tells rounding from a wrong result; the
 # effect on accuracy is measured by ``features.extraction.precision``.
 TOLERANCES = {"float32": 1e-4, "bfloat16": 0.5}
-_HINTS = {"float32": "f32", "bfloat16": "bf16"}
+_HINTS = {"float32": "f32", "bfloat16": "bf16", "int8": "f32"}  # int8: of what is not quantised
 _OTHER = "other"  # array of a cached file: reference images of a second size
 # Images per inference request. The activations of a few images fit into the processor's cache: with 4 instead of 32,
 # MobileNetV2 was 1.15-1.3 times as fast and used half the memory.
@@ -66,9 +66,9 @@ def supports(precision: str) -> bool:
     if precision not in _HINTS:
         return False
     try:
-        return "BF16" in _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return "BF16" in import_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     except RuntimeError as error:
-        raise OpenVinoError(f"OpenVINO cannot query the processor: {_reason(error)}") from error
+        raise OpenVinoError(f"OpenVINO cannot query the processor: {reason(error)}") from error
 
 
 def open_engine(
@@ -106,9 +106,8 @@ def open_engine(
         raise OpenVinoError("OpenVINO is not installed; install it with pip install openvino")
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
-    about = _about(recipes, source, by)
     asked = _Asked(recipes, batch_size, precision, threads)
-    of_kin = {**about, "size": ["kin", *kin(asked.size)]}
+    about, of_kin = _keys(recipes, source, by)
     for key in (about, of_kin):
         if (kept := _kept_engine(key, asked)) is not None:
             return kept
@@ -120,6 +119,25 @@ def open_engine(
     if seal is not None:
         _note_proof(engine, seal)
     return engine
+
+
+def conversion(
+    recipes: Sequence[Recipe], convert: Callable[[], dict[str, np.ndarray]], *, source: str, by: str
+) -> Mapping[str, np.ndarray]:
+    """Return the arrays of a cached file, made and proven if there is none; parameters and errors as of ``open_engine``."""
+    made: list[dict[str, np.ndarray]] = []
+
+    def converting() -> dict[str, np.ndarray]:
+        made.append(convert())
+        return made[-1]
+
+    engine = open_engine(recipes, converting, source=source, by=by, batch_size=_REQUEST_IMAGES)
+    for key in _keys(recipes, source, by):
+        if not made and (found := _usable(key, engine.size)) is not None:
+            return found[0]
+    if not made:
+        raise OpenVinoError("the conversion of the network was removed from the cache meanwhile; run again")
+    return made[-1]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,12 +188,14 @@ class OpenVinoEngine:
         The feature sets, one per output; they share the pixel rule.
     batch_size : int
         Largest number of images in one call.
-    precision : {"float32", "bfloat16"}
-        Arithmetic of the forward pass; the outputs are float32.
+    precision : {"float32", "bfloat16", "int8"}
+        Arithmetic of the forward pass; the outputs are float32. For ``int8`` the model is a quantised one.
     threads : int, optional
         Number of processor cores to use; by default, all that this process may use.
     step : int, optional
         Images in one request, if the model takes no other number.
+    outputs : sequence of int, optional
+        Number of the model's output for each recipe; by default, they are in the same order.
     """
 
     name = "openvino"
@@ -192,8 +212,9 @@ class OpenVinoEngine:
         precision: str = "float32",
         threads: int | None = None,
         step: int | None = None,
+        outputs: Sequence[int] | None = None,
     ) -> None:
-        openvino = _openvino()
+        openvino = import_openvino()
         rule = recipes[0].pixels
         self.names = [recipe.name for recipe in recipes]
         self.batch_size = batch_size
@@ -219,11 +240,11 @@ class OpenVinoEngine:
                     "ENABLE_CPU_PINNING": False,  # decoding runs on the same cores
                 },
             )
-            self._ports = [compiled.output(_output(index)) for index in range(len(recipes))]
+            self._ports = [compiled.output(output_name(index)) for index in outputs or range(len(recipes))]
             if any(port.partial_shape.is_dynamic for port in self._ports):
                 raise OpenVinoError("OpenVINO cannot tell the shape of the features before it computes them")
         except RuntimeError as error:
-            raise OpenVinoError(f"OpenVINO cannot load the network: {_reason(error)}") from error
+            raise OpenVinoError(f"OpenVINO cannot load the network: {reason(error)}") from error
         self._requests: queue.SimpleQueue[Any] = queue.SimpleQueue()
         for _ in range(streams):
             self._requests.put(compiled.create_infer_request())
@@ -277,7 +298,7 @@ def from_onnx(
     OpenVinoError
         If OpenVINO does not take an operator of the model.
     """
-    openvino = _openvino()
+    openvino = import_openvino()
     with system_folder() as folder:
         path = folder / "model.xml"
         try:
@@ -291,10 +312,10 @@ def from_onnx(
                 f"the network that OpenVINO converted cannot be written: {folder.parent}: {error.strerror or error}"
             ) from error
         except Exception as error:  # the converter raises errors of any class
-            raise OpenVinoError(f"OpenVINO cannot convert the network: {_reason(error)}") from error
+            raise OpenVinoError(f"OpenVINO cannot convert the network: {reason(error)}") from error
         files = [np.frombuffer(file.read_bytes(), np.uint8) for file in (path, path.with_suffix(".bin"))]
     kept = {"model": files[0], "weights": files[1], "batch": batch}
-    kept |= {_output(index): values for index, values in enumerate(expected)}
+    kept |= {output_name(index): values for index, values in enumerate(expected)}
     return kept if step is None else kept | {"step": np.array([step])}
 
 
@@ -316,7 +337,7 @@ def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width:
     outputs = model(preprocess(keras.ops.cast(images, "float32")), training=False)
     listed = list(outputs) if isinstance(outputs, list | tuple) else [outputs]
     # The outputs are named, because the conversion does not keep their order.
-    whole = keras.Model(images, {_output(index): output for index, output in enumerate(listed)})
+    whole = keras.Model(images, {output_name(index): output for index, output in enumerate(listed)})
     batch = reference_images(height, width)
     expected = _outputs(model, preprocess, batch)
     with system_folder() as folder:
@@ -331,11 +352,11 @@ def from_keras(model: Any, preprocess: Callable[[Any], Any], height: int, width:
                 f"the network that OpenVINO converted cannot be written: {folder.parent}: {error.strerror or error}"
             ) from error
         except Exception as error:  # the converters raise errors of any class, even plain Exception
-            raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {_reason(error)}") from error
+            raise OpenVinoError(f"OpenVINO cannot convert {model.name}: {reason(error)}") from error
         finally:
             logging.getLogger().setLevel(level)  # a failed conversion raises it, hiding later warnings
     kept = {"model": files[0], "weights": files[1], "batch": batch}
-    return kept | {_output(index): values for index, values in enumerate(expected)}
+    return kept | {output_name(index): values for index, values in enumerate(expected)}
 
 
 def second_size(model: Any, preprocess: Callable[[Any], Any], height: int, width: int) -> dict[str, np.ndarray]:
@@ -350,8 +371,8 @@ def second_size(model: Any, preprocess: Callable[[Any], Any], height: int, width
     try:
         outputs = _outputs(model, preprocess, batch)
     except Exception as error:  # layers raise errors of any type
-        raise ConfigurationError(f"{model.name} cannot take {height}x{width} pixels: {_reason(error)}") from error
-    return {_OTHER: batch} | {_output(index, _OTHER): values for index, values in enumerate(outputs)}
+        raise ConfigurationError(f"{model.name} cannot take {height}x{width} pixels: {reason(error)}") from error
+    return {_OTHER: batch} | {output_name(index, _OTHER): values for index, values in enumerate(outputs)}
 
 
 def _outputs(model: Any, preprocess: Callable[[Any], Any], batch: np.ndarray) -> list[np.ndarray]:
@@ -376,7 +397,7 @@ def write_graph(model: Any, path: Path) -> None:
     """
     import keras
 
-    openvino = _openvino()
+    openvino = import_openvino()
     if keras.backend.backend() != "tensorflow":
         model.export(str(path), format="openvino", verbose=False)
         return
@@ -392,7 +413,7 @@ def _references(kept: Mapping[str, np.ndarray]) -> dict[Size, tuple[np.ndarray, 
     found = {}
     for name in ("batch", _OTHER):
         if name in kept:
-            keys = itertools.takewhile(kept.__contains__, (_output(index, name) for index in itertools.count()))
+            keys = itertools.takewhile(kept.__contains__, (output_name(index, name) for index in itertools.count()))
             found[kept[name].shape[1:3]] = kept[name], [kept[key] for key in keys]
     return found
 
@@ -473,16 +494,27 @@ def _about(recipes: Sequence[Recipe], source: str, by: str) -> dict[str, Any]:
     }
 
 
+def _keys(recipes: Sequence[Recipe], source: str, by: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what identifies a conversion for this size alone, and one that serves others, too."""
+    about = _about(recipes, source, by)
+    return about, {**about, "size": ["kin", *kin((about["size"][0], about["size"][1]))]}
+
+
+def _usable(about: Mapping[str, Any], size: Size) -> tuple[dict[str, np.ndarray], str] | None:
+    """Return what ``_read`` does of a cached file, if it serves images of this size; else None."""
+    found = _read(_path(about), about)
+    if found is None:
+        return None
+    references = _references(found[0])
+    return found if size in references or reaches(size, [*references]) else None
+
+
 def _kept_engine(about: Mapping[str, Any], asked: _Asked) -> OpenVinoEngine | None:
     """Open an engine with a cached file, and check it unless that was done before; None if there is none that can be used."""
-    path = _path(about)
-    found = _read(path, about)
+    found = _usable(about, asked.size)
     if found is None:
         return None
     kept, seal = found
-    references = _references(kept)
-    if asked.size not in references and not reaches(asked.size, [*references]):
-        return None
     try:
         engine = asked.open(kept)
         if not _is_proven(engine, seal):
@@ -490,7 +522,7 @@ def _kept_engine(about: Mapping[str, Any], asked: _Asked) -> OpenVinoEngine | No
             _note_proof(engine, seal)
         return engine
     except (OpenVinoError, ConfigurationError, KeyError, ValueError) as error:
-        logger.warning("%s cannot be used here (%s); the network is converted again", path, error)
+        logger.warning("%s cannot be used here (%s); the network is converted again", _path(about), error)
         return None
 
 
@@ -545,7 +577,7 @@ def _write(about: Mapping[str, Any], kept: Mapping[str, np.ndarray]) -> str | No
         return None
 
 
-def _openvino() -> Any:
+def import_openvino() -> Any:
     """Import OpenVINO without ``openvino_telemetry``, which would report every import and conversion to its makers."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]
     try:
@@ -553,15 +585,16 @@ def _openvino() -> Any:
 
         _ = openvino.Core
     except (ImportError, AttributeError, OSError) as error:
-        raise OpenVinoError(f"OpenVINO is installed, but cannot be imported: {_reason(error)}") from error
+        raise OpenVinoError(f"OpenVINO is installed, but cannot be imported: {reason(error)}") from error
     return openvino
 
 
-def _output(index: int, batch: str = "batch") -> str:
+def output_name(index: int, batch: str = "batch") -> str:
+    """Name of an output of a converted model; of its values in a cached file, also for the second batch."""
     return f"output_{index}" if batch == "batch" else f"{batch}_output_{index}"
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """Pick the most useful line of a long message: the one about a missing conversion rule, else the last one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     return next((line for line in lines if "No conversion rule" in line), lines[-1])

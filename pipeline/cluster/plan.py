@@ -46,6 +46,8 @@ class Setting:
         Pictures of one forward pass.
     threads : int or None
         Number of threads that read and decode; default: one for each processor of the worker.
+    quantised : str or None
+        File of the quantised network for int8, beside the store.
     """
 
     backbone: str
@@ -54,6 +56,7 @@ class Setting:
     device: str
     batch_size: int
     threads: int | None
+    quantised: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

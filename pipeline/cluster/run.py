@@ -76,6 +76,7 @@ class ClusterShards:
             device=options.device,
             batch_size=options.batch_size,
             threads=options.workers,
+            quantised=str(network.quantised) if network.recipes[0].quantised is not None else None,
         )
         image = _first_image(work)
         with (

@@ -174,7 +174,12 @@ def _engine(setting: Setting, recipes: tuple[Recipe, ...]) -> tuple[Engine, thre
 
     first = recipes[0]
     try:
-        options = first.options(setting.backbone, setting.weights, engine=setting.engine, device=setting.device)
+        options = first.options(
+            *(setting.backbone, setting.weights),
+            engine=setting.engine,
+            device=setting.device,
+            quantised=setting.quantised,
+        )
         network = networks.resolve_network(options)
         other = first.difference(network.recipes[0])
         if other:

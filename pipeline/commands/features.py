@@ -106,8 +106,14 @@ def extract(
     ] = "auto",
     precision: Annotated[
         str,
-        opt("Arithmetic: float32, bfloat16 or float16. Each is a recipe of its own."),
+        opt("Arithmetic: float32, bfloat16, float16 or int8. Each is a recipe of its own."),
     ] = "float32",
+    quantised: Annotated[
+        str | None,
+        opt(
+            "File of the quantised network for int8. Default: that of the store; a new store makes one (extra 'int8')."
+        ),
+    ] = None,
     check_precision: Annotated[int, opt("Compare this many images with float32; the store keeps the difference.")] = 0,
     decode: Annotated[str, opt("full, or fast to shrink JPEGs while decoding. Each is a recipe of its own.")] = "full",
     shard_rows: Annotated[int | None, opt("Number of images in one shard. Default: about 64 MiB of features.")] = None,
@@ -158,6 +164,7 @@ def extract(
         device=device,
         engine=engine,
         precision=precision,
+        quantised=quantised,
         decode=decode,
         check_precision=check_precision,
         shard_rows=shard_rows,
@@ -169,7 +176,8 @@ def extract(
         strict=strict,
     )
     if dry_run:
-        document = stage.plan(images, out, options, cluster=cluster)
+        with ConsoleProgress() as progress:
+            document = stage.plan(images, out, options, progress=progress, cluster=cluster)
         print_document(document, as_json, stage.plan_summary(document))
         return
     with ConsoleProgress() as progress:
@@ -221,7 +229,7 @@ def compare(
     image_size: Annotated[
         str | None, opt("Image size in pixels: 224 or HEIGHTxWIDTH. Default: each network's.")
     ] = None,
-    precision: Annotated[str, opt("Arithmetic: float32, bfloat16 or float16.")] = "float32",
+    precision: Annotated[str, opt("Arithmetic: float32, bfloat16, float16 or int8.")] = "float32",
     engine: Annotated[str, opt("What runs the networks: auto, keras, openvino or onnxruntime.")] = "auto",
     device: Device = "auto",
     batch_size: BatchSize = None,
@@ -283,11 +291,13 @@ def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = Fals
 def verify(file: Annotated[Path, arg("A feature store.")], as_json: Json = False) -> None:
     """Recompute every checksum of a store; exit code 3 if one differs."""
     from features.store.reader import FeatureStore
+    from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
         store = FeatureStore.open(file)
         blocks = store.verify(progress)
+        stage.verify_networks(store)
     document = {"format": 1, "file": str(file), "rows": len(store), "blocks": blocks, "ok": True}
     print_document(document, as_json, f"{file}: {len(store)} rows, {blocks} blocks, every checksum holds")
 

@@ -38,6 +38,9 @@ Moved = Annotated[
         "Where the weights or the model file of the extraction are now, if they have moved.", "--weights", "--backbone"
     ),
 ]
+Quantised = Annotated[
+    str | None, opt("File of the quantised network of an int8 run, if it is neither beside the runs nor the store.")
+]
 
 
 @app.command()
@@ -183,6 +186,7 @@ def predict(
     ] = None,
     grid: Annotated[Path | None, opt("PNG or JPEG file for a picture of some images with their predictions.")] = None,
     weights: Moved = None,
+    quantised: Quantised = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
@@ -211,6 +215,7 @@ def predict(
             augment=augment,
             grid=grid,
             weights=weights,
+            quantised=quantised,
             batch_size=batch_size,
             workers=workers,
             device=device,
@@ -237,6 +242,7 @@ def evaluate(
     split_folders: SplitFolders = "",
     class_level: ClassLevel = 0,
     weights: Moved = None,
+    quantised: Quantised = None,
     batch_size: BatchSize = None,
     workers: Workers = None,
     device: Device = "auto",
@@ -257,6 +263,7 @@ def evaluate(
             target=target,
             reading=Reading(split_folders, class_level) if split_folders or class_level else None,
             weights=weights,
+            quantised=quantised,
             batch_size=batch_size,
             workers=workers,
             device=device,
@@ -279,6 +286,7 @@ def export(
         opt("Images to compare model and run on. Default: generated ones."),
     ] = None,
     weights: Moved = None,
+    quantised: Quantised = None,
     data_set: DataSetName = None,
     as_json: Json = False,
 ) -> None:
@@ -288,7 +296,14 @@ def export(
 
     with ConsoleProgress() as progress:
         document = stage.export(
-            run, format=format, out=out, images=images, weights=weights, data_set=data_set, progress=progress
+            run,
+            format=format,
+            out=out,
+            images=images,
+            weights=weights,
+            quantised=quantised,
+            data_set=data_set,
+            progress=progress,
         )
     print_document(document, as_json, stage.summary(document))
     print_next("bottleneck", "predict", out, "IMAGES")

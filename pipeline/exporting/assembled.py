@@ -6,7 +6,6 @@ network, recipe, head --KerasAssembled or OnnxAssembled--> runs, is written by a
 from __future__ import annotations
 
 import dataclasses
-import logging
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,8 +18,6 @@ from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import can_finetune, head_of
 from pipeline.runs.folder import Run
-
-logger = logging.getLogger(__name__)
 
 
 class Assembled(Protocol):
@@ -98,7 +95,4 @@ def exact_recipe(run: Run) -> Recipe:
     """Return the run's recipe in float32; ``ConfigurationError`` if a graph cannot compute its pixels exactly."""
     recipe = run.recipe
     check_rule(recipe.pixels)
-    if recipe.precision == "float32":
-        return recipe
-    logger.warning("%s: features were computed in %s; the artefact computes in float32", run.folder, recipe.precision)
-    return dataclasses.replace(recipe, precision="float32")
+    return dataclasses.replace(recipe, precision="float32", quantised=None)

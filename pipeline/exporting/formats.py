@@ -23,7 +23,7 @@ from features.machine import processors
 from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
 from features.networks.onnx_engine import import_onnxruntime
-from features.networks.openvino_engine import _openvino, write_graph
+from features.networks.openvino_engine import import_openvino, write_graph
 from pipeline.exporting.saved_model import check_saved_model
 
 CARD = "bottleneck.json"  # name of the card, if it is a file
@@ -207,7 +207,7 @@ def _save_onnx(model: Any, path: Path) -> None:
 
 
 def _onnx_to_openvino(model: Any, path: Path) -> None:
-    openvino = _openvino()
+    openvino = import_openvino()
     path.mkdir()
     converted = openvino.Core().read_model(model.SerializeToString())
     openvino.save_model(converted, path / "model.xml", compress_to_fp16=False)
@@ -331,7 +331,7 @@ def _load_litert(path: Path) -> Runtime:
 
 
 def _load_openvino(path: Path) -> Runtime:
-    core = _openvino().Core()
+    core = import_openvino().Core()
     compiled = core.compile_model(str(path / "model.xml"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})  # see _F32
     return lambda images: compiled(images)[0]
 
@@ -402,7 +402,7 @@ def _reads_other_files(message: Any) -> bool:
 
 
 def _put_openvino(path: Path, text: str) -> None:
-    openvino = _openvino()
+    openvino = import_openvino()
     model = openvino.Core().read_model(path / "model.xml")
     model.set_rt_info(text, [KEY])
     other = path / "with_card.xml"
@@ -412,7 +412,7 @@ def _put_openvino(path: Path, text: str) -> None:
 
 
 def _get_openvino(path: Path) -> str | None:
-    model = _openvino().Core().read_model(path / "model.xml")
+    model = import_openvino().Core().read_model(path / "model.xml")
     return model.get_rt_info(KEY).astype(str) if model.has_rt_info(KEY) else None
 
 

@@ -31,6 +31,8 @@ class PredictOptions:
         has labels.
     weights : str, optional
         Weights file of the network, if that of the extraction has moved.
+    quantised : str, optional
+        File of the quantised network of a run in int8, if it is in none of the usual places.
     batch_size : int, optional
         Number of images in one forward pass, 1-4096. Default: 256 where Keras may have a GPU, else 32.
     workers : int, optional
@@ -54,6 +56,7 @@ class PredictOptions:
     augment: str | None = None
     grid: str | Path | None = None
     weights: str | None = None
+    quantised: str | None = None
     batch_size: int = None  # type: ignore[assignment]  # filled in by __post_init__
     workers: int | None = None
     device: str = "auto"

@@ -47,6 +47,7 @@ def taken(path: str | Path, asked: PredictOptions, likely: str | None = None) ->
     for option, given, holds in (
         ("--data-set", asked.data_set, "is made of one run"),
         ("--weights", asked.weights, "holds its own weights"),
+        ("--quantised", asked.quantised, "holds its own network"),
         ("--device", None if asked.device != "gpu" else "gpu", "runs on the processor"),
         ("--trust", "" if asked.trust else None, "holds no head that needs it"),
     ):
@@ -65,7 +66,7 @@ class RunModel:
     run : Run
         Run with any kind of head.
     options : PredictOptions
-        ``views`` (view 0 is the plain image), ``weights``, ``batch_size``, ``device`` and ``trust`` are used.
+        ``views`` (view 0 is the plain image), ``weights``, ``quantised``, ``batch_size``, ``device`` and ``trust`` are used.
     augment : AugmentSpec, optional
         Augmentation from which the other views are drawn.
     """
@@ -74,7 +75,7 @@ class RunModel:
         self.name, self.classes = run.run_id, run.classes
         self.batch_size = options.batch_size
         self._recipe, self._views, self._augment = run.recipe, options.views, augment
-        network = network_of(run, options.weights, device=options.device)
+        network = network_of(run, options.weights, device=options.device, quantised=options.quantised)
         self._head = head_of(run, trust=options.trust)
         self._engine = network.engine(network.recipes, batch_size=options.batch_size, device=options.device)
         self._features = network.recipes[0].name

@@ -13,6 +13,7 @@ from features.augmentation import AugmentSpec
 from features.files import printable
 from features.networks.backbones import BACKBONES
 from features.networks.descriptions import FORMAT
+from features.networks.quantised import networks_of_runs, place_in
 from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
 from features.sources.scan import is_manifest
 from pipeline.presets import PRESETS, EstimatorParameters
@@ -82,6 +83,8 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         usual |= _usual_pixels(recipe)
     given = {"resize": pixels.resize, "fit": pixels.fit, "decode": pixels.decode, "dtype": recipe.dtype}
     given |= {"precision": precision, "engine": engine.partition("-")[0]}
+    if recipe.quantised is not None:
+        given["quantised"] = _place(str(place_in(networks_of_runs(run.folder.parent), recipe.quantised)))
     given["prefix-tokens"] = "" if recipe.prefix_tokens is None else str(recipe.prefix_tokens)
     for name, value in given.items():
         if value and value != usual.get(name):

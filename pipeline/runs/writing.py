@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -12,8 +13,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from features.errors import BottleneckError, RunError
+from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, sync_folder
+from features.networks.quantised import find, keep, networks_of_runs, networks_of_store
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
 from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse, yaml_text
@@ -136,6 +138,8 @@ def write_run(
             features = {key: value for key, value in start.config["features"].items() if key != "reading" or value}
         if features is None:
             raise RunError(f"{folder}: received neither features nor start, expected one of them")
+        if (digest := Recipe.from_dict(features["recipe"]).quantised) is not None:
+            _keep_quantised(root, Path(features["store"]), digest)
         model, count = list(head.files), head.parameter_count
         if backbone is not None:
             name, recipe = _save_backbone(temporary, backbone, Recipe.from_dict(features["recipe"]))
@@ -180,6 +184,17 @@ def write_run(
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
     return folder
+
+
+@functools.cache
+def _keep_quantised(root: Path, store: Path, digest: str) -> None:
+    """Keep one copy of a quantised network for all runs of a folder: without it, none of them can predict."""
+    try:
+        found = find(digest, [networks_of_runs(root), networks_of_store(store)])
+    except ConfigurationError as problem:
+        logger.warning("%s. The head is trained all the same, but cannot predict new images", problem)
+    else:
+        keep(found, digest, networks_of_runs(root))
 
 
 def _write_files(

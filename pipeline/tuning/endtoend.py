@@ -22,6 +22,7 @@ from features.networks.keras_engine import KerasEngine
 from features.networks.kerasfiles import PREFIX
 from features.networks.modelfile import keep_positions, untrained_copy
 from features.networks.network import Network, resolve_network
+from features.networks.quantised import find, networks_of_runs, networks_of_store
 from features.networks.weights import IMAGENET, RANDOM
 from features.recipe import Recipe
 from pipeline.heads.head import Head
@@ -34,7 +35,7 @@ BATCHNORM_MODES = ("frozen", "affine", "train")
 PIXELS = "pixels"  # name of the cut if every layer is trained: the tail then takes pixels
 
 
-def network_of(run: Run, weights: str | None = None, *, device: str = "auto") -> Network:
+def network_of(run: Run, weights: str | None = None, *, device: str = "auto", quantised: str | None = None) -> Network:
     """Find the network whose features the run's head was trained on.
 
     Parameters
@@ -46,14 +47,25 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto") ->
         their digest, which is part of the recipe.
     device : {"auto", "cpu", "gpu"}
         Where the network will run.
+    quantised : str, optional
+        Where the file of the quantised network is, if it is in none of the usual places.
 
     Raises
     ------
+    ConfigurationError
+        If the quantised network of a run in int8 is lost.
     RunError
         If the file is missing, or the network that is found has another recipe than the run, such as other weights.
     """
     recipe = run.recipe
-    network = resolve_network(recipe.options(*_places(run, weights), device=device))
+    if recipe.quantised is not None:
+        folders = networks_of_runs(run.folder.parent), networks_of_store(Path(run.config["features"]["store"]))
+        quantised = str(find(recipe.quantised, folders, quantised))
+    elif quantised is not None:
+        raise ConfigurationError(
+            f"--quantised {quantised}: {run.run_id} is of {recipe.precision} features, not int8; leave it out"
+        )
+    network = resolve_network(recipe.options(*_places(run, weights), device=device, quantised=quantised))
     differences = recipe.plain.difference(network.recipes[0])
     if "precision" in differences:
         raise RunError(
@@ -102,6 +114,15 @@ def _moved(run: Run, file: Path) -> Path:
         f"{run.folder}: the file of its network, {file}, is no longer there. Name the place where it is now with --weights FILE; "
         "it is recognised by its digest."
     )
+
+
+def check_float32(recipe: Recipe) -> None:
+    """Raise ``ConfigurationError`` if a run cannot be fine-tuned because of the precision of its features."""
+    if recipe.precision != "float32":
+        raise ConfigurationError(
+            f"the head was trained on features computed in {recipe.precision.partition(':')[0]}; fine-tuning continues from "
+            "float32 ones. Extract with --precision float32 into another file, and train the head on that."
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,11 +212,7 @@ def split_for_training(
     ConfigurationError
         If the mode or the layer is unknown, the layer comes after the features, or the features are not float32.
     """
-    if recipe.precision != "float32":
-        raise ConfigurationError(
-            f"the head was trained on features computed in {recipe.precision.partition(':')[0]}; fine-tuning continues from "
-            "float32 ones. Extract with --precision float32 into another file, and train the head on that."
-        )
+    check_float32(recipe)
     modes = BATCHNORM_MODES if scratch else BATCHNORM_MODES[:2]
     if bn not in modes:
         raise ConfigurationError(f"bn: received {bn!r}, expected one of {', '.join(modes)}{nearest(bn, modes)}")
