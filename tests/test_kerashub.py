@@ -184,7 +184,7 @@ def test_a_network_may_have_been_made_for_images_that_are_no_whole_patches(tmp_p
     assert found.pixel_rule(NetworkOptions()).height == 384
     with pytest.raises(ConfigurationError, match="cannot be loaded as a preset"):  # not because of its size
         found.build((384, 384))
-    with pytest.raises(ConfigurationError, match=r"patches of 14x14 pixels; use --image-size 378$"):
+    with pytest.raises(ConfigurationError, match=r"patches of 14x14 pixels; use --image-size 392$"):
         found.build((385, 385))
 
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,12 +24,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from features.cache import cache_path, signed_file, write_signed
-from features.canonical import canonical_json
+from features.cache import cache_path, keep_json, kept_json
 from features.errors import (
     ConfigurationError,
     FetchError,
-    StoreError,
     WeightsError,
     WeightsNotFoundError,
     brief,
@@ -203,16 +200,13 @@ def hub_folder(name: str, wanted: Callable[[Sequence[str]], Sequence[str]] = nee
         record = _Record.read(place, about, commit) if commit else None
         if record is None:
             record = _look_up(server, repository, commit or revision, place)
-            _write(record.file, {**about, **record.to_dict()})
+            keep_json(record.file, {**about, **record.to_dict()})
         if not is_pinned and commit != record.commit:
-            _write(pin, {**about, "revision": revision, "commit": record.commit})
+            keep_json(pin, {**about, "revision": revision, "commit": record.commit})
             logger.info("%s is pinned to the commit %s; remove %s to look again", name, record.commit, pin)
         complete = _completed(server, repository, record, _chosen(record.listed, wanted))
         if complete != record:
-            try:
-                _write(record.file, {**about, **complete.to_dict()})
-            except StoreError as error:  # without the note, the files are hashed next time
-                logger.warning("%s", error)
+            keep_json(record.file, {**about, **complete.to_dict()})
     return HubFolder(record.folder, f"{PREFIX}{repository}@{record.commit}", record.commit, record.license)
 
 
@@ -367,22 +361,8 @@ class _Record:
 
 def _read(path: Path, about: Mapping[str, Any]) -> dict[str, Any] | None:
     """Read a signed object of JSON that is about these things; None if there is none."""
-    try:
-        with signed_file(path) as file:
-            values: dict[str, Any] = json.load(file)
-        if {key: values.get(key) for key in about} != dict(about):
-            raise ValueError("it is about something else")
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as error:
-        logger.warning("%s is not used (%s); the hub is asked again", path, error)
-        return None
-    return values
-
-
-def _write(path: Path, values: Mapping[str, Any]) -> None:
-    with writing(path):
-        write_signed(path, canonical_json(dict(values)).encode("ascii"))
+    values = kept_json(path)
+    return values if isinstance(values, dict) and about.items() <= values.items() else None
 
 
 def _chosen(listed: Sequence[str], wanted: Callable[[Sequence[str]], Sequence[str]]) -> list[str]:
