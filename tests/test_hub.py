@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -251,6 +252,18 @@ def test_offline_a_changed_or_missing_file_is_an_error(hub: Hub, monkeypatch: py
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(WeightsNotFoundError, match=r"config.json: HF_HUB_OFFLINE is set"):
         hub_folder(NAME)
+
+
+def test_two_that_fetch_at_once_end_with_the_same_whole_files(hub: Hub) -> None:
+    hub.slow = 0.005
+    with ThreadPoolExecutor(2) as pool:
+        one, other = pool.map(hub_folder, [NAME, NAME])
+    assert one == other
+    seen = len(hub.seen)
+    assert hub_folder(NAME) == one
+    assert len(hub.seen) == seen  # nothing is asked again
+    assert listing(one.path) == ["config.json", "onnx", "onnx/model.onnx"]
+    assert (one.path / "onnx" / "model.onnx").read_bytes() == hub.files["onnx/model.onnx"]
 
 
 def test_other_files_of_a_pinned_commit_can_be_wanted_later(hub: Hub) -> None:
