@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 _PR_SET_PDEATHSIG = 1  # prctl(2)
@@ -56,12 +56,10 @@ def run_module(
     timeout : float, optional
         Seconds after which it is killed and ``subprocess.TimeoutExpired`` is raised.
     """
-    root = str(Path(__file__).resolve().parent.parent)
-    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    command, variables = _command(module, arguments)
     return subprocess.run(
-        # -P: a file of the working folder, which may be the data, must not take the place of a module
-        [sys.executable, "-P", "-m", "features.children", str(os.getpid()), module, *arguments],
-        env={**os.environ, "PYTHONPATH": paths, **(environment or {})},
+        command,
+        env={**variables, **(environment or {})},
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
@@ -69,6 +67,23 @@ def run_module(
         timeout=timeout,
         check=False,
     )
+
+
+def start_module(module: str, *arguments: str, pass_fds: Sequence[int]) -> subprocess.Popen[bytes]:
+    """Start ``python -m MODULE ARGUMENTS`` without input, out of reach of Ctrl-C, with some open files of this process."""
+    command, variables = _command(module, arguments)
+    return subprocess.Popen(
+        command, env=variables, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=pass_fds, process_group=0
+    )
+
+
+def _command(module: str, arguments: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Return the words and the environment of a child that finds this project and ends with this process."""
+    root = str(Path(__file__).resolve().parent.parent)
+    paths = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
+    # -P: a file of the working folder, which may be the data, must not take the place of a module
+    words = [sys.executable, "-P", "-m", "features.children", str(os.getpid()), module, *arguments]
+    return words, {**os.environ, "PYTHONPATH": paths}
 
 
 def _main() -> None:

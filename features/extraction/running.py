@@ -5,6 +5,7 @@ specs --runner()--> made shards, as they are finished --Reconciliation--> every 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import threading
@@ -23,6 +24,7 @@ from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_sha
 from features.files import printable
 from features.machine import processors
 from features.networks.engines import Engine
+from features.pixels.processes import DecodeProcesses, how_many
 from features.recipe import Recipe
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
@@ -102,10 +104,12 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
             decoders=decoders,
             batch_size=work.options.batch_size,
             advance=finished,
+            processes=processes,
         )
         return MadeShard(spec, record, engine.name)
 
     with (
+        _decode_processes(work) as processes,
         ThreadPoolExecutor(work.options.workers or processors(), "decode") as decoders,
         ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
     ):
@@ -116,6 +120,14 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
             raise
         # If the consumer of this generator is interrupted instead, the shards in flight are finished, and the next run
         # finds their files.
+
+
+def _decode_processes(work: Work) -> contextlib.AbstractContextManager[DecodeProcesses | None]:
+    """Start processes that decode if they pay; None where threads do as well, or the images are no files."""
+    count = how_many(sum(map(len, work.specs)), work.options.workers) if work.images.reader is None else 0
+    if not count:
+        return contextlib.nullcontext()
+    return DecodeProcesses(count, max(spec.job.size for spec in work.specs), SHARDS_IN_FLIGHT)
 
 
 class _LazyEngine:

@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 
@@ -22,8 +22,9 @@ import numpy as np
 from features.canonical import digest_of
 from features.errors import ExtractionError, IntegrityError, StoreError, UnreadableImageError
 from features.files import atomic_file, file_digest, printable
-from features.pixels.batches import batches
+from features.pixels.batches import batches, loaded
 from features.pixels.limits import NO_MEMORY, watch
+from features.pixels.processes import DecodeProcesses, Job
 from features.pixels.views import DecodedViews, decode_views
 from features.recipe import PixelRule, Recipe
 from features.store.reader import FeatureStore, shard_path
@@ -91,6 +92,12 @@ class ShardSpec:
         recipe = self.recipes[0]
         return decode_views(data, recipe.pixels, recipe.augmentation, seed=recipe.seed, sha256=sha256, views=self.views)
 
+    @property
+    def job(self) -> Job:
+        """What processes do with each image."""
+        recipe = self.recipes[0]
+        return Job(self.root, recipe.pixels, recipe.augmentation, recipe.seed, self.views)
+
     @functools.cached_property
     def identity(self) -> str:
         """Name of the shard: 20 hexadecimal digits of the sha256 over all fields."""
@@ -156,6 +163,7 @@ def extract_shard(
     decoders: Executor,
     batch_size: int,
     advance: Callable[[int], None] | None = None,
+    processes: DecodeProcesses | None = None,
 ) -> ShardRecord:
     """Make one shard file in ``folder``; the same spec always gives the same rows.
 
@@ -175,6 +183,8 @@ def extract_shard(
         Views per forward pass, of one image or of several.
     advance : callable, optional
         Called with the number of images that have just been finished with all their views.
+    processes : DecodeProcesses, optional
+        Processes that read and decode the images, which are files, instead of ``read`` and ``decoders``.
 
     Raises
     ------
@@ -183,7 +193,15 @@ def extract_shard(
     StoreError
         If the shard cannot be written.
     """
-    rows = infer_shard(spec, read=read, infer=infer, decoders=decoders, batch_size=batch_size, advance=advance)
+    rows = infer_shard(
+        spec,
+        read=read,
+        infer=infer,
+        decoders=decoders,
+        batch_size=batch_size,
+        advance=advance,
+        processes=processes,
+    )
     for index, _, error in rows.refused:
         logger.warning("%s is unreadable (%s); quarantined", printable(spec.paths[index]), error)
     return write_shard(spec, folder, rows)
@@ -197,10 +215,18 @@ def infer_shard(
     decoders: Executor,
     batch_size: int,
     advance: Callable[[int], None] | None = None,
+    processes: DecodeProcesses | None = None,
 ) -> ShardRows:
     """Compute the rows of one shard and write nothing; parameters and errors are those of ``extract_shard``."""
     views = len(spec.views)
     hashes: dict[int, bytes] = {}
+
+    def decoded() -> Iterator[tuple[int, DecodedViews | UnreadableImageError]]:
+        if processes is None:
+            yield from loaded(decoders, load, range(len(spec)), 2 * batch_size // views)
+            return
+        for index, hashes[index], outcome in processes.decoded(spec.job, spec.paths):
+            yield index, outcome
 
     def load(index: int) -> DecodedViews:
         data = read(spec.paths[index])
@@ -211,7 +237,7 @@ def infer_shard(
     rows = ShardRows([], {})
     features: dict[str, np.ndarray] = {}  # image by image, the views of each in order
     inferred = 0
-    for batch in batches(decoders, load, range(len(spec)), spec.pixels, batch_size, views=views):
+    for batch in batches(decoded(), spec.pixels, batch_size):
         for index, error in batch.refused:
             # Without a hash, the next extraction tries it again.
             sha256 = bytes(32) if error.reason == NO_MEMORY else hashes.get(index, bytes(32))

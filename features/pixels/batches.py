@@ -2,7 +2,8 @@
 
     items --loaded()--> (item, pixels or error), in order --batches()--> pixels for one forward pass after another
 
-The caller passes ``load``, which turns an item into an object with ``pixels`` or raises ``UnreadableImageError``.
+The caller passes ``load``, which turns an item into an object with ``pixels`` or raises ``UnreadableImageError``; or takes
+``features.pixels.processes`` instead of ``loaded``.
 """
 
 from __future__ import annotations
@@ -54,35 +55,23 @@ class Batch(Generic[Item, Loaded]):
 
 
 def batches(
-    pool: Executor,
-    load: Callable[[Item], Loaded],
-    items: Iterable[Item],
-    rule: PixelRule,
-    batch_size: int,
-    *,
-    views: int = 1,
+    outcomes: Iterable[tuple[Item, Loaded | UnreadableImageError]], rule: PixelRule, batch_size: int
 ) -> Iterator[Batch[Item, Loaded]]:
-    """Decode images on threads and yield full batches, in the order of the items.
+    """Yield full batches of the pictures, in their order.
 
     Parameters
     ----------
-    pool : Executor
-        Threads that read and decode.
-    load : callable
-        Item -> object with ``pixels``, (views, h, w, 3); raises ``UnreadableImageError``.
-    items : iterable
-        What to load; items are taken a little ahead.
+    outcomes : iterable of (item, object with ``pixels`` (views, h, w, 3), or UnreadableImageError)
+        The images, as ``loaded`` yields them.
     rule : PixelRule
         Gives the height and width of a picture.
     batch_size : int
         Number of pictures in a batch; only the last batch may have fewer.
-    views : int
-        Number of pictures of one image; the more there are, the fewer images are read ahead.
     """
     pixels = np.empty((batch_size, rule.height, rule.width, 3), np.uint8)
     batch: Batch[Item, Loaded] = Batch(pixels, [], [])
     filled = 0
-    for item, outcome in loaded(pool, load, items, 2 * batch_size // views):
+    for item, outcome in outcomes:
         if isinstance(outcome, UnreadableImageError):
             batch.refused.append((item, outcome))
             continue

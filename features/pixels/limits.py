@@ -8,6 +8,7 @@ The limits look only at the bytes of the file, so every machine sets the same im
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import re
 import struct
@@ -211,6 +212,11 @@ class DecodeMemory:
     def __init__(self, limit: int = MAX_DECODED) -> None:
         self._free, self._limit = limit, limit
         self._changed = threading.Condition()
+        self._file: int | None = None
+
+    def share(self, file: int) -> None:
+        """From now on, let one large image at a time be decoded by all processes that have this file open."""
+        self._file = file
 
     @contextlib.contextmanager
     def held(self, need: int) -> Iterator[None]:
@@ -220,10 +226,14 @@ class DecodeMemory:
             with self._changed:
                 self._changed.wait_for(lambda: self._free >= need)
                 self._free -= need
+            if self._file is not None:
+                fcntl.lockf(self._file, fcntl.LOCK_EX)  # which the system takes back from a process that ends
         try:
             yield
         finally:
             if need:
+                if self._file is not None:
+                    fcntl.lockf(self._file, fcntl.LOCK_UN)
                 with self._changed:
                     self._free += need
                     self._changed.notify_all()

@@ -141,7 +141,7 @@ class DecodedViews(NamedTuple):
     Parameters
     ----------
     pixels : uint8, (views, rule.height, rule.width, 3), 0-255
-        RGB.
+        RGB, possibly read-only.
     width, height : int
         Size of the image in the file after its orientation was applied, in pixels.
     """
@@ -181,7 +181,7 @@ def decode_views(
     """
     if all(view == 0 for view in views):
         plain = decode_image(data, rule)
-        return DecodedViews(np.repeat(plain.pixels[None], len(views), axis=0), plain.width, plain.height)
+        return DecodedViews(np.broadcast_to(plain.pixels, (len(views), *plain.pixels.shape)), plain.width, plain.height)
     spec = spec or AugmentSpec()
     shrunk_apart = spec.crop_scale is not None and rule.decode == "fast"
     with decoding(data, dataclasses.replace(rule, decode="full") if shrunk_apart else rule) as upright:

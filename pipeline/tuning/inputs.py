@@ -25,7 +25,7 @@ from features.augmentation import AugmentSpec
 from features.errors import RunError, StoreError, UnreadableImageError
 from features.files import printable
 from features.networks.backend import is_out_of_memory, load_keras
-from features.pixels.batches import batches
+from features.pixels.batches import batches, loaded
 from features.pixels.views import DecodedViews, decode_views
 from features.progress import Progress
 from features.recipe import PixelRule
@@ -148,7 +148,8 @@ class ImagePass:
         def load(row: int) -> DecodedViews:
             return decode(row, self.images.read(row))
 
-        for batch in batches(self.pool, load, rows.tolist(), self.rule, self.batch_size):
+        coming = loaded(self.pool, load, rows.tolist(), 2 * self.batch_size)
+        for batch in batches(coming, self.rule, self.batch_size):
             for row, error in batch.refused:
                 if row not in self._refused:
                     logger.warning("%s is unreadable (%s); left out", printable(self.images.paths[row]), error)
