@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finetuning import save_network
 from helpers import as_engine, call_pipeline, paint, paint_folder, recipe
 
 from features.extraction.precision import check_precision, some_rows
@@ -93,14 +94,14 @@ def test_without_two_classes_there_is_no_accuracy(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_the_command_line_keeps_and_shows_what_was_found(tmp_path: Path) -> None:
     source = paint_folder(tmp_path / "images", {"cat": 10, "dog": 10})
-    network = ("--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32, "--engine", "keras")
+    network = ("--backbone", save_network(tmp_path / "tiny.keras"), "--engine", "keras")
     half = ("--dtype", "float16", "--check-precision", 12)
     result = call_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, *half)
     assert result.returncode == 0, result.stderr
     assert "differs from float32 by " in result.stdout
     document = json.loads(call_pipeline("inspect", tmp_path / "f.h5", "--json").stdout)
     kept = document["provenance"]["precision_check"]
-    assert kept["out_relu.avg"]["images"] == 12
-    assert 1e-6 < kept["out_relu.avg"]["relative_error"] < 2**-10
+    assert kept["relu_3.avg"]["images"] == 12
+    assert 1e-6 < kept["relu_3.avg"]["relative_error"] < 2**-10
     again = call_pipeline("extract", source, "--out", tmp_path / "f.h5", *network, "--dtype", "float16")
     assert "file untouched" in again.stdout  # what was found stays
