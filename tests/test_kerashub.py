@@ -266,6 +266,7 @@ def test_a_keras_file_on_a_hub_keeps_its_pinned_name(tmp_path: Path, monkeypatch
     assert (type(found), found.place) == (ModelFile, f"hf:owner/name@{'a' * 40}")
 
 
+@pytest.mark.slow
 def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Keras printed the whole configuration."""
     monkeypatch.setitem(sys.modules, "keras_hub", None)
