@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import helper
-from test_onnx_networks import HOW, IMAGES, network
+from test_onnx_networks import EXPECTED, HOW, IMAGES, network
 
 from features.networks import keras_runtime, openvino_engine
 from features.networks.backbones import BACKBONES, Backbone, Description
@@ -104,6 +104,44 @@ def test_what_depends_on_no_image_is_computed_once(cache: Path, tmp_path: Path) 
     kept = np.load(io.BytesIO(path.read_bytes()[64:]))["model"].tobytes().decode()
     assert 'type="Convolution"' in kept
     assert kept.count('type="Transpose"') == 1  # of the pixels
+
+
+def class_token(nodes: list[Any], inputs: list[Any]) -> None:
+    """Give every image the same first token, as vision transformers do: as many as there are images in the batch."""
+    numbers = {"first_one": [0], "end": [1], "ones": [5]}
+    nodes += [
+        helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(np.array(values, np.int64)))
+        for name, values in numbers.items()
+    ]
+    zeros = onnx.numpy_helper.from_array(np.arange(5, dtype=np.float32)[None])
+    nodes += [
+        helper.make_node("Constant", [], ["token"], value=zeros),
+        helper.make_node("Shape", ["pixels"], ["lengths"]),
+        helper.make_node("Slice", ["lengths", "first_one", "end"], ["images"]),
+        helper.make_node("Concat", ["images", "ones"], ["wanted"], axis=0),
+        helper.make_node("Expand", ["token", "wanted"], ["tokens"]),
+        helper.make_node("Add", ["logits", "tokens"], ["out"]),
+    ]
+
+
+def test_a_conversion_takes_any_number_of_images_per_pass(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(openvino_engine, "processors", lambda: 1)
+    (tmp_path / "how.json").write_text(json.dumps(HOW))
+    path = network(tmp_path / "net.onnx", end="vector", extra=class_token)
+    model = onnx.load(path)
+    model.graph.output[0].name = "out"
+    onnx.save(model, path)
+    expected = EXPECTED.mean(axis=(1, 2)) + np.arange(5)
+    for batch_size in (3, 1, 2):
+        engine = opened(tmp_path, batch_size)
+        assert engine.images_per_pass == batch_size
+        values = np.concatenate(
+            [engine(IMAGES[at : at + batch_size])["out"] for at in range(0, len(IMAGES), batch_size)]
+        )
+        assert relative_difference(values, expected.astype(np.float32)) <= 1e-5
+    assert len(list((cache / "openvino").iterdir())) == 1
 
 
 # ----------------------------------------------------------------------------------------- one network, any size

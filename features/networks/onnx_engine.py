@@ -92,7 +92,7 @@ def try_out(model: bytes, batches: Sequence[np.ndarray], count: int) -> list[lis
     """
     onnxruntime = import_onnxruntime()
     pixels = max(images.size for images in batches) // 3
-    memory = (1 << 30) + 4 * len(model) + 4096 * pixels
+    memory = memory_of(len(model), pixels)
     seconds = (8 + 1e-7 * len(model)) * max(1, pixels / 224**2)
     options, running = onnxruntime.SessionOptions(), onnxruntime.RunOptions()
     options.graph_optimization_level = (
@@ -125,6 +125,11 @@ def try_out(model: bytes, batches: Sequence[np.ndarray], count: int) -> list[lis
         raise
     finally:
         timer.cancel()
+
+
+def memory_of(length: int, pixels: int) -> int:
+    """Return how many bytes a model of so many bytes may take for images of so many pixels, far above what networks need."""
+    return (1 << 30) + 4 * length + 4096 * pixels
 
 
 @contextlib.contextmanager

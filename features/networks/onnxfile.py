@@ -233,12 +233,9 @@ class OnnxRuntime:
 
     def converted(self, backbone: OnnxFile, weights: WeightsFile, recipes: Sequence[Recipe]) -> dict[str, np.ndarray]:
         """Convert for OpenVINO; the outputs for the reference batch are those of ONNX Runtime."""
-        from features.networks.openvino_engine import from_onnx
+        from features.networks.converting import convert
 
-        model, rule, step = self._composed(backbone, recipes), recipes[0].pixels, backbone.outline.batch
-        batch = reference_images(rule.height, rule.width)
-        engine = OnnxRuntimeEngine(model, recipes, batch_size=len(batch), step=step)
-        return from_onnx(model, batch, [*engine(batch).values()], step)
+        return convert(self._composed(backbone, recipes), recipes, backbone.outline.batch)
 
     def engine(
         self,

@@ -303,8 +303,9 @@ def from_onnx(
         path = folder / "model.xml"
         try:
             graph = openvino.Core().read_model(model)
+            graph.reshape([step or -1, *batch.shape[1:]])
+            fold_constants(graph)  # for any number of images
             graph.reshape([step or len(batch), *batch.shape[1:]])
-            fold_constants(graph)
             with enough_room(folder, len(model)):
                 openvino.serialize(graph, path)
         except OSError as error:

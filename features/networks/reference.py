@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+REFERENCES = 4  # images
 
-def reference_images(height: int, width: int, count: int = 4) -> np.ndarray:
+
+def reference_images(height: int, width: int, count: int = REFERENCES) -> np.ndarray:
     """Make images of soft coloured blotches in three sizes; every call gives the same images.
 
     Returns
