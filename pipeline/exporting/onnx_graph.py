@@ -140,7 +140,7 @@ def _resizing(rule: PixelRule, opset: int) -> Any:
 
     keras = load_keras()
     images = keras.Input((None, None, 3), dtype="uint8", name=INPUT)
-    pixels = keras.layers.Identity(dtype="uint8")(keras.ops.cast(resized(images, rule), "uint8"))
+    pixels = keras.layers.Identity(dtype="uint8")(keras.ops.cast(resized(images, rule, "float64"), "uint8"))
     with silenced():
         model = to_onnx(keras.Model(images, pixels), PIXELS, min(opset, _OPSETS[1]))
     prefix = f"{PREFIX}resized/"

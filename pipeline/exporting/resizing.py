@@ -8,13 +8,15 @@ accepts it:
 ``antialias`` is Pillow's bilinear filter: triangle weights in 22-bit fixed point, values rounded between the two passes
 (``precompute_coeffs`` and ``normalize_coeffs_8bpc`` in https://github.com/python-pillow/Pillow, Resample.c).
 Integers up to 2^31 and float32 sums below 2^24 are exact in every runtime, so the values are equal, not just close.
-``bicubic`` is Pillow's too, but its weights are computed in float32: about one value in 10,000 may differ by one.
+``bicubic`` is Pillow's too. Its weights are exact in float64; in float32, which all runtimes have, about one value in 10,000
+may differ by one.
 ``keras`` is computed in integers too, but ``features.pixels.resizing`` follows TensorFlow's float32. Where the exact value lies
 half-way between two integers, its rounding may differ from ours by one (0.1 % of the values, at some sizes 3 %).
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -70,7 +72,7 @@ def longest_side(size: int) -> int:
     return int((size << 22) ** 0.5)
 
 
-def resized(images: Any, rule: PixelRule) -> Any:
+def resized(images: Any, rule: PixelRule, precision: str = "float32") -> Any:
     """Resize images by ``rule`` within a graph.
 
     Parameters
@@ -79,6 +81,8 @@ def resized(images: Any, rule: PixelRule) -> Any:
         RGB pixels; n, h and w are unknown.
     rule : PixelRule
         The pixel rule; its ``decode`` does not matter, as the images are decoded already.
+    precision : {"float32", "float64"}
+        In which the weights of ``bicubic`` are computed.
 
     Returns
     -------
@@ -88,7 +92,8 @@ def resized(images: Any, rule: PixelRule) -> Any:
     across, down = _axes(_positions(images[0, 0, :, 0]), _positions(images[0, :, 0, 0]), rule)
     if rule.resize == "keras":
         return _two_neighbours(images, across, down)
-    return _antialiased(images, across, down, _cubic if rule.resize == "bicubic" else _triangular)
+    cubic = functools.partial(_cubic, precision=precision)
+    return _antialiased(images, across, down, cubic if rule.resize == "bicubic" else _triangular)
 
 
 def check_rule(rule: PixelRule) -> None:
@@ -240,17 +245,17 @@ def _triangular(axis: Axis) -> Any:
     return fixed + ops.cast(2 * rest >= total, "int32")
 
 
-def _cubic(axis: Axis) -> Any:
+def _cubic(axis: Axis, precision: str) -> Any:
     """Like ``_triangular``, for the cubic filter of Keys with a = -0.5, as in Pillow; some weights are negative."""
     from keras import ops
 
     distance, reach, inside = _distances(axis)
-    t = ops.cast(distance, "float32") / ops.cast(reach, "float32")
+    t = ops.cast(distance, precision) / ops.cast(reach, precision)
     near, far = (1.5 * t - 2.5) * t * t + 1, ((-0.5 * t + 2.5) * t - 4) * t + 2
-    values = ops.where(t < 1, near, ops.where(t < 2, far, 0.0))
-    values = ops.where(inside, values, 0.0)
+    zero = ops.zeros_like(t)  # a plain 0.0 would be float32
+    values = ops.where(inside, ops.where(t < 1, near, ops.where(t < 2, far, zero)), zero)
     total = ops.sum(values, axis=1, keepdims=True)
-    total = ops.where(ops.abs(total) > 0.25, total, 1.0)  # 0 beside a padded image
+    total = ops.where(ops.abs(total) > 0.25, total, ops.ones_like(total))  # 0 beside a padded image
     return ops.cast(ops.floor(values / total * float(1 << 2 * _HALF_BITS) + 0.5), "int32")
 
 
