@@ -120,10 +120,10 @@ test-floor: $(FLOOR)/.installed  ## run the fast tests with the lowest versions 
 	@touch $@
 
 test-jax: .venv-jax/.installed  ## run the tests of all stages with JAX, without TensorFlow
-	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest -q tests/test_without_tensorflow.py $(ARGS)
+	KERAS_BACKEND=jax .venv-jax/bin/python -m pytest -q tests/test_without_tensorflow.py tests/test_logistic.py $(ARGS)
 
 test-torch: .venv-torch/.installed  ## run the tests of all stages with PyTorch, without TensorFlow
-	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -q tests/test_without_tensorflow.py $(ARGS)
+	KERAS_BACKEND=torch .venv-torch/bin/python -m pytest -q tests/test_without_tensorflow.py tests/test_logistic.py tests/test_torch_graph.py $(ARGS)
 
 test: setup  ## run all tests
 	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0 $(ARGS)

@@ -13,6 +13,8 @@ import io
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -157,6 +159,18 @@ def tuned(runs: dict[str, str]) -> dict[str, Any]:
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="it is the backend")
 def test_tensorflow_is_not_there() -> None:
     assert importlib.util.find_spec("tensorflow") is None
+
+
+@pytest.mark.skipif(BACKEND != "jax", reason="only JAX keeps what it compiles")
+def test_what_jax_compiles_is_kept_in_our_cache(own_cache: Path) -> None:
+    code = (
+        "from features.networks.backend import load_keras; load_keras(); import jax; jax.jit(lambda x: 3 * x + 1)(2.0)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
+    environment |= {"PYTHONPATH": str(ROOT), "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert [path.name for path in (own_cache / "jax").glob("jit__lambda*")]
 
 
 def test_features_are_those_of_tensorflow(world: World, features: np.ndarray) -> None:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
+from features.cache import cache_path
 from features.errors import ConfigurationError
 from features.machine import keras_backend
 from features.temporary import system_folder
@@ -66,6 +67,8 @@ def _start_keras() -> None:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     os.environ["KERAS_BACKEND"] = keras_backend()  # also of the processes that are started from here
+    if keras_backend() == "jax":  # which looks for the folder once, when it compiles first; nobody else can write there
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_path("jax")))
     logging.getLogger("tensorflow").addFilter(_is_news)
     with held_back(), _without(name for name in _left_out if name not in sys.modules):
         try:

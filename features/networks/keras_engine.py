@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 
-from features.cache import cache_path
 from features.errors import check_batch
 from features.networks.backend import is_out_of_memory, place_of
 from features.networks.engines import choose_device
@@ -39,21 +38,12 @@ def compiled(function: Callable[..., Any], *, fuse: bool = False) -> Callable[..
     elif backend == "jax":
         import jax
 
-        keep_compiled()
         made = jax.jit(function)
     elif backend == "torch":
         import torch
 
         made = torch.inference_mode()(function)
     return made
-
-
-def keep_compiled() -> None:
-    """Let JAX keep what took it over half a second to compile in this user's cache, which nobody else can write."""
-    import jax
-
-    jax.config.update("jax_compilation_cache_dir", str(cache_path("jax")))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def xla_of(layers: Iterable[Any]) -> bool | str:
