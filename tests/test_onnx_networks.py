@@ -269,11 +269,12 @@ VIT = {
 }  # fmt: skip
 
 
-def transformer(folder: Path, kind: str, **config: Any) -> Path:
-    """A network with 17 tokens of which the first is of the class, and a description."""
-    network(folder / "model.onnx", end="tokens", size=("h", "w"))
+def transformer(folder: Path, kind: str) -> Path:
+    """A network with 17 tokens of which the first is of the class, and a description; ``fixed`` takes 7 x 7 pixels alone."""
+    network(folder / "model.onnx", end="tokens", size=(7, 7) if kind == "fixed" else ("h", "w"))
     (folder / "preprocessor_config.json").write_text(json.dumps(VIT))
-    (folder / "config.json").write_text(json.dumps({"model_type": kind, "patch_size": 2, **config}))
+    config = {"model_type": "vit" if kind == "fixed" else kind, "patch_size": 2}
+    (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
@@ -284,6 +285,7 @@ def transformer(folder: Path, kind: str, **config: Any) -> Path:
         ("vit", {}, None),
         ("vit", {"pooling": "cls+tokens", "image_size": (6, 10)}, None),
         ("swin", {"image_size": 7}, None),  # whose patches are merged
+        ("fixed", {"image_size": 7}, None),
         ("deit", {}, r"17 tokens for 8x8 pixels in patches of 2x2, so 1 of them .*says 2\. Give --prefix-tokens 1$"),
         ("vit", {"layers": ("patches",), "pooling": "cls"}, "0 of them .*says 1. Give --prefix-tokens 0, or --pooling avg$"),
         ("vit", {"layers": ("patches",), "pooling": "tokens", "prefix_tokens": 0}, None),

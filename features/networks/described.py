@@ -72,10 +72,12 @@ class Described(Backbone):
                 f"image size: received {rule.height}x{rule.width}, but {self.own_weights} takes images of {height}x{width} pixels "
                 f"only; omit --image-size{self.larger}"
             )
-        if found is not None and options.image_size not in (None, found.height, (found.height, found.width)):
-            check_patches(
-                found.source, found.patch, (rule.height, rule.width)
-            )  # its own size need not be whole patches
+        size = rule.height, rule.width
+        if found is not None and size not in (
+            self.fixed_size,
+            (found.height, found.width),
+        ):  # these need not be whole patches
+            check_patches(found.source, found.patch, size)
         return rule
 
     def normalisation(self, options: NetworkOptions) -> Normalisation | None:
