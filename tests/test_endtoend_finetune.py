@@ -71,7 +71,7 @@ def weak(store: FeatureStore, tmp_path_factory: pytest.TempPathFactory) -> tuple
 
 def weights_by_name(run: str | Path) -> dict[str, np.ndarray]:
     layers = network_of(Run.open(run)).load().layers
-    return {f"{layer.name}/{weight.name}": np.array(weight) for layer in layers for weight in layer.weights}
+    return {f"{layer.name}/{weight.name}": np.asarray(weight) for layer in layers for weight in layer.weights}
 
 
 @pytest.mark.pain(5)
