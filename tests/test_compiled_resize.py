@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import sys
+import tomllib
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,34 @@ def test_an_extension_that_gives_other_levels_is_not_used(
         check(noise(50, 70), PixelRule(32, 24))
     finally:
         extension.cache_clear()
+
+
+class Refusing:
+    """What the extension does with an image that Pillow keeps in several blocks, as `PILLOW_BLOCK_SIZE` may say."""
+
+    @staticmethod
+    def across(*arguments: object) -> None:
+        raise ValueError("Image is in multiple array blocks")
+
+    down = across
+
+
+def test_an_image_that_the_extension_refuses_is_resized_by_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resizing, "extension", lambda: Refusing)
+    check(noise(50, 70), PixelRule(32, 24, "bicubic", "crop:40"))
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "features.pixels._resize", Refusing)
+    extension.cache_clear()
+    try:
+        assert extension() is None
+    finally:
+        extension.cache_clear()
+
+
+def test_weights_are_rounded_after_every_step_on_all_processors() -> None:
+    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())
+    (built,) = project["tool"]["setuptools"]["ext-modules"]
+    assert "-ffp-contract=off" in built["extra-compile-args"]
 
 
 def test_the_extension_refuses_arrays_that_do_not_fit() -> None:

@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -18,6 +20,7 @@ from PIL import Image
 
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError, ExtractionError, UnreadableImageError
+from features.extraction import running
 from features.pixels import limits, processes
 from features.pixels.processes import SETTING, DecodeProcesses, Job, how_many
 from features.pixels.views import decode_views
@@ -142,6 +145,54 @@ def test_one_large_image_at_a_time_is_decoded_by_all_processes(tmp_path: Path) -
         with memory.held(limits.FREE_BYTES - 1):  # smaller ones do not wait
             assert others_may()
         fcntl.lockf(file, fcntl.LOCK_UN)
+
+
+@pytest.mark.slow
+def test_an_interrupt_does_not_wait_for_an_image(source: Path) -> None:
+    job = Job(str(source), PixelRule(8, 8), None, 0, (0,))
+    begun = time.monotonic()
+    with pytest.raises(KeyboardInterrupt), DecodeProcesses(1, job.size, 1) as decoders:
+        (child,) = children_of(os.getpid())
+        found = decoders.decoded(job, ["cat/00.png"] * 100)
+        next(found)
+        child.send_signal(signal.SIGSTOP)  # as if the next image took for ever
+        begun = time.monotonic()
+        raise KeyboardInterrupt
+    assert time.monotonic() - begun < 30
+    assert not children_of(os.getpid())
+
+
+def test_threads_decode_if_processes_cannot_be_started(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    started: list[subprocess.Popen[bytes]] = []
+
+    def start(*_: object, **__: object) -> subprocess.Popen[bytes]:
+        if started:
+            raise BlockingIOError(11, "Resource temporarily unavailable")
+        started.append(subprocess.Popen(["sleep", "300"]))
+        return started[0]
+
+    monkeypatch.setattr(processes, "start_module", start)
+    monkeypatch.setenv(SETTING, "2")
+    specs = [_Spec(Job("", PixelRule(8, 8), None, 0, (0,)))]
+    work: Any = SimpleNamespace(specs=specs, images=SimpleNamespace(reader=None), options=SimpleNamespace(workers=None))
+    with running._decode_processes(work) as found:
+        assert found is None
+    assert "2 processes that decode cannot be started (Resource temporarily unavailable)" in caplog.text
+    assert started[0].poll() is not None
+
+
+class _Spec(list[int]):
+    def __init__(self, job: Job) -> None:
+        super().__init__([0])
+        self.job = job
+
+
+def test_memory_is_bounded_whatever_the_size_of_images() -> None:
+    jobs = [Job("", PixelRule(side, side), None, 0, (0,)) for side in (8, 224, 1024, 4096)]
+    assert [job.chunk for job in jobs] == [16, 16, 5, 1]
+    assert Job("", PixelRule(8, 8), None, 0, tuple(range(40))).chunk == 1
 
 
 # -------------------------------------------------------------------------------------------------- when they are used

@@ -138,3 +138,19 @@ def test_a_decoder_that_gives_other_levels_is_not_used(
     with caplog.at_level(logging.WARNING, jpeg.__name__):
         assert jpeg.decoder() is None
     assert "does not give the grey levels of this Pillow" in caplog.text
+
+
+def test_a_picture_of_another_size_than_pillow_found_is_left_to_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Smaller:
+        @staticmethod
+        def decode_jpeg(data: bytes, colorspace: str, **_: object) -> np.ndarray:
+            return np.zeros((8, 9, 4), np.uint8)  # into a larger buffer, of which the rest is whatever was there
+
+    class Extension:
+        @staticmethod
+        def memory(*_: object) -> bytearray:
+            return bytearray(1 << 16)
+
+    monkeypatch.setattr(jpeg, "extension", Extension)
+    data = drawn(random.Random(1))
+    assert jpeg._decoded(Smaller, Image.open(io.BytesIO(data)), data) is None

@@ -127,7 +127,13 @@ def _decode_processes(work: Work) -> contextlib.AbstractContextManager[DecodePro
     count = how_many(sum(map(len, work.specs)), work.options.workers) if work.images.reader is None else 0
     if not count:
         return contextlib.nullcontext()
-    return DecodeProcesses(count, max(spec.job.size for spec in work.specs), SHARDS_IN_FLIGHT)
+    try:
+        return DecodeProcesses(count, max(spec.job.size for spec in work.specs), SHARDS_IN_FLIGHT)
+    except OSError as error:
+        logger.warning(
+            "%d processes that decode cannot be started (%s); threads decode", count, error.strerror or error
+        )
+        return contextlib.nullcontext()
 
 
 class _LazyEngine:

@@ -51,7 +51,9 @@ def _decoded(simplejpeg: Any, image: Any, data: bytes) -> Image.Image | None:
     try:
         # Nobody else knows this image yet, so its memory may be written.
         memory = extension().memory(pixels.__arrow_c_array__()[1], width, height)
-        simplejpeg.decode_jpeg(data, "RGBX", min_height=height, min_width=width, buffer=memory)
+        found = simplejpeg.decode_jpeg(data, "RGBX", min_height=height, min_width=width, buffer=memory)
+        if found.shape != (height, width, 4):
+            raise ValueError(f"it found {found.shape} in a file of {width}x{height} pixels")
     except ValueError as error:  # a warning of the decoder, or an image that Pillow keeps in several blocks
         logger.debug("Pillow decodes: %s", error)
         return None

@@ -45,6 +45,7 @@ FEW_PROCESSORS = 4  # up to this many, threads of one process decode as fast
 MOST = 16
 IMAGES_EACH = 500  # fewer are decoded before a process has started
 CHUNK = 16  # views that are asked for at a time
+CHUNK_BYTES = 16 << 20  # of their pixels, unless one image has more
 _SECONDS = 5.0  # a child may take to end
 
 # What a child says of an image: its sha256, then width and height, or a reason and a text.
@@ -83,7 +84,7 @@ class Job:
     @property
     def chunk(self) -> int:
         """Number of images that a child is asked for at a time."""
-        return max(1, CHUNK // len(self.views))
+        return max(1, min(CHUNK // len(self.views), CHUNK_BYTES // int(np.prod(self.shape))))
 
     @property
     def size(self) -> int:
@@ -137,6 +138,11 @@ class DecodeProcesses:
         Largest ``Job.size`` that will be asked for.
     streams : int
         Number of ``decoded`` that may run at the same time, each in its thread.
+
+    Raises
+    ------
+    OSError
+        If not so many processes, or not so much memory, can be had.
     """
 
     def __init__(self, count: int, size: int, streams: int) -> None:
@@ -146,13 +152,15 @@ class DecodeProcesses:
         self._idle: queue.SimpleQueue[tuple[Connection, subprocess.Popen[bytes]]] = queue.SimpleQueue()
         self._free: queue.SimpleQueue[int] = queue.SimpleQueue()
         self._connections: list[Connection] = []
-        with _nameless(slots * size) as file:
+        self._threads = ThreadPoolExecutor(count, "decode")
+        with _nameless(slots * size) as file, contextlib.ExitStack() as started:
+            started.push(self)  # those that have started end if another cannot
             self._memory = mmap.mmap(file.fileno(), slots * size)
             for _ in range(count):
                 self._start(file.fileno(), slots * size)
+            started.pop_all()
         for slot in range(slots):
             self._free.put(slot * size)
-        self._threads = ThreadPoolExecutor(count, "decode")
 
     def _start(self, file: int, size: int) -> None:
         ours, theirs = socket.socketpair()
@@ -205,6 +213,9 @@ class DecodeProcesses:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if kind is not None:  # a thread may be waiting for an image that nobody needs any more
+            for child in self._children:
+                child.kill()
         self._threads.shutdown(cancel_futures=True)
         for connection in self._connections:  # a child that waits for work ends
             connection.close()

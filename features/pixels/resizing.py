@@ -72,8 +72,12 @@ def _resample(
     if rule.resize == "keras":
         return np.ascontiguousarray(_resample_keras(np.asarray(image), width, height)[top:bottom, left:right])
     wanted = (image, width, height, rule.resize == "bicubic", (left, top, right, bottom))
-    module = extension()
-    return _by_pillow(*wanted) if module is None else _by_extension(*wanted, module)
+    if (module := extension()) is not None:
+        try:
+            return _by_extension(*wanted, module)
+        except ValueError as error:  # Pillow keeps it in several blocks, as PILLOW_BLOCK_SIZE says
+            logger.debug("Pillow resizes: %s", error)
+    return _by_pillow(*wanted)
 
 
 def _by_pillow(
@@ -118,7 +122,11 @@ def extension() -> Any:
     for bicubic in (False, True):
         for size in ((23, 80), (90, 17)):
             whole = (noise, *size, bicubic, (0, 0, *size))
-            if not np.array_equal(_by_extension(*whole, module), _by_pillow(*whole)):
+            try:
+                same = np.array_equal(_by_extension(*whole, module), _by_pillow(*whole))
+            except ValueError:
+                same = False
+            if not same:
                 logger.warning("features/pixels/_resize.c does not give the grey levels of this Pillow; Pillow resizes")
                 return None
     return module
