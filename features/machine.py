@@ -108,7 +108,9 @@ def take_device(device: str) -> str:
             f"device: received {device!r}, but {started[0]} has been imported and sees all GPUs. Use gpu, and set {VISIBLE} "
             "before Python starts"
         )
-    os.environ |= {VISIBLE: cards[int(number)], "CUDA_DEVICE_ORDER": "PCI_BUS_ID"}
+    if VISIBLE not in os.environ:  # else its numbers are those of the order that CUDA had without us
+        os.environ["CUDA_DEVICE_ORDER"] = "PCI_BUS_ID"
+    os.environ[VISIBLE] = cards[int(number)]
     return kind
 
 

@@ -49,6 +49,10 @@ def test_a_process_sees_only_the_gpu_that_it_was_given(monkeypatch: pytest.Monke
     assert gpus() == ["GPU-5a", "GPU-7b"]
     assert take_device("gpu:1") == "gpu"
     assert os.environ[VISIBLE] == "GPU-7b"
+    monkeypatch.delenv("CUDA_DEVICE_ORDER")
+    monkeypatch.setenv(VISIBLE, "2,0")  # numbers in the order that CUDA has by itself, which is kept
+    assert take_device("gpu:1") == "gpu"
+    assert (os.environ[VISIBLE], "CUDA_DEVICE_ORDER" in os.environ) == ("0", False)
 
 
 @pytest.mark.usefixtures("cards")

@@ -36,6 +36,7 @@ from pipeline.export import export
 from pipeline.finetune import finetune
 from pipeline.predict import predict
 from pipeline.reporting.reproduce import commands
+from pipeline.runs import writing
 from pipeline.runs.folder import Run
 from pipeline.train_head import train_head
 
@@ -70,6 +71,18 @@ def written(folder: Path, network: QuantisedNetwork | None = None) -> Path:
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache"
+
+
+def test_every_folder_of_runs_has_its_copy_also_where_one_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = written(tmp_path / "features.h5.networks")
+    for place in ("one", "two", "one"):
+        (tmp_path / place).mkdir(exist_ok=True)
+        monkeypatch.chdir(tmp_path / place)
+        writing._keep_quantised(Path("runs"), tmp_path / "features.h5", path.stem)
+        assert (Path("runs/.networks") / path.name).read_bytes() == path.read_bytes()
+        shutil.rmtree("runs")
 
 
 # ---------------------------------------------------------------------------------------------- recipe and file

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -66,6 +67,22 @@ def test_probabilities_are_those_of_scikit_learn(
     assert found.coef_.shape == expected.coef_.shape
     assert set(asked) == {min(len(X), chunk // (4 * 24))}
     assert (len(asked) > 1) == (device == "cpu")
+
+
+@pytest.mark.parametrize(
+    ("steps", "success", "slope", "said"),
+    [
+        (7, True, 1.0, False),
+        (7, False, 5e-5, False),
+        (7, False, 1.0, True),
+        (7, False, np.nan, True),
+        (100, True, 0, True),
+    ],
+)
+def test_a_minimum_that_was_not_found_is_said(steps: int, success: bool, slope: float, said: bool) -> None:
+    found = SimpleNamespace(nit=steps, success=success, jac=np.array([0, -slope]))
+    estimator = SimpleNamespace(max_iter=100, tol=1e-4)
+    assert (logistic._not_converged(found, estimator) is not None) == said
 
 
 @pytest.mark.slow

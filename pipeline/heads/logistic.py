@@ -81,13 +81,21 @@ def fit_logistic(estimator: Any, pieces: Pieces, labels: np.ndarray, width: int)
             "ftol": np.finfo(np.float64).eps,
         },
     )
-    if found.nit >= estimator.max_iter:
-        warnings.warn(f"L-BFGS stopped after {found.nit} steps", ConvergenceWarning, stacklevel=2)
+    if (left := _not_converged(found, estimator)) is not None:
+        warnings.warn(f"L-BFGS stopped after {found.nit} steps: {left}", ConvergenceWarning, stacklevel=2)
     values = found.x.reshape(width + 1, outputs)
     estimator.classes_, estimator.n_features_in_ = classes, width
     estimator.coef_, estimator.intercept_ = np.ascontiguousarray(values[:-1].T), values[-1].copy()
     estimator.n_iter_ = np.array([found.nit], np.int32)
     return estimator
+
+
+def _not_converged(found: Any, estimator: Any) -> str | None:
+    """Return why the minimum was not found; None if it was, as nearly as scikit-learn asks."""
+    steepest = float(np.abs(found.jac).max())
+    if found.nit < estimator.max_iter and (found.success or steepest <= estimator.tol):
+        return None
+    return f"the largest slope is still {steepest:.2g}, at most {estimator.tol:g} is wanted"
 
 
 class _Chunks:

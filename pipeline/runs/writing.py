@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import dataclasses
-import functools
 import json
 import logging
 import os
@@ -15,7 +14,7 @@ from typing import Any, Protocol
 
 from features.errors import BottleneckError, ConfigurationError, RunError
 from features.files import atomic_file, sync_folder
-from features.networks.quantised import find, keep, networks_of_runs, networks_of_store
+from features.networks.quantised import find, keep, networks_of_runs, networks_of_store, place_in
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
 from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse, yaml_text
@@ -186,9 +185,10 @@ def write_run(
     return folder
 
 
-@functools.cache
 def _keep_quantised(root: Path, store: Path, digest: str) -> None:
     """Keep one copy of a quantised network for all runs of a folder: without it, none of them can predict."""
+    if place_in(networks_of_runs(root), digest).is_file():
+        return
     try:
         found = find(digest, [networks_of_runs(root), networks_of_store(store)])
     except ConfigurationError as problem:
