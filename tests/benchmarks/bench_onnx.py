@@ -60,7 +60,11 @@ def exported(name: str, folder: Path) -> tuple[str, str]:
     rule, model = network.recipes[0].pixels, network.load()
     model(np.zeros((1, rule.height, rule.width, 3), np.float32))  # the exporter wants a model that was called
     model.export(str(folder / "model.onnx"), format="onnx", verbose=False)
-    how = {"format": "bottleneck-preprocess 1", "size": [rule.height, rule.width], "resize": rule.resize}
+    how: dict[str, Any] = {
+        "format": "bottleneck-preprocess 1",
+        "size": [rule.height, rule.width],
+        "resize": rule.resize,
+    }
     how |= {"fit": rule.fit, "scale": 1.0, "mean": [0.0, 0.0, 0.0], "std": [1.0, 1.0, 1.0]}
     (folder / "how.json").write_text(json.dumps(how))
     return str(folder / "model.onnx"), str(folder / "how.json")
