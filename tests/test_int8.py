@@ -395,12 +395,39 @@ def test_a_lost_network_is_refused_with_the_way_out(
     textured(there.images, 1, start=70)
     with pytest.raises(ConfigurationError, match="is lost"):
         extract_features(there.images, there.store, precision="int8", **there.options)
+    pack_store(there.store, tmp_path / "packed.h5")
+    assert caplog.text.count("is lost") == 1
     assert stage.verify_networks(FeatureStore.open(there.store)) == 1
     assert "is not there: new images need it" in caplog.text
     keep(Path(saved), Path(saved).stem, place)
     place_in(place, Path(saved).stem).write_bytes(b"x")
     with pytest.raises(IntegrityError, match="is damaged or another file"):
         stage.verify_networks(FeatureStore.open(there.store))
+
+
+@pytest.mark.slow
+def test_an_interrupted_calibration_leaves_nothing(world: World, tmp_path: Path) -> None:
+    def stop(stage: str, done: int, total: int) -> None:
+        if (stage, done) == ("calibrate", 9):
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        extract_features(world.images, tmp_path / "f.h5", precision="int8", progress=stop, **world.options)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+    assert not (tmp_path / "cache" / "quantised").exists()
+
+
+@pytest.mark.slow
+def test_a_lost_network_is_replaced_where_the_store_may_be(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(world.folder / "cache", tmp_path / "cache")
+    shutil.rmtree(tmp_path / "cache" / "quantised")
+    shutil.copy(world.store, tmp_path / "f.h5")
+    again = ExtractionOptions(precision="int8", overwrite=True, **world.options)
+    monkeypatch.setattr(quantising, "quantise", lambda *_: packed())
+    options = with_quantised(again, scan(world.images), tmp_path / "f.h5")
+    assert read(Path(str(options.quantised)))[0].calibration == {"images": 3}
 
 
 @pytest.mark.slow

@@ -67,7 +67,12 @@ def with_quantised(
     if options.precision != "int8" or options.quantised is not None:
         return options
     if (digest := _digest_before(out, overwrite=options.overwrite)) is not None:
-        return dataclasses.replace(options, quantised=str(find(digest, [networks_of_store(out)])))
+        try:
+            return dataclasses.replace(options, quantised=str(find(digest, [networks_of_store(out)])))
+        except ConfigurationError as error:
+            if not options.overwrite:
+                raise
+            logger.warning("%s: it is replaced, because %s", out, error)
     return dataclasses.replace(options, quantised=str(_calibrated(options, images, progress)))
 
 

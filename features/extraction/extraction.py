@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from features.errors import StoreError, TooManyUnreadableError
+from features.errors import ConfigurationError, StoreError, TooManyUnreadableError
 from features.extraction.assembly import Contents, assemble, is_current, pack, table_of
 from features.extraction.calibration import with_quantised
 from features.extraction.forecast import Forecast, forecast
@@ -400,7 +400,10 @@ def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Pro
         store = FeatureStore.open(path)
         if target != path:
             for digest in _digests(store.recipes.values()):
-                keep(find(digest, [networks_of_store(path)]), digest, networks_of_store(target))
+                try:
+                    keep(find(digest, [networks_of_store(path)]), digest, networks_of_store(target))
+                except ConfigurationError as error:  # the features can be used without it
+                    logger.warning("%s", error)
         if store.kind == "index" or target != path:
             pack(store, target, progress)
         if target == path:
