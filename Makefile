@@ -103,16 +103,15 @@ $(FLOOR)/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 test-floor: $(FLOOR)/.installed  ## run the fast tests with the lowest versions that pyproject.toml allows
 	$(FLOOR)/bin/python -m pytest -q -m "not slow" -n auto $(ARGS)
 
-# Environments without TensorFlow, which is a dependency for everyone else.
-.venv-jax/.installed: pyproject.toml
+# Environments without TensorFlow, which is a dependency for everyone else: uv leaves it out, pip takes it away again.
+.venv-jax/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 	@test -x .venv-jax/bin/python || $(call quoted,PYTHON) -m venv .venv-jax
 	@echo "installing JAX and the project into .venv-jax" >&2
-	@{ .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check uv && .venv-jax/bin/uv pip install --quiet --python .venv-jax/bin/python -e '.[jax,$(STAGES)]' $(TESTING); } 2>/dev/null \
-		|| .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check -e '.[jax,$(STAGES)]' $(TESTING)
-	@.venv-jax/bin/python -m pip uninstall --quiet --yes tensorflow
+	@{ .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check uv && echo 'tensorflow; python_version < "3"' > .venv-jax/without.txt && .venv-jax/bin/uv pip install --quiet --python .venv-jax/bin/python --overrides .venv-jax/without.txt -e '.[jax,$(STAGES)]' $(TESTING); } 2>/dev/null \
+		|| { .venv-jax/bin/python -m pip install --quiet --disable-pip-version-check -e '.[jax,$(STAGES)]' $(TESTING) && .venv-jax/bin/python -m pip uninstall --quiet --yes tensorflow; }
 	@touch $@
 
-.venv-torch/.installed: pyproject.toml
+.venv-torch/.installed: pyproject.toml $(wildcard features/pixels/*.c)
 	@test -x .venv-torch/bin/python || $(call quoted,PYTHON) -m venv .venv-torch
 	@echo "installing PyTorch and the project into .venv-torch (from PyPI that is several GB; TORCH=... names another build)" >&2
 	@.venv-torch/bin/python -m pip install --quiet --disable-pip-version-check $(call quoted,TORCH) -e '.[$(STAGES)]' $(TESTING)
