@@ -92,7 +92,7 @@ def test_a_run_and_a_dry_run_announce(
     assert line.endswith(". Ctrl-C keeps what is finished")
     caplog.clear()
 
-    def prepared(images: str, out: Path, options: ExtractionOptions) -> Extraction:
+    def prepared(images: str, out: Path, options: ExtractionOptions, **_: object) -> Extraction:
         return Extraction(scan(images), NumpyNetwork(), out, options)  # type: ignore[arg-type]
 
     monkeypatch.setattr(stage, "prepare", prepared)
