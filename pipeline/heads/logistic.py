@@ -148,7 +148,7 @@ def _gradient(chunks: _Chunks, outputs: int) -> Callable[[np.ndarray], tuple[flo
 
     def of_chunk(rows: Any, targets: Any, weights: Any, kernel: Any, bias: Any) -> tuple[Any, Any, Any]:
         rows = ops.cast(rows, "float64")
-        logits = ops.add(ops.matmul(rows, kernel), bias)
+        logits = ops.add(rows @ kernel, bias)  # Keras's product of torch's float64 is float32
         if outputs == 1:
             truth = ops.cast(ops.expand_dims(targets, 1), "float64")
             losses = ops.sum(ops.softplus(logits) - ops.multiply(truth, logits), axis=1)
@@ -159,7 +159,7 @@ def _gradient(chunks: _Chunks, outputs: int) -> Callable[[np.ndarray], tuple[flo
             chances = ops.softmax(logits, axis=1)
         errors = ops.multiply(ops.subtract(chances, truth), ops.expand_dims(weights, 1))
         loss = ops.sum(ops.multiply(losses, weights))
-        return loss, ops.matmul(ops.transpose(rows), errors), ops.sum(errors, axis=0)
+        return loss, ops.transpose(rows) @ errors, ops.sum(errors, axis=0)
 
     step = compiled(of_chunk)
 
