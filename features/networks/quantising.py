@@ -15,6 +15,7 @@ import contextlib
 import importlib.metadata
 import importlib.util
 import io
+import logging
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -243,5 +244,5 @@ def _nncf() -> Any:
     assert "openvino_telemetry" in sys.modules
     import nncf
 
-    nncf.set_log_level(40)  # errors
+    logging.getLogger("nncf").setLevel(logging.ERROR)  # its own function also sets handlers that are not its own
     return nncf
