@@ -253,8 +253,8 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         """Return what keeps computed rows, if some are missing and the store may grow."""
         lacking = 0 if store is None else len(wanted - store.rows.keys())
         if store is not None and lacking and store.grows:
-            if network.quantised is not None:
-                keep(network.quantised, str(network.recipes[0].quantised), networks_of_store(store.path))
+            if (digest := network.recipes[0].quantised) is not None:
+                keep(Path(str(network.quantised)), digest, networks_of_store(store.path))
             return store.extending(
                 shard_rows=max(1, SHARD_BYTES // network.row_bytes),
                 provenance={

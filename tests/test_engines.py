@@ -266,7 +266,7 @@ def test_half_precision_is_near_and_not_equal(assets: Path, precision: str) -> N
 def test_the_command_line_refuses_what_does_not_go_together(tmp_path: Path) -> None:
     for arguments, message in (
         (("--engine", "onnx"), "engine: received 'onnx', expected one of auto, keras, openvino"),
-        (("--precision", "int8"), "precision: received 'int8'"),
+        (("--precision", "int4"), "precision: received 'int4'"),
         (("--decode", "faster"), "decode: received 'faster', expected one of full, fast"),
     ):
         result = call_pipeline("extract", "sample:digits", "--out", tmp_path / "f.h5", *arguments)

@@ -28,7 +28,7 @@ from features.errors import (
 )
 from pipeline.export import export
 from pipeline.exporting.artefacts import Card, open_artefact, write_card
-from pipeline.exporting.formats import FORMATS, convert, find_format
+from pipeline.exporting.formats import FORMATS, Writer, convert, find_format
 from pipeline.exporting.keras_graph import KerasAssembled
 from pipeline.runs.folder import Run
 
@@ -54,7 +54,7 @@ def test_a_full_disk_is_not_blamed_on_the_network(
         path.write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], write={"keras": full}))
+    monkeypatch.setitem(FORMATS, "onnx", dataclasses.replace(FORMATS["onnx"], writers={"keras": Writer(full)}))
     with pytest.raises(StoreError, match=r"model\.onnx: could not be written \(No space left on device.*Make room"):
         export(runs["logistic"], format="onnx", out=tmp_path / "model.onnx")
     assert list(tmp_path.iterdir()) == []

@@ -17,7 +17,7 @@ from features.extraction.extraction import extract_features
 from features.networks.backbones import Backbone
 from features.networks.finding import FINDERS
 from pipeline.config import HeadFile, Settings
-from pipeline.exporting.formats import FORMATS, Format, Runtime
+from pipeline.exporting.formats import FORMATS, Format, Runtime, Writer
 from pipeline.heads import kinds
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import can_finetune, head_of, register
@@ -164,7 +164,9 @@ def test_a_new_export_format_is_proven_and_predicts(
     from pipeline import export as stage
     from pipeline.exporting.artefacts import open_artefact
 
-    row = Format("bundle", ".bundle", "", (), {"keras": bundle}, open_bundle, put, get, tolerance=1e-5, note="a zip")
+    row = Format(
+        "bundle", ".bundle", "", (), {"keras": Writer(bundle)}, open_bundle, put, get, tolerance=1e-5, note="a zip"
+    )
     monkeypatch.setitem(FORMATS, "bundle", row)
 
     def run_here(made: Path, probes: Any) -> np.ndarray:  # another process would not know the registration

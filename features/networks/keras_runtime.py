@@ -124,6 +124,7 @@ def _same_at(size: Size, backbone: Backbone, model: Any, digest: str) -> Any:
     try:
         second = build_backbone(backbone, size)
         same = architecture_of(second) == architecture_of(model)
+        same &= [item.shape for item in second.weights] == [item.shape for item in model.weights]
     except Exception as error:  # layers raise errors of any type while they are made
         raise ConfigurationError(f"{backbone.name} is none at {size[0]}x{size[1]} pixels: {error}") from error
     if not same:
