@@ -131,9 +131,8 @@ def _same_at(size: Size, backbone: Backbone, model: Any, digest: str) -> Any:
         raise ConfigurationError(f"{backbone.name} is another network at {size[0]}x{size[1]} pixels")
     for mine, its in zip(second.weights, model.weights, strict=True):
         mine.assign(its)
-    if (
-        backbone.own_weights is not None and model_digest(second) != digest
-    ):  # which holds the shapes of its layers, mostly
+    # The digest of a network of one's own holds the shapes of its layers, mostly.
+    if backbone.own_weights is not None and model_digest(second) != digest:
         raise ConfigurationError(f"{backbone.name} has another digest at {size[0]}x{size[1]} pixels")
     return second
 

@@ -422,7 +422,7 @@ def _references(kept: Mapping[str, np.ndarray]) -> dict[Size, tuple[np.ndarray, 
 def _prove(engine: OpenVinoEngine, batch: np.ndarray, expected: Sequence[np.ndarray]) -> None:
     """Check that an engine reproduces the original's outputs for a reference batch; else OpenVinoError."""
     allowed = TOLERANCES[engine.precision]
-    for (name, values), original in zip(_all_of(engine, batch).items(), expected, strict=True):
+    for (name, values), original in zip(all_of(engine, batch).items(), expected, strict=True):
         found = relative_difference(values, original)
         if not found <= allowed:
             raise OpenVinoError(
@@ -431,7 +431,8 @@ def _prove(engine: OpenVinoEngine, batch: np.ndarray, expected: Sequence[np.ndar
             )
 
 
-def _all_of(engine: OpenVinoEngine, batch: np.ndarray) -> dict[str, np.ndarray]:
+def all_of(engine: OpenVinoEngine, batch: np.ndarray) -> dict[str, np.ndarray]:
+    """Compute the features of reference images, however many the engine takes at a time; they are not counted."""
     parts = [engine(batch[start : start + engine.batch_size]) for start in range(0, len(batch), engine.batch_size)]
     engine.images_inferred = 0
     return {name: np.concatenate([part[name] for part in parts]) for name in engine.names}
@@ -451,8 +452,8 @@ def _check(engine: OpenVinoEngine, kept: Mapping[str, np.ndarray], asked: _Asked
     first = next(iter(references))
     _prove(asked.at(first).open(kept), *references[first])
     batch = reference_images(*asked.size)
-    alone = _all_of(dataclasses.replace(asked, batch_size=1).open(kept), batch)
-    for index, (name, values) in enumerate(_all_of(engine, batch).items()):
+    alone = all_of(dataclasses.replace(asked, batch_size=1).open(kept), batch)
+    for index, (name, values) in enumerate(all_of(engine, batch).items()):
         shapes = [(size, outputs[index].shape[1:]) for size, (_, outputs) in references.items()]
         if values.shape[1:] != shape_at(asked.size, shapes):
             raise OpenVinoError(f"{name}: OpenVINO gives {values.shape[1:]} at {asked.size[0]}x{asked.size[1]} pixels")

@@ -25,7 +25,7 @@ import numpy as np
 
 from features.errors import OpenVinoError
 from features.files import enough_room
-from features.networks.openvino_engine import OpenVinoEngine, import_openvino, output_name, reason
+from features.networks.openvino_engine import OpenVinoEngine, all_of, import_openvino, output_name, reason
 from features.networks.quantised import QuantisedNetwork, read
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Recipe
@@ -197,17 +197,14 @@ def open_quantised(
         step=network.step,
         outputs=[number for number in numbers if number is not None],
     )
-    images = reference_images(rule.height, rule.width)
-    parts = [engine(images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
+    received = all_of(engine, reference_images(rule.height, rule.width))
     for recipe, number in zip(recipes, numbers, strict=True):
-        received = np.concatenate([part[recipe.name] for part in parts])
-        found = relative_difference(received, network.expected[number or 0])
+        found = relative_difference(received[recipe.name], network.expected[number or 0])
         if not found <= TOLERANCE:
             raise OpenVinoError(
                 f"{path}: {recipe.name}: this processor gives other numbers than exact integers do ({found:.2g} relative L2, at "
                 f"most {TOLERANCE:g} is allowed)"
             )
-    engine.images_inferred = 0
     return engine
 
 
