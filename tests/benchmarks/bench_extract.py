@@ -137,21 +137,23 @@ def warm_up(extraction: Any, size: int, **options: Any) -> Any:
     network = extraction.network
     engine = network.engine(network.recipes, **options)
     engine(np.zeros((options["batch_size"], size, size, 3), np.uint8))
-    extraction.network = WarmNetwork(network, engine)
+    extraction.network = WarmNetwork(network, engine, network.quantised)
     return engine
 
 
+@dataclasses.dataclass(frozen=True)
 class WarmNetwork:
     """A network whose engine is there already."""
 
-    def __init__(self, network: Any, engine: Any) -> None:
-        self._network, self._engine = network, engine
+    network: Any
+    warm: Any
+    quantised: Path | None = None  # extraction names the copy beside the store
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._network, name)
+        return getattr(self.network, name)
 
     def engine(self, *_: Any, **__: Any) -> Any:
-        return self._engine
+        return self.warm
 
 
 @contextlib.contextmanager

@@ -3,7 +3,8 @@
     python tests/benchmarks/bench_process.py [--images 2000] [--rounds 5] [--code DIR] [--json OUT]    # BOTTLENECK_ASSETS
 
 Every contender is a process of its own, start-up included, and all of them take turns in every round. `extract` finds its
-kept conversion from the first round, which is not counted, and its output is absent before each run. The yardstick is
+kept conversion from the first round, which is not counted, and the quantised network that this calibrated; its output is
+absent before each run. The yardstick is
 `baseline_keras.py`, whose sha256 a test holds. With `--code DIR`, every command of ours is run by the code in that folder
 too, a checkout of another commit, and the last column says how many times as fast as that this checkout is.
 
@@ -20,6 +21,7 @@ import argparse
 import dataclasses
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -39,6 +41,8 @@ WAYS = {
     "ours, float32": (),
     "ours, bfloat16": ("--precision", "bfloat16"),
     "ours, bfloat16, decode fast": ("--precision", "bfloat16", "--decode", "fast"),
+    "ours, int8": ("--precision", "int8"),
+    "ours, int8, decode fast": ("--precision", "int8", "--decode", "fast"),
     "ours, engine keras": ("--engine", "keras"),
 }
 
@@ -98,7 +102,12 @@ def run(contender: Contender, options: argparse.Namespace, scratch: Path, limit:
         out = Path(folder) / ("features.npz" if contender.code is None else "features.h5")
         cwd = Path(folder) if contender.code is None else contender.code
         environment = environment_of(contender.code or ROOT, scratch)
+        quantised = scratch / f"{contender.name}.int8"
+        if quantised.exists():
+            more += ("--quantised", str(quantised))
         cost, said = measure(contender.command(options, out, *more), cwd=cwd, environment=environment)
+        for made in Path(f"{out}.networks").glob("*.int8"):
+            shutil.copyfile(made, quantised)
         images = features_in(out) if contender.code is None else json.loads(said)["inferred"]
     if images != (limit or options.images):
         sys.exit(f"{contender.name}: features of {images} images instead of {options.images}")
@@ -197,7 +206,7 @@ def contenders(options: argparse.Namespace) -> list[Contender]:
     found = [Contender(TUNED)]
     for name, more in wanted.items():
         found.append(Contender(name, more, ROOT))
-        if options.code:
+        if options.code and "int8" not in more:
             found.append(Contender(f"{name}, {commit(options.code)}", more, options.code))
     return found
 
