@@ -114,6 +114,10 @@ class RunError(BottleneckError, ValueError):
     """A run folder that is missing or incomplete, or that does not fit its use."""
 
 
+class LabelsError(BottleneckError, ValueError):
+    """A labels file that cannot be understood, or that belongs to other images."""
+
+
 class ParityError(BottleneckError, ArithmeticError):
     """An assembled model whose probabilities differ from those of its head on the cached features."""
 

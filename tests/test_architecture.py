@@ -45,7 +45,7 @@ FEATURE_ROOMS: dict[str, set[str]] = {
     "transformer": {"ground", "pixels", "sources", "networks", "store", "extraction"},
 }
 # The ground of the pipeline: config intervals presets outputs progress streams tables. Stages lie at the door, over the rooms.
-BELOW_HEADS = {"ground", "scores", "runs"}
+BELOW_HEADS = {"ground", "scores", "runs", "labels"}
 BELOW_STAGES = BELOW_HEADS | {"heads", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
 PIPELINE_ROOMS: dict[str, set[str]] = {
     "ground": set(),
@@ -59,6 +59,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
     "reporting": BELOW_HEADS | {"heads", "tuning", "sweeps"},
     "cluster": BELOW_HEADS | {"heads", "sweeps"},
     "stages": BELOW_STAGES,
+    "labels": {"ground"},
     "experiments": BELOW_STAGES | {"stages"},
     "commands": BELOW_STAGES | {"stages", "experiments"},
 }

@@ -14,8 +14,9 @@ import logging
 import os
 import re
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -70,6 +71,8 @@ class FeatureStore:
     >>> store = FeatureStore.open("features.h5")                      # doctest: +SKIP
     >>> X, y = store.load(split="train")                              # doctest: +SKIP
     """
+
+    labelled_by: Mapping[str, Any] = MappingProxyType({})  # what gave the labels, if they are not those of the file
 
     def __init__(self, path: Path, *, kinds: tuple[str, ...]) -> None:
         self.path, self._kinds = path, kinds

@@ -1,0 +1,237 @@
+"""Decisions over a store: which labels and splits are in effect, what is counted, and what never changes."""
+
+from __future__ import annotations
+
+import hashlib
+import pickle
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import extract, paint
+
+from features.errors import ConfigurationError, LabelsError
+from features.sources.splits import SPLITS
+from features.store.reader import FeatureStore
+from features.store.relabelled import RelabelledStore
+from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN, Decision, append_decisions, read_labels
+from pipeline.labels.overlay import Counts, effective, excluded_rows, target_of, with_labels
+
+CLASSES = ("cat", "dog")
+NAMES = "abcdefgh"
+HASHES = np.array([list(hashlib.sha256(name.encode()).digest()) for name in NAMES], np.uint8)
+# a, b: cats of train; c, d: dogs of train; e: cat of validation; f: dog of test; g, h: unlabelled
+GIVEN, SPLIT = np.array([0, 0, 1, 1, 0, 1, -1, -1], np.int32), np.array([0, 0, 0, 0, 1, 2, 3, 3], np.int8)
+
+
+class Book:
+    """A labels file that is written decision by decision, each later than the one before."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path, self.count = folder / "labels.csv", 0
+
+    def add(self, name: str, value: str, target: str = "label", by: str = "ann") -> Book:
+        digest = hashlib.sha256(name.encode()).hexdigest() if len(name) < 64 else name
+        self.count += 1
+        utc = f"2026-01-01T00:00:00.{self.count:06d}Z"
+        append_decisions(self.path, [Decision(digest, name[:8], target, value, "", by, utc, f"{self.count:032x}")])
+        return self
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Book:
+    return Book(tmp_path)
+
+
+def applied(book: Book, groups: Sequence[str] | None = None, sha256: np.ndarray = HASHES) -> tuple[dict, Counts]:
+    """Name -> class and split of each row, and the counts."""
+    found = effective(read_labels(book.path), CLASSES, GIVEN, SPLIT, groups, sha256)
+    labels = [None if label < 0 else found.classes[label] for label in found.labels]
+    return dict(zip(NAMES, zip(labels, [SPLITS[k] for k in found.splits], strict=True), strict=True)), found.counts
+
+
+def plain() -> dict:
+    labels = [None if label < 0 else CLASSES[label] for label in GIVEN]
+    return dict(zip(NAMES, zip(labels, [SPLITS[k] for k in SPLIT], strict=True), strict=True))
+
+
+def test_corrections_keep_every_split(book: Book) -> None:
+    book.add("a", "dog").add("e", "dog").add("f", "cat").add("b", "cat")
+    rows, counts = applied(book)
+    assert rows == plain() | {"a": ("dog", "train"), "e": ("dog", "validation"), "f": ("cat", "test")}
+    assert counts == Counts(decided=4, corrected=3, tested=1)
+    assert str(counts) == "3 labels corrected; 1 of these in the test split"
+
+
+def test_unknown_and_excluded_rows_take_no_part_and_come_back(book: Book) -> None:
+    book.add("a", UNKNOWN).add("e", EXCLUDE).add("g", UNKNOWN)
+    rows, counts = applied(book)
+    assert rows == plain() | {"a": (None, "unlabelled"), "e": (None, "unlabelled")}
+    assert counts == Counts(decided=3, unknown=2, excluded=1)
+    assert str(counts) == "2 unknown and 1 excluded (not trained on, not scored)"
+    book.add("a", WITHDRAWN).add("e", "cat")
+    rows, counts = applied(book)
+    assert rows == plain()
+    assert counts == Counts(decided=2, unknown=1)
+
+
+def test_a_row_that_is_labelled_becomes_a_training_row(book: Book) -> None:
+    book.add("g", "wolf").add("h", "cat")
+    rows, counts = applied(book)
+    assert rows == plain() | {"g": ("wolf", "train"), "h": ("cat", "train")}
+    assert counts == Counts(decided=2, added=2, new_classes=("wolf",))
+    assert str(counts) == "2 labels added; new: 'wolf'"
+
+
+def test_a_row_takes_the_split_of_its_group_and_of_its_bytes(book: Book) -> None:
+    book.add("g", "cat").add("h", "dog")
+    groups = ["", "", "", "", "farm", "", "farm", ""]
+    sha256 = HASHES.copy()
+    sha256[5] = sha256[7]  # f, a row of test, has the bytes of h
+    rows, _ = applied(book, groups, sha256)
+    assert rows == plain() | {"g": ("cat", "validation"), "h": ("dog", "test")}
+    book.add("e", EXCLUDE)  # a row that takes no part keeps its split for the others of its group
+    assert applied(book, groups, sha256)[0]["g"] == ("cat", "validation")
+
+
+def test_an_image_that_was_drawn_for_validation_goes_there_when_it_is_labelled(book: Book) -> None:
+    book.add("g", "validation", "split").add("a", "validation", "split")
+    assert applied(book)[0] == plain()
+    book.add("g", "dog").add("h", "dog")
+    assert applied(book)[0] == plain() | {"g": ("dog", "validation"), "h": ("dog", "train")}
+    book.add("h", "validation", "split").add("g", "train", "split")  # too late: a split never changes
+    assert applied(book)[0] == plain() | {"g": ("dog", "validation"), "h": ("dog", "train")}
+    assert applied(book)[1] == Counts(decided=2, added=2)
+
+
+def test_the_first_of_a_group_that_is_labelled_decides_for_the_group(book: Book) -> None:
+    groups = ["", "", "", "", "", "", "farm", "farm"]
+    book.add("h", "validation", "split").add("g", "cat").add("h", "cat")
+    expected = plain() | {"g": ("cat", "train"), "h": ("cat", "train")}
+    assert applied(book, groups)[0] == expected
+    book.add("g", WITHDRAWN)
+    assert applied(book, groups)[0] == expected | {"g": (None, "unlabelled")}
+
+
+def test_a_drawn_split_may_be_withdrawn_and_another_word_is_refused(book: Book) -> None:
+    book.add("g", "test", "split").add("g", WITHDRAWN, "split").add("g", "cat").add("h", "validation", "split")
+    assert applied(book)[0]["g"] == ("cat", "train")
+    book.add("h", "holdout", "split")
+    with pytest.raises(
+        LabelsError, match="about the split of an image says 'holdout'; expected train, validation or test"
+    ):
+        applied(book)
+
+
+def test_classes_that_no_row_has_any_more_go_and_classes_stay_sorted(book: Book) -> None:
+    book.add("c", "ape").add("d", "zebra").add("f", "class:unknown")
+    found = effective(read_labels(book.path), CLASSES, GIVEN, SPLIT, None, HASHES)
+    assert found.classes == ("ape", "cat", "unknown", "zebra")
+    assert found.labels.tolist() == [1, 1, 0, 3, 1, 2, -1, -1]
+    assert (found.counts.new_classes, found.counts.gone_classes) == (("ape", "unknown", "zebra"), ("dog",))
+    # a class of the data set that had no row before, because its images could not be read, stays
+    found = effective(read_labels(book.path), (*CLASSES, "emu"), GIVEN, SPLIT, None, HASHES)
+    assert found.classes == ("ape", "cat", "emu", "unknown", "zebra")
+
+
+def test_decisions_about_other_images_and_targets_are_counted(book: Book) -> None:
+    book.add("a", "dog").add("x", "dog").add("x", "cat").add("y", "cat").add("a", "sunny", "weather")
+    rows, counts = applied(book)
+    assert rows == plain() | {"a": ("dog", "train")}
+    assert counts == Counts(decided=1, corrected=1, elsewhere=2, other_targets=1)
+    assert str(counts) == "1 label corrected; 2 images not here; 1 decision about another target"
+
+
+def test_the_target_of_a_manifest_is_named(book: Book) -> None:
+    book.add("a", "dog", "species").add("b", "dog", "genus")
+    labels = read_labels(book.path)
+    assert effective(labels, CLASSES, GIVEN, SPLIT, None, HASHES, "species").labels[:2].tolist() == [1, 0]
+
+
+# -- over a real store, with a numpy function for the network
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    folder = tmp_path_factory.mktemp("store")
+    number = 0
+    for split, count in (("train", 4), ("validation", 2)):
+        for name in CLASSES:
+            for _ in range(count):
+                number += 1
+                paint(folder / "images" / split / name / f"{number}.png", (number * 9, 250 - number * 9, 50))
+    return extract(folder / "images", folder / "features.h5").store
+
+
+def digest(store: FeatureStore, row: int) -> str:
+    return store.images.sha256[row].tobytes().hex()
+
+
+def test_a_store_under_labels_is_a_store(store: FeatureStore, book: Book) -> None:
+    row = int(store.rows("train")[0])
+    book.add(digest(store, row), "dog").add(digest(store, 1), EXCLUDE)
+    labelled = with_labels(store, book.path)
+    assert (store.classes[store.images.labels[row]], labelled.classes[labelled.images.labels[row]]) == ("cat", "dog")
+    assert 1 in store.rows("train")
+    assert labelled.rows("train").tolist() == [k for k in store.rows("train").tolist() if k != 1]
+    assert labelled.rows("unlabelled").tolist() == [1]
+    assert labelled.data_digest != store.data_digest
+    assert (labelled.names, labelled.recipes, len(labelled)) == (store.names, store.recipes, len(store))
+    assert np.array_equal(labelled.array(), store.array())
+    X, y = labelled.load("train")
+    assert (len(X), y[0]) == (len(y), 1)
+    assert excluded_rows(store, read_labels(book.path)).tolist() == [k == 1 for k in range(len(store))]
+    assert labelled.labelled_by == {
+        "path": str(book.path),
+        "sha256": hashlib.sha256(book.path.read_bytes()).hexdigest(),
+        "size": book.path.stat().st_size,
+        "decisions": 2,
+        "decided": 2,
+        "corrected": 1,
+        "added": 0,
+        "unknown": 0,
+        "excluded": 1,
+        "tested": 0,
+        "new_classes": [],
+        "gone_classes": [],
+        "elsewhere": 0,
+        "other_targets": 0,
+    }
+    assert (store.labelled_by, target_of(store), labelled.original is store) == ({}, "label", True)
+
+
+def test_taking_a_decision_back_gives_the_same_data_digest(store: FeatureStore, book: Book) -> None:
+    book.add(digest(store, 0), "wolf")
+    assert with_labels(store, book.path).classes == ("cat", "dog", "wolf")
+    book.add(digest(store, 0), WITHDRAWN)
+    assert with_labels(store, book.path).data_digest == store.data_digest
+    assert with_labels(store, book.path).classes == store.classes
+
+
+def test_another_process_sees_the_same_labels(store: FeatureStore, book: Book) -> None:
+    labelled = with_labels(store, book.add(digest(store, 0), "wolf").path)
+    book.path.unlink()
+    again = pickle.loads(pickle.dumps(labelled))  # noqa: S301  # our own
+    assert isinstance(again, RelabelledStore)
+    assert (again.data_digest, again.classes, again.labelled_by) == (
+        labelled.data_digest,
+        labelled.classes,
+        labelled.labelled_by,
+    )
+    assert np.array_equal(again.images.labels, labelled.images.labels)
+    assert np.array_equal(again.array(), store.array())
+
+
+def test_a_labels_file_of_another_data_set_is_refused(store: FeatureStore, book: Book) -> None:
+    book.add("x", "dog").add("y", "dog")
+    with pytest.raises(
+        LabelsError, match=r"labels.csv: none of its 2 decisions is about one of the 12 images of .*\.h5"
+    ):
+        with_labels(store, book.path)
+    book.path.write_text("# bottleneck-labels 1\n")
+    assert with_labels(store, book.path).data_digest == store.data_digest
+
+
+def test_labels_of_another_length_are_refused(store: FeatureStore) -> None:
+    few = np.zeros(3, np.int32)
+    with pytest.raises(ConfigurationError, match=r"labels: received \(3,\), expected 12 numbers from -1 to 1"):
+        RelabelledStore(store, store.classes, few, few.astype(np.int8), {})
