@@ -1,6 +1,6 @@
 """The application: three stages and what is around them. ``python -m pipeline --help``.
 
-    commands --> stages --> sweeps tuning exporting predicting reporting cluster --> heads --> runs --> scores
+    commands --> stages --> sweeps tuning exporting predicting reporting cluster --> search --> heads --> runs --> scores
 
 The stages are the modules at the door: extract, train_head, finetune, predict, export, report, preview; experiments runs
 several of them from one file. Each folder is a room with a docstring that says what may be imported from it; README.md

@@ -46,13 +46,14 @@ FEATURE_ROOMS: dict[str, set[str]] = {
 }
 # The ground of the pipeline: config intervals presets outputs progress streams tables. Stages lie at the door, over the rooms.
 BELOW_HEADS = {"ground", "scores", "runs", "labels"}
-BELOW_STAGES = BELOW_HEADS | {"heads", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
+BELOW_STAGES = BELOW_HEADS | {"heads", "search", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
 PIPELINE_ROOMS: dict[str, set[str]] = {
     "ground": set(),
     "scores": {"ground"},
     "runs": {"ground", "scores"},
     "heads": BELOW_HEADS,
-    "sweeps": BELOW_HEADS | {"heads"},
+    "search": BELOW_HEADS | {"heads"},
+    "sweeps": BELOW_HEADS | {"heads", "search"},
     "tuning": BELOW_HEADS | {"heads"},
     "exporting": BELOW_HEADS | {"heads", "tuning"},
     "predicting": BELOW_HEADS | {"heads", "tuning", "exporting"},
@@ -65,7 +66,10 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
 }
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}
-STAGES = {"extract", "compare", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"}
+STAGES = {
+    *("extract", "compare", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"),
+    *("similar", "suggest"),
+}
 
 
 @functools.cache

@@ -114,6 +114,20 @@ class FeatureStore:
         """Names of the feature sets, sorted."""
         return tuple(sorted(self.recipes))
 
+    def feature_set(self, name: str | None = None) -> str:
+        """Return the name of a feature set, that of the only one by default; ``ConfigurationError`` if there is no such one."""
+        if name is None:
+            if len(self.recipes) == 1:
+                return next(iter(self.recipes))
+            raise ConfigurationError(
+                f"{self.path} holds {len(self.recipes)} feature sets: name one of {', '.join(self.names)}"
+            )
+        if name not in self.recipes:
+            raise ConfigurationError(
+                f"{self.path} has no feature set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
+            )
+        return name
+
     def __len__(self) -> int:
         """Number of images (rows)."""
         return self._rows
@@ -233,7 +247,7 @@ class FeatureStore:
         IntegrityError
             If the checksum of a block of rows does not match.
         """
-        name = self._feature_set(name)
+        name = self.feature_set(name)
         array = self.array(name)
         rows = self.rows(split)
         labels = self.images.labels[rows]
@@ -251,7 +265,7 @@ class FeatureStore:
 
         In a packed store it is memory-mapped. In a sharded store it is an object that copies the rows it is indexed by.
         """
-        name = self._feature_set(name)
+        name = self.feature_set(name)
         values = self._verified_map(self._key_of(name))
         if self.kind != "index":
             return values
@@ -264,7 +278,7 @@ class FeatureStore:
         Use it to read a feature set larger than memory. It does not map the file, because mapped pages count as memory
         of the process.
         """
-        name = self._feature_set(name)
+        name = self.feature_set(name)
         key, (images, *row) = self._key_of(name), self.shape(name)
         start, stop, _ = slice(start, stop).indices(images)
         entry = self._entries[key]
@@ -323,21 +337,8 @@ class FeatureStore:
                 self._damaged.add(number)
 
     # -- inside
-    def _feature_set(self, name: str | None) -> str:
-        if name is None:
-            if len(self.recipes) == 1:
-                return next(iter(self.recipes))
-            raise ConfigurationError(
-                f"{self.path} holds {len(self.recipes)} feature sets: name one of {', '.join(self.names)}"
-            )
-        if name not in self.recipes:
-            raise ConfigurationError(
-                f"{self.path} has no feature set {name!r}; it holds {', '.join(self.names)}{nearest(name, self.names)}"
-            )
-        return name
-
     def _key_of(self, name: str) -> str:
-        return f"/{values_group(self.kind)}/{self._feature_set(name)}"
+        return f"/{values_group(self.kind)}/{self.feature_set(name)}"
 
     def _open(self) -> None:
         beside = Path(f"{self.path}.h5")
@@ -427,8 +428,7 @@ class FeatureStore:
 
     def _verified_map(self, key: str) -> np.ndarray:
         if key not in self._verified:
-            for _ in self._verify_blocks(key):
-                pass
+            self._check_blocks(key, range(len(self._entries[key].digests)))
             self._verified.add(key)
         return self._map(key)
 

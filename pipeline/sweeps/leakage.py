@@ -22,8 +22,8 @@ from features.canonical import canonical_json, digest_of
 from features.errors import check_range
 from features.files import printable, whole_file
 from features.sources.splits import SPLITS
-from pipeline.heads.pooling import choose_pool, pool_features
 from pipeline.progress import QUIET
+from pipeline.search.vectors import Vectors, normalised
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
@@ -44,7 +44,6 @@ PAIRS_CHECKED = 1 << 34  # comparisons of projected rows, about a minute on two 
 DEVIATIONS = 3.0
 KEPT = 20  # candidates kept per reported pair
 QUICK_PAIRS = 1 << 31  # comparisons in the check before training, a few seconds
-READ_BYTES = 4 << 20  # of one read, as stored
 PRODUCTS_BYTES = 16 << 20  # of one matrix product
 
 
@@ -161,12 +160,9 @@ class _Search:
     """The vectors of rows, and the candidates so far: the most similar pairs, and the number of all pairs found."""
 
     def __init__(self, store: FeatureStore, name: str | None, threshold: float, memory_bytes: int, keep: int) -> None:
-        self.store, self.threshold, self.memory_bytes, self.keep = store, threshold, memory_bytes, keep
-        self.name = store.names[0] if name is None and len(store.names) == 1 else name or ""
-        _, views, *shape = store.shape(self.name)
-        self.pool = choose_pool(None, "avg", shape)
-        self.width = shape[-1]
-        self._row_bytes = views * int(np.prod(shape)) * np.dtype(store.recipes[self.name].dtype).itemsize
+        self.threshold, self.memory_bytes, self.keep = threshold, memory_bytes, keep
+        self._rows = Vectors(store, name)
+        self.width = self._rows.width
         self._projection: np.ndarray | None = None
         self._floor, self._cut = threshold, -np.inf
         self._candidates: list[np.ndarray] = []
@@ -205,7 +201,7 @@ class _Search:
             place = place.reshape(-1, 2)
             for chosen in np.array_split(np.argsort(place[:, 0], kind="stable"), len(pairs) // 1000 + 1):
                 wanted = np.unique(place[chosen])
-                vectors = np.concatenate([values for _, values in self._vectors(rows[wanted])])
+                vectors = self._rows.at(rows[wanted])
                 ends = np.searchsorted(wanted, place[chosen])
                 similarity[chosen] = np.einsum("nd,nd->n", vectors[ends[:, 0]], vectors[ends[:, 1]])
         kept = similarity >= self.threshold
@@ -223,16 +219,9 @@ class _Search:
             self._cut = similarity[best].min()
 
     def _vectors(self, rows: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield row numbers and their normalised vectors, float32, (k, columns), piece by piece."""
-        step = max(1, READ_BYTES // self._row_bytes)
-        edges = np.flatnonzero(np.diff(rows // step)) + 1
-        for piece in np.split(rows, edges) if len(rows) else ():
-            stored = self.store.read(self.name, int(piece[0]), int(piece[-1]) + 1)
-            values = pool_features(stored[piece - piece[0], 0], self.pool)
-            if self._projection is not None:
-                values = values @ self._projection
-            lengths = np.linalg.norm(values, axis=1, keepdims=True)
-            yield piece, values / np.where(lengths > 0, lengths, 1)  # a row of zeros is similar to no other
+        """Yield row numbers and their vectors of length 1, projected or not, float32 (k, columns), piece by piece."""
+        for piece, values in self._rows.pieces(rows):
+            yield piece, values if self._projection is None else normalised(values @ self._projection)
 
 
 def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None:
