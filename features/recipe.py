@@ -11,7 +11,7 @@ import functools
 import math
 import re
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from features.augmentation import AugmentSpec
 from features.canonical import canonical_json, check_choice, digest_of
@@ -26,6 +26,7 @@ EDGE_RULE = "crop:"  # followed by the length of the shorter edge in pixels
 CHANNEL_ORDERS = ("rgb", "bgr")
 LARGEST_SIDE = 4096  # pixels
 MOST_PREFIX = 64  # tokens
+MOST_CHANNELS, MOST_FRAMES = 4096, 1_000_000
 DTYPES = ("float32", "float16")
 DECODE_RULES = ("full", "fast")
 ENGINES = ("auto", "keras", "openvino", "onnxruntime")
@@ -136,6 +137,9 @@ class NetworkOptions:
     quantised : str, optional
         File of the quantised network that computes in ``int8``; see ``features.networks.quantised``. An extraction finds
         or makes it itself.
+    channels, scale, frame
+        Which channels of an image with other channels than RGB are used, how values become 0-255, and which frame of a
+        DICOM file is taken; ``PixelRule`` explains them.
 
     Raises
     ------
@@ -158,6 +162,9 @@ class NetworkOptions:
     precision: str = "float32"
     device: str = "auto"
     quantised: str | None = None
+    channels: str = ""
+    scale: str = ""
+    frame: int = 0
 
     def __post_init__(self) -> None:
         layers = (self.layers,) if isinstance(self.layers, str) else tuple(self.layers)
@@ -169,6 +176,7 @@ class NetworkOptions:
             check_prefix(self.prefix_tokens)
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("decode", self.decode, DECODE_RULES)
+        check_samples(self.channels, self.scale, self.frame)
         check_choice("engine", self.engine, ENGINES)
         check_choice("precision", self.precision, ARITHMETIC)
         check_device(self.device)
@@ -198,6 +206,15 @@ class PixelRule:
     decode : {"full", "fast"}
         ``full`` decodes every pixel of the file. ``fast`` lets libjpeg decode a JPEG at 1/2, 1/4 or 1/8 of its size
         where that is still at least the size needed, and resizes the result.
+    channels : str
+        Which channels become red, green and blue: three numbers counted from 1, such as ``3,2,1``; one number, ``first`` or
+        ``mean`` (of all channels) for a grey picture. Empty: those of an RGB or grey file.
+    scale : str
+        Which values become 0 and 255: ``LOW:HIGH``, ``percentile:LOW,HIGH`` (of each channel of each image), or ``dtype``
+        (the range of the file's type; 0 to 1 for floating point). Values between are scaled linearly and rounded, halves
+        up; values outside are clipped. Empty: as the file says.
+    frame : int
+        Which frame of a DICOM file with several is taken, counted from 1; 0: files with several are refused.
     """
 
     height: int
@@ -205,6 +222,9 @@ class PixelRule:
     resize: str = "antialias"
     fit: str = "stretch"
     decode: str = "full"
+    channels: str = ""
+    scale: str = ""
+    frame: int = 0
 
     def __post_init__(self) -> None:
         for name in ("height", "width"):
@@ -216,6 +236,9 @@ class PixelRule:
         check_choice("resize", self.resize, RESIZE_RULES)
         edge = check_fit(self.fit)
         check_choice("decode", self.decode, DECODE_RULES)
+        channels, scale = check_samples(self.channels, self.scale, self.frame)
+        object.__setattr__(self, "channels", channels)
+        object.__setattr__(self, "scale", scale)
         if edge is not None and not max(self.height, self.width) <= edge <= LARGEST_SIDE:
             raise ConfigurationError(
                 f"fit: received {self.fit!r}, expected an edge of {max(self.height, self.width)} (the image size) to {LARGEST_SIDE} pixels"
@@ -226,6 +249,15 @@ class PixelRule:
         """Length to which the shorter edge of an image is resized, in pixels; None unless ``fit`` is ``crop:EDGE``."""
         return check_fit(self.fit)
 
+    @property
+    def chooses(self) -> bool:
+        """Whether the rule says which channels or which values of a file are used."""
+        return bool(self.channels or self.scale)
+
+    def small(self, size: int, fit: str = "stretch") -> PixelRule:
+        """Return a rule for thumbnails of ``size`` pixels with the channels, values and frame of this one."""
+        return PixelRule(size, size, fit=fit, decode="fast", channels=self.channels, scale=self.scale, frame=self.frame)
+
     @classmethod
     def of(cls, options: NetworkOptions, default: PixelRule | int | tuple[int, int]) -> PixelRule:
         """Make the rule for the given options; ``default`` is the network's own rule, or its size."""
@@ -234,7 +266,16 @@ class PixelRule:
         fit = options.fit or rule.fit
         if options.fit is None and rule.edge is not None:  # the same part of the image at another size
             fit = f"{EDGE_RULE}{rule.edge * max(height, width) // max(rule.height, rule.width)}"
-        return cls(height, width, resize=options.resize or rule.resize, fit=fit, decode=options.decode)
+        return cls(
+            height,
+            width,
+            resize=options.resize or rule.resize,
+            fit=fit,
+            decode=options.decode,
+            channels=options.channels,
+            scale=options.scale,
+            frame=options.frame,
+        )
 
 
 def _both(size: int | tuple[int, int]) -> tuple[int, int]:
@@ -242,6 +283,7 @@ def _both(size: int | tuple[int, int]) -> tuple[int, int]:
 
 
 _LATER_FIELDS = {"normalisation", "prefix_tokens", "quantised"}
+_LATER_PIXELS = {"channels", "scale", "frame"}
 _DIGEST = re.compile("[0-9a-f]{64}")
 
 
@@ -325,7 +367,9 @@ class Recipe:
     def format_version(self) -> int:
         """Lowest version of the store's format that allows this recipe; see FORMAT.md."""
         later = self.pooling in TOKEN_POOLINGS or self.normalisation is not None or self.quantised is not None
-        return 2 if later or self.pixels.resize == "bicubic" or self.pixels.edge is not None else 1
+        pixels = self.pixels
+        later = later or pixels.chooses or pixels.frame > 0
+        return 2 if later or pixels.resize == "bicubic" or pixels.edge is not None else 1
 
     @property
     def name(self) -> str:
@@ -384,6 +428,9 @@ class Recipe:
             fit=self.pixels.fit,
             dtype=self.dtype,
             decode=self.pixels.decode,
+            channels=self.pixels.channels,
+            scale=self.pixels.scale,
+            frame=self.pixels.frame,
             engine=engine or made_by.partition("-")[0] or "auto",
             precision=precision,
             device=device,
@@ -400,13 +447,13 @@ class Recipe:
     def to_dict(self) -> dict[str, Any]:
         """Return the fields and the recipe version as plain values; only ``augmentation`` and ``normalisation`` are nested.
 
-        Fields that came later are left out where they are None, so fingerprints stay what they were.
+        Fields that came later are left out where they say nothing, so fingerprints stay what they were.
         """
         values = dataclasses.asdict(self)
         values["augmentation"] = None if self.augmentation is None else self.augmentation.to_dict()
         values["normalisation"] = None if self.normalisation is None else self.normalisation.to_dict()
         values = {name: value for name, value in values.items() if value is not None or name not in _LATER_FIELDS}
-        pixels = values.pop("pixels")
+        pixels = {name: value for name, value in values.pop("pixels").items() if value or name not in _LATER_PIXELS}
         return {"version": RECIPE_VERSION, **values, **pixels}
 
     @classmethod
@@ -419,15 +466,15 @@ class Recipe:
         fields.pop("version")
         pixel_names = [field.name for field in dataclasses.fields(PixelRule)]
         known = {field.name for field in dataclasses.fields(cls)} - {"pixels"} | set(pixel_names)
-        odd = sorted((set(fields) ^ known) - _LATER_FIELDS)
+        odd = sorted((set(fields) ^ known) - _LATER_FIELDS - _LATER_PIXELS)
         if odd:
             raise ConfigurationError(f"recipe: unknown or missing fields: {', '.join(odd)}")
-        kinds: dict[str, type | tuple[type, ...]] = {"height": int, "width": int, "seed": int}
+        kinds: dict[str, type | tuple[type, ...]] = {"height": int, "width": int, "seed": int, "frame": int}
         kinds |= {"augmentation": (dict, type(None)), "normalisation": dict, "prefix_tokens": int}
         for name, value in fields.items():
             if not isinstance(value, kinds.get(name, str)) or isinstance(value, bool):
                 raise ConfigurationError(f"recipe: {name}: received {value!r}, which has the wrong type")
-        pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names})
+        pixels = PixelRule(**{name: fields.pop(name) for name in pixel_names if name in fields})
         if fields["augmentation"] is not None:
             fields["augmentation"] = AugmentSpec.from_dict(fields["augmentation"])
         if "normalisation" in fields:
@@ -464,6 +511,73 @@ def check_fit(fit: str) -> int | None:
         raise ConfigurationError(f"fit: received {fit!r}, expected crop:EDGE with a number of pixels, such as crop:256")
     check_choice("fit", fit, FIT_RULES)
     return None
+
+
+class Scale(NamedTuple):
+    """Which values become 0 and 255: two values, or two percentiles of a channel; with ``dtype`` the range of the type."""
+
+    kind: str
+    low: float = 0.0
+    high: float = 0.0
+
+
+def parse_channels(text: str) -> tuple[int, ...]:
+    """Return the numbers of the chosen channels, counted from 0; none for the mean of all.
+
+    Raises
+    ------
+    ConfigurationError
+        Unless it is one number or three of 1 to 4096, ``first`` or ``mean``.
+    """
+    if text in ("first", "mean"):
+        return (0,) if text == "first" else ()
+    numbers = [part.strip() for part in text.split(",")]
+    if len(numbers) not in (1, 3) or not all(re.fullmatch("[0-9]{1,4}", part) for part in numbers):
+        numbers = ["0"]
+    chosen = tuple(int(part) - 1 for part in numbers)
+    if not all(0 <= number < MOST_CHANNELS for number in chosen):
+        raise ConfigurationError(
+            f"channels: received {text!r}, expected three numbers counted from 1, such as 3,2,1, or one number, 'first' or 'mean'"
+        )
+    return chosen
+
+
+def parse_scale(text: str) -> Scale:
+    """Return what ``text`` says of the values; raises ``ConfigurationError`` if it cannot be understood.
+
+    Examples
+    --------
+    >>> parse_scale("0:4095"), parse_scale("percentile:1,99")
+    (Scale(kind='values', low=0.0, high=4095.0), Scale(kind='percentile', low=1.0, high=99.0))
+    """
+    if text == "dtype":
+        return Scale("dtype")
+    word, _, rest = text.partition(":")
+    kind, pair = ("percentile", rest.split(",")) if word == "percentile" else ("values", text.split(":"))
+    try:
+        low, high = map(float, pair)
+    except ValueError:
+        low = high = 0.0
+    most = 100.0 if kind == "percentile" else math.inf
+    if not (-math.inf < low < high < math.inf) or (kind == "percentile" and low < 0) or high > most:
+        raise ConfigurationError(
+            f"scale: received {text!r}, expected LOW:HIGH, such as 0:65535, with LOW below HIGH; percentile:LOW,HIGH, such as "
+            "percentile:1,99; or dtype"
+        )
+    return Scale(kind, low, high)
+
+
+def check_samples(channels: str, scale: str, frame: int) -> tuple[str, str]:
+    """Return ``channels`` and ``scale`` in the one form that recipes have; raises ``ConfigurationError`` if one is wrong."""
+    if not isinstance(frame, int) or isinstance(frame, bool) or not 0 <= frame <= MOST_FRAMES:
+        raise ConfigurationError(f"frame: received {frame!r}, expected 1 to {MOST_FRAMES}")
+    if channels:
+        channels = ",".join(str(number + 1) for number in parse_channels(channels)) or "mean"
+    if scale:
+        kind, *pair = parse_scale(scale)
+        low, high = (repr(float(number)).removesuffix(".0") for number in pair)
+        scale = {"dtype": "dtype", "values": f"{low}:{high}", "percentile": f"percentile:{low},{high}"}[kind]
+    return channels, scale
 
 
 def check_prefix(count: int) -> None:

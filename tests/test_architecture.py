@@ -16,6 +16,8 @@ from helpers import ROOT, run_pipeline
 LATE = {
     "tensorflow",
     "pyarrow",
+    "pydicom",
+    "fsspec",
     "keras",
     "keras_hub",
     "jax",

@@ -33,12 +33,16 @@ from features.pixels.limits import (
     NO_MEMORY,
     check_file,
     check_picture,
+    check_size,
     decoded_bytes,
     jpeg_segments,
     memory,
     png_chunks,
 )
 from features.pixels.resizing import crop_window, edge_window, pad_window, resize_image
+from features.pixels.samples import Samples, to_rgb
+from features.pixels.scientific import Reader, reader_of
+from features.pixels.tiff import needs_options
 from features.recipe import PixelRule
 
 logger = logging.getLogger(__name__)
@@ -107,6 +111,7 @@ _END_OF_DATA_WORDS = (
 _PIXEL_CHUNKS = (b"IHDR", b"PLTE", b"tRNS", b"IDAT", b"IEND")
 _TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 _TURNING_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of texts that may hold an orientation
+_PLANE_BYTES = 24  # bytes per pixel of scaling values of any type: a plane in float64, and the picture
 _ROWS = 256  # rows of deep grey that are scaled at a time
 
 # Decoders that read only as far as they must: if one of them reached the end of the file, it needed more data.
@@ -163,6 +168,8 @@ class Decoded(NamedTuple):
 def decoder_version() -> str:
     """Return the versions of all that decides whether an image can be decoded: this package, Pillow and its libraries."""
     found = {name: pillow.version(name) for name in sorted({*pillow.modules, *pillow.codecs})}
+    if (reader := installed_version("pydicom", "")) != "":
+        found["pydicom"] = reader
     libraries = " ".join(f"{name} {number}" for name, number in found.items() if number)
     return f"{installed_version('bottleneck-features')}, Pillow {PIL.__version__}: {libraries}"
 
@@ -214,7 +221,8 @@ def decode_image(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) 
     """Decode the first frame of an image file, upright, as RGB, and resize it by ``rule``.
 
     Grey values of more than 8 bits are scaled to 0-255, transparent images are laid over white, and CMYK is converted
-    without a colour profile. This rule is fixed; its name is ``features.recipe.COLOUR_RULE``.
+    without a colour profile. This rule is fixed; its name is ``features.recipe.COLOUR_RULE``. ``rule`` may choose channels
+    and values instead, and must for files of other channels or of values that have no white of their own.
 
     Parameters
     ----------
@@ -284,6 +292,8 @@ def decoding(data: bytes, rule: PixelRule, *, max_pixels: int = MAX_PIXELS) -> I
 
 def _decoded(data: bytes, rule: PixelRule, max_pixels: int, held: contextlib.ExitStack) -> Upright:
     """Decode an image, turn it upright and convert it to RGB; ``held`` keeps its share of the memory."""
+    if (read := reader_of(data, rule)) is not None:
+        return _from_samples(read, data, rule, max_pixels, held)
     image = _open(data)
     check_picture(image, data, max_pixels)
     held.enter_context(memory.held(decoded_bytes(image)))
@@ -302,11 +312,44 @@ def _decoded(data: bytes, rule: PixelRule, max_pixels: int, held: contextlib.Exi
         # Only now, because Pillow rotates a TIFF by itself while loading, and then removes the tag.
         method = _orientation(image)
         upright = pixels if method is None else pixels.transpose(method)
-        return Upright(_to_rgb(upright), *(size or upright.size))
+        rgb = _chosen(image, upright, data, rule) if rule.chooses else _to_rgb(upright)
+        return Upright(rgb, *(size or upright.size))
     except UnreadableImageError:
         raise
     except _DECODER_ERRORS as error:
         raise _refusal(error, image.format or "image", data) from error
+
+
+def _from_samples(read: Reader, data: bytes, rule: PixelRule, max_pixels: int, held: contextlib.ExitStack) -> Upright:
+    """Read an image that Pillow does not read as it is."""
+
+    def admit(width: int, height: int, need: int) -> None:
+        need += width * height * _PLANE_BYTES
+        check_size(width, height, need, "its values", max_pixels)
+        held.enter_context(memory.held(need))
+
+    try:
+        samples = read(data, rule, admit)
+        image = Image.fromarray(to_rgb(samples, rule))
+        method = _TRANSPOSITIONS.get(samples.orientation)
+        upright = image if method is None else image.transpose(method)
+        return Upright(upright, *upright.size)
+    except UnreadableImageError:
+        raise
+    except _DECODER_ERRORS as error:
+        raise _refusal(error, "TIFF", data) from error
+
+
+def _chosen(image: Image.Image, upright: Image.Image, data: bytes, rule: PixelRule) -> Image.Image:
+    """Take the channels and values that ``rule`` names of an image that Pillow has decoded."""
+    deep = image.mode.startswith("I") or image.mode == "F"
+    if rule.scale and image.format == "PNG" and data[24] == 16 and not deep:
+        raise UnreadableImageError(
+            "unreadable", "PNG: colours of 16 bits are read with 8. Leave --scale out, or save it as TIFF"
+        )
+    values = np.asarray(upright if deep else _to_rgb(upright))
+    inverted = deep and getattr(image, "tag_v2", {}).get(_PHOTOMETRIC_TAG) == 0
+    return Image.fromarray(to_rgb(Samples.of(image.format or "image", values, inverted=inverted), rule))
 
 
 def _without_metadata(data: bytes) -> bytes | None:
@@ -361,6 +404,8 @@ def _open(data: bytes) -> Image.Image:
         except _DECODER_ERRORS as error:
             if name in _READ_STEP_BY_STEP and stream.tell() >= len(data):
                 raise UnreadableImageError("truncated", f"{name}: the file ends within its header") from error
+            if name == "TIFF" and (options := needs_options(data)):
+                raise UnreadableImageError("unreadable", options) from error
             if name == "AVIF" and b"avif" not in data[8:64]:  # HEIC, which uses the same container as AVIF
                 break
             raise _refusal(error, name, data) from error

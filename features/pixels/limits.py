@@ -159,20 +159,29 @@ def check_picture(image: Image.Image, data: bytes, max_pixels: int = MAX_PIXELS)
         With the reason ``too-large``.
     """
     width, height = image.size
-    if width * height > max_pixels:
-        raise refuse(f"{width}x{height} pixels; the limit is {max_pixels} in total")
-    if max(width, height) > MAX_SIDE:
-        raise refuse(f"{width}x{height} pixels; the limit is {MAX_SIDE} on a side")
-    if (need := decoded_bytes(image)) > MAX_DECODED:
-        raise refuse(
-            f"{width}x{height} pixels take {need} bytes to decode from {image.format}; the limit is {MAX_DECODED}"
-        )
+    check_size(width, height, decoded_bytes(image), image.format or "image", max_pixels)
     if len(getattr(image, "tile", ())) > MAX_PARTS:
         raise refuse(f"more than {MAX_PARTS} tiles")
     if image.format in ("JPEG", "MPO"):
         most = min(MAX_SCANS, MAX_SCANNED // max(1, width * height))
         if data.count(b"\xff\xda") > most and (scans := _scans(data)) > most:
             raise refuse(f"{scans} scans of {width}x{height} pixels; the limit is {most}")
+
+
+def check_size(width: int, height: int, need: int, kind: str, max_pixels: int = MAX_PIXELS) -> None:
+    """Refuse an image of more pixels than the limits, or one that takes more than ``MAX_DECODED`` bytes (``need``).
+
+    Raises
+    ------
+    UnreadableImageError
+        With the reason ``too-large``.
+    """
+    if width * height > max_pixels:
+        raise refuse(f"{width}x{height} pixels; the limit is {max_pixels} in total")
+    if max(width, height) > MAX_SIDE:
+        raise refuse(f"{width}x{height} pixels; the limit is {MAX_SIDE} on a side")
+    if need > MAX_DECODED:
+        raise refuse(f"{width}x{height} pixels take {need} bytes to decode from {kind}; the limit is {MAX_DECODED}")
 
 
 def _scans(data: bytes) -> int:

@@ -6,11 +6,9 @@ are read when the file is opened. Pixels are read when the first image is reques
 
 from __future__ import annotations
 
-import io
 import logging
 import os
 import threading
-import tokenize
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
@@ -18,6 +16,7 @@ from typing import NamedTuple, NoReturn
 import numpy as np
 
 from features.errors import SourceError, UnreadableImageError
+from features.pixels.npy import HEADER_BYTES, NpyHeader, npy_header
 from features.pixels.png import plain_png, png_size
 from features.sources.archives import Archive, open_zip
 from features.sources.folders import File
@@ -26,23 +25,14 @@ from features.sources.splits import SPLIT_WORDS, listed
 logger = logging.getLogger(__name__)
 
 MAX_ARRAY_BYTES = 8 << 30
-_HEADER_BYTES = 1 << 14  # numpy refuses headers above 10,000 characters
 # Ending of an array's name -> folder in the paths of its images; sorted by folder.
 _FOLDERS = {"test": "test", "train": "train", "val": "validation", "validation": "validation"}
-_HEADER_ERRORS = (ValueError, TypeError, SyntaxError, tokenize.TokenError, OverflowError, RecursionError, MemoryError)
-
-
-class _Header(NamedTuple):
-    shape: tuple[int, ...]
-    fortran: bool
-    dtype: np.dtype
-    offset: int
 
 
 class _Subset(NamedTuple):
     folder: str
     name: str
-    header: _Header
+    header: NpyHeader
     labels: list[int]
 
 
@@ -129,30 +119,16 @@ def _refuse(archive: Archive, name: str, problem: str) -> NoReturn:
     raise SourceError(f"{archive.path}: the array {name!r} {problem}")
 
 
-def _header(archive: Archive, name: str) -> _Header:
+def _header(archive: Archive, name: str) -> NpyHeader:
     """Read the header of an array, and check the declared size against the bytes that are present."""
-    stream = io.BytesIO(_bytes(archive, name, _HEADER_BYTES))
     try:
-        version = np.lib.format.read_magic(stream)
-        reader = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}[version]
-        shape, fortran, dtype = reader(stream)
-    except KeyError:
-        _refuse(archive, name, "has a format version other than 1.0 or 2.0; save it with numpy.savez")
-    except _HEADER_ERRORS as error:
-        _refuse(archive, name, f"has no valid header ({error})")
-    if dtype.hasobject:
-        _refuse(archive, name, "holds Python objects, which are never unpickled; save it as numbers")
-    declared, there = dtype.itemsize, archive.members[f"{name}.npy"].size - stream.tell()
-    for length in shape:  # the product in numpy would overflow
-        declared *= length
-    if declared != there or any(length < 0 for length in shape):
-        _refuse(archive, name, f"is declared as {dtype} {shape}, which is {declared} bytes, but {there} are present")
-    return _Header(shape, fortran, dtype, stream.tell())
+        return npy_header(_bytes(archive, name, HEADER_BYTES), archive.members[f"{name}.npy"].size)
+    except UnreadableImageError as error:
+        _refuse(archive, name, error.detail)
 
 
-def _array(archive: Archive, name: str, header: _Header) -> np.ndarray:
-    flat = np.frombuffer(_bytes(archive, name), header.dtype, offset=header.offset)
-    return flat.reshape(header.shape, order="F" if header.fortran else "C")
+def _array(archive: Archive, name: str, header: NpyHeader) -> np.ndarray:
+    return header.array(_bytes(archive, name))
 
 
 def _bytes(archive: Archive, name: str, limit: int | None = None) -> bytes:

@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 # fmt: off
 IMAGE_SUFFIXES = frozenset({
     ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".avif", ".jp2",
-    ".ppm", ".pgm", ".pbm", ".pnm", ".ico",
+    ".ppm", ".pgm", ".pbm", ".pnm", ".ico", ".npy", ".dcm", ".dicom",
 })
 # fmt: on
 # Besides all hidden ones: what macOS, Windows, Synology and QNAP put into folders, recycle bins and snapshots included.

@@ -116,6 +116,17 @@ def extract(
     ] = None,
     check_precision: Annotated[int, opt("Compare this many images with float32; the store keeps the difference.")] = 0,
     decode: Annotated[str, opt("full, or fast to shrink JPEGs while decoding. Each is a recipe of its own.")] = "full",
+    channels: Annotated[
+        str,
+        opt(
+            "Channels of images that have others than RGB: three numbers counted from 1, such as 3,2,1; one; first or mean."
+        ),
+    ] = "",
+    scale: Annotated[
+        str,
+        opt("Values that become black and white: LOW:HIGH, percentile:LOW,HIGH or dtype. Default: as the file says."),
+    ] = "",
+    frame: Annotated[int, opt("Frame of DICOM files that have several, counted from 1.", min=0)] = 0,
     shard_rows: Annotated[int | None, opt("Number of images in one shard. Default: about 64 MiB of features.")] = None,
     layout: Annotated[
         str | None,
@@ -166,6 +177,9 @@ def extract(
         precision=precision,
         quantised=quantised,
         decode=decode,
+        channels=channels,
+        scale=scale,
+        frame=frame,
         check_precision=check_precision,
         shard_rows=shard_rows,
         layout=layout,
