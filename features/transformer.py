@@ -58,7 +58,7 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         Pooling of spatial features or tokens, and how pixels become the input. Default: ``none`` for a layer that is named.
     image_size : int or (int, int), optional
         Height and width in pixels; default: those of the network.
-    resize, fit_rule, decode, dtype, engine, precision, device, quantised : str
+    resize, fit_rule, decode, dtype, engine, precision, device, quantised, channels, scale, frame
         As for ``extract_features``; ``fit_rule`` is its ``fit``, which is a method here. The precision ``int8`` needs
         ``quantised``, because nothing is learned from the images here: take the file that ``extract`` made.
     store : path, optional
@@ -110,6 +110,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         precision: str = "float32",
         device: str = "auto",
         quantised: str | None = None,
+        channels: str = "",
+        scale: str = "",
+        frame: int = 0,
         store: str | os.PathLike[str] | None = None,
         batch_size: int = 32,
         workers: int | None = None,
@@ -132,6 +135,9 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
         self.precision = precision
         self.device = device
         self.quantised = quantised
+        self.channels = channels
+        self.scale = scale
+        self.frame = frame
         self.store = store
         self.batch_size = batch_size
         self.workers = workers

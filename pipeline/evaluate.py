@@ -23,7 +23,7 @@ from features.files import printable
 from features.machine import processors
 from features.progress import Progress, counted
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, is_manifest, scan
+from features.sources.scan import ImageSet, scan, takes_target
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.exporting.artefacts import open_artefact
@@ -93,7 +93,7 @@ def evaluate(
     asked = PredictOptions(**options)
     chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
-        target = target or (chosen.target if is_manifest(images) else None)
+        target = target or (chosen.target if takes_target(images) else None)
     source = _scanned(images, target, reading, chosen)
     rows = _rows_of(source, split)
     if chosen is None:

@@ -26,7 +26,7 @@ from features.networks.engines import choose_device
 from features.pixels.decode import decode_image
 from features.progress import Progress
 from features.recipe import PixelRule
-from features.sources.scan import ImageSet, is_manifest, scan
+from features.sources.scan import ImageSet, scan, takes_target
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
 from pipeline.heads.kinds import can_finetune, head_of
@@ -121,7 +121,7 @@ def finetune(
     writable_folder(runs)
     source = None
     if images is not None:
-        source = scan(images, target=start.target if is_manifest(images) else None, reading=start.reading)
+        source = scan(images, target=start.target if takes_target(images) else None, reading=start.reading)
     if source is not None:
         _check_classes(start, source)
     log = _logger_of(tensorboard)

@@ -22,6 +22,7 @@ import numpy as np
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.pixels.decode import read_bytes
 from features.progress import counted
+from features.sources import parquet, webdataset
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
@@ -163,9 +164,10 @@ def scan(
         A folder of class folders, with or without ``train``, ``validation`` (``val``, ``valid``) and
         ``test`` folders above them; a ``.zip``, ``.tar`` or compressed tar of one; a folder of images, or one image
         (unlabelled); a CSV or Parquet manifest with the columns ``path,label[,split][,group]``; an ``.npz`` with
-        ``x_train y_train x_test y_test``; or ``"sample:digits"``.
+        ``x_train y_train x_test y_test``; a ``.tar`` or several (``a-{00..12}.tar``) in the layout of WebDataset; a Parquet file
+        with images, several, or a folder of them; or ``"sample:digits"``.
     target : str, optional
-        Name of the manifest's label column, ``label`` by default.
+        Name of the label column of a manifest or table, or key of the label in ``.json`` members of a tar; ``label`` by default.
     labelled : bool
         Whether classes matter. If False, the label column of a manifest is not used, and no folder is refused because it
         is not certain which of its folders are classes.
@@ -189,23 +191,25 @@ def scan(
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
         return _scan_sample(text, reading)
+    if webdataset.is_pattern(text) and not os.path.exists(text):
+        return _scan_several(text, target, reading, trust, labelled=labelled)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
+    if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
+        return _from_rows(text, parquet.open_tables([path], target, labelled=labelled), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
         return _scan_manifest(path, text, target, reading, labelled=labelled)
-    if target is not None:
-        raise ConfigurationError(
-            f"target {target!r} names a column of a manifest (CSV, Parquet), but {text} is not a manifest. Leave "
-            "--target out, or give the manifest."
-        )
+    if tables := _tables_in(path):
+        return _from_rows(text, parquet.open_tables(tables, target, labelled=labelled), reading)
+    if is_file and name.endswith(ARCHIVE_SUFFIXES):
+        return _scan_archive(path, text, target, reading, trust, labelled=labelled)
+    _refuse_target(text, target)
     if os.path.isdir(path):
         return _scan_folder(path, text, reading)
     if not os.path.exists(path):
         _refuse_missing(path)
     if name.endswith(tuple(IMAGE_SUFFIXES)):
         return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
-    if is_file and name.endswith(ARCHIVE_SUFFIXES):
-        return _scan_archive(path, text, reading, trust)
     if is_file and name.endswith(".npz"):
         return _scan_arrays(path, text, reading)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
@@ -217,8 +221,25 @@ def scan(
 
 
 def is_manifest(source: str | Path) -> bool:
-    """Whether a source has the name of a manifest, the only kind of source that takes a ``target``."""
-    return os.fspath(source).lower().endswith(MANIFEST_SUFFIXES)
+    """Whether a source is named by files in its root: a manifest, Parquet files with images, or a pattern of tars."""
+    text = os.fspath(source)
+    return text.lower().endswith(MANIFEST_SUFFIXES) or webdataset.is_pattern(text)
+
+
+def takes_target(source: str | Path) -> bool:
+    """Whether a source may have several columns of labels: a manifest, tars of WebDataset, or Parquet files with images."""
+    path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
+    if is_manifest(source) or _tables_in(path):
+        return True
+    return path.name.lower().endswith(".tar") and path.is_file() and webdataset.is_webdataset(open_archive(path))
+
+
+def _refuse_target(text: str, target: str | None) -> None:
+    if target is not None:
+        raise ConfigurationError(
+            f"target {target!r} names a column of a manifest (CSV, Parquet), but {text} is not a manifest. Leave "
+            "--target out, or give the manifest."
+        )
 
 
 def _refuse_missing(path: Path) -> NoReturn:
@@ -269,9 +290,14 @@ def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
     return _from_tree(root, description, walk(root), reading)
 
 
-def _scan_archive(path: Path, description: str, reading: Reading, trust: Trust) -> ImageSet:
+def _scan_archive(
+    path: Path, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool
+) -> ImageSet:
     status = os.stat(path)
     archive = open_archive(path, trust)
+    if webdataset.is_webdataset(archive):
+        return _from_rows(description, webdataset.samples_of(path, [archive], target, labelled=labelled), reading)
+    _refuse_target(description, target)
     files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
     for member, details in archive.members.items():
         parts = member.split("/")
@@ -310,6 +336,33 @@ def _from_tree(
     tree = read_tree(root, *listing, reading, skip)
     return _image_set(
         description, root, tree.files, tree.names, tree.splits, tree.groups, reader=reader, reading=tree.reading
+    )
+
+
+# --- many files of many images ------------------------------------------------------------------------------
+
+
+def _scan_several(pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool) -> ImageSet:
+    if pattern.lower().endswith(".parquet"):
+        paths = [Path(os.path.abspath(os.path.expanduser(name))) for name in webdataset.expanded(pattern)]
+        return _from_rows(pattern, parquet.open_tables(paths, target, labelled=labelled), reading)
+    return _from_rows(pattern, webdataset.open_tars(pattern, trust, target, labelled=labelled), reading)
+
+
+def _tables_in(folder: Path) -> list[Path]:
+    """Return the Parquet files with images in a folder, or in its folder ``data``, where Hugging Face puts them."""
+    for place in (folder, folder / "data"):
+        found = sorted(place.glob("*.parquet")) if place.is_dir() else []
+        if found and parquet.image_column(found[0]) is not None:
+            return found
+    return []
+
+
+def _from_rows(description: str, rows: webdataset.Samples | parquet.Rows, reading: Reading) -> ImageSet:
+    if not reading.settled:
+        _refuse_folders_of(description, reading)
+    return _image_set(
+        description, rows.root, rows.files, rows.names, rows.splits, rows.groups, reader=rows.read, reading=reading
     )
 
 

@@ -83,6 +83,7 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         usual |= _usual_pixels(recipe)
     given = {"resize": pixels.resize, "fit": pixels.fit, "decode": pixels.decode, "dtype": recipe.dtype}
     given |= {"precision": precision, "engine": engine.partition("-")[0]}
+    given |= {"channels": pixels.channels, "scale": pixels.scale, "frame": str(pixels.frame or "")}
     if recipe.quantised is not None:
         given["quantised"] = _place(str(place_in(networks_of_runs(run.folder.parent), recipe.quantised)))
     given["prefix-tokens"] = "" if recipe.prefix_tokens is None else str(recipe.prefix_tokens)

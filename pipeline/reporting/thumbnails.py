@@ -19,7 +19,7 @@ from features.machine import processors
 from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, is_manifest, scan
+from features.sources.scan import ImageSet, scan, takes_target
 
 T = TypeVar("T")
 
@@ -42,11 +42,19 @@ class Pictures:
         Paths of some of the images.
     reading : Reading, optional
         How the run's classes were read from them.
+    pixels : PixelRule, optional
+        How the run's images are decoded; its channels and values are those of the pictures.
     """
 
     def __init__(
-        self, sources: Sequence[str], target: str | None, paths: Sequence[str], reading: Reading | None = None
+        self,
+        sources: Sequence[str],
+        target: str | None,
+        paths: Sequence[str],
+        reading: Reading | None = None,
+        pixels: PixelRule = PixelRule(TILE, TILE),  # noqa: B008  frozen
     ) -> None:
+        self._pixels = pixels
         self.failures: Counter[str] = Counter()
         self._lock = threading.Lock()
         self.missing = "the run does not say where its images are"
@@ -54,7 +62,7 @@ class Pictures:
         self._rows: dict[str, int] = {}
         for source in dict.fromkeys(source for source in sources if source):
             try:
-                images = scan(source, target=target if is_manifest(source) else None, reading=reading or _PLAIN)
+                images = scan(source, target=target if takes_target(source) else None, reading=reading or _PLAIN)
             except (BottleneckError, OSError) as problem:
                 self.missing = str(problem)
                 continue
@@ -87,11 +95,11 @@ class Pictures:
 
     def cards(self, wanted: Sequence[tuple[str, bytes | None]], size: int = CARD) -> list[str]:
         """Make data URIs of whole images that fit ``size`` pixels; an empty string if an image cannot be shown."""
-        return self._each(wanted, lambda data: jpeg_uri(whole_image(data, size), CARD_QUALITY), "")
+        return self._each(wanted, lambda data: jpeg_uri(whole_image(data, size, self._pixels), CARD_QUALITY), "")
 
     def sprite(self, wanted: Sequence[tuple[str, bytes | None]]) -> tuple[str, list[int]]:
         """Put tiles, row by row, into one picture; return its data URI (empty without tiles) and each image's tile or -1."""
-        rule = PixelRule(TILE, TILE, fit="crop", decode="fast")
+        rule = self._pixels.small(TILE, fit="crop")
         tiles = self._each(wanted, lambda data: decode_image(data, rule).pixels, None)
         known = [tile for tile in tiles if tile is not None]
         if not known:
@@ -125,15 +133,21 @@ class Pictures:
             return list(pool.map(one, wanted))
 
 
-def whole_image(data: bytes, size: int) -> Image.Image:
+def whole_image(
+    data: bytes,
+    size: int,
+    pixels: PixelRule = PixelRule(TILE, TILE),  # noqa: B008  frozen
+) -> Image.Image:
     """Decode an image file and fit it into a square of ``size`` pixels; small ones are enlarged by a whole factor.
+
+    ``pixels`` says which channels and values are shown.
 
     Raises
     ------
     UnreadableImageError
         If ``features.pixels.decode.decode_upright`` cannot decode it.
     """
-    image = decode_upright(data, PixelRule(size, size, decode="fast")).image
+    image = decode_upright(data, pixels.small(size)).image
     step = size // max(image.size)
     if step > 1:
         return image.resize((image.width * step, image.height * step), Image.Resampling.NEAREST)

@@ -1,0 +1,285 @@
+"""Read images that lie in Parquet files, in a column of structs ``{bytes, path}`` as data sets of Hugging Face have it.
+
+    files --columns but the images--> labels, groups, splits | FILE/ROW --_Column: row groups, batch by batch--> bytes
+
+The column of images is read in the order in which images are asked for; only a few megabytes of it are kept.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple, NoReturn
+
+from features.errors import SourceError, UnreadableImageError, nearest
+from features.sources.folders import File
+from features.sources.reading import split_of
+from features.sources.splits import NOT_GIVEN, listed
+
+_BATCH = 16  # rows that are read at a time
+_KEPT_BYTES, _KEPT_ROWS = 64 << 20, 4 * _BATCH  # of rows that were read and perhaps not asked for yet
+_CURSORS = 4  # places of one file that are read in turn: as many as shards in flight, and some
+_LONGEST_LABEL = 200
+
+
+class Rows(NamedTuple):
+    """One row per image, in the order of the files."""
+
+    root: Path
+    files: list[File]
+    names: list[str]
+    splits: list[int]
+    groups: list[str]
+    read: Callable[[str], bytes]
+
+
+def pyarrow_for(path: Path) -> ModuleType:
+    """Return pyarrow; raises ``SourceError`` if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        return pyarrow  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise SourceError(
+            f"{path}: reading Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV"
+        ) from error
+
+
+def image_column(path: Path) -> str | None:
+    """Return the name of the column that holds images as bytes; None for a manifest, which has paths, and for other files."""
+    pyarrow = pyarrow_for(path)
+    with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
+        return _image_column(pyarrow, pyarrow.parquet.read_schema(path))
+    return None
+
+
+def _image_column(pyarrow: ModuleType, schema: Any) -> str | None:
+    if "path" in (name.strip().lower() for name in schema.names):
+        return None
+    for field in schema:
+        inner = field.type
+        if pyarrow.types.is_struct(inner) and inner.get_field_index("bytes") >= 0:
+            inner = inner.field("bytes").type
+            if _is_bytes(pyarrow, inner):
+                return str(field.name)
+    return next(
+        (name for name in ("image", "img") if name in schema.names and _is_bytes(pyarrow, schema.field(name).type)),
+        None,
+    )
+
+
+def _is_bytes(pyarrow: ModuleType, kind: Any) -> bool:
+    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+
+
+def open_tables(paths: Sequence[Path], target: str | None, *, labelled: bool = True) -> Rows:
+    """List the images of Parquet files; no image is read.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        The files; images are named by file and row.
+    target : str, optional
+        The column of labels, ``label`` by default: text, or whole numbers, with names where the file has those of Hugging Face.
+    labelled : bool
+        Whether labels are needed.
+
+    Raises
+    ------
+    SourceError
+        If a file is damaged, has no images or no such column, or a label is no class name; the message names the row.
+    """
+    pyarrow = pyarrow_for(paths[0])
+    root = Path(os.path.commonpath([path.parent for path in paths]))
+    files, names, splits, groups = list[File](), list[str](), list[int](), list[str]()
+    columns: dict[str, _Column] = {}
+    for path in paths:
+        status = os.stat(path)
+        with _reading(pyarrow, path), pyarrow.parquet.ParquetFile(path) as table:
+            table_rows, schema = table.metadata.num_rows, table.schema_arrow
+            images = _image_column(pyarrow, schema)
+            if images is None:
+                raise SourceError(
+                    f"{path}: no column of images, received {listed(schema.names)}; expected structs of bytes and path"
+                )
+            label = _label_column(path, schema, images, target) if labelled else None
+            wanted = [name for name in (label, "group") if name is not None and name in schema.names]
+            read = {name: _texts(pyarrow, path, table, name) for name in wanted}
+        names += read[label] if label is not None else [""] * table_rows
+        groups += read.get("group", [""] * table_rows)
+        code = split_of(path.stem)
+        splits += [NOT_GIVEN if code is None else code] * table_rows
+        prefix = f"{path.relative_to(root)}/"
+        digits = max(6, len(str(table_rows)))
+        # The size of an image is not known before it is read; FORMAT.md says that it is then 0.
+        files += [File.of(f"{prefix}{number:0{digits}d}", status, 0) for number in range(table_rows)]
+        nested = pyarrow.types.is_struct(schema.field(images).type)
+        columns[prefix] = _Column(path, f"{images}.bytes" if nested else images, (status.st_size, status.st_mtime_ns))
+    if not files:
+        raise SourceError(f"{root}: holds no images, its tables have no rows")
+    if NOT_GIVEN in splits:
+        splits = [NOT_GIVEN] * len(files)
+    return Rows(root, files, names, splits, groups, _Reader(columns))
+
+
+@contextlib.contextmanager
+def _reading(pyarrow: ModuleType, path: Path) -> Iterator[None]:
+    """Turn an error of pyarrow into a ``SourceError``."""
+    try:
+        yield
+    except SourceError:
+        raise
+    except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
+        raise SourceError(f"{path} is not Parquet, or is damaged: {error}. Download or save it again") from error
+
+
+def _label_column(path: Path, schema: Any, images: str, target: str | None) -> str | None:
+    wanted = target or "label"
+    if wanted in schema.names and wanted != images:
+        return wanted
+    others = [name for name in schema.names if name not in (images, "group")]
+    if target is None and not others:
+        return None
+    raise SourceError(
+        f"{path}: no column {wanted!r} of labels, received {listed(schema.names)}; name one with --target{nearest(wanted, others)}"
+    )
+
+
+def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> list[str]:
+    """Return the values of a column as class names, empty for null."""
+    schema = table.schema_arrow
+    kind, named = schema.field(column).type, _names(schema, column)
+    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    tests = ("is_string", "is_large_string", "is_integer", "is_boolean", "is_null")
+    if not any(getattr(pyarrow.types, test)(plain) for test in tests):
+        raise SourceError(f"{path}: the column {column!r} holds {kind}; expected class names or whole numbers")
+    values: list[Any] = []
+    for batch in table.iter_batches(columns=[column]):
+        values += batch.column(0).to_pylist()
+    if not pyarrow.types.is_integer(plain):
+        return ["" if value is None else _name(path, column, row, str(value)) for row, value in enumerate(values, 1)]
+    if not named:
+        width = len(str(max((value for value in values if value is not None), default=0)))
+        return ["" if value is None or value < 0 else f"{value:0{width}d}" for value in values]
+    if wrong := next((row for row, value in enumerate(values, 1) if value is not None and value >= len(named)), 0):
+        raise SourceError(
+            f"{path}, row {wrong}: the {column} is {values[wrong - 1]}, but the file names {len(named)} classes, 0 to {len(named) - 1}"
+        )
+    return ["" if value is None or value < 0 else named[value] for value in values]
+
+
+def _name(path: Path, column: str, row: int, text: str) -> str:
+    text = text.strip()
+    if len(text) > _LONGEST_LABEL:
+        raise SourceError(
+            f"{path}, row {row}: the {column} is {text[:40]!r}..., which is no class name; choose a column with --target"
+        )
+    return text
+
+
+def _names(schema: Any, column: str) -> list[str]:
+    """Return the class names that Hugging Face's metadata give the numbers of a column; none if they do not."""
+    try:
+        features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = features[column]["names"]
+        return [str(name) for name in names]
+    except (LookupError, ValueError, TypeError, RecursionError):
+        return []
+
+
+class _Reader:
+    """The function path -> bytes; may be called from many threads."""
+
+    def __init__(self, columns: dict[str, _Column]) -> None:
+        self._columns = columns
+
+    def __call__(self, path: str) -> bytes:
+        folder, slash, row = path.rpartition("/")
+        return self._columns[folder + slash].read(int(row))
+
+
+@dataclasses.dataclass
+class _Cursor:
+    """A place from which a row group is being read on."""
+
+    group: int
+    next_row: int
+    table: Any
+    batches: Iterator[Any]
+
+
+class _Column:
+    """The images of one file. Rows that are asked for in order are read once, whatever the size of the row groups."""
+
+    def __init__(self, path: Path, name: str, state: tuple[int, int]) -> None:
+        self._path, self._name, self._state = path, name, state
+        self._lock = threading.Lock()
+        self._starts: list[int] = []
+        self._cursors: list[_Cursor] = []
+        self._rows: OrderedDict[int, bytes | None] = OrderedDict()
+        self._bytes = 0
+
+    def read(self, row: int) -> bytes:
+        """Return the bytes of one image; ``UnreadableImageError`` if the row has none."""
+        pyarrow = pyarrow_for(self._path)
+        with self._lock, _reading(pyarrow, self._path):
+            if row not in self._rows:
+                self._advance(pyarrow, row)
+            data = self._rows[row]
+        if data is None:
+            raise UnreadableImageError(
+                "missing", f"{self._path}, row {row + 1}: the image has no bytes, only a path or nothing"
+            )
+        return data
+
+    def _advance(self, pyarrow: ModuleType, row: int) -> None:
+        cursor = self._cursor(pyarrow, row)
+        while cursor.next_row <= row:
+            values = next(cursor.batches).column(0)
+            if pyarrow.types.is_struct(values.type):
+                values = values.field("bytes")
+            for data in values.to_pylist():
+                self._rows[cursor.next_row] = data
+                self._bytes += len(data or b"")
+                cursor.next_row += 1
+            while len(self._rows) > _KEPT_ROWS and self._bytes > _KEPT_BYTES:
+                self._bytes -= len(self._rows.popitem(last=False)[1] or b"")
+
+    def _cursor(self, pyarrow: ModuleType, row: int) -> _Cursor:
+        """Return the nearest place before a row from which its row group is being read, or open one at its start."""
+        if not self._starts:
+            with pyarrow.parquet.ParquetFile(self._path) as table:
+                sizes = [table.metadata.row_group(number).num_rows for number in range(table.metadata.num_row_groups)]
+            self._starts = list(itertools.accumulate(sizes, initial=0))[:-1]
+        group = max(number for number, start in enumerate(self._starts) if start <= row)
+        near = [cursor for cursor in self._cursors if cursor.group == group and cursor.next_row <= row]
+        if near:
+            cursor = max(near, key=lambda cursor: cursor.next_row)
+            self._cursors.remove(cursor)
+        else:
+            cursor = self._open(pyarrow, group)
+        self._cursors.append(cursor)
+        while len(self._cursors) > _CURSORS:
+            self._cursors.pop(0).table.close()
+        return cursor
+
+    def _open(self, pyarrow: ModuleType, group: int) -> _Cursor:
+        status = os.stat(self._path)
+        if (status.st_size, status.st_mtime_ns) != self._state:
+            self._refuse_changed()
+        # With a buffer of its own, a row group is read page by page and never as a whole.
+        table = pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20, pre_buffer=False)
+        batches = table.iter_batches(_BATCH, row_groups=[group], columns=[self._name], use_threads=False)
+        return _Cursor(group, self._starts[group], table, batches)
+
+    def _refuse_changed(self) -> NoReturn:
+        raise SourceError(f"{self._path} has been changed since its rows were listed; run again")

@@ -1,0 +1,259 @@
+"""Images in tars of WebDataset and in Parquet files: what is read, in which order, and what is refused."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from helpers import NumpyNetwork, paint_folder
+from PIL import Image
+
+from features.errors import ConfigurationError, SourceError, UnreadableImageError
+from features.extraction.extraction import Extraction
+from features.extraction.options import ExtractionOptions
+from features.sources.parquet import open_tables
+from features.sources.scan import scan, takes_target
+from features.sources.webdataset import expanded
+from features.store.reader import FeatureStore
+
+
+def png(number: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (8, 8), (number % 256, number // 256, 7)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def labels_of(source: str | Path, **options: Any) -> dict[str, str]:
+    images = scan(source, **options)
+    return {
+        path: images.classes[label] if label >= 0 else ""
+        for path, label in zip(images.paths, images.labels, strict=True)
+    }
+
+
+def extracted(source: str | Path, out: Path, **options: Any) -> FeatureStore:
+    images = scan(source)
+    Extraction(images, NumpyNetwork(), out, ExtractionOptions(**options)).run()  # type: ignore[arg-type]
+    return FeatureStore.open(out)
+
+
+# --- tars -------------------------------------------------------------------------------------------------
+
+
+def test_a_pattern_stands_for_files_in_order() -> None:
+    assert expanded("a-{8..10}.tar") == ["a-8.tar", "a-9.tar", "a-10.tar"]
+    assert expanded("{1..2}/{00..01}.tar") == ["1/00.tar", "1/01.tar", "2/00.tar", "2/01.tar"]
+    with pytest.raises(SourceError, match=r"received \{5\.\.3\}, expected two numbers in ascending order"):
+        expanded("a-{5..3}.tar")
+    with pytest.raises(SourceError, match="at most 100000 files"):
+        expanded("a-{0..99999}-{0..9}.tar")
+
+
+def test_labels_come_from_cls_json_and_txt(tmp_path: Path) -> None:
+    tar(tmp_path / "s-000.tar", {"0.cls": b"3", "0.png": png(0), "1.png": png(1), "1.cls": b"12\n"})
+    tar(
+        tmp_path / "s-001.tar",
+        {"0.png": png(2), "0.txt": b"7", "1.png": png(3), "1.json": b'{"label": 3, "kind": "big"}'},
+    )
+    pattern = f"{tmp_path}/s-{{000..001}}.tar"
+    assert labels_of(pattern) == {
+        "s-000.tar/0.png": "03", "s-000.tar/1.png": "12", "s-001.tar/0.png": "07", "s-001.tar/1.png": "03",
+    }  # fmt: skip
+    assert labels_of(pattern, target="kind") == {
+        "s-000.tar/0.png": "", "s-000.tar/1.png": "", "s-001.tar/0.png": "", "s-001.tar/1.png": "big",
+    }  # fmt: skip
+    images = scan(pattern)
+    assert [images.read(row) for row in range(4)] == [png(0), png(1), png(2), png(3)]
+    assert labels_of(tmp_path / "s-000.tar") == {"0.png": "03", "1.png": "12"}
+    assert takes_target(pattern)
+    assert takes_target(tmp_path / "s-000.tar")
+
+
+def test_splits_come_from_the_names_of_all_tars(tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        tar(tmp_path / split / "images" / f"{split}-0.tar", {"a.png": png(1), "a.cls": b"cat"})
+    tables = scan(f"{tmp_path}/train/images/train-{{0..0}}.tar")
+    assert tables.given_splits.tolist() == [0]
+    tar(tmp_path / "x-0.tar", {"a.png": png(1), "a.cls": b"cat"})
+    assert scan(f"{tmp_path}/x-{{0..0}}.tar").given_splits.tolist() == [-1]
+
+
+def test_tars_that_are_wrong_are_refused_by_name(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tar(tmp_path / "a-0.tar", {"0.png": png(0), "0.cls": b"cat", "1.png": png(1), "2.cls": b"dog"})
+    assert labels_of(tmp_path / "a-0.tar") == {"0.png": "cat", "1.png": ""}
+    assert "1 key has no label: '1.png'" in caplog.text
+    assert "1 key has a label and no image: '2'" in caplog.text
+    cases: list[tuple[list[tuple[str, bytes]], str]] = [
+        ([("0.png", png(0)), ("0.jpg", png(1)), ("0.cls", b"1")], "member '0.jpg' and '0.png' have one key"),
+        ([("0.png", png(0)), ("0.png", png(1)), ("0.cls", b"1")], "member '0.png' occurs twice"),
+        ([("0.png", png(0)), ("0.json", b"[1")], "member '0.json' holds no label"),
+        ([("0.png", png(0)), ("0.cls", b"\xff\xfe")], "member '0.cls' holds no label"),
+        ([("0.png", png(0)), ("0.txt", b"a photo of " * 30)], r"member '0\.txt' holds .* which is no class name"),
+    ]
+    for members, expected in cases:
+        with pytest.raises(SourceError, match=expected):
+            scan(tar(tmp_path / "b-0.tar", members))
+    with pytest.raises(SourceError, match=r"'lable'.*did you mean 'label'"):
+        scan(tar(tmp_path / "b-0.tar", {"0.png": png(0), "0.json": b'{"label": 1}'}), target="lable")
+    whole = (tmp_path / "a-0.tar").read_bytes()
+    (tmp_path / "a-1.tar").write_bytes(whole[:2000])
+    with pytest.raises(SourceError, match=r"a-1\.tar cannot be read as a tar archive"):
+        scan(f"{tmp_path}/a-{{0..1}}.tar")
+    with pytest.raises(SourceError, match=r"2 of 3 files are missing: 'a-2\.tar', 'a-3\.tar'"):
+        scan(f"{tmp_path}/a-{{1..3}}.tar")
+    with pytest.raises(ConfigurationError, match="--class-level"):
+        from features.sources.reading import Reading
+
+        scan(tmp_path / "a-0.tar", reading=Reading(class_level=1))
+
+
+def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
+    tar(tmp_path / "a.tar", {"cat/0.png": png(0), "cat/0.txt": b"a cat", "dog/1.png": png(1)})
+    assert labels_of(tmp_path / "a.tar") == {"cat/0.png": "cat", "dog/1.png": "dog"}
+    assert not takes_target(tmp_path / "a.tar")
+    with pytest.raises(ConfigurationError, match="names a column of a manifest"):
+        scan(tmp_path / "a.tar", target="label")
+
+
+# --- Parquet ----------------------------------------------------------------------------------------------
+
+IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+
+
+def table(
+    path: Path, images: Sequence[bytes | None], rows: int = 1000, names: Sequence[str] = (), **columns: Any
+) -> Path:
+    """A file as ``datasets`` writes it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structs = pa.array([{"bytes": data, "path": None} for data in images], IMAGE)
+    metadata = {}
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+        metadata[b"huggingface"] = json.dumps({"info": {"features": features}}).encode()
+    made = pa.table({"image": structs, **{name: pa.array(values) for name, values in columns.items()}})
+    pq.write_table(made.replace_schema_metadata(metadata), path, row_group_size=rows)
+    return path
+
+
+def test_numbers_get_the_names_of_the_file(tmp_path: Path) -> None:
+    one = table(tmp_path / "a.parquet", [png(1), png(2), png(3)], names=["cat", "dog"], label=[1, 0, None])
+    assert labels_of(one) == {"a.parquet/000000": "dog", "a.parquet/000001": "cat", "a.parquet/000002": ""}
+    two = table(tmp_path / "b.parquet", [png(1), png(2)], label=[3, 12], kind=["x", "y"], group=["g", None])
+    assert labels_of(two) == {"b.parquet/000000": "03", "b.parquet/000001": "12"}
+    assert list(labels_of(two, target="kind").values()) == ["x", "y"]
+    assert scan(two).groups == ("g", "")
+    assert takes_target(two)
+
+
+def test_splits_come_from_the_names_of_files_in_a_folder(tmp_path: Path) -> None:
+    for name, label in (("train-00000-of-00002", 0), ("train-00001-of-00002", 1), ("test-00000-of-00001", 1)):
+        table(tmp_path / "data" / f"{name}.parquet", [png(label)], names=["cat", "dog"], label=[label])
+    images = scan(tmp_path)
+    assert images.paths == (
+        "test-00000-of-00001.parquet/000000",
+        "train-00000-of-00002.parquet/000000",
+        "train-00001-of-00002.parquet/000000",
+    )
+    assert images.given_splits.tolist() == [2, 0, 0]
+    assert images.classes == ("cat", "dog")
+    assert len(scan(f"{tmp_path}/data/train-{{00000..00001}}-of-00002.parquet")) == 2
+
+
+def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
+    pictures = [png(number) for number in range(100)]
+    rows = open_tables([table(tmp_path / "a.parquet", pictures, rows=30, label=[0] * 100)], None)
+    order = [*range(0, 100, 2), *range(99, 0, -2), 0, 50]
+    assert [rows.read(rows.files[row].path) for row in order] == [pictures[row] for row in order]
+
+
+def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("features.sources.parquet._KEPT_BYTES", 2 << 20)
+    monkeypatch.setattr("features.sources.parquet._KEPT_ROWS", 16)
+    noise = np.random.default_rng(0)
+    pictures = [noise.bytes(1 << 18) for _ in range(8)] * 16
+    rows = open_tables([table(tmp_path / "a.parquet", pictures, label=[0] * len(pictures))], None)
+    before, most = pa.total_allocated_bytes(), 0
+    for row, file in enumerate(rows.files):
+        assert rows.read(file.path) == pictures[row]
+        most = max(most, pa.total_allocated_bytes() - before)
+    column = rows.read._columns["a.parquet/"]  # type: ignore[attr-defined]
+    assert column._bytes <= (2 + 4) << 20  # at least a batch of 16
+    assert most < 16 << 20  # of 32 MB
+
+
+def test_tables_that_are_wrong_are_refused_by_name(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    images = scan(table(path, [None, png(1)], label=[0, 1]))
+    with pytest.raises(UnreadableImageError, match=r"missing: .*a\.parquet, row 1: the image has no bytes"):
+        images.read(0)
+    assert images.read(1) == png(1)
+    table(path, [png(1)], label=[5], names=["cat", "dog"])
+    with pytest.raises(SourceError, match=r"a\.parquet, row 1: the label is 5, but the file names 2 classes, 0 to 1"):
+        scan(path)
+    table(path, [png(1)], labels=[5])
+    with pytest.raises(
+        SourceError, match=r"no column 'label' of labels, received 'image', 'labels'; .*did you mean 'labels'"
+    ):
+        scan(path)
+    table(path, [png(1)], label=[0.5])
+    with pytest.raises(SourceError, match="the column 'label' holds double; expected class names or whole numbers"):
+        scan(path)
+    table(path, [], label=pa.array([], pa.int64()))
+    with pytest.raises(SourceError, match="holds no images, its tables have no rows"):
+        scan(path)
+    listed = scan(table(path, [png(1), png(2)], label=[0, 1]))
+    table(path, [png(3), png(4), png(5)], label=[0, 1, 1])
+    with pytest.raises(SourceError, match="has been changed since its rows were listed; run again"):
+        listed.read(0)
+
+
+def test_labels_that_are_null_are_no_labels(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", [png(1), png(2)], label=pa.nulls(2))
+    assert list(labels_of(path).values()) == ["", ""]
+
+
+# --- all of them ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["tars", "tables"])
+def test_the_features_are_those_of_the_folder_and_only_new_images_are_inferred(tmp_path: Path, kind: str) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 5, "dog": 4})
+    files = sorted(folder.rglob("*.png"))
+    if kind == "tars":
+        for number, part in enumerate((files[:5], files[5:])):
+            members = [(f"{k:03d}.png", file.read_bytes()) for k, file in enumerate(part)]
+            members += [(f"{k:03d}.cls", file.parent.name.encode()) for k, file in enumerate(part)]
+            tar(tmp_path / f"s-{number}.tar", members)
+        first, both = f"{tmp_path}/s-{{0..0}}.tar", f"{tmp_path}/s-{{0..1}}.tar"
+    else:
+        for number, part in enumerate((files[:5], files[5:])):
+            table(tmp_path / f"s-{number}.parquet", [file.read_bytes() for file in part], rows=2, label=[file.parent.name for file in part])  # fmt: skip
+        first, both = f"{tmp_path}/s-{{0..0}}.parquet", f"{tmp_path}/s-{{0..1}}.parquet"
+    expected = extracted(folder, tmp_path / "folder.h5")
+    extracted(first, tmp_path / "s.h5")
+    result = Extraction(scan(both), NumpyNetwork(), tmp_path / "s.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
+    assert (result.inferred, result.counts["cached"]) == (4, 5)
+    found = FeatureStore.open(tmp_path / "s.h5")
+    np.testing.assert_array_equal(found.array("last.avg"), expected.array("last.avg"))
+    assert found.images.sha256.tolist() == expected.images.sha256.tolist()
+    assert found.images.labels.tolist() == expected.images.labels.tolist()
+    again = Extraction(scan(both), NumpyNetwork(), tmp_path / "s.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
+    assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)
