@@ -111,6 +111,52 @@ class ViewScores(Scores):
     views: Count
 
 
+class AbstainRecord(Settings):
+    """Fields and properties of `pipeline.scores.answers.Abstention`."""
+
+    precision: Annotated[float, Field(gt=0, lt=1)]
+    threshold: Share | None
+    n: Count
+    answered: Annotated[int, Field(ge=0, le=10**12)]
+    right: Annotated[int, Field(ge=0, le=10**12)]
+    bound: Share
+    needed: Count
+    coverage: Share
+
+
+class SetsRecord(Settings):
+    """Sets of classes that hold the true one with the chance ``coverage``: the classes of at least the probability ``least``."""
+
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+    least: Share
+
+
+class Answers(Settings):
+    """What a run promises of its answers.
+
+    ``rows`` says which rows tell: ``validation``, or ``cv`` for scores out of fold; ``grouped``, whether groups instead of
+    images were taken to be exchangeable.
+    """
+
+    rows: Literal["validation", "cv"]
+    grouped: bool
+    abstain: AbstainRecord | None
+    sets: SetsRecord
+
+
+class GroupLine(Settings):
+    """A line of `pipeline.scores.groups.group_table`."""
+
+    value: str | None
+    n: Count
+    right: Annotated[int, Field(ge=0, le=10**12)]
+    accuracy: Share
+    accuracy_interval: tuple[Share, Share]
+
+
+GroupTables = dict[str, Annotated[tuple[GroupLine, ...], Field(min_length=1)]]  # by column
+
+
 class MetricsFile(Settings):
     """``metrics.json`` of a run. ``averaged``, over the views of validation images, is there only if requested."""
 
@@ -123,7 +169,27 @@ class MetricsFile(Settings):
 
     @model_serializer(mode="wrap")
     def _without_what_was_not_asked(self, handler: Callable[[MetricsFile], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "averaged" or value is not None}
+        return {key: value for key, value in handler(self).items() if key not in ASKED_METRICS or value is not None}
+
+
+class AnsweringMetricsFile(MetricsFile):
+    """``metrics.json`` of a run that promises something of its answers, or has tables by group.
+
+    ``groups`` are the tables of the ``validation`` rows and, with folds, of the training rows out of fold (``cv``), by column.
+    """
+
+    format: Literal[2] = 2  # type: ignore[assignment]
+    answers: Answers | None = None
+    groups: dict[Literal["validation", "cv"], GroupTables] | None = None
+
+
+ASKED_METRICS = ("averaged", "answers", "groups")  # entries of metrics.json that are there only if requested
+METRICS_FILES = (MetricsFile, AnsweringMetricsFile)
+
+
+def metrics_format(values: Mapping[str, Any]) -> int:
+    """The format of a ``metrics.json`` with these entries: that of earlier releases unless it needs the next one."""
+    return 2 if values.get("answers") or values.get("groups") else 1
 
 
 class RunHead(Settings):
@@ -249,6 +315,19 @@ def parse(
         lines = [_describe(model_class, item) for item in found[:WRONG_KEYS]]
         lines += [f"and {len(found) - WRONG_KEYS} more"] if len(found) > WRONG_KEYS else []
         raise error(f"{where}: " + "; ".join(dict.fromkeys(lines))) from None
+
+
+def parse_one_of(
+    model_classes: Sequence[type[Model]],
+    mapping: Any,
+    where: str,
+    *,
+    error: type[BottleneckError] = ConfigurationError,
+) -> Model:
+    """Do what `parse` does with the class whose ``format`` the mapping states; the first one where none fits."""
+    stamp = mapping.get("format") if isinstance(mapping, Mapping) else None
+    fitting = (one for one in model_classes if one.model_fields["format"].default == stamp)
+    return parse(next(fitting, model_classes[0]), mapping, where, error=error)
 
 
 def check_classes(names: Sequence[str]) -> None:

@@ -33,6 +33,7 @@ from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
 from pipeline.reporting.data import Rows, class_table, confused_pairs, reliability
 from pipeline.runs.datasets import absolute
 from pipeline.runs.folder import Run, read_predictions
+from pipeline.scores.answers import kept
 from pipeline.scores.metrics import evaluate as scores_of
 from pipeline.tables import score_columns, shortened, table_text
 
@@ -79,7 +80,8 @@ def evaluate(
         ``unlabelled``; ``scores`` by `pipeline.scores.metrics.evaluate`; ``confusion``, counts by true class (row) and
         predicted class (column), in the order of ``classes``; ``confused``, pairs of classes, the most often confused first;
         ``per_class``; ``reliability``, the bins of confidence
-        behind ``scores.ece``; ``absent``, classes of the run without an image; ``seen``, how many of the images the run
+        behind ``scores.ece``; ``answers``, if the model promises something of them, by `pipeline.scores.answers.kept`;
+        ``absent``, classes of the run without an image; ``seen``, how many of the images the run
         was trained or chosen with (``train`` is None where its store is gone or has changed, ``validation`` where its
         predictions are damaged); ``damaged``, the names of damaged runs that were left out.
 
@@ -130,6 +132,7 @@ def evaluate(
         "per_class": [{**line, "name": name} for line, name in zip(class_table(scored), scored.classes, strict=True)],
         "reliability": reliability(scored),
         "seen": seen,
+        **({"answers": kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
         "damaged": damaged,
     }
 
@@ -272,8 +275,31 @@ def summary(document: dict[str, Any]) -> str:
         *_mistakes(document),
         "  calibration: the mean confidence of a bin should be its accuracy",
         table_text(bins, "  "),
+        *_promises(document),
     ]
     return "\n".join(lines)
+
+
+def _promises(document: dict[str, Any]) -> list[str]:
+    """Say how far the promises of the model are kept on these images."""
+    if "answers" not in document:
+        return []
+    abstain, sets = document["answers"]["abstain"], document["answers"]["sets"]
+    lines = []
+    if abstain and abstain["answered"]:
+        low, high = abstain["interval"]
+        lines.append(
+            f"answered: {abstain['answered']} of {document['evaluated']} images ({abstain['coverage']:.4f}), right in "
+            f"{abstain['precision']:.4f} of them ({low:.4f} to {high:.4f}; at least {abstain['asked']:.4g} was asked for)"
+        )
+    elif abstain:
+        lines.append(f"answered: none of {document['evaluated']} images, as none is sure enough")
+    low, high = sets["interval"]
+    lines.append(
+        f"sets: {sets['coverage']:.4f} hold the true class ({low:.4f} to {high:.4f}; {sets['asked']:.4g} was asked for), of "
+        f"{sets['mean_size']:.2f} classes on average, {sets['empty']} empty"
+    )
+    return [f"  {line}" for line in lines]
 
 
 def _mistakes(document: dict[str, Any]) -> Sequence[str]:

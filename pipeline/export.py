@@ -27,7 +27,7 @@ from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.scan import scan
 from features.temporary import sweep_dead, temporary_folder
-from pipeline.exporting.artefacts import Card, full_pixels, write_card
+from pipeline.exporting.artefacts import AnsweringCard, Card, full_pixels, write_card
 from pipeline.exporting.assembled import Assembled, Assembler, exact_recipe, head_and_layers
 from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
 from pipeline.exporting.keras_graph import KerasAssembled
@@ -37,6 +37,7 @@ from pipeline.heads.head import Head
 from pipeline.runs.board import take_run
 from pipeline.runs.folder import Run
 from pipeline.runs.notes import environment
+from pipeline.tables import promise_lines
 from pipeline.tuning.endtoend import network_of
 from pipeline.tuning.parity import largest_gap
 
@@ -127,16 +128,7 @@ def export(
     received = np.concatenate([whole(probe.pixels) for probe in some.probes])
     some.check("the assembled network", received, FORMATS["keras"].tolerance, lambda: whole)
     report("export", 2, 4)
-    card = Card(
-        artefact=row.name,
-        run=chosen.run_id,
-        classes=chosen.classes,
-        recipe=recipe.to_dict(),
-        input=f"{INPUT}: uint8 (n, height, width, 3), 0-255, upright RGB, any height and width",
-        output="float32 (n, classes), probabilities",
-        note=row.note,
-        packages=environment()["packages"],
-    )
+    card = _card(row, chosen, recipe)
     with writing(path), temporary_folder(path) as temporary:
         made = temporary / f"model{row.suffix}"
         with enough_room(temporary, whole.bytes):
@@ -161,6 +153,7 @@ def export(
         "precision_gap": precision_gap,
         "tolerance": row.tolerance,
         "note": row.note,
+        **({"answers": answers} if (answers := chosen.metrics.get("answers")) else {}),
         "damaged": damaged,
     }
 
@@ -174,10 +167,31 @@ def summary(document: dict[str, Any]) -> str:
         f"{document['parity_gap']:.1e} from those of {'predict' if exact else 'the run in float32'} "
         f"({document['tolerance']:.0e} is allowed)"
     )
-    return text + (f"\n  note: {document['note']}" if document["note"] else "")
+    lines = [
+        text,
+        *([f"  note: {document['note']}"] if document["note"] else []),
+        *promise_lines(document.get("answers")),
+    ]
+    return "\n".join(lines)
 
 
 # -------------------------------------------------------------------------------------------------- writing
+def _card(row: Format, run: Run, recipe: Recipe) -> Card:
+    """The card of an artefact, with what the run promises of its answers if it does."""
+    values: dict[str, Any] = {
+        "artefact": row.name,
+        "run": run.run_id,
+        "classes": run.classes,
+        "recipe": recipe.to_dict(),
+        "input": f"{INPUT}: uint8 (n, height, width, 3), 0-255, upright RGB, any height and width",
+        "output": "float32 (n, classes), probabilities",
+        "note": row.note,
+        "packages": environment()["packages"],
+    }
+    answers = run.metrics.get("answers")
+    return AnsweringCard(**values, answers=answers) if answers else Card(**values)
+
+
 def _check_target(row: Format, path: Path) -> None:
     sweep_dead(path.parent)
     row.require()

@@ -33,7 +33,7 @@ from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.predicting.files import Prediction, Rows, choose_format, destination
 from pipeline.predicting.loop import WARNED, Item, predictions
 from pipeline.predicting.options import PredictOptions
-from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
+from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, promises_of, taken
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
 from pipeline.runs.folder import FILES, Run
 from pipeline.tables import shortened, table_text
@@ -75,7 +75,7 @@ def predict(
     -------
     dict
         ``run``, ``out``, ``rows`` (the format of the rows), ``images``, ``predicted``, ``unreadable``, ``classes`` (how often
-        each was predicted), ``labelled`` (predicted images in folders named like a class of the run), ``right`` (how many of
+        each was predicted), ``withheld`` (answers that are not sure enough, if the run has a threshold), ``labelled`` (predicted images in folders named like a class of the run), ``right`` (how many of
         them were given that class), ``others`` (predicted images in each folder of another name), ``grid``, and ``damaged``, the names of damaged runs that were left out.
 
     Raises
@@ -104,11 +104,16 @@ def predict(
     if chosen is not None:
         for option, path in written.items():
             refuse_overwriting(path, option, [os.path.realpath(chosen.folder / name) for name in FILES])
-        rows = Rows(kind, chosen.classes, asked.top)  # before the network is loaded
+        if chosen.metrics.get("answers") and asked.views > 1:
+            logger.warning(
+                "the threshold and the sets of %s were found on single views; they are left out for means of %d views",
+                *(chosen.run_id, asked.views),
+            )
+        rows = Rows(kind, chosen.classes, asked.top, promises_of(chosen, asked))  # before the network is loaded
         model: Model = RunModel(chosen, options=asked, augment=augmentation)
     else:
         model = ArtefactModel(open_artefact(run))
-        rows = Rows(kind, model.classes, asked.top)
+        rows = Rows(kind, model.classes, asked.top, model.answers)
     if isinstance(source, ImageSet):
         items, total = _items(source, _labels(source, model.classes, chosen)), len(source)
     else:
@@ -118,6 +123,7 @@ def predict(
     numbers = {name: number for number, name in enumerate(model.classes)}
     judged: Counter[bool] = Counter()  # of the labelled images, how many are right and wrong
     others: Counter[str] = Counter()  # predicted images in folders that are no class
+    withheld = 0
     with (
         ThreadPoolExecutor(asked.workers or processors()) as pool,
         destination(written.get("--out"), stream or sys.stdout, kind) as write,
@@ -128,6 +134,7 @@ def predict(
                 gallery.look(counts.total(), item, prediction)
                 best = -1 if prediction.probabilities is None else int(prediction.probabilities.argmax())
                 counts[best] += 1
+                withheld += rows.withholds(prediction)
                 if best >= 0 and item.label in numbers:
                     judged[best == numbers[item.label]] += 1
                 elif best >= 0 and item.label:
@@ -157,6 +164,7 @@ def predict(
         "right": judged[True],
         "others": dict(others) if judged else {},
         "grid": None if grid is None else str(grid),
+        **({"withheld": withheld} if rows.withholding is not None else {}),
         "damaged": damaged,
     }
 
@@ -169,7 +177,17 @@ def summary(document: dict[str, Any]) -> str:
     rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
     drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
     said = f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{table}{rest}{drawn}"
+    if "withheld" in document:
+        said += f"\n  {withholding(document)}"
     return f"{said}\n  {judgement(document)}" if document["labelled"] else said
+
+
+def withholding(document: dict[str, Any]) -> str:
+    """Say for a person how many answers are withheld."""
+    return (
+        f"{document['withheld']} of {document['predicted']} answers are withheld, because they are not sure enough (column "
+        "abstain)"
+    )
 
 
 def judgement(document: dict[str, Any]) -> str:

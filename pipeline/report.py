@@ -25,9 +25,10 @@ from pipeline.intervals import interval_of
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
-from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, starred
+from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, check_tables, starred
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs
+from pipeline.scores.selection import CHOICES
 from pipeline.tables import shortened
 
 logger = logging.getLogger(__name__)
@@ -44,6 +45,8 @@ PARTS = {
     "confusion": "Confusion",
     "classes": "Classes",
     "calibration": "Calibration",
+    "answers": "Answers",
+    "groups": "Groups",
     "learning": "Training",
     "map": "Feature map",
     "data": "Data",
@@ -75,7 +78,7 @@ def make_report(
         Where the images are now, if they have moved; any source that ``extract`` takes.
     stores : sequence of Path
         Where the feature stores are now, if they have moved.
-    by : {"accuracy", "balanced_accuracy"}
+    by : {"accuracy", "balanced_accuracy", "worst_group_accuracy"}
         Score by which the runs are compared.
     folds : bool, optional
         Compare by cross-validation instead of validation. Default: see `pipeline.runs.board.by_folds`.
@@ -104,6 +107,7 @@ def make_report(
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
     check_folds(runs, folds)
+    check_tables(runs, by)
     given, out = out, output_file(out, "--out", "report.html")
     if out.exists() and not _is_page(out):
         raise ConfigurationError(f"--out {given}: exists and is not an HTML page; give another name, or remove it")
@@ -210,17 +214,26 @@ def _group(
         "digest": features["data_digest"],
         "class_count": len(chosen.classes),
         "n": chosen.metrics["validation"]["n"],
-        "judged": judged if by == "accuracy" else f"balanced accuracy on {judged}",
+        "judged": judged if by == "accuracy" else f"{by.replace('_', ' ')} on {judged}",
         "board": rows,
         "features": printable(on.pop()) if len(on) == 1 else "",
         "left_out": len(board) - len(rows),
         "span": (low, high),
-        "sorted": {key: "descending" if key == column else "none" for key in ("accuracy", "balanced_accuracy", "cv")},
+        "sorted": {key: "descending" if key == column else "none" for key in (*CHOICES, "cv")},
         "has_cv": has_cv,
+        "has_groups": any(row.get("worst_group") for row in board),
+        "has_answers": any(row.get("answered") is not None for row in board),
         "has_test": any(row["test_accuracy"] is not None for row in board),
         "detail": detail.values if detail else None,
-        "parts": [{"id": key, "name": text} for key, text in PARTS.items() if detail is not None or key == "board"],
+        "parts": [{"id": key, "name": text} for key, text in PARTS.items() if key in _shown(detail)],
     }
+
+
+def _shown(detail: Detail | None) -> set[str]:
+    """The parts of the page that there is something to say in."""
+    if detail is None:
+        return {"board"}
+    return {key for key in PARTS if detail.values.get(key) or key not in ("answers", "groups")}
 
 
 def _with_chosen(board: list[dict[str, Any]]) -> list[dict[str, Any]]:

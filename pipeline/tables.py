@@ -76,6 +76,51 @@ def metrics_text(metrics: Mapping[str, Any]) -> str:
     return table_text(rows, "  ")
 
 
+def promise_lines(answers: Mapping[str, Any] | None, indent: str = "  ") -> list[str]:
+    """Say for a person what a run promises of its answers, see `pipeline.config.Answers`; nothing where that is nothing."""
+    if not answers:
+        return []
+    of = {"validation": "validation images", "cv": "training images, out of fold"}[answers["rows"]]
+    of = f"groups of {of}" if answers["grouped"] else of
+    lines, abstain, sets = [], answers["abstain"], answers["sets"]
+    if abstain and abstain["threshold"] is not None:
+        lines.append(
+            f"answers from a confidence of {abstain['threshold']:.6g} on are right in at least {abstain['precision']:.4g} "
+            f"(95 % sure): {abstain['answered']} of {abstain['n']} {of} answered, {abstain['right']} of them right"
+        )
+    elif abstain:
+        few = f"{abstain['n']} {of} are too few: it takes {abstain['needed']} answers without a fault"
+        many = f"none of the {abstain['n']} {of} is answered, because wrong ones are among the surest"
+        lines.append(
+            f"no confidence makes answers right in at least {abstain['precision']:.4g}: "
+            f"{few if abstain['n'] < abstain['needed'] else many}; every answer is withheld"
+        )
+    lines.append(
+        f"sets of the classes of probability {sets['least']:.4g} or more hold the true class of {sets['coverage']:.4g} of images"
+    )
+    return [indent + line for line in lines]
+
+
+def group_lines(groups: Mapping[str, Any] | None, indent: str = "  ") -> list[str]:
+    """Format tables by group, see `pipeline.scores.groups.group_table`, for a person; nothing where there are none."""
+    lines = []
+    for rows, tables in (groups or {}).items():
+        for column, table in tables.items():
+            shown = [
+                {
+                    column: RARE if line["value"] is None else shortened(str(line["value"]), 40),
+                    "images": line["n"],
+                    "accuracy": line["accuracy"],
+                    "95 % interval": line["accuracy_interval"],
+                }
+                for line in table
+            ]
+            where = "validation" if rows == "validation" else "training images, out of fold"
+            lines += [f"{indent}by {printable(column)}, {where}", table_text(shown, indent)]
+    return lines
+
+
+RARE = "(rare values)"  # those of too few images for a line of their own
 # Column of the leaderboard -> its heading.
 _HEADINGS = {
     "run_id": "run",
@@ -85,6 +130,10 @@ _HEADINGS = {
     "accuracy_interval": "95 % interval",
     "cv_accuracy": "folds",
     "cv_interval": "folds, 95 %",
+    "worst_group_accuracy": "worst group",
+    "worst_group_interval": "worst, 95 %",
+    "worst_group": "which",
+    "answered": "answered",
     "test_accuracy": "test",
     "log_loss": "log loss",
     "ece": "ece",
@@ -101,6 +150,8 @@ _GO_FIRST = (
         ("run", 20),
         ("features", 0),
         ("settings", 0),
+        ("worst, 95 %", 0),
+        ("which", 16),
         ("test", 0),
         ("95 % interval", 0),
     ),
@@ -151,7 +202,7 @@ def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | Non
     for row, given in zip(rows, settings, strict=True):
         differs = [item for item in given if item not in common["all"] and item not in common[str(row["head"])]]
         values = {**row, "accuracy_interval": interval_of(row), "settings": shortened(" ".join(differs), _WIDE)}
-        named = {heading: values[name] for name, heading in _HEADINGS.items() if name not in alike}
+        named = {heading: values.get(name) for name, heading in _HEADINGS.items() if name not in alike}
         lines.append({"": "*" if row["chosen"] else "", **named})
     blank = {name for name in lines[0] if name and all(line[name] in ("", None) for line in lines)}
     lines, gone = _fitting([{name: line[name] for name in line if name not in blank} for line in lines], width)

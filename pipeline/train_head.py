@@ -20,9 +20,11 @@ from pipeline.heads.fitting import fit_head
 from pipeline.heads.gather import Source, feature_set, needs_rows, rows_for, views_seen
 from pipeline.heads.kinds import head_of, make_head, resolve_pool
 from pipeline.heads.pooling import pooled_width
+from pipeline.heads.promises import NOTHING, Asked, check_rows, promised, tabled
 from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.folder import Run, is_finished
 from pipeline.runs.writing import add_scores
+from pipeline.scores.groups import values_of
 from pipeline.scores.metrics import evaluate
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,7 @@ def train_head(
     params: Mapping[str, Any] | None = None,
     memory: int | None = None,
     test: bool = False,
+    asked: Asked = NOTHING,
     ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
 ) -> RunResult:
@@ -93,6 +96,9 @@ def train_head(
         if the head can be trained in this way. The run id does not depend on it, although the order of rows then differs.
     test : bool
         Whether to score the test split too. It never influences a choice.
+    asked : Asked
+        What is asked of its answers: a precision, sets, tables by group. A finished run gets them without being trained
+        again.
     ready : callable, optional
         Called once all checks have passed and there is something to train, before rows are read.
     progress : callable, optional
@@ -106,11 +112,12 @@ def train_head(
     Raises
     ------
     ConfigurationError
-        The head, a parameter or the feature set is unknown.
+        The head, a parameter, the feature set or a column is unknown, or a promise has no images left to be based on.
     HeadError
         The head cannot be trained on these splits or features.
     """
     check_range("seed", seed, 0, 2**32 - 1)
+    values_of(store.images, asked.by, str(store.path))
     name = feature_set(store, name)
     recipe = store.recipes[name]
     head = make_head(
@@ -123,12 +130,13 @@ def train_head(
         **_checked(params or {}),
     )
     head.pool = resolve_pool(head_name, pool, store.shape(name)[2:])
+    check_rows(asked, [head], "", folds=False)
     run_id = run_id_of(head, store, name)
     folder = Path(runs) / run_id
     if test:
         needs_rows(store, "test")
     if is_finished(folder) and _loads(Run.open(folder)):
-        return _finished(store, name, Run.open(folder), test=test)
+        return _finished(store, name, Run.open(folder), asked, test=test)
     needs_rows(store, "train", "validation")
     memory = memory or usable_memory()
     source = Source(store, name, head.pool, views_seen(head, store, name), memory)
@@ -143,7 +151,8 @@ def train_head(
     fitted = fit_head(head, source.prepare(scale=head.scale), progress=progress)
     scores = test_scores(store, name, head) if test else None
     write_fitted(runs, run_id, store, name, fitted, memory=memory, test=scores)
-    return RunResult(run_id, folder, Run.open(folder).metrics, fitted.seconds, cached=False, streamed=fitted.streamed)
+    run = promised(tabled(Run.open(folder), store, asked), store, asked)
+    return RunResult(run_id, folder, run.metrics, fitted.seconds, cached=False, streamed=fitted.streamed)
 
 
 def _loads(run: Run) -> bool:
@@ -166,7 +175,8 @@ def _loads(run: Run) -> bool:
     return True
 
 
-def _finished(store: Any, name: str, run: Run, *, test: bool) -> RunResult:
+def _finished(store: Any, name: str, run: Run, asked: Asked, *, test: bool) -> RunResult:
+    run = promised(tabled(run, store, asked), store, asked)
     if test and run.metrics["test"] is None:
         run = add_scores(run, test=test_scores(store, name, head_of(run)))
     seconds = float(run.environment.get("fit_seconds") or 0)

@@ -56,7 +56,7 @@ EXPECTED = {
 class Colours:
     """A model without a network: the shares of red, green and blue in the first pixel."""
 
-    name, classes, batch_size = "colours", CLASSES, 2
+    name, classes, batch_size, answers = "colours", CLASSES, 2, None
 
     def load(self, data: bytes) -> np.ndarray:
         return decode_image(data, PixelRule(4, 4)).pixels
@@ -70,7 +70,7 @@ class Colours:
 def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plain = Reading(settled=True)
     run = SimpleNamespace(
-        classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain
+        classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain, metrics={}
     )
     monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, []))
     monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())

@@ -464,7 +464,7 @@ def test_choosing_by_balanced_accuracy(tmp_path: Path) -> None:
     store = make_store(rows=200, shift=0.5)
     store.images.splits[(store.images.labels == 1) & (np.arange(200) % 8 > 0)] = 3
     heads = sweep({"head": "logistic", "grid": {"C": [1e-6, 0.1], "class_weight": [None, "balanced"]}})
-    result = run_sweep([store], heads, runs=tmp_path, jobs=1, choose="balanced_accuracy")
+    result = run_sweep([store], heads.model_copy(update={"choose": "balanced_accuracy"}), runs=tmp_path, jobs=1)
     recalls = [row["balanced_accuracy"] for row in result.board]
     assert recalls == sorted(recalls, reverse=True)
     assert recalls[0] > result.board[-1]["balanced_accuracy"] == 0.5  # always the larger class
@@ -681,7 +681,7 @@ def test_folds_that_cannot_be_dealt_are_refused(tmp_path: Path) -> None:
 
 def test_a_choice_that_there_is_not_is_refused_before_training(tmp_path: Path) -> None:
     with pytest.raises(ConfigurationError, match="choose: received 'acc', expected one of accuracy"):
-        run_sweep([make_store()], logistic(), runs=tmp_path, choose="acc")
+        run_sweep([make_store()], logistic().model_copy(update={"choose": "acc"}), runs=tmp_path)
     assert not listing(tmp_path)
 
 
@@ -713,7 +713,7 @@ def test_damaged_files_of_one_run_stop_no_sweep_and_no_leaderboard(
     with pytest.raises(RunError, match=r"history\.csv: column 'rows' holds a value that is not a number"):
         log_run(tmp_path / "logs", tmp_path / first.runs[0])
     more = sweep({"head": "logistic", "grid": {"C": [*CS, 1.0]}})
-    result = run_sweep([store], more, runs=tmp_path, jobs=1, choose="balanced_accuracy")
+    result = run_sweep([store], more.model_copy(update={"choose": "balanced_accuracy"}), runs=tmp_path, jobs=1)
     assert (result.trained, len(result.board)) == (1, 4)
     assert "predictions.csv: cannot be read as predictions of 2 classes" in caplog.text
     assert len(leaderboard(tmp_path, by="balanced_accuracy")) == 4

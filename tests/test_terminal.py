@@ -29,7 +29,7 @@ from features.sources.reading import Reading
 from pipeline.cli import main
 
 class Slow:
-    name, classes, batch_size = "slow", ("cat", "dog"), 2
+    name, classes, batch_size, answers = "slow", ("cat", "dog"), 2, None
     def load(self, data):
         return np.zeros(3)
     def __call__(self, images):
@@ -37,7 +37,7 @@ class Slow:
         return np.full((len(images), 2), 0.5)
 
 plain = Reading(settled=True)
-run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain)
+run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain, metrics={})
 pipeline.predict.taken = lambda path, *_: (run, [])
 pipeline.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15

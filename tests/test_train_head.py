@@ -40,6 +40,7 @@ class Images:
     splits: np.ndarray
     sha256: np.ndarray
     groups: list[str] | None = None
+    columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass

@@ -74,7 +74,21 @@ def train_head(
             "Memory for training, such as 2GB. Rows that do not fit stay in the store. Default: half of the free memory."
         ),
     ] = None,
-    choose: Annotated[str | None, opt("Score to compare heads by: accuracy or balanced_accuracy.")] = None,
+    choose: Annotated[
+        str | None, opt("Score to compare heads by: accuracy, balanced_accuracy or worst_group_accuracy.")
+    ] = None,
+    by: Annotated[
+        list[str] | None,
+        opt("Column of the manifest, or group: also give the accuracy for each of its values. May be repeated."),
+    ] = None,
+    abstain_precision: Annotated[
+        float | None,
+        opt("Find the confidence from which on this share of the answers is right, such as 0.99; others are withheld."),
+    ] = None,
+    set_coverage: Annotated[
+        float | None,
+        opt("Find sets of classes that hold the true one with this chance. Default with --abstain-precision: 0.9."),
+    ] = None,
     test: Annotated[bool, opt("Also score the test split; in a sweep only for the chosen head.", "--test")] = False,
     average_views: Annotated[
         bool,
@@ -88,6 +102,7 @@ def train_head(
     from features.store.reader import FeatureStore
     from pipeline.heads.costs import parse_memory
     from pipeline.heads.gather import needs_rows
+    from pipeline.heads.promises import Asked
     from pipeline.runs.board import check_choice
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
@@ -102,6 +117,7 @@ def train_head(
         return add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
 
     budget = None if memory is None else parse_memory(memory)
+    asked = Asked(abstain_precision, set_coverage, tuple(by or ()))
     if choose is not None:
         check_choice(choose)
     stores = [FeatureStore.open(file) for file in files]
@@ -125,7 +141,7 @@ def train_head(
         raise ConfigurationError(
             "--choose: compares heads, and there is only one; leave it out, or train --heads SWEEP"
         )
-    common: dict[str, Any] = {"runs": runs, "memory": budget, "test": test, "ready": ready}
+    common: dict[str, Any] = {"runs": runs, "memory": budget, "test": test, "asked": asked, "ready": ready}
     if one and not folds and cluster is None:
         chosen: dict[str, Any] = {
             "name": names[0] if names else None,
@@ -149,13 +165,12 @@ def train_head(
     if heads is not None and (head or param or pool):
         raise ConfigurationError("--head, --param and --pool name one head, --heads a sweep; give one or the other")
     sweep = read_sweep(heads) if heads else single(head or "logistic", parse_params(param or []), pool)
-    if seed is not None:
-        sweep = sweep.model_copy(update={"seed": seed})
+    given = {"seed": seed, "choose": choose}
+    sweep = sweep.model_copy(update={name: value for name, value in given.items() if value is not None})
     options: dict[str, Any] = {
         "names": names,
         "jobs": n_jobs,
         "folds": folds,
-        "choose": choose,
         "where": str(heads or "--head"),
     }
     swept = _train_many(stores, sweep, cluster, **options, **common)
@@ -207,7 +222,7 @@ def _train_one(
     """Train one head; return the document and its text for a person."""
     from pipeline import train_head as stage
     from pipeline.progress import ConsoleProgress
-    from pipeline.tables import metrics_text
+    from pipeline.tables import group_lines, metrics_text, promise_lines
 
     with ConsoleProgress() as progress:
         result = stage.train_head(store, head, progress=progress, **options)
@@ -221,7 +236,8 @@ def _train_one(
     }
     done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
     done += ", from rows that were streamed from the store" if result.streamed else ""
-    return document, f"{result.folder}: {done}\n{metrics_text(metrics)}"
+    further = [*promise_lines(metrics.get("answers")), *group_lines(metrics.get("groups"))]
+    return document, "\n".join([f"{result.folder}: {done}", metrics_text(metrics), *further])
 
 
 def _train_many(
@@ -256,7 +272,16 @@ def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params
 @guarded
 def leaderboard(
     runs: Annotated[Path, arg("Folder of run folders.")] = Path("runs"),
-    choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
+    choose: Annotated[
+        str, opt("Score to compare runs by: accuracy, balanced_accuracy or worst_group_accuracy.")
+    ] = "accuracy",
+    worst_group: Annotated[
+        bool,
+        opt(
+            "Compare by the accuracy of the worst group (train-head --by), as --choose worst_group_accuracy does.",
+            "--worst-group",
+        ),
+    ] = False,
     folds: Annotated[
         bool | None,
         opt(
@@ -274,10 +299,15 @@ def leaderboard(
     from pipeline.predicting.files import destination
     from pipeline.runs.board import board_of, check_choice
     from pipeline.runs.folder import find_runs
+    from pipeline.scores.selection import WORST_GROUP
     from pipeline.tables import board_text, csv_text
 
     if as_csv and as_json:
         raise ConfigurationError("--csv and --json are two forms of the same list; give one of them")
+    if worst_group:
+        if choose not in ("accuracy", WORST_GROUP):
+            raise ConfigurationError(f"--worst-group and --choose {choose} compare by two scores; give one of them")
+        choose = WORST_GROUP
     check_choice(choose)
     found = find_runs(runs)
     rows = board_of(found.runs, by=choose, folds=folds, data_set=data_set)

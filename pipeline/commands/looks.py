@@ -29,7 +29,9 @@ def report(
     out: Annotated[Path, opt("HTML file to write.")] = Path("report.html"),
     images: Annotated[list[str] | None, opt("Where the images are now, if they have moved; may be repeated.")] = None,
     features: Annotated[list[Path] | None, opt("Where a store is now, if it has moved; may be repeated.")] = None,
-    choose: Annotated[str, opt("Score to compare runs by: accuracy or balanced_accuracy.")] = "accuracy",
+    choose: Annotated[
+        str, opt("Score to compare runs by: accuracy, balanced_accuracy or worst_group_accuracy.")
+    ] = "accuracy",
     folds: Annotated[
         bool | None,
         opt(

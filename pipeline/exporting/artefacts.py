@@ -20,7 +20,7 @@ from features.errors import ConfigurationError, RunError
 from features.networks.backend import leave_out
 from features.pixels.decode import decode_upright
 from features.recipe import PixelRule, Recipe
-from pipeline.config import Settings, parse
+from pipeline.config import Answers, Settings, parse_one_of
 from pipeline.exporting.formats import FORMATS, Format, Runtime, format_of
 from pipeline.exporting.resizing import longest_side
 
@@ -57,6 +57,20 @@ class Card(Settings):
     packages: dict[str, str]
 
 
+class AnsweringCard(Card):
+    """Description of an artefact of a run that promises something of its answers.
+
+    An answer whose probability, in float32, is below ``answers.abstain.threshold`` is not sure enough; null: none is. The
+    classes of at least the probability ``answers.sets.least`` are the set of an image.
+    """
+
+    format: Literal[2] = 2  # type: ignore[assignment]
+    answers: Answers
+
+
+CARDS = (Card, AnsweringCard)
+
+
 class Artefact:
     """An exported model with its runtime.
 
@@ -70,6 +84,8 @@ class Artefact:
         Class names, in the order of the probabilities.
     recipe : Recipe
         Recipe of the features that it computes.
+    answers : dict or None
+        What it promises of its answers, `pipeline.config.Answers`.
     longest_side : int
         Largest height or width of an image that it takes, in pixels.
     """
@@ -78,6 +94,7 @@ class Artefact:
         self.path = path
         self.card = card
         self.classes = card.classes
+        self.answers = card.model_dump(mode="json").get("answers")
         self.recipe = _recipe(path, card)
         self.longest_side = min(longest_side(side) for side in (self.recipe.pixels.height, self.recipe.pixels.width))
         self._runtime = runtime
@@ -171,7 +188,7 @@ def read_card(path: Path) -> tuple[Format, Card]:
         raise RunError(f"{path}: its card cannot be read ({_first_line(error)}); export the run again") from error
     if values is None:
         raise RunError(f"{path}: holds no card with classes and recipe, so bottleneck export did not make it")
-    card = parse(Card, values, f"{path}: card", error=RunError)
+    card = parse_one_of(CARDS, values, f"{path}: card", error=RunError)
     if card.artefact != found.name:
         raise RunError(f"{path}: its card says that the format is {card.artefact}, but it is {found.name}")
     return found, card

@@ -16,7 +16,7 @@ from features.canonical import check_choice
 from features.errors import HeadError, RunError
 from features.files import read_small
 from features.recipe import POOLINGS
-from pipeline.config import parse
+from pipeline.config import parse_one_of
 from pipeline.heads.classifier_table import CLASSIFIERS
 from pipeline.heads.classifiers import EstimatorHead, SklearnHead
 from pipeline.heads.dense import KerasHead
@@ -103,9 +103,7 @@ def load_head(folder: str | Path, *, trust: bool = False) -> Head:
         raise HeadError(f"{path}: cannot be read: {problem}") from problem
     named = values.get("kind") if isinstance(values, dict) else None
     kind = KINDS.get(named, EstimatorHead) if isinstance(named, str) else EstimatorHead
-    stamp = values.get("format") if isinstance(values, dict) else None
-    known = (model for model in kind.file_models if model.model_fields["format"].default == stamp)
-    stored = parse(next(known, kind.file_models[0]), values, str(path), error=HeadError)
+    stored = parse_one_of(kind.file_models, values, str(path), error=HeadError)
     name, parameters = kind.restored(path, stored)
     head = kind(name, stored.kind, parameters, pool=stored.pool)
     head.classes, head.layer, head.fingerprint = stored.classes, stored.layer, stored.fingerprint

@@ -10,7 +10,7 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -18,6 +18,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, check_range, nearest
 from features.files import atomic_file, printable_lines, quoted
+from pipeline.scores.answers import class_sets, is_answered
 
 FORMATS = ("csv", "jsonl")
 _SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl"}
@@ -92,6 +93,9 @@ class Rows:
         Class names, in the order of the probabilities.
     top : int, optional
         Number of classes to write, the most probable first; ties are in the order of ``classes``.
+    answers : dict, optional
+        What the model promises, `pipeline.config.Answers`. Rows then say whether the answer is withheld (``abstain``), where a
+        precision was asked for, and the ``set`` of classes, a JSON list.
 
     Raises
     ------
@@ -99,12 +103,18 @@ class Rows:
         If there are fewer classes than ``top``.
     """
 
-    def __init__(self, format: str, classes: Sequence[str], top: int | None = None) -> None:
+    def __init__(
+        self, format: str, classes: Sequence[str], top: int | None = None, answers: Mapping[str, Any] | None = None
+    ) -> None:
         if top is not None:
             check_range("--top", top, 1, len(classes))
         self.classes = tuple(classes)
         self.top = top
         self.format = format
+        self._answers = answers or {}
+        self._told = tuple(
+            name for name, entry in (("abstain", "abstain"), ("set", "sets")) if self._answers.get(entry)
+        )
 
     @property
     def header(self) -> str:
@@ -113,8 +123,21 @@ class Rows:
             return ""
         if self.top:
             numbered = [f"{name}_{place}" for place in range(1, self.top + 1) for name in ("class", "probability")]
-            return _csv_line(["file", *numbered, "error"])
-        return _csv_line([*_FIXED[:3], *(f"p:{name}" if name in _FIXED else name for name in self.classes), "error"])
+            return _csv_line(["file", *numbered, *self._told, "error"])
+        fixed = (*_FIXED, *self._told)
+        named = [f"p:{name}" if name in fixed else name for name in self.classes]
+        return _csv_line([*_FIXED[:3], *self._told, *named, "error"])
+
+    @property
+    def withholding(self) -> Mapping[str, Any] | None:
+        """The promise by which answers that are not sure enough are withheld; None if none is."""
+        return self._answers.get("abstain")
+
+    def withholds(self, prediction: Prediction) -> bool:
+        """Whether the answer is not sure enough to be given."""
+        if self.withholding is None or prediction.probabilities is None:
+            return False
+        return not is_answered(prediction.probabilities.max(), self.withholding["threshold"])
 
     def text(self, prediction: Prediction) -> str:
         """Format one line with its line end. Probabilities have six significant digits."""
@@ -123,24 +146,35 @@ class Rows:
     def _csv(self, prediction: Prediction) -> str:
         values = prediction.probabilities
         if values is None:
-            blank = 2 * self.top if self.top else 2 + len(self.classes)
+            blank = len(self._told) + (2 * self.top if self.top else 2 + len(self.classes))
             return _csv_line([prediction.file, *[""] * blank, prediction.error])
-        best = ranked(values)
+        best, said = ranked(values), self._said(values)
+        told = [json.dumps(said[name], ensure_ascii=False) for name in self._told]
         if self.top:
             pairs = [cell for index in best[: self.top] for cell in (self.classes[index], f"{values[index]:.6g}")]
-            return _csv_line([prediction.file, *pairs, ""])
+            return _csv_line([prediction.file, *pairs, *told, ""])
         shown = [f"{value:.6g}" for value in values]
-        return _csv_line([prediction.file, self.classes[best[0]], shown[best[0]], *shown, ""])
+        return _csv_line([prediction.file, self.classes[best[0]], shown[best[0]], *told, *shown, ""])
+
+    def _said(self, values: np.ndarray) -> dict[str, Any]:
+        """What the row says beside the probabilities: ``abstain`` and ``set``, where the model promises them."""
+        said: dict[str, Any] = {}
+        if self.withholding is not None:
+            said["abstain"] = not is_answered(values.max(), self.withholding["threshold"])
+        if sets := self._answers.get("sets"):
+            inside = class_sets(values, sets["least"])
+            said["set"] = [self.classes[k] for k in ranked(values) if inside[k]]
+        return said
 
     def _json(self, prediction: Prediction) -> str:
         line: dict[str, Any] = {"file": prediction.file, "class": None, "probability": None}
         key = "top" if self.top else "probabilities"
         values = prediction.probabilities
         if values is None:
-            line |= {key: None, "error": prediction.error}
+            line |= {**dict.fromkeys(self._told), key: None, "error": prediction.error}
         else:
             best, shown = ranked(values), [float(f"{value:.6g}") for value in values]
-            line |= {"class": self.classes[best[0]], "probability": shown[best[0]]}
+            line |= {"class": self.classes[best[0]], "probability": shown[best[0]], **self._said(values)}
             if self.top:
                 line[key] = [{"class": self.classes[k], "probability": shown[k]} for k in best[: self.top]]
             else:

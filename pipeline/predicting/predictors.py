@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -26,6 +26,7 @@ class Model(Protocol):
     name: str
     classes: tuple[str, ...]
     batch_size: int
+    answers: Mapping[str, Any] | None  # `pipeline.config.Answers`: what it promises
 
     def load(self, data: bytes) -> np.ndarray:
         """Decode an image file to the pixels that `__call__` takes; raises ``UnreadableImageError``."""
@@ -58,6 +59,11 @@ def taken(path: str | Path, asked: PredictOptions, likely: str | None = None) ->
     return None, []
 
 
+def promises_of(run: Run, options: PredictOptions) -> Mapping[str, Any] | None:
+    """What a run promises of its answers; None where it promises nothing of the mean over several views."""
+    return run.metrics.get("answers") if options.views == 1 else None
+
+
 class RunModel:
     """The network and head of a run. Probabilities are averaged over the views of each image.
 
@@ -73,6 +79,7 @@ class RunModel:
 
     def __init__(self, run: Run, *, options: PredictOptions, augment: AugmentSpec | None = None) -> None:
         self.name, self.classes = run.run_id, run.classes
+        self.answers = promises_of(run, options)
         self.batch_size = options.batch_size
         self._recipe, self._views, self._augment = run.recipe, options.views, augment
         network = network_of(run, options.weights, device=options.device, quantised=options.quantised)
@@ -100,7 +107,7 @@ class ArtefactModel:
     batch_size = 1
 
     def __init__(self, artefact: Artefact) -> None:
-        self.name, self.classes = artefact.card.run, artefact.classes
+        self.name, self.classes, self.answers = artefact.card.run, artefact.classes, artefact.answers
         self._artefact = artefact
 
     def load(self, data: bytes) -> np.ndarray:

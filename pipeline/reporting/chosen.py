@@ -16,7 +16,15 @@ from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
 from pipeline.intervals import interval_of
 from pipeline.reporting import data as facts
-from pipeline.reporting.charts import COLOURS, MARKERS, Series, line_chart, reliability_chart, scatter
+from pipeline.reporting.charts import (
+    COLOURS,
+    MARKERS,
+    Series,
+    interval_bar,
+    line_chart,
+    reliability_chart,
+    scatter,
+)
 from pipeline.reporting.data import Rows
 from pipeline.reporting.feature_map import project
 from pipeline.reporting.reproduce import commands
@@ -24,6 +32,7 @@ from pipeline.reporting.thumbnails import TILE, TILES_ACROSS, Pictures
 from pipeline.runs.folder import Run
 from pipeline.runs.notes import PACKAGES
 from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
+from pipeline.tables import RARE, promise_lines
 
 TWINS, TWIN_PICTURE = 12, 128  # pairs of near-duplicates shown, and the side of their pictures in pixels
 CLASS_ROWS = 1000  # classes that are listed
@@ -107,6 +116,9 @@ def describe_run(
             "reliability_chart": reliability_chart(
                 bins, f"Reliability diagram of {len(rows)} images; expected calibration error {scores['ece']:.4f}"
             ),
+            "answers": promise_lines(run.metrics.get("answers"), ""),
+            "coverage": ((run.metrics.get("answers") or {}).get("abstain") or {}).get("coverage"),
+            "groups": _group_tables(run),
             "learning": _learning(run),
             "map": features,
             "no_map": no_map,
@@ -117,6 +129,29 @@ def describe_run(
         },
         shown,
     )
+
+
+def _group_tables(run: Run) -> list[dict[str, Any]]:
+    """The tables by group, worst line first, with a bar for each interval; the line in each bar marks the whole accuracy."""
+    found = []
+    for rows, tables in (run.metrics.get("groups") or {}).items():
+        whole = (run.metrics[rows] or run.metrics["validation"])["accuracy"]
+        for column, table in tables.items():
+            ends = [end for line in table for end in line["accuracy_interval"]]
+            span = (min(ends), max(ends))
+            lines = [
+                {
+                    **line,
+                    "name": RARE if line["value"] is None else printable(line["value"]),
+                    "bar": interval_bar(
+                        line["accuracy_interval"][0], line["accuracy"], line["accuracy_interval"][1], span, whole
+                    ),
+                }
+                for line in sorted(table, key=lambda line: (line["accuracy"], -line["n"]))
+            ]
+            where = "validation images" if rows == "validation" else "training images, out of fold"
+            found.append({"column": printable(column), "where": where, "span": span, "lines": lines})
+    return found
 
 
 def _scores_of(run: Run, split: str) -> dict[str, Any] | None:

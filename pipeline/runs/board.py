@@ -16,11 +16,20 @@ from features import canonical
 from features.errors import ConfigurationError, RunError, StoreError
 from features.files import printable
 from features.progress import counted
-from pipeline.intervals import interval_of
+from pipeline.intervals import interval_of, wilson_interval
 from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.runs.writing import renew
-from pipeline.scores.selection import CHOICES, FEW, USUAL_FOLDS, Candidate, balanced_accuracy_interval, choose
+from pipeline.scores.groups import name_of, worst_of
+from pipeline.scores.selection import (
+    CHOICES,
+    FEW,
+    USUAL_FOLDS,
+    WORST_GROUP,
+    Candidate,
+    balanced_accuracy_interval,
+    choose,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +94,12 @@ def take_run(
         )
     run = starred(runs)
     logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")
+    if len(runs) > 1 and (run.metrics.get("answers") or {}).get("rows") == judged_by(runs):
+        logger.warning(
+            "%s: the images that set its threshold also chose it among %d runs, so that it promises a little too much; name "
+            "the run that train-head --folds %d chose",
+            *(run.folder, len(runs), USUAL_FOLDS),
+        )
     return Taken(run, found.damaged)
 
 
@@ -152,7 +167,7 @@ def board_of(
     ----------
     runs : sequence of Run
         The runs.
-    by : {"accuracy", "balanced_accuracy"}
+    by : {"accuracy", "balanced_accuracy", "worst_group_accuracy"}
         Score to compare.
     folds : bool, optional
         Compare by cross-validation; runs without it come last. Default: see `by_folds`.
@@ -165,16 +180,20 @@ def board_of(
         ``chosen`` marks one run of the newest state of each data set, see `starred`. ``comparable`` is False if images,
         labels or splits differ from those of the first row (``data`` differs), as such scores do not measure the same
         thing. Only if there are several data sets, ``data_set`` names that of each row; only if there are several states,
-        ``stale`` says whether the row is of another than the first of its data set, and ``state`` what it is.
+        ``stale`` says whether the row is of another than the first of its data set, and ``state`` what it is. Only if a run has
+        tables by group, ``worst_group`` names the group of the lowest accuracy (see `pipeline.scores.groups`), with
+        ``worst_group_accuracy`` and ``worst_group_interval``; only if a run withholds answers that are not sure,
+        ``answered`` is the share that it gives.
     """
     check_choice(by)
     check_folds(runs, folds)
+    check_tables(runs, by)
     found = data_sets(runs)
     groups = [(one, state) for one in found for state in one.states]
     if data_set is not None:
         one, state = only_one(found, data_set, "runs")
         found, groups = [one], [(one, older) for older in one.states if one.is_called(data_set) or older is state]
-    rows = []
+    rows, asked = [], [name for name in _FURTHER if any(run.metrics.get(name) for run in runs)]
     for one, state in groups:
         first = len(groups) == 1 or state is one.states[0]
         if first and (said := _judging(state.runs, folds)):
@@ -191,8 +210,31 @@ def board_of(
             if len(groups) > len(found):
                 further["stale"] = state is not one.states[0]
                 further["state"] = state.kind if further["stale"] else "newest"
+            for name in asked:
+                further |= _FURTHER[name](run, judged_by(state.runs, folds))
             rows.append(_row(run, groups[0][1].digest, chosen=run is chosen) | further)
     return rows
+
+
+def _worst(run: Run, judged: str) -> dict[str, Any]:
+    """Columns of the leaderboard about the group of the lowest accuracy."""
+    tables = (run.metrics.get("groups") or {}).get(judged)
+    line = worst_of(tables) if tables else None
+    return {
+        "worst_group": name_of(line) if line else "",
+        "worst_group_accuracy": line and line["accuracy"],
+        "worst_group_interval": line and line["accuracy_interval"],
+    }
+
+
+def answered(run: Run, judged: str = "") -> dict[str, Any]:
+    """Columns of the leaderboard about answers that are withheld, whatever the runs are compared by."""
+    abstain = (run.metrics.get("answers") or {}).get("abstain")
+    return {"answered": abstain and abstain["coverage"], "answered_precision": abstain and abstain["precision"]}
+
+
+# Entry of metrics.json that is there only if requested -> its columns of the leaderboard.
+_FURTHER: dict[str, Callable[[Run, str], dict[str, Any]]] = {"groups": _worst, "answers": answered}
 
 
 def _judging(runs: Sequence[Run], folds: bool | None) -> str:
@@ -223,6 +265,15 @@ def check_folds(runs: Sequence[Run], folds: bool | None) -> None:
         )
 
 
+def check_tables(runs: Sequence[Run], by: str) -> None:
+    """Raise ``ConfigurationError`` if runs are to be compared by their worst group and none of them has tables by group."""
+    if by == WORST_GROUP and runs and not any(run.metrics.get("groups") for run in runs):
+        raise ConfigurationError(
+            f"{WORST_GROUP}: none of {counted(len(runs), 'run')} has tables by group. Train with --by and a column of the manifest, "
+            "such as --by group; runs that are there get their tables without being trained again"
+        )
+
+
 def by_folds(runs: Sequence[Run], folds: bool | None = None) -> bool:
     """Whether runs on the same state of a data set are compared by cross-validation instead of by validation.
 
@@ -237,12 +288,26 @@ def by_folds(runs: Sequence[Run], folds: bool | None = None) -> bool:
 
 def ranked(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = None) -> list[Run]:
     """Sort runs, the best first: by the score, then by log loss; see `by_folds`, runs without folds come last then."""
-    return sorted(runs, key=functools.partial(_rank, by=by, folds=by_folds(runs, folds)))
+    return sorted(runs, key=functools.partial(_rank, by=by, judged=judged_by(runs, folds)))
 
 
-def _rank(run: Run, by: str, folds: bool) -> tuple[bool, float, float, str]:
-    scores = run.metrics["cv"] if folds and run.metrics["cv"] else run.metrics["validation"]
-    return folds and not run.metrics["cv"], -scores[by], scores["log_loss"], run.run_id
+def judged_by(runs: Sequence[Run], folds: bool | None = None) -> str:
+    """The scores by which runs on the same state of a data set are compared: ``cv`` or ``validation``; see `by_folds`."""
+    return "cv" if by_folds(runs, folds) and any(run.metrics["cv"] for run in runs) else "validation"
+
+
+def _score(run: Run, by: str, judged: str) -> float | None:
+    """The score of a run to compare; None if it has none."""
+    if by == WORST_GROUP:
+        tables = (run.metrics.get("groups") or {}).get(judged)
+        return float(worst_of(tables)["accuracy"]) if tables else None
+    return float(run.metrics[judged][by]) if run.metrics[judged] else None
+
+
+def _rank(run: Run, by: str, judged: str) -> tuple[bool, float, float, str]:
+    score, scores = _score(run, by, judged), run.metrics[judged] or run.metrics["validation"]
+    value = scores.get(by, scores["accuracy"]) if score is None else score
+    return score is None, -value, scores["log_loss"], run.run_id
 
 
 def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
@@ -277,24 +342,36 @@ def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = N
     It is the simplest and fastest of those whose score lies within the interval of the best one, see
     `pipeline.scores.selection.choose`.
     """
-    order = ranked(runs, by, folds=folds)
-    judged = "cv" if by_folds(runs, folds) and order[0].metrics["cv"] else "validation"
-    order = [run for run in order if run.metrics[judged]]
-    best = order[0].metrics[judged]
+    judged = judged_by(runs, folds)
+    if all(_score(run, by, judged) is None for run in runs):
+        by = "accuracy"
+    order = [run for run in ranked(runs, by, folds=folds) if _score(run, by, judged) is not None]
+    low = _low(order[0], by, judged)
+    candidates = [
+        Candidate(
+            _score(run, by, judged) or 0.0,
+            run.environment.get("parameters"),
+            float(run.environment.get("fit_seconds") or 0),
+        )
+        for run in order
+    ]
+    return order[choose(candidates, low)]
+
+
+def _low(run: Run, by: str, judged: str) -> float:
+    """Lower end of the 95 % interval of a run's score."""
+    best = run.metrics[judged]
+    if by == WORST_GROUP:
+        line = worst_of(run.metrics["groups"][judged])
+        return wilson_interval(line["right"], line["n"])[0]
     low = interval_of(best)[0]
     if by == "balanced_accuracy":
         # First guess: the interval of the accuracy, shifted, as both intervals are about equally wide.
         low += best["balanced_accuracy"] - best["accuracy"]
         if judged == "validation":
             try:
-                rows = read_predictions(order[0])
+                rows = read_predictions(run)
                 low = balanced_accuracy_interval(rows.labels, rows.probabilities.argmax(axis=1))[0]
             except RunError as problem:
                 logger.warning("%s; the interval of its accuracy is used instead", problem)
-    candidates = [
-        Candidate(
-            run.metrics[judged][by], run.environment.get("parameters"), float(run.environment.get("fit_seconds") or 0)
-        )
-        for run in order
-    ]
-    return order[choose(candidates, low)]
+    return low

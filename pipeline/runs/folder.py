@@ -21,7 +21,7 @@ from features.errors import ConfigurationError, FormatVersionError, RunError, ne
 from features.files import quoted, read_small
 from features.recipe import Recipe
 from features.sources.reading import Reading
-from pipeline.config import History, MetricsFile, RunConfig, load_yaml, parse
+from pipeline.config import METRICS_FILES, History, RunConfig, load_yaml, parse, parse_one_of
 from pipeline.presets import DENSE, EPOCHS, PRESETS, EstimatorParameters, Preset
 
 logger = logging.getLogger(__name__)
@@ -94,7 +94,8 @@ class Run:
         missing = [name for name in (*FILES, *config.model) if not _is_file(folder / name)]
         if missing:
             raise RunError(f"{folder}: the run is incomplete, missing: {', '.join(missing)}; train it again")
-        metrics = parse(MetricsFile, _read_json(folder / "metrics.json"), str(folder / "metrics.json"), error=RunError)
+        values = _read_json(folder / "metrics.json")
+        metrics = parse_one_of(METRICS_FILES, values, str(folder / "metrics.json"), error=RunError)
         if metrics.run_id != config.run_id:
             raise RunError(f"{folder / 'metrics.json'}: belongs to {metrics.run_id}, config.yaml to {config.run_id}")
         environment = _read_json(folder / "environment.json")

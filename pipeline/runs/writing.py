@@ -17,7 +17,7 @@ from features.files import atomic_file, sync_folder
 from features.networks.quantised import find, keep, networks_of_runs, networks_of_store, place_in
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
-from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, parse, yaml_text
+from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, metrics_format, parse, yaml_text
 from pipeline.runs.folder import (
     BACKBONE_MODEL,
     BACKBONE_WEIGHTS,
@@ -212,10 +212,11 @@ def _write_files(
 
 
 def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
-    """Add scores (``test``, ``cv`` or ``averaged``) to ``metrics.json`` of a finished run."""
+    """Add scores (``test``, ``cv``, ``averaged``, ``answers`` or ``groups``) to ``metrics.json`` of a finished run."""
     path = run.folder / "metrics.json"
+    metrics = {**run.metrics, **{name: dict(values) for name, values in scores.items()}}
     with atomic_file(path) as temporary:
-        _write_json(temporary, {**run.metrics, **{name: dict(values) for name, values in scores.items()}})
+        _write_json(temporary, {**metrics, "format": metrics_format(metrics)})
     return Run.open(run.folder)
 
 

@@ -14,7 +14,8 @@ from pipeline.intervals import wilson_interval
 SEARCH_ROWS = 20_000  # rows used in cross-validation; more rows cost much and rarely change a choice
 FEW = 30  # validation images; with fewer, one of them moves the accuracy by more than 3 points
 USUAL_FOLDS = 5  # folds that are suggested, and used in a sweep, where validation images are few
-CHOICES = ("accuracy", "balanced_accuracy")
+WORST_GROUP = "worst_group_accuracy"  # of the tables by group that a run has
+CHOICES = ("accuracy", "balanced_accuracy", WORST_GROUP)
 
 
 def stratified_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:

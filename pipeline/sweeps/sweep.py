@@ -10,7 +10,7 @@ import dataclasses
 import logging
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +28,26 @@ from pipeline.heads.head import Head
 from pipeline.heads.kinds import head_of, make_head, resolve_pool
 from pipeline.heads.pooling import pooled_width
 from pipeline.heads.prepared import Prepared
+from pipeline.heads.promises import (
+    FOLDS,
+    NOTHING,
+    VALIDATION,
+    Asked,
+    check_rows,
+    has_tables,
+    promised,
+    tabled,
+    with_default,
+)
 from pipeline.heads.records import run_id_of, test_scores, write_fitted
-from pipeline.runs.board import check_choice, leaderboard
+from pipeline.runs.board import answered, check_choice, judged_by, leaderboard
 from pipeline.runs.folder import Run, find_runs, is_finished
 from pipeline.runs.writing import add_plots, add_scores
 from pipeline.scores.metrics import evaluate
 from pipeline.scores.selection import FEW, USUAL_FOLDS
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
 from pipeline.sweeps.workers import Lost, in_parallel
-from pipeline.tables import board_text
+from pipeline.tables import board_text, promise_lines
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +124,8 @@ def run_sweep(
     jobs: int | None = None,
     folds: int | None = 0,
     memory: int | None = None,
-    choose: str | None = None,
     test: bool = False,
+    asked: Asked = NOTHING,
     where: str = "sweep",
     ready: Callable[[], None] | None = None,
     progress: Progress | None = None,
@@ -141,10 +152,11 @@ def run_sweep(
     memory : int, optional
         Bytes that training may use; default: half of the available memory. Rows that do not fit are read from the store
         piece by piece, and heads that cannot be trained in this way fail.
-    choose : {"accuracy", "balanced_accuracy"}, optional
-        Score to choose by; default: the one in the sweep.
     test : bool
         Whether to score the chosen head, and no other, on the test split.
+    asked : Asked
+        What is asked of answers. All heads get tables by group, default: of the columns that the sweep names; only
+        the chosen head gets a precision and sets.
     where : str
         Name of the sweep in messages.
     ready : callable, optional
@@ -171,16 +183,18 @@ def run_sweep(
         raise ConfigurationError(f"--folds: received {folds}, expected 2 or more, or 0 for none")
     if jobs is not None and jobs < 1:
         raise ConfigurationError(f"--n-jobs: received {jobs}, expected 1 or more")
-    by, runs = choose or sweep.choose, Path(runs)
+    by, runs = sweep.choose, Path(runs)
     check_choice(by)
+    asked = with_default(dataclasses.replace(asked, by=asked.by or sweep.by), by, stores)
     every, failed = _plan(stores, sweep, names, where)
-    every, missing = _to_train(every, failed, runs, folds or 0)
+    every, missing = _to_train(every, failed, runs, folds or 0, asked)
     for store in {id(job.store): job.store for job in missing}.values():
         needs_rows(store, "train", "validation")
         if folds:
             needs_folds(store)
     judged_by_folds = None if folds is None else bool(folds)
     folds = _usual_folds(every, missing) if folds is None else folds
+    _check_promises(asked, every, folds)
     _announce_long(missing, folds)
     if test:
         for store in stores:
@@ -188,9 +202,12 @@ def run_sweep(
     writable_folder(runs)
     tell = progress or (lambda stage, done, total: None)
     memory = memory or usable_memory()
-    trained, lost = 0, set()
+    trained, lost, out_of_fold = 0, set(), dict[str, np.ndarray | None]()
+    alone = {group[0].run_id for group in _by_data(every) if len(group) == 1}
     for job, outcome in _train_all(missing, runs, jobs or processors(), folds, memory, ready):
-        reason = outcome if isinstance(outcome, str) else _write(job, outcome, runs, folds, memory)
+        reason = outcome if isinstance(outcome, str) else _write(job, outcome, runs, folds, memory, asked)
+        if job.run_id in alone and not isinstance(outcome, str):
+            out_of_fold[job.run_id] = outcome.out_of_fold
         if reason:
             failed.append({"head": str(job), "reason": reason})
             lost.add(job.run_id)
@@ -199,6 +216,7 @@ def run_sweep(
             trained += 1
         tell("heads", trained + len(lost), len(missing))
     made = [job.run_id for job in every if job.run_id not in lost]
+    _table_finished(every, missing, runs, asked)
     board = leaderboard(runs, by=by, folds=judged_by_folds, only=set(made)) if made else []
     if trained:
         for row in board[:PLOTTED]:
@@ -208,6 +226,8 @@ def run_sweep(
                 logger.warning("%s: the plots could not be drawn: %s", row["run_id"], problem)
     if test and board:
         _test_chosen(every, board, runs)
+    if asked.option and board:
+        _promise_chosen(every, board, runs, asked, judged_by_folds, out_of_fold)
     return SweepResult(made, trained, len(every) - len(missing), failed, board, time.monotonic() - started)
 
 
@@ -228,6 +248,7 @@ def summary(result: SweepResult, runs: str | Path, *, width: int | None = None) 
     if result.board:
         lines.append(board_text(result.board, SHOWN, width=width))
         lines.append("* chosen: the simplest and fastest head whose score lies within the interval of the best one")
+        lines += [line for row in result.board for line in promise_lines(row.get("answers"))]
     return "\n".join(lines)
 
 
@@ -289,14 +310,30 @@ def _announce_long(missing: Sequence[Job], folds: int) -> None:
         logger.warning("%s", said)
 
 
+def _by_data(every: Sequence[Job]) -> list[list[Job]]:
+    """The jobs on the same images, labels and splits together: one of them is chosen."""
+    together = collections.defaultdict(list)
+    for job in every:
+        together[job.store.data_digest].append(job)
+    return list(together.values())
+
+
+def _check_promises(asked: Asked, every: Sequence[Job], folds: int) -> None:
+    """Refuse, before training, promises for which no rows would be left; see `check_rows`."""
+    for jobs in _by_data(every):
+        chosen_by = "" if len(jobs) == 1 else FOLDS if folds else VALIDATION
+        check_rows(asked, [job.head for job in jobs], chosen_by, folds=bool(folds))
+
+
 def _to_train(
-    every: Sequence[Job], failed: list[dict[str, str]], runs: Path, folds: int
+    every: Sequence[Job], failed: list[dict[str, str]], runs: Path, folds: int, asked: Asked
 ) -> tuple[list[Job], list[Job]]:
     """The jobs, and those without a finished run. A run of another release is kept, and its job counts as failed."""
     kept, missing = list[Job](), list[Job]()
+    alone = {jobs[0].run_id for jobs in _by_data(every) if len(jobs) == 1}
     for job in every:
         try:
-            done = _is_done(runs / job.run_id, folds)
+            done = _is_done(runs / job.run_id, folds, asked, alone=job.run_id in alone)
         except FormatVersionError as problem:
             failed.append({"head": str(job), "reason": str(problem)})
             continue
@@ -306,11 +343,43 @@ def _to_train(
     return kept, missing
 
 
-def _is_done(folder: Path, folds: int) -> bool:
+def _is_done(folder: Path, folds: int, asked: Asked, *, alone: bool) -> bool:
+    """Whether a run has all that is asked of it and that needs rows out of fold, which no run keeps."""
     if not is_finished(folder):
         return False
-    held_out = Run.open(folder).metrics["cv"]
-    return not folds or (held_out is not None and held_out["folds"] == folds)
+    if not folds:
+        return True
+    run = Run.open(folder)
+    held_out = run.metrics["cv"]
+    promised_too = not (alone and asked.option) or asked.met_by(run, VALIDATION, FOLDS)
+    return bool(held_out and held_out["folds"] == folds and has_tables(run, asked, FOLDS) and promised_too)
+
+
+def _table_finished(every: Sequence[Job], missing: Sequence[Job], runs: Path, asked: Asked) -> None:
+    """Give runs that were there before the tables by group that they lack."""
+    trained = {job.run_id for job in missing}
+    for job in every:
+        if job.run_id not in trained and not has_tables(run := Run.open(runs / job.run_id), asked, VALIDATION):
+            tabled(run, job.store, asked)
+
+
+def _promise_chosen(
+    every: Sequence[Job],
+    board: list[dict[str, Any]],
+    runs: Path,
+    asked: Asked,
+    judged_by_folds: bool | None,
+    out_of_fold: Mapping[str, np.ndarray | None],
+) -> None:
+    """Find what the chosen head of each data set, and no other, can promise of its answers; note it in the board too."""
+    for jobs in _by_data(every):
+        found = [row for row in board if row["chosen"] and row["run_id"] in {job.run_id for job in jobs}]
+        for row in found:
+            job = next(job for job in jobs if job.run_id == row["run_id"])
+            beside = [Run.open(runs / other["run_id"]) for other in board if other["data"] == row["data"]]
+            chosen_by = "" if len(jobs) == 1 else judged_by(beside, judged_by_folds)
+            run = promised(Run.open(runs / job.run_id), job.store, asked, chosen_by, out_of_fold.get(job.run_id))
+            row |= {**answered(run), "answers": run.metrics["answers"]}
 
 
 def _train_all(
@@ -398,7 +467,7 @@ def _in_this_process(jobs: Sequence[Job], prepared: Prepared, folds: int) -> Ite
             yield from zip(part, fit_companions([job.head for job in part], prepared, folds), strict=True)
 
 
-def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> str:
+def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int, asked: Asked) -> str:
     """Score a trained head and write its run; return the reason if the head cannot be scored or saved, else ``""``."""
     try:
         held_out = _fold_scores(job, fitted.out_of_fold, folds)
@@ -406,6 +475,8 @@ def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int) -> str
             write_fitted(runs, job.run_id, job.store, job.name, fitted, memory=memory, cv=held_out, plots=False)
         elif held_out is not None:
             add_scores(Run.open(runs / job.run_id), cv=held_out)
+        if asked.by:
+            tabled(Run.open(runs / job.run_id), job.store, asked, fitted.out_of_fold)
     except (RunError, OSError):  # the folder cannot be written, which would stop every head
         raise
     except Exception as problem:  # noqa: BLE001  predictions that are no numbers, a classifier that cannot be saved, ...

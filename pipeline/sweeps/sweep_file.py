@@ -46,11 +46,15 @@ class SweepHead(Settings):
 
 
 class SweepFile(Settings):
-    """A sweep. ``seed`` is the random seed of every head and of the row order, ``choose`` the score to choose by."""
+    """A sweep. ``seed`` is the random seed of every head and of the row order, ``choose`` the score to choose by.
+
+    ``by`` are the columns for which every head gets a table by group.
+    """
 
     version: Literal[1]
     seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
-    choose: Literal["accuracy", "balanced_accuracy"] = "accuracy"
+    choose: Literal["accuracy", "balanced_accuracy", "worst_group_accuracy"] = "accuracy"
+    by: tuple[str, ...] = ()
     heads: Annotated[list[SweepHead], Field(min_length=1)]
 
 
