@@ -20,6 +20,7 @@ from features.networks.quantised import find, networks_of_store, place_in, read
 from features.progress import Progress, counted, duration
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
+from features.targets import MULTILABEL, Target, known_cells
 from pipeline.tables import shortened, table_text
 
 logger = logging.getLogger(__name__)
@@ -120,6 +121,7 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "split_rule": store.split_rule,
         "source": printable(store.source),
         "data_digest": store.data_digest,
+        **({} if store.images.target is None else {"target": _described_target(store.images.target)}),
         "data_sets": {
             name: {
                 "shape": list(store.shape(name)),
@@ -135,6 +137,21 @@ def describe(store: FeatureStore) -> dict[str, Any]:
         "quarantine": [{"path": printable(path), "reason": reason} for path, reason in reasons],
         "provenance": store.provenance,
     }
+
+
+def _described_target(target: Target) -> dict[str, Any]:
+    """Describe a target: of each label in how many images it holds, of each number its range and mean."""
+    values, known = target.values, known_cells(target.values)
+    columns = []
+    for name, column, there in zip(target.columns, values.T, known.T, strict=True):
+        found = column[there]
+        line: dict[str, Any] = {"name": name, "known": len(found)}
+        if target.task == MULTILABEL:
+            line["images"] = int(found.sum())
+        elif len(found):
+            line |= {"least": float(found.min()), "mean": float(found.mean()), "greatest": float(found.max())}
+        columns.append(line)
+    return {"task": target.task, "name": target.name, "unlabelled": int((~target.known).sum()), "columns": columns}
 
 
 def _network_of(store: FeatureStore, digest: str) -> str | None:
@@ -235,8 +252,22 @@ def class_table(document: dict[str, Any]) -> str:
     return table_text(rows, "  ") + (f"\n  and {left} more classes (--json lists all)" if left else "")
 
 
+def target_table(document: dict[str, Any]) -> str:
+    """Format the columns of the target, the first `MOST_CLASSES` of them."""
+    columns = document["target"]["columns"]
+    rows = [{**line, "name": printable(line["name"])} for line in columns[:MOST_CLASSES]]
+    rows = [{key: line.get(key) for key in max(rows, key=len)} for line in rows]
+    left = len(columns) - len(rows)
+    return table_text(rows, "  ") + (f"\n  and {left} more columns (--json lists all)" if left else "")
+
+
 def _class_names(document: dict[str, Any]) -> str:
-    """Name the first few classes beside their number."""
+    """Name the first few classes, or columns of the target, beside their number."""
+    if "target" in document:
+        target = document["target"]
+        names = [printable(shortened(line["name"], 20)) for line in target["columns"]]
+        more = ", ..." if len(names) > SHOWN_CLASSES else ""
+        return f"{target['task']} of {counted(len(names), 'column')} ({', '.join(names[:SHOWN_CLASSES])}{more})"
     names = [printable(shortened(name, 20)) for name in document["classes"]]
     more = ", ..." if len(names) > SHOWN_CLASSES else ""
     return counted(len(names), "class") + (f" ({', '.join(names[:SHOWN_CLASSES])}{more})" if names else "")

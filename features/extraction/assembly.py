@@ -25,7 +25,14 @@ from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.advice import empty_splits
 from features.sources.scan import ImageSet
-from features.sources.splits import SplitRule, assign_splits, find_conflicts, find_leakage, warnings_about
+from features.sources.splits import (
+    SplitRule,
+    assign_splits,
+    find_conflicts,
+    find_leakage,
+    warnings_about,
+    warnings_about_target,
+)
 from features.store.reader import FeatureStore
 from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.store.writer import StoreWriter
@@ -76,6 +83,7 @@ def table_of(
     SourceError
         If no image could be read; with ``strict``, if the same bytes are found in two splits.
     """
+    images, identities = _united(images, identities)
     good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
     bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
     if not len(good):
@@ -83,7 +91,8 @@ def table_of(
         raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
     sha256 = digest_rows(identities[index].sha256 for index in good)
     groups = None if images.groups is None else tuple(images.groups[index] for index in good)
-    splits, warnings = assign_splits(images.labels[good], images.given_splits[good], groups, sha256, rule)
+    strata = images.strata[good]
+    splits, warnings = assign_splits(strata, images.given_splits[good], groups, sha256, rule)
     table = ImageTable(
         paths=tuple(images.paths[index] for index in good),
         sha256=sha256,
@@ -95,18 +104,25 @@ def table_of(
         sizes=images.sizes[good],
         mtimes_ns=images.mtimes_ns[good],
         columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
+        target=None if images.target is None else images.target.some(good),
     )
     given = images.given_splits[good]
     hint = _hint(rule, given, grouped=groups is not None)
     enough = ENOUGH if hint == FEW_HINT else 0
-    warnings += warnings_about(table.labels, table.splits, images.classes, hint, enough, whole=not images.left_out)
-    empty = empty_splits(table.labels, table.splits, groups, sha256, str(rule), given)
+    if table.target is None:
+        warnings += warnings_about(table.labels, table.splits, images.classes, hint, enough, whole=not images.left_out)
+    else:
+        warnings += warnings_about_target(table.target, table.splits, hint)
+    empty = empty_splits(strata, table.splits, groups, sha256, str(rule), given)
     warnings += [f"no labelled image is in {split}: {advice}" for split, advice in empty.items() if split != "test"]
     for message in warnings:
         logger.warning("%s", message)
-    if conflicts := find_conflicts(sha256, table.labels, splits, table.paths):
+    values = table.labels if table.target is None else table.target.codes
+    if conflicts := find_conflicts(sha256, values, splits, table.paths):
         logger.warning(
-            "%s the same bytes as one of another class in the same split, so one label is wrong: %s",
+            "%s the same bytes as one of another label in the same split, so one label is wrong: %s"
+            if table.target is not None
+            else "%s the same bytes as one of another class in the same split, so one label is wrong: %s",
             counted(len(conflicts), "image", "has"), _equal(conflicts),
         )  # fmt: skip
     leaks = find_leakage(sha256, splits, table.paths)
@@ -124,6 +140,28 @@ def table_of(
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
     )
     return table, quarantine
+
+
+def _united(images: ImageSet, identities: Sequence[Identity]) -> tuple[ImageSet, Sequence[Identity]]:
+    """Make one image of those with the same bytes in one given split, the first, with the labels of all their folders."""
+    if not images.united or images.target is None:
+        return images, identities
+    first: dict[tuple[bytes, int], int] = {}
+    values, kept = images.target.values.copy(), []
+    for row, identity in enumerate(identities):
+        key = identity.sha256, int(images.given_splits[row])
+        place = first.setdefault(key, row) if identity.reason is None else row
+        if place == row:
+            kept.append(row)
+        elif images.target.known[row] and not images.target.known[place]:
+            values[place] = values[row]
+        elif images.target.known[row]:
+            values[place] |= values[row]
+    target = dataclasses.replace(images.target, values=values)
+    rows = np.array(kept, np.int64)
+    left_out = images.left_out
+    images = dataclasses.replace(dataclasses.replace(images, target=target).some(rows), left_out=left_out)
+    return images, [identities[row] for row in kept]
 
 
 def _hint(rule: SplitRule, given: np.ndarray, *, grouped: bool) -> str:
@@ -219,7 +257,8 @@ def write_store(
     kind, rows = "store" if shards is None else "index", len(contents.images)
     total, done = len(features) * rows, 0
     with atomic_file(out) as temporary:
-        writer = StoreWriter(temporary, kind=kind, rows=rows, features=features)
+        version = 1 if contents.images.target is None else 2
+        writer = StoreWriter(temporary, kind=kind, rows=rows, features=features, version=version)
         try:
             for name in features:
                 for block in blocks[name]:

@@ -246,7 +246,7 @@ class Extraction:
         identities = _settled(plan)
         if self.options.check_precision:
             readable = [row for row, identity in enumerate(identities) if identity.reason is None]
-            self._checked = self._check_precision(some_rows(self.images.labels, readable, self.options.check_precision))
+            self._checked = self._check_precision(some_rows(self.images.strata, readable, self.options.check_precision))
         if plan.old is not None and not self.options.overwrite:
             self._check_unreadable([identity.reason for identity in identities], f"{self.out} was not changed")
         rule = self.options.rule_after("" if plan.old is None else plan.old.split_rule)
@@ -335,7 +335,7 @@ def prepare(
     """
     from features.networks.network import resolve_network
 
-    image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust)
+    image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust, task=options.task)
     options = with_quantised(options, image_set, behind_link(Path(out)), progress)
     if options.limit is not None and options.limit < len(image_set):
         logger.warning(

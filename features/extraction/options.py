@@ -12,6 +12,7 @@ from features.recipe import NetworkOptions
 from features.sources.archives import Trust
 from features.sources.reading import Reading
 from features.sources.splits import SplitRule
+from features.targets import CLASSIFICATION, TASKS
 
 LAYOUTS = ("packed", "sharded")
 
@@ -32,7 +33,10 @@ class ExtractionOptions(NetworkOptions):
     seed : int
         Random seed of the views and of the split. 0 keeps the seed of a split rule that is kept.
     target : str, optional
-        Column of the manifest that holds the label; it is recorded in the store for later stages.
+        Column of the manifest that holds the label; it is recorded in the store for later stages. For other tasks several
+        columns may be named, with commas between them.
+    task : {"classification", "multilabel", "regression"}
+        What is to be predicted: one class of each image, any number of labels, or numbers.
     split_folders : str
         Folders that hold the splits, if they have other names than ``train``, ``validation`` and ``test``:
         ``train=Training,test=Testing``; see ``Reading``.
@@ -77,6 +81,7 @@ class ExtractionOptions(NetworkOptions):
     split: str | None = None
     seed: int = 0
     target: str | None = None
+    task: str = CLASSIFICATION
     split_folders: str = ""
     class_level: int = 0
     merge_labels: bool = False
@@ -104,6 +109,7 @@ class ExtractionOptions(NetworkOptions):
         check_range("shard rows", 1 if self.shard_rows is None else self.shard_rows, 1, 1 << 20)
         check_range("workers", 1 if self.workers is None else self.workers, 1, 1024)
         check_range("max unreadable", self.max_unreadable, 0, 1)
+        check_choice("task", self.task, TASKS)
         check_choice("layout", self.layout or "packed", LAYOUTS)
         check_range("check precision", self.check_precision, 0, 100_000)
         if self.rehash and self.trust_times:

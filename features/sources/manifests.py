@@ -1,4 +1,7 @@
-"""Read CSV and Parquet manifests: ``path,label[,split][,group]``, one row per image. Every error names the row."""
+"""Read CSV and Parquet manifests: ``path,label[,split][,group]``, one row per image. Every error names the row.
+
+For the tasks of `features.targets`, other columns than ``label`` may be the targets; `features.sources.cells` reads these.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
+from features.sources.cells import read_target
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
+from features.targets import CLASSIFICATION, Target
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +30,7 @@ _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 class Manifest(NamedTuple):
     """The columns of a manifest, one entry per image, in its order; an empty label or group means none.
 
-    ``columns`` holds the other columns by name, as text.
+    ``columns`` holds the other columns by name, as text; ``target`` is what the tasks other than classification predict.
     """
 
     paths: list[str]
@@ -33,9 +38,10 @@ class Manifest(NamedTuple):
     splits: list[int]
     groups: list[str]
     columns: dict[str, tuple[str, ...]]
+    target: Target | None = None
 
 
-def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) -> Manifest:
+def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION) -> Manifest:
     """Read a manifest; the image files are not accessed.
 
     Parameters
@@ -43,22 +49,28 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) 
     manifest : Path
         CSV in UTF-8, or Parquet (``.parquet``), which needs ``pyarrow``.
     target : str or None
-        Name of the label column, ``label`` by default.
+        Name of the label column, ``label`` by default; for other tasks also several names with commas between them.
     labelled : bool
         Whether labels are needed. If False, no label column is looked for.
+    task : {"classification", "multilabel", "regression"}
+        What the target columns hold; see `features.sources.cells.read_target`.
 
     Raises
     ------
     SourceError
         If a row cannot be understood (the message names it), or if the target does not hold class names.
     """
+    plain = labelled and task == CLASSIFICATION
     lines = _parquet_rows(manifest, target) if _is_parquet(manifest) else _csv_rows(manifest)
     header = next(lines, (1, []))[1]
-    columns = _columns(manifest, header, target, labelled=labelled)
-    others = {number: name.strip() for number, name in enumerate(header) if number not in columns.values()}
+    columns = _columns(manifest, header, target, labelled=plain)
+    wanted = _target_columns(manifest, header, target) if labelled and not plain else {}
+    taken = {*columns.values(), *wanted.values()}
+    others = {number: name.strip() for number, name in enumerate(header) if number not in taken}
     kept: dict[int, list[str]] = {number: [] for number, name in others.items() if name}
     first_line: dict[str, int] = {}
     names, splits, groups = [], [], []
+    targets: dict[str, list[str]] = {title: [] for title in wanted}
     for line, row in lines:
         if len(row) != len(header):
             _refuse_line(
@@ -68,9 +80,10 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) 
         if path in first_line:
             _refuse_line(manifest, line, f"{path!r} is already listed in {_place(manifest, first_line[path])}")
         first_line[path] = line
-        cells = {key: row[index].strip() for key, index in columns.items() if key != "path"}  # blanks after commas go
+        read = {key: index for key, index in {**columns, **wanted}.items() if key != "path"}
+        cells = {key: row[index].strip() for key, index in read.items()}  # blanks after commas go
         for key, cell in cells.items():
-            if cell[:1] == '"' != row[columns[key]][:1]:
+            if cell[:1] == '"' != row[read[key]][:1]:
                 _refuse_line(
                     manifest,
                     line,
@@ -81,13 +94,29 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True) 
         names.append(cells.get("label", ""))
         groups.append(cells.get("group", ""))
         splits.append(_split_code(manifest, line, cells.get("split", "")))
+        for title, texts in targets.items():
+            texts.append(cells[title])
         for number, values in kept.items():
             values.append(row[number])
     if not first_line:
         raise SourceError(f"{manifest} lists no images")
     _refuse_other_targets(manifest, target or "label", [name for name in names if name])
     further = {others[number]: tuple(values) for number, values in kept.items()}
-    return Manifest(list(first_line), names, splits, groups, further)
+    found = None
+    if targets:
+        of_row = list(first_line.values())
+        found = read_target(
+            task,
+            ",".join(targets).replace("/", "|"),
+            targets,
+            lambda row, what: _refuse_line(manifest, of_row[row], what),
+        )
+        if not found.known.any():
+            raise SourceError(
+                f"{manifest}: every cell of {listed(list(targets))} is blank, so nothing can be learned. Name other columns "
+                "with --target; or keep features alone: leave --task and --target out"
+            )
+    return Manifest(list(first_line), names, splits, groups, further, found)
 
 
 def _is_parquet(manifest: Path) -> bool:
@@ -206,6 +235,27 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
     return found
 
 
+def _target_columns(manifest: Path, header: Sequence[str], target: str | None) -> dict[str, int]:
+    """Positions of the target columns by their names, in the order in which the user named them."""
+    names = [name.strip().lower() for name in header]
+    whole = "label" if target is None else target.strip()
+    titles = [whole] if whole.lower() in names else [part.strip() for part in whole.split(",")]
+    found: dict[str, int] = {}
+    for title in titles:
+        if title.lower() not in names or not title:
+            _refuse_line(
+                manifest, 1, f"no column {title!r} for the target, received {', '.join(map(repr, header))}"
+                f"{nearest(title, header)}; name the columns with --target, as in --target age,weight",
+            )  # fmt: skip
+        place = names.index(title.lower())
+        if title.lower() in ("path", "split", "group") or place in found.values() or not title.strip("."):
+            raise SourceError(
+                f"{manifest}: --target names {title!r}, expected other columns than path, split and group, each once"
+            )
+        found[header[place].strip()] = place
+    return found
+
+
 def _manifest_path(manifest: Path, line: int, text: str) -> str:
     if not text.strip():
         _refuse_line(manifest, line, "the path is empty")
@@ -239,8 +289,8 @@ def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) ->
         if None not in numbers and any(number is not None and not number.is_integer() for number in numbers):
             raise SourceError(
                 f"{manifest}: the column {column!r} looks like a measurement ({len(distinct)} different numbers, "
-                f"such as {labels[0]}); expected class names. Regression is not supported: write ranges as names, "
-                "or choose another target"
+                f"such as {labels[0]}); expected class names. To predict numbers, add --task regression; else write ranges as "
+                "names, or choose another target"
             )
     words_of = {label: [word.strip() for word in re.split("[|;]", label)] for label in sorted(distinct)}
     lists = {label: words for label, words in words_of.items() if len(words) > 1}
@@ -253,6 +303,6 @@ def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) ->
     if mixed is not None or sum(label in lists for label in labels) > len(labels) / 2:
         raise SourceError(
             f"{manifest}: the column {column!r} seems to hold several classes per image, such as {mixed or min(lists)!r}; "
-            "expected one. Multi-label targets are not supported: choose another column with --target, or, if '|' and ';' "
-            "are part of the class names, replace them"
+            "expected one. To predict several labels for each image, add --task multilabel; else choose another column with "
+            "--target, or, if '|' and ';' are part of the class names, replace them"
         )

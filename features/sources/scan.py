@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from features.canonical import check_choice
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.pixels.decode import read_bytes
 from features.progress import counted
@@ -31,6 +32,7 @@ from features.sources.reading import Reading, read_labels, split_of
 from features.sources.sample import SAMPLE, SAMPLE_DIGEST, sample_folder
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
 from features.sources.trees import read_tree
+from features.targets import CLASSIFICATION, MULTILABEL, TASKS, TYPES, UNKNOWN, Target
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,10 @@ class ImageSet:
         ``Reading.record``: what it takes to read the same classes and splits again; empty for a plain source.
     left_out : frozenset of str
         Paths of further images of the source, if these are `some` of them.
+    target : Target, optional
+        What is to be predicted where it is not one class; there are no classes then, and all ``labels`` are -1.
+    united : bool
+        Whether images of the same bytes are one image that has the labels of all of them: those of several class folders.
     """
 
     description: str
@@ -85,6 +91,8 @@ class ImageSet:
     reader: Callable[[str], bytes] | None = dataclasses.field(default=None, repr=False)
     reading: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     left_out: frozenset[str] = frozenset()
+    target: Target | None = None
+    united: bool = False
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -99,6 +107,11 @@ class ImageSet:
         """Modification time in nanoseconds since 1970, int64, (n,); -1 for a missing file."""
         return self.stamps[:, 2]
 
+    @property
+    def strata(self) -> np.ndarray:
+        """A number for images that are alike, int32, (n,), -1 for unlabelled: the label, or `Target.strata`."""
+        return self.labels if self.target is None else self.target.strata
+
     def evenly(self, limit: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Choose at most ``limit`` of these rows, or of all, taken in turn from each class and given split.
 
@@ -107,7 +120,7 @@ class ImageSet:
         int64, ascending
         """
         rows = np.arange(len(self)) if rows is None else rows
-        kinds = self.labels[rows].astype(np.int64) * 8 + self.given_splits[rows]
+        kinds = self.strata[rows].astype(np.int64) * 8 + self.given_splits[rows]
         place = np.empty(len(rows), np.int64)  # how many of its kind come before a row
         for kind in np.unique(kinds):
             of_kind = np.flatnonzero(kinds == kind)
@@ -130,6 +143,7 @@ class ImageSet:
             groups=None if self.groups is None else chosen(self.groups),
             stamps=self.stamps[rows],
             columns={name: chosen(values) for name, values in self.columns.items()},
+            target=None if self.target is None else self.target.some(rows),
         )
 
     def read(self, index: int) -> bytes:
@@ -155,6 +169,7 @@ def scan(
     labelled: bool = True,
     reading: Reading | None = None,
     trust: Trust = "notes",
+    task: str = CLASSIFICATION,
 ) -> ImageSet:
     """List the images of a source; no image is opened.
 
@@ -175,6 +190,9 @@ def scan(
         How classes and splits are read. By default the names of the folders decide, and what is not certain is refused.
     trust : {"notes", "times", "nothing"}
         When the copy of a compressed tar in the cache is used; see ``features.sources.archives.open_archive``.
+    task : {"classification", "multilabel", "regression"}
+        What is to be predicted. For regression the source is a manifest; for multilabel it may have class folders, and an
+        image that lies in several of them has all their labels.
 
     Raises
     ------
@@ -183,6 +201,9 @@ def scan(
     ConfigurationError
         If ``target`` is given and the source is not a manifest, or ``reading`` names folders and it has none.
     """
+    check_choice("task", task, TASKS)
+    if labelled and task != CLASSIFICATION and not _is_table(source):
+        return _of_folders(source, task, scan(source, target=target, reading=reading, trust=trust))
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if "://" in text:
@@ -198,7 +219,7 @@ def scan(
     if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
         return _from_rows(text, parquet.open_tables([path], target, labelled=labelled), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
-        return _scan_manifest(path, text, target, reading, labelled=labelled)
+        return _scan_manifest(path, text, target, reading, labelled=labelled, task=task)
     if tables := _tables_in(path):
         return _from_rows(text, parquet.open_tables(tables, target, labelled=labelled), reading)
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
@@ -242,6 +263,38 @@ def _refuse_target(text: str, target: str | None) -> None:
         )
 
 
+def _is_table(source: str | Path) -> bool:
+    """Whether a source is a manifest, whose columns may hold any target."""
+    path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
+    table = path.name.lower().endswith(MANIFEST_SUFFIXES) and path.is_file()
+    return table and (path.suffix.lower() != ".parquet" or parquet.image_column(path) is None)
+
+
+def _of_folders(source: str | Path, task: str, images: ImageSet) -> ImageSet:
+    """Turn classes of folders into labels of which several may hold."""
+    if takes_target(source):
+        raise ConfigurationError(
+            f"--task {task}: {images.description} holds the images themselves, of which one class each is read. Give a "
+            "manifest, such as path,tags, of image files"
+        )
+    if task != MULTILABEL:
+        raise ConfigurationError(
+            f"--task {task}: {images.description} has class folders, not numbers. Give a manifest, such as path,age, and name "
+            "its columns with --target age"
+        )
+    values = np.zeros((len(images), len(images.classes)), TYPES[MULTILABEL])
+    rows = np.flatnonzero(images.labels >= 0)
+    values[rows, images.labels[rows]] = 1
+    values[images.labels < 0] = UNKNOWN
+    if not len(rows):
+        raise SourceError(
+            f"{images.description}: no image has a label, so there is nothing for --task {task}. Put the images of each label "
+            "into a folder of its name, or leave --task out"
+        )
+    target, none = Target("folder", images.classes, values), np.full(len(images), -1, np.int32)
+    return dataclasses.replace(images, labels=none, classes=(), target=target, united=True)
+
+
 def _refuse_missing(path: Path) -> NoReturn:
     parent = next(folder for folder in path.parents if os.path.isdir(folder))
     missing = path.relative_to(parent).parts[0]
@@ -262,6 +315,7 @@ def _image_set(
     columns: Mapping[str, tuple[str, ...]] | None = None,
     reader: Callable[[str], bytes] | None = None,
     reading: Reading = Reading(),  # noqa: B008  frozen
+    target: Target | None = None,
 ) -> ImageSet:
     """Build an ``ImageSet`` from its columns; ``names`` are class names, empty for unlabelled images."""
     names = read_labels(description, names, reading)
@@ -274,12 +328,13 @@ def _image_set(
         paths=tuple(file.path for file in files),
         labels=labels,
         classes=classes,
-        given_splits=np.where(labels < 0, UNLABELLED, np.asarray(splits)).astype(np.int8),
+        given_splits=np.where(labels < 0 if target is None else ~target.known, UNLABELLED, splits).astype(np.int8),
         groups=tuple(groups) if groups is not None and any(groups) else None,
         stamps=np.array([file.stamp for file in files], np.int64).reshape(-1, 4),
         columns=columns or {},
         reader=reader,
         reading=reading.record,
+        target=target,
     )
 
 
@@ -398,12 +453,12 @@ def _refuse_folders_of(description: str, reading: Reading) -> None:
 
 
 def _scan_manifest(
-    manifest: Path, description: str, target: str | None, reading: Reading, *, labelled: bool
+    manifest: Path, description: str, target: str | None, reading: Reading, *, labelled: bool, task: str
 ) -> ImageSet:
     if not reading.settled:  # a recorded one may be of a folder of the same images
         _refuse_folders_of(description, reading)
     root = manifest.parent
-    paths, names, splits, groups, columns = read_manifest(manifest, target, labelled=labelled)
+    paths, names, splits, groups, columns, found = read_manifest(manifest, target, labelled=labelled, task=task)
     files = _look_at_all(manifest, paths)
     missing = [file.path for file in files if file.size < 0]
     hint = _hint(root, missing)
@@ -414,17 +469,23 @@ def _scan_manifest(
         )
     if missing:
         logger.warning("%s: %s not exist: %s%s", manifest, counted(len(missing), "file", "does"), listed(missing), hint)
-    if target is None and names and all(split_of(name, alone=True) is not None for name in set(names)):
+    if (
+        target is None
+        and found is None
+        and names
+        and all(split_of(name, alone=True) is not None for name in set(names))
+    ):
         raise SourceError(
             f"{manifest}: the column 'label' holds the names of splits ({listed(sorted(set(names)))}): name that column "
             "'split', and the one with the classes 'label'. If they are classes, add --target label."
         )
-    useless = sum(1 for name, split in zip(names, splits, strict=True) if not name and split in (0, 1))
+    known = [bool(name) for name in names] if found is None else found.known.tolist()
+    useless = sum(1 for given, split in zip(known, splits, strict=True) if not given and split in (0, 1))
     if useless:
         logger.warning(
             "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
         )
-    return _image_set(description, root, files, names, splits, groups, columns, reading=reading)
+    return _image_set(description, root, files, names, splits, groups, columns, reading=reading, target=found)
 
 
 def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:

@@ -11,6 +11,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, nearest
 from features.progress import counted
+from features.targets import Target, known_cells
 
 SPLITS = ("train", "validation", "test", "unlabelled")
 NOT_GIVEN, UNLABELLED = -1, 3
@@ -400,6 +401,38 @@ def warnings_about(
                 messages[-1] += hint
                 hint = ""
     return messages
+
+
+def warnings_about_target(target: Target, splits: np.ndarray, hint: str = "") -> list[str]:
+    """Return warnings about what would harm training on a target: columns of a split in which all known values are equal.
+
+    Parameters
+    ----------
+    target : Target
+    splits : int8, (n,)
+        Index into ``SPLITS``.
+    hint : str
+        What is said after the first warning, if it is about a single split.
+    """
+    if not target.known.any():
+        return ["no image has a known target: features can be kept, but nothing can be trained"]
+    messages = []
+    found = _equal_columns(target, np.ones(len(splits), bool))
+    if found.any():
+        messages.append(f"all images have the same value, or none, of {_named(target.columns, found)}")
+    for code, split in enumerate(SPLITS[:3]):
+        alone = _equal_columns(target, splits == code) & ~found
+        if (splits == code).any() and alone.any():
+            messages.append(f"all images of {split} have the same value of {_named(target.columns, alone)}{hint}")
+            hint = ""
+    return messages
+
+
+def _equal_columns(target: Target, rows: np.ndarray) -> np.ndarray:
+    """Whether the known values of a column are equal in these rows: bool, (columns,)."""
+    values, known = target.values[rows].astype(np.float64), known_cells(target.values[rows])
+    low, high = np.where(known, values, np.inf), np.where(known, values, -np.inf)
+    return np.asarray(low.min(axis=0, initial=np.inf) >= high.max(axis=0, initial=-np.inf))
 
 
 def _named(classes: Sequence[str], mask: np.ndarray) -> str:

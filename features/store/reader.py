@@ -31,6 +31,7 @@ from features.store.schema import (
     FURTHER_COLUMNS,
     IMAGE_COLUMNS,
     QUARANTINE_COLUMNS,
+    TARGETS,
     ImageTable,
     Quarantine,
     ShardTable,
@@ -42,6 +43,7 @@ from features.store.schema import (
 )
 from features.store.sharded import ShardedArray, by_shard
 from features.store.untrusted import WAY_OUT, check_tables, read_recipes, read_structure, reading
+from features.targets import UNKNOWN, Target
 
 logger = logging.getLogger(__name__)
 _SHARD_NAME = re.compile("[0-9a-f]{20}")
@@ -145,7 +147,8 @@ class FeatureStore:
     def images(self) -> ImageTable:
         """The table of images, verified against its checksums."""
         names = set(IMAGE_COLUMNS) - (set() if "/images/group/ends" in self._entries else {"group"})
-        table = ImageTable(**{"groups": None, **self._columns("/images", names)}, columns=self._further_columns())
+        columns = {"groups": None, **self._columns("/images", names), "columns": self._further_columns()}
+        table = ImageTable(**columns, target=self._target())
         # The rows of a shard have no labels and splits until assembly.
         splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
         self._check_range("/images/label", table.labels, -1, len(self.classes) - 1)
@@ -169,7 +172,7 @@ class FeatureStore:
     def data_digest(self) -> str:
         """sha256 of the classes and of each row's content hash, label and split: it identifies training data."""
         table = self.images
-        return data_digest(self.classes, table.sha256, table.labels, table.splits)
+        return data_digest(self.classes, table.sha256, table.labels, table.splits, table.target)
 
     @functools.cached_property
     def shards(self) -> ShardTable:
@@ -221,6 +224,12 @@ class FeatureStore:
             )
         return np.flatnonzero(self.images.splits == SPLITS.index(split))
 
+    @property
+    def y(self) -> np.ndarray:
+        """What is to be predicted of each row: labels, int32 (n,), or the values of the target (n, columns)."""
+        table = self.images
+        return table.labels if table.target is None else table.target.values
+
     def load(
         self, split: str | None = None, name: str | None = None, views: int | str = 0
     ) -> tuple[np.ndarray, np.ndarray]:
@@ -240,7 +249,7 @@ class FeatureStore:
         X : float32 or float16, (n, ...), or (n, K, ...) with ``views="all"``
             Read-only and memory-mapped if the rows of the split are contiguous, else a copy.
         y : int32, (n,)
-            Labels, -1 for unlabelled.
+            Labels, -1 for unlabelled. If the store has a target, its values: uint8 or float64, (n, columns).
 
         Raises
         ------
@@ -250,7 +259,7 @@ class FeatureStore:
         name = self.feature_set(name)
         array = self.array(name)
         rows = self.rows(split)
-        labels = self.images.labels[rows]
+        labels = self.y[rows]
         chosen: Any = slice(None)
         if views != "all":
             if not isinstance(views, int) or not 0 <= views < array.shape[1]:
@@ -476,7 +485,8 @@ class FeatureStore:
         if len(data) != count * entry.row_bytes or digest.digest() != entry.digests[block].tobytes():
             raise IntegrityError(f"{where} are not what was written (checksum differs). {WAY_OUT}")
         rows = np.frombuffer(data, entry.dtype).reshape(count, *entry.shape[1:])
-        if entry.dtype.kind == "f" and not np.isfinite(rows).all():
+        bad = np.isinf if key.startswith(f"{TARGETS}/") else _is_not_finite  # an unknown number is NaN
+        if entry.dtype.kind == "f" and bad(rows).any():
             raise IntegrityError(f"{where} hold values that are not finite. {WAY_OUT}")
         return rows
 
@@ -502,6 +512,18 @@ class FeatureStore:
             raise IntegrityError(f"{self.path}: {len(names)} further columns have {len(values)} values. {WAY_OUT}")
         return {name: values[number * len(self) : (number + 1) * len(self)] for number, name in enumerate(names)}
 
+    def _target(self) -> Target | None:
+        key = next((key for key in self._entries if key.startswith(f"{TARGETS}/") and key.endswith("/values")), None)
+        if key is None:
+            return None
+        group = key.removesuffix("/values")
+        columns, values = self._strings_of(f"{group}/columns"), self._values_of(key)
+        if len(set(columns)) != len(columns) or len(columns) != values.shape[1]:
+            raise IntegrityError(f"{self.path}: {group} names {len(columns)} columns of {values.shape[1]}. {WAY_OUT}")
+        if values.dtype.kind == "u" and not np.isin(values, (0, 1, UNKNOWN)).all():
+            raise IntegrityError(f"{self.path}: {key} holds other numbers than 0, 1 and {UNKNOWN}. {WAY_OUT}")
+        return Target(group.removeprefix(f"{TARGETS}/"), columns, values)
+
     def _values_of(self, key: str) -> np.ndarray:
         entry = self._entries[key]
         return np.concatenate([np.empty((0, *entry.shape[1:]), entry.dtype), *self._verify_blocks(key)])
@@ -513,6 +535,10 @@ class FeatureStore:
             raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
         pairs = zip(starts.tolist(), ends.tolist(), strict=True)
         return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
+
+
+def _is_not_finite(values: np.ndarray) -> np.ndarray:
+    return np.asarray(~np.isfinite(values))
 
 
 def _open_again(path: Path, *, kinds: tuple[str, ...], digest: bytes) -> FeatureStore:

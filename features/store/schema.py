@@ -12,9 +12,10 @@ import numpy as np
 
 from features.canonical import canonical_json
 from features.recipe import Recipe
+from features.targets import TYPES, Target
 
 FORMAT = "bottleneck-features"
-FORMAT_VERSIONS = (1, 2)  # that are read; a file is written with the lowest that allows its recipes
+FORMAT_VERSIONS = (1, 2)  # that are read; a file is written with the lowest that allows its recipes and targets
 CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
 TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes would not fit into the object header
 PLACE = np.dtype("<i4")  # a place is three such numbers: shard, row, position on the shard's view axis
@@ -44,6 +45,8 @@ class ImageTable:
         Modification time in nanoseconds since 1970.
     columns : mapping of str to tuple of str, length n
         Further columns of the source, by name.
+    target : Target, optional
+        What is to be predicted where it is not one class: the labels are then all -1.
     """
 
     paths: tuple[str, ...]
@@ -56,9 +59,15 @@ class ImageTable:
     sizes: np.ndarray
     mtimes_ns: np.ndarray
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    target: Target | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def strata(self) -> np.ndarray:
+        """A number for rows that are alike, int32, (n,), -1 for unlabelled: the label, or `Target.strata`."""
+        return self.labels if self.target is None else self.target.strata
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,6 +124,8 @@ SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "d
 # Names of the further columns, and their values, one column after the other.
 FURTHER_COLUMNS = ("/columns/name", "/columns/value")
 OPTIONAL_COLUMNS = {"/images/group"}
+TARGETS = "/targets"  # the group that holds one group for the target, with its values and the names of its columns
+TARGET_TYPES = tuple(TYPES.values())
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")
 
 
@@ -134,11 +145,19 @@ def root_groups(kind: str) -> tuple[str, ...]:
     return (values_group(kind), *shards, "images", "classes", "quarantine", "checksums")
 
 
-def data_digest(classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> str:
-    """Return the sha256 of the classes and of each row's content hash, label and split: it identifies training data."""
+def data_digest(
+    classes: Sequence[str], sha256: np.ndarray, labels: np.ndarray, splits: np.ndarray, target: Target | None = None
+) -> str:
+    """Return the sha256 of the classes and of each row's content hash, label and split: it identifies training data.
+
+    A target adds its task, its columns and its values.
+    """
     digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
     for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
         digest.update(np.ascontiguousarray(column).tobytes())
+    if target is not None:
+        digest.update(canonical_json([target.task, list(target.columns)]).encode("ascii"))
+        digest.update(np.ascontiguousarray(target.values).tobytes())
     return digest.hexdigest()
 
 

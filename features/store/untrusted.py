@@ -29,6 +29,8 @@ from features.store.schema import (
     QUARANTINE_COLUMNS,
     ROOT_ATTRIBUTES,
     SHARD_COLUMNS,
+    TARGET_TYPES,
+    TARGETS,
     TEXT_ATTRIBUTE_LIMIT,
     attributes_digest,
     block_rows,
@@ -275,7 +277,8 @@ def check_tables(structure: Structure) -> int:
     further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in entries else ()
     for key in ("/classes", *further):
         expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
-    tables = {key for key in entries if not key.startswith(f"/{values_group(kind)}/")}
+    targets = _check_target(structure)
+    tables = {key for key in entries if not key.startswith(f"/{values_group(kind)}/")} - targets
     if tables != set(expected):
         raise IntegrityError(f"unknown or missing arrays: {', '.join(sorted(tables ^ set(expected))[:5])}")
     counts: dict[str, set[int]] = {group: set() for group in known}
@@ -288,7 +291,35 @@ def check_tables(structure: Structure) -> int:
     for group, lengths in counts.items():
         if len(lengths) != 1:
             raise IntegrityError(f"{group}: columns of different lengths {sorted(lengths)}")
-    return counts["/images"].pop()
+    rows = counts["/images"].pop()
+    for key in targets:
+        if key.endswith("/values") and entries[key].shape[0] != rows:
+            raise IntegrityError(f"{key}: has {entries[key].shape[0]} rows, expected {rows}")
+    return rows
+
+
+def _check_target(structure: Structure) -> set[str]:
+    """Check the arrays of the target, and return their paths; empty if there is none."""
+    found = {key for key in structure.entries if key.startswith(f"{TARGETS}/")}
+    if not found:
+        return found
+    names = {key.split("/")[2] for key in found}
+    expected = {f"{TARGETS}/{name}/{part}" for name in names for part in ("values", "columns/utf8", "columns/ends")}
+    kind, version = structure.root["kind"], structure.root["format_version"]
+    if len(names) != 1 or found != expected or kind == "shard" or version == 1:
+        raise IntegrityError(
+            f"{TARGETS}: received {', '.join(sorted(found)[:5])} in a {kind} of version {version}, expected the values and "
+            "columns of one target, in a store of version 2"
+        )
+    for key in found:
+        entry = structure.entries[key]
+        if key.endswith("/values"):
+            good = len(entry.shape) == 2 and entry.dtype in TARGET_TYPES
+        else:
+            good = len(entry.shape) == 1 and entry.dtype == np.dtype("u1" if key.endswith("/utf8") else "<i8")
+        if not good:
+            raise IntegrityError(f"{key}: received {entry.dtype.str} {entry.shape}")
+    return found
 
 
 def read_recipes(structure: Structure, rows: int) -> tuple[dict[str, Recipe], dict[str, tuple[int, ...]]]:

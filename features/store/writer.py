@@ -20,6 +20,7 @@ from features.store.schema import (
     PLACE,
     QUARANTINE_COLUMNS,
     SHARD_COLUMNS,
+    TARGETS,
     TEXT_ATTRIBUTE_LIMIT,
     FeatureSpec,
     ImageTable,
@@ -51,9 +52,13 @@ class StoreWriter:
         Number of rows of every feature set.
     features : mapping of str to FeatureSpec
         Feature sets by name.
+    version : int
+        The least format version of the file: 2 for images with a target.
     """
 
-    def __init__(self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec]) -> None:
+    def __init__(
+        self, path: Path, *, kind: str, rows: int, features: Mapping[str, FeatureSpec], version: int = 1
+    ) -> None:
         self._sink = PatientFile(path)
         self._file = _new_file(self._sink)
         self._rows = rows
@@ -62,7 +67,7 @@ class StoreWriter:
         with self._checked():
             for name in root_groups(kind):
                 self._group(f"/{name}")
-            version = max([1, *(spec.recipe.format_version for spec in features.values())])
+            version = max([version, *(spec.recipe.format_version for spec in features.values())])
             self._set("/", format=FORMAT, format_version=version, kind=kind)
             for name, spec in features.items():
                 key = f"/{values_group(kind)}/{name}"
@@ -110,6 +115,10 @@ class StoreWriter:
                     FURTHER_COLUMNS, (sorted(images.columns), [*itertools.chain(*values)]), strict=True
                 ):
                     self._strings(key, texts)
+            if images.target is not None:
+                key = f"{TARGETS}/{images.target.name}"
+                self._column(f"{key}/values", images.target.values)
+                self._strings(f"{key}/columns", images.target.columns)
             if shards is not None:
                 self._table("/shards", SHARD_COLUMNS, shards)
             self._strings("/classes", classes)

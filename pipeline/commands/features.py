@@ -90,7 +90,12 @@ def extract(
     validation_from_train: Annotated[float, opt("Share of the given training images to move to validation.")] = 0.0,
     test_from_validation: Annotated[float, opt("Share of the given validation images to move to test.")] = 0.0,
     seed: Seed = 0,
-    target: Annotated[str | None, opt("Manifest column that holds the label.")] = None,
+    task: Annotated[
+        str, opt("What is to be predicted: classification, multilabel (any number of labels) or regression (numbers).")
+    ] = "classification",
+    target: Annotated[
+        str | None, opt("Manifest column that holds the label; for other tasks also several, with commas between them.")
+    ] = None,
     split_folders: SplitFolders = "",
     class_level: ClassLevel = 0,
     merge_labels: MergeLabels = False,
@@ -166,6 +171,7 @@ def extract(
         split=_with_moves(split, validation_from_train, test_from_validation),
         seed=seed,
         target=target,
+        task=task,
         split_folders=split_folders,
         class_level=class_level,
         merge_labels=merge_labels,
@@ -204,7 +210,9 @@ def _print_next(document: dict[str, Any], out: Path, layers: Sequence[str]) -> N
     """Suggest the next command that works on the store: none if it cannot be trained on, which warnings have explained."""
     if layers == ("boundary",):
         print_next("bottleneck", "finetune", "runs", "--from-cache", out)
-    elif len(document["classes"]) > 1 and {"train", "validation"} <= document["splits"].keys():
+    elif (len(document["classes"]) > 1 or "target" in document) and {"train", "validation"} <= document[
+        "splits"
+    ].keys():
         several = ["--features", min(document["data_sets"])] if len(document["data_sets"]) > 1 else []
         print_next("bottleneck", "train-head", out, "--head", "logistic", *several)
 
@@ -297,6 +305,7 @@ def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = Fals
 
     document = stage.describe(FeatureStore.open(file))
     classes = f"\n{stage.class_table(document)}" if document["classes"] else ""
+    classes += f"\n{stage.target_table(document)}" if "target" in document else ""
     print_document(document, as_json, f"{stage.summary(document)}\n{stage.origin(document)}{classes}")
 
 

@@ -153,6 +153,11 @@ def needs_rows(store: Any, *splits: str) -> None:
     HeadError
         If not; the message says how to mend it.
     """
+    if store.images.target is not None:
+        raise HeadError(
+            f"{store.path}: is for --task {store.images.target.task}, and heads are trained on classes only. Its features can "
+            "be read by store.load; to train heads on classes, extract again without --task (features are kept)"
+        )
     if not store.classes:
         raise HeadError(
             f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into "
