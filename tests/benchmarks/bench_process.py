@@ -97,7 +97,7 @@ def environment_of(code: Path, scratch: Path) -> dict[str, str]:
 
 def run(contender: Contender, options: argparse.Namespace, scratch: Path, limit: int | None = None) -> Cost:
     """Run a contender once, with its output absent before; the run must have made features of every image, or of ``limit``."""
-    more = () if limit is None else ("--limit", str(limit))
+    more: tuple[str, ...] = () if limit is None else ("--limit", str(limit))
     with tempfile.TemporaryDirectory(dir=scratch) as folder:
         out = Path(folder) / ("features.npz" if contender.code is None else "features.h5")
         cwd = Path(folder) if contender.code is None else contender.code
