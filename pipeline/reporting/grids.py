@@ -92,13 +92,9 @@ def prediction_grid(items: Sequence[PredictedImage], path: str | Path, *, title:
     """
     cells = []
     for item in items:
-        try:
-            image = whole_image(item.data, TILE)
-        except UnreadableImageError:  # predict has already reported it
+        pixels = square(item.data)
+        if pixels is None:  # predict has already reported it
             continue
-        square = Image.new("RGB", (TILE, TILE), EMPTY)
-        square.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
-        pixels = np.asarray(square)
         right = None if not item.label else item.label == item.predicted
         second = f"is {item.label}" if right is False else ""
         cells.append(Cell(pixels, f"{item.predicted} {item.probability:.2f}", second, right))
@@ -106,6 +102,17 @@ def prediction_grid(items: Sequence[PredictedImage], path: str | Path, *, title:
     counted = f"{sum(known)} of {len(known)} right" if known else ""
     draw_grid(rows_of(cells), path, title=": ".join(filter(None, (title, counted))))
     return len(cells)
+
+
+def square(data: bytes) -> np.ndarray | None:
+    """Draw a whole image on a square, uint8 (TILE, TILE, 3); None if it cannot be decoded."""
+    try:
+        image = whole_image(data, TILE)
+    except UnreadableImageError:
+        return None
+    page = Image.new("RGB", (TILE, TILE), EMPTY)
+    page.paste(image, ((TILE - image.width) // 2, (TILE - image.height) // 2))
+    return np.asarray(page)
 
 
 def rows_of(cells: Sequence[Cell], columns: int = COLUMNS) -> list[Sequence[Cell]]:

@@ -1,6 +1,6 @@
 """Joins a run's head to the network that made its features, checked by recipe, and cuts the result in two.
 
-run -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
+run | store -> recipe -> network -> trunk (pixels -> cut tensor, frozen) + tail (cut tensor -> logits, trained)
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import dataclasses
 import logging
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,18 +30,88 @@ from pipeline.runs.folder import Run
 from pipeline.scores.metrics import softmax
 from pipeline.tuning.settings import ALL, HEAD, LAST_BLOCK
 
+if TYPE_CHECKING:
+    from features.store.reader import FeatureStore
+
 logger = logging.getLogger(__name__)
 BATCHNORM_MODES = ("frozen", "affine", "train")
 PIXELS = "pixels"  # name of the cut if every layer is trained: the tail then takes pixels
 
 
-def network_of(run: Run, weights: str | None = None, *, device: str = "auto", quantised: str | None = None) -> Network:
-    """Find the network whose features the run's head was trained on.
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What made some features, as a run or a store notes it.
 
     Parameters
     ----------
-    run : Run
-        A run of any head.
+    name : str
+        Run folder or store, for messages.
+    made : str
+        What the features were used for, for messages.
+    recipe : Recipe
+        Their recipe.
+    backbone, weights : str
+        Where network and weights were, as given to the extraction.
+    places : tuple of Path
+        Folders in which a file that has moved is looked for.
+    networks : tuple of Path
+        Folders of quantised networks.
+    own : Path, optional
+        Folder of a run, whose fine-tuned network no other file replaces.
+    """
+
+    name: str
+    made: str
+    recipe: Recipe
+    backbone: str
+    weights: str
+    places: tuple[Path, ...]
+    networks: tuple[Path, ...]
+    own: Path | None = None
+
+    @classmethod
+    def of_run(cls, run: Run) -> Origin:
+        """The origin of the features that a run's head was trained on."""
+        folder = run.folder
+        return cls(
+            name=str(folder),
+            made="its head was trained on features",
+            recipe=run.recipe,
+            backbone=run.backbone_argument,
+            weights=run.weights_argument,
+            places=(folder, folder.parent, folder.parent.parent),
+            networks=(networks_of_runs(folder.parent), networks_of_store(Path(run.config["features"]["store"]))),
+            own=folder,
+        )
+
+    @classmethod
+    def of_store(cls, store: FeatureStore, name: str) -> Origin:
+        """The origin of one feature set of a store."""
+        return cls(
+            name=str(store.path),
+            made="it holds features",
+            recipe=store.recipes[name],
+            backbone=str(store.provenance.get("backbone", "")),
+            weights=str(store.provenance.get("weights", IMAGENET)),
+            places=(store.path.resolve().parent,),
+            networks=(networks_of_store(store.path),),
+        )
+
+
+def network_of(run: Run, weights: str | None = None, *, device: str = "auto", quantised: str | None = None) -> Network:
+    """Find the network whose features the run's head was trained on; parameters and errors are those of `network_from`."""
+    return network_from(Origin.of_run(run), weights, device=device, quantised=quantised)
+
+
+def network_from(
+    made: Origin, weights: str | None = None, *, device: str = "auto", quantised: str | None = None
+) -> Network:
+    """Find the network that made the features of a run or a store.
+
+    Parameters
+    ----------
+    made : Origin
+        What is known of it.
     weights : str, optional
         Where the weights, or the model file, are now, if they have moved since the extraction. They are recognised by
         their digest, which is part of the recipe.
@@ -53,65 +123,64 @@ def network_of(run: Run, weights: str | None = None, *, device: str = "auto", qu
     Raises
     ------
     ConfigurationError
-        If the quantised network of a run in int8 is lost.
+        If the quantised network of features in int8 is lost.
     RunError
-        If the file is missing, or the network that is found has another recipe than the run, such as other weights.
+        If the file is missing, or the network that is found has another recipe, such as other weights.
     """
-    recipe = run.recipe
+    recipe = made.recipe
     if recipe.quantised is not None:
-        folders = networks_of_runs(run.folder.parent), networks_of_store(Path(run.config["features"]["store"]))
-        quantised = str(find(recipe.quantised, folders, quantised))
+        quantised = str(find(recipe.quantised, made.networks, quantised))
     elif quantised is not None:
         raise ConfigurationError(
-            f"--quantised {quantised}: {run.run_id} is of {recipe.precision} features, not int8; leave it out"
+            f"--quantised {quantised}: {Path(made.name).name} is of {recipe.precision} features, not int8; leave it out"
         )
-    network = resolve_network(recipe.options(*_places(run, weights), device=device, quantised=quantised))
+    network = resolve_network(recipe.options(*_places(made, weights), device=device, quantised=quantised))
     differences = recipe.plain.difference(network.recipes[0])
     if "precision" in differences:
         raise RunError(
-            f"{run.folder}: its features were computed in {recipe.precision}, which is not available here "
+            f"{made.name}: its features were computed in {recipe.precision}, which is not available here "
             f"({network.recipes[0].precision} is). Install the engine that computed them (for openvino: pip install "
             "'bottleneck-features[openvino]'; for others set KERAS_BACKEND), or extract again in float32."
         )
     if differences:
         listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
         raise RunError(
-            f"{run.folder}: its head was trained on features of another network ({listed}). "
+            f"{made.name}: {made.made} of another network ({listed}). "
             "Give the weights or the model file that made them with --weights."
         )
     return network
 
 
-def _places(run: Run, given: str | None) -> tuple[str, str]:
-    """Return where the network of a run and its weights are now, as options of an extraction."""
-    backbone, weights = run.backbone_argument, given or run.weights_argument
+def _places(made: Origin, given: str | None) -> tuple[str, str]:
+    """Return where a network and its weights are now, as options of an extraction."""
+    backbone, weights = made.backbone, given or made.weights
     file = Path(backbone)
     if file.suffix.lower() == MODEL_SUFFIX:
-        if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != run.folder:
+        if given is not None and Path(given).suffix.lower() == MODEL_SUFFIX and file.parent != made.own:
             return given, IMAGENET  # a model file has its own weights
-        return str(file if file.is_file() else _moved(run, file)), weights
+        return str(file if file.is_file() else _moved(made, file)), weights
     if backbone.startswith(PREFIX):  # so does a preset
         file = Path(backbone.removeprefix(PREFIX))
-        place = given or (file if file.exists() else _moved(run, file))
+        place = given or (file if file.exists() else _moved(made, file))
         return f"{PREFIX}{str(place).removeprefix(PREFIX)}", IMAGENET
     if file.is_absolute() or is_hub_name(backbone):  # an ONNX file, its folder, or their name on a hub
         if given is None and file.is_absolute() and not file.exists():
-            given = str(_moved(run, file))
+            given = str(_moved(made, file))
         return given or backbone, IMAGENET
     if given is None and weights not in (IMAGENET, RANDOM) and not Path(weights).is_file():
-        return backbone, str(_moved(run, Path(weights)))
+        return backbone, str(_moved(made, Path(weights)))
     return backbone, weights
 
 
-def _moved(run: Run, file: Path) -> Path:
-    """Look for a file or folder of a run that is not where it was: beside the run, its folder, or here, under the same name."""
-    for folder in (run.folder, run.folder.parent, run.folder.parent.parent, Path.cwd()):
+def _moved(made: Origin, file: Path) -> Path:
+    """Look for a file or folder that is not where it was: beside the run or store, or here, under the same name."""
+    for folder in (*made.places, Path.cwd()):
         found = folder.resolve() / file.name
         if found.exists():
-            logger.warning("%s is no longer there; using %s if its digest is that of the run", file, found)
+            logger.warning("%s is no longer there; using %s if its digest is that of the features", file, found)
             return found
     raise RunError(
-        f"{run.folder}: the file of its network, {file}, is no longer there. Name the place where it is now with --weights FILE; "
+        f"{made.name}: the file of its network, {file}, is no longer there. Name the place where it is now with --weights FILE; "
         "it is recognised by its digest."
     )
 

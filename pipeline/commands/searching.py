@@ -1,0 +1,51 @@
+"""Commands that search cached features: similar."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from pipeline.commands.common import BatchSize, Device, Json, app, arg, guarded, opt, print_document
+
+FeatureSet = Annotated[str | None, opt("Feature set, if the store has several.", "--features")]
+
+
+@app.command()
+@guarded
+def similar(
+    file: Annotated[Path, arg("A feature store.", metavar="FILE")],
+    images: Annotated[list[str], arg("Paths as the store has them, or image files.", metavar="IMAGE...")],
+    k: Annotated[int, opt("Number of neighbours of each image.", "-k", min=1)] = 20,
+    features: FeatureSet = None,
+    out: Annotated[Path | None, opt("CSV file to write.")] = None,
+    grid: Annotated[Path | None, opt("PNG or JPEG file to draw: each image and its neighbours.")] = None,
+    sources: Annotated[
+        list[str] | None, opt("Where the images of the store are now, if they have moved; may be repeated.", "--images")
+    ] = None,
+    weights: Annotated[str | None, opt("Weights or model file of the store's network, if it has moved.")] = None,
+    quantised: Annotated[str | None, opt("File of the store's quantised network, if it has moved.")] = None,
+    device: Device = "auto",
+    batch_size: BatchSize = None,
+    as_json: Json = False,
+) -> None:
+    """Find the stored images most similar to given ones, exactly, by the cosine of their features."""
+    from features.store.reader import FeatureStore
+    from pipeline import similar as stage
+    from pipeline.progress import ConsoleProgress
+
+    with ConsoleProgress() as progress:
+        document = stage.search(
+            FeatureStore.open(file),
+            images,
+            k=k,
+            name=features,
+            out=out,
+            grid=grid,
+            sources=sources or [],
+            weights=weights,
+            quantised=quantised,
+            device=device,
+            batch_size=batch_size,
+            progress=progress,
+        )
+    print_document(document, as_json, stage.summary(document))
