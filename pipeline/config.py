@@ -34,6 +34,7 @@ History = dict[str, list[float]]  # columns of history.csv: one row per epoch, o
 
 Model = TypeVar("Model", bound="Settings")
 Count = Annotated[int, Field(gt=0, le=10**12)]
+Tally = Annotated[int, Field(ge=0, le=10**15)]
 Rate = Annotated[float, Field(ge=0, lt=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -200,13 +201,32 @@ class RunHead(Settings):
     parameters: dict[str, Any]
 
 
+class LabelsRecord(Settings):
+    """The labels file under which a run was trained: its first ``size`` bytes, and what they did to the rows."""
+
+    path: str
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    size: Tally
+    decisions: Tally
+    decided: Tally
+    corrected: Tally
+    added: Tally
+    unknown: Tally
+    excluded: Tally
+    tested: Tally
+    new_classes: Tally
+    gone_classes: Tally
+    elsewhere: Tally
+    other_targets: Tally
+
+
 class RunFeatures(Settings):
     """The features of a run.
 
     ``backbone`` and ``weights`` are the options that the extraction was given, ``data_digest`` covers images, labels and
     splits, ``views`` is the number of views of each image used for training, ``reading`` how folders and labels were read
     (``features.sources.reading.Reading``), if they had to be read in another way than the plain one. ``limit`` is the number
-    of images if ``extract --limit`` left out others, else 0.
+    of images if ``extract --limit`` left out others, else 0. ``labels`` is there if a labels file was put over the store.
     """
 
     store: str
@@ -222,10 +242,11 @@ class RunFeatures(Settings):
     reading: dict[str, Any] = Field(default_factory=dict)
     limit: int = Field(0, ge=0, le=2**40)
     views: PositiveInt = 1
+    labels: LabelsRecord | None = None
 
     @model_serializer(mode="wrap")
-    def _without_a_limit_of_nothing(self, handler: Callable[[RunFeatures], dict[str, Any]]) -> dict[str, Any]:
-        return {key: value for key, value in handler(self).items() if key != "limit" or value}
+    def _without_what_is_not_there(self, handler: Callable[[RunFeatures], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key not in ("limit", "labels") or value}
 
 
 class CacheRecord(Settings):

@@ -27,6 +27,8 @@ from features.sources.scan import ImageSet, scan, takes_target
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.exporting.artefacts import open_artefact
+from pipeline.labels.file import LABEL, Labels, read_labels
+from pipeline.labels.overlay import as_trained, labelled_images, record_of
 from pipeline.predicting.loop import Item, predictions
 from pipeline.predicting.options import PredictOptions
 from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
@@ -50,6 +52,7 @@ def evaluate(
     split: str | None = None,
     target: str | None = None,
     reading: Reading | None = None,
+    labels: str | Path | None = None,
     progress: Progress | None = None,
     **options: Any,
 ) -> dict[str, Any]:
@@ -67,6 +70,8 @@ def evaluate(
         Label column of a manifest; default: that of the run.
     reading : Reading, optional
         How classes and splits are read from the folders; default: as the run's features were read.
+    labels : Path, optional
+        Labels file that is put over the labels of the images.
     progress : callable, optional
         Called with ``("evaluate", done, total)``.
     **options
@@ -83,7 +88,8 @@ def evaluate(
         behind ``scores.ece``; ``answers``, if the model promises something of them, by `pipeline.scores.answers.kept`;
         ``absent``, classes of the run without an image; ``seen``, how many of the images the run
         was trained or chosen with (``train`` is None where its store is gone or has changed, ``validation`` where its
-        predictions are damaged); ``damaged``, the names of damaged runs that were left out.
+        predictions are damaged); with a labels file ``labels``, what it did, as `pipeline.labels.overlay.record_of` says;
+        ``damaged``, the names of damaged runs that were left out.
 
     Raises
     ------
@@ -96,15 +102,17 @@ def evaluate(
     chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if takes_target(images) else None)
-    source = _scanned(images, target, reading, chosen)
+    source, record = _scanned(images, target, reading, chosen), None
+    if labels is not None:
+        source, record = _under(source, read_labels(labels), target or LABEL, asked.workers)
     rows = _rows_of(source, split)
     if chosen is None:
         model: Model = ArtefactModel(open_artefact(run))
-        labels = _labels(source, rows, model.name, model.classes)
+        numbers = _labels(source, rows, model.name, model.classes)
     else:
-        labels = _labels(source, rows, chosen.run_id, chosen.classes)  # before the network is loaded
+        numbers = _labels(source, rows, chosen.run_id, chosen.classes)  # before the network is loaded
         model = RunModel(chosen, options=asked)
-    scored, reasons = _predicted(model, source, rows, labels, asked.workers, progress)
+    scored, reasons = _predicted(model, source, rows, numbers, asked.workers, progress)
     seen = None if chosen is None else _seen(chosen, scored)
     if known := [
         f"{count} to {'train' if part == 'train' else 'validate'} it" for part, count in (seen or {}).items() if count
@@ -133,6 +141,7 @@ def evaluate(
         "reliability": reliability(scored),
         "seen": seen,
         **({"answers": kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
+        **({"labels": record} if record else {}),
         "damaged": damaged,
     }
 
@@ -176,6 +185,16 @@ def _scanned(images: str | Path, target: str | None, reading: Reading | None, ru
         with contextlib.suppress(ConfigurationError, SourceError):
             return scan(images, target=target, reading=run.reading)
     return scan(images, target=target, reading=reading)
+
+
+def _under(source: ImageSet, labels: Labels, target: str, workers: int | None) -> tuple[ImageSet, dict[str, Any]]:
+    """Put a labels file over the labels of the images; return what it did, too."""
+    with ThreadPoolExecutor(workers or processors()) as pool:
+        found, counts = labelled_images(source, labels, target, pool)
+    if not (found.labels >= 0).any():
+        raise SourceError(f"{labels.path}: leaves no image of {source.description} a label ({counts})")
+    logger.warning("%s: %s", labels.path, "; ".join([str(counts), *labels.remarks]))
+    return found, record_of(labels, counts)
 
 
 def _rows_of(source: ImageSet, split: str | None) -> np.ndarray:
@@ -231,7 +250,7 @@ def _seen(run: Run, scored: Rows) -> dict[str, int | None]:
     features = run.config["features"]
     known: dict[str, set[bytes] | None] = {"train": None, "validation": None}
     try:
-        store = FeatureStore.open(features["store"])
+        store = as_trained(FeatureStore.open(features["store"]), run.labels)
         if store.data_digest == features["data_digest"]:
             known["train"] = {digest.tobytes() for digest in store.images.sha256[store.rows("train")]}
     except (BottleneckError, OSError) as problem:  # it may have been moved or removed

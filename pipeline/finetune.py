@@ -10,7 +10,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,8 @@ from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
 from pipeline.heads.kinds import can_finetune, head_of
 from pipeline.intervals import interval_of
+from pipeline.labels.file import LABEL, Labels, read_labels
+from pipeline.labels.overlay import with_labels
 from pipeline.runs.board import ranked, take_run
 from pipeline.runs.datasets import absolute, source_of
 from pipeline.runs.folder import Predictions, Run, find_runs, is_finished, is_run_folder
@@ -56,6 +58,7 @@ def finetune(
     workers: int | None = None,
     device: str = "auto",
     data_set: str | None = None,
+    labels: str | Path | None = None,
     runs: str | Path | None = None,
     tensorboard: str | Path | None = None,
     progress: Progress | None = None,
@@ -83,6 +86,8 @@ def finetune(
         Where the network runs.
     data_set : str, optional
         Data set whose run is taken from a folder of runs; default: that of the images or the store, if there are several.
+    labels : Path, optional
+        Labels file that is put over the labels of the images or the store; needed if the run was trained under one.
     runs : Path, optional
         Folder for the new run; by default the folder that holds the given run.
     tensorboard : Path, optional
@@ -115,22 +120,26 @@ def finetune(
     check_range("workers", 1 if workers is None else workers, 1, 1024)
     _check_sources(images, from_cache, chosen)
     started = time.monotonic()
-    likely = absolute(str(images)) if images is not None else FeatureStore.open(str(from_cache)).data_digest
+    decisions = None if labels is None else read_labels(labels)
+    likely = absolute(str(images)) if images is not None else _digest_of(str(from_cache), decisions)
     start, damaged = take_run(run, data_set=data_set, likely=likely, accept=can_finetune)
+    _check_labels(start, decisions)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
     source = None
     if images is not None:
         source = scan(images, target=start.target if takes_target(images) else None, reading=start.reading)
-    if source is not None:
-        _check_classes(start, source)
+    if source is not None and decisions is None:
+        _check_classes(start, source.description, source.classes)
     log = _logger_of(tensorboard)
     load_keras().utils.set_random_seed(chosen.seed)
     if chosen.mixed_precision and choose_device(device) != "gpu":
         raise ConfigurationError("mixed_precision: faster only on a GPU, Keras finds none; leave --mixed-precision out")
-    job = prepare(start, chosen, from_cache, weights)
+    job = prepare(start, chosen, from_cache, weights, decisions)
     with ThreadPoolExecutor(workers or processors()) as pool:
-        data = read_rows(job, source, pool)
+        data = read_rows(job, source, pool, decisions)
+        if decisions is not None:
+            _check_classes(start, f"{data.description} under {decisions.path}", data.classes)
         identity = f"finetune-{job.head.name}-{digest_of([job.decided, start.recipe.fingerprint, data.digest])[:10]}"
         decided = {**job.decided, "fingerprint": start.recipe.fingerprint, "data": data.digest}
         checkpoint = Checkpoint(checkpoint_path(runs, identity), decided)
@@ -276,16 +285,34 @@ def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
     return functools.partial(log_run, Path(folder))
 
 
-def _check_classes(run: Run, source: ImageSet) -> None:
-    if source.classes == run.classes:
+def _digest_of(store: str, labels: Labels | None) -> str:
+    opened = FeatureStore.open(store)
+    return opened.data_digest if labels is None else with_labels(opened, labels).data_digest
+
+
+def _check_labels(run: Run, labels: Labels | None) -> None:
+    """Refuse to go on silently with labels that the head of the run has not seen."""
+    if labels is None and run.labels:
+        raise RunError(
+            f"{run.folder}: its head was trained under the labels file {run.labels['path']}; give it with --labels, or name "
+            "a run that was trained without one"
+        )
+    if labels is not None and labels.remarks:
+        logger.warning("%s: %s", labels.path, "; ".join(labels.remarks))
+
+
+def _check_classes(run: Run, description: str, classes: Sequence[str]) -> None:
+    if tuple(classes) == run.classes:
         return
     raise RunError(
-        f"{source.description}: its classes are not those of {run.run_id} "
-        f"({unlike(run.classes, source.classes)}). Give the images that its features were made of: {run.config['features']['source']}"
+        f"{description}: its classes are not those of {run.run_id} ({unlike(run.classes, classes)}). Give the images that its "
+        f"features were made of, {run.config['features']['source']}, and the labels file under which it was trained, if any"
     )
 
 
-def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None) -> Job:
+def prepare(
+    start: Run, settings: TuningSettings, cache: str | Path | None, weights: str | None, labels: Labels | None = None
+) -> Job:
     """Join network and head, and cut the result where the inputs come in."""
     check_float32(start.recipe)
     network, head = network_of(start, weights), head_of(start).as_dense()
@@ -295,7 +322,7 @@ def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weig
     def cut_of(cuts: list[str]) -> str:
         if cache is None:
             return cuts[-1]
-        cached.append(open_cut(cache, start, cuts))
+        cached.append(open_cut(cache, start, cuts, labels))
         return cached[0].recipe.layer
 
     split = split_for_training(
@@ -310,12 +337,12 @@ def prepare(start: Run, settings: TuningSettings, cache: str | Path | None, weig
     return Job(start, settings, network, head, split, cached[0] if cached else None)
 
 
-def read_rows(job: Job, source: ImageSet | None, pool: Executor) -> Data:
+def read_rows(job: Job, source: ImageSet | None, pool: Executor, labels: Labels | None = None) -> Data:
     """Read the rows to train on from the store, or else from the images."""
     if job.cached is not None:
         return data_of(job.cached.store)
     assert source is not None
-    return read_data(source, SplitRule.parse(job.start.split_rule), pool)
+    return read_data(source, SplitRule.parse(job.start.split_rule), pool, labels, job.start.target or LABEL)
 
 
 def make_inputs(
@@ -359,6 +386,9 @@ def _features(job: Job, data: Data, source: ImageSet | None) -> dict[str, Any]:
     """Describe the new run's features: those of the run that it started from, on the current data."""
     about = {**job.start.config["features"], "data_digest": data.digest}
     about.pop("limit", None)
+    about.pop("labels", None)
+    if data.labelled_by:
+        about["labels"] = dict(data.labelled_by)
     if job.cached and "limit" in job.cached.store.provenance:
         about["limit"] = job.cached.store.provenance["limit"]
     return about if source is None else {**about, "source": source_of(source.description, str(source.root))}

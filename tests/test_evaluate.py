@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import paint
+from labelling import Book
 from test_predict import CLASSES, PAINT, Colours
 
 import pipeline.evaluate
@@ -24,7 +25,7 @@ from pipeline.evaluate import evaluate, summary
 @pytest.fixture(autouse=True)
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A run of three classes, which was validated on one red image; its store is gone."""
-    made = SimpleNamespace(classes=CLASSES, run_id="colours", target=None, reading=Reading(settled=True))
+    made = SimpleNamespace(classes=CLASSES, run_id="colours", target=None, labels=None, reading=Reading(settled=True))
     made.config, made.folder = {"features": {"store": str(tmp_path / "gone.h5"), "data_digest": "0" * 64}}, tmp_path
     made.metrics = {"validation": {"n": 1}}
     digest = hashlib.sha256(paint(tmp_path / "red.png", PAINT["red"]).read_bytes()).hexdigest()
@@ -181,3 +182,23 @@ def test_a_summary_of_many_classes_lists_the_most_confused_pairs(images: Path) -
 def test_a_run_of_folders_with_two_levels_is_scored_on_plain_folders_too(images: Path, run: SimpleNamespace) -> None:
     run.reading = Reading(class_level=2)
     assert evaluate("run", images)["evaluated"] == 5
+
+
+def test_a_labels_file_decides_what_is_right_and_what_is_scored(
+    images: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = evaluate("run", images)
+    digest = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in images.rglob("*.png")}
+    book = Book(tmp_path / "labels.csv").add(digest["green.png"], "bee").add(digest["red.png"], "exclude")
+    document = evaluate("run", images, labels=book.path)
+    # green is there twice, as an ape and as a bee: the decision holds for both
+    assert (plain["confusion"], document["confusion"]) == (
+        [[2, 1, 0], [0, 1, 1], [0, 0, 0]],
+        [[1, 0, 0], [0, 2, 1], [0, 0, 0]],
+    )
+    assert (document["images"], document["evaluated"], document["unlabelled"]) == (5, 4, 1)
+    assert (document["labels"]["corrected"], document["labels"]["excluded"]) == (1, 1)
+    assert f"{book.path}: 1 label corrected; 1 excluded (not trained on, not scored)" in caplog.text
+    assert "labels" not in plain
+    with pytest.raises(SourceError, match="1 image of classes that colours does not know: 'wolf'"):
+        evaluate("run", images, labels=book.add(digest["blue.png"], "wolf").path)

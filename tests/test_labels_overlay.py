@@ -9,13 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import extract, paint
+from labelling import Book, coloured_store
 
 from features.errors import ConfigurationError, LabelsError
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore
-from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN, Decision, append_decisions, read_labels
+from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN, read_labels
 from pipeline.labels.overlay import Counts, effective, excluded_rows, target_of, with_labels
 
 CLASSES = ("cat", "dog")
@@ -25,23 +25,9 @@ HASHES = np.array([list(hashlib.sha256(name.encode()).digest()) for name in NAME
 GIVEN, SPLIT = np.array([0, 0, 1, 1, 0, 1, -1, -1], np.int32), np.array([0, 0, 0, 0, 1, 2, 3, 3], np.int8)
 
 
-class Book:
-    """A labels file that is written decision by decision, each later than the one before."""
-
-    def __init__(self, folder: Path) -> None:
-        self.path, self.count = folder / "labels.csv", 0
-
-    def add(self, name: str, value: str, target: str = "label", by: str = "ann") -> Book:
-        digest = hashlib.sha256(name.encode()).hexdigest() if len(name) < 64 else name
-        self.count += 1
-        utc = f"2026-01-01T00:00:00.{self.count:06d}Z"
-        append_decisions(self.path, [Decision(digest, name[:8], target, value, "", by, utc, f"{self.count:032x}")])
-        return self
-
-
 @pytest.fixture
 def book(tmp_path: Path) -> Book:
-    return Book(tmp_path)
+    return Book(tmp_path / "labels.csv")
 
 
 def applied(book: Book, groups: Sequence[str] | None = None, sha256: np.ndarray = HASHES) -> tuple[dict, Counts]:
@@ -152,14 +138,7 @@ def test_the_target_of_a_manifest_is_named(book: Book) -> None:
 # -- over a real store, with a numpy function for the network
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
-    folder = tmp_path_factory.mktemp("store")
-    number = 0
-    for split, count in (("train", 4), ("validation", 2)):
-        for name in CLASSES:
-            for _ in range(count):
-                number += 1
-                paint(folder / "images" / split / name / f"{number}.png", (number * 9, 250 - number * 9, 50))
-    return extract(folder / "images", folder / "features.h5").store
+    return coloured_store(tmp_path_factory.mktemp("store"), train=4, validation=2)
 
 
 def digest(store: FeatureStore, row: int) -> str:
@@ -191,8 +170,8 @@ def test_a_store_under_labels_is_a_store(store: FeatureStore, book: Book) -> Non
         "unknown": 0,
         "excluded": 1,
         "tested": 0,
-        "new_classes": [],
-        "gone_classes": [],
+        "new_classes": 0,
+        "gone_classes": 0,
         "elsewhere": 0,
         "other_targets": 0,
     }

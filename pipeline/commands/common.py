@@ -12,7 +12,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
 import typer
 
@@ -23,6 +23,9 @@ from features.machine import take_device
 from features.networks.backend import is_out_of_memory
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
+
+if TYPE_CHECKING:
+    from features.store.reader import FeatureStore
 
 
 def opt(help: str, *names: str, **more: Any) -> Any:
@@ -135,6 +138,9 @@ ClassLevel = Annotated[
     ),
 ]
 Device = Annotated[str, opt("Device that the command runs on: auto, cpu, gpu, or gpu:K for one of several.")]
+LabelsFile = Annotated[
+    Path | None, opt("Labels file that is put over the labels of the images (bottleneck labels show FILE).", "--labels")
+]
 Cluster = Annotated[
     str | None,
     opt("local:N for N worker processes here, or the address of a Dask scheduler: tcp://HOST:PORT."),
@@ -204,6 +210,28 @@ def listed_paths(stream: BinaryIO) -> Iterator[str]:
         path = os.fsdecode(line.rstrip(b"\r\n"))
         if path.strip():
             yield path
+
+
+def open_stores(files: Sequence[Path], labels: Path | None) -> list[FeatureStore]:
+    """Open feature stores, under a labels file if one is named; what it changes is told on stderr."""
+    from features.store.reader import FeatureStore
+    from pipeline.labels.file import read_labels
+    from pipeline.labels.overlay import account, with_labels
+
+    stores = [FeatureStore.open(file) for file in files]
+    if labels is None:
+        return stores
+    decisions = read_labels(labels)
+    found = [with_labels(store, decisions) for store in stores]
+    for store in found:
+        where = f"{labels} over {store.path}" if len(found) > 1 else str(labels)
+        print_note(f"{where}: {'; '.join([account(store), *decisions.remarks])}")
+        if store.labelled_by["new_classes"]:
+            print_note(
+                "runs and exports made before do not know a new class and predict those that they have; finetune and evaluate "
+                "refuse it for them. Train, fine-tune and export again"
+            )
+    return list(found)
 
 
 def print_document(document: dict[str, Any], as_json: bool, text: str) -> None:

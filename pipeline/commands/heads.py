@@ -18,12 +18,14 @@ from pipeline.commands.common import (
     Cluster,
     DataSetName,
     Json,
+    LabelsFile,
     Runs,
     app,
     arg,
     columns_of_terminal,
     exit_if_damaged,
     guarded,
+    open_stores,
     opt,
     parse_params,
     print_document,
@@ -95,11 +97,11 @@ def train_head(
         opt("Also score validation with probabilities averaged over the views of each image.", "--average-views"),
     ] = False,
     tensorboard: Annotated[Path | None, opt("Write the history of each run for TensorBoard.", metavar="DIR")] = None,
+    labels: LabelsFile = None,
     cluster: Cluster = None,
     as_json: Json = False,
 ) -> None:
     """Stage two: train a head, or a sweep of heads, on cached features."""
-    from features.store.reader import FeatureStore
     from pipeline.heads.costs import parse_memory
     from pipeline.heads.gather import needs_rows
     from pipeline.heads.promises import Asked
@@ -120,7 +122,7 @@ def train_head(
     asked = Asked(abstain_precision, set_coverage, tuple(by or ()))
     if choose is not None:
         check_choice(choose)
-    stores = [FeatureStore.open(file) for file in files]
+    stores = open_stores(files, labels)
     names = data_set or []
     _refuse_slips(head, heads, pool, parse_params(param or []))
     for store in stores:

@@ -15,6 +15,7 @@ import numpy as np
 
 from features.errors import ConfigurationError, HeadError, nearest
 from features.sources.advice import empty_splits
+from features.sources.splits import SPLITS
 from pipeline.heads.costs import shown
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import make_head
@@ -158,6 +159,11 @@ def needs_rows(store: Any, *splits: str) -> None:
             f"{store.path}: is for --task {store.images.target.task}, and heads are trained on classes only. Its features can "
             "be read by store.load; to train heads on classes, extract again without --task (features are kept)"
         )
+    if not store.classes and store.labelled_by:
+        raise HeadError(
+            f"{store.path}: under {_labels_said(store)} none of its images has a label, so there is nothing to learn. "
+            "Leave --labels out, or take decisions back"
+        )
     if not store.classes:
         raise HeadError(
             f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into "
@@ -168,8 +174,18 @@ def needs_rows(store: Any, *splits: str) -> None:
         if not len(store.rows(split)):
             empty = empty_splits(table.labels, table.splits, table.groups, table.sha256, store.split_rule)
             out = ". Or leave --test out" if split == "test" else ""
+            if store.labelled_by and len(np.flatnonzero(store.original.images.splits == SPLITS.index(split))):
+                raise HeadError(
+                    f"{store.path}: {_labels_said(store)} takes out all {split} rows; take decisions back, or leave "
+                    f"--labels out{out}"
+                )
             why = empty.get(split, "no image with a label could be read")
             raise HeadError(f"{store.path}: there are no {split} rows: {why} (features are kept){out}")
+
+
+def _labels_said(store: Any) -> str:
+    labels = store.labelled_by
+    return f"{labels['path']} ({labels['unknown']:,} unknown, {labels['excluded']:,} excluded)"
 
 
 def groups_to_leave_out(store: Any) -> int:

@@ -49,6 +49,7 @@ def describe_features(store: Any, name: str, views: int = 1) -> dict[str, Any]:
         "weights": str(provenance.get("weights", "imagenet")),
         "target": str(provenance.get("target", "")),
         **{name: provenance[name] for name in ("reading", "limit") if provenance.get(name)},
+        **({"labels": dict(store.labelled_by)} if store.labelled_by else {}),
         **_several(views),
     }
 

@@ -7,6 +7,7 @@ The file is untrusted. Of each line about 80 bytes stay in memory; paths and ear
 
 from __future__ import annotations
 
+import array
 import csv
 import dataclasses
 import datetime
@@ -21,6 +22,7 @@ import threading
 import time
 import uuid
 import weakref
+from binascii import unhexlify
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
@@ -29,6 +31,7 @@ import numpy as np
 
 from features.errors import BottleneckError, FormatVersionError, LabelsError
 from features.files import behind_link, locked, named, sync_folder, writing
+from features.progress import counted
 
 FIRST_LINE = "# bottleneck-labels 1"
 COLUMNS = ("sha256", "path", "target", "value", "earlier", "by", "utc", "id")
@@ -44,6 +47,12 @@ _MARKED = re.compile(r"\\(?:x([0-9a-f]{2})|u([0-9a-f]{4})|(.?))", re.DOTALL)
 _ODD = re.compile("[\x00-\x1f\\\\\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _HEXADECIMAL = re.compile("[0-9a-f]+")
 _UTC = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(\.\d{1,6})?Z")
+# A line of letters without accents, quotes and escapes, as most lines are; its time has six decimals.
+_PLAIN = re.compile(
+    rb"([0-9a-f]{64}),[^\x00\",\\]*,([^\x00\",\\]*),([^\x00\",\\]*),[^\x00\",\\]*,([^\x00\",\\]*),"
+    rb"(\d{4}-[01]\d-[0-3]\dT[0-2]\d:[0-5]\d:[0-5]\d\.\d{6}Z),([0-9a-f]{32})\r?\n?"
+)
+_MOST = LINE_BYTES + 1
 _EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 _MICROSECOND = datetime.timedelta(microseconds=1)
 
@@ -128,6 +137,17 @@ class Labels:
 
     def __len__(self) -> int:
         return len(self.times)
+
+    @property
+    def remarks(self) -> list[str]:
+        """What was left out of the file, in words."""
+        said = []
+        if self.torn:
+            lines = ", ".join(map(str, self.torn[:3])) + (", ..." if len(self.torn) > 3 else "")
+            said.append(f"{counted(len(self.torn), 'line', 'is')} incomplete, left out: {lines}")
+        if self.doubled:
+            said.append(f"{counted(self.doubled, 'line', 'is')} there already, counted once")
+        return said
 
     @property
     def decisions(self) -> Sequence[Decision]:
@@ -422,20 +442,21 @@ class _Reader:
 
     def __init__(self, path: Path, descriptor: int) -> None:
         self._path, self._descriptor = path, descriptor
-        self._digests, self._ids = bytearray(), bytearray()
-        self._numbers: list[np.ndarray] = []  # of each block of lines: start, length, time, target, value, by
-        self._block: list[tuple[int, int, int, int, int, int]] = []
+        self._digests, self._ids, self._times = bytearray(), bytearray(), bytearray()
+        self._numbers = array.array("q")  # of each line: start, length, target, value, by
         self._words: tuple[dict[str, int], ...] = ({}, {}, {})
+        self._codes: tuple[dict[bytes, int], ...] = ({}, {}, {})  # the same words as plain lines hold them
 
     def read(self, stream: BinaryIO, size: int) -> Labels:
         start, number, torn, digest = 0, 0, [], hashlib.sha256()
-        while line := stream.readline(min(LINE_BYTES + 1, size - start)):
+        while line := stream.readline(_MOST if start + _MOST <= size else size - start):
             number += 1
-            if len(line) > LINE_BYTES:
-                raise LabelsError(f"{self._path}, line {number}: is longer than {LINE_BYTES:,} bytes")
-            if not line.endswith(b"\n") and not self._is_whole(line):
-                torn.append(number)
-                break
+            if not line.endswith(b"\n"):
+                if len(line) == _MOST:
+                    raise LabelsError(f"{self._path}, line {number}: is longer than {LINE_BYTES:,} bytes")
+                if not _is_whole(line):
+                    torn.append(number)
+                    break
             try:
                 self._take(line, start, number)
             except BottleneckError:
@@ -450,46 +471,53 @@ class _Reader:
             _refuse_first_line(self._path, b"")
         return self._labels(digest.hexdigest(), start, tuple(torn))
 
-    def _is_whole(self, line: bytes) -> bool:
-        try:
-            _parsed(line)
-        except ValueError:
-            return False
-        return True
-
     def _take(self, line: bytes, start: int, number: int) -> None:
+        plain = _PLAIN.fullmatch(line) if line.isascii() else None
+        if plain is None:
+            self._take_other(line, start, number)
+            return
+        sha256, target, value, by, utc, identity = plain.groups()
+        codes = []
+        for known, words, raw in zip(self._codes, self._words, (target, value, by), strict=True):
+            code = known.get(raw)
+            if code is None:
+                code = known[raw] = words.setdefault(raw.decode("ascii"), len(words))
+            codes.append(code)
+        self._add(line, start, unhexlify(sha256), codes, utc, unhexlify(identity))
+
+    def _take_other(self, line: bytes, start: int, number: int) -> None:
+        """Take a line with quotes, escapes or other letters, one of names, or an empty one."""
         if number == 1:
             line = line.removeprefix(b"\xef\xbb\xbf")
         if line.startswith((b"#", HEADER.encode())) or number == 1:
             text = line.rstrip(b"\r\n,")
             if text not in (FIRST_LINE.encode(), HEADER.encode()) or (number == 1 and text != FIRST_LINE.encode()):
                 _refuse_first_line(self._path, text)
-            return
-        if not line.strip():
-            return
-        found = _parsed(line)
-        self._digests += bytes.fromhex(found.sha256)
-        self._ids += bytes.fromhex(found.id)
-        codes = [
-            words.setdefault(word, len(words))
-            for words, word in zip(self._words, (found.target, found.value, found.by), strict=True)
-        ]
-        self._block.append((start, len(line), _moment(found.utc), codes[0], codes[1], codes[2]))
-        if len(self._block) == 1 << 16:
-            self._numbers.append(np.array(self._block, np.int64))
-            self._block = []
+        elif line.strip():
+            found = _parsed(line)
+            fields = zip(self._words, (found.target, found.value, found.by), strict=True)
+            codes = [words.setdefault(word, len(words)) for words, word in fields]
+            utc = moment_text(_moment(found.utc)).encode()
+            self._add(line, start, unhexlify(found.sha256), codes, utc, unhexlify(found.id))
+
+    def _add(self, line: bytes, start: int, sha256: bytes, codes: list[int], utc: bytes, identity: bytes) -> None:
+        self._digests += sha256
+        self._ids += identity
+        self._times += utc[:-1]
+        self._numbers.extend((start, len(line), *codes))
 
     def _labels(self, digest: str, size: int, torn: tuple[int, ...]) -> Labels:
-        empty = np.empty((0, 6), np.int64)
-        numbers = np.concatenate([empty, *self._numbers, np.array(self._block, np.int64).reshape(-1, 6)])
-        self._numbers = []
-        order = np.argsort(numbers[:, 2], kind="stable")
-        ids = np.frombuffer(self._ids, "V16")[order] if len(order) else np.empty(0, "V16")
-        kept = np.sort(_first_of_each(ids))
-        self._check_copies(numbers[order], ids, kept)
+        numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, 5)
+        times = self._moments()
+        order = np.argsort(times, kind="stable")
+        ids = np.frombuffer(self._ids, "V16")[order]
+        kept = np.arange(len(ids))
+        if len(np.unique(ids.view(np.uint64)[::2])) < len(ids):
+            kept = np.sort(np.unique(ids, return_index=True)[1])
+            self._check_copies(numbers[order], ids, kept)
         doubled, order = len(order) - len(kept), order[kept]
-        starts, lengths, times, *codes = numbers[order].T
-        starts, lengths = starts.copy(), lengths.astype(np.int32)  # not as parts of all numbers
+        starts, lengths, *codes = (numbers[order, column] for column in range(5))
+        times, lengths = times[order], lengths.astype(np.int32)
         path, descriptor = self._path, self._descriptor
         sha256 = np.frombuffer(self._digests, np.uint8).reshape(-1, 32)[order]
 
@@ -502,9 +530,18 @@ class _Reader:
         targets, values, people = (
             Words(code.astype(np.int32), tuple(words)) for code, words in zip(codes, self._words, strict=True)
         )
-        labels = Labels(path, digest, size, torn, doubled, sha256, targets, values, people, times.copy(), line)
+        labels = Labels(path, digest, size, torn, doubled, sha256, targets, values, people, times, line)
         weakref.finalize(line, os.close, descriptor)
         return labels
+
+    def _moments(self) -> np.ndarray:
+        """Microseconds since 1970 of each line, int64, (n,)."""
+        texts = np.frombuffer(self._times, "S26")
+        try:
+            parts = [texts[k : k + (1 << 16)].astype("datetime64[us]") for k in range(0, len(texts), 1 << 16)]
+        except ValueError as problem:  # the 31st of February
+            raise LabelsError(f"{self._path}: a line has a time that does not exist: {problem}") from problem
+        return np.concatenate([np.empty(0, "datetime64[us]"), *parts]).view(np.int64)
 
     def _check_copies(self, numbers: np.ndarray, ids: np.ndarray, kept: np.ndarray) -> None:
         """Refuse two different decisions of the same id."""
@@ -524,8 +561,12 @@ class _Reader:
                 )
 
 
-def _first_of_each(ids: np.ndarray) -> np.ndarray:
-    return np.unique(ids, return_index=True)[1]
+def _is_whole(line: bytes) -> bool:
+    try:
+        _parsed(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _moment(utc: str) -> int:

@@ -8,18 +8,22 @@ Nothing is computed anew, and nothing is written: without the labels file the st
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.errors import LabelsError
+from features.errors import BottleneckError, LabelsError, UnreadableImageError
 from features.files import printable
 from features.progress import counted
+from features.sources.scan import ImageSet
 from features.sources.splits import SPLITS, UNLABELLED, listed
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore
+from features.store.schema import digest_rows
 from pipeline.labels.file import (
     EXCLUDE,
     LABEL,
@@ -125,7 +129,7 @@ def with_labels(store: FeatureStore, labels: Labels | str | Path) -> RelabelledS
     Returns
     -------
     RelabelledStore
-        ``labelled_by`` holds what a run records: `record_of`. See `effective` for the rules.
+        ``labelled_by`` holds what a run records, see `record_of`. See `effective` for the rules.
 
     Raises
     ------
@@ -134,10 +138,84 @@ def with_labels(store: FeatureStore, labels: Labels | str | Path) -> RelabelledS
     """
     labels = labels if isinstance(labels, Labels) else read_labels(labels)
     table, original = store.images, store.classes
-    found = effective(labels, original, table.labels, table.splits, table.groups, table.sha256, target_of(store))
-    if len(labels) and not found.counts.decided and found.counts.elsewhere:
-        raise not_about(labels, str(store.path), len(store))
+    rows = table.labels, table.splits, table.groups, table.sha256
+    found = applied(labels, str(store.path), original, *rows, target_of(store))
     return RelabelledStore(store, found.classes, found.labels, found.splits, record_of(labels, found.counts))
+
+
+def as_trained(
+    store: FeatureStore, record: Mapping[str, Any] | None, instead: str | Path | None = None
+) -> FeatureStore:
+    """Put the labels file that a run records over its store, as it was when the run was trained.
+
+    Parameters
+    ----------
+    store : FeatureStore
+        The store.
+    record : mapping or None
+        `pipeline.runs.folder.Run.labels`; without one the store is returned as it is.
+    instead : Path, optional
+        Where the file is now.
+
+    Raises
+    ------
+    LabelsError
+        If the file is gone, or does not begin any more as it was.
+    """
+    if not record:
+        return store
+    path = instead or record["path"]
+    try:
+        labels = read_labels(path, record["size"])
+    except (BottleneckError, OSError):  # the path may be a stranger's, so nothing of the file is shown
+        labels = None
+    if labels is None or labels.digest != record["sha256"]:
+        raise LabelsError(
+            f"{path}: does not begin any more as the labels file under which the run was trained; say where that is with "
+            "--labels"
+        )
+    return with_labels(store, labels)
+
+
+def labelled_images(images: ImageSet, labels: Labels, target: str, pool: Executor) -> tuple[ImageSet, Counts]:
+    """Put a labels file over the labels of images, which are read for their content hash. Given splits stay.
+
+    Parameters
+    ----------
+    images : ImageSet
+        The images. Those that cannot be read keep their labels.
+    labels : Labels
+        The decisions.
+    target : str
+        As for `effective`.
+    pool : Executor
+        Threads that read.
+
+    Raises
+    ------
+    LabelsError
+        If there are decisions, and none is about one of the images.
+    """
+
+    def digest(row: int) -> bytes:
+        try:
+            return hashlib.sha256(images.read(row)).digest()
+        except UnreadableImageError:
+            return bytes(32)
+
+    sha256 = digest_rows(pool.map(digest, range(len(images))))
+    splits = np.where(images.labels < 0, UNLABELLED, TRAIN).astype(np.int8)
+    found = applied(labels, images.description, images.classes, images.labels, splits, None, sha256, target)
+    return dataclasses.replace(images, classes=found.classes, labels=found.labels), found.counts
+
+
+def account(store: RelabelledStore) -> str:
+    """Say in words what a labels file did to a store."""
+    fields = {field.name: store.labelled_by[field.name] for field in dataclasses.fields(Counts)}
+    before, after = set(store.original.classes), set(store.classes)
+    return str(
+        Counts(**fields | {"new_classes": tuple(sorted(after - before)), "gone_classes": tuple(sorted(before - after))})
+    )
 
 
 def excluded_rows(store: FeatureStore, labels: Labels) -> np.ndarray:
@@ -148,24 +226,35 @@ def excluded_rows(store: FeatureStore, labels: Labels) -> np.ndarray:
     return np.asarray(is_excluded[values])
 
 
-def not_about(labels: Labels, name: str, images: int) -> LabelsError:
-    """Make the error of a labels file that belongs to other images."""
-    return LabelsError(
-        f"{labels.path}: none of its {counted(len(labels), 'decision')} is about one of the {counted(images, 'image')} of "
-        f"{name}. Decisions belong to the bytes of an image: give the labels file of these images, or the store of those"
-    )
+def applied(labels: Labels, name: str, *rows: Any) -> Effective:
+    """Apply decisions to rows as `effective` does; ``name`` is their data set.
+
+    Raises
+    ------
+    LabelsError
+        If there are decisions, and none is about one of the rows.
+    """
+    found = effective(labels, *rows)
+    if len(labels) and not found.counts.decided and found.counts.elsewhere:
+        raise LabelsError(
+            f"{labels.path}: none of its {counted(len(labels), 'decision')} is about one of the "
+            f"{counted(len(found.labels), 'image')} of {name}. Decisions belong to the bytes of an image: give the labels "
+            "file of these images, or the images of this file"
+        )
+    return found
 
 
 def record_of(labels: Labels, counts: Counts) -> dict[str, Any]:
     """Return what a run records about its labels file, as plain values."""
-    lists = {name: list(value) for name, value in dataclasses.asdict(counts).items() if isinstance(value, tuple)}
+    numbers = {
+        name: value if isinstance(value, int) else len(value) for name, value in dataclasses.asdict(counts).items()
+    }
     return {
         "path": str(Path(labels.path).resolve()),
         "sha256": labels.digest,
         "size": labels.size,
         "decisions": len(labels),
-        **dataclasses.asdict(counts),
-        **lists,
+        **numbers,
     }
 
 

@@ -144,6 +144,7 @@ def _train(run: Run) -> str:
         words += ["--seed", str(run.config["seed"])]
     if run.metrics["cv"]:
         words += ["--folds", str(run.metrics["cv"]["folds"])]
+    words += _labels(run)
     return _line([*words, "--runs", str(run.folder.resolve().parent)])
 
 
@@ -164,7 +165,11 @@ def _finetune(run: Run, source: str) -> list[str]:
             words += ["--param", f"{name}={_value(value)}"]
         else:
             words += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
-    return [*notes, _line([*words, "--runs", str(root)])]
+    return [*notes, _line([*words, *_labels(run), "--runs", str(root)])]
+
+
+def _labels(run: Run) -> list[str]:
+    return ["--labels", _place(run.labels["path"])] if run.labels else []
 
 
 def _preset(spec: AugmentSpec) -> tuple[str, list[str]]:

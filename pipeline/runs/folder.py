@@ -186,6 +186,12 @@ class Run:
         return int(self.config["features"].get("limit", 0))
 
     @property
+    def labels(self) -> dict[str, Any] | None:
+        """The labels file under which it was trained (`pipeline.config.LabelsRecord`); None if there was none."""
+        labels: dict[str, Any] | None = self.config["features"].get("labels")
+        return labels
+
+    @property
     def reading(self) -> Reading:
         """How classes and splits were read from the images that the features were made from."""
         try:

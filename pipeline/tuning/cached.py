@@ -16,6 +16,8 @@ from features.errors import ConfigurationError, RunError
 from features.recipe import Recipe
 from features.sources.splits import listed
 from features.store.reader import FeatureStore
+from pipeline.labels.file import Labels
+from pipeline.labels.overlay import with_labels
 from pipeline.runs.folder import Run
 from pipeline.tuning.inputs import PLAIN, Data
 
@@ -39,7 +41,7 @@ class CachedCut(NamedTuple):
         return {"fingerprint": self.recipe.fingerprint, "views": self.store.views(self.name)}
 
 
-def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
+def open_cut(path: str | Path, run: Run, cuts: list[str], labels: Labels | None = None) -> CachedCut:
     """Find the feature set of a store from which training can start.
 
     Parameters
@@ -51,6 +53,8 @@ def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
     cuts : list of str
         Layers before the first trained one at which the network can be cut, in graph order, after `PIXELS`, which
         comes first. The latest one that the store holds is used.
+    labels : Labels, optional
+        The labels file under which the run was trained.
 
     Raises
     ------
@@ -60,6 +64,7 @@ def open_cut(path: str | Path, run: Run, cuts: list[str]) -> CachedCut:
         If the store holds none of these layers.
     """
     store = FeatureStore.open(path)
+    store = store if labels is None else with_labels(store, labels)
     _check_rows(store, run)
     allowed = cuts[1:]
     if not allowed:
@@ -105,6 +110,11 @@ def _check_rows(store: FeatureStore, run: Run) -> None:
     if store.data_digest == run.config["features"]["data_digest"]:
         return
     where = f"{store.path}: its images are not those that {run.run_id} was trained on"
+    if store.labelled_by:
+        raise RunError(
+            f"{where}: under {store.labelled_by['path']} they have other labels, classes or splits. Train a head under the "
+            "same labels file first: bottleneck train-head FEATURES --labels FILE"
+        )
     if store.classes != run.classes:
         raise RunError(f"{where} ({unlike(run.classes, store.classes)}). Give a store of the same images.")
     ours, theirs = (rule or "as given" for rule in (store.split_rule, run.split_rule))
@@ -119,7 +129,16 @@ def data_of(store: FeatureStore) -> Data:
     """The rows of a store as the data to train on."""
     table = store.images
     description = f"{store.path} ({store.source})" if store.source else str(store.path)
-    return Data(description, table.paths, table.labels, table.splits, table.sha256, store.data_digest)
+    return Data(
+        description,
+        table.paths,
+        table.labels,
+        table.splits,
+        table.sha256,
+        store.data_digest,
+        store.classes,
+        store.labelled_by,
+    )
 
 
 class CachedFeatures:

@@ -14,7 +14,7 @@ import hashlib
 import logging
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any, Protocol
@@ -32,6 +32,8 @@ from features.recipe import PixelRule
 from features.sources.scan import ImageSet
 from features.sources.splits import SPLITS, SplitRule, assign_splits
 from features.store.schema import data_digest
+from pipeline.labels.file import LABEL, Labels
+from pipeline.labels.overlay import applied, record_of
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
@@ -58,6 +60,10 @@ class Data:
         Content hashes; zeros for images that could not be read.
     digest : str
         ``features.store.schema.data_digest`` of the readable rows, which a feature store of the same rows would have.
+    classes : tuple of str
+        Class names.
+    labelled_by : mapping
+        The labels file that was put over the labels, as a run records it; empty if there was none.
     """
 
     description: str
@@ -66,6 +72,8 @@ class Data:
     splits: np.ndarray
     sha256: np.ndarray
     digest: str
+    classes: tuple[str, ...]
+    labelled_by: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def rows(self, split: str) -> np.ndarray:
         """Row numbers of one split, ascending."""
@@ -76,13 +84,17 @@ class Data:
         return np.array(sorted(rows.tolist(), key=lambda row: self.sha256[row].tobytes()), dtype=np.int64)
 
 
-def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
-    """Hash every image and assign its split.
+def read_data(
+    images: ImageSet, rule: SplitRule, pool: Executor, labels: Labels | None = None, target: str = LABEL
+) -> Data:
+    """Hash every image and assign its split; then put a labels file over labels and splits, if there is one.
 
     Raises
     ------
     RunError
         If no image could be read.
+    LabelsError
+        If no decision is about one of the images.
     """
 
     def digest(row: int) -> bytes:
@@ -100,10 +112,18 @@ def read_data(images: ImageSet, rule: SplitRule, pool: Executor) -> Data:
     sha256[readable] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
     groups = None if images.groups is None else [images.groups[row] for row in readable]
     splits = np.full(len(images), SPLITS.index("unlabelled"), np.int8)
-    labels, given = images.labels[readable], images.given_splits[readable]
-    splits[readable], _ = assign_splits(labels, given, groups, sha256[readable], rule)
-    digest_of_rows = data_digest(images.classes, sha256[readable], labels, splits[readable])
-    return Data(images.description, images.paths, images.labels, splits, sha256, digest_of_rows)
+    labels_of_rows, given = images.labels[readable], images.given_splits[readable]
+    splits[readable], _ = assign_splits(labels_of_rows, given, groups, sha256[readable], rule)
+    classes, labelled_by = images.classes, dict[str, Any]()
+    if labels is not None:
+        rows = labels_of_rows, splits[readable], groups, sha256[readable]
+        found = applied(labels, images.description, classes, *rows, target)
+        classes, labels_of_rows, splits[readable] = found.classes, found.labels, found.splits
+        labelled_by = record_of(labels, found.counts)
+    every = np.full(len(images), -1, np.int32)
+    every[readable] = labels_of_rows
+    digest_of_rows = data_digest(classes, sha256[readable], labels_of_rows, splits[readable])
+    return Data(images.description, images.paths, every, splits, sha256, digest_of_rows, classes, labelled_by)
 
 
 class Inputs(Protocol):

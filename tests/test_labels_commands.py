@@ -1,0 +1,146 @@
+"""``--labels`` of the commands: what is trained, recorded and said, and what happens to wrong files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from helpers import call_pipeline
+from labelling import Book, coloured_store, sha256_of
+
+from features.store.reader import FeatureStore
+from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN
+from pipeline.labels.overlay import with_labels
+from pipeline.runs.board import take_run
+from pipeline.runs.datasets import data_sets
+from pipeline.runs.folder import Run, find_runs
+
+HEAD = ("--head", "lda")
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Only one sample")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> FeatureStore:
+    return coloured_store(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture
+def book(tmp_path: Path) -> Book:
+    return Book(tmp_path / "labels.csv")
+
+
+def trained(store: FeatureStore, runs: Path, *options: object) -> tuple[Run, str, dict[str, Any]]:
+    """Train by the command; the run, what was said on stderr, and the document."""
+    done = call_pipeline("train-head", store.path, "--runs", runs, "--json", *(options or HEAD))
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    return Run.open(document["run"]), done.stderr, document
+
+
+def test_a_corrected_label_trains_anew_and_taking_it_back_finds_the_earlier_run(
+    store: FeatureStore, book: Book, tmp_path: Path
+) -> None:
+    before, _, _ = trained(store, tmp_path / "runs")
+    assert "labels" not in yaml.safe_load((before.folder / "config.yaml").read_text())["features"]
+    image = sha256_of(store, "train/cat/0.png")
+    book.add(image, "dog")
+    after, said, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    assert f"{book.path}: 1 label corrected\n" in said
+    assert after.run_id != before.run_id
+    assert after.data_digest == with_labels(store, book.path).data_digest
+    assert after.labels == with_labels(store, book.path).labelled_by
+    assert (after.labels["corrected"], after.source) == (1, before.source)
+    (one,) = data_sets(find_runs(tmp_path / "runs").runs)
+    assert [state.digest for state in one.states] == [after.data_digest, before.data_digest]
+    assert take_run(tmp_path / "runs").run.run_id == after.run_id
+
+    book.add(image, WITHDRAWN)
+    again, said, document = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    assert (again.run_id, document["cached"]) == (before.run_id, True)
+    assert "no label changed" in said
+    assert take_run(tmp_path / "runs").run.run_id == before.run_id  # the newest state again
+
+
+def test_excluded_and_unknown_rows_are_neither_trained_on_nor_scored(
+    store: FeatureStore, book: Book, tmp_path: Path
+) -> None:
+    book.add(sha256_of(store, "train/cat/0.png"), UNKNOWN).add(sha256_of(store, "validation/dog/1.png"), EXCLUDE)
+    run, said, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    assert "1 unknown and 1 excluded (not trained on, not scored)" in said
+    assert run.metrics["validation"]["n"] == 7
+    assert "validation/dog/1.png" not in (run.folder / "predictions.csv").read_text()
+
+
+def test_a_new_class_is_trained_without_reading_an_image(store: FeatureStore, book: Book, tmp_path: Path) -> None:
+    for number in range(3):
+        book.add(sha256_of(store, f"train/cat/{number}.png"), "wolf")
+    run, said, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    assert run.classes == ("cat", "dog", "wolf")
+    assert "3 labels corrected; new: 'wolf'" in said
+
+
+def test_a_sweep_with_folds_sees_the_same_labels(store: FeatureStore, book: Book, tmp_path: Path) -> None:
+    book.add(sha256_of(store, "train/cat/0.png"), "wolf").add(sha256_of(store, "train/cat/1.png"), "wolf")
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text("version: 1\nheads:\n  - head: lda\n  - head: knn\n    grid: {n_neighbors: [1, 2]}\n")
+    done = call_pipeline(
+        "train-head",
+        store.path,
+        "--heads",
+        sweep,
+        "--folds",
+        2,
+        "--n-jobs",
+        1,
+        "--runs",
+        tmp_path / "runs",
+        "--labels",
+        book.path,
+    )
+    assert done.returncode == 0, done.stderr
+    runs = find_runs(tmp_path / "runs").runs
+    assert [run.classes for run in runs] == 3 * [("cat", "dog", "wolf")]
+    assert {run.metrics["cv"]["n"] for run in runs} == {12}
+    assert {run.data_digest for run in runs} == {with_labels(store, book.path).data_digest}
+    assert {run.labels["sha256"] for run in runs} == {with_labels(store, book.path).labelled_by["sha256"]}
+
+
+@pytest.mark.parametrize(
+    ("split", "said"), [("train", "takes out all train rows"), ("both", "none of its images has a")]
+)
+def test_labels_that_leave_nothing_are_named(
+    store: FeatureStore, book: Book, tmp_path: Path, split: str, said: str
+) -> None:
+    for row, path in enumerate(store.images.paths):
+        if path.startswith("train") or split == "both":
+            book.add(store.images.sha256[row].tobytes().hex(), UNKNOWN)
+    done = call_pipeline("train-head", store.path, "--runs", tmp_path / "runs", "--labels", book.path, *HEAD)
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert f"{book.path} ({12 if split == 'train' else 20} unknown, 0 excluded)" in done.stderr
+
+
+def test_wrong_labels_files_are_named_in_one_line(store: FeatureStore, book: Book, tmp_path: Path) -> None:
+    book.add("another image", "dog")
+    for path, said in (
+        (book.path, "none of its 1 decision is about one of the 20 images of"),
+        (tmp_path / "none.csv", "there is no such labels file"),
+        (store.path, "is not a labels file: received"),
+    ):
+        done = call_pipeline("train-head", store.path, "--runs", tmp_path / "runs", "--labels", path, *HEAD)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert said in done.stderr
+        assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_hashes_and_incomplete_lines_are_counted(store: FeatureStore, book: Book, tmp_path: Path) -> None:
+    book.add(sha256_of(store, "train/cat/0.png"), "dog").add("another image", "dog").add("and one more", "cat")
+    book.path.write_bytes(book.path.read_bytes()[:-3])
+    _, said, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    assert f"{book.path}: 1 label corrected; 1 image not here; 1 line is incomplete, left out: 5\n" in said
