@@ -1,6 +1,6 @@
 """The report: one self-contained page of HTML about a folder of runs, which loads nothing and runs only its own script.
 
-    runs --by data set and state--> groups --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
+    runs --by data set--> groups, older states listed --chosen run--> tables, charts, thumbnails, feature map --template--> HTML
 
 Jinja2 escapes all text. The page's Content-Security-Policy allows its one script, by hash, and images embedded in the page.
 """
@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from features.errors import BottleneckError, ConfigurationError, RunError
+from features.errors import BottleneckError, ConfigurationError, LabelsError, RunError
 from features.files import atomic_file, printable
 from features.progress import Progress, counted
 from features.store.reader import FeatureStore
 from pipeline.intervals import interval_of
+from pipeline.labels.overlay import as_trained
 from pipeline.outputs import output_file
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
@@ -64,6 +65,7 @@ def make_report(
     by: str = "accuracy",
     folds: bool | None = None,
     data_set: str | None = None,
+    labels: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the report.
@@ -84,16 +86,17 @@ def make_report(
         Compare by cross-validation instead of validation. Default: see `pipeline.runs.board.by_folds`.
     data_set : str, optional
         Only this data set, named as for `pipeline.runs.board.take_run`; default: all in the folder.
+    labels : Path, optional
+        Where the labels file is now under which runs were trained, if it has moved.
     progress : callable, optional
         Called with ``("report", done, total)``.
 
     Returns
     -------
     dict
-        ``out``, ``bytes``, ``runs``, ``damaged`` (names of damaged runs that were left out), and for each group of
-        comparable runs ``name``, ``digest``, ``runs``, ``chosen``, ``stale`` (whether it is another than the first state of a data set),
-        ``state``
-        and ``pictures``, the number of thumbnails.
+        ``out``, ``bytes``, ``runs``, ``damaged`` (names of damaged runs that were left out), and for each data set ``name``,
+        and of its newest state ``digest``, ``runs``, ``chosen`` and ``pictures``, the number of thumbnails; ``older`` lists
+        ``state``, ``digest``, ``runs`` and ``chosen`` of its other states.
 
     Raises
     ------
@@ -113,18 +116,21 @@ def make_report(
         raise ConfigurationError(f"--out {given}: exists and is not an HTML page; give another name, or remove it")
     opened = [FeatureStore.open(path) for path in stores]
     for store in opened:
-        if store.data_digest not in {run.config["features"]["data_digest"] for run in runs}:
+        if not any(_is_of(store, run, labels) for run in runs):
             logger.warning("--features %s: no run was trained on its images, labels and splits", store.path)
+    if labels is not None and not any(run.labels for run in runs):
+        logger.warning("--labels %s: no run was trained under a labels file", labels)
     order = _groups_of(runs, data_set, str(root))
-    titles = Counter(one.name for one, _, _ in order)
+    titles = Counter(one.name for one in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))
-    describe = functools.partial(describe_run, beside=runs, images=images, stores=opened, points=points)
+    describe = functools.partial(describe_run, beside=runs, images=images, stores=opened, points=points, labels=labels)
     groups: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
-    for number, (one, state, stale) in enumerate(order):
+    for number, one in enumerate(order):
+        state = one.states[0]
         judged = by_folds(state.runs, folds)
         chosen, detail, failure = starred(state.runs, by, folds=judged), None, ""
-        if not stale and sum(not group["stale"] for group in groups) < DETAILED:
+        if number < DETAILED:
             try:
                 detail = describe(chosen)
             except BottleneckError as problem:
@@ -133,16 +139,14 @@ def make_report(
                 logger.warning("the chosen run is damaged, and only its scores are shown: %s", problem)
         name = printable(one.name if titles[one.name] == 1 else f"{one.name} {state.digest[:6]}")
         board = board_of(state.runs, by=by, folds=judged)
-        kind = state.kind if stale else "newest"
-        about = {"id": f"g{number + 1}", "name": name, "stale": stale, "state": kind, "failure": failure}
+        older = [(other, board_of(other.runs, by=by, folds=by_folds(other.runs, folds))) for other in one.states[1:]]
+        about = {"id": f"g{number + 1}", "name": name, "failure": failure, "older": _older(older), "stale": one.stale}
         groups.append(_group(about, chosen, board, by=by, folds=judged, detail=detail))
-        listed.append(
-            {"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id, "stale": stale}
-        )
-        listed[-1] |= {"state": kind, "pictures": detail.pictures if detail else 0}
+        listed.append({"name": name, "digest": state.digest, "runs": len(board), "chosen": chosen.run_id})
+        listed[-1] |= {"pictures": detail.pictures if detail else 0, "older": _listed(older)}
         if progress:
             progress("report", number + 1, len(order))
-    count = sum(group["runs"] for group in listed)
+    count = sum(group["runs"] + sum(other["runs"] for other in group["older"]) for group in listed)
     page = _fitting(groups, printable(str(root)), count)
     try:
         with atomic_file(out) as temporary:
@@ -154,13 +158,35 @@ def make_report(
     return {"format": 1, "out": str(given), "bytes": len(page), "runs": count, "groups": listed, "damaged": damaged}
 
 
-def _groups_of(runs: Sequence[Run], data_set: str | None, where: str) -> list[tuple[DataSet, State, bool]]:
-    """The states to show, data sets by name; whether a state is older than the newest of its data set comes with it."""
+def _groups_of(runs: Sequence[Run], data_set: str | None, where: str) -> list[DataSet]:
+    """The data sets to show, by name."""
     found = data_sets(runs)
     if data_set is not None:
         found = [only_one(found, data_set, where)[0]]
-    found.sort(key=lambda one: (one.name, one.sources))
-    return [(one, state, state is not one.states[0]) for one in found for state in one.states]
+    return sorted(found, key=lambda one: (one.name, one.sources))
+
+
+def _is_of(store: FeatureStore, run: Run, labels: str | Path | None) -> bool:
+    """Whether a run was trained on the images, labels and splits of a store, under its labels file if it has one."""
+    try:
+        return as_trained(store, run.labels, labels).data_digest == run.data_digest
+    except LabelsError:
+        return False
+
+
+def _older(states: Sequence[tuple[State, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    """The rows of older states for the template, at most as many as a leaderboard has."""
+    rows = [{**row, "state": f"{state.kind}, {state.digest[:10]}"} for state, board in states for row in board]
+    keys = ("state", "run_id", "head", "settings")
+    return [{**row, **{key: printable(str(row[key])) for key in keys}} for row in rows[:BOARD_ROWS]]
+
+
+def _listed(states: Sequence[tuple[State, list[dict[str, Any]]]]) -> list[dict[str, Any]]:
+    return [
+        {"state": state.kind, "digest": state.digest, "runs": len(board), "chosen": chosen["run_id"]}
+        for state, board in states
+        if (chosen := next(row for row in board if row["chosen"]))
+    ]
 
 
 def summary(document: dict[str, Any]) -> str:
@@ -169,10 +195,11 @@ def summary(document: dict[str, Any]) -> str:
     lines = [f"{document['out']}: {runs}, {document['bytes'] / 1e6:.1f} MB; open it in a browser"]
     for group in document["groups"]:
         pictures = counted(group["pictures"], "thumbnail") if group["pictures"] else "no thumbnails"
-        if group["stale"]:
-            lines.append(f"  {group['name']}, {group['state']}: {counted(group['runs'], 'stale run')}")
-        else:
-            lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
+        lines.append(f"  {group['name']}: {counted(group['runs'], 'run')}, chosen {group['chosen']}, {pictures}")
+        lines += [
+            f"  {group['name']}, {other['state']} {other['digest'][:10]}: {counted(other['runs'], 'stale run')}"
+            for other in group["older"]
+        ]
     return "\n".join(lines)
 
 
@@ -209,7 +236,6 @@ def _group(
         rows.append({**row, **texts, "bar": bar})
     return {
         **about,
-        "title": f"{about['name']}, {about['state']}" if about["stale"] else about["name"],
         "source": printable(features["source"]) or "an unknown place",
         "digest": features["data_digest"],
         "class_count": len(chosen.classes),
@@ -291,7 +317,7 @@ def _render(groups: list[dict[str, Any]], folder: str, run_count: int) -> bytes:
         folder=folder,
         run_count=run_count,
         detailed=DETAILED,
-        data_sets=sum(not group["stale"] for group in groups),
+        data_sets=len(groups),
         version=version,
         style=Markup(style),
         script=Markup(script),

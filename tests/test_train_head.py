@@ -52,6 +52,7 @@ class Store:
     classes: tuple[str, ...]
     images: Images
     data_digest: str = "d" * 64
+    labelled_by: dict[str, Any] = dataclasses.field(default_factory=dict)
     path: Path = Path("features.h5")
     split_rule: str = "hash:0.8,0.1,0.1"
     source: str = "folder of images"

@@ -15,6 +15,7 @@ from finetuning import paint_noise, save_network
 from helpers import call_pipeline, extract, paint_folder
 from made_runs import made_run
 
+import pipeline.report
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
 from pipeline.cli import main
@@ -360,12 +361,18 @@ def test_the_leaderboard_and_the_report_mark_one_run_of_each(tmp_path: Path) -> 
         ("ants", "logistic-ants", True, False),
     ]
     document = make_report(runs, tmp_path / "report.html")
-    assert [(group["name"], group["chosen"], group["stale"]) for group in document["groups"]] == [
-        ("ants", "logistic-ants", False),
-        (f"brain {BRAIN[:6]}", "logistic-brain", False),
-        (f"brain {OLD[:6]}", "logistic-old", True),
+    assert [(group["name"], group["chosen"], group["runs"]) for group in document["groups"]] == [
+        ("ants", "logistic-ants", 1),
+        ("brain", "logistic-brain", 2),
     ]
-    assert "4 runs on 2 data sets" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    older = {"state": "an older state", "digest": OLD, "runs": 1, "chosen": "logistic-old"}
+    assert [group["older"] for group in document["groups"]] == [[], [older]]
+    assert f"  brain, an older state {OLD[:10]}: 1 stale run" in pipeline.report.summary(document).splitlines()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "4 runs on 2 data sets" in page
+    assert page.count("<h2 ") == 2
+    assert "<summary>1 run on older states</summary>" in page
+    assert page.count("<code>logistic-old</code>") == 1
     one = make_report(runs, tmp_path / "one.html", data_set="ants")
     assert ([group["name"] for group in one["groups"]], one["runs"]) == (["ants"], 1)
 

@@ -39,6 +39,9 @@ def report(
         ),
     ] = None,
     data_set: DataSetName = None,
+    labels: Annotated[
+        Path | None, opt("Where the labels file of runs that were trained under one is now, if it has moved.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: runs compared, mistakes, confusion, calibration, feature map, data, how to reproduce."""
@@ -54,6 +57,7 @@ def report(
             by=choose,
             folds=folds,
             data_set=data_set,
+            labels=labels,
             progress=progress,
         )
     print_document(document, as_json, stage.summary(document))

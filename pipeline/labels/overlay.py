@@ -209,13 +209,21 @@ def labelled_images(images: ImageSet, labels: Labels, target: str, pool: Executo
     return dataclasses.replace(images, classes=found.classes, labels=found.labels), found.counts
 
 
+def labels_said(record: Mapping[str, Any]) -> str:
+    """Say in words what a run records about its labels file."""
+    return f"{printable(record['path'])}: {_counts_of(record)}"
+
+
+def _counts_of(record: Mapping[str, Any]) -> Counts:
+    fields = {field.name: record[field.name] for field in dataclasses.fields(Counts)}
+    return Counts(**fields | {"new_classes": (), "gone_classes": ()})
+
+
 def account(store: RelabelledStore) -> str:
     """Say in words what a labels file did to a store."""
-    fields = {field.name: store.labelled_by[field.name] for field in dataclasses.fields(Counts)}
     before, after = set(store.original.classes), set(store.classes)
-    return str(
-        Counts(**fields | {"new_classes": tuple(sorted(after - before)), "gone_classes": tuple(sorted(before - after))})
-    )
+    new, gone = tuple(sorted(after - before)), tuple(sorted(before - after))
+    return str(dataclasses.replace(_counts_of(store.labelled_by), new_classes=new, gone_classes=gone))
 
 
 def excluded_rows(store: FeatureStore, labels: Labels) -> np.ndarray:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
 from pipeline.intervals import interval_of
+from pipeline.labels.overlay import as_trained, labels_said
 from pipeline.reporting import data as facts
 from pipeline.reporting.charts import (
     COLOURS,
@@ -49,7 +51,13 @@ class Detail:
 
 
 def describe_run(
-    run: Run, *, beside: Sequence[Run], images: Sequence[str], stores: Sequence[FeatureStore], points: int
+    run: Run,
+    *,
+    beside: Sequence[Run],
+    images: Sequence[str],
+    stores: Sequence[FeatureStore],
+    points: int,
+    labels: str | Path | None = None,
 ) -> Detail:
     """Collect all that the page says about one run.
 
@@ -65,6 +73,8 @@ def describe_run(
         Stores to try before the one that the run names.
     points : int
         Largest number of points in the feature map.
+    labels : Path, optional
+        Where the labels file is now under which the run was trained.
 
     Raises
     ------
@@ -72,7 +82,7 @@ def describe_run(
         If a file of the run is malformed. Images and store may be missing, which the page then says.
     """
     rows = Rows.of(run)
-    store, no_store = _store_of(run, stores)
+    store, no_store = _store_of(run, stores, labels)
     root = "" if store is None else str(store.provenance.get("root", ""))
     sources = [*images, run.config["features"]["source"], root]
     pictures = Pictures(sources, run.target, rows.paths, run.reading, run.recipe.pixels)
@@ -123,6 +133,8 @@ def describe_run(
             "map": features,
             "no_map": no_map,
             "data": data,
+            "labels": labels_said(run.labels) if run.labels else "",
+            "tested": run.labels["tested"] if run.labels else 0,
             "no_store": no_store,
             "facts": _facts(run),
             "commands": commands(run, start=start, views=views, root=root),
@@ -159,7 +171,9 @@ def _scores_of(run: Run, split: str) -> dict[str, Any] | None:
     return scores and {**scores, "accuracy_interval": interval_of(scores)}
 
 
-def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | None, str]:
+def _store_of(
+    run: Run, stores: Sequence[FeatureStore], labels: str | Path | None = None
+) -> tuple[FeatureStore | None, str]:
     """Find the store that the run was trained on; if there is none, say why."""
     features = run.config["features"]
     why = "the run does not say where its features are"
@@ -168,6 +182,7 @@ def _store_of(run: Run, stores: Sequence[FeatureStore]) -> tuple[FeatureStore | 
             continue
         try:
             store = candidate if isinstance(candidate, FeatureStore) else FeatureStore.open(candidate)
+            store = as_trained(store, run.labels, labels)
             if store.data_digest != features["data_digest"] or features["name"] not in store.names:
                 why = f"{store.path} no longer holds the run's images and features; give a store that does with --features"
                 continue
