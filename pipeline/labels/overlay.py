@@ -134,10 +134,14 @@ def with_labels(store: FeatureStore, labels: Labels | str | Path) -> RelabelledS
     Raises
     ------
     LabelsError
-        If there are decisions, and none is about an image of the store.
+        If there are decisions, and none is about an image of the store; or the store is for another task than classes.
     """
     labels = labels if isinstance(labels, Labels) else read_labels(labels)
     table, original = store.images, store.classes
+    if table.target is not None:
+        raise LabelsError(
+            f"{store.path}: is for --task {table.target.task}, and labels files are put over classes only; leave it out"
+        )
     rows = table.labels, table.splits, table.groups, table.sha256
     found = applied(labels, str(store.path), original, *rows, target_of(store))
     return RelabelledStore(store, found.classes, found.labels, found.splits, record_of(labels, found.counts))
