@@ -14,8 +14,9 @@ import platform
 import resource
 import sys
 from pathlib import Path
+from types import ModuleType
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, SourceError
 
 _BACKENDS = ("tensorflow", "jax", "torch")  # of Keras, in the order in which they are taken
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -164,3 +165,16 @@ def installed_version(name: str, otherwise: str = "not installed") -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return otherwise
+
+
+def pyarrow_for(path: Path) -> ModuleType:
+    """Return pyarrow, which reads and writes Parquet; raises ``SourceError`` if it is not installed."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+
+        return pyarrow  # type: ignore[no-any-return]
+    except ImportError as error:
+        raise SourceError(
+            f"{path}: Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV"
+        ) from error

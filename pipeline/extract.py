@@ -154,6 +154,46 @@ def _described_target(target: Target) -> dict[str, Any]:
     return {"task": target.task, "name": target.name, "unlabelled": int((~target.known).sum()), "columns": columns}
 
 
+def to_parquet(
+    file: Path,
+    to: Path,
+    *,
+    views: str | None = None,
+    float16: bool = False,
+    labels: Path | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write a store as a Parquet file; see ``features.store.columns.write_parquet``.
+
+    Raises
+    ------
+    ConfigurationError
+        If ``to`` does not end in ``.parquet``, or ``views`` is neither None nor ``all``.
+    """
+    from features.store.columns import write_parquet
+    from pipeline.labels.overlay import with_labels
+
+    if to.suffix.lower() != ".parquet":
+        raise ConfigurationError(f"--to {to}: expected a file that ends in .parquet")
+    if views not in (None, "all"):
+        raise ConfigurationError(f"--views: received {views!r}, expected all, or leave it out for view 0")
+    store = FeatureStore.open(file)
+    store = store if labels is None else with_labels(store, labels)
+    rows = write_parquet(store, to, all_views=views == "all", float16=float16, progress=progress)
+    return {
+        "format": DOCUMENT_FORMAT,
+        "file": str(to),
+        "rows": rows,
+        "features": list(store.names),
+        "bytes": to.stat().st_size,
+    }
+
+
+def parquet_summary(document: dict[str, Any]) -> str:
+    """Describe a written Parquet file for a person."""
+    return f"{document['file']}: {document['rows']} rows, features {', '.join(document['features'])}, {document['bytes'] / 1e6:.1f} MB"
+
+
 def _network_of(store: FeatureStore, digest: str) -> str | None:
     """Return where the quantised network of a store is; None if it is lost."""
     try:

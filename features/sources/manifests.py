@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
+from features.machine import pyarrow_for
 from features.sources.cells import read_target
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
@@ -158,14 +159,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
 
 def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, list[str]]]:
     """Yield the same from Parquet: every value as text, null as an empty text; columns of other types are left out."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-    except ImportError as error:
-        raise SourceError(
-            f"{manifest}: reading Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. "
-            "Or save the manifest as CSV"
-        ) from error
+    pyarrow = pyarrow_for(manifest)
     line = 1
     try:
         with pyarrow.parquet.ParquetFile(manifest) as table:

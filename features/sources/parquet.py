@@ -20,6 +20,7 @@ from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, UnreadableImageError, nearest
+from features.machine import pyarrow_for
 from features.sources.folders import File
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
@@ -39,19 +40,6 @@ class Rows(NamedTuple):
     splits: list[int]
     groups: list[str]
     read: Callable[[str], bytes]
-
-
-def pyarrow_for(path: Path) -> ModuleType:
-    """Return pyarrow; raises ``SourceError`` if it is not installed."""
-    try:
-        import pyarrow
-        import pyarrow.parquet
-
-        return pyarrow  # type: ignore[no-any-return]
-    except ImportError as error:
-        raise SourceError(
-            f"{path}: reading Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV"
-        ) from error
 
 
 def image_column(path: Path) -> str | None:

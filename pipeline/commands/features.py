@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from features.augmentation import PRESETS
+from features.errors import ConfigurationError
 from pipeline.commands.common import (
     BatchSize,
     ClassLevel,
@@ -328,16 +329,28 @@ def verify(file: Annotated[Path, arg("A feature store.")], as_json: Json = False
 @app.command()
 @guarded
 def pack(
-    file: Annotated[Path, arg("A sharded store.")],
+    file: Annotated[Path, arg("A store.")],
     out: Annotated[Path | None, opt("File to write. Default: replace the store.")] = None,
+    to: Annotated[Path | None, opt("Parquet file to write for other tools; the store stays as it is.")] = None,
+    views: Annotated[str | None, opt("With --to: all writes one row per view. Default: view 0 alone.")] = None,
+    float16: Annotated[bool, opt("With --to: keep what is stored in float16 so.", "--float16")] = False,
+    labels: Annotated[Path | None, opt("With --to: labels file that is put over the labels of the store.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Turn a sharded store into a packed one."""
+    """Turn a sharded store into a packed one, or write a store as a Parquet file."""
     from features.extraction.extraction import pack_store
     from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
+        if to is not None:
+            if out is not None:
+                raise ConfigurationError("--out and --to: received both, expected one of them")
+            document = stage.to_parquet(file, to, views=views, float16=float16, labels=labels, progress=progress)
+            print_document(document, as_json, stage.parquet_summary(document))
+            return
+        if views is not None or float16 or labels is not None:
+            raise ConfigurationError("--views, --float16 and --labels are for Parquet files: add --to FILE.parquet")
         store = pack_store(file, out, progress=progress)
     document = stage.describe(store)
     print_document(document, as_json, stage.summary(document))
