@@ -20,7 +20,7 @@ from features.errors import ConfigurationError, SourceError, UnreadableImageErro
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources.parquet import open_tables
-from features.sources.scan import scan, takes_target
+from features.sources.scan import reader_of, scan, takes_target
 from features.sources.webdataset import expanded
 from features.store.reader import FeatureStore
 
@@ -58,11 +58,16 @@ def extracted(source: str | Path, out: Path, **options: Any) -> FeatureStore:
 # --- tars -------------------------------------------------------------------------------------------------
 
 
-def test_a_pattern_stands_for_files_in_order() -> None:
+def test_a_pattern_stands_for_files_in_order(tmp_path: Path) -> None:
     assert expanded("a-{8..10}.tar") == ["a-8.tar", "a-9.tar", "a-10.tar"]
     assert expanded("{1..2}/{00..01}.tar") == ["1/00.tar", "1/01.tar", "2/00.tar", "2/01.tar"]
+    for number in (9, 10, 2):
+        tar(tmp_path / f"s-{number}.tar", {})
+    assert expanded(f"{tmp_path}/s-{{}}.tar") == [f"{tmp_path}/s-{number}.tar" for number in (2, 9, 10)]
     with pytest.raises(SourceError, match=r"received \{5\.\.3\}, expected two numbers in ascending order"):
         expanded("a-{5..3}.tar")
+    with pytest.raises(SourceError, match="no such files"):
+        expanded(f"{tmp_path}/t-{{}}.tar")
     with pytest.raises(SourceError, match="at most 100000 files"):
         expanded("a-{0..99999}-{0..9}.tar")
 
@@ -153,11 +158,15 @@ def table(
     return path
 
 
+def one(path: Path) -> tuple[Path, list[Path]]:
+    return path, [path]
+
+
 def test_numbers_get_the_names_of_the_file(tmp_path: Path) -> None:
     one = table(tmp_path / "a.parquet", [png(1), png(2), png(3)], names=["cat", "dog"], label=[1, 0, None])
-    assert labels_of(one) == {"a.parquet/000000": "dog", "a.parquet/000001": "cat", "a.parquet/000002": ""}
+    assert labels_of(one) == {"000000": "dog", "000001": "cat", "000002": ""}
     two = table(tmp_path / "b.parquet", [png(1), png(2)], label=[3, 12], kind=["x", "y"], group=["g", None])
-    assert labels_of(two) == {"b.parquet/000000": "03", "b.parquet/000001": "12"}
+    assert labels_of(two) == {"000000": "03", "000001": "12"}
     assert list(labels_of(two, target="kind").values()) == ["x", "y"]
     assert scan(two).groups == ("g", "")
     assert takes_target(two)
@@ -179,7 +188,7 @@ def test_splits_come_from_the_names_of_files_in_a_folder(tmp_path: Path) -> None
 
 def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     pictures = [png(number) for number in range(100)]
-    rows = open_tables([table(tmp_path / "a.parquet", pictures, rows=30, label=[0] * 100)], None)
+    rows = open_tables(*one(table(tmp_path / "a.parquet", pictures, rows=30, label=[0] * 100)), None)
     order = [*range(0, 100, 2), *range(99, 0, -2), 0, 50]
     assert [rows.read(rows.files[row].path) for row in order] == [pictures[row] for row in order]
 
@@ -189,12 +198,12 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, monkeypatch
     monkeypatch.setattr("features.sources.parquet._KEPT_ROWS", 16)
     noise = np.random.default_rng(0)
     pictures = [noise.bytes(1 << 18) for _ in range(8)] * 16
-    rows = open_tables([table(tmp_path / "a.parquet", pictures, label=[0] * len(pictures))], None)
+    rows = open_tables(*one(table(tmp_path / "a.parquet", pictures, label=[0] * len(pictures))), None)
     before, most = pa.total_allocated_bytes(), 0
     for row, file in enumerate(rows.files):
         assert rows.read(file.path) == pictures[row]
         most = max(most, pa.total_allocated_bytes() - before)
-    column = rows.read._columns["a.parquet/"]  # type: ignore[attr-defined]
+    column = rows.read._columns[""]  # type: ignore[attr-defined]
     assert column._bytes <= (2 + 4) << 20  # at least a batch of 16
     assert most < 16 << 20  # of 32 MB
 
@@ -255,5 +264,8 @@ def test_the_features_are_those_of_the_folder_and_only_new_images_are_inferred(t
     np.testing.assert_array_equal(found.array("last.avg"), expected.array("last.avg"))
     assert found.images.sha256.tolist() == expected.images.sha256.tolist()
     assert found.images.labels.tolist() == expected.images.labels.tolist()
+    read = reader_of(str(scan(both).root))  # as workers of a cluster find it
+    assert read is not None
+    assert [read(path) for path in found.images.paths] == [file.read_bytes() for file in files]
     again = Extraction(scan(both), NumpyNetwork(), tmp_path / "s.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
     assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)

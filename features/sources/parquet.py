@@ -69,13 +69,15 @@ def _is_bytes(pyarrow: ModuleType, kind: Any) -> bool:
     return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
-def open_tables(paths: Sequence[Path], target: str | None, *, labelled: bool = True) -> Rows:
+def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labelled: bool = True) -> Rows:
     """List the images of Parquet files; no image is read.
 
     Parameters
     ----------
+    root : Path
+        What names all files: their folder, a pattern, or the only file itself.
     paths : sequence of Path
-        The files; images are named by file and row.
+        The files; images are named by row, and by file and row if there are several.
     target : str, optional
         The column of labels, ``label`` by default: text, or whole numbers, with names where the file has those of Hugging Face.
     labelled : bool
@@ -87,7 +89,7 @@ def open_tables(paths: Sequence[Path], target: str | None, *, labelled: bool = T
         If a file is damaged, has no images or no such column, or a label is no class name; the message names the row.
     """
     pyarrow = pyarrow_for(paths[0])
-    root = Path(os.path.commonpath([path.parent for path in paths]))
+    common = os.path.commonpath([path.parent for path in paths])
     files, names, splits, groups = list[File](), list[str](), list[int](), list[str]()
     columns: dict[str, _Column] = {}
     for path in paths:
@@ -106,7 +108,7 @@ def open_tables(paths: Sequence[Path], target: str | None, *, labelled: bool = T
         groups += read.get("group", [""] * table_rows)
         code = split_of(path.stem)
         splits += [NOT_GIVEN if code is None else code] * table_rows
-        prefix = f"{path.relative_to(root)}/"
+        prefix = "" if path == root else f"{path.relative_to(common)}/"
         digits = max(6, len(str(table_rows)))
         # The size of an image is not known before it is read; FORMAT.md says that it is then 0.
         files += [File.of(f"{prefix}{number:0{digits}d}", status, 0) for number in range(table_rows)]

@@ -14,7 +14,7 @@ import re
 import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
 import numpy as np
@@ -49,7 +49,7 @@ class ImageSet:
     description : str
         The source as the user named it, for messages.
     root : Path
-        Absolute path of the folder or archive to which ``paths`` are relative.
+        Absolute path of the folder or archive to which ``paths`` are relative, or the pattern of several archives.
     paths : tuple of str, length n
         With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute if a manifest
         points outside ``root``. A name that is not UTF-8 contains lone surrogates (``os.fsdecode``): the file can be
@@ -217,11 +217,11 @@ def scan(
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
     if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
-        return _from_rows(text, parquet.open_tables([path], target, labelled=labelled), reading)
+        return _from_rows(text, parquet.open_tables(path, [path], target, labelled=labelled), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
         return _scan_manifest(path, text, target, reading, labelled=labelled, task=task)
     if tables := _tables_in(path):
-        return _from_rows(text, parquet.open_tables(tables, target, labelled=labelled), reading)
+        return _from_rows(text, parquet.open_tables(path, tables, target, labelled=labelled), reading)
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
         return _scan_archive(path, text, target, reading, trust, labelled=labelled)
     _refuse_target(text, target)
@@ -242,15 +242,27 @@ def scan(
 
 
 def is_manifest(source: str | Path) -> bool:
-    """Whether a source is named by files in its root: a manifest, Parquet files with images, or a pattern of tars."""
-    text = os.fspath(source)
-    return text.lower().endswith(MANIFEST_SUFFIXES) or webdataset.is_pattern(text)
+    """Whether a source has the name of a manifest, the usual kind of source that takes a ``target``."""
+    return os.fspath(source).lower().endswith(MANIFEST_SUFFIXES)
+
+
+def source_in(root: str, description: str) -> str:
+    """Return the source that was given as ``description`` from the ``root`` that its scan found; a manifest lies in its root."""
+    name = PurePath(description).name
+    return os.path.join(root, name) if is_manifest(description) and PurePath(root).name != name else root
+
+
+def reader_of(root: str) -> Callable[[str], bytes] | None:
+    """Return what reads the images of a source by their paths, given its root; None if they are files in a folder."""
+    path = Path(root)
+    in_files = os.path.isfile(root) or webdataset.is_pattern(root) or bool(_tables_in(path))
+    return scan(root, labelled=False).reader if in_files else None
 
 
 def takes_target(source: str | Path) -> bool:
     """Whether a source may have several columns of labels: a manifest, tars of WebDataset, or Parquet files with images."""
     path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
-    if is_manifest(source) or _tables_in(path):
+    if is_manifest(source) or webdataset.is_pattern(os.fspath(source)) or _tables_in(path):
         return True
     return path.name.lower().endswith(".tar") and path.is_file() and webdataset.is_webdataset(open_archive(path))
 
@@ -400,7 +412,9 @@ def _from_tree(
 def _scan_several(pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool) -> ImageSet:
     if pattern.lower().endswith(".parquet"):
         paths = [Path(os.path.abspath(os.path.expanduser(name))) for name in webdataset.expanded(pattern)]
-        return _from_rows(pattern, parquet.open_tables(paths, target, labelled=labelled), reading)
+        return _from_rows(
+            pattern, parquet.open_tables(webdataset.root_of(pattern), paths, target, labelled=labelled), reading
+        )
     return _from_rows(pattern, webdataset.open_tars(pattern, trust, target, labelled=labelled), reading)
 
 

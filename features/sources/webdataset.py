@@ -8,6 +8,7 @@ Tars are listed once, in order. Images are then read where they lie, so a run th
 from __future__ import annotations
 
 import dataclasses
+import glob
 import itertools
 import json
 import logging
@@ -27,6 +28,7 @@ from features.sources.splits import NOT_GIVEN, listed
 logger = logging.getLogger(__name__)
 
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
+_ALL = "{}"  # all numbers that there are
 MOST_TARS = 100_000
 _LABEL_BYTES = 1 << 20  # of a member that holds a label
 _LONGEST_LABEL = 200  # characters; longer ones are captions
@@ -46,22 +48,33 @@ class Samples(NamedTuple):
 
 def is_pattern(source: str) -> bool:
     """Whether the name of a source stands for several tars."""
-    return _RANGE.search(source) is not None
+    return _RANGE.search(source) is not None or _ALL in source
+
+
+def root_of(pattern: str) -> Path:
+    """Return what names the files of a pattern whatever their numbers, so that more of them change nothing about the others."""
+    return Path(os.path.abspath(os.path.expanduser(_RANGE.sub(_ALL, pattern))))
 
 
 def expanded(pattern: str) -> list[str]:
-    """Return the names that a pattern stands for, in order.
+    """Return the names that a pattern stands for, in order; ``{}`` stands for all numbers that there are.
 
     Raises
     ------
     SourceError
-        If it counts down, or stands for more than 100,000.
+        If it counts down, stands for more than 100,000, or there are no such files.
 
     Examples
     --------
     >>> expanded("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
     """
+    if _ALL in pattern:
+        wanted = re.compile(r"(\d+)".join(map(re.escape, pattern.split(_ALL))))
+        found = [name for name in glob.glob(glob.escape(pattern).replace(_ALL, "*")) if wanted.fullmatch(name)]
+        if not found:
+            raise SourceError(f"{pattern}: no such files; {{}} stands for the numbers in their names")
+        return sorted(found, key=lambda name: [*map(int, wanted.fullmatch(name).groups())])  # type: ignore[union-attr]
     texts = _RANGE.split(pattern)
     ranges, total = [], 1
     for first, last in zip(texts[1::3], texts[2::3], strict=True):
@@ -99,8 +112,7 @@ def open_tars(pattern: str, trust: Trust, target: str | None, *, labelled: bool 
         raise SourceError(
             f"{pattern}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}. Put them there, or change the numbers"
         )
-    root = Path(os.path.commonpath([path.parent for path in paths]))
-    return samples_of(root, [open_archive(path, trust) for path in paths], target, labelled=labelled)
+    return samples_of(root_of(pattern), [open_archive(path, trust) for path in paths], target, labelled=labelled)
 
 
 def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, labelled: bool = True) -> Samples:
@@ -109,7 +121,7 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
     Parameters
     ----------
     root : Path
-        The folder of the tars, or the tar itself if there is one; the paths of images are relative to it.
+        What names all tars: their pattern, or the only tar itself.
     archives : sequence of Archive
         The tars.
     target : str, optional
@@ -124,8 +136,9 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
     """
     files, names, tars = list[File](), list[str](), dict[str, Archive]()
     splits, bare, alone = list[int](), list[str](), list[str]()
+    common = os.path.commonpath([archive.path.parent for archive in archives])
     for archive in archives:
-        prefix = "" if archive.path == root else f"{archive.path.relative_to(root)}/"
+        prefix = "" if archive.path == root else f"{archive.path.relative_to(common)}/"
         tars[prefix] = archive
         status = os.stat(archive.path)
         found = _by_key(archive)

@@ -369,10 +369,10 @@ class _Run:
 
 
 def _first_image(work: Work) -> str | None:
-    """Return an image that exists, or the archive that holds all of them."""
+    """Return an image that exists, or the archive that holds all of them; None if there are several archives."""
     root = str(work.images.root)
-    if os.path.isfile(root):
-        return root
+    if os.path.isfile(root) or work.images.reader is not None:
+        return root if os.path.isfile(root) else None
     spec = work.specs[0]
     there = (path for path, size in zip(spec.paths, spec.sizes, strict=True) if size >= 0)
     return next((os.path.join(root, path) for path in there), None)

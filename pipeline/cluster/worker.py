@@ -134,7 +134,7 @@ def _plan(path: str, token: str) -> OpenPlan:
 
 
 def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
-    reader = _archive_reader(spec.root) if os.path.isfile(spec.root) else None
+    reader = _source_reader(spec.root)
     if reader is not None:
         return reader
     from features.pixels.decode import read_bytes
@@ -143,11 +143,11 @@ def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
 
 
 @functools.lru_cache(maxsize=4)
-def _archive_reader(root: str) -> Callable[[str], bytes] | None:
-    """Return the reader of an archive or of arrays; None for a single image, which is a file in its folder."""
-    from features.sources.scan import scan
+def _source_reader(root: str) -> Callable[[str], bytes] | None:
+    """Return the reader of an archive, of arrays or of tables; None for images that are files."""
+    from features.sources.scan import reader_of
 
-    return scan(root, labelled=False).reader
+    return reader_of(root)
 
 
 class _LateEngine:

@@ -15,7 +15,7 @@ from features.networks.backbones import BACKBONES
 from features.networks.descriptions import FORMAT
 from features.networks.quantised import networks_of_runs, place_in
 from features.recipe import NetworkOptions, Normalisation, PixelRule, Recipe
-from features.sources.scan import is_manifest
+from features.sources.scan import is_manifest, source_in
 from pipeline.presets import PRESETS, EstimatorParameters
 from pipeline.runs.folder import Run
 from pipeline.tuning.settings import TuningSettings
@@ -63,7 +63,7 @@ def _source(run: Run, root: str) -> str:
     if not root or source.startswith("sample:") or PurePath(source).is_absolute():
         return source
     name, folder = PurePath(source).name, PurePath(root)
-    return str(folder / name if is_manifest(source) else folder if folder.name == name else source)
+    return source_in(root, source) if is_manifest(source) or folder.name == name else source
 
 
 def _extract(run: Run, source: str, views: int | None) -> list[str]:

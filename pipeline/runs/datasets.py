@@ -17,7 +17,7 @@ from pathlib import PurePath
 from features.errors import ConfigurationError, nearest
 from features.files import printable
 from features.progress import counted
-from features.sources.scan import is_manifest
+from features.sources.scan import source_in
 from pipeline.runs.folder import Run
 from pipeline.tables import shortened
 
@@ -87,7 +87,7 @@ def source_of(description: str, root: str) -> str:
     """
     if not root or description.startswith(SAMPLE):
         return description
-    return os.path.realpath(os.path.join(root, PurePath(description).name) if is_manifest(description) else root)
+    return os.path.realpath(source_in(root, description))
 
 
 def short_name(source: str) -> str:
