@@ -19,14 +19,18 @@ from features.store.columns import write_parquet
 from features.store.reader import FeatureStore
 from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
 from features.store.writer import StoreWriter
+from features.targets import Target
 from pipeline.extract import to_parquet
 
 
-def spatial_store(path: Path, rows: int, shape: tuple[int, ...], dtype: str = "float32") -> np.ndarray:
+def spatial_store(
+    path: Path, rows: int, shape: tuple[int, ...], dtype: str = "float32", target: Target | None = None
+) -> np.ndarray:
     """A store of numbers that say where they stand."""
     made = recipe("out_relu", "none", dtype=dtype)
     values = np.arange(rows * int(np.prod(shape)), dtype=np.float32).reshape(rows, 1, *shape).astype(dtype)
-    writer = StoreWriter(path, kind="store", rows=rows, features={made.name: FeatureSpec(made, 1, shape)})
+    features = {made.name: FeatureSpec(made, 1, shape)}
+    writer = StoreWriter(path, kind="store", rows=rows, features=features, version=1 if target is None else 2)
     writer.append(made.name, values)
     empty = Quarantine((), np.zeros((0, 32), np.uint8), (), np.zeros(0, np.int64), np.zeros(0, np.int64))
     numbers = np.zeros(rows, np.int64)
@@ -42,6 +46,7 @@ def spatial_store(path: Path, rows: int, shape: tuple[int, ...], dtype: str = "f
             sizes=numbers,
             mtimes_ns=numbers,
             columns={"camera": tuple(f"c{row}" for row in range(rows))},
+            target=target,
         ),
         quarantine=empty,
         classes=("cat", "dog"),
@@ -102,6 +107,19 @@ def test_views_are_rows_and_labels_those_of_the_labels_file(tmp_path: Path) -> N
     assert table["view"].to_pylist() == [0, 1] * 5
     assert table["label"].to_pylist()[:4] == ["dog", "dog", "cat", "cat"]
     np.testing.assert_array_equal(np.array(table["last.avg"].to_pylist()).reshape(5, 2, 3), store.array("last.avg"))
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        (np.array([[1, 0], [255, 1]], np.uint8), {"t.a": [True, None], "t.b": [False, True]}),
+        (np.array([[1.5, np.nan], [-2.0, 3.0]]), {"t.a": [1.5, -2.0], "t.b": [None, 3.0]}),
+    ],
+)
+def test_targets_are_columns(tmp_path: Path, values: np.ndarray, expected: dict[str, list[Any]]) -> None:
+    spatial_store(tmp_path / "s.h5", 2, (4,), target=Target("t", ("a", "b"), values))
+    write_parquet(FeatureStore.open(tmp_path / "s.h5"), tmp_path / "s.parquet")
+    assert pq.read_table(tmp_path / "s.parquet", columns=["t.a", "t.b"]).to_pydict() == expected
 
 
 def test_what_cannot_be_written_is_refused(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from features.machine import pyarrow_for
 from features.progress import Progress
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
+from features.targets import MULTILABEL, known_cells
 
 if TYPE_CHECKING:
     import pyarrow
@@ -39,7 +40,8 @@ def write_parquet(
     """Write features, paths, hashes, splits and labels of a store; labels are the effective ones of the given store.
 
     A feature set is a column of lists of one length, float32, flattened in C order; the metadata of the column hold its
-    ``shape``, ``recipe`` and ``fingerprint``, those of the file the classes and what else the store says of itself.
+    ``shape``, ``recipe`` and ``fingerprint``, those of the file the classes and what else the store says of itself. Each column
+    of a target is one column ``TARGET.COLUMN``: Boolean for labels, float64 for numbers, null where it is unknown.
 
     Parameters
     ----------
@@ -98,6 +100,7 @@ def _schema(pa: Any, store: FeatureStore, *, all_views: bool, float16: bool) -> 
     if all_views:
         fields.insert(2, pa.field("view", pa.int32()))
     fields += [pa.field(name, pa.string()) for name in store.images.columns]
+    fields += [pa.field(name, kind) for name, kind in _target_columns(pa, store)]
     for name in store.names:
         recipe, shape = store.recipes[name], store.shape(name)[2:]
         kind = pa.float16() if float16 and recipe.dtype == "float16" else pa.float32()
@@ -111,6 +114,32 @@ def _schema(pa: Any, store: FeatureStore, *, all_views: bool, float16: bool) -> 
         "data_digest": store.data_digest, "labelled_by": dict(store.labelled_by), "provenance": dict(store.provenance),
     }  # fmt: skip
     return pa.schema(fields, metadata={"bottleneck": json.dumps(said, sort_keys=True)})
+
+
+def _target_columns(pa: Any, store: FeatureStore) -> list[tuple[str, Any]]:
+    """Return name and type of the columns of the target; whether a label holds is a Boolean."""
+    target = store.images.target
+    if target is None:
+        return []
+    kind = pa.bool_() if target.task == MULTILABEL else pa.float64()
+    return [(f"{target.name}.{column}", kind) for column in target.columns]
+
+
+def _target_values(store: FeatureStore, start: int, stop: int) -> dict[str, list[Any]]:
+    """Return the values of the target, None where one is unknown."""
+    target = store.images.target
+    if target is None:
+        return {}
+    values = target.values[start:stop]
+    known = known_cells(values)
+    numbers = values.astype(bool) if target.task == MULTILABEL else values
+    return {
+        f"{target.name}.{column}": [
+            value if there else None
+            for value, there in zip(numbers[:, number].tolist(), known[:, number].tolist(), strict=True)
+        ]
+        for number, column in enumerate(target.columns)
+    }
 
 
 def _known(store: FeatureStore, start: int, stop: int, views: int, *, all_views: bool) -> dict[str, Any]:
@@ -127,9 +156,10 @@ def _known(store: FeatureStore, start: int, stop: int, views: int, *, all_views:
         "label": repeated([store.classes[code] if code >= 0 else None for code in table.labels[start:stop].tolist()]),
         "group": repeated([(table.groups[row] or None) if table.groups else None for row in rows]),
     }
-    columns = {name: [_printable(value) for value in values] for name, values in columns.items()}
+    columns = {name: list(map(_printable, values)) for name, values in columns.items()}
     if all_views:
         columns["view"] = list(range(views)) * len(rows)
+    columns |= {name: repeated(values) for name, values in _target_values(store, start, stop).items()}
     return columns | {
         name: repeated([_printable(values[row]) for row in rows]) for name, values in table.columns.items()
     }
