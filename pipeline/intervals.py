@@ -9,17 +9,18 @@ from typing import Any
 Z_95 = 1.959964  # two-sided 95 % quantile of the normal distribution
 
 
-def wilson_interval(correct: int, n: int) -> list[float]:
-    """95 % interval of an accuracy, [low, high]: Wilson's score interval (Wilson 1927; Agresti and Coull 1998).
+def wilson_interval(correct: int, n: int, z: float = Z_95) -> list[float]:
+    """Interval of an accuracy, [low, high], 95 % by default: Wilson's score interval (Wilson 1927; Agresti and Coull 1998).
 
-    A better count never has a lower bound below that of a worse one: both bounds rise with ``correct``.
+    A better count never has a lower bound below that of a worse one: both bounds rise with ``correct``. ``z`` is the
+    quantile of the normal distribution.
 
     Examples
     --------
     >>> [[round(bound, 3) for bound in wilson_interval(correct, 24)] for correct in (24, 23, 0)]
     [[0.862, 1.0], [0.798, 0.993], [0.0, 0.138]]
     """
-    doubt = Z_95**2 / n
+    doubt = z**2 / n
     centre = correct / n + doubt / 2
     half = math.sqrt(correct * (n - correct) / n * doubt / n + doubt**2 / 4)
     low, high = (centre - half) / (1 + doubt), (centre + half) / (1 + doubt)

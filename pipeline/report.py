@@ -24,6 +24,7 @@ from features.store.reader import FeatureStore
 from pipeline.intervals import interval_of
 from pipeline.labels.overlay import as_trained
 from pipeline.outputs import output_file
+from pipeline.reporting.audited import read_audit
 from pipeline.reporting.charts import interval_bar
 from pipeline.reporting.chosen import Detail, describe_run
 from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, check_tables, starred
@@ -51,6 +52,7 @@ PARTS = {
     "learning": "Training",
     "map": "Feature map",
     "data": "Data",
+    "audit": "Audit",
     "recipe": "Recipe",
     "again": "Make it again",
 }
@@ -66,6 +68,7 @@ def make_report(
     folds: bool | None = None,
     data_set: str | None = None,
     labels: str | Path | None = None,
+    audit: str | Path | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the report.
@@ -88,6 +91,8 @@ def make_report(
         Only this data set, named as for `pipeline.runs.board.take_run`; default: all in the folder.
     labels : Path, optional
         Where the labels file is now under which runs were trained, if it has moved.
+    audit : Path, optional
+        An ``audit.csv``, as `pipeline.audit.stage.write_csv` writes it.
     progress : callable, optional
         Called with ``("report", done, total)``.
 
@@ -103,7 +108,7 @@ def make_report(
     RunError
         If there is no finished run.
     ConfigurationError
-        If ``out`` is a folder, a device or a file other than an HTML page, or ``by`` is unknown.
+        If ``out`` is a folder, a device or a file other than an HTML page, ``by`` is unknown, or ``audit`` is malformed.
     """
     check_choice(by)
     runs, damaged = find_runs(root)
@@ -123,7 +128,10 @@ def make_report(
     order = _groups_of(runs, data_set, str(root))
     titles = Counter(one.name for one in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))
-    describe = functools.partial(describe_run, beside=runs, images=images, stores=opened, points=points, labels=labels)
+    found = None if audit is None else read_audit(audit)
+    describe = functools.partial(
+        describe_run, beside=runs, images=images, stores=opened, points=points, labels=labels, audit=found
+    )
     groups: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
     for number, one in enumerate(order):
@@ -286,7 +294,8 @@ def _drop_sprites(detail: dict[str, Any] | None) -> None:
 
 def _drop_cards(detail: dict[str, Any] | None) -> None:
     if detail:
-        for item in (*detail["mistakes"], *detail["hits"]):
+        audited = [card for check in detail["audit"] for card in check["cards"]]
+        for item in (*detail["mistakes"], *detail["hits"], *audited):
             item["picture"] = ""
         if detail["data"]:
             detail["data"]["leakage"]["pairs"] = [

@@ -48,7 +48,17 @@ FEATURE_ROOMS: dict[str, set[str]] = {
 }
 # The ground of the pipeline: config intervals presets outputs progress streams tables. Stages lie at the door, over the rooms.
 BELOW_HEADS = {"ground", "scores", "runs", "labels"}
-BELOW_STAGES = BELOW_HEADS | {"heads", "search", "sweeps", "tuning", "exporting", "predicting", "reporting", "cluster"}
+BELOW_STAGES = BELOW_HEADS | {
+    "heads",
+    "search",
+    "sweeps",
+    "tuning",
+    "exporting",
+    "predicting",
+    "reporting",
+    "cluster",
+    "audit",
+}
 PIPELINE_ROOMS: dict[str, set[str]] = {
     "ground": set(),
     "scores": {"ground"},
@@ -61,6 +71,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
     "predicting": BELOW_HEADS | {"heads", "tuning", "exporting"},
     "reporting": BELOW_HEADS | {"heads", "tuning", "sweeps"},
     "cluster": BELOW_HEADS | {"heads", "sweeps"},
+    "audit": BELOW_HEADS | {"heads", "search", "sweeps", "reporting"},
     "stages": BELOW_STAGES,
     "labels": {"ground"},
     "experiments": BELOW_STAGES | {"stages"},

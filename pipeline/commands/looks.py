@@ -42,6 +42,7 @@ def report(
     labels: Annotated[
         Path | None, opt("Where the labels file of runs that were trained under one is now, if it has moved.")
     ] = None,
+    audit: Annotated[Path | None, opt("CSV file of an audit, whose worst images are shown.")] = None,
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: runs compared, mistakes, confusion, calibration, feature map, data, how to reproduce."""
@@ -58,6 +59,7 @@ def report(
             folds=folds,
             data_set=data_set,
             labels=labels,
+            audit=audit,
             progress=progress,
         )
     print_document(document, as_json, stage.summary(document))

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 
 from features.errors import BottleneckError
-from features.files import printable
+from features.files import printable, quoted
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
 from pipeline.intervals import interval_of
 from pipeline.labels.overlay import as_trained, labels_said
 from pipeline.reporting import data as facts
+from pipeline.reporting.audited import AuditFile
 from pipeline.reporting.charts import (
     COLOURS,
     MARKERS,
@@ -58,6 +59,7 @@ def describe_run(
     stores: Sequence[FeatureStore],
     points: int,
     labels: str | Path | None = None,
+    audit: AuditFile | None = None,
 ) -> Detail:
     """Collect all that the page says about one run.
 
@@ -75,6 +77,8 @@ def describe_run(
         Largest number of points in the feature map.
     labels : Path, optional
         Where the labels file is now under which the run was trained.
+    audit : AuditFile, optional
+        An audit; it is shown if it is about images of the run's store.
 
     Raises
     ------
@@ -97,12 +101,14 @@ def describe_run(
             data = _data(run, store, pictures)
         except BottleneckError as problem:  # the page shows the scores even if the features are damaged
             no_store = printable(str(problem))
+    audited, no_audit = _audited(audit, store, no_store, pictures)
     bins = facts.reliability(rows)
     scores = _scores_of(run, "validation")
     assert scores is not None
     start = next((one for one in beside if one.run_id == (run.config["finetune"] or {}).get("start")), None)
     views = None if store is None else store.views(run.config["features"]["name"])
-    shown = sum(bool(item["picture"]) for item in (*mistakes, *hits))
+    cards = [card for check in audited for card in check["cards"]]
+    shown = sum(bool(item["picture"]) for item in (*mistakes, *hits, *cards))
     if features:
         shown += sum(image["tile"] >= 0 for image in features["data"]["images"])
     return Detail(
@@ -136,6 +142,8 @@ def describe_run(
             "labels": labels_said(run.labels) if run.labels else "",
             "tested": run.labels["tested"] if run.labels else 0,
             "no_store": no_store,
+            "audit": audited,
+            "no_audit": no_audit,
             "facts": _facts(run),
             "commands": commands(run, start=start, views=views, root=root),
         },
@@ -300,6 +308,20 @@ def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
             ],
         },
     }
+
+
+def _audited(
+    audit: AuditFile | None, store: FeatureStore | None, no_store: str, pictures: Pictures
+) -> tuple[list[dict[str, Any]], str]:
+    """Describe an audit; if there is nothing to show, say why."""
+    if audit is None:
+        file = "FEATURES" if store is None else printable(quoted(store.path))
+        return [], f"none was given. Type: bottleneck audit {file}, and then bottleneck report --audit audit.csv"
+    if store is None:
+        return [], no_store
+    known = {digest.tobytes() for digest in store.images.sha256}
+    found = audit.section(known, pictures)
+    return found, "" if found else f"{printable(str(audit.path))} is about other images"
 
 
 def _learning(run: Run) -> dict[str, Any]:

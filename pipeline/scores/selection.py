@@ -18,7 +18,9 @@ WORST_GROUP = "worst_group_accuracy"  # of the tables by group that a run has
 CHOICES = ("accuracy", "balanced_accuracy", WORST_GROUP)
 
 
-def stratified_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None = None) -> np.ndarray:
+def stratified_folds(
+    y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None = None, *, most: int | None = None
+) -> np.ndarray:
     """Distribute the rows of each class evenly over folds; the rows of a group are in one fold.
 
     Parameters
@@ -31,18 +33,21 @@ def stratified_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | 
         Random seed of the distribution.
     groups : int64, (n,), optional
         Group of each row.
+    most : int, optional
+        Number of rows to use, about; default: `SEARCH_ROWS`.
 
     Returns
     -------
     int64, (n,)
         Fold of each row. -1: the row is only used for training, as its class has a single row or group. -2: the row is
-        not used, so that about `SEARCH_ROWS` rows are. All are -1 if no class has two rows.
+        not used, so that about ``most`` rows are. All are -1 if no class has two rows.
     """
+    most = SEARCH_ROWS if most is None else most
     if groups is not None and len(np.unique(groups)) < len(groups):
-        return _grouped_folds(y, folds, seed, groups)
+        return _grouped_folds(y, folds, seed, groups, most)
     generator = np.random.default_rng(seed)
     result = np.full(len(y), -1, dtype=np.int64)
-    share = min(1.0, SEARCH_ROWS / len(y))
+    share = min(1.0, most / len(y))
     start = 0  # each class continues at the fold where the last one stopped, which keeps the folds equally large
     counts = np.bincount(y)
     folds = min(folds, int(counts.max()))
@@ -56,13 +61,13 @@ def stratified_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray | 
     return result
 
 
-def _grouped_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray) -> np.ndarray:
+def _grouped_folds(y: np.ndarray, folds: int, seed: int, groups: np.ndarray, most: int) -> np.ndarray:
     from sklearn.model_selection import StratifiedGroupKFold
 
     result = np.full(len(y), -1, dtype=np.int64)
     names = np.random.default_rng(seed).permutation(np.unique(groups))
     sizes = np.bincount(groups)[names]
-    kept = names[: max(2, int(np.searchsorted(np.cumsum(sizes), SEARCH_ROWS, side="right")))]
+    kept = names[: max(2, int(np.searchsorted(np.cumsum(sizes), most, side="right")))]
     rows = np.flatnonzero(np.isin(groups, kept))
     result[~np.isin(groups, kept)] = -2
     folds = min(folds, len(kept))

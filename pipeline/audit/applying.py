@@ -1,0 +1,138 @@
+"""An audit and the labels file: under which labels a store is audited, and what the audit writes.
+
+labels file --with_labels--> store --audit--> suggestions --precise enough, training rows only--> decisions of a machine
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from features.errors import ConfigurationError
+from features.progress import counted
+from features.store.reader import FeatureStore
+from pipeline.audit.material import TEST, TRAIN, Read
+from pipeline.audit.stage import Audit
+from pipeline.labels.file import (
+    LABEL,
+    MACHINE,
+    Decision,
+    append_decisions,
+    is_person,
+    new_decision,
+    read_labels,
+    value_of,
+)
+from pipeline.labels.overlay import target_of, with_labels
+from pipeline.reporting.thumbnails import Pictures
+
+PRECISION = 0.95  # least probability of a suggestion that is applied; their estimated precision lies above it
+SEEN = "seen"  # the target of a decision that says an image of the test split was judged by an audit
+BY = f"{MACHINE}audit"
+
+
+def labelled(store: FeatureStore, path: Path | None, *, may_be_new: bool) -> FeatureStore:
+    """Return the store under a labels file, if one is given; one that is to be written may not exist yet."""
+    if path is None or (may_be_new and not path.exists()):
+        return store
+    return with_labels(store, path)
+
+
+def reader(store: FeatureStore, images: str) -> Read:
+    """Return what reads the image files of a store from a source, each checked by its hash.
+
+    Raises
+    ------
+    ConfigurationError
+        If the source holds none of them.
+    """
+    pictures = Pictures([images], store.provenance.get("target"), store.images.paths)
+    if pictures.missing:
+        raise ConfigurationError(f"--images {images}: {pictures.missing}")
+    return pictures.read
+
+
+def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, float]:
+    """Suggestions that are certain enough to be applied without a person.
+
+    They are those whose class has a probability of at least `PRECISION`, given pixels and label (`pipeline.audit.confident`).
+
+    Returns
+    -------
+    rows : int64, (k,), ascending
+        Training rows. Files that have several labels, or lie in other splits too, are left to a person.
+    classes : int32, (k,)
+        Class suggested for each.
+    estimate : float
+        Estimated precision, the mean of these probabilities; 1 if there are none.
+    """
+    material = found.material
+    rows, likely = material.likely
+    if not len(rows):
+        return rows, np.zeros(0, np.int32), 1.0
+    labels = material.labels[rows]
+    sure, classes = likely.max(axis=1), likely.argmax(axis=1).astype(np.int32)
+    taken = (classes != labels) & (sure >= PRECISION)
+    taken &= np.isin(rows, _plain(material.copies, material.labels, material.splits))
+    return rows[taken], classes[taken], float(sure[taken].mean()) if taken.any() else 1.0
+
+
+def _plain(copies: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> np.ndarray:
+    """Labelled training rows whose bytes occur with no other label and in no other split, int64, ascending."""
+    odd = (splits != TRAIN) | (labels < 0)
+    count = int(copies.max(initial=-1)) + 1
+    least, most = np.full(count, np.iinfo(np.int32).max), np.full(count, -1)
+    np.minimum.at(least, copies, labels)
+    np.maximum.at(most, copies, labels)
+    mixed = (least != most) | (np.bincount(copies, odd, count) > 0)
+    return np.flatnonzero(~mixed[copies])
+
+
+def record(found: Audit, path: Path, *, apply: bool) -> dict[str, Any]:
+    """Append what an audit decided to a labels file: suggestions with ``apply``, and which test images were judged."""
+    store, table = found.store, found.store.images
+    labels = read_labels(path) if path.exists() else None
+    target, decisions, left, estimate = target_of(store), list[Decision](), 0, None
+    if apply:
+        rows, classes, estimate = suggestions(found)
+        if labels is not None and len(labels):
+            places = labels.latest(table.sha256[rows], target, LABEL, "")
+            people = np.array([is_person(word) for word in labels.people.words], bool)
+            by_person = (places >= 0) & people[labels.people.codes[places]]
+            left, rows, classes = int(by_person.sum()), rows[~by_person], classes[~by_person]
+        for row, name in zip(rows.tolist(), classes.tolist(), strict=True):
+            value, earlier = (value_of(store.classes[k]) for k in (name, table.labels[row]))
+            decisions.append(
+                new_decision(table.sha256[row], table.paths[row], value, target=target, earlier=earlier, by=BY)
+            )
+    applied = len(decisions)
+    if found.material.include_test:
+        rows = np.flatnonzero(table.splits == TEST)
+        if labels is not None:
+            rows = rows[labels.latest(table.sha256[rows], SEEN) < 0]
+        decisions += [
+            new_decision(table.sha256[row], table.paths[row], "audit", target=SEEN, by=BY) for row in rows.tolist()
+        ]
+    if decisions:
+        append_decisions(path, decisions)
+    return {
+        "file": str(path),
+        "applied": applied,
+        "estimated_precision": estimate,
+        "left_to_people": left,
+        "test_images_noted": len(decisions) - applied,
+    }
+
+
+def said(recorded: dict[str, Any]) -> str:
+    """Summarise what `record` did with suggestions."""
+    if not recorded["applied"]:
+        return f"{recorded['file']}: no suggestion is certain enough to be applied"
+    text = (
+        f"{recorded['file']}: {counted(recorded['applied'], 'label')} changed, of which an estimated "
+        f"{recorded['estimated_precision']:.1%} are right"
+    )
+    left = recorded["left_to_people"]
+    return text + (f"; {counted(left, 'image')} that people decided about left alone" if left else "")
