@@ -238,9 +238,12 @@ def read_small(path: Path, most: int) -> bytes:
         If it cannot be read, is no regular file or is larger.
     """
     with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb") as stream:
-        if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+        status = os.fstat(stream.fileno())
+        if not stat.S_ISREG(status.st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        data = stream.read(most + 1)
+        data = stream.read(min(status.st_size, most) + 1)  # for which memory is taken at once
+        if len(data) == status.st_size + 1:  # it has grown, or is one of /proc
+            data += stream.read(most + 1 - len(data))
     if len(data) > most:
         raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
     return data

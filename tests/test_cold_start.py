@@ -227,3 +227,23 @@ def test_networks_that_pad_by_the_size_are_the_same_every_32_pixels() -> None:
     first, same, other = (architecture_of(build_backbone(row, (size, size))) for size in (128, 192, 150))
     assert first == same
     assert first != other
+
+
+@pytest.mark.slow
+def test_a_network_that_was_built_to_be_described_is_not_built_again(
+    cache: Path, tiny: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = []
+    build = keras_runtime.build_backbone
+    monkeypatch.setattr(keras_runtime, "build_backbone", lambda *given: built.append(given[1]) or build(*given))
+    options = NetworkOptions("tiny", weights="random", image_size=(32, 48), layers=("second",), engine="keras")
+    found = resolve_network(options)
+    engine = found.engine(found.recipes, batch_size=3)
+    first = dict(engine(reference_images(32, 48, count=3)))
+    assert built == [(32, 48)]
+    model = found.load()  # a caller may train what it is given, so nobody else has it
+    for item in model.weights:
+        item.assign(item * 0 + 7)
+    again = found.engine(found.recipes, batch_size=3)(reference_images(32, 48, count=3))
+    np.testing.assert_array_equal(again["second"], first["second"])
+    assert built == [(32, 48)] * 3

@@ -17,7 +17,7 @@ import pytest
 from helpers import listing, paint_folder, recipe
 from onnx import TensorProto, helper, numpy_helper
 
-from features.errors import BottleneckError, ConfigurationError, IntegrityError, OpenVinoError, SourceError
+from features.errors import ConfigurationError, IntegrityError, OpenVinoError, SourceError
 from features.extraction import extraction
 from features.extraction.calibration import drawn_rows, with_quantised
 from features.extraction.extraction import extract_features, pack_store, prepare
@@ -317,7 +317,7 @@ def test_int8_gives_the_numbers_of_exact_integers_and_weights_have_seven_bits(wo
     bytes_ = [values for values in whole if values.dtype == np.int8 and values.ndim == 4]
     assert {values.shape for values in bytes_} == {(16, 3, 3, 3), (24, 16, 3, 3)}
     assert all(60 <= np.abs(values.astype(int)).max() <= 64 for values in bytes_)
-    engine = quantising.open_quantised(path, str(made.quantised), [made], batch_size=4)
+    engine = quantising.open_quantised(path, [made], batch_size=4)
     images = reference_images(16, 16)
     (found,) = engine(images).values()
     (exact,) = network.expected
@@ -459,27 +459,125 @@ def test_the_network_goes_with_its_store(world: World, tmp_path: Path) -> None:
     assert not networks_of_store(tmp_path / "p.h5").exists()
 
 
-@pytest.mark.slow
-def test_hostile_networks_are_refused_or_run_in_bounds(world: World, tmp_path: Path) -> None:
+def opened(folder: Path, whole: QuantisedNetwork, **changes: Any) -> None:
+    """Open a network whose file was changed, and whose sha256 is the one that is asked for."""
+    path = written(folder, dataclasses.replace(whole, **changes))
+    made = dataclasses.replace(whole.outputs[0], precision="int8", quantised=path.stem)
+    quantising.open_quantised(path, [made], batch_size=4)
+
+
+@pytest.fixture
+def whole(world: World) -> QuantisedNetwork:
     (file,) = networks_of_store(world.store).iterdir()
-    whole, _ = read(file)
+    return read(file)[0]
+
+
+@pytest.mark.slow
+def test_damaged_networks_are_refused(whole: QuantisedNetwork, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(quantising, "run_limited", lambda module, folder, limits: quantising.work(folder))
     text = whole.model.tobytes().decode()
-
-    def opened(model: str, **changes: Any) -> None:
-        changed = dataclasses.replace(whole, model=np.frombuffer(model.encode(), np.uint8), **changes)
-        path = written(tmp_path, changed)
-        made = dataclasses.replace(whole.outputs[0], precision="int8", quantised=path.stem)
-        quantising.open_quantised(path, path.stem, [made], batch_size=4)
-
-    opened(text)
+    opened(tmp_path, whole)
     for model, changes in (
-        ("<net/>", {}), ("", {}), (text[: len(text) // 2], {}), (text.replace('offset="0"', 'offset="999999999"'), {}),
+        ("<net/>", {}), (text[: len(text) // 2], {}), (text.replace('offset="0"', 'offset="999999999"'), {}),
         (text, {"weights": whole.weights[:5]}), (text.replace('type="Convolution"', 'type="Nothing"'), {}),
         (text, {"expected": (whole.expected[0] * 2,)}),
     ):  # fmt: skip
-        with pytest.raises((OpenVinoError, IntegrityError)) as caught:
-            opened(model, **changes)
-        assert isinstance(caught.value, BottleneckError)
+        with pytest.raises(OpenVinoError):
+            opened(tmp_path, whole, model=np.frombuffer(model.encode(), np.uint8), **changes)
+
+
+def made_of(whole: QuantisedNetwork, build: Any) -> dict[str, Any]:
+    """The two files of a network of OpenVINO that takes pixels and gives what `build` makes of them, (n, 24)."""
+    from openvino import Model
+    from openvino import opset13 as op
+
+    pixels = op.parameter([-1, 16, 16, 3], np.uint8, "pixels")
+    mean = op.reduce_mean(op.convert(pixels, "f32"), op.constant([1, 2, 3]), keep_dims=False)
+    row = op.broadcast(op.unsqueeze(mean, op.constant([1])), op.constant([1, 24]), broadcast_spec="BIDIRECTIONAL")
+    result = op.result(build(op, row))
+    result.output(0).get_tensor().set_names({"output_0"})
+    (width,) = whole.expected[0].shape[1:]
+    assert width == 24
+    model, weights = quantising._serialised(import_openvino(), Model([result], [pixels]), 0)
+    return {"model": model, "weights": weights}
+
+
+def signs(op: Any, row: Any, count: int = 1500) -> Any:
+    """Changes of sign, which OpenVINO compiles together: twice as many take several times as long."""
+    row = op.softmax(row, 1)
+    for number in range(count):
+        row = op.relu(row) if number % 2 else op.negative(row)
+    return row
+
+
+def wide(op: Any, row: Any) -> Any:
+    """400 MB of the same number for every image."""
+    one = op.reduce_max(row, op.constant([1]), keep_dims=True)
+    many = op.negative(op.broadcast(one, op.constant([1, 100_000_000]), broadcast_spec="BIDIRECTIONAL"))
+    return op.add(row, op.reduce_max(op.negative(many), op.constant([1]), keep_dims=True))
+
+
+def endless(op: Any, row: Any) -> Any:
+    """A loop whose length depends on the pixels."""
+    from openvino import Model
+
+    inside = op.parameter([-1, 24], np.float32)
+    body = Model([op.result(op.constant(True)), op.result(op.negative(inside))], [inside])
+    count = op.convert(op.reduce_max(row, op.constant([0, 1]), keep_dims=False), "i64")
+    loop = op.loop(count, op.constant(True))
+    loop.set_function(body)
+    loop.set_special_body_ports([-1, 0])
+    loop.set_merged_input(inside, row.output(0), body.get_results()[1].output(0))
+    return loop.get_iter_value(body.get_results()[1].output(0), -1).get_node()
+
+
+def mixed(op: Any, row: Any) -> Any:
+    """What an image gives depends on the others of its batch."""
+    return op.add(row, op.reduce_mean(row, op.constant([0]), keep_dims=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("build", "limits", "message"),
+    [
+        (signs, (4 << 30, 3), "OpenVINO cannot run the network: it takes more than 3 seconds of processor time"),
+        (wide, (1 << 30, 60), "OpenVINO cannot run the network: it takes more than 1074 MB of memory"),
+        (endless, None, "the network has the operation Loop, which none that this project made has"),
+        (mixed, None, "the features of an image depend on the others of its batch"),
+    ],
+    ids=["time", "memory", "loop", "batch"],
+)
+def test_a_hostile_network_of_the_right_sha256_is_ended_or_refused(
+    whole: QuantisedNetwork, tmp_path: Path, monkeypatch: Any, build: Any, limits: Any, message: str
+) -> None:
+    if limits is None:  # a rule: no process is needed to see it
+        monkeypatch.setattr(quantising, "run_limited", lambda module, folder, limits: quantising.work(folder))
+    else:
+        monkeypatch.setattr(quantising, "limits_of", lambda length, pixels: limits)
+    changes = made_of(whole, build)
+    if build is mixed:
+        mean = reference_images(16, 16).reshape(4, -1).mean(axis=1)
+        changes["expected"] = (np.repeat((mean + mean.mean())[:, None], 24, axis=1).astype(np.float32),)
+    with pytest.raises(OpenVinoError) as caught:
+        opened(tmp_path, whole, **changes)
+    assert message in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+
+
+@pytest.mark.slow
+def test_a_network_is_tried_once_on_a_processor(whole: QuantisedNetwork, tmp_path: Path, monkeypatch: Any) -> None:
+    tried: list[Any] = []
+    monkeypatch.setattr(quantising, "run_limited", lambda *words: tried.append(words))
+    opened(tmp_path, whole)
+    opened(tmp_path, whole)
+    assert len(tried) == 1
+    monkeypatch.setattr(quantising, "processor", lambda: "another")
+    opened(tmp_path, whole)
+    opened(tmp_path, whole, calibration={"images": 1})  # another file
+    assert len(tried) == 3
+    monkeypatch.setattr(quantising, "processor", lambda: None)  # unknown: it might be another one
+    opened(tmp_path, whole)
+    assert len(tried) == 4
 
 
 @pytest.mark.slow

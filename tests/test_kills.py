@@ -24,6 +24,7 @@ import pytest
 from clusters import Faults
 from faults import contents
 from helpers import ROOT, STRESS, NumpyNetwork, extract, listing, paint_folder, rounds
+from test_int8 import HOW, network
 from test_terminal import CHILD as SLOW_MODEL
 
 from pipeline.train_head import train_head
@@ -36,6 +37,7 @@ KILLED = """
 import os, signal, sys
 inputs, folder, last = sys.argv[1], sys.argv[2], int(sys.argv[3])
 done = 0
+STEPS = {"subprocess.Popen", "calibrating"}
 CHANGES = {"os.rename", "os.mkdir", "os.remove", "os.rmdir", "os.link", "os.utime", "shutil.rmtree"}
 
 def look(event, arguments):
@@ -43,10 +45,10 @@ def look(event, arguments):
     if event == "open":
         if not isinstance(arguments[2], int) or not arguments[2] & (os.O_WRONLY | os.O_RDWR):
             return
-    elif event not in CHANGES and event != "subprocess.Popen":
+    elif event not in CHANGES | STEPS:
         return
     paths = [os.fsdecode(value) for value in arguments[:2] if isinstance(value, (str, bytes, os.PathLike))]
-    if event == "subprocess.Popen" or any(path.startswith(folder) for path in paths):
+    if event in STEPS or any(path.startswith(folder) for path in paths):
         done += 1
         if done == last:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -106,6 +108,15 @@ CASES = {
     "conversion": (8, True, words(*EXTRACT, *REAL, "--engine", "openvino")),
     "export": (7, False, REMOVE + words("export", "IN/real", "--format", "onnx", "--out", "OUT/m.onnx")),
 }
+QUANTISE = (
+    "extract", "IN/images", "--out", "OUT/f.h5", "--precision", "int8", "--backbone", "IN/net.onnx", "--preprocess", "IN/how.json",
+    "--shard-rows", "8", "--workers", "1",
+)  # fmt: skip
+CALIBRATING = """
+from features.extraction import calibration
+decode = calibration.decode_image
+calibration.decode_image = lambda *words: (sys.audit("calibrating"), decode(*words))[1]
+"""
 HEAVY = ("preview", "sweep", "cluster", "conversion", "export")  # for `make stress` only
 
 
@@ -123,6 +134,8 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_head(FeatureStore.open(folder / "f.h5"), "logistic", runs=folder / "runs")
     (folder / "sweep.yaml").write_text("version: 1\nheads: [{head: logistic, grid: {C: [0.1, 1.0, 10.0]}}]\n")
     if STRESS:
+        network(folder / "net.onnx")
+        (folder / "how.json").write_text(json.dumps(HOW))
         from helpers import run_pipeline
 
         for command in (
@@ -207,3 +220,24 @@ def test_killed_anywhere_the_next_command_gives_the_same_and_leaves_nothing(
     assert [key for key in expected if received[key] != expected[key]] == []
     print(json.dumps({"command": name, "changes": changes, "kills": hits}))
     assert hits == kills
+
+
+@pytest.mark.skipif(not STRESS, reason="only `make stress` does it")
+def test_quantising_killed_anywhere_gives_the_same_network_and_no_half_file(inputs: Path, tmp_path: Path) -> None:
+    """Killed while calibrating, while the network is written, between its last copy and the first shard, and later."""
+    code = CALIBRATING + words(*QUANTISE)
+    changes = run(code, inputs, tmp_path / "out")
+    expected = results(tmp_path / "out")
+    (name,) = listing(tmp_path / "out" / "f.h5.networks")
+    kept = (tmp_path / "out" / "f.h5.networks" / name).read_bytes()
+    assert listing(tmp_path / "out" / "tmp") == []
+    for last in np.linspace(1, changes, 24, dtype=int).tolist():
+        shutil.rmtree(tmp_path / "out")
+        assert run(code, inputs, tmp_path / "out", last) == 0
+        for path in (tmp_path / "out").rglob("[!.]*.int8"):
+            assert (path.name, path.read_bytes() == kept) == (name, True), last
+        run(code, inputs, tmp_path / "out")
+        received = results(tmp_path / "out")
+        assert received["files"] == expected["files"], last
+        assert [key for key in expected if received[key] != expected[key]] == [], last
+    print(json.dumps({"command": "quantise", "changes": changes, "kills": 24}))

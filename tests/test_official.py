@@ -41,6 +41,20 @@ def test_the_table_has_every_builder_with_its_module_size_and_hash(monkeypatch: 
         assert row.official.hash is None or row.official.hash in source, row.name
 
 
+class PassedOn:
+    """In the place of `keras.layers` in the builders: layers that are not made, and pass on their first input."""
+
+    def __init__(self, layers: Any) -> None:
+        self.Input = layers.Input
+
+    def __getattr__(self, name: str) -> Any:
+        return passed_on if name.islower() else lambda *_, **__: passed_on
+
+
+def passed_on(inputs: Any, *_: Any, **__: Any) -> Any:
+    return inputs[0] if isinstance(inputs, list | tuple) else inputs
+
+
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`input_shape` is undefined")
 @pytest.mark.parametrize(
@@ -54,16 +68,19 @@ def test_the_table_has_every_builder_with_its_module_size_and_hash(monkeypatch: 
 )
 def test_the_official_file_is_what_keras_would_fetch(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import keras
+    from keras.src import applications
     from keras.src.utils import file_utils
 
     def fake_file(fname: str, origin: str, file_hash: str | None = None, **_: object) -> None:
         raise AskedError(fname, origin, file_hash)
 
-    def passed_on(layer: Any, inputs: Any, *_: Any, **__: Any) -> Any:
-        return inputs[0] if isinstance(inputs, list | tuple) else inputs
-
     monkeypatch.setattr(file_utils, "get_file", fake_file)
-    monkeypatch.setattr(keras.layers.Layer, "__call__", passed_on)  # the weights, not the layers, are looked for
+    # The weights, not the layers, are looked for.
+    monkeypatch.setattr(keras.layers.Layer, "__call__", lambda layer, inputs, *_, **__: passed_on(inputs))
+    for module in vars(applications).values():
+        for part, other in (("layers", PassedOn(keras.layers)), ("Sequential", lambda *_, **__: passed_on)):
+            if hasattr(module, part):
+                monkeypatch.setattr(module, part, other)
     row = APPLICATIONS[name]
     builder = getattr(keras.applications, row.builder)
     with pytest.raises(AskedError) as caught:

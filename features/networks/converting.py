@@ -2,39 +2,26 @@
 
     model, recipes --convert()--> child: outputs of ONNX Runtime, conversion, one compilation --> arrays of a cached file
 
-A small file can make either library work for hours, or take any amount of memory, before it has seen an image; and neither
-can be stopped within a process. A conversion that is kept has passed here.
+A conversion that is kept has passed here.
 """
 
 from __future__ import annotations
 
 import json
-import resource
-import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from features.children import run_module
-from features.errors import BottleneckError, ConfigurationError, OpenVinoError
-from features.networks.onnx_engine import OnnxRuntimeEngine, is_memory_error, limited_memory, memory_of
+from features.errors import ConfigurationError, OpenVinoError
+from features.networks.limited import limits_of, run_limited
+from features.networks.onnx_engine import OnnxRuntimeEngine
 from features.networks.openvino_engine import OpenVinoEngine, from_onnx
 from features.networks.reference import REFERENCES, reference_images
 from features.recipe import Recipe
 from features.temporary import system_folder
 
-_MEMORY = "memory"  # in the place of a message
-_MODEL, _ASKED, _RAN, _ARRAYS, _ERROR = "model.onnx", "asked.json", "ran", "arrays.npz", "error"
-
-
-def limits_of(length: int, pixels: int) -> tuple[int, int]:
-    """Return how much memory (bytes) and processor time (seconds) a model of so many bytes may take for so many pixels.
-
-    Both are far above what networks need: a vision transformer of 97 MB takes 10 of its 313 seconds.
-    """
-    return 2 * memory_of(length, pixels), int((30 + 5e-7 * length) * max(1, pixels / 224**2))
+_MODEL, _ASKED, _RAN, _ARRAYS = "model.onnx", "asked.json", "ran", "arrays.npz"
 
 
 def convert(model: bytes, recipes: Sequence[Recipe], step: int | None) -> dict[str, np.ndarray]:
@@ -57,7 +44,7 @@ def convert(model: bytes, recipes: Sequence[Recipe], step: int | None) -> dict[s
         If OpenVINO cannot convert it within them.
     """
     rule = recipes[0].pixels
-    memory, seconds = limits_of(len(model), REFERENCES * rule.height * rule.width)
+    limits = limits_of(len(model), REFERENCES * rule.height * rule.width)
     with system_folder() as folder:
         try:
             (folder / _MODEL).write_bytes(model)
@@ -66,30 +53,22 @@ def convert(model: bytes, recipes: Sequence[Recipe], step: int | None) -> dict[s
             raise OpenVinoError(
                 f"the network cannot be converted: {folder.parent}: {error.strerror or error}"
             ) from error
-        done = run_module(
-            "features.networks.converting", *map(str, (folder, memory, seconds)), environment={"TMPDIR": str(folder)}
-        )
-        if done.returncode == 0:
+        failure = run_limited(__name__, folder, limits)
+        if failure is None:
             with np.load(folder / _ARRAYS, allow_pickle=False) as archive:
                 return {name: archive[name] for name in archive.files}
-        said = (folder / _ERROR).read_text() if (folder / _ERROR).exists() else ""
         ran = (folder / _RAN).exists()
-    if said and said != _MEMORY:
-        raise (OpenVinoError if ran else ConfigurationError)(said)
-    if done.returncode == -signal.SIGXCPU:
-        reason = f"it takes more than {seconds} seconds of processor time"
-    elif said:
-        reason = f"it takes more than {memory / 1e6:.0f} MB of memory"
-    else:
-        reason = f"the process ended with status {done.returncode}: {done.stderr.strip()[-200:]}"
+    if failure.said:
+        raise (OpenVinoError if ran else ConfigurationError)(failure.said)
     if ran:
-        raise OpenVinoError(f"OpenVINO cannot convert the network: {reason}")
+        raise OpenVinoError(f"OpenVINO cannot convert the network: {failure.reason}")
     raise ConfigurationError(
-        f"ONNX Runtime cannot run the network: {reason}. Check where the file comes from, or export it again"
+        f"ONNX Runtime cannot run the network: {failure.reason}. Check where the file comes from, or export it again"
     )
 
 
-def _work(folder: Path) -> None:
+def work(folder: Path) -> None:
+    """Convert what lies in a folder, in a process of its own: see ``features.networks.limited``."""
     asked = json.loads((folder / _ASKED).read_text())
     recipes, step = [Recipe.from_dict(item) for item in asked["recipes"]], asked["step"]
     model, rule = (folder / _MODEL).read_bytes(), recipes[0].pixels
@@ -99,20 +78,3 @@ def _work(folder: Path) -> None:
     arrays = from_onnx(model, batch, expected, step)
     OpenVinoEngine(arrays["model"], arrays["weights"], recipes, batch_size=len(batch), step=step)  # compiles it
     np.savez(folder / _ARRAYS, **arrays)  # type: ignore[arg-type]
-
-
-def _main(folder: Path, memory: int, seconds: int) -> None:
-    resource.setrlimit(resource.RLIMIT_CPU, (seconds, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-    try:
-        with limited_memory(memory):
-            _work(folder)
-    except Exception as error:  # the classes of ONNX Runtime's errors are not public
-        if is_memory_error(error):
-            (folder / _ERROR).write_text(_MEMORY)
-        elif isinstance(error, BottleneckError):
-            (folder / _ERROR).write_text(str(error))
-        raise
-
-
-if __name__ == "__main__":
-    _main(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))

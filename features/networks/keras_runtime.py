@@ -39,7 +39,7 @@ class KerasRuntime:
     engines = ("keras", "openvino")
 
     def __init__(self) -> None:
-        self._built: tuple[Any, Any] | None = None  # what `describe` built, which `converted` needs next
+        self._built: tuple[Any, Any] | None = None  # what `describe` built, for the next `load`
 
     def describe(self, backbone: Backbone, weights: WeightsFile, size: Size, layers: Sequence[str]) -> Description:
         """Describe a network; a description in the cache, of this size or two of its kin, saves building it again."""
@@ -55,7 +55,10 @@ class KerasRuntime:
         return description
 
     def load(self, backbone: Backbone, weights: WeightsFile, size: Size) -> Any:
-        """Build the network as a ``keras.Model`` and load its weights."""
+        """Build the network as a ``keras.Model`` and load its weights, unless that was just done to describe it."""
+        (built, model), self._built = self._built or (None, None), None
+        if built == (backbone, weights, size):
+            return model
         model = build_backbone(backbone, size)
         load_weights(model, backbone, weights)
         return model
@@ -69,9 +72,7 @@ class KerasRuntime:
         from features.networks.openvino_engine import from_keras, second_size
 
         size = recipes[0].pixels.height, recipes[0].pixels.width
-        (built, model), self._built = self._built or (None, None), None
-        if built != (backbone, weights, size):
-            model = self.load(backbone, weights, size)
+        model = self.load(backbone, weights, size)
         kept = from_keras(_features(model, recipes), _preprocess(recipes), *size)
         other = another(size)
         try:

@@ -123,7 +123,7 @@ class Network:
         if precision == "int8" and self.quantised is not None:
             from features.networks.quantising import open_quantised
 
-            return open_quantised(self.quantised, str(recipes[0].quantised), recipes, batch_size=batch_size)
+            return open_quantised(self.quantised, recipes, batch_size=batch_size)
         if self.engine_name == "openvino":
             try:
                 return open_engine(
@@ -208,6 +208,11 @@ def resolve_network(options: NetworkOptions) -> Network:
     runtime = RUNTIMES[row.runtime]
     engine = choose_engine(options, runtime.engines)
     by = engine if engine == "openvino" else f"keras-{keras_backend()}"
+    if options.precision == "int8" and options.quantised is None:
+        raise ConfigurationError(
+            "precision: int8 needs a quantised network, which extract makes from images; name its file with --quantised "
+            f"FILE{SUFFIX}"
+        )
     rule, normalisation, prefix = row.pixel_rule(options), row.normalisation(options), row.prefix_tokens(options)
     file = resolve_weights(row, options.weights)
     description = runtime.describe(row, file, (rule.height, rule.width), options.layers)
@@ -238,17 +243,11 @@ def resolve_network(options: NetworkOptions) -> Network:
     backbone = options.backbone if row.place is None else row.place
     weights = str(file.path.resolve()) if file.route == "file" and file.path is not None else options.weights
     network = Network(row, backbone, file, weights, tuple(chosen.values()), description, engine)
-    return _quantised(network, options) if options.precision == "int8" else network
+    return network if options.quantised is None else _quantised(network, Path(options.quantised).absolute())
 
 
-def _quantised(network: Network, options: NetworkOptions) -> Network:
-    """Return the network in int8, with the file that the options name."""
-    if options.quantised is None:
-        raise ConfigurationError(
-            "precision: int8 needs a quantised network, which extract makes from images; name its file with --quantised "
-            f"FILE{SUFFIX}"
-        )
-    file = Path(options.quantised).absolute()
+def _quantised(network: Network, file: Path) -> Network:
+    """Return the network in int8, by the file of the quantised network."""
     digest = checked(file, network.recipes)
     recipes = (dataclasses.replace(item, precision="int8", quantised=digest) for item in network.recipes)
     return dataclasses.replace(network, recipes=tuple(recipes), quantised=file)

@@ -222,7 +222,7 @@ class OpenVinoEngine:
         self.images_inferred = 0
         self._lock = threading.Lock()
         threads = threads or processors()
-        self.images_per_pass = step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
+        self.images_per_pass = images_per_pass(batch_size, threads, step)
         self.size = rule.height, rule.width
         self._shape = (batch_size, *self.size, 3)
         streams = min(threads, -(-batch_size // self.images_per_pass))
@@ -274,6 +274,11 @@ class OpenVinoEngine:
                 array[start : start + count] = request.get_tensor(port).data[:count]
         finally:
             self._requests.put(request)
+
+
+def images_per_pass(batch_size: int, threads: int, step: int | None) -> int:
+    """Return the number of images in one inference request of an ``OpenVinoEngine``."""
+    return step or max(1, min(_REQUEST_IMAGES, batch_size // threads))
 
 
 # ------------------------------------------------------------------------------------------ convert and check
