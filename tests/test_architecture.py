@@ -81,7 +81,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
 LATE_MODULES = {"transformer": {"sklearn"}}
 STAGES = {
     *("extract", "compare", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"),
-    *("similar", "suggest"),
+    *("similar", "suggest", "forget"),
 }
 
 

@@ -240,7 +240,7 @@ def pack(store: FeatureStore, out: Path, progress: Progress | None = None) -> No
     specs = {
         name: FeatureSpec(recipe, store.views(name), store.shape(name)[2:]) for name, recipe in store.recipes.items()
     }
-    blocks = {name: _slices(store.array(name), _rows_of_block(spec)) for name, spec in specs.items()}
+    blocks = {name: _slices(store.array(name), rows_of_block(spec)) for name, spec in specs.items()}
     contents = Contents(**{field.name: getattr(store, field.name) for field in dataclasses.fields(Contents)})
     write_store(out, specs, blocks, contents, None, progress)
 
@@ -276,7 +276,7 @@ def _slices(array: Any, step: int) -> Iterator[np.ndarray]:
         yield array[start : start + step]
 
 
-def _rows_of_block(spec: FeatureSpec) -> int:
+def rows_of_block(spec: FeatureSpec) -> int:
     row_bytes = int(np.prod(spec.shape, dtype=np.int64)) * spec.views * np.dtype(spec.recipe.dtype).itemsize
     return max(1, BLOCK_BYTES // max(1, row_bytes))
 
@@ -335,7 +335,7 @@ def _places(
 def _blocks(
     recipe: Recipe, spec: FeatureSpec, places: Sequence[Sequence[Location]], known: KnownRows
 ) -> Iterator[np.ndarray]:
-    step = _rows_of_block(spec)
+    step = rows_of_block(spec)
     for start in range(0, len(places[0]), step):
         stop = min(start + step, len(places[0]))
         block = np.empty((stop - start, spec.views, *spec.shape), dtype=recipe.dtype)

@@ -21,6 +21,9 @@ TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes would not fit into the
 PLACE = np.dtype("<i4")  # a place is three such numbers: shard, row, position on the shard's view axis
 
 
+_ARRAYS = ("sha256", "labels", "splits", "widths", "heights", "sizes", "mtimes_ns")  # of `ImageTable`
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageTable:
     """What is known about each image: one entry per row of every feature set, in row order.
@@ -69,6 +72,16 @@ class ImageTable:
         """A number for rows that are alike, int32, (n,), -1 for unlabelled: the label, or `Target.strata`."""
         return self.labels if self.target is None else self.target.strata
 
+    def some(self, rows: np.ndarray) -> ImageTable:
+        """Return some rows, int64 (k,), in that order."""
+        return ImageTable(
+            paths=tuple(map(self.paths.__getitem__, rows.tolist())),
+            groups=None if self.groups is None else tuple(map(self.groups.__getitem__, rows.tolist())),
+            columns={name: tuple(map(values.__getitem__, rows.tolist())) for name, values in self.columns.items()},
+            target=None if self.target is None else self.target.some(rows),
+            **{name: getattr(self, name)[rows] for name in _ARRAYS},
+        )
+
 
 @dataclasses.dataclass(frozen=True)
 class Quarantine:
@@ -82,6 +95,16 @@ class Quarantine:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def some(self, rows: np.ndarray) -> Quarantine:
+        """Return some images, int64 (k,), in that order."""
+        return Quarantine(
+            tuple(map(self.paths.__getitem__, rows.tolist())),
+            self.sha256[rows],
+            tuple(map(self.reasons.__getitem__, rows.tolist())),
+            self.sizes[rows],
+            self.mtimes_ns[rows],
+        )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from features.augmentation import PRESETS
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, IntegrityError
 from pipeline.commands.common import (
     BatchSize,
     ClassLevel,
@@ -17,6 +17,7 @@ from pipeline.commands.common import (
     Device,
     Json,
     MergeLabels,
+    Runs,
     Seed,
     SplitFolders,
     Weights,
@@ -312,18 +313,37 @@ def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = Fals
 
 @app.command()
 @guarded
-def verify(file: Annotated[Path, arg("A feature store.")], as_json: Json = False) -> None:
-    """Recompute every checksum of a store; exit code 3 if one differs."""
+def verify(
+    file: Annotated[Path, arg("A feature store.")],
+    gone: Annotated[
+        list[str] | None,
+        opt(
+            "Hash of a forgotten image, or a file of hashes: search every byte of store and runs for it; may be repeated."
+        ),
+    ] = None,
+    runs: Runs = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """Recompute every checksum of a store; exit code 3 if one differs, or if a trace of a forgotten image is found."""
     from features.store.reader import FeatureStore
     from pipeline import extract as stage
+    from pipeline.forget import found_again
     from pipeline.progress import ConsoleProgress
 
     with ConsoleProgress() as progress:
         store = FeatureStore.open(file)
         blocks = store.verify(progress)
         stage.verify_networks(store)
-    document = {"format": 1, "file": str(file), "rows": len(store), "blocks": blocks, "ok": True}
-    print_document(document, as_json, f"{file}: {len(store)} rows, {blocks} blocks, every checksum holds")
+    document: dict[str, Any] = {"format": 1, "file": str(file), "rows": len(store), "blocks": blocks, "ok": True}
+    said = f"{file}: {len(store)} rows, {blocks} blocks, every checksum holds"
+    if gone:
+        document["remaining"] = found_again(file, gone, runs)
+        document["ok"] = not document["remaining"]
+        said += "".join(f"\n{name}: holds a hash that should be gone" for name in document["remaining"])
+        said += "" if document["remaining"] else "; no byte of it, its shards and the runs holds one of these hashes"
+    print_document(document, as_json, said)
+    if not document["ok"]:
+        raise typer.Exit(IntegrityError.exit_code)
 
 
 @app.command()

@@ -1,11 +1,14 @@
-"""Commands that search cached features: similar."""
+"""Commands about single images of a store: similar, forget."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
-from pipeline.commands.common import BatchSize, Device, Json, app, arg, guarded, opt, print_document
+import typer
+
+from features.errors import IntegrityError
+from pipeline.commands.common import BatchSize, Device, Json, Runs, app, arg, guarded, opt, print_document
 
 FeatureSet = Annotated[str | None, opt("Feature set, if the store has several.", "--features")]
 
@@ -49,3 +52,33 @@ def similar(
             progress=progress,
         )
     print_document(document, as_json, stage.summary(document))
+
+
+@app.command()
+@guarded
+def forget(
+    file: Annotated[Path, arg("A feature store.", metavar="FILE")],
+    sha256: Annotated[list[str] | None, opt("Hash of an image's bytes; may be repeated.", "--sha256")] = None,
+    listed: Annotated[
+        list[Path] | None, opt("File with a hash, or a path of the store, on each line; may be repeated.", "--list")
+    ] = None,
+    runs: Runs = Path("runs"),
+    labels: Annotated[list[Path] | None, opt("Labels file; may be repeated.")] = None,
+    reports: Annotated[
+        list[Path] | None, opt("Page of report that lies elsewhere than store and runs; may be repeated.", "--report")
+    ] = None,
+    dry_run: Annotated[bool, opt("Print what would be removed; change nothing.", "--dry-run")] = False,
+    as_json: Json = False,
+) -> None:
+    """Remove images from a store, and all that is kept of them in runs, labels and reports; exit code 3 if a trace is left."""
+    from pipeline import forget as stage
+    from pipeline.progress import ConsoleProgress
+
+    hashes = stage.hashes_in(sha256 or [], listed or [], file)
+    with ConsoleProgress() as progress:
+        document = stage.forget(
+            file, hashes, runs=runs, labels=labels or [], reports=reports or [], dry_run=dry_run, progress=progress
+        )
+    print_document(document, as_json, stage.summary(document))
+    if document["remaining"]:
+        raise typer.Exit(IntegrityError.exit_code)

@@ -23,14 +23,14 @@ import time
 import uuid
 import weakref
 from binascii import unhexlify
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
 from features.errors import BottleneckError, FormatVersionError, LabelsError
-from features.files import behind_link, locked, named, sync_folder, writing
+from features.files import atomic_file, behind_link, locked, named, sync_folder, writing
 from features.progress import counted
 
 FIRST_LINE = "# bottleneck-labels 1"
@@ -361,6 +361,38 @@ def append_decisions(path: str | Path, decisions: Iterable[Decision], *, dated: 
             os.close(descriptor)
         if not size:
             sync_folder(path.parent)
+
+
+def forget_decisions(path: str | Path, hashes: Collection[str]) -> int:
+    """Remove every line about images with these content hashes, 64 hexadecimal digits each; the others stay as they are.
+
+    Returns
+    -------
+    int
+        Number of lines removed.
+
+    Raises
+    ------
+    LabelsError
+        If the file is no labels file.
+    StoreError
+        If it cannot be written, or another process keeps it locked; it is then as it was before.
+    """
+    path = behind_link(Path(path))
+    gone = tuple(text.encode() for text in hashes)
+    with writing(path), locked(path, seconds=PATIENCE):
+        read_labels(path)
+        with open(path, "rb") as source, atomic_file(path) as temporary, open(temporary, "xb") as file:
+            removed = 0
+            for line in source:
+                about = line.lstrip(b'"')
+                torn = not line.endswith(b"\n") and bool(about) and any(text.startswith(about[:64]) for text in gone)
+                if about.startswith(gone) or torn:
+                    removed += 1
+                else:
+                    file.write(line)
+            file.flush()
+    return removed
 
 
 def _not_before(decision: Decision, last: int) -> Decision:
