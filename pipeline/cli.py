@@ -8,7 +8,8 @@ import sys
 
 from features.files import printable
 from features.networks.backend import leave_out
-from pipeline.commands import audit, features, heads, looks, models, recipes, searching  # noqa: F401  # each adds its commands
+# Each adds its commands.
+from pipeline.commands import audit, features, heads, labels, looks, models, recipes, searching  # noqa: F401
 from pipeline.commands.common import app
 from pipeline.progress import StderrHandler, set_quiet
 from pipeline.streams import standard_streams

@@ -218,6 +218,7 @@ class LabelsRecord(Settings):
     gone_classes: Tally
     elsewhere: Tally
     other_targets: Tally
+    seen: Tally = 0
 
 
 class RunFeatures(Settings):

@@ -174,6 +174,7 @@ def test_a_store_under_labels_is_a_store(store: FeatureStore, book: Book) -> Non
         "gone_classes": 0,
         "elsewhere": 0,
         "other_targets": 0,
+        "seen": 0,
     }
     assert (store.labelled_by, target_of(store), labelled.original is store) == ({}, "label", True)
 

@@ -39,6 +39,7 @@ HEADER = ",".join(COLUMNS)
 UNKNOWN, EXCLUDE = "unknown", "exclude"
 WITHDRAWN = ""  # the value that takes earlier decisions back: the label of the data set holds again
 LABEL, SPLIT = "label", "split"  # the target of a data set without a named one; the target that gives a split
+SEEN = "seen"  # the target of a note that an audit judged an image of the test split
 CLASS_PREFIX = "class:"  # before the name of a class that would be read as something else
 MACHINE = "machine:"  # start of `by` where no person decided
 LINE_BYTES = 1 << 16  # longest line

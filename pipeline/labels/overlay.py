@@ -27,6 +27,7 @@ from features.store.schema import digest_rows
 from pipeline.labels.file import (
     EXCLUDE,
     LABEL,
+    SEEN,
     SPLIT,
     UNKNOWN,
     WITHDRAWN,
@@ -63,6 +64,8 @@ class Counts:
         Images that decisions are about and that the data set does not have.
     other_targets : int
         Decisions about other targets, which change nothing here.
+    seen : int
+        Rows of the test split that an audit judged before, so that later test figures are too good.
     """
 
     decided: int = 0
@@ -75,6 +78,7 @@ class Counts:
     gone_classes: tuple[str, ...] = ()
     elsewhere: int = 0
     other_targets: int = 0
+    seen: int = 0
 
     def __str__(self) -> str:
         said = [
@@ -97,18 +101,24 @@ class Counts:
             said.append(f"{counted(self.elsewhere, 'image')} not here")
         if self.other_targets:
             said.append(f"{counted(self.other_targets, 'decision')} about another target")
+        if self.seen:
+            said.append(f"{counted(self.seen, 'test image')} judged by an audit before")
         return printable("; ".join(filter(None, said)) or "no label changed")
 
 
 @dataclasses.dataclass(frozen=True)
 class Effective:
-    """Classes, labels int32 (n,) and splits int8 (n,) under a labels file; ``excluded`` is bool (n,)."""
+    """Classes, labels int32 (n,) and splits int8 (n,) under a labels file.
+
+    ``excluded`` is bool (n,); ``known`` says whether a decision is about any of the rows.
+    """
 
     classes: tuple[str, ...]
     labels: np.ndarray
     splits: np.ndarray
     excluded: np.ndarray
     counts: Counts
+    known: bool
 
 
 def target_of(store: FeatureStore) -> str:
@@ -247,7 +257,7 @@ def applied(labels: Labels, name: str, *rows: Any) -> Effective:
         If there are decisions, and none is about one of the rows.
     """
     found = effective(labels, *rows)
-    if len(labels) and not found.counts.decided and found.counts.elsewhere:
+    if len(labels) and not found.known:
         raise LabelsError(
             f"{labels.path}: none of its {counted(len(labels), 'decision')} is about one of the "
             f"{counted(len(found.labels), 'image')} of {name}. Decisions belong to the bytes of an image: give the labels "
@@ -341,10 +351,13 @@ def effective(
         tested=int((changed & (splits == TEST)).sum()),
         new_classes=tuple(name for name in every if name not in classes),
         gone_classes=tuple(name for place, name in enumerate(every) if was[place] and not held[place]),
-        other_targets=int((~labels.about(target, LABEL, "", SPLIT)).sum()),
+        other_targets=int((~labels.about(target, LABEL, "", SPLIT, SEEN)).sum()),
+        seen=int(((labels.latest(sha256, SEEN) >= 0) & (splits == TEST)).sum()),
         elsewhere=len(np.unique(keys_of(labels.sha256)[~known])),
     )
-    return Effective(tuple(every[place] for place in kept), renumbered[after], now, is_word[EXCLUDE], counts)
+    return Effective(
+        tuple(every[place] for place in kept), renumbered[after], now, is_word[EXCLUDE], counts, bool(known.any())
+    )
 
 
 def _values(labels: Labels, places: np.ndarray) -> np.ndarray:

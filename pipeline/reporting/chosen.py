@@ -140,7 +140,7 @@ def describe_run(
             "no_map": no_map,
             "data": data,
             "labels": labels_said(run.labels) if run.labels else "",
-            "tested": run.labels["tested"] if run.labels else 0,
+            "tested": _test_said(run),
             "no_store": no_store,
             "audit": audited,
             "no_audit": no_audit,
@@ -172,6 +172,13 @@ def _group_tables(run: Run) -> list[dict[str, Any]]:
             where = "validation images" if rows == "validation" else "training images, out of fold"
             found.append({"column": printable(column), "where": where, "span": span, "lines": lines})
     return found
+
+
+def _test_said(run: Run) -> str:
+    """What a labels file did to the test images, so that their scores may be too good; empty where it did nothing."""
+    record = run.labels or {"tested": 0, "seen": 0}
+    said = [f"{record['tested']:,} labels changed"] if record["tested"] else []
+    return ", ".join([*said, *([f"{record['seen']:,} images judged by an audit before"] if record["seen"] else [])])
 
 
 def _scores_of(run: Run, split: str) -> dict[str, Any] | None:
