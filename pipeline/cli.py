@@ -8,6 +8,7 @@ import sys
 
 from features.files import printable
 from features.networks.backend import leave_out
+
 # Each adds its commands.
 from pipeline.commands import audit, features, heads, labels, looks, models, recipes, searching  # noqa: F401
 from pipeline.commands.common import app
