@@ -174,9 +174,11 @@ def test_following_the_advice_gives_validation_images(
 
 def test_classes_of_which_no_image_could_be_read() -> None:
     table = SimpleNamespace(
-        labels=np.full(2, -1), splits=np.full(2, 3), groups=None, sha256=np.zeros((2, 32), np.uint8)
+        labels=np.full(2, -1), splits=np.full(2, 3), groups=None, sha256=np.zeros((2, 32), np.uint8), target=None
     )
-    store = SimpleNamespace(path="f.h5", classes=("cat",), images=table, split_rule="hash", rows=lambda split: ())
+    store = SimpleNamespace(
+        path="f.h5", classes=("cat",), images=table, split_rule="hash", rows=lambda split: (), labelled_by={}
+    )
     with pytest.raises(HeadError, match="no train rows: no image with a label could be read"):
         needs_rows(store, "train")
 

@@ -41,6 +41,7 @@ class Images:
     sha256: np.ndarray
     groups: list[str] | None = None
     columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
+    target: None = None
 
 
 @dataclasses.dataclass
