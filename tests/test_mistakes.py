@@ -36,7 +36,7 @@ QUICK = [
     Mistake("a file that is no image source", "extract notes.txt", 1,
             ("notes.txt is neither a folder, an image, nor one of .csv", ".zip", "Give the folder that holds your class folders")),
     Mistake("an address", "extract https://example.org/cats.zip", 1,
-            ("https://example.org/cats.zip is an address: nothing is downloaded", "Download it")),
+            ("https://example.org/cats.zip: a web server has no listing", "or download the file")),
     Mistake("an archive that is not read", "extract cats.rar", 1, ("cats.rar: archives of this kind cannot be read", "unpack it and give the folder")),
     Mistake("a damaged zip", "extract damaged.zip", 1, ("damaged.zip cannot be read as a zip archive", "truncated or damaged", "Download or pack it again")),
     Mistake("labels one level too deep", "extract deep", 1,

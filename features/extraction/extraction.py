@@ -212,8 +212,10 @@ class Extraction:
         if self.options.trust == "times":
             return
         hashes = [
-            identity.sha256 if identity is not None and any(identity.sha256) else None
-            for identity in _identities_now(plan)
+            identity.sha256
+            if identity is not None and any(identity.sha256) and path not in self.images.replaced
+            else None
+            for path, identity in zip(self.images.paths, _identities_now(plan), strict=True)
         ]
         plan.notes.replaced(self.images.paths, self.images.stamps, hashes).write(before=plan.notes)
 
@@ -335,7 +337,14 @@ def prepare(
     """
     from features.networks.network import resolve_network
 
-    image_set = scan(images, target=options.target, reading=options.reading, trust=options.trust, task=options.task)
+    image_set = scan(
+        images,
+        target=options.target,
+        reading=options.reading,
+        trust=options.trust,
+        task=options.task,
+        hosts=options.allow_host,
+    )
     options = with_quantised(options, image_set, behind_link(Path(out)), progress)
     if options.limit is not None and options.limit < len(image_set):
         logger.warning(

@@ -61,6 +61,8 @@ class ExtractionOptions(NetworkOptions):
     trust_times : bool
         Take an image for unchanged if its path, size and modification time are those in the store, whatever is noted
         on this machine: for file systems without lasting inodes, and where there is no lasting cache folder.
+    allow_host : str
+        Hosts inside a private network, or without encryption, that addresses in a manifest may reach; separated by commas.
     strict : bool
         Raise an error, instead of a warning, if the same bytes are found in two splits.
     layout : {"packed", "sharded"}, optional
@@ -93,6 +95,7 @@ class ExtractionOptions(NetworkOptions):
     overwrite: bool = False
     rehash: bool = False
     trust_times: bool = False
+    allow_host: str = ""
     strict: bool = False
     layout: str | None = None
     check_precision: int = 0

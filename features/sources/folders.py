@@ -132,7 +132,7 @@ def suffix_of(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def warn_left_out(root: Path, left_out: Counter[str]) -> None:
+def warn_left_out(root: Path | str, left_out: Counter[str]) -> None:
     """Log how many files of which suffix are left out because they are not images."""
     if left_out:
         kinds = [f"{suffix} {count}" for suffix, count in sorted(left_out.items())]

@@ -11,27 +11,30 @@ import logging
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
 from features.machine import pyarrow_for
 from features.sources.cells import read_target
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
+from features.sources.objects import without_secrets
+from features.sources.remote import checked, is_address
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
 from features.targets import CLASSIFICATION, Target
 
 logger = logging.getLogger(__name__)
 
 _PATH_COLUMNS = ("file", "filename", "file_name", "filepath", "file_path", "image", "image_path", "img", "paths")
-_ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://")
 
 
 class Manifest(NamedTuple):
     """The columns of a manifest, one entry per image, in its order; an empty label or group means none.
 
     ``columns`` holds the other columns by name, as text; ``target`` is what the tasks other than classification predict.
+    ``addresses`` holds the whole addresses of the paths that are some; the paths lack passwords and queries.
     """
 
     paths: list[str]
@@ -40,6 +43,7 @@ class Manifest(NamedTuple):
     groups: list[str]
     columns: dict[str, tuple[str, ...]]
     target: Target | None = None
+    addresses: Mapping[str, str] = MappingProxyType({})
 
 
 def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION) -> Manifest:
@@ -71,6 +75,7 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
     kept: dict[int, list[str]] = {number: [] for number, name in others.items() if name}
     first_line: dict[str, int] = {}
     names, splits, groups = [], [], []
+    addresses: dict[str, str] = {}
     targets: dict[str, list[str]] = {title: [] for title in wanted}
     for line, row in lines:
         if len(row) != len(header):
@@ -78,6 +83,8 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
                 manifest, line, f"received {len(row)} fields, expected {len(header)} (quote a field that holds a comma)"
             )
         path = _manifest_path(manifest, line, row[columns["path"]])
+        if is_address(path):
+            addresses[path] = row[columns["path"]].strip()
         if path in first_line:
             _refuse_line(manifest, line, f"{path!r} is already listed in {_place(manifest, first_line[path])}")
         first_line[path] = line
@@ -117,7 +124,7 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
                 f"{manifest}: every cell of {listed(list(targets))} is blank, so nothing can be learned. Name other columns "
                 "with --target; or keep features alone: leave --task and --target out"
             )
-    return Manifest(list(first_line), names, splits, groups, further, found)
+    return Manifest(list(first_line), names, splits, groups, further, found, addresses)
 
 
 def _is_parquet(manifest: Path) -> bool:
@@ -255,8 +262,11 @@ def _manifest_path(manifest: Path, line: int, text: str) -> str:
         _refuse_line(manifest, line, "the path is empty")
     if "\0" in text:
         _refuse_line(manifest, line, f"a NUL character in the path {text!r}")
-    if _ADDRESS.match(text):
-        _refuse_line(manifest, line, f"{text!r} is an address; expected a file (download it first)")
+    if is_address(text):
+        try:
+            return without_secrets(checked(text))
+        except SourceError as error:
+            _refuse_line(manifest, line, str(error))
     path = os.path.normpath(text)
     inside = f"{manifest.parent}{os.sep}"
     return path[len(inside) :] if path.startswith(inside) else path

@@ -13,7 +13,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from pathlib import Path, PurePath
 from typing import Any, NoReturn
 
@@ -23,11 +23,12 @@ from features.canonical import check_choice
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.pixels.decode import read_bytes
 from features.progress import counted
-from features.sources import parquet, webdataset
+from features.sources import parquet, remote, webdataset
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
+from features.sources.objects import without_secrets
 from features.sources.reading import Reading, read_labels, split_of
 from features.sources.sample import SAMPLE, SAMPLE_DIGEST, sample_folder
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
@@ -48,8 +49,8 @@ class ImageSet:
     ----------
     description : str
         The source as the user named it, for messages.
-    root : Path
-        Absolute path of the folder or archive to which ``paths`` are relative, or the pattern of several archives.
+    root : Path or str
+        Absolute path of the folder or archive to which ``paths`` are relative, the pattern of several archives, or an address.
     paths : tuple of str, length n
         With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute if a manifest
         points outside ``root``. A name that is not UTF-8 contains lone surrogates (``os.fsdecode``): the file can be
@@ -77,10 +78,12 @@ class ImageSet:
         What is to be predicted where it is not one class; there are no classes then, and all ``labels`` are -1.
     united : bool
         Whether images of the same bytes are one image that has the labels of all of them: those of several class folders.
+    replaced : set of str
+        Paths of objects in a store that were another version when they were read; it grows while images are read.
     """
 
     description: str
-    root: Path
+    root: Path | str
     paths: tuple[str, ...]
     labels: np.ndarray
     classes: tuple[str, ...]
@@ -93,6 +96,7 @@ class ImageSet:
     left_out: frozenset[str] = frozenset()
     target: Target | None = None
     united: bool = False
+    replaced: Set[str] = frozenset()
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -170,6 +174,7 @@ def scan(
     reading: Reading | None = None,
     trust: Trust = "notes",
     task: str = CLASSIFICATION,
+    hosts: str = "",
 ) -> ImageSet:
     """List the images of a source; no image is opened.
 
@@ -180,7 +185,7 @@ def scan(
         ``test`` folders above them; a ``.zip``, ``.tar`` or compressed tar of one; a folder of images, or one image
         (unlabelled); a CSV or Parquet manifest with the columns ``path,label[,split][,group]``; an ``.npz`` with
         ``x_train y_train x_test y_test``; a ``.tar`` or several (``a-{00..12}.tar``) in the layout of WebDataset; a Parquet file
-        with images, several, or a folder of them; or ``"sample:digits"``.
+        with images, several, or a folder of them; class folders in a bucket (``s3://``, ``gs://``); or ``"sample:digits"``.
     target : str, optional
         Name of the label column of a manifest or table, or key of the label in ``.json`` members of a tar; ``label`` by default.
     labelled : bool
@@ -193,6 +198,9 @@ def scan(
     task : {"classification", "multilabel", "regression"}
         What is to be predicted. For regression the source is a manifest; for multilabel it may have class folders, and an
         image that lies in several of them has all their labels.
+    hosts : str
+        Hosts inside a private network that addresses in a manifest may reach, separated by commas, beside those of
+        ``BOTTLENECK_ALLOW_HOSTS``.
 
     Raises
     ------
@@ -206,8 +214,8 @@ def scan(
         return _of_folders(source, task, scan(source, target=target, reading=reading, trust=trust))
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
-    if "://" in text:
-        raise SourceError(f"{text} is an address: nothing is downloaded. Download it, and give the file or folder.")
+    if remote.is_address(text):
+        return _scan_bucket(text, target, reading)
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -219,7 +227,7 @@ def scan(
     if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
         return _from_rows(text, parquet.open_tables(path, [path], target, labelled=labelled), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
-        return _scan_manifest(path, text, target, reading, labelled=labelled, task=task)
+        return _scan_manifest(path, text, target, reading, labelled=labelled, task=task, hosts=hosts)
     if tables := _tables_in(path):
         return _from_rows(text, parquet.open_tables(path, tables, target, labelled=labelled), reading)
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
@@ -254,6 +262,8 @@ def source_in(root: str, description: str) -> str:
 
 def reader_of(root: str) -> Callable[[str], bytes] | None:
     """Return what reads the images of a source by their paths, given its root; None if they are files in a folder."""
+    if remote.is_address(root):
+        return remote.Reader(root)
     path = Path(root)
     in_files = os.path.isfile(root) or webdataset.is_pattern(root) or bool(_tables_in(path))
     return scan(root, labelled=False).reader if in_files else None
@@ -261,6 +271,8 @@ def reader_of(root: str) -> Callable[[str], bytes] | None:
 
 def takes_target(source: str | Path) -> bool:
     """Whether a source may have several columns of labels: a manifest, tars of WebDataset, or Parquet files with images."""
+    if remote.is_address(os.fspath(source)):
+        return False
     path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
     if is_manifest(source) or webdataset.is_pattern(os.fspath(source)) or _tables_in(path):
         return True
@@ -319,7 +331,7 @@ def _refuse_missing(path: Path) -> NoReturn:
 
 def _image_set(
     description: str,
-    root: Path,
+    root: Path | str,
     files: Sequence[File],
     names: Sequence[str],
     splits: Sequence[int],
@@ -328,6 +340,7 @@ def _image_set(
     reader: Callable[[str], bytes] | None = None,
     reading: Reading = Reading(),  # noqa: B008  frozen
     target: Target | None = None,
+    replaced: Set[str] = frozenset(),
 ) -> ImageSet:
     """Build an ``ImageSet`` from its columns; ``names`` are class names, empty for unlabelled images."""
     names = read_labels(description, names, reading)
@@ -347,6 +360,7 @@ def _image_set(
         reader=reader,
         reading=reading.record,
         target=target,
+        replaced=replaced,
     )
 
 
@@ -355,6 +369,19 @@ def _image_set(
 
 def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
     return _from_tree(root, description, walk(root), reading)
+
+
+def _scan_bucket(address: str, target: str | None, reading: Reading) -> ImageSet:
+    address = without_secrets(remote.checked(address, buckets_only=True))
+    _refuse_target(address, target)
+    known = (*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, *OTHER_ARCHIVES, ".npz")
+    if address.lower().endswith(known) or webdataset.is_pattern(address):
+        raise SourceError(
+            f"{address}: manifests, tables and archives are not read from there. Download it; the rows of a manifest may be addresses"
+        )
+    files, folders, reader = remote.listing(address)
+    images = _from_tree(reader.root, address, (files, folders), reading, reader=reader)
+    return dataclasses.replace(images, replaced=reader.replaced)
 
 
 def _scan_archive(
@@ -392,7 +419,7 @@ def _outer_folders(parents: set[str]) -> int:
 
 
 def _from_tree(
-    root: Path,
+    root: Path | str,
     description: str,
     listing: tuple[Sequence[File], Sequence[str]],
     reading: Reading,
@@ -467,13 +494,29 @@ def _refuse_folders_of(description: str, reading: Reading) -> None:
 
 
 def _scan_manifest(
-    manifest: Path, description: str, target: str | None, reading: Reading, *, labelled: bool, task: str
+    manifest: Path,
+    description: str,
+    target: str | None,
+    reading: Reading,
+    *,
+    labelled: bool,
+    task: str,
+    hosts: str,
 ) -> ImageSet:
     if not reading.settled:  # a recorded one may be of a folder of the same images
         _refuse_folders_of(description, reading)
     root = manifest.parent
-    paths, names, splits, groups, columns, found = read_manifest(manifest, target, labelled=labelled, task=task)
-    files = _look_at_all(manifest, paths)
+    paths, names, splits, groups, columns, found, addresses = read_manifest(
+        manifest, target, labelled=labelled, task=task
+    )
+    files, reader = _look_at_all(manifest, [path for path in paths if path not in addresses]), None
+    if addresses:
+        try:
+            far, reader = remote.look_at_rows(str(root), addresses, remote.hosts_of(hosts))
+        except SourceError as error:
+            raise SourceError(f"{manifest}: {error}") from error
+        near = iter(files)
+        files = [far.get(path) or next(near) for path in paths]
     missing = [file.path for file in files if file.size < 0]
     hint = _hint(root, missing)
     if len(missing) == len(files):
@@ -499,7 +542,10 @@ def _scan_manifest(
         logger.warning(
             "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
         )
-    return _image_set(description, root, files, names, splits, groups, columns, reading=reading, target=found)
+    replaced = frozenset() if reader is None else reader.replaced
+    return _image_set(
+        *(description, root, files, names, splits, groups, columns, reader, reading), target=found, replaced=replaced
+    )
 
 
 def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:

@@ -43,7 +43,7 @@ class _Layout(NamedTuple):
     grouped: bool = False  # whether folders of the other level are groups
 
 
-def read_tree(root: Path, files: Sequence[File], folders: Sequence[str], reading: Reading, skip: int = 0) -> Tree:
+def read_tree(root: Path | str, files: Sequence[File], folders: Sequence[str], reading: Reading, skip: int = 0) -> Tree:
     """Derive classes and splits from the paths of images; the first ``skip`` folders of each path are ignored.
 
     Raises
@@ -127,7 +127,7 @@ def _row(part: Sequence[str], layout: _Layout, nested: set[str]) -> Row | None:
 
 
 def _warn_left_out(
-    root: Path, parents: Sequence[str], parts: Parts, rows: Mapping[str, Row | None], layout: _Layout
+    root: Path | str, parents: Sequence[str], parts: Parts, rows: Mapping[str, Row | None], layout: _Layout
 ) -> None:
     left_out = Counter(parent for parent in parents if rows[parent] is None)
     if not left_out:
@@ -139,7 +139,7 @@ def _warn_left_out(
     logger.warning("%s: left out: %s beside the class folders%s", root, counted(left_out.total(), "image"), also)
 
 
-def _warn_of_collections(root: Path, parts: Parts) -> None:
+def _warn_of_collections(root: Path | str, parts: Parts) -> None:
     """Log which classes were taken where no class folder holds images, only folders of its own with other names."""
     outer, inner = ({part[level] for part in parts.values() if len(part) == 2} for level in (0, 1))
     if len(inner) > 1 and {len(part) for part in parts.values()} == {2}:
@@ -149,7 +149,7 @@ def _warn_of_collections(root: Path, parts: Parts) -> None:
         )  # fmt: skip
 
 
-def _decide(root: Path, parts: Parts, reading: Reading, *, checked: bool) -> tuple[_Layout, Reading]:
+def _decide(root: Path | str, parts: Parts, reading: Reading, *, checked: bool) -> tuple[_Layout, Reading]:
     """Find out which folders are splits and which are classes; return the reading that needs no guess."""
     level = reading.class_level or 2
     present = {part[2 - level] for part in parts.values() if len(part) > 2 - level}
@@ -180,7 +180,7 @@ def _decide(root: Path, parts: Parts, reading: Reading, *, checked: bool) -> tup
     return _Layout({}, 1), reading
 
 
-def _recognised(root: Path, parts: Parts, tops: set[str]) -> dict[str, int]:
+def _recognised(root: Path | str, parts: Parts, tops: set[str]) -> dict[str, int]:
     """Return the splits of the top folders if all have names of splits; empty if they are not alike.
 
     Raises
@@ -218,7 +218,7 @@ def _recognised(root: Path, parts: Parts, tops: set[str]) -> dict[str, int]:
     )
 
 
-def _check_names(root: Path, classes: set[str], layout: _Layout, nested: set[str]) -> None:
+def _check_names(root: Path | str, classes: set[str], layout: _Layout, nested: set[str]) -> None:
     """Refuse classes that are named like splits; below split folders only if all are, as a class may be called train."""
     alone = sorted(name for name in classes if split_of(name, alone=True) is not None)
     if not alone or (layout.splits and len(alone) < len(classes)):
@@ -234,7 +234,7 @@ def _check_names(root: Path, classes: set[str], layout: _Layout, nested: set[str
     )
 
 
-def _check_splits(root: Path, plain: Mapping[str, int], nested: set[str], tops: set[str]) -> None:
+def _check_splits(root: Path | str, plain: Mapping[str, int], nested: set[str], tops: set[str]) -> None:
     if others := tops - plain.keys():
         pairs = ",".join(f"{SPLITS[code]}={top}" for top, code in plain.items())
         raise SourceError(
@@ -248,10 +248,12 @@ def _check_splits(root: Path, plain: Mapping[str, int], nested: set[str], tops: 
             raise SourceError(f"{root}: {by_code[code]!r} and {top!r} both mean {SPLITS[code]}; merge or rename them")
         by_code[code] = top
         if top not in nested and SPLITS[code] != "test":
-            raise SourceError(f"{root / top} holds images but no class folders; expected {top}/CLASS/IMAGE")
+            raise SourceError(
+                f"{os.path.join(root, top)} holds images but no class folders; expected {top}/CLASS/IMAGE"
+            )
 
 
-def _check_depth(root: Path, parts: Parts) -> None:
+def _check_depth(root: Path | str, parts: Parts) -> None:
     """Refuse a folder whose class folders lie inside a single other folder: all images would form one class."""
     common = os.path.commonpath(parts)
     if common and common not in parts:
@@ -259,5 +261,5 @@ def _check_depth(root: Path, parts: Parts) -> None:
         below = sorted({part[depth] for part in parts.values()})
         raise SourceError(
             f"{root} holds a single folder, {parts[next(iter(parts))][0]!r}, and the folders with images are inside "
-            f"({listed(below)}): give {root / common}. If they are all one class, write a CSV manifest"
+            f"({listed(below)}): give {os.path.join(root, common)}. If they are all one class, write a CSV manifest"
         )

@@ -134,12 +134,9 @@ def _plan(path: str, token: str) -> OpenPlan:
 
 
 def _reader(spec: ShardSpec) -> Callable[[str], bytes]:
-    reader = _source_reader(spec.root)
-    if reader is not None:
-        return reader
-    from features.pixels.decode import read_bytes
+    from features.sources.remote import Reader
 
-    return lambda path: read_bytes(os.path.join(spec.root, path))
+    return _source_reader(spec.root) or Reader(spec.root)
 
 
 @functools.lru_cache(maxsize=4)

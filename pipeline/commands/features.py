@@ -146,6 +146,10 @@ def extract(
     trust_times: Annotated[
         bool, opt("Take an image of the same size and modification time for unchanged.", "--trust-times")
     ] = False,
+    allow_host: Annotated[
+        str,
+        opt("Hosts inside a private network that addresses in a manifest may reach, with commas.", metavar="HOST,..."),
+    ] = "",
     strict: Annotated[bool, opt("Refuse a source that has the same image bytes in two splits.", "--strict")] = False,
     overwrite: Annotated[bool, opt("Replace a store that has another recipe or other images.", "--overwrite")] = False,
     cluster: Cluster = None,
@@ -195,6 +199,7 @@ def extract(
         overwrite=overwrite,
         rehash=rehash,
         trust_times=trust_times,
+        allow_host=allow_host,
         strict=strict,
     )
     if dry_run:

@@ -17,6 +17,7 @@ from pathlib import PurePath
 from features.errors import ConfigurationError, nearest
 from features.files import printable
 from features.progress import counted
+from features.sources.remote import is_address
 from features.sources.scan import source_in
 from pipeline.runs.folder import Run
 from pipeline.tables import shortened
@@ -87,7 +88,8 @@ def source_of(description: str, root: str) -> str:
     """
     if not root or description.startswith(SAMPLE):
         return description
-    return os.path.realpath(source_in(root, description))
+    source = source_in(root, description)
+    return source if is_address(source) else os.path.realpath(source)
 
 
 def short_name(source: str) -> str:

@@ -33,7 +33,7 @@ def some_images(folder: Path, count: int) -> tuple[Path, list[object]]:
         found = scan("sample:digits")
         for name in found.paths[:: max(1, len(found) // count)][:count]:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(found.root / name, folder / name)
+            shutil.copy(Path(found.root) / name, folder / name)
         return folder, ["--backbone", "mobilenetv2", "--weights", "random", "--image-size", 96]
     for kind in ("cats", "dogs"):
         source = Path(assets) / "images" / "cats_and_dogs_filtered" / "train" / kind

@@ -1,0 +1,122 @@
+"""A web server of our own on this machine that can be slow and unreliable, and a proxy that cuts connections."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+
+class Objects(ThreadingHTTPServer):
+    """Serves ``objects`` (path -> bytes) with ETags; ``fault`` may answer instead, and returns whether it has.
+
+    ``asked`` lists what was requested, as ``METHOD path``.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.asked: list[str] = []
+        self.fault: Callable[[int, Any], bool] = lambda number, request: False
+        self.with_etags = True
+        self.latency = 0.0
+        self._numbers = itertools.count(1)
+        super().__init__(("127.0.0.1", 0), _Request)
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def answer(self, request: _Request) -> None:
+        path = request.path.partition("?")[0]
+        self.asked.append(f"{request.command} {path}")
+        time.sleep(self.latency)
+        if self.fault(next(self._numbers), request):
+            return
+        if path in self.redirects:
+            request.reply(302, b"", {"Location": self.redirects[path]})
+        elif path in self.objects:
+            data = self.objects[path]
+            tag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} if self.with_etags else {}
+            request.reply(200, data, tag)
+        else:
+            request.reply(404, b"", {})
+
+
+class _Request(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: Objects
+
+    def reply(self, status: int, data: bytes, headers: dict[str, str], *, sent: int | None = None) -> None:
+        """Send an answer, of which only the first ``sent`` bytes come."""
+        self.send_response(status)
+        for name, value in {**headers, "Content-Length": str(len(data))}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(data[:sent])
+        if sent is not None:
+            self.close_connection = True
+
+    def do_GET(self) -> None:
+        self.server.answer(self)
+
+    do_HEAD = do_GET  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@contextlib.contextmanager
+def objects() -> Iterator[Objects]:
+    with Objects() as server:
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
+
+
+@contextlib.contextmanager
+def cutting_proxy(port: int, every: int = 10) -> Iterator[int]:
+    """Pass connections on to a port; each tenth is cut after its first bytes, so that an answer ends in the middle."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    numbers, stopped = itertools.count(1), threading.Event()
+
+    def passed(source: socket.socket, target: socket.socket, *, cut: bool) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data[:200] if cut else data)
+                if cut:
+                    break
+        for end in (source, target):
+            with contextlib.suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        while not stopped.is_set():
+            try:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", port))
+            except OSError:
+                return
+            cut = next(numbers) % every == 0
+            threading.Thread(target=passed, args=(client, server), kwargs={"cut": False}, daemon=True).start()
+            threading.Thread(target=passed, args=(server, client), kwargs={"cut": cut}, daemon=True).start()
+
+    threading.Thread(target=serve, daemon=True).start()
+    try:
+        yield listener.getsockname()[1]
+    finally:
+        stopped.set()
+        listener.close()

@@ -1,0 +1,280 @@
+"""Images in buckets and on web servers: the same features, nothing read twice, nothing reached that must not be."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import NumpyNetwork, paint_folder
+from stores import Objects, objects
+
+from features.errors import SourceError, UnreadableImageError
+from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.options import ExtractionOptions
+from features.sources import remote, web
+from features.sources.objects import UnavailableError, without_secrets
+from features.sources.scan import reader_of, scan
+from features.store.reader import FeatureStore
+from pipeline.runs.datasets import source_of
+
+SECRET = "hush-hush-123"
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Objects]:
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.001)
+    with objects() as serving:
+        yield serving
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A bucket in memory that holds the images of a folder."""
+    fsspec = pytest.importorskip("fsspec")
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.001)
+    files = fsspec.filesystem("memory")
+    folder = paint_folder(tmp_path / "images", {"cat": 4, "dog": 3})
+    for path in folder.rglob("*.png"):
+        files.pipe(f"/bucket/photos/{path.relative_to(folder)}", path.read_bytes())
+    yield files
+    files.rm("/bucket", recursive=True)
+
+
+def run(source: str | Path, out: Path, **options: Any) -> ExtractionResult:
+    asked = ExtractionOptions(**options)
+    images = scan(source, hosts=asked.allow_host)
+    return Extraction(images, NumpyNetwork(), out, asked).run()  # type: ignore[arg-type]
+
+
+def manifest(path: Path, rows: dict[str, str]) -> Path:
+    path.write_text("path,label\n" + "".join(f"{row},{label}\n" for row, label in rows.items()))
+    return path
+
+
+# --- buckets ----------------------------------------------------------------------------------------------
+
+
+def test_a_bucket_has_the_features_of_the_folder_and_is_read_once(bucket: Any, tmp_path: Path) -> None:
+    source = "memory://bucket/photos"
+    first = run(source, tmp_path / "a.h5")
+    there = run(tmp_path / "images", tmp_path / "b.h5").store
+    np.testing.assert_array_equal(first.store.array("last.avg"), there.array("last.avg"))
+    assert first.store.images.paths == there.images.paths
+    assert first.store.classes == ("cat", "dog")
+    assert first.store.provenance["root"] == source
+    assert source_of(first.store.source, first.store.provenance["root"]) == source
+    again = run(source, tmp_path / "a.h5")
+    assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)
+    new = (tmp_path / "images" / "cat" / "0000.png").read_bytes()
+    bucket.pipe("/bucket/photos/dog/0009.png", new[:-12] + new[-12:])
+    added = run(source, tmp_path / "a.h5")
+    assert (added.inferred, added.counts["cached"], added.counts["hashed"]) == (
+        0,
+        7,
+        1,
+    )  # the same bytes under a new name
+    read = reader_of(source)
+    assert read is not None
+    assert pickle.loads(pickle.dumps(read))("dog/0009.png") == new  # noqa: S301
+
+
+def test_an_object_that_is_replaced_after_the_listing_is_read_again(bucket: Any, tmp_path: Path) -> None:
+    images = scan("memory://bucket/photos")
+    other = (tmp_path / "images" / "dog" / "0000.png").read_bytes()
+    bucket.pipe("/bucket/photos/cat/0000.png", other)
+    Extraction(images, NumpyNetwork(), tmp_path / "a.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
+    assert images.replaced == {"cat/0000.png"}
+    again = run("memory://bucket/photos", tmp_path / "a.h5")
+    assert again.counts["hashed"] + again.inferred == 1
+    row = again.store.images.paths.index("cat/0000.png")
+    assert again.store.images.sha256[row].tobytes() == hashlib.sha256(other).digest()
+
+
+def test_what_is_wrong_with_a_bucket_is_said(bucket: Any) -> None:
+    with pytest.raises(SourceError, match="memory://nowhere does not exist: there is no such bucket or folder"):
+        scan("memory://nowhere")
+    with pytest.raises(SourceError, match="holds no images"):
+        bucket.pipe("/bucket/empty/readme.txt", b"-")
+        scan("memory://bucket/empty")
+    for address in ("ftp://host/x", "zip://a.png::s3://bucket/a.zip", "file:///etc", "http+unix://x/y"):
+        with pytest.raises(SourceError, match=r"expected an address of s3://, gs://"):
+            scan(address)
+    with pytest.raises(SourceError, match="a web server has no listing"):
+        scan("https://host.org/photos")
+    with pytest.raises(SourceError, match="manifests, tables and archives are not read from there"):
+        scan("s3://bucket/shard-{0..3}.tar")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (PermissionError("Access Denied"), r"https://b/x: may not be read \(Access Denied\)\. Check the credentials"),
+        (UnavailableError("SlowDown"), r"https://b/x: no answer in 8 tries \(SlowDown\)\. What is finished is kept"),
+    ],
+)
+def test_what_fails_is_tried_again_or_refused(error: Exception, expected: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr(remote.time, "sleep", pauses.append)
+    calls = 0
+
+    def call() -> bytes:
+        nonlocal calls
+        calls += 1
+        raise error
+
+    with pytest.raises(SourceError, match=expected):
+        remote.tried(call, "https://b/x?token=1")
+    assert calls == (1 if isinstance(error, PermissionError) else 8)
+    assert all(0.05 * 2**k <= pause <= 0.15 * 2**k for k, pause in enumerate(pauses))
+
+
+# --- manifests that point anywhere ------------------------------------------------------------------------
+
+
+def test_rows_may_mix_files_and_addresses(server: Objects, tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 2, "dog": 2})
+    files = sorted(folder.rglob("*.png"))
+    server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(files)}
+    rows = {
+        f"{server.address}/0.png?X-Amz-Signature={SECRET}": "cat", "images/cat/0001.png": "cat",
+        f"http://me:{SECRET}@127.0.0.1:{server.server_address[1]}/2.png": "dog", str(files[3]): "dog",
+    }  # fmt: skip
+    source = manifest(tmp_path / "m.csv", rows)
+    result = run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
+    expected = run(folder, tmp_path / "b.h5").store
+    np.testing.assert_array_equal(result.store.array("last.avg"), expected.array("last.avg"))
+    assert result.store.images.paths == (
+        f"{server.address}/0.png", "images/cat/0001.png", f"{server.address}/2.png", "images/dog/0001.png",
+    )  # fmt: skip
+    asked = len(server.asked)
+    again = run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
+    assert (again.inferred, again.counts["hashed"]) == (0, 0)
+    assert len(server.asked) > asked
+    assert set(server.asked[asked:]) == {"HEAD /0.png", "HEAD /2.png"}
+
+
+def test_no_secret_is_written(server: Objects, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.DEBUG)
+    paint_folder(tmp_path / "images", {"cat": 1})
+    server.objects = {"/0.png": (tmp_path / "images/cat/0000.png").read_bytes(), "/1.png": b"no image"}
+    server.fault = lambda number, request: number == 3 and not request.reply(503, b"", {})
+    address = f"http://me:{SECRET}@127.0.0.1:{server.server_address[1]}"
+    rows = {f"{address}/{name}.png?sig={SECRET}": "cat" for name in ("0", "1", "gone")}
+    source = manifest(tmp_path / "m.csv", rows)
+    run(source, tmp_path / "out" / "a.h5", allow_host="127.0.0.1", max_unreadable=1, layout="sharded")
+    with pytest.raises(SourceError) as refusal:
+        run(source, tmp_path / "out" / "b.h5")
+    cache = Path(os.environ["BOTTLENECK_CACHE"]) if "BOTTLENECK_CACHE" in os.environ else tmp_path / "out"
+    written = [path.read_bytes() for place in (tmp_path / "out", cache) for path in place.rglob("*") if path.is_file()]
+    assert len(written) > 2
+    assert not any(SECRET.encode() in content for content in written)
+    assert SECRET not in caplog.text
+    assert SECRET not in str(refusal.value)
+
+
+def test_addresses_inside_a_private_network_are_not_reached(server: Objects, tmp_path: Path) -> None:
+    server.objects = {"/a.png": b"secret"}
+    port = server.server_address[1]
+    for host in (
+        "127.0.0.1",
+        "localhost",
+        "[::1]",
+        "169.254.169.254",
+        "10.1.2.3",
+        "192.168.0.1",
+        "[::ffff:127.0.0.1]",
+        "0.0.0.0",
+    ):
+        source = manifest(tmp_path / "m.csv", {f"https://{host}:{port}/a.png": "cat"})
+        with pytest.raises(SourceError, match=r"inside a private network.*--allow-host"):
+            scan(source)
+    with pytest.raises(
+        SourceError, match=r"expected an address of https://; if the manifest is yours, add --allow-host"
+    ):
+        scan(manifest(tmp_path / "m.csv", {f"{server.address}/a.png": "cat"}))
+    assert server.asked == []
+
+
+def test_a_redirect_into_a_private_network_is_not_followed(server: Objects) -> None:
+    server.redirects = {"/a.png": f"http://localhost:{server.server_address[1]}/b.png", "/c.png": "/d.png"}
+    server.objects = {"/b.png": b"secret", "/d.png": b"image"}
+    inside = web.Web(frozenset({"127.0.0.1"}))
+    with pytest.raises(SourceError, match="localhost"):
+        inside.get(f"{server.address}/a.png")
+    assert inside.get(f"{server.address}/c.png")[0] == b"image"
+    server.redirects = {"/c.png": "/c.png"}
+    with pytest.raises(UnreadableImageError, match="more than 5 redirects"):
+        inside.get(f"{server.address}/c.png")
+
+
+@pytest.mark.parametrize(
+    ("number", "public"),
+    [("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False),
+     ("169.254.1.1", False), ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("::ffff:10.0.0.1", False),
+     ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False)],
+)  # fmt: skip
+def test_which_numbers_are_public(number: str, public: bool) -> None:
+    assert web.is_public(number) is public
+
+
+def test_a_server_that_fails_now_and_then_gives_the_same_images(server: Objects, tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    files = sorted(folder.rglob("*.png"))
+    server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(files)}
+
+    def fault(number: int, request: Any) -> bool:
+        if number % 10 == 0:
+            request.connection.close()
+            request.close_connection = True
+        elif number % 10 == 3:
+            request.reply(503, b"busy", {})
+        elif number % 10 == 7:
+            request.reply(200, server.objects[request.path], {}, sent=20)
+        return number % 10 in (0, 3, 7)
+
+    server.fault = fault
+    rows = {f"{server.address}/{k}.png": file.parent.name for k, file in enumerate(files)}
+    found = run(manifest(tmp_path / "m.csv", rows), tmp_path / "a.h5", allow_host="127.0.0.1").store
+    expected = run(folder, tmp_path / "b.h5").store
+    np.testing.assert_array_equal(found.array("last.avg"), expected.array("last.avg"))
+
+
+def test_a_missing_object_is_a_missing_image_and_a_forbidden_one_an_error(server: Objects, tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 1})
+    server.objects = {"/0.png": (folder / "cat/0000.png").read_bytes()}
+    rows = {f"{server.address}/0.png": "cat", f"{server.address}/1.png": "cat"}
+    store = run(manifest(tmp_path / "m.csv", rows), tmp_path / "a.h5", allow_host="127.0.0.1", max_unreadable=1).store
+    assert (store.quarantine.paths, store.quarantine.reasons) == ((f"{server.address}/1.png",), ("missing",))
+    server.fault = lambda number, request: request.path == "/0.png" and not request.reply(403, b"", {})
+    with pytest.raises(SourceError, match=r"/0\.png: may not be read \(the server answers 403"):
+        run(manifest(tmp_path / "m.csv", rows), tmp_path / "c.h5", allow_host="127.0.0.1", max_unreadable=1)
+
+
+def test_without_a_version_an_object_is_read_again(server: Objects, tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 1, "dog": 1})
+    server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(sorted(folder.rglob("*.png")))}
+    server.with_etags = False
+    source = manifest(
+        tmp_path / "m.csv", {f"{server.address}/{k}.png": label for k, label in enumerate(("cat", "dog"))}
+    )
+    run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
+    again = run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
+    assert (again.inferred, again.counts["hashed"]) == (0, 2)
+
+
+def test_secrets_leave_an_address() -> None:
+    assert without_secrets("HTTPS://me:p@ss@host/a%20b.jpg?x=1#y") == "https://host/a%20b.jpg"
+    assert without_secrets("s3://bucket/what? #1.jpg") == "s3://bucket/what? #1.jpg"
+    assert without_secrets("https://host?token=1") == "https://host"
+
+
+def test_a_store_of_addresses_opens_anywhere(bucket: Any, tmp_path: Path) -> None:
+    run("memory://bucket/photos", tmp_path / "a.h5")
+    assert FeatureStore.open(tmp_path / "a.h5").source == "memory://bucket/photos"
