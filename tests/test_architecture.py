@@ -34,7 +34,9 @@ LATE = {
     "dask",
     "distributed",
     "scipy",
+    "starlette",
     "tensorboard",
+    "uvicorn",
 }
 # Room -> the rooms that it may import; the ground lies under all of them. Nothing runs back.
 FEATURE_ROOMS: dict[str, set[str]] = {
@@ -75,7 +77,8 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
     "stages": BELOW_STAGES,
     "labels": {"ground"},
     "experiments": BELOW_STAGES | {"stages"},
-    "commands": BELOW_STAGES | {"stages", "experiments"},
+    "review": BELOW_HEADS | {"heads", "search", "reporting"},
+    "commands": BELOW_STAGES | {"stages", "experiments", "review"},
 }
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}

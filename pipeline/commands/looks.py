@@ -1,7 +1,8 @@
-"""Commands for the eye: report, preview."""
+"""Commands for the eye: report, preview, review."""
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -19,6 +20,7 @@ from pipeline.commands.common import (
     opt,
     parse_size,
     print_document,
+    print_note,
 )
 
 
@@ -113,3 +115,27 @@ def preview(
         class_level=class_level,
     )
     print_document(document, as_json, stage.summary(document))
+
+
+@app.command()
+@guarded
+def review(
+    file: Annotated[Path, arg("Feature store.", metavar="FEATURES")],
+    labels: Annotated[Path, opt("Labels file: its decisions are shown, and new ones are added.")] = Path("labels.csv"),
+    images: Annotated[list[str] | None, opt("Where the images are now, if they have moved; may be repeated.")] = None,
+    by: Annotated[str | None, opt("Who decides; recorded with each decision. Default: your user name.")] = None,
+    host: Annotated[str, opt("Address to listen on. Others than 127.0.0.1 are not encrypted.")] = "127.0.0.1",
+    port: Annotated[int, opt("Port to listen on; 0: any free one.")] = 8765,
+    as_json: Json = False,
+) -> None:
+    """Serve a local page where people correct labels and a head learns from them at once; Ctrl-C ends it."""
+    from features.store.reader import FeatureStore
+    from pipeline.review.server import Review
+
+    served = Review(FeatureStore.open(file), labels, images=images or [], host=host, port=port, by=by)
+    if not served.is_private:
+        print_note(f"warning: others can reach {host}, and what is sent is not encrypted; ssh -L is safer")
+    document = {"format": 1, "address": served.address, "labels": str(labels)}
+    print_document(document, as_json, f"open {served.address}\ndecisions go to {labels}; Ctrl-C ends the server")
+    sys.stdout.flush()
+    served.serve()
