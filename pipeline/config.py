@@ -87,6 +87,16 @@ class ArraysHeadFile(HeadFile):
     chosen: dict[str, float]
 
 
+class TargetHeadFile(HeadFile):
+    """``head.json`` of a head for a task other than classification; ``model`` is null if the weights are those of Keras."""
+
+    format: Literal[3] = 3  # type: ignore[assignment]
+    task: Literal["multilabel", "regression"]
+    classes: Annotated[tuple[str, ...], Field(min_length=1)]
+    model: dict[str, Any] | None = None
+    chosen: dict[str, float] = Field(default_factory=dict)
+
+
 class Scores(Settings):
     """Scores of one split, computed by `pipeline.scores.metrics.evaluate`."""
 
@@ -289,6 +299,14 @@ class RunConfig(Settings):
     features: RunFeatures
     finetune: TuningRecord | None = None
     model: tuple[Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.]*$")], ...]
+
+
+class TargetRunConfig(RunConfig):
+    """``config.yaml`` of a run of another task than classification; ``classes`` are the columns of the target."""
+
+    format: Literal[2] = 2  # type: ignore[assignment]
+    task: Literal["multilabel", "regression"]
+    classes: Annotated[tuple[str, ...], FailFast(), Field(min_length=1)]
 
 
 def parse(

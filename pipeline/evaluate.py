@@ -32,12 +32,14 @@ from pipeline.labels.overlay import as_trained, labelled_images, record_of
 from pipeline.predicting.loop import Item, predictions
 from pipeline.predicting.options import PredictOptions
 from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, taken
+from pipeline.predicting.targets import targets_of_source
 from pipeline.reporting.data import Rows, class_table, confused_pairs, reliability
 from pipeline.runs.datasets import absolute
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.answers import kept
 from pipeline.scores.metrics import evaluate as scores_of
 from pipeline.tables import score_columns, shortened, table_text
+from pipeline.tasks.table import TASKS
 
 logger = logging.getLogger(__name__)
 NAMED = 5  # classes named in a message
@@ -102,6 +104,12 @@ def evaluate(
     chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if takes_target(images) else None)
+    if chosen is not None and not chosen.task.one_class:
+        if labels is not None:
+            raise ConfigurationError(
+                f"--labels: is for runs of classes, and {chosen.run_id} is for --task {chosen.task.name}"
+            )
+        return _of_target(chosen, images, target, split, asked, progress, reading) | {"damaged": damaged}
     source, record = _scanned(images, target, reading, chosen), None
     if labels is not None:
         source, record = _under(source, read_labels(labels), target or LABEL, asked.workers)
@@ -143,6 +151,43 @@ def evaluate(
         **({"answers": kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
         **({"labels": record} if record else {}),
         "damaged": damaged,
+    }
+
+
+def _of_target(
+    run: Run,
+    images: str | Path,
+    target: str | None,
+    split: str | None,
+    asked: PredictOptions,
+    progress: Progress | None,
+    reading: Reading | None,
+) -> dict[str, Any]:
+    """Score a run of several labels or numbers."""
+    source = scan(images, target=target, reading=reading, task=run.task.name)
+    values, chosen = targets_of_source(source, run), source.strata >= 0
+    if split is not None:
+        check_choice("split", split, SPLITS[:3])
+        chosen &= source.given_splits == SPLITS.index(split)
+    rows = np.flatnonzero(chosen)
+    if not len(rows):
+        raise SourceError(f"{source.description}: has no labelled image{f' in the split {split!r}' if split else ''}")
+    model = RunModel(run, options=asked)
+    scored, reasons = _predicted(model, source, rows, values[rows], asked.workers, progress)
+    scores = run.task.evaluate(scored.probabilities, scored.labels, run.classes, run.metrics["validation"])
+    return {
+        "format": 1,
+        "run": run.run_id,
+        "task": run.task.name,
+        "source": source.description,
+        "split": split,
+        "images": len(rows),
+        "evaluated": len(scored),
+        "unreadable": reasons,
+        "unlabelled": int((source.strata < 0).sum()) if split is None else 0,
+        "scores": scores,
+        "classes": list(run.classes),
+        "seen": _seen(run, scored),
     }
 
 
@@ -265,6 +310,18 @@ def _seen(run: Run, scored: Rows) -> dict[str, int | None]:
     }
 
 
+def _target_summary(document: dict[str, Any], about: str) -> str:
+    """Describe scores of several labels or numbers for a person."""
+    scores = document["scores"]
+    lines = scores.get("per_class") or scores["per_column"]
+    each = [{**line, "name": shortened(printable(line["name"]), 40)} for line in lines[:SHOWN]]
+    rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
+    whole = table_text([TASKS[document["task"]].columns(scores)], "  ")
+    seen = [f"{count} to {part}" for part, count in document["seen"].items() if count]
+    said = [f"  the run was made with some of these images: {', '.join(seen)}"] if seen else []
+    return "\n".join([about, whole, table_text(each, "  "), *rest, *said])
+
+
 def summary(document: dict[str, Any]) -> str:
     """Describe the result for a person."""
     aside = ", ".join(f"{count} {reason}" for reason, count in document["unreadable"].items())
@@ -273,6 +330,8 @@ def summary(document: dict[str, Any]) -> str:
     parts += [f"{document['unlabelled']} without a label"] if document["unlabelled"] else []
     where = f"{document['source']}{', ' + document['split'] if document['split'] else ''}"
     scores = document["scores"]
+    if "task" in document:
+        return _target_summary(document, f"{where}: {'; '.join(parts)}")
     shares = [
         {
             "class": shortened(printable(line["name"]), 40),

@@ -113,6 +113,10 @@ def export(
     _check_target(row, path)
     report = progress or (lambda stage, done, total: None)
     chosen, damaged = take_run(run, data_set=data_set)
+    if not chosen.task.one_class:
+        raise ConfigurationError(
+            f"{chosen.folder}: is for --task {chosen.task.name}, and only runs of classes are exported; bottleneck predict takes it"
+        )
     recipe = exact_recipe(chosen)
     head, dense = head_and_layers(chosen)
     writable_folder(path.parent)

@@ -34,9 +34,12 @@ from pipeline.predicting.files import Prediction, Rows, choose_format, destinati
 from pipeline.predicting.loop import WARNED, Item, predictions
 from pipeline.predicting.options import PredictOptions
 from pipeline.predicting.predictors import ArtefactModel, Model, RunModel, promises_of, taken
+from pipeline.predicting.targets import TargetRows, refuse_options_of_classes
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
 from pipeline.runs.folder import FILES, Run
 from pipeline.tables import shortened, table_text
+from pipeline.tasks.table import CLASSIFICATION
+from pipeline.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 NAMED = 3  # folders that are no class, named in the judgement
@@ -91,6 +94,7 @@ def predict(
         If no image could be read; ``out`` is then not written.
     """
     asked = PredictOptions(**options)
+    task: Task = CLASSIFICATION
     kind, grid = choose_format(asked.format, None if out is None else Path(out)), asked.grid
     written: dict[str, Path] = {}
     if out is not None:
@@ -101,6 +105,7 @@ def predict(
     source = _scanned(images, written) if isinstance(images, str | Path) else images
     chosen, damaged = taken(run, asked)
     augmentation = _augmentation(chosen, run, asked.views, asked.augment)
+    rows: Rows | TargetRows
     if chosen is not None:
         for option, path in written.items():
             refuse_overwriting(path, option, [os.path.realpath(chosen.folder / name) for name in FILES])
@@ -109,17 +114,21 @@ def predict(
                 "the threshold and the sets of %s were found on single views; they are left out for means of %d views",
                 *(chosen.run_id, asked.views),
             )
-        rows = Rows(kind, chosen.classes, asked.top, promises_of(chosen, asked))  # before the network is loaded
+        task = chosen.task
+        rows = _rows_of(chosen, kind, asked)  # before the network is loaded
         model: Model = RunModel(chosen, options=asked, augment=augmentation)
     else:
         model = ArtefactModel(open_artefact(run))
         rows = Rows(kind, model.classes, asked.top, model.answers)
     if isinstance(source, ImageSet):
-        items, total = _items(source, _labels(source, model.classes, chosen)), len(source)
+        named = _labels(source, model.classes, chosen) if task.one_class else [""] * len(source)
+        items, total = _items(source, named), len(source)
     else:
         items, total = _listed(source, written), 0
     gallery = Gallery(model.classes, total if grid is not None else None)
-    counts: Counter[int] = Counter()  # -1 counts unreadable images
+    counts: Counter[int] = Counter()  # 0 counts images, -1 unreadable ones
+    given: Counter[int] = Counter()  # how often each class or label was
+    before = chosen.metrics["validation"] if chosen is not None else {}
     numbers = {name: number for number, name in enumerate(model.classes)}
     judged: Counter[bool] = Counter()  # of the labelled images, how many are right and wrong
     others: Counter[str] = Counter()  # predicted images in folders that are no class
@@ -133,7 +142,9 @@ def predict(
             for item, prediction in batch:
                 gallery.look(counts.total(), item, prediction)
                 best = -1 if prediction.probabilities is None else int(prediction.probabilities.argmax())
-                counts[best] += 1
+                counts[min(best, 0)] += 1
+                if prediction.probabilities is not None:
+                    given.update(task.given(prediction.probabilities, model.classes, before))
                 withheld += rows.withholds(prediction)
                 if best >= 0 and item.label in numbers:
                     judged[best == numbers[item.label]] += 1
@@ -159,7 +170,7 @@ def predict(
         "images": counts.total(),
         "predicted": counts.total() - counts[-1],
         "unreadable": counts[-1],
-        "classes": {name: counts[index] for index, name in enumerate(model.classes)},
+        "classes": {name: given[index] for index, name in enumerate(model.classes)} if task.answers else {},
         "labelled": judged.total(),
         "right": judged[True],
         "others": dict(others) if judged else {},
@@ -173,7 +184,8 @@ def summary(document: dict[str, Any]) -> str:
     """Describe for a person how many images were given each class."""
     unread = f", {document['unreadable']} unreadable" if document["unreadable"] else ""
     classes = sorted(document["classes"].items(), key=lambda pair: -pair[1])
-    table = table_text([{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]], "  ")
+    lines = [{"class": shortened(name), "images": count} for name, count in classes[:SHOWN]]
+    table = table_text(lines, "  ") if lines else "  numbers of each image, in the unit of the manifest"
     rest = f"\n  and {len(classes) - SHOWN} more classes" if len(classes) > SHOWN else ""
     drawn = f"\n{document['grid']}: some of them" if document["grid"] else ""
     said = f"{document['out']}: {document['predicted']} predictions by {document['run']}{unread}\n{table}{rest}{drawn}"
@@ -203,6 +215,14 @@ def judgement(document: dict[str, Any]) -> str:
         f"{right} of {labelled} images are right, going by the names of their folders: accuracy {right / labelled:.4f} "
         f"({low:.4f} to {high:.4f}); bottleneck evaluate says more{rest}"
     )
+
+
+def _rows_of(run: Run, kind: str, asked: PredictOptions) -> Rows | TargetRows:
+    """What turns the predictions of a run into text."""
+    if run.task.one_class:
+        return Rows(kind, run.classes, asked.top, promises_of(run, asked))
+    refuse_options_of_classes(run, top=asked.top, grid=asked.grid)
+    return TargetRows(kind, run.classes, run.task, run.metrics["validation"])
 
 
 class Gallery:

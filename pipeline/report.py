@@ -111,7 +111,13 @@ def make_report(
         If ``out`` is a folder, a device or a file other than an HTML page, ``by`` is unknown, or ``audit`` is malformed.
     """
     check_choice(by)
-    runs, damaged = find_runs(root)
+    found, damaged = find_runs(root)
+    runs = [run for run in found if run.task.one_class]
+    if found and len(runs) < len(found):
+        said = f"{root}: {counted(len(found) - len(runs), 'run')} of another task than classification"
+        if not runs:
+            raise RunError(f"{said}, and reports are about classes; bottleneck leaderboard compares them")
+        logger.warning("%s left out; bottleneck leaderboard lists them", said)
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
     check_folds(runs, folds)

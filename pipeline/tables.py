@@ -6,7 +6,7 @@ import csv
 import io
 import re
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from features.files import printable
@@ -42,7 +42,7 @@ def table_text(rows: Sequence[Mapping[str, Any]], indent: str = "") -> str:
     if not rows:
         return "no runs"
     names = list(rows[0])
-    cells = [[_cell(row[name]) for name in names] for row in rows]
+    cells = [[cell_text(row[name]) for name in names] for row in rows]
     widths = [max(len(name), *(len(line[column]) for line in cells)) for column, name in enumerate(names)]
     numeric = [all(isinstance(row[name], int | float | None) for row in rows) for name in names]
     lines = []
@@ -65,14 +65,16 @@ def score_columns(scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def metrics_text(metrics: Mapping[str, Any]) -> str:
-    """Format the metrics of a run for a person, one row per split that was scored."""
+def metrics_text(
+    metrics: Mapping[str, Any], columns: Callable[[Mapping[str, Any]], dict[str, Any]] = score_columns
+) -> str:
+    """Format the metrics of a run for a person, one row per split that was scored, with the columns of its task."""
     rows = []
     for split in ("validation", "averaged", "test"):
         values = metrics.get(split)
         if values:
             name = f"validation, mean of {values['views']} views" if split == "averaged" else split
-            rows.append({"split": name, **score_columns(values)})
+            rows.append({"split": name, **columns(values)})
     return table_text(rows, "  ")
 
 
@@ -128,6 +130,12 @@ _HEADINGS = {
     "features": "features",
     "accuracy": "accuracy",
     "accuracy_interval": "95 % interval",
+    "average_precision": "mean AP",
+    "average_precision_interval": "95 % interval",
+    "r2": "R2",
+    "r2_interval": "95 % interval",
+    "cv_average_precision": "folds",
+    "cv_r2": "folds",
     "cv_accuracy": "folds",
     "cv_interval": "folds, 95 %",
     "worst_group_accuracy": "worst group",
@@ -135,6 +143,13 @@ _HEADINGS = {
     "worst_group": "which",
     "answered": "answered",
     "test_accuracy": "test",
+    "test_average_precision": "test",
+    "test_r2": "test",
+    "f1": "F1",
+    "exact_match": "all right",
+    "mae": "mean abs. error",
+    "rmse": "RMSE",
+    "spearman": "Spearman",
     "log_loss": "log loss",
     "ece": "ece",
     "n": "images",
@@ -201,8 +216,11 @@ def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | Non
     lines: list[dict[str, Any]] = []
     for row, given in zip(rows, settings, strict=True):
         differs = [item for item in given if item not in common["all"] and item not in common[str(row["head"])]]
-        values = {**row, "accuracy_interval": interval_of(row), "settings": shortened(" ".join(differs), _WIDE)}
-        named = {heading: values.get(name) for name, heading in _HEADINGS.items() if name not in alike}
+        values = {**row, "settings": shortened(" ".join(differs), _WIDE)}
+        if "accuracy" in row:
+            values["accuracy_interval"] = interval_of(row)
+        shown = [name for name in _HEADINGS if name not in alike and any(name in one for one in rows)]
+        named = {_HEADINGS[name]: values.get(name) for name in shown}
         lines.append({"": "*" if row["chosen"] else "", **named})
     blank = {name for name in lines[0] if name and all(line[name] in ("", None) for line in lines)}
     lines, gone = _fitting([{name: line[name] for name in line if name not in blank} for line in lines], width)
@@ -244,11 +262,12 @@ def shortened(text: str, most: int = 60) -> str:
     return text if len(text) <= most else f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
 
 
-def _cell(value: Any) -> str:
+def cell_text(value: Any) -> str:
+    """A value as tables show it: numbers with four digits, intervals as "low to high", nothing as a dash."""
     if value is None:
         return "-"
     if isinstance(value, float):
         return f"{value:.4f}"
     if isinstance(value, list | tuple):
-        return " to ".join(_cell(item) for item in value)
+        return " to ".join(cell_text(item) for item in value)
     return printable(str(value))

@@ -25,7 +25,7 @@ from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.folder import Run, is_finished
 from pipeline.runs.writing import add_scores
 from pipeline.scores.groups import values_of
-from pipeline.scores.metrics import evaluate
+from pipeline.tasks.table import names_of, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -124,9 +124,10 @@ def train_head(
         head_name,
         pool=pool,
         seed=seed,
-        classes=store.classes,
+        classes=names_of(store),
         layer=recipe.layer,
         fingerprint=recipe.fingerprint,
+        task=task_of(store),
         **_checked(params or {}),
     )
     head.pool = resolve_pool(head_name, pool, store.shape(name)[2:])
@@ -223,12 +224,12 @@ def add_averaged(run: Run, stores: Sequence[Any]) -> Run:
         return run
     head = head_of(run)
     rows = rows_for(head, store, name, "validation")
-    scores = evaluate(head.predict_views(rows.all_views(views)), rows.labels, store.classes)
+    scores = head.task.evaluate(head.predict_views(rows.all_views(views)), rows.labels, head.classes)
     return add_scores(run, averaged={**scores, "views": views})
 
 
 def _checked(params: Mapping[str, Any]) -> Mapping[str, Any]:
-    options = sorted({"pool", "seed", "classes", "layer", "fingerprint"} & set(params))
+    options = sorted({"pool", "seed", "classes", "layer", "fingerprint", "task"} & set(params))
     if options:
         raise ConfigurationError(
             f"{', '.join(options)}: received as a parameter of the head; give pool and seed as options, and leave out others"

@@ -14,6 +14,7 @@ from pipeline.presets import PRESETS
 from pipeline.runs.folder import Predictions, Run
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import evaluate
+from pipeline.tasks.table import CLASSIFICATION
 
 IMAGES = 100  # validation images of a made run
 
@@ -40,7 +41,7 @@ def made_run(
     aims = np.where(right, labels, 1 - labels)
     probabilities = np.where(np.eye(len(classes))[aims] > 0, 0.8, 0.2 / (len(classes) - 1))
     trained = SimpleNamespace(
-        files=("head.json",), name=head, pool="none", parameters=PRESETS[head].parameters, seed=0,
+        task=CLASSIFICATION, files=("head.json",), name=head, pool="none", parameters=PRESETS[head].parameters, seed=0,
         classes=classes, parameter_count=parameters, save=lambda folder: (folder / "head.json").write_text("{}"),
     )  # fmt: skip
     described = {

@@ -49,7 +49,7 @@ FEATURE_ROOMS: dict[str, set[str]] = {
     "transformer": {"ground", "pixels", "sources", "networks", "store", "extraction"},
 }
 # The ground of the pipeline: config intervals presets outputs progress streams tables. Stages lie at the door, over the rooms.
-BELOW_HEADS = {"ground", "scores", "runs", "labels"}
+BELOW_HEADS = {"ground", "scores", "tasks", "runs", "labels"}
 BELOW_STAGES = BELOW_HEADS | {
     "heads",
     "search",
@@ -64,7 +64,8 @@ BELOW_STAGES = BELOW_HEADS | {
 PIPELINE_ROOMS: dict[str, set[str]] = {
     "ground": set(),
     "scores": {"ground"},
-    "runs": {"ground", "scores"},
+    "tasks": {"ground", "scores"},
+    "runs": {"ground", "scores", "tasks"},
     "heads": BELOW_HEADS,
     "search": BELOW_HEADS | {"heads"},
     "sweeps": BELOW_HEADS | {"heads", "search"},

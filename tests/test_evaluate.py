@@ -20,12 +20,15 @@ from features.errors import ConfigurationError, SourceError, TooManyUnreadableEr
 from features.sources.reading import Reading
 from pipeline.cli import main
 from pipeline.evaluate import evaluate, summary
+from pipeline.tasks.table import CLASSIFICATION
 
 
 @pytest.fixture(autouse=True)
 def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     """A run of three classes, which was validated on one red image; its store is gone."""
-    made = SimpleNamespace(classes=CLASSES, run_id="colours", target=None, labels=None, reading=Reading(settled=True))
+    made = SimpleNamespace(
+        classes=CLASSES, run_id="colours", target=None, labels=None, reading=Reading(settled=True), task=CLASSIFICATION
+    )
     made.config, made.folder = {"features": {"store": str(tmp_path / "gone.h5"), "data_digest": "0" * 64}}, tmp_path
     made.metrics = {"validation": {"n": 1}}
     digest = hashlib.sha256(paint(tmp_path / "red.png", PAINT["red"]).read_bytes()).hexdigest()

@@ -33,7 +33,10 @@ def project(tmp_path: Path, without_plots: None) -> Path:
     make_report(folder / "runs", folder / "report.html")
     append_decisions(
         folder / "labels.csv",
-        [new_decision(hash_of(tmp_path, path), path, "dog", earlier="cat", by="ann") for path in store.images.paths[:50]],
+        [
+            new_decision(hash_of(tmp_path, path), path, "dog", earlier="cat", by="ann")
+            for path in store.images.paths[:50]
+        ],
     )
     return folder
 

@@ -174,8 +174,9 @@ def test_following_the_advice_gives_validation_images(
 
 def test_classes_of_which_no_image_could_be_read() -> None:
     table = SimpleNamespace(
-        labels=np.full(2, -1), splits=np.full(2, 3), groups=None, sha256=np.zeros((2, 32), np.uint8), target=None
-    )
+        labels=np.full(2, -1), splits=np.full(2, 3), groups=None, sha256=np.zeros((2, 32), np.uint8), target=None,
+        strata=np.full(2, -1),
+    )  # fmt: skip
     store = SimpleNamespace(
         path="f.h5", classes=("cat",), images=table, split_rule="hash", rows=lambda split: (), labelled_by={}
     )

@@ -39,6 +39,7 @@ from pipeline.predicting.files import Prediction, Rows
 from pipeline.predicting.loop import Item, predictions
 from pipeline.reporting.grids import PredictedImage, prediction_grid
 from pipeline.runs.folder import Run
+from pipeline.tasks.table import CLASSIFICATION
 from pipeline.train_head import train_head
 from pipeline.tuning.endtoend import network_of
 
@@ -70,8 +71,9 @@ class Colours:
 def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     plain = Reading(settled=True)
     run = SimpleNamespace(
-        classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain, metrics={}
-    )
+        classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain,
+        metrics={"validation": {}}, task=CLASSIFICATION,
+    )  # fmt: skip
     monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, []))
     monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())
 

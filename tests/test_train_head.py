@@ -43,6 +43,10 @@ class Images:
     columns: dict[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     target: None = None
 
+    @property
+    def strata(self) -> np.ndarray:
+        return self.labels
+
 
 @dataclasses.dataclass
 class Store:

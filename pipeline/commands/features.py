@@ -221,7 +221,8 @@ def _print_next(document: dict[str, Any], out: Path, layers: Sequence[str]) -> N
         "splits"
     ].keys():
         several = ["--features", min(document["data_sets"])] if len(document["data_sets"]) > 1 else []
-        print_next("bottleneck", "train-head", out, "--head", "logistic", *several)
+        head = "ridge" if document.get("target", {}).get("task") == "regression" else "logistic"
+        print_next("bottleneck", "train-head", out, "--head", head, *several)
 
 
 def _with_moves(split: str | None, validation_from_train: float, test_from_validation: float) -> str | None:

@@ -224,6 +224,7 @@ def _train_one(
     """Train one head; return the document and its text for a person."""
     from pipeline import train_head as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.runs.folder import Run
     from pipeline.tables import group_lines, metrics_text, promise_lines
 
     with ConsoleProgress() as progress:
@@ -239,7 +240,8 @@ def _train_one(
     done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
     done += ", from rows that were streamed from the store" if result.streamed else ""
     further = [*promise_lines(metrics.get("answers")), *group_lines(metrics.get("groups"))]
-    return document, "\n".join([f"{result.folder}: {done}", metrics_text(metrics), *further])
+    columns = Run.open(result.folder).task.columns
+    return document, "\n".join([f"{result.folder}: {done}", metrics_text(metrics, columns), *further])
 
 
 def _train_many(

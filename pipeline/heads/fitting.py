@@ -17,7 +17,6 @@ from features.progress import Progress
 from pipeline.config import History
 from pipeline.heads.head import Head
 from pipeline.heads.prepared import Prepared
-from pipeline.scores.selection import stratified_folds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +85,7 @@ def cross_validate(head: Head, prepared: Prepared, folds: int) -> np.ndarray:
     float64, (n, c)
         Probabilities; NaN for rows that are in no fold.
     """
-    numbers = stratified_folds(prepared.y, folds, head.seed, prepared.groups)
+    numbers = head.task.folds(prepared.y, folds, head.seed, prepared.groups)
     found = np.full((len(prepared.y), len(head.classes)), np.nan)
     for fold in range(numbers.max() + 1):
         rows, tested = (numbers != -2) & (numbers != fold), numbers == fold
@@ -127,7 +126,7 @@ def _companion_folds(heads: Sequence[Head], prepared: Prepared, folds: int) -> l
     for number, head in enumerate(heads):
         by_seed[head.seed].append(number)
     for seed, numbers in by_seed.items():
-        fold_of_row = stratified_folds(prepared.y, folds, seed, prepared.groups)
+        fold_of_row = heads[0].task.folds(prepared.y, folds, seed, prepared.groups)
         fresh = [heads[number].fresh() for number in numbers]
         columns = [np.full((len(prepared.y), len(heads[0].classes)), np.nan) for _ in numbers]
         diverged: set[int] = set()

@@ -18,11 +18,10 @@ from features.sources.advice import empty_splits
 from features.sources.splits import SPLITS
 from pipeline.heads.costs import shown
 from pipeline.heads.head import Head
-from pipeline.heads.kinds import make_head
+from pipeline.heads.kinds import heads_of, make_head
 from pipeline.heads.prepared import Prepared, group_codes, prepare_stream
 from pipeline.heads.streaming import FeatureStream
-from pipeline.presets import PRESETS
-from pipeline.scores.selection import stratified_folds
+from pipeline.tasks.table import names_of, targets_of, task_of
 
 MOST_GROUPS = 200  # that are left out one at a time
 
@@ -64,7 +63,7 @@ class Source:
     def stream(self, split: str) -> FeatureStream:
         """Make a stream of the rows of a split, not standardised."""
         rows = self.store.rows(split)
-        labels, half = self.store.images.labels[rows], self.memory // 2  # the other half is for what training makes
+        labels, half = targets_of(self.store, rows), self.memory // 2  # the other half is for what training makes
         return FeatureStream(self.store, self.name, rows, labels, half, self.pool)
 
     def check(self, head: Head) -> None:
@@ -79,7 +78,7 @@ class Source:
         rows = self.stream("train")
         head.check_labels(rows.labels, len(rows))
         if self.streamed and not head.streams:
-            can = ", ".join(name for name in PRESETS if make_head(name).streams)
+            can = ", ".join(name for name in heads_of(head.task) if make_head(name, task=head.task).streams)
             raise HeadError(
                 f"head {head.name!r} needs all rows in memory: {self.views * len(rows)} x {rows.width} features and the work "
                 f"on them take {shown(self.need)}, but only {shown(self.memory)} are allowed. Give more (--memory), or use "
@@ -120,7 +119,7 @@ def train_groups(store: Any) -> list[str] | None:
 def rows_for(head: Head, store: Any, name: str, split: str) -> FeatureStream:
     """Make a stream of the rows of a split, pooled and standardised as a trained head needs them, for ordered reading."""
     rows = store.rows(split)
-    return FeatureStream(store, name, rows, store.images.labels[rows], 0, head.pool or "none", head.mean, head.std)
+    return FeatureStream(store, name, rows, targets_of(store, rows), 0, head.pool or "none", head.mean, head.std)
 
 
 def feature_set(store: Any, name: str | None) -> str:
@@ -154,17 +153,12 @@ def needs_rows(store: Any, *splits: str) -> None:
     HeadError
         If not; the message says how to mend it.
     """
-    if store.images.target is not None:
-        raise HeadError(
-            f"{store.path}: is for --task {store.images.target.task}, and heads are trained on classes only. Its features can "
-            "be read by store.load; to train heads on classes, extract again without --task (features are kept)"
-        )
-    if not store.classes and store.labelled_by:
+    if not names_of(store) and store.labelled_by:
         raise HeadError(
             f"{store.path}: under {_labels_said(store)} none of its images has a label, so there is nothing to learn. "
             "Leave --labels out, or take decisions back"
         )
-    if not store.classes:
+    if not names_of(store):
         raise HeadError(
             f"{store.path}: none of its images has a label, so there is nothing to learn. Put the images of each class into "
             "a folder named after the class, or write a CSV manifest path,label, and extract again (features are kept)"
@@ -172,7 +166,7 @@ def needs_rows(store: Any, *splits: str) -> None:
     table = store.images
     for split in splits:
         if not len(store.rows(split)):
-            empty = empty_splits(table.labels, table.splits, table.groups, table.sha256, store.split_rule)
+            empty = empty_splits(table.strata, table.splits, table.groups, table.sha256, store.split_rule)
             out = ". Or leave --test out" if split == "test" else ""
             if store.labelled_by and len(np.flatnonzero(store.original.images.splits == SPLITS.index(split))):
                 raise HeadError(
@@ -215,8 +209,8 @@ def groups_to_leave_out(store: Any) -> int:
 def can_fold(store: Any) -> bool:
     """Whether the training rows of a store can be divided into folds, groups kept together."""
     names = train_groups(store)
-    y = store.images.labels[store.rows("train")]
-    return bool(stratified_folds(y, 2, 0, None if names is None else group_codes(names)).max() >= 0)
+    y = targets_of(store, store.rows("train"))
+    return bool(task_of(store).folds(y, 2, 0, None if names is None else group_codes(names)).max() >= 0)
 
 
 def needs_folds(store: Any) -> None:

@@ -17,11 +17,13 @@ import numpy as np
 
 from features.errors import HeadError
 from features.progress import Progress
-from pipeline.config import FORMAT_VERSION, HeadFile, History, Settings, check_classes, parse
+from pipeline.config import FORMAT_VERSION, HeadFile, History, Settings, parse
 from pipeline.heads.models.archive import is_bounded
 from pipeline.heads.pooling import check_rows, choose_pool, chunks, pool_features
 from pipeline.heads.prepared import Prepared, Rows, prepare, standardise
 from pipeline.presets import Preset
+from pipeline.tasks.table import CLASSIFICATION
+from pipeline.tasks.task import Task
 
 MOST_COLUMNS = 1_000_000  # of pooled rows, so that their means and deviations can be read again
 
@@ -39,8 +41,10 @@ class Head(abc.ABC):
         Pooling of spatial features. None stands for `usual_pool` and is replaced in `fit`.
     usual_pool : str
         The preset's default pooling.
+    task : Task
+        What is predicted.
     classes : tuple of str
-        Class names, in label order.
+        Class names, in label order; for another task the names of the columns of the target.
     layer, fingerprint : str
         Layer of the network that the features come from, and their fingerprint.
     input_shape : tuple of int
@@ -82,6 +86,7 @@ class Head(abc.ABC):
         self.pool = pool
         self.usual_pool = usual_pool
         self.seed = seed
+        self.task: Task = CLASSIFICATION
         self.classes: tuple[str, ...] = ()
         self.layer = ""
         self.fingerprint = ""
@@ -165,7 +170,7 @@ class Head(abc.ABC):
         new = type(self)(
             self.name, self.kind, self.parameters, pool=self.pool, usual_pool=self.usual_pool, seed=self.seed
         )
-        new.classes, new.layer, new.fingerprint = self.classes, self.layer, self.fingerprint
+        new.task, new.classes, new.layer, new.fingerprint = self.task, self.classes, self.layer, self.fingerprint
         return new
 
     @property
@@ -322,7 +327,7 @@ class Head(abc.ABC):
 
     @property
     def _outputs(self) -> int:
-        return 1 if len(self.classes) == 2 else len(self.classes)
+        return self.task.outputs(len(self.classes))
 
     def _prepare(self, X: np.ndarray) -> np.ndarray:
         check_rows(X, self.input_shape)
@@ -336,33 +341,8 @@ class Head(abc.ABC):
             raise HeadError(f"head {self.name!r} is not trained yet; call fit() first")
 
     def check_labels(self, y: np.ndarray, rows: int) -> None:
-        """Refuse labels that no head can be trained on.
-
-        Raises
-        ------
-        HeadError
-            Rows are unlabelled, a label is outside the classes, a class has no rows, or there is only one class.
-        """
-        if y.shape != (rows,) or not rows:
-            raise HeadError(f"labels: received shape {y.shape}, expected one label for each of {rows} rows of features")
-        if y.min() < 0:
-            raise HeadError(f"labels: {int((y < 0).sum())} training rows are unlabelled (-1); label or remove them")
-        self.classes = self.classes or tuple(str(k) for k in range(int(y.max()) + 1))
-        check_classes(self.classes)
-        counts = np.bincount(y, minlength=len(self.classes))
-        if len(counts) > len(self.classes):
-            raise HeadError(f"labels: received a label of {len(counts) - 1}, expected 0 to {len(self.classes) - 1}")
-        missing = [repr(self.classes[k]) for k in np.flatnonzero(counts == 0)]
-        if missing:
-            raise HeadError(
-                f"no training rows of {', '.join(missing)}: every class needs at least one. "
-                "Add images of the class, choose another split (--split), or leave the class out"
-            )
-        if len(self.classes) < 2:
-            raise HeadError(
-                f"all training rows are of one class ({self.classes[0]!r}), but a classifier needs at least two. Add images "
-                "of another class and extract again (existing features are kept)"
-            )
+        """Refuse targets that no head can be trained on; see `Task.check`."""
+        self.classes = self.task.check(y, rows, self.classes)
 
     def _description(self) -> dict[str, Any]:
         """Content of ``head.json``."""
@@ -379,6 +359,7 @@ class Head(abc.ABC):
             "activation": None,
             "dropout": 0.0,
             "temperature": self.temperature,
+            **self.task.head_file,
         }
 
 

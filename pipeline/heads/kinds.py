@@ -1,6 +1,6 @@
 """The kinds of head: heads are made by name here and loaded from files. All implement `pipeline.heads.head.Head`.
 
-`KINDS` has one row per kind. Names of heads are defined in `pipeline.presets`, heads of dense layers in
+`KINDS` has one row per kind, `OF_TASK` one for each kind that fits another task than classification. Names of heads are defined in `pipeline.presets`, heads of dense layers in
 `pipeline.heads.dense`, heads of scikit-learn classifiers in `pipeline.heads.classifiers`.
 """
 
@@ -13,20 +13,29 @@ from typing import Any
 import numpy as np
 
 from features.canonical import check_choice
-from features.errors import HeadError, RunError
+from features.errors import ConfigurationError, HeadError, RunError
 from features.files import read_small
 from features.recipe import POOLINGS
-from pipeline.config import parse_one_of
+from pipeline.config import TargetHeadFile, parse, parse_one_of
 from pipeline.heads.classifier_table import CLASSIFIERS
 from pipeline.heads.classifiers import EstimatorHead, SklearnHead
+from pipeline.heads.columns import LogisticColumns, NeighbourColumns, RidgeColumns
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
 from pipeline.heads.models.archive import MOST_TEXT, bounded_json
 from pipeline.heads.pooling import choose_pool, pooled_width
 from pipeline.presets import DENSE, PRESETS, Preset, find_preset
 from pipeline.runs.folder import Run
+from pipeline.tasks.table import CLASSIFICATION, TASKS
+from pipeline.tasks.task import Task
 
 KINDS: dict[str, type[Head]] = {DENSE: KerasHead, **dict.fromkeys(CLASSIFIERS, SklearnHead)}
+_LOGISTIC, _RIDGE = "sklearn.linear_model.LogisticRegression", "sklearn.linear_model.RidgeClassifier"
+_NEIGHBOURS = "sklearn.neighbors.KNeighborsClassifier"
+OF_TASK: dict[str, dict[str, type[Head]]] = {
+    "multilabel": {_LOGISTIC: LogisticColumns, _NEIGHBOURS: NeighbourColumns},
+    "regression": {_RIDGE: RidgeColumns, _NEIGHBOURS: NeighbourColumns},
+}
 
 
 def register(name: str, preset: Preset, kind: type[Head]) -> None:
@@ -43,6 +52,7 @@ def make_head(
     classes: Sequence[str] = (),
     layer: str = "",
     fingerprint: str = "",
+    task: Task = CLASSIFICATION,
     **params: Any,
 ) -> Head:
     """Make an untrained head.
@@ -59,22 +69,48 @@ def make_head(
         Class names; default: ``"0"``, ``"1"``, ... up to the highest label.
     layer, fingerprint : str
         Stored in ``head.json``.
+    task : Task
+        What is predicted.
     **params
         Parameters of the preset: fields of `LogisticParameters`, ..., `DenseParameters`.
 
     Raises
     ------
     ConfigurationError
-        If the head, a parameter or the pooling is unknown.
+        If the head, a parameter or the pooling is unknown, or heads of this kind do not fit the task.
     """
     if pool is not None:
         check_choice("pool", pool, POOLINGS)
     preset = find_preset(name)
-    kind = EstimatorHead if preset.by_path else KINDS[preset.kind]
+    kind = kind_of(name, preset, task)
     parameters = kind.parse_parameters(name, preset, params, len(classes) or 3)
     head = kind(name, preset.kind, parameters, pool=pool, usual_pool=preset.pool, seed=seed)
-    head.classes, head.layer, head.fingerprint = tuple(classes), layer, fingerprint
+    head.task, head.classes, head.layer, head.fingerprint = task, tuple(classes), layer, fingerprint
     return head
+
+
+def kind_of(name: str, preset: Preset, task: Task) -> type[Head]:
+    """Return the class of heads of a name for a task.
+
+    Raises
+    ------
+    ConfigurationError
+        If there is none; the heads that fit are named.
+    """
+    if task is CLASSIFICATION:
+        return EstimatorHead if preset.by_path else KINDS[preset.kind]
+    fitting = OF_TASK[task.name]
+    if preset.kind not in fitting:
+        raise ConfigurationError(
+            f"head {name!r} does not fit --task {task.name}, which the store is for: use {', '.join(heads_of(task))}"
+        )
+    return fitting[preset.kind]
+
+
+def heads_of(task: Task) -> list[str]:
+    """Names of the heads that fit a task."""
+    fitting = KINDS if task is CLASSIFICATION else OF_TASK[task.name]
+    return [name for name, preset in PRESETS.items() if preset.kind in fitting]
 
 
 def load_head(folder: str | Path, *, trust: bool = False) -> Head:
@@ -103,9 +139,17 @@ def load_head(folder: str | Path, *, trust: bool = False) -> Head:
         raise HeadError(f"{path}: cannot be read: {problem}") from problem
     named = values.get("kind") if isinstance(values, dict) else None
     kind = KINDS.get(named, EstimatorHead) if isinstance(named, str) else EstimatorHead
+    task = CLASSIFICATION
+    if isinstance(values, dict) and values.get("format") == TargetHeadFile.model_fields["format"].default:
+        checked = parse(TargetHeadFile, values, str(path), error=HeadError)
+        task, fitting = TASKS[checked.task], OF_TASK[checked.task].get(checked.kind)
+        if fitting is None:
+            raise HeadError(f"{path}: a head of kind {checked.kind!r} is not known for {checked.task}; train it again")
+        kind = fitting
     stored = parse_one_of(kind.file_models, values, str(path), error=HeadError)
     name, parameters = kind.restored(path, stored)
     head = kind(name, stored.kind, parameters, pool=stored.pool)
+    head.task = task
     head.classes, head.layer, head.fingerprint = stored.classes, stored.layer, stored.fingerprint
     head.input_shape, head.temperature = stored.input_shape, stored.temperature
     head.mean = np.array(stored.scaler.mean, np.float32)
@@ -132,6 +176,7 @@ def head_of(run: Run, *, trust: bool = False) -> Head:
     """
     head = load_head(run.folder, trust=trust)
     for name, own, noted in (
+        ("task", head.task.name, run.task.name),
         ("classes", head.classes, run.classes),
         ("fingerprint", head.fingerprint, run.config["features"]["fingerprint"]),
     ):
@@ -144,6 +189,8 @@ def head_of(run: Run, *, trust: bool = False) -> Head:
 def can_finetune(run: Run) -> bool:
     """Whether fine-tuning can start from a run: its head is a Keras network or has an equivalent one."""
     name = run.config["head"]["name"]
+    if run.task is not CLASSIFICATION:
+        return False
     kind = PRESETS[name].kind if name in PRESETS else name
     return set(KerasHead.files) <= set(run.config["model"]) or KINDS.get(kind, EstimatorHead).has_dense_form(kind)
 

@@ -18,7 +18,7 @@ from features.signing import is_signed, signature
 from pipeline.heads.models.archive import Archive
 from pipeline.heads.models.converting import class_count, classifier_of, model_of_part
 from pipeline.heads.models.document import restored
-from pipeline.heads.models.model import ARRAYS, DamagedModelError, Model
+from pipeline.heads.models.model import ARRAYS, DamagedModelError, Model, need
 from pipeline.heads.models.parts import NotPlainError, Part
 from pipeline.heads.models.skops_file import read_skops
 from pipeline.scores.metrics import two_columns
@@ -88,7 +88,7 @@ def foreign_types(estimator: Any) -> list[str]:
     return sorted(set(skops.io.get_untrusted_types(data=skops.io.dumps(estimator))) - set(TRUSTED_TYPES))
 
 
-def load_arrays(folder: Path, values: Any, *, columns: int, classes: int) -> Model:
+def load_arrays(folder: Path, values: Any, *, columns: int, classes: int, of_columns: bool = False) -> Model:
     """Read a model from ``head.npz`` and the plain values in ``head.json``, and check it.
 
     Parameters
@@ -99,6 +99,8 @@ def load_arrays(folder: Path, values: Any, *, columns: int, classes: int) -> Mod
         The value of ``model`` in ``head.json``.
     columns, classes : int
         What ``head.json`` says of the rows and classes.
+    of_columns : bool
+        Whether it is the model of several labels or numbers, not of classes.
 
     Raises
     ------
@@ -108,6 +110,7 @@ def load_arrays(folder: Path, values: Any, *, columns: int, classes: int) -> Mod
     with Archive(folder / ARRAYS) as archive:
         try:
             model = restored(values, lambda name: archive.array(f"{name}.npy"))
+            need(model.of_columns == of_columns, f"a model of kind {model.kind} is for another task")
             model.check(columns, classes)
         except _REFUSALS as problem:
             if isinstance(problem, HeadError):

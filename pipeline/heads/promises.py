@@ -119,6 +119,13 @@ def check_rows(asked: Asked, heads: Iterable[Head], chosen_by: str, *, folds: bo
     ConfigurationError
         If so; the message says how to keep some.
     """
+    heads = list(heads)
+    if asked.option or asked.by:
+        for head in heads:
+            if not head.task.promises:
+                raise ConfigurationError(
+                    f"{asked.option or '--by'}: is for runs of classes, and this store is for --task {head.task.name}; leave it out"
+                )
     if not asked.option:
         return
     if chosen_by == VALIDATION:

@@ -16,7 +16,7 @@ from pipeline.heads.head import Head
 from pipeline.runs.datasets import source_of
 from pipeline.runs.folder import Predictions
 from pipeline.runs.writing import Outcome, write_run
-from pipeline.scores.metrics import evaluate
+from pipeline.tasks.table import targets_of
 
 
 def run_id_of(head: Head, store: Any, name: str) -> str:
@@ -26,7 +26,7 @@ def run_id_of(head: Head, store: Any, name: str) -> str:
     decided = {
         "head": {"name": head.name, "pool": head.pool, "parameters": parameters},
         "fingerprint": head.fingerprint,
-        "data": store.data_digest,
+        "data": store.data_digest,  # which covers the task and its targets
         "seed": head.seed,
         **_several(views_seen(head, store, name)),
     }
@@ -68,12 +68,12 @@ def write_fitted(
 ) -> None:
     """Score a trained head on the validation split and write its run folder with `pipeline.runs.writing.write_run`."""
     head, rows = fitted.head, store.rows("validation")
-    y = store.images.labels[rows]
+    y = targets_of(store, rows)
     paths = [store.images.paths[row] for row in rows]
     outcome = Outcome(
         head,
         fitted.history,
-        evaluate(fitted.probabilities, y, store.classes),
+        head.task.evaluate(fitted.probabilities, y, head.classes),
         Predictions(paths, store.images.sha256[rows], y, fitted.probabilities),
         fitted.seconds,
         test=test,
@@ -85,9 +85,10 @@ def write_fitted(
 
 
 def test_scores(store: Any, name: str, head: Head) -> dict[str, Any]:
-    """Score a head on the test split."""
-    rows = rows_for(head, store, name, "test")
-    return evaluate(head.predict_rows(rows), rows.labels, store.classes)
+    """Score a head on the test split, with what was chosen on the validation split."""
+    rows, held_out = (rows_for(head, store, name, split) for split in ("test", "validation"))
+    before = head.task.chosen(lambda: (held_out.labels, head.predict_rows(held_out)), head.classes)
+    return head.task.evaluate(head.predict_rows(rows), rows.labels, head.classes, before)
 
 
 def _several(views: int) -> dict[str, int]:

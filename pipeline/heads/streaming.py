@@ -70,7 +70,7 @@ class FeatureStream:
     std: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        if self.rows.shape != self.labels.shape or self.rows.ndim != 1:
+        if self.rows.shape != self.labels.shape[:1] or self.rows.ndim != 1:
             raise ConfigurationError(f"stream: labels: received {self.labels.shape}, expected {self.rows.shape}")
         if len(self.rows) and (self.rows[0] < 0 or self.rows[-1] >= len(self.store) or (np.diff(self.rows) <= 0).any()):
             raise ConfigurationError(f"stream: rows: expected ascending row numbers from 0 to {len(self.store) - 1}")
@@ -155,7 +155,7 @@ class FeatureStream:
             If a row has no label.
         """
         check_range("batch size", size, 1, 1 << 20)
-        if unlabelled := int((self.labels < 0).sum()):
+        if self.labels.ndim == 1 and (unlabelled := int((self.labels < 0).sum())):
             raise HeadError(f"labels: {unlabelled} training rows are unlabelled (-1); label or remove them")
         least = 4 * size * self._row_bytes
         if self.memory_bytes < least:
@@ -166,7 +166,8 @@ class FeatureStream:
         generator = np.random.default_rng([seed, number])
         drawn = drawn_views(seed, number, len(self.store), self.views) if any(draws) else None
         window = min(len(self), self._window)
-        features, labels = np.empty((window, len(draws), self.width), np.float32), np.empty(window, np.int32)
+        features = np.empty((window, len(draws), self.width), np.float32)
+        labels = np.empty((window, *self.labels.shape[1:]), self.labels.dtype)
         filled = 0
         runs = self._runs(min(READ_BYTES, window * self._stored_bytes // RUNS_OF_A_WINDOW))
         for place in generator.permutation(len(runs)):

@@ -123,10 +123,10 @@ class Rows:
             return ""
         if self.top:
             numbered = [f"{name}_{place}" for place in range(1, self.top + 1) for name in ("class", "probability")]
-            return _csv_line(["file", *numbered, *self._told, "error"])
+            return csv_line(["file", *numbered, *self._told, "error"])
         fixed = (*_FIXED, *self._told)
         named = [f"p:{name}" if name in fixed else name for name in self.classes]
-        return _csv_line([*_FIXED[:3], *self._told, *named, "error"])
+        return csv_line([*_FIXED[:3], *self._told, *named, "error"])
 
     @property
     def withholding(self) -> Mapping[str, Any] | None:
@@ -147,14 +147,14 @@ class Rows:
         values = prediction.probabilities
         if values is None:
             blank = len(self._told) + (2 * self.top if self.top else 2 + len(self.classes))
-            return _csv_line([prediction.file, *[""] * blank, prediction.error])
+            return csv_line([prediction.file, *[""] * blank, prediction.error])
         best, said = ranked(values), self._said(values)
         told = [json.dumps(said[name], ensure_ascii=False) for name in self._told]
         if self.top:
             pairs = [cell for index in best[: self.top] for cell in (self.classes[index], f"{values[index]:.6g}")]
-            return _csv_line([prediction.file, *pairs, *told, ""])
+            return csv_line([prediction.file, *pairs, *told, ""])
         shown = [f"{value:.6g}" for value in values]
-        return _csv_line([prediction.file, self.classes[best[0]], shown[best[0]], *told, *shown, ""])
+        return csv_line([prediction.file, self.classes[best[0]], shown[best[0]], *told, *shown, ""])
 
     def _said(self, values: np.ndarray) -> dict[str, Any]:
         """What the row says beside the probabilities: ``abstain`` and ``set``, where the model promises them."""
@@ -222,7 +222,8 @@ def destination(out: Path | None, stream: TextIO, format: str) -> Iterator[Calla
         yield keep
 
 
-def _csv_line(cells: Sequence[str]) -> str:
+def csv_line(cells: Sequence[str]) -> str:
+    """Format one line of CSV with its line end."""
     line = io.StringIO()
     csv.writer(line, lineterminator="\n").writerow(cells)
     return line.getvalue()

@@ -16,20 +16,19 @@ from features import canonical
 from features.errors import ConfigurationError, RunError, StoreError
 from features.files import printable
 from features.progress import counted
-from pipeline.intervals import interval_of, wilson_interval
+from pipeline.intervals import wilson_interval
 from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.runs.writing import renew
 from pipeline.scores.groups import name_of, worst_of
 from pipeline.scores.selection import (
-    CHOICES,
     FEW,
     USUAL_FOLDS,
     WORST_GROUP,
     Candidate,
-    balanced_accuracy_interval,
     choose,
 )
+from pipeline.tasks.table import ALL_CHOICES
 
 logger = logging.getLogger(__name__)
 
@@ -81,6 +80,11 @@ def take_run(
     if data_set is None and len(known) > 1 and any(one.is_likely(likely) for one in known):
         data_set = likely
     one, state = only_one(known, data_set, str(path))
+    if accept is not None and not state.runs[0].task.one_class:
+        raise RunError(
+            f"{path}: its runs are for --task {state.runs[0].task.name}, and only runs of classes are fine-tuned; bottleneck predict "
+            "takes them"
+        )
     runs = [
         run
         for run in state.runs
@@ -167,8 +171,8 @@ def board_of(
     ----------
     runs : sequence of Run
         The runs.
-    by : {"accuracy", "balanced_accuracy", "worst_group_accuracy"}
-        Score to compare.
+    by : str
+        Score to compare, one of the ``choices`` of the task; ``accuracy`` stands for the usual one of any task.
     folds : bool, optional
         Compare by cross-validation; runs without it come last. Default: see `by_folds`.
     data_set : str, optional
@@ -253,7 +257,7 @@ def _judging(runs: Sequence[Run], folds: bool | None) -> str:
 
 def check_choice(by: str) -> None:
     """Raise ``ConfigurationError`` unless ``by`` is a score that runs can be compared by."""
-    canonical.check_choice("choose", by, CHOICES)
+    canonical.check_choice("choose", by, ALL_CHOICES)
 
 
 def check_folds(runs: Sequence[Run], folds: bool | None) -> None:
@@ -288,6 +292,7 @@ def by_folds(runs: Sequence[Run], folds: bool | None = None) -> bool:
 
 def ranked(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = None) -> list[Run]:
     """Sort runs, the best first: by the score, then by log loss; see `by_folds`, runs without folds come last then."""
+    by = runs[0].task.choice(by) if runs else by
     return sorted(runs, key=functools.partial(_rank, by=by, judged=judged_by(runs, folds)))
 
 
@@ -301,13 +306,14 @@ def _score(run: Run, by: str, judged: str) -> float | None:
     if by == WORST_GROUP:
         tables = (run.metrics.get("groups") or {}).get(judged)
         return float(worst_of(tables)["accuracy"]) if tables else None
-    return float(run.metrics[judged][by]) if run.metrics[judged] else None
+    return run.task.value(run.metrics[judged], by) if run.metrics[judged] else None
 
 
 def _rank(run: Run, by: str, judged: str) -> tuple[bool, float, float, str]:
     score, scores = _score(run, by, judged), run.metrics[judged] or run.metrics["validation"]
-    value = scores.get(by, scores["accuracy"]) if score is None else score
-    return score is None, -value, scores["log_loss"], run.run_id
+    usual = run.task.choices[0]
+    value = run.task.value(scores, by if by in scores else usual) if score is None else score
+    return score is None, -value, run.task.order(scores, usual)[1], run.run_id
 
 
 def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
@@ -320,15 +326,9 @@ def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
         "head": run.config["head"]["name"],
         "settings": run.settings,
         "features": f"{features['recipe'].get('backbone')}/{features['name']}",
-        "accuracy": scores["accuracy"],
-        "accuracy_interval": scores["accuracy_interval"],
-        "balanced_accuracy": scores["balanced_accuracy"],
-        "log_loss": scores["log_loss"],
-        "ece": scores["ece"],
-        "n": scores["n"],
-        "cv_accuracy": held_out.get("accuracy"),
-        "cv_interval": held_out.get("accuracy_interval"),
-        "test_accuracy": (run.metrics["test"] or {}).get("accuracy"),
+        **run.task.board(scores),
+        **run.task.board_folds(held_out),
+        f"test_{run.task.choices[0]}": (run.metrics["test"] or {}).get(run.task.choices[0]),
         "fit_seconds": run.environment.get("fit_seconds"),
         "parameters": run.environment.get("parameters"),
         "data": run.data_digest[:10],
@@ -342,9 +342,9 @@ def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = N
     It is the simplest and fastest of those whose score lies within the interval of the best one, see
     `pipeline.scores.selection.choose`.
     """
-    judged = judged_by(runs, folds)
+    judged, by = judged_by(runs, folds), runs[0].task.choice(by)
     if all(_score(run, by, judged) is None for run in runs):
-        by = "accuracy"
+        by = runs[0].task.choices[0]
     order = [run for run in ranked(runs, by, folds=folds) if _score(run, by, judged) is not None]
     low = _low(order[0], by, judged)
     candidates = [
@@ -364,14 +364,13 @@ def _low(run: Run, by: str, judged: str) -> float:
     if by == WORST_GROUP:
         line = worst_of(run.metrics["groups"][judged])
         return wilson_interval(line["right"], line["n"])[0]
-    low = interval_of(best)[0]
-    if by == "balanced_accuracy":
-        # First guess: the interval of the accuracy, shifted, as both intervals are about equally wide.
-        low += best["balanced_accuracy"] - best["accuracy"]
-        if judged == "validation":
-            try:
-                rows = read_predictions(run)
-                low = balanced_accuracy_interval(rows.labels, rows.probabilities.argmax(axis=1))[0]
-            except RunError as problem:
-                logger.warning("%s; the interval of its accuracy is used instead", problem)
-    return low
+
+    def rows() -> tuple[Any, Any]:
+        found = read_predictions(run)
+        return found.labels, found.probabilities
+
+    try:
+        return run.task.low(best, by, rows if judged == "validation" else None)
+    except RunError as problem:
+        logger.warning("%s; the interval of its accuracy is used instead", problem)
+        return run.task.low(best, by, None)

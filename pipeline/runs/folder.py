@@ -21,8 +21,10 @@ from features.errors import ConfigurationError, FormatVersionError, RunError, ne
 from features.files import quoted, read_small
 from features.recipe import Recipe
 from features.sources.reading import Reading
-from pipeline.config import METRICS_FILES, History, RunConfig, load_yaml, parse, parse_one_of
+from pipeline.config import History, RunConfig, TargetRunConfig, load_yaml, parse, parse_one_of
 from pipeline.presets import DENSE, EPOCHS, PRESETS, EstimatorParameters, Preset
+from pipeline.tasks.table import CLASSIFICATION, TASKS
+from pipeline.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +48,8 @@ class Found(NamedTuple):
 class Predictions(NamedTuple):
     """Predictions of the validation rows: paths, content hashes, labels and probabilities.
 
-    ``sha256`` is uint8 (n, 32), ``labels`` int32 (n,), ``probabilities`` float64 (n, c).
+    ``sha256`` is uint8 (n, 32), ``labels`` int32 (n,), ``probabilities`` float64 (n, c); of another task targets (n, c) and
+    what was predicted.
     """
 
     paths: Sequence[str]
@@ -90,12 +93,16 @@ class Run:
             values = load_yaml(folder / "config.yaml", aliases=False)
         except ConfigurationError as problem:
             raise RunError(str(problem)) from problem
-        config = parse(RunConfig, values, str(folder / "config.yaml"), error=RunError)
+        schema = (
+            TargetRunConfig if values.get("format") == TargetRunConfig.model_fields["format"].default else RunConfig
+        )
+        config = parse(schema, values, str(folder / "config.yaml"), error=RunError)
+        task = TASKS[getattr(config, "task", CLASSIFICATION.name)]
         missing = [name for name in (*FILES, *config.model) if not _is_file(folder / name)]
         if missing:
             raise RunError(f"{folder}: the run is incomplete, missing: {', '.join(missing)}; train it again")
         values = _read_json(folder / "metrics.json")
-        metrics = parse_one_of(METRICS_FILES, values, str(folder / "metrics.json"), error=RunError)
+        metrics = parse_one_of(task.metrics_models, values, str(folder / "metrics.json"), error=RunError)
         if metrics.run_id != config.run_id:
             raise RunError(f"{folder / 'metrics.json'}: belongs to {metrics.run_id}, config.yaml to {config.run_id}")
         environment = _read_json(folder / "environment.json")
@@ -117,8 +124,13 @@ class Run:
         return str(self.config["run_id"])
 
     @property
+    def task(self) -> Task:
+        """What it predicts."""
+        return TASKS[self.config.get("task", CLASSIFICATION.name)]
+
+    @property
     def classes(self) -> tuple[str, ...]:
-        """Class names, in label order."""
+        """Class names, in label order; of another task the columns of the target."""
         return tuple(self.config["classes"])
 
     @functools.cached_property
@@ -236,17 +248,16 @@ def read_predictions(run: Run) -> Predictions:
     RunError
         If the file is malformed, or does not have as many images as ``metrics.json`` says.
     """
-    path, numbers = run.folder / "predictions.csv", {name: k for k, name in enumerate(run.classes)}
-    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in numbers)
-    most = (run.metrics["validation"]["n"] + 1) * (ROW_BYTES + (4 * longest + 32) * len(numbers))
+    path, names = run.folder / "predictions.csv", run.classes
+    longest = max(len(name.encode("utf-8", "surrogateescape")) for name in names)
+    most = (run.metrics["validation"]["n"] + 1) * (ROW_BYTES + (4 * longest + 32) * len(names))
     try:
         text = read_small(path, most).decode("utf-8", "surrogateescape")
         lines = list(csv.reader(io.StringIO(text, newline="")))[1:]
         digests = np.array([list(bytes.fromhex(line[1])) for line in lines], np.uint8).reshape(len(lines), 32)
-        labels = np.array([numbers[line[2]] for line in lines], np.int32)
-        probabilities = np.array([line[5:] for line in lines], np.float64).reshape(len(lines), len(numbers))
+        labels, probabilities = run.task.parsed(lines, names)
     except (OSError, KeyError, ValueError, IndexError, csv.Error) as problem:
-        raise RunError(f"{path}: cannot be read as predictions of {len(numbers)} classes: {problem!r}") from problem
+        raise RunError(f"{path}: cannot be read as predictions of {len(names)} classes: {problem!r}") from problem
     expected = run.metrics["validation"]["n"]
     if len(lines) != expected:
         raise RunError(

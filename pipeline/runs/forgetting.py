@@ -16,7 +16,6 @@ from features.files import atomic_file, read_small
 from pipeline.runs.folder import JSON_BYTES, Run, read_predictions
 from pipeline.runs.notes import readme
 from pipeline.runs.writing import add_plots, add_scores
-from pipeline.scores.metrics import evaluate
 
 MARK = ".forgetting"  # a file in a run folder whose scores are being made again
 _KEEPS_ROWS = re.compile(rb'"kind": *"(neighbours|support-vectors)"')
@@ -64,11 +63,12 @@ def forget_predictions(run: Run, hashes: Collection[str]) -> int:
         temporary.write_bytes(b"".join(kept))
     counted = {**run.metrics, "validation": {**run.metrics["validation"], "n": len(kept) - 1}}
     rows = read_predictions(Run(run.folder, run.config, counted, run.environment))
-    scores = {**run.metrics["validation"], **evaluate(rows.probabilities, rows.labels, run.classes)}
+    before = run.metrics["validation"]
+    scores = {**before, **run.task.evaluate(rows.probabilities, rows.labels, run.classes, before)}
     changed = add_scores(run, validation=scores)
     with atomic_file(run.folder / "README.md") as temporary:
         seconds = float(run.environment.get("fit_seconds") or 0)
-        temporary.write_text(readme(run.config, changed.metrics, seconds), encoding="utf-8")
+        temporary.write_text(readme(run.config, changed.metrics, seconds, run.task), encoding="utf-8")
     if (run.folder / "plots").exists():
         shutil.rmtree(run.folder / "plots")
         add_plots(changed)

@@ -11,7 +11,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from features.machine import keras_backend
-from pipeline.intervals import interval_of
+from pipeline.tables import cell_text
+from pipeline.tasks.task import Task
 
 PACKAGES = (
     "bottleneck-features",
@@ -50,7 +51,7 @@ def _versions() -> dict[str, str]:
     return versions
 
 
-def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float) -> str:
+def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float, task: Task) -> str:
     """Text of the ``README.md`` of a run, made from its ``config.yaml`` and ``metrics.json``."""
     features, head = config["features"], config["head"]
     recipe = features["recipe"]
@@ -58,21 +59,18 @@ def readme(config: Mapping[str, Any], metrics: Mapping[str, Any], seconds: float
         f"# {config['run_id']}",
         "",
         f"A `{head['name']}` head on `{features['name']}` features of `{recipe['backbone']}` "
-        f"({recipe['height']}x{recipe['width']} pixels), {len(config['classes'])} classes, "
+        f"({recipe['height']}x{recipe['width']} pixels), {len(config['classes'])} {task.things}, "
         f"trained in {seconds:.1f} s with seed {config['seed']}.",
     ]
     if config["stage"] == "finetune":
         lines.append(
             f"Fine-tuned from `{(config['finetune'] or {}).get('start', 'another run')}`; the backbone is its own."
         )
-    lines += ["", "| split | images | accuracy | 95 % interval | log loss |", "| --- | --- | --- | --- | --- |"]
-    for split in ("validation", "test"):
-        if metrics[split]:
-            scores = metrics[split]
-            low, high = interval_of(scores)
-            lines.append(
-                f"| {split} | {scores['n']} | {scores['accuracy']:.4f} | {low:.4f} to {high:.4f} | {scores['log_loss']:.4f} |"
-            )
+    shown = {split: task.columns(metrics[split]) for split in ("validation", "test") if metrics[split]}
+    titles = ["split", *next(iter(shown.values()))]
+    lines += ["", f"| {' | '.join(titles)} |", f"| {' | '.join('---' for _ in titles)} |"]
+    for split, columns in shown.items():
+        lines.append(f"| {' | '.join([split, *map(cell_text, columns.values())])} |")
     lines += [
         "",
         "    bottleneck predict THIS_FOLDER IMAGES     # classes and probabilities of new images",

@@ -7,12 +7,13 @@ of colour vision, and never carry a meaning alone: lines also differ in dash and
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from features.targets import UNKNOWN
 from pipeline.config import History
 from pipeline.scores.metrics import confusion
 from pipeline.tables import shortened
@@ -39,18 +40,25 @@ STYLE: dict[Any, Any] = {
     "grid.linewidth": 0.5,
 }
 
+MOST_NUMBERS = 4  # panels of predicted numbers
 MOST_CLASSES = 1000  # upper limit for a confusion matrix: with more classes, each is smaller than a pixel
 
 
 def plot_run(
-    folder: Path, history: History, labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]
+    folder: Path,
+    history: History,
+    labels: np.ndarray,
+    probabilities: np.ndarray,
+    classes: Sequence[str],
+    task: str = "classification",
 ) -> None:
-    """Draw the confusion matrix and, if the head was trained in epochs, the learning curves.
+    """Draw the plot of a task, such as the confusion matrix, and, if the head was trained in epochs, the learning curves.
 
     Parameters
     ----------
     folder : Path
-        Folder to make; receives ``confusion.png`` (up to `MOST_CLASSES` classes) and ``learning.png``.
+        Folder to make; receives the plot of the task (``confusion.png``, up to `MOST_CLASSES` classes; ``labels.png``;
+        ``numbers.png``) and ``learning.png``.
     history : dict of str to list of float
         Columns of ``history.csv``.
     labels : int32, (n,)
@@ -59,14 +67,16 @@ def plot_run(
         Predictions of the same rows.
     classes : sequence of str
         Class names, in label order.
+    task : str
+        Name of the task.
     """
     import matplotlib
 
     folder.mkdir()
     with matplotlib.rc_context(STYLE):
+        name, draw = PLOTS[task]
         if len(classes) <= MOST_CLASSES:
-            table = confusion(labels, probabilities.argmax(axis=1), len(classes))
-            _confusion(table, classes).savefig(folder / "confusion.png", dpi=DPI)
+            draw(labels, probabilities, classes).savefig(folder / f"{name}.png", dpi=DPI)
         if "epoch" in history:
             _learning(history).savefig(folder / "learning.png", dpi=DPI)
 
@@ -91,8 +101,8 @@ def ink_on(colour: np.ndarray) -> str:
     return "white" if 1.05 / (luminance + 0.05) > (luminance + 0.05) / 0.0637 else INK
 
 
-def _confusion(table: np.ndarray, classes: Sequence[str]) -> Any:
-    count = len(classes)
+def _confusion(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Any:
+    table, count = confusion(labels, probabilities.argmax(axis=1), len(classes)), len(classes)
     named = count <= LABELLED_CLASSES
     side = COLUMN if count <= 8 else min(PAGE, 2.2 + 0.2 * count) if named else COLUMN
     figure, axes = new_figure(side, side)
@@ -149,14 +159,59 @@ def _learning(history: History) -> Any:
     return figure
 
 
-def new_figure(width: float, height: float, *, panels: int = 1) -> tuple[Any, Any]:
+def _labels(targets: np.ndarray, probabilities: np.ndarray, classes: Sequence[str]) -> Any:
+    """Draw the average precision of each label beside its share of the images, which a guess would reach."""
+    from sklearn.metrics import average_precision_score
+
+    found = []
+    for name, truth, values in zip(classes, targets.T, probabilities.T, strict=True):
+        known = truth != UNKNOWN
+        if (truth[known] == 1).any():
+            precision = float(average_precision_score(truth[known] == 1, values[known]))
+            found.append((precision, float(np.mean(truth[known] == 1)), name))
+    found = sorted(found)[-LABELLED_CLASSES:]
+    figure, axes = new_figure(COLUMN, 0.8 + 0.17 * max(3, len(found)))
+    places = np.arange(len(found))
+    axes.barh(places, [one[0] for one in found], color=BLUE, height=0.7, label="average precision")
+    axes.plot([one[1] for one in found], places, "|", color=VERMILLION, markersize=8, label="share of images")
+    axes.set_yticks(places, [shortened(one[2], LABEL_LENGTH) for one in found], parse_math=False)
+    axes.set(xlim=(0, 1), title=f"{len(targets):,} validation images")
+    figure.legend(loc="outside lower center", ncols=2, fontsize=7)
+    return figure
+
+
+def _numbers(targets: np.ndarray, predicted: np.ndarray, names: Sequence[str]) -> Any:
+    """Draw predictions against what is true, of the first numbers."""
+    shown = names[:MOST_NUMBERS]
+    figure, panels = new_figure(COLUMN, 0.4 + 2.6 * len(shown), panels=len(shown), shared=False)
+    for axes, name, truth, values in zip(np.ravel(panels), shown, targets.T, predicted.T, strict=False):
+        known = np.isfinite(truth)
+        both = np.concatenate([truth[known], values[known]])
+        ends = [both.min(), both.max()] if len(both) else [0, 1]
+        axes.plot(ends, ends, color=INK, linewidth=0.7, linestyle=":")
+        axes.plot(truth[known], values[known], "o", color=BLUE, markersize=2, alpha=0.5)
+        axes.set(xlabel="true", ylabel="predicted")
+        axes.set_title(shortened(name, 40), parse_math=False)
+    return figure
+
+
+Plot = Callable[[np.ndarray, np.ndarray, Sequence[str]], Any]
+# Task -> name of its plot, and what draws it.
+PLOTS: dict[str, tuple[str, Plot]] = {
+    "classification": ("confusion", _confusion),
+    "multilabel": ("labels", _labels),
+    "regression": ("numbers", _numbers),
+}
+
+
+def new_figure(width: float, height: float, *, panels: int = 1, shared: bool = True) -> tuple[Any, Any]:
     """Make a figure of this size in inches, and its axes, without a display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(panels, 1, sharex=panels > 1)
+    return figure, figure.subplots(panels, 1, sharex=shared and panels > 1)
 
 
 def _rgb(colour: str) -> np.ndarray:

@@ -17,7 +17,7 @@ from features.files import atomic_file, sync_folder
 from features.networks.quantised import find, keep, networks_of_runs, networks_of_store, place_in
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
-from pipeline.config import FORMAT_VERSION, History, RunConfig, Settings, metrics_format, parse, yaml_text
+from pipeline.config import History, RunConfig, Settings, TargetRunConfig, metrics_format, parse, yaml_text
 from pipeline.runs.folder import (
     BACKBONE_MODEL,
     BACKBONE_WEIGHTS,
@@ -30,6 +30,7 @@ from pipeline.runs.folder import (
 )
 from pipeline.runs.notes import environment, readme
 from pipeline.runs.plots import plot_run
+from pipeline.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,7 @@ class TrainedHead(Protocol):
     pool: str | None
     parameters: Settings
     seed: int
+    task: Task
     classes: tuple[str, ...]
     fingerprint: str
 
@@ -147,7 +149,7 @@ def write_run(
             model, count = [*model, name], (count or 0) + backbone.count_params()
         described = {"name": head.name, "pool": head.pool, "parameters": head.parameters.described()}
         config = {
-            "format": FORMAT_VERSION,
+            **head.task.run_file,
             "run_id": run_id,
             "stage": "head" if start is None else "finetune",
             "seed": (settings or {}).get("seed", head.seed),
@@ -158,17 +160,19 @@ def write_run(
             "model": model,
         }
         metrics = {
-            "format": FORMAT_VERSION,
+            "format": head.task.format,
             "run_id": run_id,
             "validation": outcome.scores,
             "test": outcome.test,
             "cv": outcome.cv,
         }
-        parse(RunConfig, config, str(folder / "config.yaml"), error=RunError)
+        parse(TargetRunConfig if "task" in config else RunConfig, config, str(folder / "config.yaml"), error=RunError)
         _write_files(temporary, outcome, config, metrics, count)
         if plots:
             rows = outcome.predictions
-            plot_run(temporary / "plots", outcome.history, rows.labels, rows.probabilities, head.classes)
+            plot_run(
+                temporary / "plots", outcome.history, rows.labels, rows.probabilities, head.classes, head.task.name
+            )
         if prove:
             prove(temporary)
         _publish(temporary, folder)
@@ -207,8 +211,8 @@ def _write_files(
     noted = {**environment(), "fit_seconds": outcome.seconds, "parameters": parameters, **(outcome.notes or {})}
     _write_json(folder / "environment.json", noted)
     _write_csv(folder / "history.csv", list(outcome.history), zip(*outcome.history.values(), strict=True))
-    _write_predictions(folder / "predictions.csv", outcome.predictions, outcome.head.classes)
-    (folder / "README.md").write_text(readme(config, metrics, outcome.seconds), encoding="utf-8")
+    _write_predictions(folder / "predictions.csv", outcome.predictions, outcome.head.classes, outcome.head.task)
+    (folder / "README.md").write_text(readme(config, metrics, outcome.seconds, outcome.head.task), encoding="utf-8")
 
 
 def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
@@ -216,7 +220,7 @@ def add_scores(run: Run, **scores: Mapping[str, Any]) -> Run:
     path = run.folder / "metrics.json"
     metrics = {**run.metrics, **{name: dict(values) for name, values in scores.items()}}
     with atomic_file(path) as temporary:
-        _write_json(temporary, {**metrics, "format": metrics_format(metrics)})
+        _write_json(temporary, {**metrics, "format": max(run.task.format, metrics_format(metrics))})
     return Run.open(run.folder)
 
 
@@ -233,7 +237,7 @@ def add_plots(run: Run) -> None:
         return
     rows, history = read_predictions(run), read_history(run.folder)
     with temporary_folder(run.folder / "plots") as temporary:
-        plot_run(temporary / "plots", history, rows.labels, rows.probabilities, run.classes)
+        plot_run(temporary / "plots", history, rows.labels, rows.probabilities, run.classes, run.task.name)
         os.rename(temporary / "plots", run.folder / "plots")
 
 
@@ -279,13 +283,9 @@ def _write_csv(path: Path, header: Sequence[str], rows: Any) -> None:
         writer.writerows(rows)
 
 
-def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str]) -> None:
+def _write_predictions(path: Path, predictions: Predictions, classes: Sequence[str], task: Task) -> None:
     """Write ``predictions.csv``, with nine digits: enough to check a network with this head against them."""
     rows = []
     for name, sha256, label, values in zip(*predictions, strict=True):
-        guess = int(values.argmax())
-        right = str(guess == label).lower()
-        rows.append(
-            [name, sha256.tobytes().hex(), classes[label], classes[guess], right, *(f"{value:.9g}" for value in values)]
-        )
-    _write_csv(path, ["path", "sha256", "label", "predicted", "correct", *classes], rows)
+        rows.append([name, sha256.tobytes().hex(), *task.cells(label, values, classes)])
+    _write_csv(path, ["path", "sha256", *task.header(classes)], rows)

@@ -43,11 +43,11 @@ from pipeline.heads.records import run_id_of, test_scores, write_fitted
 from pipeline.runs.board import answered, check_choice, judged_by, leaderboard
 from pipeline.runs.folder import Run, find_runs, is_finished
 from pipeline.runs.writing import add_plots, add_scores
-from pipeline.scores.metrics import evaluate
 from pipeline.scores.selection import FEW, USUAL_FOLDS
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand
 from pipeline.sweeps.workers import Lost, in_parallel
 from pipeline.tables import board_text, promise_lines
+from pipeline.tasks.table import names_of, targets_of, task_of
 
 logger = logging.getLogger(__name__)
 
@@ -266,9 +266,10 @@ def _plan(
                 head = make_head(
                     trial.name,
                     seed=trial.seed,
-                    classes=store.classes,
+                    classes=names_of(store),
                     layer=recipe.layer,
                     fingerprint=recipe.fingerprint,
+                    task=task_of(store),
                     **trial.params,
                 )
                 try:
@@ -487,11 +488,11 @@ def _write(job: Job, fitted: Fitted, runs: Path, folds: int, memory: int, asked:
 def _fold_scores(job: Job, out_of_fold: np.ndarray | None, folds: int) -> dict[str, Any] | None:
     if out_of_fold is None:
         return None
-    y = job.store.images.labels[job.store.rows("train")]
+    y = targets_of(job.store, job.store.rows("train"))
     known = np.isfinite(out_of_fold).all(axis=1)
     if not known.any():
         return None
-    scores = evaluate(out_of_fold[known], y[known], job.store.classes)
+    scores = job.head.task.evaluate(out_of_fold[known], y[known], job.head.classes)
     return {**scores, "folds": folds}
 
 
@@ -512,4 +513,5 @@ def _test_chosen(jobs: Iterable[Job], board: list[dict[str, Any]], runs: Path) -
                     ", ".join(seen[:3]) + (", ..." if len(seen) > 3 else ""),
                 )
             run = add_scores(run, test=test_scores(job.store, job.name, head_of(run)))
-        row["test_accuracy"] = run.metrics["test"]["accuracy"]
+        first = run.task.choices[0]
+        row[f"test_{first}"] = run.metrics["test"][first]

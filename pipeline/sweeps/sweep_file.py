@@ -19,6 +19,11 @@ from pipeline.heads.kinds import make_head
 from pipeline.presets import find_preset
 
 MOST_TRIALS = 100_000
+# Those of all tasks; a test compares them with `pipeline.tasks.table.ALL_CHOICES`.
+Choice = Literal[
+    "accuracy", "balanced_accuracy", "worst_group_accuracy", "average_precision", "micro_average_precision", "f1", "r2",
+    "mae", "rmse", "spearman",
+]  # fmt: skip
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
@@ -53,7 +58,7 @@ class SweepFile(Settings):
 
     version: Literal[1]
     seed: Annotated[NonNegativeInt, Field(lt=2**32)] = 0
-    choose: Literal["accuracy", "balanced_accuracy", "worst_group_accuracy"] = "accuracy"
+    choose: Choice = "accuracy"  # for other tasks, their usual score
     by: tuple[str, ...] = ()
     heads: Annotated[list[SweepHead], Field(min_length=1)]
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.heads.models.columns import Columns, NeighbourMeans
 from pipeline.heads.models.ensembles import Averaged, Calibrated, Voting
 from pipeline.heads.models.linear import Gaussian, Layers, Linear, Projected, SupportVectors
 from pipeline.heads.models.model import Model, need
@@ -18,7 +19,7 @@ from pipeline.heads.models.trees import Boosting, Forest
 
 MODELS: tuple[type[Model], ...] = (
     *(Linear, Projected, Layers, SupportVectors, Gaussian),
-    *(Neighbours, Forest, Boosting, Averaged, Voting, Calibrated),
+    *(Neighbours, Forest, Boosting, Averaged, Voting, Calibrated, Columns, NeighbourMeans),
 )
 KINDS: dict[str, type[Model]] = {model.kind: model for model in MODELS}
 DEEPEST = 8  # models inside models

@@ -29,6 +29,8 @@ class Model(abc.ABC):
         Its name in ``head.json``.
     softened : bool
         Value of `soft` for all models of a class.
+    of_columns : bool
+        Whether it predicts several labels or numbers instead of classes.
     files : tuple of str
         Names of the files of a head of this kind.
     """
@@ -36,6 +38,7 @@ class Model(abc.ABC):
     kind: ClassVar[str]
     files: ClassVar[tuple[str, ...]] = ("head.json", ARRAYS)
     softened: ClassVar[bool] = False
+    of_columns: ClassVar[bool] = False
 
     @property
     def soft(self) -> bool:

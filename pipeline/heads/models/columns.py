@@ -1,0 +1,79 @@
+"""Models for several labels or numbers of an image: one output for each column, whatever the number of columns."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import numpy as np
+
+from pipeline.heads.models.model import Model, check_floats, need, pieces
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Columns(Model):
+    """``Z @ coef.T + intercept``: float, (c, d) and (c,); log odds of labels, or numbers."""
+
+    kind: ClassVar[str] = "columns"
+    softened: ClassVar[bool] = True
+    of_columns: ClassVar[bool] = True
+    coef: np.ndarray
+    intercept: np.ndarray
+
+    def check(self, columns: int, classes: int) -> None:
+        check_floats("coef", self.coef, classes, columns)
+        check_floats("intercept", self.intercept, classes)
+
+    def outputs(self, Z: np.ndarray) -> np.ndarray:
+        return np.asarray(Z @ self.coef.T + self.intercept, np.float64)
+
+    @property
+    def parameter_count(self) -> int | None:
+        return self.coef.size + len(self.intercept)
+
+    def dense(self) -> tuple[np.ndarray, np.ndarray] | None:
+        return self.coef.T, self.intercept
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class NeighbourMeans(Model):
+    """Means over the ``count`` nearest training rows, by Euclidean distance, of those whose value is known.
+
+    ``rows`` is float32 (m, d), ``values`` float64 (m, c) with NaN for unknown, ``prior`` float64 (c,): the answer where none
+    of the nearest rows is known.
+    """
+
+    kind: ClassVar[str] = "neighbour-means"
+    of_columns: ClassVar[bool] = True
+    rows: np.ndarray
+    values: np.ndarray
+    prior: np.ndarray
+    count: int
+
+    def check(self, columns: int, classes: int) -> None:
+        check_floats("rows", self.rows, None, columns)
+        check_floats("prior", self.prior, classes)
+        need(self.values.shape == (len(self.rows), classes), f"values has shape {self.values.shape}")
+        need(self.values.dtype.kind == "f" and not np.isinf(self.values).any(), "values holds infinite ones")
+        need(1 <= self.count <= len(self.rows), f"count is {self.count}, of {len(self.rows)} rows")
+
+    def nearest(self, Z: np.ndarray, most: int) -> np.ndarray:
+        """Numbers of the ``most`` nearest rows, nearest first, of equal ones the first: int64, (n, most)."""
+        found = np.empty((len(Z), most), np.int64)
+        theirs = self.rows.astype(np.float64)
+        squares = np.square(theirs).sum(axis=1)
+        for part in pieces(Z, len(self.rows)):
+            distances = squares - 2 * (Z[part].astype(np.float64) @ theirs.T)
+            found[part] = np.argsort(distances, axis=1, kind="stable")[:, :most]
+        return found
+
+    def means(self, nearest: np.ndarray) -> np.ndarray:
+        """Means of the known values of some rows each: float64, (n, c)."""
+        values = self.values[nearest]
+        known = np.isfinite(values)
+        counts = known.sum(axis=1)
+        sums = np.where(known, values, 0).sum(axis=1)
+        return np.where(counts > 0, sums / np.maximum(counts, 1), self.prior)
+
+    def outputs(self, Z: np.ndarray) -> np.ndarray:
+        return self.means(self.nearest(Z, self.count))

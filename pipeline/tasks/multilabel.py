@@ -1,0 +1,248 @@
+"""Any number of labels for each image: sigmoid cross-entropy for each label, average precision.
+
+An unknown label counts nowhere: neither in training nor in a score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat
+
+from features.errors import HeadError
+from features.sources.splits import listed
+from features.targets import UNKNOWN, known_cells
+from pipeline.config import Count, Settings, Share, check_classes
+from pipeline.intervals import wilson_interval
+from pipeline.scores.metrics import BINS
+from pipeline.tasks.bootstrap import percentiles, row_weights
+from pipeline.tasks.folds import iterative_folds
+from pipeline.tasks.task import Rows, Scores, Task, metrics_file
+
+HALF = 0.5  # the threshold of a label that holds nowhere in the validation split
+_CELLS = {0: "0", 1: "1", UNKNOWN: ""}
+
+
+class LabelScores(Settings):
+    """Scores of one label; those that need images with and without it are None where there are none."""
+
+    name: str
+    n: int = Field(ge=0, le=10**12)
+    positives: int = Field(ge=0, le=10**12)
+    average_precision: Share | None
+    roc_auc: Share | None
+    f1: Share | None
+    threshold: Share
+
+
+class MultilabelScores(Settings):
+    """Scores of one split; means are over the labels that have a score."""
+
+    average_precision: Share
+    average_precision_interval: tuple[Share, Share]
+    micro_average_precision: Share
+    roc_auc: Share | None
+    f1: Share
+    exact_match: Share
+    exact_match_interval: tuple[Share, Share]
+    log_loss: NonNegativeFloat
+    ece: Share
+    n: Count
+    per_class: Annotated[tuple[LabelScores, ...], Field(min_length=1)]
+
+
+class Multilabel(Task):
+    """Targets uint8 (n, c): 1, 0, or 255 for unknown. Predictions are the probability of each label."""
+
+    name = "multilabel"
+    things = "labels"
+    choices = ("average_precision", "micro_average_precision", "f1")
+    metrics_models = (metrics_file(MultilabelScores),)
+
+    def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
+        if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:
+            raise HeadError(f"labels: received {y.shape}, expected {rows} rows of {len(names) or 'some'} labels")
+        names = tuple(names) or tuple(str(k) for k in range(y.shape[1]))
+        check_classes(names)
+        for value, what in ((1, "has"), (0, "lacks")):
+            missing = [name for name, there in zip(names, (y == value).any(axis=0), strict=True) if not there]
+            if missing:
+                raise HeadError(
+                    f"no training image {what} the label {listed(missing)}, so it cannot be learned. Add such images; or "
+                    "extract again with --split stratified, which gives train some of each label, or without the label "
+                    "(features are kept)"
+                )
+        return names
+
+    def folds(self, y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> np.ndarray:
+        return iterative_folds(y == 1, folds, seed, groups)
+
+    def outputs(self, names: int) -> int:
+        return names
+
+    def activate(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        from scipy.special import expit
+
+        return np.asarray(expit(np.asarray(logits, np.float64) / temperature))
+
+    def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+        return cell_loss(predictions, y)
+
+    def evaluate(
+        self, predictions: np.ndarray, y: np.ndarray, names: Sequence[str], before: Mapping[str, Any] | None = None
+    ) -> Scores:
+        """Score predictions; the threshold of each label is that of ``before``, else the one with the best F1 here."""
+        from sklearn.metrics import average_precision_score
+
+        values = np.asarray(predictions, np.float64)
+        _check(values, y, names)
+        known = known_cells(y)
+        chosen = [line["threshold"] for line in before["per_class"]] if before else [None] * len(names)
+        lines = [
+            _label_scores(name, values[there, k], y[there, k] == 1, threshold)
+            for k, (name, there, threshold) in enumerate(zip(names, known.T, chosen, strict=True))
+        ]
+        holds = values >= np.array([line["threshold"] for line in lines])
+        right = ((holds == (y == 1)) | ~known).all(axis=1)
+        truth, flat = y[known] == 1, values[known]
+        return {
+            "average_precision": (macro := _mean(lines, "average_precision")),
+            "average_precision_interval": percentiles(_sampled_precision(values, y), macro),
+            "micro_average_precision": float(average_precision_score(truth, flat)) if truth.any() else 0.0,
+            "roc_auc": _mean(lines, "roc_auc") if any(line["roc_auc"] is not None for line in lines) else None,
+            "f1": _mean(lines, "f1"),
+            "exact_match": float(right.mean()),
+            "exact_match_interval": wilson_interval(int(right.sum()), len(right)),
+            "log_loss": cell_loss(values, y),
+            "ece": _calibration(flat, truth),
+            "n": len(y),
+            "per_class": lines,
+        }
+
+    def chosen(self, rows: Callable[[], Rows], names: Sequence[str]) -> Scores | None:
+        y, values = rows()
+        return self.evaluate(values, y, names)
+
+    def order(self, scores: Mapping[str, Any], by: str) -> tuple[float, float]:
+        return -scores[by], scores["log_loss"]
+
+    def low(self, scores: Mapping[str, Any], by: str, rows: Callable[[], Rows] | None) -> float:
+        """The interval of the mean average precision; that of another score is taken to be equally wide."""
+        return float(scores[by] - scores["average_precision"] + scores["average_precision_interval"][0])
+
+    def columns(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "images": scores["n"],
+            "mean AP": scores["average_precision"],
+            "95 % interval": scores["average_precision_interval"],
+            "F1": scores["f1"],
+            "all labels right": scores["exact_match"],
+        }
+
+    def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("average_precision", "average_precision_interval", "micro_average_precision", "f1", "exact_match")
+        return {name: scores[name] for name in (*names, "log_loss", "ece", "n")}
+
+    def header(self, names: Sequence[str]) -> list[str]:
+        return [*(f"true:{name}" for name in names), *names]
+
+    def cells(self, y: Any, values: np.ndarray, names: Sequence[str]) -> list[str]:
+        return [*(_CELLS[int(value)] for value in y), *(f"{value:.9g}" for value in values)]
+
+    def parsed(self, lines: Sequence[Sequence[str]], names: Sequence[str]) -> Rows:
+        numbers = {text: value for value, text in _CELLS.items()}
+        y = [[numbers[cell] for cell in line[2 : 2 + len(names)]] for line in lines]
+        values = [line[2 + len(names) :] for line in lines]
+        shape = len(lines), len(names)
+        return np.array(y, np.uint8).reshape(shape), np.array(values, np.float64).reshape(shape)
+
+    def given(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[int]:
+        chosen = set(labels_of(values, names, before))
+        return [number for number, name in enumerate(names) if name in chosen]
+
+    def answer(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
+        return {"labels": labels_of(values, names, before)}
+
+
+def labels_of(values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[str]:
+    """The labels whose probability reaches the threshold that was chosen on the validation split."""
+    thresholds = {line["name"]: line["threshold"] for line in before["per_class"]}
+    return [name for name, value in zip(names, values, strict=True) if value >= thresholds[name]]
+
+
+def cell_loss(values: np.ndarray, y: np.ndarray) -> float:
+    """Mean of -ln(probability of what is true) over the known cells; clipped as in scikit-learn."""
+    known, smallest = known_cells(y), np.finfo(np.float64).eps
+    chosen = np.where(y == 1, values, 1 - values)[known]
+    return float(-np.log(np.clip(chosen, smallest, 1 - smallest)).mean())
+
+
+def _label_scores(name: str, values: np.ndarray, truth: np.ndarray, threshold: float | None) -> dict[str, Any]:
+    from sklearn.metrics import average_precision_score, roc_auc_score
+
+    both = bool(truth.any()) and not truth.all()
+    if threshold is None:
+        threshold = best_threshold(values, truth)
+    holds = values >= threshold
+    hits = int((holds & truth).sum())
+    return {
+        "name": name,
+        "n": len(truth),
+        "positives": int(truth.sum()),
+        "average_precision": float(average_precision_score(truth, values)) if truth.any() else None,
+        "roc_auc": float(roc_auc_score(truth, values)) if both else None,
+        "f1": 2 * hits / int(holds.sum() + truth.sum()) if truth.any() else None,
+        "threshold": float(threshold),
+    }
+
+
+def best_threshold(values: np.ndarray, truth: np.ndarray) -> float:
+    """The threshold with the best F1, halfway to the next lower value; of equal ones the highest; 0.5 without positives."""
+    if not truth.any():
+        return HALF
+    order = np.argsort(-values, kind="stable")
+    ranked, hits = values[order], np.cumsum(truth[order])
+    last = np.append(ranked[1:] < ranked[:-1], True)  # of equal values
+    f1 = np.where(last, 2 * hits / (np.arange(1, len(values) + 1) + hits[-1]), -1)
+    best = int(np.argmax(f1))
+    return float((ranked[best] + ranked[best + 1]) / 2) if best + 1 < len(ranked) else float(ranked[best])
+
+
+def _sampled_precision(values: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The mean average precision of each sample of the bootstrap, float64, (samples,)."""
+    weights, known = row_weights(len(y)), known_cells(y)
+    found = []
+    for k in np.flatnonzero((y == 1).any(axis=0)):
+        rows = np.flatnonzero(known[:, k])
+        rows = rows[np.argsort(-values[rows, k], kind="stable")]
+        ranked = values[rows, k]
+        ends = np.searchsorted(-ranked, -ranked, side="right") - 1  # equal values are one threshold
+        weight = weights[:, rows]
+        positive = weight * (y[rows, k] == 1)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            precision = (np.cumsum(positive, axis=1) / np.cumsum(weight, axis=1))[:, ends]
+            found.append(np.nansum(precision * positive, axis=1) / positive.sum(axis=1))
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.mean(found, axis=0), np.float64)
+
+
+def _calibration(values: np.ndarray, truth: np.ndarray) -> float:
+    """Expected calibration error of the probability of a label over 15 bins of equal width; see `calibration_error`."""
+    bins = np.clip(np.ceil(values * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    return float(np.abs(np.bincount(bins, weights=truth - values, minlength=BINS)).sum() / len(values))
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float:
+    return float(np.mean([line[name] for line in lines if line[name] is not None] or [0.0]))
+
+
+def _check(values: np.ndarray, y: np.ndarray, names: Sequence[str]) -> None:
+    expected = (len(y), len(names))
+    if values.shape != expected or y.shape != expected or not y.size:
+        raise HeadError(f"predictions: received {values.shape} for targets {y.shape}, expected {expected} for both")
+    if odd := int(np.sum(~np.isfinite(values).all(axis=1))):
+        raise HeadError(f"predictions: {odd} of {len(y)} rows are not finite")
+    if not known_cells(y).any():
+        raise HeadError("none of the targets is known, so predictions cannot be scored")

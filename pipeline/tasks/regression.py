@@ -1,0 +1,196 @@
+"""Numbers for each image: squared loss, R2 and mean absolute error. An unknown number counts nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any
+
+import numpy as np
+from pydantic import Field, NonNegativeFloat
+
+from features.errors import HeadError
+from features.sources.splits import listed
+from features.targets import known_cells, strata_of
+from pipeline.config import Count, Settings
+from pipeline.scores.selection import stratified_folds
+from pipeline.tasks.bootstrap import percentiles, row_weights
+from pipeline.tasks.task import Rows, Scores, Task, metrics_file, squared_loss
+
+Correlation = Annotated[float, Field(ge=-1, le=1)]
+UpToOne = Annotated[float, Field(le=1)]
+
+
+class ColumnScores(Settings):
+    """Scores of one number; R2 and the correlation are None where all values are equal."""
+
+    name: str
+    n: int = Field(ge=0, le=10**12)
+    mae: NonNegativeFloat | None
+    rmse: NonNegativeFloat | None
+    r2: UpToOne | None
+    spearman: Correlation | None
+
+
+class RegressionScores(Settings):
+    """Scores of one split: means over the columns that have a score."""
+
+    r2: UpToOne | None
+    r2_interval: tuple[UpToOne, UpToOne] | None
+    mae: NonNegativeFloat
+    mae_interval: tuple[NonNegativeFloat, NonNegativeFloat]
+    rmse: NonNegativeFloat
+    spearman: Correlation | None
+    n: Count
+    per_column: Annotated[tuple[ColumnScores, ...], Field(min_length=1)]
+
+
+class Regression(Task):
+    """Targets float64 (n, c), NaN for unknown. Predictions are numbers in the unit of the targets."""
+
+    name = "regression"
+    answers = False
+    things = "numbers"
+    choices = ("r2", "mae", "rmse", "spearman")
+    metrics_models = (metrics_file(RegressionScores),)
+
+    def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
+        if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:
+            raise HeadError(f"numbers: received {y.shape}, expected {rows} rows of {len(names) or 'some'} numbers")
+        names = tuple(names) or tuple(str(k) for k in range(y.shape[1]))
+        known = known_cells(y)
+        constant = [
+            name
+            for name, column, there in zip(names, y.T, known.T, strict=True)
+            if not there.any() or column[there].min() == column[there].max()
+        ]
+        if constant:
+            raise HeadError(
+                f"all training images have the same value of {listed(constant)}, or none, so there is nothing to learn. Add "
+                "images with other values, or extract again with other columns (--target; features are kept)"
+            )
+        return names
+
+    def folds(self, y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> np.ndarray:
+        return stratified_folds(strata_of(y), folds, seed, groups)
+
+    def outputs(self, names: int) -> int:
+        return names
+
+    def activate(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        return np.asarray(logits, np.float64)
+
+    def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+        return squared_loss(predictions, y, trained)
+
+    def evaluate(
+        self, predictions: np.ndarray, y: np.ndarray, names: Sequence[str], before: Mapping[str, Any] | None = None
+    ) -> Scores:
+        values = np.asarray(predictions, np.float64)
+        if values.shape != y.shape or y.shape != (len(y), len(names)) or not known_cells(y).any():
+            raise HeadError(f"predictions: received {values.shape} for targets {y.shape}, some of them known")
+        if not np.isfinite(values).all():
+            raise HeadError("predictions: some are not finite")
+        lines = [_column_scores(name, values[:, k], y[:, k]) for k, name in enumerate(names)]
+        weights = row_weights(len(y))
+        r2, mae = _mean(lines, "r2"), _mean(lines, "mae") or 0.0
+        sampled = [_sampled(values[:, k], y[:, k], weights) for k in range(len(names))]
+        means = {name: _known_means(np.array([one[name] for one in sampled])) for name in ("r2", "mae")}
+        return {
+            "r2": r2,
+            "r2_interval": None if r2 is None else percentiles(means["r2"], r2),
+            "mae": mae,
+            "mae_interval": percentiles(means["mae"], mae),
+            "rmse": _mean(lines, "rmse") or 0.0,
+            "spearman": _mean(lines, "spearman"),
+            "n": len(y),
+            "per_column": lines,
+        }
+
+    def order(self, scores: Mapping[str, Any], by: str) -> tuple[float, float]:
+        return -self.value(scores, by), scores["rmse"]
+
+    def low(self, scores: Mapping[str, Any], by: str, rows: Callable[[], Rows] | None) -> float:
+        """The interval of R2 or of the mean absolute error; that of the others is taken to be as wide as these."""
+        alike = {"rmse": "mae", "spearman": "r2"}.get(by, by)
+        interval = scores[f"{alike}_interval"]
+        width = 0.0 if interval is None else scores[alike] - interval[0]
+        if alike == "mae":
+            width = interval[1] - scores["mae"]
+        return self.value(scores, by) - width
+
+    def value(self, scores: Mapping[str, Any], by: str) -> float:
+        """A score of which a higher one is better."""
+        value = scores[by]
+        return -np.inf if value is None else float(value if by in ("r2", "spearman") else -value)
+
+    def columns(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        return {
+            "images": scores["n"],
+            "R2": scores["r2"],
+            "95 % interval": scores["r2_interval"],
+            "mean absolute error": scores["mae"],
+            "RMSE": scores["rmse"],
+            "Spearman": scores["spearman"],
+        }
+
+    def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        names = ("r2", "r2_interval", "mae", "mae_interval", "rmse", "spearman", "n")
+        return {name: scores[name] for name in names}
+
+    def given(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[int]:
+        return []
+
+    def header(self, names: Sequence[str]) -> list[str]:
+        return [*(f"true:{name}" for name in names), *names]
+
+    def cells(self, y: Any, values: np.ndarray, names: Sequence[str]) -> list[str]:
+        return [*(f"{value:.17g}" if np.isfinite(value) else "" for value in y), *(f"{value:.9g}" for value in values)]
+
+    def parsed(self, lines: Sequence[Sequence[str]], names: Sequence[str]) -> Rows:
+        shape = len(lines), len(names)
+        y = [[float(cell or "nan") for cell in line[2 : 2 + len(names)]] for line in lines]
+        values = np.array([line[2 + len(names) :] for line in lines], np.float64).reshape(shape)
+        if not np.isfinite(values).all():
+            raise ValueError("a prediction is not finite")
+        return np.array(y, np.float64).reshape(shape), values
+
+
+def _column_scores(name: str, values: np.ndarray, y: np.ndarray) -> dict[str, Any]:
+    from scipy.stats import spearmanr
+    from sklearn.metrics import mean_absolute_error, r2_score, root_mean_squared_error
+
+    known = np.isfinite(y)
+    y, values = y[known], values[known]
+    varies = len(y) > 1 and y.min() < y.max()
+    ranked = varies and values.min() < values.max()
+    return {
+        "name": name,
+        "n": len(y),
+        "mae": float(mean_absolute_error(y, values)) if len(y) else None,
+        "rmse": float(root_mean_squared_error(y, values)) if len(y) else None,
+        "r2": float(r2_score(y, values)) if varies else None,
+        "spearman": float(np.clip(spearmanr(y, values).statistic, -1, 1)) if ranked else None,
+    }
+
+
+def _sampled(values: np.ndarray, y: np.ndarray, weights: np.ndarray) -> dict[str, np.ndarray]:
+    """R2 and mean absolute error of each sample of the bootstrap, float64, (samples,)."""
+    known = np.isfinite(y)
+    errors, centred = values[known] - y[known], y[known] - np.mean(y[known], dtype=np.float64)
+    weights = weights[:, known].astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        count = weights.sum(axis=1)
+        spread = weights @ np.square(centred) - np.square(weights @ centred) / count
+        return {"r2": 1 - weights @ np.square(errors) / spread, "mae": weights @ np.abs(errors) / count}
+
+
+def _known_means(values: np.ndarray) -> np.ndarray:
+    """Mean over the columns, of those that are finite; NaN where none is."""
+    known = np.isfinite(values)
+    with np.errstate(invalid="ignore"):
+        return np.asarray(np.where(known, values, 0).sum(axis=0) / known.sum(axis=0))
+
+
+def _mean(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    found = [line[name] for line in lines if line[name] is not None]
+    return float(np.mean(found)) if found else None

@@ -1,0 +1,211 @@
+"""The interface of tasks. Everything that differs between them is behind it, so that no other module asks which one it is.
+
+targets --check--> heads: logits --activate--> predictions --evaluate--> scores --order, low--> one run is chosen
+"""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+from pydantic import create_model
+
+from features.errors import ConfigurationError, nearest
+from features.targets import known_cells
+from pipeline.config import Count, MetricsFile, Settings, TargetHeadFile
+
+Scores = dict[str, Any]
+Rows = tuple[np.ndarray, np.ndarray]  # targets and predictions of the same rows
+
+
+def metrics_file(scores: type[Settings]) -> type[MetricsFile]:
+    """Make the schema of ``metrics.json``, format 2, from that of the scores of one split."""
+    of_folds: Any = create_model("FoldScores", __base__=scores, folds=(Count, ...))
+    of_views: Any = create_model("ViewScores", __base__=scores, views=(Count, ...))
+    fields: dict[str, Any] = {
+        "format": (Literal[2], 2),
+        "validation": (scores, ...),
+        "test": (scores | None, ...),
+        "cv": (of_folds | None, ...),
+        "averaged": (of_views | None, None),
+    }
+    return create_model("TargetMetricsFile", __base__=MetricsFile, **fields)
+
+
+def squared_loss(predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+    """Mean squared error over the known cells, each column in units of the variance that it has in ``trained``."""
+    known, seen = known_cells(y), known_cells(trained)
+    count = np.maximum(seen.sum(axis=0), 1)
+    mean = np.where(seen, trained, 0).sum(axis=0) / count
+    variance = np.square(np.where(seen, trained - mean, 0)).sum(axis=0) / count
+    gaps = np.where(known, predictions - np.where(known, y, 0), 0) / np.sqrt(np.where(variance > 0, variance, 1))
+    return float(np.square(gaps).sum() / max(1, known.sum()))
+
+
+class Task(abc.ABC):
+    """One kind of prediction.
+
+    Attributes
+    ----------
+    name : str
+        As ``extract --task`` takes it.
+    format : int
+        Format of ``config.yaml`` and ``metrics.json`` of its runs.
+    things : str
+        What the names of a run are.
+    choices : tuple of str
+        Scores by which runs can be compared; the first one is usual.
+    metrics_models : tuple of type
+        Schemas of ``metrics.json``, one for each format.
+    promises : bool
+        Whether a run can promise a precision, sets, or give tables by group; see `pipeline.heads.promises`.
+    one_class : bool
+        Whether each image has one class, which a report, an export, fine-tuning and a grid need.
+    answers : bool
+        Whether images are given classes or labels, which are counted.
+    """
+
+    name: ClassVar[str]
+    format: ClassVar[int] = 2
+    things: ClassVar[str]
+    choices: ClassVar[tuple[str, ...]]
+    metrics_models: ClassVar[tuple[type[MetricsFile], ...]]
+    promises: ClassVar[bool] = False
+    one_class: ClassVar[bool] = False
+    answers: ClassVar[bool] = True
+
+    @property
+    def head_file(self) -> dict[str, Any]:
+        """What ``head.json`` says of the task, and its format where it does."""
+        return {"format": TargetHeadFile.model_fields["format"].default, "task": self.name}
+
+    @property
+    def run_file(self) -> dict[str, Any]:
+        """The same for ``config.yaml``."""
+        return {"format": self.format, "task": self.name}
+
+    # -- targets
+    @abc.abstractmethod
+    def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
+        """Refuse targets that no head can be trained on; return the names of what is predicted.
+
+        Parameters
+        ----------
+        y : int32 (n,), or uint8 or float64 (n, c)
+            Labels or values of the training rows; see `features.targets.Target`.
+        rows : int
+            Number of rows of features.
+        names : sequence of str
+            Names of the classes or columns; may be empty if there are classes.
+
+        Raises
+        ------
+        HeadError
+            If a class or column has nothing to learn from; the message names it.
+        """
+
+    @abc.abstractmethod
+    def folds(self, y: np.ndarray, folds: int, seed: int, groups: np.ndarray | None) -> np.ndarray:
+        """Distribute rows over folds, alike in each: see `pipeline.scores.selection.stratified_folds`."""
+
+    # -- predictions
+    @abc.abstractmethod
+    def outputs(self, names: int) -> int:
+        """Number of outputs of a network that predicts so many classes or columns."""
+
+    @abc.abstractmethod
+    def activate(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
+        """Turn the outputs of a network, (n, o), into predictions, float64 (n, c)."""
+
+    @abc.abstractmethod
+    def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+        """Loss of predictions for rows that were held out; ``trained``: the targets of the rows that were not."""
+
+    # -- scores
+    @abc.abstractmethod
+    def evaluate(
+        self, predictions: np.ndarray, y: np.ndarray, names: Sequence[str], before: Mapping[str, Any] | None = None
+    ) -> Scores:
+        """Score the predictions of one split.
+
+        Parameters
+        ----------
+        predictions : float64, (n, c)
+        y : as in `check`
+        names : sequence of str, c names
+        before : mapping, optional
+            Scores of the validation split, where something was chosen that is used on other splits.
+        """
+
+    def chosen(self, rows: Callable[[], Rows], names: Sequence[str]) -> Scores | None:
+        """What `evaluate` needs as ``before``, from the validation rows, which are read only where something is chosen."""
+        return None
+
+    @abc.abstractmethod
+    def order(self, scores: Mapping[str, Any], by: str) -> tuple[float, float]:
+        """Key by which scores are sorted, the best first."""
+
+    def value(self, scores: Mapping[str, Any], by: str) -> float:
+        """A score to choose by, of which a higher one is better."""
+        return float(scores[by])
+
+    @abc.abstractmethod
+    def low(self, scores: Mapping[str, Any], by: str, rows: Callable[[], Rows] | None) -> float:
+        """Lower end of the 95 % interval of `value`; ``rows`` reads the predictions that were scored, if it is given."""
+
+    @abc.abstractmethod
+    def columns(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores that a person looks at first, as columns of a table."""
+
+    @abc.abstractmethod
+    def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores of a row of the leaderboard."""
+
+    def board_folds(self, scores: Mapping[str, Any]) -> dict[str, Any]:
+        """The scores of cross-validation in a row of the leaderboard."""
+        first = self.choices[0]
+        return {f"cv_{first}": scores.get(first), "cv_interval": scores.get(f"{first}_interval")}
+
+    def choice(self, by: str | None) -> str:
+        """The score to compare by: the usual one if none is named, or ``accuracy``, which is usual for classes.
+
+        Raises
+        ------
+        ConfigurationError
+            If these runs have no such score.
+        """
+        if by is None or by in self.choices or by == "accuracy":
+            return by if by in self.choices else self.choices[0]
+        raise ConfigurationError(
+            f"choose: received {by!r}, expected {' or '.join(self.choices)} for runs of --task {self.name}"
+            f"{nearest(by, self.choices)}"
+        )
+
+    # -- predictions.csv of a run: path, sha256, then these
+    @abc.abstractmethod
+    def header(self, names: Sequence[str]) -> list[str]:
+        """Names of the columns."""
+
+    @abc.abstractmethod
+    def cells(self, y: Any, values: np.ndarray, names: Sequence[str]) -> list[str]:
+        """One row: its target and its prediction, with nine digits."""
+
+    @abc.abstractmethod
+    def parsed(self, lines: Sequence[Sequence[str]], names: Sequence[str]) -> Rows:
+        """Read such rows; raises KeyError, ValueError or IndexError if they are not such rows."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        from pipeline.tasks.table import task_named  # the same object in every process
+
+        return task_named, (self.name,)
+
+    # -- answers of predict
+    @abc.abstractmethod
+    def given(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[int]:
+        """Numbers of the classes or labels that an image is given, to be counted; none for numbers."""
+
+    def answer(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
+        """What is said of an image before its values; ``before``: the scores of the validation split."""
+        return {}
