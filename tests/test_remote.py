@@ -10,13 +10,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 from helpers import NumpyNetwork, paint_folder
 from stores import Objects, objects
 
 from features.errors import SourceError, UnreadableImageError
-from features.extraction.extraction import Extraction, ExtractionResult
+from features.extraction.extraction import Extraction, ExtractionResult, pack_store
 from features.extraction.options import ExtractionOptions
 from features.sources import remote, web
 from features.sources.objects import UnavailableError, without_secrets
@@ -83,6 +84,25 @@ def test_a_bucket_has_the_features_of_the_folder_and_is_read_once(bucket: Any, t
     read = reader_of(source)
     assert read is not None
     assert pickle.loads(pickle.dumps(read))("dog/0009.png") == new  # noqa: S301
+
+
+def test_another_machine_needs_no_object_whose_version_is_that_of_the_store(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = "memory://bucket/photos"
+    store = run(source, tmp_path / "a.h5").store
+    assert store.images.versions == scan(source).versions
+    assert all(store.images.versions or [""])
+    assert h5py.File(tmp_path / "a.h5").attrs["format_version"] == 2
+    run(tmp_path / "images", tmp_path / "b.h5")
+    assert h5py.File(tmp_path / "b.h5").attrs["format_version"] == 1
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "elsewhere"))
+    monkeypatch.setattr(remote.Reader, "__call__", None)  # nothing may be read
+    again = run(source, tmp_path / "a.h5")
+    assert (again.inferred, again.counts["hashed"], again.counts["cached"], again.written) == (0, 0, 7, False)
+    whole = (tmp_path / "a.h5").read_bytes()
+    assert pack_store(tmp_path / "a.h5", tmp_path / "c.h5").images.versions == store.images.versions
+    assert (tmp_path / "c.h5").read_bytes() == whole
 
 
 def test_an_object_that_is_replaced_after_the_listing_is_read_again(bucket: Any, tmp_path: Path) -> None:

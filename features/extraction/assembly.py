@@ -105,6 +105,7 @@ def table_of(
         mtimes_ns=images.mtimes_ns[good],
         columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
         target=None if images.target is None else images.target.some(good),
+        versions=None if images.versions is None else _versions(images, good),
     )
     given = images.given_splits[good]
     hint = _hint(rule, given, grouped=groups is not None)
@@ -174,6 +175,12 @@ def _hint(rule: SplitRule, given: np.ndarray, *, grouped: bool) -> str:
 
 def _equal(pairs: Sequence[tuple[str, str]]) -> str:
     return "; ".join(f"{printable(first)} = {printable(second)}" for first, second in pairs[:10])
+
+
+def _versions(images: ImageSet, rows: np.ndarray) -> tuple[str, ...]:
+    """Return the versions of some objects; that of one that was another version when it was read is not known."""
+    assert images.versions is not None
+    return tuple("" if images.paths[row] in images.replaced else images.versions[row] for row in rows)
 
 
 def is_current(plan: Plan, contents: Contents, *, with_times: bool = False) -> bool:
@@ -257,7 +264,7 @@ def write_store(
     kind, rows = "store" if shards is None else "index", len(contents.images)
     total, done = len(features) * rows, 0
     with atomic_file(out) as temporary:
-        version = 1 if contents.images.target is None else 2
+        version = contents.images.format_version
         writer = StoreWriter(temporary, kind=kind, rows=rows, features=features, version=version)
         try:
             for name in features:
@@ -353,5 +360,5 @@ def _same(first: ImageTable | Quarantine, second: ImageTable | Quarantine, *, wi
     return all(
         np.array_equal(value, theirs[key]) if isinstance(value, np.ndarray) else value == theirs[key]
         for key, value in mine.items()
-        if with_times or key != "mtimes_ns"
+        if with_times or key not in ("mtimes_ns", "versions") or (value is None) != (theirs[key] is None)
     )

@@ -30,6 +30,7 @@ from features.pixels.batches import loaded
 from features.pixels.decode import decoder_version
 from features.progress import Progress
 from features.recipe import Cell, Recipe
+from features.sources.remote import is_address
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
 
@@ -68,6 +69,7 @@ class KnownRows:
         self._rows: dict[frozenset[Cell], dict[bytes, Location]] = {}
         self._by_content: dict[bytes, Identity] = {}
         self._by_path: dict[str, tuple[int, int, Identity]] = {}
+        self._by_version: dict[str, tuple[int, str, Identity]] = {}
         self._fresh: dict[str, Identity] = {}
         self.sizes: set[int] = set()
 
@@ -106,6 +108,9 @@ class KnownRows:
                 self._by_path[path] = (int(size), int(mtime), identity)
             if fresh:
                 self._fresh[path] = identity
+        for path, size, version, sha256 in zip(images.paths, images.sizes, images.versions or (), hashes, strict=False):
+            if version and (same_place or is_address(path)):
+                self._by_version[path] = (int(size), version, self._by_content[sha256])
         refused = (quarantine.paths, quarantine.sha256, quarantine.sizes, quarantine.mtimes_ns, quarantine.reasons)
         for path, digest, size, mtime, reason in zip(*refused, strict=True):
             identity = Identity(digest.tobytes(), reason=reason)
@@ -134,6 +139,11 @@ class KnownRows:
         """Return the identity of the image that had this path, size and modification time; None if there was none."""
         known = self._by_path.get(path)
         return known[2] if known is not None and known[:2] == (size, mtime_ns) else None
+
+    def at_version(self, path: str, size: int, version: str) -> Identity | None:
+        """Return the identity of the object that had this address, size and version; None if there was none."""
+        known = self._by_version.get(path)
+        return known[2] if known is not None and version and known[:2] == (size, version) else None
 
     def of_content(self, sha256: bytes | None) -> Identity | None:
         """Return the identity of content seen before under any path; None if it is new."""
@@ -392,6 +402,10 @@ def _identities(
     elif options.trust == "times":
         columns = zip(images.paths, sizes, images.mtimes_ns.tolist(), strict=True)
         identities = [known.at_time(*column) for column in columns]
+    if options.trust != "nothing" and images.versions is not None:  # stores say it, whatever is noted on this machine
+        columns = zip(images.paths, sizes, images.versions, strict=True)
+        pairs = zip(identities, columns, strict=True)
+        identities = [known.at_version(*column) if item is None else item for item, column in pairs]
     # The same content has the same size, so only a file of a known size can have known content.
     unknown = [index for index, identity in enumerate(identities) if identity is None and sizes[index] in known.sizes]
     reasons = {None} if options.rehash else {None, KILLS_WORKER}

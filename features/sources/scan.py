@@ -80,6 +80,8 @@ class ImageSet:
         Whether images of the same bytes are one image that has the labels of all of them: those of several class folders.
     replaced : set of str
         Paths of objects in a store that were another version when they were read; it grows while images are read.
+    versions : tuple of str, length n, optional
+        What a store calls the version of each object, such as its ETag; empty if it says none or the image is a file.
     """
 
     description: str
@@ -97,6 +99,7 @@ class ImageSet:
     target: Target | None = None
     united: bool = False
     replaced: Set[str] = frozenset()
+    versions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -147,6 +150,7 @@ class ImageSet:
             groups=None if self.groups is None else chosen(self.groups),
             stamps=self.stamps[rows],
             columns={name: chosen(values) for name, values in self.columns.items()},
+            versions=None if self.versions is None else chosen(self.versions),
             target=None if self.target is None else self.target.some(rows),
         )
 
@@ -340,7 +344,6 @@ def _image_set(
     reader: Callable[[str], bytes] | None = None,
     reading: Reading = Reading(),  # noqa: B008  frozen
     target: Target | None = None,
-    replaced: Set[str] = frozenset(),
 ) -> ImageSet:
     """Build an ``ImageSet`` from its columns; ``names`` are class names, empty for unlabelled images."""
     names = read_labels(description, names, reading)
@@ -360,7 +363,6 @@ def _image_set(
         reader=reader,
         reading=reading.record,
         target=target,
-        replaced=replaced,
     )
 
 
@@ -369,6 +371,12 @@ def _image_set(
 
 def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
     return _from_tree(root, description, walk(root), reading)
+
+
+def _with_versions(images: ImageSet, reader: remote.Reader) -> ImageSet:
+    """Add what the stores said of the versions of objects, and what is found out about them while they are read."""
+    versions = tuple(reader.listed[path].version if path in reader.listed else "" for path in images.paths)
+    return dataclasses.replace(images, versions=versions, replaced=reader.replaced)
 
 
 def _scan_bucket(address: str, target: str | None, reading: Reading) -> ImageSet:
@@ -380,8 +388,7 @@ def _scan_bucket(address: str, target: str | None, reading: Reading) -> ImageSet
             f"{address}: manifests, tables and archives are not read from there. Download it; the rows of a manifest may be addresses"
         )
     files, folders, reader = remote.listing(address)
-    images = _from_tree(reader.root, address, (files, folders), reading, reader=reader)
-    return dataclasses.replace(images, replaced=reader.replaced)
+    return _with_versions(_from_tree(reader.root, address, (files, folders), reading, reader=reader), reader)
 
 
 def _scan_archive(
@@ -542,10 +549,8 @@ def _scan_manifest(
         logger.warning(
             "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
         )
-    replaced = frozenset() if reader is None else reader.replaced
-    return _image_set(
-        *(description, root, files, names, splits, groups, columns, reader, reading), target=found, replaced=replaced
-    )
+    images = _image_set(description, root, files, names, splits, groups, columns, reader, reading, found)
+    return images if reader is None else _with_versions(images, reader)
 
 
 def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:

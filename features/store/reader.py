@@ -146,7 +146,8 @@ class FeatureStore:
     @functools.cached_property
     def images(self) -> ImageTable:
         """The table of images, verified against its checksums."""
-        names = set(IMAGE_COLUMNS) - (set() if "/images/group/ends" in self._entries else {"group"})
+        absent = {name for name in ("group", "version") if f"/images/{name}/ends" not in self._entries}
+        names = set(IMAGE_COLUMNS) - absent
         columns = {"groups": None, **self._columns("/images", names), "columns": self._further_columns()}
         table = ImageTable(**columns, target=self._target())
         # The rows of a shard have no labels and splits until assembly.

@@ -50,6 +50,8 @@ class ImageTable:
         Further columns of the source, by name.
     target : Target, optional
         What is to be predicted where it is not one class: the labels are then all -1.
+    versions : tuple of str, optional
+        What the store of each image calls its version, such as an ETag; empty where it says none or the image is a file.
     """
 
     paths: tuple[str, ...]
@@ -63,9 +65,15 @@ class ImageTable:
     mtimes_ns: np.ndarray
     columns: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
     target: Target | None = None
+    versions: tuple[str, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    @property
+    def format_version(self) -> int:
+        """Lowest version of the store's format that has a place for this table; see FORMAT.md."""
+        return 1 if self.target is None and self.versions is None else 2
 
     @property
     def strata(self) -> np.ndarray:
@@ -79,6 +87,7 @@ class ImageTable:
             groups=None if self.groups is None else tuple(map(self.groups.__getitem__, rows.tolist())),
             columns={name: tuple(map(values.__getitem__, rows.tolist())) for name, values in self.columns.items()},
             target=None if self.target is None else self.target.some(rows),
+            versions=None if self.versions is None else tuple(map(self.versions.__getitem__, rows.tolist())),
             **{name: getattr(self, name)[rows] for name in _ARRAYS},
         )
 
@@ -135,6 +144,7 @@ IMAGE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "height": ("<i4", ()),
     "size": ("<i8", ()),
     "mtime_ns": ("<i8", ()),
+    "version": None,
 }
 QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
     "path": None,
@@ -146,7 +156,7 @@ QUARANTINE_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {
 SHARD_COLUMNS: dict[str, tuple[str, tuple[int, ...]] | None] = {"name": None, "digest": ("u1", (32,))}
 # Names of the further columns, and their values, one column after the other.
 FURTHER_COLUMNS = ("/columns/name", "/columns/value")
-OPTIONAL_COLUMNS = {"/images/group"}
+OPTIONAL_COLUMNS = {"/images/group", "/images/version"}
 TARGETS = "/targets"  # the group that holds one group for the target, with its values and the names of its columns
 TARGET_TYPES = tuple(TYPES.values())
 ROOT_ATTRIBUTES = ("attributes_sha256", "format", "format_version", "kind", "provenance", "source", "split_rule")

@@ -277,6 +277,8 @@ def check_tables(structure: Structure) -> int:
     further = FURTHER_COLUMNS if f"{FURTHER_COLUMNS[0]}/ends" in entries else ()
     for key in ("/classes", *further):
         expected |= {f"{key}/utf8": ("u1", ()), f"{key}/ends": ("<i8", ())}
+    if "/images/version/ends" in entries and (kind == "shard" or structure.root["format_version"] == 1):
+        raise IntegrityError(f"/images/version: received in a {kind} of version 1, expected in a store of version 2")
     targets = _check_target(structure)
     tables = {key for key in entries if not key.startswith(f"/{values_group(kind)}/")} - targets
     if tables != set(expected):
