@@ -223,6 +223,10 @@ PRESETS = {
     "sgd": Preset("sklearn.linear_model.SGDClassifier", SgdParameters()),
     "lda": Preset("sklearn.discriminant_analysis.LinearDiscriminantAnalysis", LdaParameters()),
     "knn": Preset("sklearn.neighbors.KNeighborsClassifier", KnnParameters()),
+    # Two heads for 1 to 20 images a class: deviations of a few rows are noise, so columns are not divided by them. The penalty then
+    # shrinks columns of little spread the most.
+    "logistic-shrunk": Preset("sklearn.linear_model.LogisticRegression", LogisticParameters(scale=False)),
+    "nearest-mean": Preset("nearest-mean", ClassifierParameters(scale=False)),
     "dense": Preset(DENSE, DenseParameters()),
     "dropout-linear": Preset(DENSE, DenseParameters(dropout=0.2)),
     "mlp-256": Preset(DENSE, DenseParameters(hidden=(256,), dropout=0.5, learning_rate=3e-4), pool="flatten"),

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from helpers import paint
 from labelling import Book
-from test_predict import CLASSES, PAINT, Colours
+from test_predict import CLASSES, PAINT, PROMISE, Colours
 
 import pipeline.evaluate
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
@@ -116,6 +116,24 @@ def test_damaged_predictions_of_the_run_do_not_cost_the_scores(
     document = evaluate("run", images)
     assert (document["scores"], document["seen"]) == (expected, {"train": None, "validation": None})
     assert "cannot be read as predictions" in caplog.text
+
+
+def test_how_far_a_promise_is_kept_is_said(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of five images, blue and both green ones are sure; of these one green one is taken for a bee and is an ape."""
+    monkeypatch.setattr(Colours, "answers", PROMISE)
+    document = evaluate("run", images)
+    assert [document["answers"]["abstain"][key] for key in ("asked", "answered", "right", "coverage")] == [
+        0.9,
+        3,
+        1,
+        0.6,
+    ]
+    assert document["answers"]["abstain"]["precision"] == pytest.approx(1 / 3)
+    assert document["answers"]["sets"]["coverage"] == 0.6
+    said = summary(document)
+    assert "answered: 3 of 5 images (0.6000), right in 0.3333 of them" in said
+    assert "at least 0.9 was asked for" in said
+    assert "sets: 0.6000 hold the true class" in said
 
 
 def test_a_manifest_and_a_split_of_it(images: Path, run: SimpleNamespace) -> None:

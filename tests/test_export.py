@@ -147,7 +147,10 @@ def test_every_format_gives_the_probabilities_of_predict_by_its_own_runtime(
     run = Run.open(runs["logistic"])
     assert (found.name, card.run, card.classes, card.recipe) == (name, run.run_id, run.classes, run.recipe.to_dict())
     capfd.readouterr()
-    assert open_artefact(moved)(np.zeros((1, 40, 30, 3), np.uint8)).shape == (1, 2)
+    opened = open_artefact(moved)
+    assert opened(np.zeros((1, 40, 30, 3), np.uint8)).shape == (1, 2)
+    assert opened.answers == run.metrics["answers"]
+    assert run.metrics["answers"]["abstain"]["precision"] == 0.6
     assert capfd.readouterr().err == ""  # runtimes announce themselves from C++
 
 

@@ -37,6 +37,7 @@ from pipeline.heads.kinds import head_of
 from pipeline.predict import Gallery, predict, summary
 from pipeline.predicting.files import Prediction, Rows
 from pipeline.predicting.loop import Item, predictions
+from pipeline.predicting.options import PredictOptions
 from pipeline.reporting.grids import PredictedImage, prediction_grid
 from pipeline.runs.folder import Run
 from pipeline.tasks.table import CLASSIFICATION
@@ -120,6 +121,37 @@ def test_csv_and_json_lines_say_the_same_of_a_folder_and_of_a_list(colours: None
     paths = sorted(map(str, images.iterdir()))
     assert written(iter(paths)).replace(f"{images}/", "") == written(images)
     assert written(images / "red.png") == "".join(written(images).splitlines(keepends=True)[:: len(paths)])
+
+
+PROMISE: dict[str, Any] = {
+    "rows": "validation", "grouped": False, "sets": {"coverage": 0.9, "least": 0.3},
+    "abstain": {
+        "precision": 0.9, "threshold": 0.85, "n": 40, "answered": 30, "right": 30, "bound": 0.9, "needed": 29,
+        "coverage": 0.75,
+    },
+}  # fmt: skip
+
+
+def test_answers_that_are_not_sure_enough_are_withheld(
+    colours: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    run, _ = pipeline.predict.taken("run", PredictOptions())
+    monkeypatch.setattr(run, "metrics", {"answers": PROMISE})
+    document = predict("run", images, out=tmp_path / "p.csv")
+    with open(tmp_path / "p.csv", newline="") as stream:
+        rows = {row["file"]: row for row in csv.DictReader(stream)}
+    assert {file: (row["abstain"], row["set"]) for file, row in rows.items()} == {
+        "blue.png": ("false", '["file"]'),
+        "broken.png": ("", ""),
+        "green.png": ("false", '["bee"]'),
+        "grey.png": ("true", '["ape", "bee", "file"]'),
+        "red.png": ("true", '["ape"]'),
+    }
+    assert document["withheld"] == 2
+    assert "2 of 4 answers are withheld" in summary(document)
+    monkeypatch.setattr(run, "run_id", "colours", raising=False)
+    assert "abstain" not in written(images, views=2, augment="flip")
+    assert "found on single views; they are left out for means of 2 views" in caplog.text
 
 
 def test_top_k_is_sorted_and_equal_ones_keep_the_order_of_the_classes(colours: None, images: Path) -> None:

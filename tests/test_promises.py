@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from test_train_head import Store, make_store
 
 from features.errors import ConfigurationError, FormatVersionError, HeadError
 from pipeline.config import MetricsFile, parse
-from pipeline.exporting.artefacts import CARDS, AnsweringCard
+from pipeline.exporting.artefacts import AnsweringCard, Card, read_card, write_card
 from pipeline.heads.kinds import make_head
 from pipeline.heads.promises import Asked, check_rows, promised
 from pipeline.predicting.files import Prediction, Rows
@@ -301,12 +302,14 @@ def test_a_run_that_its_own_images_chose_is_taken_with_a_warning(
     assert "the images that set its threshold also chose it among 2 runs" in caplog.text
 
 
-def test_the_card_of_an_artefact_carries_the_threshold() -> None:
+def test_the_card_of_an_artefact_carries_the_promise(tmp_path: Path) -> None:
     values = {
-        "artefact": "onnx", "run": "r", "classes": ["a", "b"], "recipe": {}, "input": "", "output": "", "packages": {},
-        "answers": ANSWERS,
+        "artefact": "keras", "run": "r", "classes": ["a", "b"], "recipe": {}, "input": "", "output": "", "packages": {},
     }  # fmt: skip
-    card = AnsweringCard.model_validate(values)
-    assert card.model_dump(mode="json")["answers"] == ANSWERS
-    assert card.format == 2
-    assert CARDS[1] is AnsweringCard
+    for card in (Card.model_validate(values), AnsweringCard.model_validate({**values, "answers": ANSWERS})):
+        path = tmp_path / f"{card.format}.keras"
+        with zipfile.ZipFile(path, "w") as archive:
+            archive.writestr("config.json", "{}")
+        write_card(path, card)
+        assert read_card(path)[1] == card
+    assert (card.format, card.model_dump(mode="json")["answers"]) == (2, ANSWERS)

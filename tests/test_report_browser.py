@@ -22,7 +22,9 @@ from helpers import call_pipeline
 pytestmark = pytest.mark.slow
 
 HOSTILE_CLASS = '"><script>window.hacked=1</script>'
+HOSTILE_COLUMN = "<b>light"
 HOSTILE_FILE = "<img src=x onerror=window.hacked=1>.jpg"
+ANSWERS = ("--abstain-precision", "0.6", "--by", HOSTILE_COLUMN)
 SIZE = ("--image-size", "96", "--split", "stratified:0.5,0.5")
 
 
@@ -39,11 +41,11 @@ def made(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
     (folder / "cats-dogs" / "dogs" / "torn.jpg").write_bytes(b"\xff\xd8\xff torn")
     with open(folder / "flowers <i>17.csv", "w", newline="", encoding="utf-8") as stream:
         lines = csv.writer(stream)
-        lines.writerow(["path", "label"])
+        lines.writerow(["path", "label", HOSTILE_COLUMN])
         for name in ("bluebell", "daisy", "iris", "pansy", "tigerlily", "tulip"):
             label = HOSTILE_CLASS if name == "tulip" else name
-            for image in sorted((assets / "images/flowers17" / name).iterdir())[:10]:
-                lines.writerow([image, label])
+            for number, image in enumerate(sorted((assets / "images/flowers17" / name).iterdir())[:10]):
+                lines.writerow([image, label, ("day", HOSTILE_CLASS)[number % 2]])
     weights = ("--weights", assets / "weights/mobilenet_v2_1.0_224_no_top.weights.h5")
     for source, store in (("cats-dogs", "cats.h5"), ("flowers <i>17.csv", "flowers.h5")):
         result = call_pipeline("extract", folder / source, "--out", folder / store, *weights, *SIZE)
@@ -52,8 +54,8 @@ def made(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
         ("cats.h5", "--head", "knn"),
         ("cats.h5", "--head", "logistic", "--param", "C=0.01", "--seed", "3", "--folds", "3"),
         ("flowers.h5", "--head", "dropout-linear", "--param", "epochs=8"),
-        ("flowers.h5", "--head", "knn", "--param", "n_neighbors=5"),
-        ("flowers.h5", "--head", "ridge", "--param", "alpha=100"),
+        ("flowers.h5", "--head", "knn", "--param", "n_neighbors=5", *ANSWERS),
+        ("flowers.h5", "--head", "ridge", "--param", "alpha=100", *ANSWERS),
     ):
         result = call_pipeline("train-head", folder / store, *arguments, "--runs", folder / "runs")
         assert result.returncode == 0, result.stderr
@@ -91,6 +93,28 @@ def screenshots(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = Path(given) if given else tmp_path_factory.mktemp("screenshots")
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def test_answers_and_groups_are_told(page: Any, made: dict[str, Any], screenshots: Path) -> None:
+    """The figures of the page are those of metrics.json, and a column's name and values are text."""
+    chosen = next(group["chosen"] for group in made["document"]["groups"] if group["name"].startswith("flowers"))
+    metrics = json.loads((made["folder"] / "runs" / chosen / "metrics.json").read_text())
+    abstain, (table,) = metrics["answers"]["abstain"], metrics["groups"]["validation"].values()
+    panel = page.locator("[data-part$=-answers]")
+    panel.screenshot(path=screenshots / "report-answers.png")
+    assert f"{abstain['answered']} of {abstain['n']} validation images answered" in panel.inner_text()
+    assert panel.locator(".figure").inner_text() == f"{abstain['coverage']:.4f}"
+    groups = page.locator("[data-part$=-groups]")
+    groups.screenshot(path=screenshots / "report-groups.png")
+    assert f"By {HOSTILE_COLUMN}, validation images" in groups.inner_text()
+    shown = {
+        row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in groups.locator("tbody tr").all()
+    }
+    assert shown.keys() == {"day", HOSTILE_CLASS}
+    for line in table:
+        assert shown[line["value"]][0] == f"{line['accuracy']:.4f}"
+        assert shown[line["value"]][2:] == [str(line["right"]), str(line["n"])]
+    assert page.evaluate("window.hacked") is None
 
 
 def test_without_script_it_says_nothing_of_what_would_not_work(browser: Any, made: dict[str, Any]) -> None:
@@ -205,7 +229,7 @@ def test_tables_are_sorted_by_mouse_and_keyboard(page: Any) -> None:
     parameters = board.locator("thead button", has_text="Parameters")
     for _ in range(2):
         parameters.click()
-        assert column(page, board, 7)[-1] == ""
+        assert column(page, board, 9)[-1] == ""
 
 
 def test_the_map_is_read_by_mouse_and_keyboard(page: Any, screenshots: Path) -> None:

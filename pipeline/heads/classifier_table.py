@@ -40,6 +40,7 @@ class Classifier:
     search: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
+NEAREST_MEAN = "nearest-mean"  # of `pipeline.heads.nearest_mean`, the only one here that is not a class of scikit-learn
 CLASSIFIERS = {
     # The search uses the tolerance of the final fit: stopping earlier also regularises, and would bias the choice.
     "sklearn.linear_model.LogisticRegression": Classifier("C", (-6, -2, 3), margins=False, fixed={"max_iter": 1000}),
@@ -65,5 +66,6 @@ CLASSIFIERS = {
         spanned=False,
         fixed={"algorithm": "brute"},
     ),
+    NEAREST_MEAN: Classifier("", (), climbs=False, spanned=False),
 }
 OTHER = Classifier("", (), climbs=False, linear=False, margins=False, spanned=False)  # any other class

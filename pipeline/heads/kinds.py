@@ -17,19 +17,24 @@ from features.errors import ConfigurationError, HeadError, RunError
 from features.files import read_small
 from features.recipe import POOLINGS
 from pipeline.config import TargetHeadFile, parse, parse_one_of
-from pipeline.heads.classifier_table import CLASSIFIERS
+from pipeline.heads.classifier_table import CLASSIFIERS, NEAREST_MEAN
 from pipeline.heads.classifiers import EstimatorHead, SklearnHead
 from pipeline.heads.columns import LogisticColumns, NeighbourColumns, RidgeColumns
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
 from pipeline.heads.models.archive import MOST_TEXT, bounded_json
+from pipeline.heads.nearest_mean import NearestMeanHead
 from pipeline.heads.pooling import choose_pool, pooled_width
 from pipeline.presets import DENSE, PRESETS, Preset, find_preset
 from pipeline.runs.folder import Run
 from pipeline.tasks.table import CLASSIFICATION, TASKS
 from pipeline.tasks.task import Task
 
-KINDS: dict[str, type[Head]] = {DENSE: KerasHead, **dict.fromkeys(CLASSIFIERS, SklearnHead)}
+KINDS: dict[str, type[Head]] = {
+    DENSE: KerasHead,
+    **dict.fromkeys(CLASSIFIERS, SklearnHead),
+    NEAREST_MEAN: NearestMeanHead,
+}
 _LOGISTIC, _RIDGE = "sklearn.linear_model.LogisticRegression", "sklearn.linear_model.RidgeClassifier"
 _NEIGHBOURS = "sklearn.neighbors.KNeighborsClassifier"
 OF_TASK: dict[str, dict[str, type[Head]]] = {
