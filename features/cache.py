@@ -35,7 +35,7 @@ def cache_path(*names: str) -> Path:
     so, and a private folder takes its place until the process ends.
     """
     try:
-        folder = _wanted_folder()
+        folder = wanted_folder()
     except RuntimeError as error:
         return _private_folder(f"the cache has no home folder ({error})").joinpath(*names)
     path = folder.joinpath(*names)
@@ -44,7 +44,8 @@ def cache_path(*names: str) -> Path:
     return path
 
 
-def _wanted_folder() -> Path:
+def wanted_folder() -> Path:
+    """Return the folder of the cache, whether or not it can be used; raises ``RuntimeError`` without a home folder."""
     if own := os.environ.get("BOTTLENECK_CACHE"):
         return Path(own).expanduser().absolute()
     shared = Path(os.environ.get("XDG_CACHE_HOME", ""))

@@ -84,6 +84,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
 # Imported by no other module: whoever uses it has scikit-learn already.
 LATE_MODULES = {"transformer": {"sklearn"}}
 STAGES = {
+    "doctor",
     *("extract", "compare", "train_head", "finetune", "predict", "evaluate", "export", "report", "preview"),
     *("similar", "suggest", "forget"),
 }

@@ -117,6 +117,23 @@ def resolve_weights(backbone: Backbone, weights: str = IMAGENET) -> WeightsFile:
     raise WeightsNotFoundError(_not_found(backbone, failures))
 
 
+def weights_here(backbone: Backbone) -> WeightsFile:
+    """Find the ImageNet weights of a network as `resolve_weights` does, but download nothing.
+
+    Raises
+    ------
+    WeightsNotFoundError
+        If they are in no cache; the message names the places.
+    """
+    failures = []
+    for route in (_own_cache, _keras_cache):
+        try:
+            return route(backbone)
+        except WeightsError as error:
+            failures.append(str(error))
+    raise WeightsNotFoundError("; ".join(failures))
+
+
 def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
     """Load the weights into a model and return their digest, which is cached for ``known_digest``.
 

@@ -1,4 +1,4 @@
-"""The commands of stage one: extract, compare, inspect, verify, pack."""
+"""The commands of stage one: extract, compare, inspect, verify, pack; and doctor."""
 
 from __future__ import annotations
 
@@ -380,3 +380,18 @@ def pack(
         store = pack_store(file, out, progress=progress)
     document = stage.describe(store)
     print_document(document, as_json, stage.summary(document))
+
+
+@app.command()
+@guarded
+def doctor(
+    url: Annotated[str | None, opt("Address that must be reachable, such as s3://bucket/photos.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Examine this machine: Python, packages, GPU, disk, cache, weights, access to an address; exit code 1 if one fails."""
+    from pipeline import doctor as stage
+
+    document = stage.examine(url)
+    print_document(document, as_json, stage.summary(document))
+    if not document["ok"]:
+        raise typer.Exit(1)
