@@ -226,6 +226,8 @@ def _board(rows: Sequence[Mapping[str, Any]], most: int | None, width: int | Non
     lines, gone = _fitting([{name: line[name] for name in line if name not in blank} for line in lines], width)
     common["all"] = [*(f"{_HEADINGS[name]} {rows[0][name]}" for name in sorted(alike)), *common["all"]]
     below = [printable(f"{head}: {', '.join(items)}") for head, items in common.items() if items]
+    if seen := max(row.get("test_seen", 0) for row in rows):
+        below.append(f"test: {seen:,} test images judged by an audit before, so test scores may be too good")
     below += [f"left out to fit {width} columns: {', '.join(gone)}; --csv prints all"] if gone else []
     return "\n".join([table_text(lines), *(part for text in below for part in textwrap.wrap(text, width or len(text)))])
 

@@ -18,6 +18,7 @@ from pipeline.audit.stage import Audit
 from pipeline.labels.file import (
     LABEL,
     MACHINE,
+    SEEN,
     Decision,
     append_decisions,
     is_person,
@@ -29,7 +30,6 @@ from pipeline.labels.overlay import target_of, with_labels
 from pipeline.reporting.thumbnails import Pictures
 
 PRECISION = 0.95  # least probability of a suggestion that is applied; their estimated precision lies above it
-SEEN = "seen"  # the target of a decision that says an image of the test split was judged by an audit
 BY = f"{MACHINE}audit"
 
 

@@ -229,7 +229,7 @@ def labels_said(record: Mapping[str, Any]) -> str:
 
 
 def _counts_of(record: Mapping[str, Any]) -> Counts:
-    fields = {field.name: record[field.name] for field in dataclasses.fields(Counts)}
+    fields = {field.name: record.get(field.name, 0) for field in dataclasses.fields(Counts)}
     return Counts(**fields | {"new_classes": (), "gone_classes": ()})
 
 

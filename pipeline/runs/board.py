@@ -329,6 +329,7 @@ def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
         **run.task.board(scores),
         **run.task.board_folds(held_out),
         f"test_{run.task.choices[0]}": (run.metrics["test"] or {}).get(run.task.choices[0]),
+        "test_seen": (run.labels or {}).get("seen", 0) if run.metrics["test"] else 0,
         "fit_seconds": run.environment.get("fit_seconds"),
         "parameters": run.environment.get("parameters"),
         "data": run.data_digest[:10],

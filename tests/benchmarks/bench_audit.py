@@ -34,9 +34,6 @@ from features.store.reader import FeatureStore  # noqa: E402
 from features.store.relabelled import RelabelledStore  # noqa: E402
 from pipeline.audit.applying import suggestions  # noqa: E402
 from pipeline.audit.stage import Audit, audit  # noqa: E402
-from pipeline.heads.fitting import fit_head  # noqa: E402
-from pipeline.heads.gather import Source  # noqa: E402
-from pipeline.heads.kinds import make_head  # noqa: E402
 from pipeline.scores.metrics import confusion, evaluate  # noqa: E402
 
 # Data set -> kinds of noise: name, share of the training labels that are flipped.
@@ -108,12 +105,11 @@ def precision(score: np.ndarray, wrong: np.ndarray) -> dict[str, float]:
     return {"p_at_n": float(at[hits.sum() - 1]), "average_precision": float(at[hits].mean())}
 
 
-def scored(store: FeatureStore, seed: int) -> dict[str, float]:
-    """Validation accuracy and log loss of the logistic head as `train-head` makes it."""
-    name = store.names[0]
-    head = make_head("logistic", seed=seed, classes=store.classes, pool="none")
-    fitted = fit_head(head, Source(store, name, "none", 1, 1 << 34).prepare(scale=True))
-    scores = evaluate(fitted.probabilities, store.images.labels[store.rows("validation")], store.classes)
+def scored(found: Audit) -> dict[str, float]:
+    """Validation accuracy and log loss of the head that was trained on all training labels of an audit."""
+    store, head = found.store, found.material.held_out
+    assert head is not None
+    scores = evaluate(head.of_others, store.images.labels[store.rows("validation")], store.classes)
     return {name: scores[name] for name in ("accuracy", "log_loss")}
 
 
@@ -123,7 +119,11 @@ def one(store: FeatureStore, kind: str, share: float, nearest: np.ndarray, seed:
     truth = store.images.labels[train]
     noisy = flipped(truth, kind, share, nearest, seed)
     wrong = noisy != truth
-    found = audit(relabelled(store, train, noisy), checks=["suspect-label"], seed=seed)
+
+    def audited(labels: np.ndarray) -> Audit:
+        return audit(relabelled(store, train, labels), checks=["suspect-label"], seed=seed)
+
+    found = audited(noisy)
     finding = found["suspect-label"]
     rows, classes, estimate = suggestions(found)
     applied = noisy.copy()
@@ -140,9 +140,9 @@ def one(store: FeatureStore, kind: str, share: float, nearest: np.ndarray, seed:
         "applied": len(rows),
         "applied_precision": float(right.mean()) if len(right) else None,
         "applied_estimate": estimate,
-        "noisy": scored(relabelled(store, train, noisy), seed),
-        "machine": scored(relabelled(store, train, applied), seed),
-        "person": scored(relabelled(store, train, by_person), seed),
+        "noisy": scored(found),
+        "machine": scored(audited(applied)),
+        "person": scored(audited(by_person)),
     }
     return result, found
 
@@ -166,12 +166,15 @@ def measure(images: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
     nearest = most_confused(store)
     train, lines = store.rows("train"), []
     truth = store.images.labels[train]
-    clean = [scored(store, seed) for seed in range(seeds)]
-    rows, classes, _ = suggestions(audit(store, checks=["suspect-label"]))
-    untouched = relabelled(store, rows, classes)
-    lines.append(
-        {"images": images, "noise": "none", "applied": len(rows), "clean": mean(clean), "machine": scored(untouched, 0)}
-    )
+    plain = [audit(store, checks=["suspect-label"], seed=seed) for seed in range(seeds)]
+    clean = [scored(found) for found in plain]
+    applied = [suggestions(found) for found in plain]
+    machine = [
+        scored(audit(relabelled(store, rows, classes), checks=["suspect-label"], seed=seed)) if len(rows) else before
+        for seed, (before, (rows, classes, _)) in enumerate(zip(clean, applied, strict=True))
+    ]
+    counts = statistics.fmean(len(rows) for rows, _, _ in applied)
+    lines.append({"images": images, "noise": "none", "applied": counts, "clean": mean(clean), "machine": mean(machine)})
     for kind, share in NOISE[images]:
         results, cases = [], {}
         for seed in range(seeds):
