@@ -1,4 +1,4 @@
-"""Commands about single images of a store: similar, forget."""
+"""Commands about single images of a store: similar, suggest, forget."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from features.errors import IntegrityError
-from pipeline.commands.common import BatchSize, Device, Json, Runs, app, arg, guarded, opt, print_document
+from pipeline.commands.common import BatchSize, Device, Json, Runs, Seed, app, arg, guarded, opt, print_document
 
 FeatureSet = Annotated[str | None, opt("Feature set, if the store has several.", "--features")]
 
@@ -82,3 +82,33 @@ def forget(
     print_document(document, as_json, stage.summary(document))
     if document["remaining"]:
         raise typer.Exit(IntegrityError.exit_code)
+
+
+@app.command()
+@guarded
+def suggest(
+    file: Annotated[Path, arg("A feature store with images without a label.", metavar="FILE")],
+    n: Annotated[int, opt("Number of images.", "-n", min=1)] = 50,
+    strategy: Annotated[
+        str, opt("mix, typical, margin, spread-margin, entropy, k-centre or random; see pipeline/README.md.")
+    ] = "mix",
+    purpose: Annotated[
+        str, opt("train; or validation: drawn at random, and entered in --labels before anyone labels them.", "--for")
+    ] = "train",
+    labels: Annotated[Path | None, opt("Labels file whose decisions hold over the labels of the store.")] = None,
+    run: Annotated[
+        Path | None, opt("Run whose head gives the probabilities. Default: one is trained on what is labelled.")
+    ] = None,
+    features: FeatureSet = None,
+    seed: Seed = 0,
+    out: Annotated[Path | None, opt("CSV file to write.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Say which images to label next: typical ones first, then those about which the head is in doubt."""
+    from pipeline import suggest as stage
+
+    head = None if run is None else stage.head_for(file, run, features)
+    document = stage.run(
+        file, n=n, strategy=strategy, purpose=purpose, labels=labels, head=head, name=features, seed=seed, out=out
+    )
+    print_document(document, as_json, stage.summary(document))
