@@ -1,16 +1,40 @@
-"""A web server of our own on this machine that can be slow and unreliable, and a proxy that cuts connections."""
+"""A web server of our own on this machine that can be slow and unreliable, a proxy that cuts connections, and kill series."""
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
 import itertools
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
+
+from helpers import ROOT, STRESS, NumpyNetwork
+
+from features.extraction.extraction import Extraction
+from features.extraction.options import ExtractionOptions
+from features.sources.scan import scan
+
+EXTRACT = """
+import sys
+sys.path[:0] = ["tests"]
+from stores import extract
+extract(sys.argv[1], sys.argv[2])
+"""
+
+
+def extract(source: str, out: str | Path) -> None:
+    """Extract with a stand-in of numpy, in small shards, and say when it begins."""
+    images, options = scan(source), ExtractionOptions(batch_size=4, shard_rows=4)
+    print("ready", flush=True)
+    Extraction(images, NumpyNetwork(), Path(out), options).run()  # type: ignore[arg-type]
 
 
 class Objects(ThreadingHTTPServer):
@@ -120,3 +144,20 @@ def cutting_proxy(port: int, every: int = 10) -> Iterator[int]:
     finally:
         stopped.set()
         listener.close()
+
+
+def kill_series(source: str, folder: Path) -> None:
+    """Kill extractions of a source at one moment after another; rerun, each gives the bytes of one that was left alone."""
+    extract(source, folder / "whole.h5")
+    whole = (folder / "whole.h5").read_bytes()
+    for number in range(20 if STRESS else 1):
+        out = folder / f"{number}.h5"
+        command = [sys.executable, "-c", EXTRACT, source, str(out)]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"ready\n"
+        time.sleep(0.01 * (number if STRESS else 5))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        extract(source, out)
+        assert out.read_bytes() == whole, number

@@ -2,40 +2,24 @@
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from faults import ROOT
-from helpers import NumpyNetwork, paint_folder, rounds
-from stores import cutting_proxy
+from helpers import NumpyNetwork, paint_folder
+from stores import cutting_proxy, kill_series
 
 from features.errors import SourceError
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources import remote
 from features.sources.scan import scan
-from features.store.reader import FeatureStore
 
 pytestmark = pytest.mark.slow
-
-EXTRACT = """
-import sys
-from pathlib import Path
-sys.path[:0] = ["tests"]
-from helpers import NumpyNetwork
-from features.extraction.extraction import Extraction
-from features.extraction.options import ExtractionOptions
-from features.sources.scan import scan
-print("ready", flush=True)
-Extraction(scan(sys.argv[1]), NumpyNetwork(), Path(sys.argv[2]), ExtractionOptions(batch_size=4, shard_rows=4)).run()
-"""
 
 
 def serving(port: int = 0) -> tuple[subprocess.Popen[str], int]:
@@ -133,17 +117,4 @@ def test_a_run_that_was_killed_gives_the_same_store(
 
     fsspec.filesystem("s3").clear_instance_cache()
     account(monkeypatch, s3[0])
-    run_whole = [sys.executable, "-c", EXTRACT, "s3://photos/set"]
-    subprocess.run([*run_whole, str(tmp_path / "whole.h5")], cwd=ROOT, check=True, capture_output=True)
-    expected = FeatureStore.open(tmp_path / "whole.h5").array("last.avg")
-    for number in range(rounds(20)):
-        out = tmp_path / f"{number}.h5"
-        process = subprocess.Popen([*run_whole, str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        assert process.stdout is not None
-        process.stdout.readline()
-        time.sleep(0.02 + 0.06 * number)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-        run_again = subprocess.run([*run_whole, str(out)], cwd=ROOT, check=True, capture_output=True, text=True)
-        assert run_again.returncode == 0
-        np.testing.assert_array_equal(FeatureStore.open(out).array("last.avg"), expected)
+    kill_series("s3://photos/set", tmp_path)

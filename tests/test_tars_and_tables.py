@@ -15,6 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import NumpyNetwork, paint_folder
 from PIL import Image
+from stores import kill_series
 
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction
@@ -269,3 +270,19 @@ def test_the_features_are_those_of_the_folder_and_only_new_images_are_inferred(t
     assert [read(path) for path in found.images.paths] == [file.read_bytes() for file in files]
     again = Extraction(scan(both), NumpyNetwork(), tmp_path / "s.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
     assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)
+
+
+@pytest.mark.slow
+@pytest.mark.stress
+@pytest.mark.parametrize("kind", ["tars", "tables"])
+def test_a_run_that_was_killed_gives_the_same_store(tmp_path: Path, kind: str) -> None:
+    for number in range(2):
+        pictures = [png(100 * number + k) for k in range(60)]
+        if kind == "tars":
+            tar(
+                tmp_path / f"s-{number}.tar",
+                [(f"{k:03d}{end}", data) for k, picture in enumerate(pictures) for end, data in ((".png", picture), (".cls", b"%d" % (k % 2)))],
+            )  # fmt: skip
+        else:
+            table(tmp_path / f"s-{number}.parquet", pictures, rows=7, label=[k % 2 for k in range(60)])
+    kill_series(f"{tmp_path}/s-{{0..1}}.{'tar' if kind == 'tars' else 'parquet'}", tmp_path)
