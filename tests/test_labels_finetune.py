@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from finetuning import TinyWorld, tiny_world
+from helpers import call_pipeline
 from labelling import Book, sha256_of
 
 from features.errors import RunError
@@ -15,7 +16,7 @@ from pipeline.finetune import finetune
 from pipeline.labels.file import EXCLUDE
 from pipeline.labels.overlay import with_labels
 from pipeline.reporting.reproduce import commands
-from pipeline.runs.folder import Run
+from pipeline.runs.folder import Run, find_runs
 from pipeline.train_head import train_head
 
 tiny = tiny_world
@@ -52,3 +53,20 @@ def test_fine_tuning_sees_the_labels_of_its_head(tiny: TinyWorld, tmp_path: Path
     ):
         finetune(head.folder, tiny.images, labels=book.path, **STEPS)
     shutil.rmtree(tmp_path / "runs")
+
+
+@pytest.mark.slow
+def test_an_experiment_trains_under_a_labels_file(tiny: TinyWorld, tmp_path: Path) -> None:
+    store, book = FeatureStore.open(tiny.store), Book(tmp_path / "labels.csv")
+    book.add(sha256_of(store, "train/brick/000.png"), "moss").add(sha256_of(store, "train/brick/001.png"), "moss")
+    (tmp_path / "way.yaml").write_text(
+        "version: 1\nabout: labels\nways:\n  cached:\n    about: a head\n    steps:\n"
+        f"      - extract: {{backbone: {tiny.backbone}, batch_size: 16}}\n      - train_head: {{head: lda}}\n"
+    )
+    done = call_pipeline(
+        "recipe", tmp_path / "way.yaml", tiny.images, "--out", tmp_path / "out", "--labels", book.path, "--json"
+    )
+    assert done.returncode == 0, done.stderr
+    (run,) = find_runs(tmp_path / "out" / "runs").runs
+    assert run.classes == ("brick", "leaf", "moss")
+    assert run.data_digest == with_labels(store, book.path).data_digest

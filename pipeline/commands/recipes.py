@@ -7,7 +7,18 @@ from typing import Annotated
 
 from features.errors import ConfigurationError
 from features.files import quoted
-from pipeline.commands.common import Device, Json, app, arg, guarded, opt, parse_size, print_document, print_next
+from pipeline.commands.common import (
+    Device,
+    Json,
+    LabelsFile,
+    app,
+    arg,
+    guarded,
+    opt,
+    parse_size,
+    print_document,
+    print_next,
+)
 
 
 @app.command()
@@ -26,6 +37,7 @@ def recipe(
     backbone: Annotated[str | None, opt("Network, in place of the file's: a name or a .keras file.")] = None,
     weights: Annotated[str | None, opt("A weights file, or random.")] = None,
     device: Device = "auto",
+    labels: LabelsFile = None,
     as_json: Json = False,
 ) -> None:
     """Run a published experiment on your images."""
@@ -57,6 +69,7 @@ def recipe(
             backbone=backbone,
             weights=weights,
             device=device,
+            labels=labels,
             progress=progress,
         )
     document = {"format": 1, "recipe": name, "folder": str(folder), "steps": results}

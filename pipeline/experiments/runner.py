@@ -27,6 +27,7 @@ from pipeline import extract, finetune, predict
 from pipeline.experiments.sampling import copied, sample
 from pipeline.experiments.schema import Experiment, ExtractStep, HeadStep, PredictStep, Way
 from pipeline.intervals import interval_of
+from pipeline.labels.overlay import with_labels
 from pipeline.presets import find_preset
 from pipeline.runs.folder import Run
 from pipeline.sweeps.sweep import run_sweep
@@ -45,6 +46,7 @@ def run_experiment(
     limit: int | None = None,
     epochs: int | None = None,
     device: str = "auto",
+    labels: str | Path | None = None,
     progress: Progress | None = None,
     **instead: Any,
 ) -> list[dict[str, Any]]:
@@ -66,6 +68,8 @@ def run_experiment(
         Train heads and networks for at most this many epochs; for a trial run.
     device : {"auto", "cpu", "gpu"}
         Device that the networks run on.
+    labels : Path, optional
+        Labels file under which heads are trained and networks fine-tuned.
     progress : callable, optional
         Called with (stage, done, total).
     **instead
@@ -98,6 +102,7 @@ def run_experiment(
         epochs,
         {name: value for name, value in instead.items() if value is not None},
         device,
+        labels,
         progress,
     )
     return [line for name in chosen for line in runner.carry_out(name, experiment.ways[name])]
@@ -120,10 +125,11 @@ class _Runner:
         epochs: int | None,
         given: dict[str, Any],
         device: str,
+        labels: str | Path | None,
         progress: Progress | None,
     ) -> None:
         self.folder, self.images, self.epochs, self.given = folder, images, epochs, given
-        self.device, self.progress = device, progress
+        self.device, self.labels, self.progress = device, labels, progress
         self.runs = folder / "runs"
         self.store: Path
         self.run: Path | None = None
@@ -155,12 +161,17 @@ class _Runner:
         asked = ExtractionOptions(device=self.device, **options)
         return extract.run(self.images, self.store, asked, progress=self.progress)
 
+    def _opened(self) -> FeatureStore:
+        """The store of the latest extraction, under the labels file if there is one."""
+        store = FeatureStore.open(self.store)
+        return store if self.labels is None else with_labels(store, self.labels)
+
     def _train_head(self, step: HeadStep) -> dict[str, Any]:
         params = dict(step.params)
         if self.epochs is not None and "epochs" in type(find_preset(step.head).parameters).model_fields:
             params["epochs"] = min(self.epochs, params.get("epochs", self.epochs))
         swept = run_sweep(
-            [FeatureStore.open(self.store)],
+            [self._opened()],
             single(step.head, params, step.pool),
             runs=self.runs,
             names=[step.features] if step.features else [],
@@ -182,13 +193,14 @@ class _Runner:
         else:
             options["images"] = self.images
         assert self.run is not None  # `Way` has checked the order of the steps
-        document = finetune.finetune(self.run, runs=self.runs, device=self.device, progress=self.progress, **options)
+        options |= {"labels": self.labels, "runs": self.runs, "device": self.device, "progress": self.progress}
+        document = finetune.finetune(self.run, **options)
         self.run = Path(document["run"])
         return document
 
     def _predict(self, step: PredictStep) -> dict[str, Any]:
         assert self.run is not None
-        table, images = FeatureStore.open(self.store).images, scan(self.images)
+        table, images = self._opened().images, scan(self.images)
         held_out = {table.paths[row] for row in np.flatnonzero(table.splits == SPLITS.index("validation"))}
         rows = np.flatnonzero([path in held_out for path in images.paths])
         some = copied(images, images.evenly(step.images, rows), self.folder / "predict", splits=False)

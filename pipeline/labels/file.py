@@ -542,6 +542,7 @@ class _Reader:
     def _labels(self, digest: str, size: int, torn: tuple[int, ...]) -> Labels:
         numbers = np.frombuffer(self._numbers, np.int64).reshape(-1, 5)
         times = self._moments()
+        self._times = bytearray()
         order = np.argsort(times, kind="stable")
         ids = np.frombuffer(self._ids, "V16")[order]
         kept = np.arange(len(ids))
@@ -549,8 +550,10 @@ class _Reader:
             kept = np.sort(np.unique(ids, return_index=True)[1])
             self._check_copies(numbers[order], ids, kept)
         doubled, order = len(order) - len(kept), order[kept]
-        starts, lengths, *codes = (numbers[order, column] for column in range(5))
-        times, lengths = times[order], lengths.astype(np.int32)
+        starts, *others = (numbers[order, place] for place in range(5))
+        lengths, *codes = (column.astype(np.int32) for column in others)
+        del ids, numbers, others
+        self._ids, self._numbers, times = bytearray(), array.array("q"), times[order]
         path, descriptor = self._path, self._descriptor
         sha256 = np.frombuffer(self._digests, np.uint8).reshape(-1, 32)[order]
 
@@ -560,9 +563,7 @@ class _Reader:
                 raise LabelsError(f"{path}: was changed while it was read, other than by appending; read it again")
             return data
 
-        targets, values, people = (
-            Words(code.astype(np.int32), tuple(words)) for code, words in zip(codes, self._words, strict=True)
-        )
+        targets, values, people = (Words(code, tuple(words)) for code, words in zip(codes, self._words, strict=True))
         labels = Labels(path, digest, size, torn, doubled, sha256, targets, values, people, times, line)
         weakref.finalize(line, os.close, descriptor)
         return labels
