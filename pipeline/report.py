@@ -134,9 +134,9 @@ def make_report(
     order = _groups_of(runs, data_set, str(root))
     titles = Counter(one.name for one in order)
     points = max(60, min(MAP_POINTS, MAP_POINTS_ALL // min(len(titles), DETAILED)))
-    found = None if audit is None else read_audit(audit)
+    audited = None if audit is None else read_audit(audit)
     describe = functools.partial(
-        describe_run, beside=runs, images=images, stores=opened, points=points, labels=labels, audit=found
+        describe_run, beside=runs, images=images, stores=opened, points=points, labels=labels, audit=audited
     )
     groups: list[dict[str, Any]] = []
     listed: list[dict[str, Any]] = []
