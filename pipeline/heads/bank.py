@@ -26,7 +26,7 @@ from features.networks.backend import load_keras
 from features.networks.engines import choose_device
 from features.progress import Progress
 from pipeline.config import History
-from pipeline.heads.bank_math import BankSpec, check_given, forward, ops, programs, spread
+from pipeline.heads.bank_math import LOSSES, BankSpec, check_given, forward, ops, programs, spread
 from pipeline.heads.epochs import Patience
 from pipeline.heads.pooling import chunks
 from pipeline.heads.prepared import ArrayRows, Rows
@@ -84,7 +84,7 @@ class BankResult:
     weights : tuple of float32 arrays
         Kernel and bias of each layer after `best_epoch`, in the order of Keras's ``get_weights``.
     history : dict of str to list of float
-        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy`` for each epoch until the head stopped. If
+        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy`` (of numbers ``val_r2``) for each epoch until the head stopped. If
         the last loss is not finite, training diverged.
     best_epoch : int
         Epoch, counted from 1, with the lowest validation log loss; without validation rows the last epoch with a
@@ -271,7 +271,7 @@ class _Bank:
             scores = {"epoch": np.full(count, epoch + 1.0), "loss": self._run_epoch(train, epoch)}
             better = alive & np.isfinite(scores["loss"])
             if held_out is not None:
-                scores["val_loss"], scores["val_accuracy"] = self._score_rows(held_out)
+                scores["val_loss"], scores[f"val_{LOSSES[self.spec.loss].name}"] = self._score_rows(held_out)
                 better &= waiting.lower(np.where(better, scores["val_loss"], np.inf))
             for k, name in itertools.product(np.flatnonzero(alive), scores):
                 logs[k].setdefault(name, []).append(float(scores[name][k]))
@@ -324,7 +324,8 @@ class _Bank:
         self, X: np.ndarray, y: np.ndarray, rows: int, *, weigh: bool = True
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pad features, labels and weights to ``rows`` rows; the added rows have weight 0."""
-        features, labels, weights = X, np.zeros(rows, np.int32), np.zeros(rows, np.float32)
+        kind = np.int32 if y.ndim == 1 else np.float32
+        features, labels, weights = X, np.zeros((rows, *y.shape[1:]), kind), np.zeros(rows, np.float32)
         if len(y) < rows or X.dtype != np.float32:
             features = np.zeros((rows, *X.shape[1:]), np.float32)
             features[: len(y)] = X

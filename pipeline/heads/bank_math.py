@@ -41,6 +41,9 @@ class BankSpec:
         Random seed of the row order.
     class_weights : tuple of float, optional
         Weight of each class in the loss, like ``class_weight`` of ``fit``. Validation is not weighted.
+    loss : {"softmax", "sigmoid", "squared"}
+        Loss of the logits: of one class, int32 (n,); or of ``classes`` labels or numbers, whose targets and weights are
+        float32 (n, 2 classes), see `pipeline.tasks.task.packed`.
     """
 
     classes: int
@@ -51,9 +54,17 @@ class BankSpec:
     batch_size: int = 32
     order_seed: int = 0
     class_weights: tuple[float, ...] | None = None
+    loss: str = "softmax"
 
     def __post_init__(self) -> None:
-        least = {"classes": 2, "hidden": 0, "epochs": 1, "patience": 0, "batch_size": 1, "order_seed": 0}
+        least = {
+            "classes": 2 if self.loss == "softmax" else 1,
+            "hidden": 0,
+            "epochs": 1,
+            "patience": 0,
+            "batch_size": 1,
+            "order_seed": 0,
+        }
         for name, low in least.items():
             check_given(name, getattr(self, name), getattr(self, name) >= low, f"{low} or more")
         known = f"one of {', '.join(SLOPES)}{nearest(self.activation, SLOPES)}"
@@ -65,7 +76,7 @@ class BankSpec:
     @property
     def outputs(self) -> int:
         """Number of logits."""
-        return 1 if self.classes == 2 else self.classes
+        return 1 if self.classes == 2 and self.loss == "softmax" else self.classes
 
     def weighted(self, class_weights: tuple[float, ...] | None) -> BankSpec:
         """Return the same settings with these class weights."""
@@ -164,8 +175,7 @@ def _gradients(spec: BankSpec, kernels: Sequence[Any], kept: list[Any], slope: A
     return [ops.matmul(ops.swapaxes(kept[0], -1, -2), slope), *found]
 
 
-def _losses(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
-    """Cross-entropy (G, M, b), and its gradient with respect to the logits (G, M, b, outputs)."""
+def _softmax(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
     one_hot = ops.cast(labels[:, None], "float32") if spec.outputs == 1 else ops.one_hot(labels, spec.classes)
     target = one_hot * (1 - smoothing) + smoothing / spec.classes
     if spec.outputs == 1:
@@ -174,6 +184,59 @@ def _losses(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[A
         whole = ops.logsumexp(logits, axis=-1, keepdims=True)
         probability = ops.exp(logits - whole)
     return whole[..., 0] - ops.sum(target * logits, axis=-1), probability - target
+
+
+def _sigmoid(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
+    target, share = labels[:, : spec.classes], labels[:, spec.classes :] / spec.classes
+    target = target * (1 - smoothing) + smoothing / 2
+    return ops.sum(share * (ops.softplus(logits) - target * logits), axis=-1), share * (ops.sigmoid(logits) - target)
+
+
+def _squared(spec: BankSpec, logits: Any, labels: Any, smoothing: Any) -> tuple[Any, Any]:
+    target, share = labels[:, : spec.classes], labels[:, spec.classes :] / spec.classes
+    return ops.sum(share * ops.square(logits - target), axis=-1) / 2, share * (logits - target)
+
+
+def _right_class(spec: BankSpec, logits: Any, labels: Any) -> Any:
+    guess = logits[..., 0] > 0 if spec.outputs == 1 else ops.argmax(logits, axis=-1)
+    return ops.cast(ops.equal(ops.cast(guess, "int32"), labels), "float32")
+
+
+def _right_labels(spec: BankSpec, logits: Any, labels: Any) -> Any:
+    holds = ops.cast(logits > 0, "float32")
+    right = ops.cast(ops.equal(holds, labels[:, : spec.classes]), "float32")
+    return ops.sum(labels[:, spec.classes :] * right, axis=-1) / spec.classes
+
+
+def _explained(spec: BankSpec, logits: Any, labels: Any) -> Any:
+    return 1 - 2 * _squared(spec, logits, labels, 0.0)[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """A loss of logits (G, M, b, outputs).
+
+    Parameters
+    ----------
+    values : callable
+        Loss of each row, (G, M, b), and its gradient with respect to the logits (G, M, b, outputs); labels that are unknown
+        have no share in it.
+    measure : callable
+        A score of each row, (G, M, b), that is easier to read.
+    name : str
+        What the mean of the measure is called in a history.
+    """
+
+    values: Callable[[BankSpec, Any, Any, Any], tuple[Any, Any]]
+    measure: Callable[[BankSpec, Any, Any], Any]
+    name: str
+
+
+LOSSES = {
+    "softmax": Loss(_softmax, _right_class, "accuracy"),
+    "sigmoid": Loss(_sigmoid, _right_labels, "accuracy"),
+    "squared": Loss(_squared, _explained, "r2"),
+}
 
 
 def _with_ones(x: Any) -> Any:
@@ -198,6 +261,8 @@ def programs(
     there is more than one variant, and each group chooses its own.
     """
 
+    of_rows = LOSSES[spec.loss]
+
     def train(state: Any, per: Any, rows: Any, labels: Any, weights: Any, shares: Any, first: Any, steps: Any) -> Any:
         smoothing = per["label_smoothing"][..., None, None]
         # Reshaped outside the loop, in which the index arithmetic would prevent vectorisation of the update.
@@ -216,7 +281,7 @@ def programs(
             if spec.hidden and drops[1]:
                 mask = _mask(per["seed"], per["dropout"], now, 3, batch, spec.hidden)
             logits, kept = forward(spec, kernels, x, per["seed"].shape[1], mask)
-            loss, slope = _losses(spec, logits, labels[i], smoothing)
+            loss, slope = of_rows.values(spec, logits, labels[i], smoothing)
             slopes = _gradients(spec, kernels, kept, slope * (weights[i] * shares[i])[:, None], mask)
             means = [m + (g - m) * (1 - BETA_1) for m, g in zip(means, slopes, strict=True)]
             squares = [v + (g * g - v) * (1 - BETA_2) for v, g in zip(squares, slopes, strict=True)]
@@ -236,9 +301,8 @@ def programs(
         merged = [ops.reshape(first, (1, first.shape[0], groups * first.shape[2]))]
         merged += [ops.reshape(kernel, (1, groups * members, *kernel.shape[2:])) for kernel in kernels[1:]]
         logits, _ = forward(spec, merged, x[None], groups * members)
-        loss, _ = _losses(spec, logits, labels, 0.0)
-        guess = logits[..., 0] > 0 if spec.outputs == 1 else ops.argmax(logits, axis=-1)
-        right = ops.cast(ops.equal(ops.cast(guess, "int32"), labels), "float32")
+        loss, _ = of_rows.values(spec, logits, labels, 0.0)
+        right = of_rows.measure(spec, logits, labels)
         return [ops.reshape(ops.sum(value * weights, axis=-1), (groups, members)) for value in (loss, right)]
 
     return compiled(train, fuse=True), compiled(score, fuse=True)

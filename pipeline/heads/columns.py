@@ -27,6 +27,7 @@ from pipeline.heads.persistence import load_arrays
 from pipeline.heads.prepared import ArrayRows, Prepared
 from pipeline.heads.search import climb, row_space, times
 from pipeline.presets import DENSE, PRESETS, ClassifierParameters, DenseParameters, Preset
+from pipeline.tasks.multilabel import balanced_weights
 from pipeline.tasks.task import squared_loss
 
 REFUSED = ("pca", "choose", "solver")  # parameters of heads of classes that mean nothing here
@@ -183,7 +184,7 @@ class LogisticColumns(ColumnsHead):
             rows, combination = row_space(Z)  # an exact reduction, as there are fewer rows than columns
         weights = known_cells(y).astype(np.float64)
         if getattr(self.parameters, "class_weight", None):
-            weights = balanced(y)
+            weights = balanced_weights(y)
         coef, intercept = solve_logistic(rows, y == 1, weights, value, tolerance=1e-3 if quick else 1e-8)
         return Columns(coef if combination is None else times(coef @ combination, Z), intercept)
 
@@ -274,15 +275,6 @@ def solve_logistic(
     }
     found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(d + 1, c)
     return np.ascontiguousarray(found[:-1].T), found[-1].copy()
-
-
-def balanced(y: np.ndarray) -> np.ndarray:
-    """Weight of each cell, float64 (n, c): known / (2 x those alike in its column), 0 for unknown; scikit-learn's "balanced"."""
-    known = known_cells(y)
-    positives = (y == 1).sum(axis=0)
-    total = known.sum(axis=0)
-    shares = np.where(y == 1, total / (2 * np.maximum(positives, 1)), total / (2 * np.maximum(total - positives, 1)))
-    return np.asarray(shares * known)
 
 
 def _alike(known: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:

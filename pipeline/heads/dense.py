@@ -17,17 +17,17 @@ from features.networks.backbones import pooling_layer
 from features.networks.backend import load_keras
 from features.networks.tensors import assign_from_file
 from features.progress import Progress
-from pipeline.config import HeadFile, History, Settings, parse
+from pipeline.config import HeadFile, History, Settings, TargetHeadFile, parse
 from pipeline.heads.bank import BankHead, BankResult, train_rows
 from pipeline.heads.bank_math import BankSpec
 from pipeline.heads.head import Head, check_finite
 from pipeline.heads.keras_fit import dropout_rates, fit_dense
 from pipeline.heads.prepared import Prepared
 from pipeline.presets import DENSE, DenseParameters, Preset
-from pipeline.scores.metrics import class_weights, fit_temperature, softmax, two_columns
-from pipeline.scores.selection import stratified_folds
+from pipeline.scores.metrics import class_weights, fit_temperature, two_columns
 
 BANK_STEP, KERAS_STEP, FLOP = 2e-4, 3e-3, 5e-11  # seconds on one core, measured on features of 1,280 columns
+Scale = tuple[np.ndarray, np.ndarray] | None  # mean and deviation of the targets of a network
 INNER_FOLDS = 10  # one of them decides when training stops, with ``stop_on=train``
 
 
@@ -36,6 +36,7 @@ class KerasHead(Head):
 
     parameters: DenseParameters
     files = ("head.json", "head.weights.h5")
+    file_models = (HeadFile, TargetHeadFile)
     parallel = False  # Keras is loaded in one process only, and the bank trains many heads together
 
     def __init__(self, *args: Any, **keywords: Any) -> None:
@@ -95,6 +96,7 @@ class KerasHead(Head):
             patience=settings.patience,
             batch_size=settings.batch_size,
             order_seed=settings.order_seed,
+            loss=self.task.loss_name,
         )
 
     @property
@@ -120,11 +122,12 @@ class KerasHead(Head):
     def train_together(cls, heads: Sequence[Self], data: Prepared) -> list[History | HeadError]:
         for head in heads:
             head.adopt(data)
-        data = heads[0].stopping(data)
+        stopping = heads[0].stopping(data)
+        data, scale = heads[0].encoded(stopping)
         spec = heads[0].bank_spec
         assert spec is not None
         results = train_rows(
-            spec.weighted(heads[0].class_weights(data.y)),
+            spec.weighted(heads[0].class_weights(stopping.y)),
             [head.bank_head for head in heads],
             data.train,
             data.held_out,
@@ -133,7 +136,7 @@ class KerasHead(Head):
         histories: list[History | HeadError] = []
         for head, result in zip(heads, results, strict=True):
             try:
-                histories.append(head.take(result, data))
+                histories.append(head.take(result, stopping, scale))
             except HeadError as problem:
                 histories.append(problem)
         return histories
@@ -160,7 +163,7 @@ class KerasHead(Head):
 
     def class_weights(self, y: np.ndarray) -> tuple[float, ...] | None:
         """Weight of each class: n / (c x rows of the class), like scikit-learn's "balanced"; None for equal weights."""
-        if self.parameters.class_weight is None:
+        if self.parameters.class_weight is None or y.ndim > 1:  # of several labels, each cell has its weight
             return None
         return tuple(class_weights(y, len(self.classes)).tolist())
 
@@ -174,31 +177,43 @@ class KerasHead(Head):
         """
         if self.parameters.stop_on == "validation":
             return data
-        folds = stratified_folds(data.y, INNER_FOLDS, self.parameters.order_seed, data.groups)
+        folds = self.task.folds(data.y, INNER_FOLDS, self.parameters.order_seed, data.groups)
         if folds.max() < 0:
             raise HeadError("stop_on=train: no class has two training rows (or groups); leave stop_on out")
         held_out = data.train.take(np.flatnonzero(folds == 0))
         return dataclasses.replace(data.part(np.flatnonzero(folds != 0)), held_out=held_out)
 
+    def encoded(self, data: Prepared) -> tuple[Prepared, Scale]:
+        """Rows with what a network is trained on instead of their targets, and the scale of these."""
+        scale, balanced = self.task.scale(data.y), self.parameters.class_weight is not None
+        train: Any = data.train
+        held_out: Any = data.held_out
+        train = dataclasses.replace(train, labels=self.task.network_targets(data.y, scale, balanced=balanced))
+        if held_out is not None:
+            held_out = dataclasses.replace(held_out, labels=self.task.network_targets(held_out.labels, scale))
+        return dataclasses.replace(data, train=train, held_out=held_out, folder=None), scale
+
     def _train(self, data: Prepared, progress: Progress) -> History:
         data, spec = self.stopping(data), self.bank_spec
+        rows, scale = self.encoded(data)
         if spec is None:
             weights, history = fit_dense(
                 self.parameters,
-                data,
+                rows,
                 classes=len(self.classes),
                 seed=self.seed,
                 class_weights=self.class_weights(data.y),
+                loss=self.task.loss_name,
                 progress=progress,
             )
-            return self._finish(weights, history, data)
+            return self._finish(weights, history, data, scale)
         spec = spec.weighted(self.class_weights(data.y))
         (result,) = train_rows(
-            spec, [self.bank_head], data.train, data.held_out, memory_bytes=data.memory, progress=progress
+            spec, [self.bank_head], rows.train, rows.held_out, memory_bytes=data.memory, progress=progress
         )
-        return self.take(result, data)
+        return self.take(result, data, scale)
 
-    def take(self, result: BankResult, data: Prepared) -> History:
+    def take(self, result: BankResult, data: Prepared, scale: Scale = None) -> History:
         """Take over the weights and the history that the bank has trained.
 
         Raises
@@ -206,16 +221,20 @@ class KerasHead(Head):
         HeadError
             If training diverged.
         """
-        return self._finish(result.weights, result.history, data)
+        return self._finish(result.weights, result.history, data, scale)
 
-    def _finish(self, weights: Sequence[np.ndarray], history: History, data: Prepared) -> History:
+    def _finish(self, weights: Sequence[np.ndarray], history: History, data: Prepared, scale: Scale = None) -> History:
         finite = np.isfinite(history["loss"])
         if not finite.all():
             raise HeadError(
                 f"training diverged in epoch {int(np.argmin(finite)) + 1}: "
                 f"lower learning_rate (now {self.parameters.learning_rate:g})"
             )
-        self.weights = list(weights)
+        weights = list(weights)
+        if scale is not None:  # back to the unit of the targets
+            mean, deviation = scale
+            weights[-2:] = weights[-2] * deviation, weights[-1] * deviation + mean
+        self.weights = weights
         if self.parameters.calibrate and data.held_out is not None:
             logits = np.concatenate([self._logits(Z) for _, Z in data.held_out.pieces()])
             self.temperature, _ = fit_temperature(two_columns(logits), data.held_out.labels)
@@ -233,7 +252,7 @@ class KerasHead(Head):
         return np.asarray(keras.ops.convert_to_numpy(values), np.float64)
 
     def _probabilities(self, Z: np.ndarray) -> np.ndarray:
-        return softmax(two_columns(self._logits(Z)) / self.temperature)
+        return self.task.activate(self._logits(Z), self.temperature)
 
     def as_dense(self) -> KerasHead:
         return self

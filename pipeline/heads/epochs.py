@@ -46,6 +46,7 @@ def train_epochs(
     epochs: int,
     patience: int,
     progress: Progress | None = None,
+    measured: str = "accuracy",
 ) -> tuple[History, Any]:
     """Train epoch by epoch with early stopping.
 
@@ -61,6 +62,8 @@ def train_epochs(
         Maximum number of epochs; epochs without a lower log loss after which training stops, 0: it never stops early.
     progress : callable, optional
         Called with ("train-head", epochs done, epochs).
+    measured : str
+        What the second value of ``measure`` is.
 
     Returns
     -------
@@ -74,7 +77,7 @@ def train_epochs(
     for epoch in range(1, epochs + 1):
         row = {"epoch": float(epoch), **pass_over(epoch)}
         if measure is not None:
-            row["val_loss"], row["val_accuracy"] = measure()
+            row["val_loss"], row[f"val_{measured}"] = measure()
             if waiting.lower(row["val_loss"]):
                 best = snapshot()
         for name, value in row.items():

@@ -14,6 +14,7 @@ from features.errors import ConfigurationError, HeadError
 from features.networks.backend import load_keras
 from features.progress import Progress
 from pipeline.config import History
+from pipeline.heads.bank_math import LOSSES, BankSpec
 from pipeline.heads.epochs import train_epochs
 from pipeline.heads.prepared import Prepared
 from pipeline.presets import DenseParameters
@@ -27,6 +28,7 @@ def fit_dense(
     classes: int,
     seed: int,
     class_weights: Sequence[float] | None,
+    loss: str = "softmax",
     progress: Progress,
 ) -> tuple[list[np.ndarray], History]:
     """Train dense layers.
@@ -43,6 +45,8 @@ def fit_dense(
         Random seed of initial weights, dropout, noise and mixup.
     class_weights : sequence of float, optional
         Weight of each class in the loss.
+    loss : str
+        As in `pipeline.heads.bank_math.BankSpec`, and so are the labels of the rows.
     progress : callable
         Called with ("train-head", epochs done, epochs).
 
@@ -51,7 +55,7 @@ def fit_dense(
     weights : list of float32 arrays
         Kernel and bias of each dense layer, with BatchNorm folded in.
     history : dict of str to list of float
-        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy``.
+        ``epoch loss`` and, with validation rows, ``val_loss val_accuracy`` (of numbers ``val_r2``).
 
     Raises
     ------
@@ -60,14 +64,18 @@ def fit_dense(
     """
     keras = load_keras()
     keras.utils.set_random_seed(seed)
-    outputs = 1 if classes == 2 else classes
+    spec = BankSpec(classes=classes, loss=loss)
+    outputs, of_rows = spec.outputs, LOSSES[loss]
     train, held_out = data.train, data.held_out
     body, folded = _training_body(settings, train.width, outputs)
     steps = -(-len(train) // settings.batch_size)
-    body.compile(optimizer=_optimizer(settings, steps), loss=_loss(outputs))
+    body.compile(optimizer=_optimizer(settings, steps), loss=_loss(spec))
     targets = np.arange(2, dtype=np.float32)[:, None] if outputs == 1 else np.eye(classes, dtype=np.float32)
     targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / classes
     weights = np.ones(classes, np.float32) if class_weights is None else np.asarray(class_weights, np.float32)
+
+    def encoded(y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return (targets[y], weights[y]) if y.ndim == 1 else (y, np.ones(len(y), np.float32))
 
     def pass_over(epoch: int) -> dict[str, float]:
         total = 0.0
@@ -75,7 +83,7 @@ def fit_dense(
             epoch - 1, size=settings.batch_size, seed=settings.order_seed, draws=(settings.views == "draw",)
         )
         for number, (X, y) in enumerate(batches):
-            batch: tuple[np.ndarray, ...] = X[:, 0], targets[y], weights[y]
+            batch: tuple[np.ndarray, ...] = X[:, 0], *encoded(y)
             if settings.mixup:
                 batch = _mixed(batch, settings.mixup, seed, (epoch - 1) * steps + number)
             body.reset_metrics()  # otherwise Keras returns the mean over all batches so far
@@ -87,6 +95,11 @@ def fit_dense(
     def measure() -> tuple[float, float]:
         assert held_out is not None
         parts = [keras.ops.convert_to_numpy(body(Z, training=False)) for _, Z in held_out.pieces()]
+        if held_out.labels.ndim > 1:
+            made, theirs = map(keras.ops.convert_to_tensor, (np.concatenate(parts), held_out.labels))
+            means = of_rows.values(spec, made, theirs, 0.0)[0], of_rows.measure(spec, made, theirs)
+            lost, right = (float(keras.ops.convert_to_numpy(one).mean()) for one in means)
+            return lost, right
         logits = two_columns(np.concatenate(parts).astype(np.float64))
         right = float(np.mean(logits.argmax(axis=1) == held_out.labels))
         return log_loss(softmax(logits), held_out.labels), right  # without the l2 penalty
@@ -98,6 +111,7 @@ def fit_dense(
         epochs=settings.epochs,
         patience=settings.patience,
         progress=progress,
+        measured=of_rows.name,
     )
     body.set_weights(best)
     return folded(), history
@@ -167,9 +181,11 @@ def _training_body(settings: DenseParameters, width: int, outputs: int) -> tuple
     return keras.Model(start, tensor), folded
 
 
-def _loss(outputs: int) -> Any:
+def _loss(spec: BankSpec) -> Any:
     losses = load_keras().losses
-    kind = losses.BinaryCrossentropy if outputs == 1 else losses.CategoricalCrossentropy
+    if spec.loss != "softmax":
+        return lambda y, logits: LOSSES[spec.loss].values(spec, logits, y, 0.0)[0]
+    kind = losses.BinaryCrossentropy if spec.outputs == 1 else losses.CategoricalCrossentropy
     return kind(from_logits=True)
 
 

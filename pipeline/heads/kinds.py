@@ -38,8 +38,8 @@ KINDS: dict[str, type[Head]] = {
 _LOGISTIC, _RIDGE = "sklearn.linear_model.LogisticRegression", "sklearn.linear_model.RidgeClassifier"
 _NEIGHBOURS = "sklearn.neighbors.KNeighborsClassifier"
 OF_TASK: dict[str, dict[str, type[Head]]] = {
-    "multilabel": {_LOGISTIC: LogisticColumns, _NEIGHBOURS: NeighbourColumns},
-    "regression": {_RIDGE: RidgeColumns, _NEIGHBOURS: NeighbourColumns},
+    "multilabel": {_LOGISTIC: LogisticColumns, _NEIGHBOURS: NeighbourColumns, DENSE: KerasHead},
+    "regression": {_RIDGE: RidgeColumns, _NEIGHBOURS: NeighbourColumns, DENSE: KerasHead},
 }
 
 
@@ -88,6 +88,8 @@ def make_head(
         check_choice("pool", pool, POOLINGS)
     preset = find_preset(name)
     kind = kind_of(name, preset, task)
+    if refused := sorted(set(task.refused) & set(params)):
+        raise ConfigurationError(f"head {name!r}: {refused[0]} does not fit --task {task.name}; leave it out")
     parameters = kind.parse_parameters(name, preset, params, len(classes) or 3)
     head = kind(name, preset.kind, parameters, pool=pool, usual_pool=preset.pool, seed=seed)
     head.task, head.classes, head.layer, head.fingerprint = task, tuple(classes), layer, fingerprint
@@ -189,6 +191,18 @@ def head_of(run: Run, *, trust: bool = False) -> Head:
             raise RunError(f"{run.folder / 'head.json'}: {name} is {own!r}, but config.yaml says {noted!r}")
     head.name = run.config["head"]["name"]
     return head
+
+
+def layered(task: Task) -> list[str]:
+    """Names of the heads of a task that are, or have an equivalent of, dense layers."""
+    fitting = KINDS if task is CLASSIFICATION else OF_TASK[task.name]
+    return [name for name in heads_of(task) if fitting[PRESETS[name].kind].has_dense_form(PRESETS[name].kind)]
+
+
+def has_layers(run: Run) -> bool:
+    """Whether the head of a run is, or has an equivalent of, dense layers."""
+    name = run.config["head"]["name"]
+    return name in layered(run.task) or can_finetune(run)
 
 
 def can_finetune(run: Run) -> bool:

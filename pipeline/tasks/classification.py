@@ -65,6 +65,14 @@ class Classification(Task):
     def activate(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         return softmax(two_columns(logits) / temperature)
 
+    loss_name = activation = "softmax"
+    refused = ()
+
+    def network_targets(
+        self, y: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None, *, balanced: bool = False
+    ) -> np.ndarray:
+        return y
+
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return log_loss(predictions, y)
 

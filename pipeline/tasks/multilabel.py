@@ -19,7 +19,7 @@ from pipeline.intervals import wilson_interval
 from pipeline.scores.metrics import BINS
 from pipeline.tasks.bootstrap import percentiles, row_weights
 from pipeline.tasks.folds import iterative_folds
-from pipeline.tasks.task import Rows, Scores, Task, metrics_file
+from pipeline.tasks.task import Rows, Scores, Task, metrics_file, packed
 
 HALF = 0.5  # the threshold of a label that holds nowhere in the validation split
 _CELLS = {0: "0", 1: "1", UNKNOWN: ""}
@@ -87,6 +87,13 @@ class Multilabel(Task):
 
         return np.asarray(expit(np.asarray(logits, np.float64) / temperature))
 
+    loss_name = activation = "sigmoid"
+
+    def network_targets(
+        self, y: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None, *, balanced: bool = False
+    ) -> np.ndarray:
+        return packed(y, scale, balanced_weights(y) if balanced else None)
+
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return cell_loss(predictions, y)
 
@@ -99,7 +106,11 @@ class Multilabel(Task):
         values = np.asarray(predictions, np.float64)
         _check(values, y, names)
         known = known_cells(y)
-        chosen = [line["threshold"] for line in before["per_class"]] if before else [None] * len(names)
+        chosen = (
+            [line["threshold"] for line in before["per_class"]]
+            if before and before["per_class"]
+            else [None] * len(names)
+        )
         lines = [
             _label_scores(name, values[there, k], y[there, k] == 1, threshold)
             for k, (name, there, threshold) in enumerate(zip(names, known.T, chosen, strict=True))
@@ -164,6 +175,14 @@ class Multilabel(Task):
 
     def answer(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> dict[str, Any]:
         return {"labels": labels_of(values, names, before)}
+
+
+def balanced_weights(y: np.ndarray) -> np.ndarray:
+    """Weight of each cell, float64 (n, c): known / (2 x those alike in its column), 0 for unknown; scikit-learn's "balanced"."""
+    known = known_cells(y)
+    positives, total = (y == 1).sum(axis=0), known.sum(axis=0)
+    shares = np.where(y == 1, total / (2 * np.maximum(positives, 1)), total / (2 * np.maximum(total - positives, 1)))
+    return np.asarray(shares * known)
 
 
 def labels_of(values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[str]:

@@ -79,6 +79,18 @@ class Regression(Task):
     def activate(self, logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
         return np.asarray(logits, np.float64)
 
+    loss_name = "squared"
+    activation = "linear"
+    predicted = "numbers"
+
+    def parity_unit(self, expected: np.ndarray) -> float:
+        return max(1.0, float(np.abs(expected).max()))
+
+    refused = ("calibrate", "mixup", "label_smoothing", "class_weight")
+
+    def scale(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        return np.nanmean(y, axis=0), np.nanstd(y, axis=0)
+
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return squared_loss(predictions, y, trained)
 

@@ -44,6 +44,23 @@ def squared_loss(predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) ->
     return float(np.square(gaps).sum() / max(1, known.sum()))
 
 
+def packed(y: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None, weights: np.ndarray | None = None) -> np.ndarray:
+    """Targets and their weights side by side, float32 (n, 2c), as networks are trained on: weight 0 where one is unknown.
+
+    Parameters
+    ----------
+    y : uint8 or float64, (n, c)
+    scale : pair of float64 (c,), optional
+        Mean that is subtracted from each column, and deviation that it is divided by.
+    weights : float64, (n, c), optional
+        Weights of the known cells; 1 by default.
+    """
+    known = known_cells(y)
+    mean, deviation = (0.0, 1.0) if scale is None else scale
+    targets = np.where(known, (np.where(known, y, 0) - mean) / deviation, 0)
+    return np.hstack([targets, known * (1.0 if weights is None else weights)]).astype(np.float32)
+
+
 class Task(abc.ABC):
     """One kind of prediction.
 
@@ -122,6 +139,27 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         """Loss of predictions for rows that were held out; ``trained``: the targets of the rows that were not."""
+
+    # -- networks
+    activation: ClassVar[str]  # of the outputs of an exported model, as Keras calls it
+    predicted: ClassVar[str] = "probabilities"  # what these are
+
+    def parity_unit(self, expected: np.ndarray) -> float:
+        """Unit in which an exported model may differ from a run."""
+        return 1.0
+
+    loss_name: ClassVar[str]  # key of `pipeline.heads.bank_math.LOSSES`
+    refused: ClassVar[tuple[str, ...]] = ("calibrate", "mixup")  # parameters of networks that mean nothing here
+
+    def scale(self, y: np.ndarray) -> tuple[np.ndarray, np.ndarray] | None:
+        """Mean and deviation of each column to standardise targets with, float64 (c,); None if they are not."""
+        return None
+
+    def network_targets(
+        self, y: np.ndarray, scale: tuple[np.ndarray, np.ndarray] | None, *, balanced: bool = False
+    ) -> np.ndarray:
+        """What a network is trained on; ``balanced``: with weights, where a task has them for each cell."""
+        return packed(y, scale)
 
     # -- scores
     @abc.abstractmethod
