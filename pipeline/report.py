@@ -111,10 +111,10 @@ def make_report(
         If ``out`` is a folder, a device or a file other than an HTML page, ``by`` is unknown, or ``audit`` is malformed.
     """
     check_choice(by)
-    found, damaged = find_runs(root)
-    runs = [run for run in found if run.task.one_class]
-    if found and len(runs) < len(found):
-        said = f"{root}: {counted(len(found) - len(runs), 'run')} of another task than classification"
+    every, damaged = find_runs(root)
+    runs = [run for run in every if run.task.one_class]
+    if len(runs) < len(every):
+        said = f"{root}: {counted(len(every) - len(runs), 'run')} of another task than classification"
         if not runs:
             raise RunError(f"{said}, and reports are about classes; bottleneck leaderboard compares them")
         logger.warning("%s left out; bottleneck leaderboard lists them", said)
