@@ -136,6 +136,7 @@ bench: setup  ## run the benchmarks and print ratios (three quarters of an hour)
 	$(BIN)/python tests/benchmarks/bench_extract.py --json bench-mobilenetv2.json
 	$(BIN)/python tests/benchmarks/bench_process.py --json bench-process.json
 	$(BIN)/python tests/benchmarks/bench_bank.py
+	$(BIN)/python tests/benchmarks/bench_tasks.py
 	$(BIN)/python tests/benchmarks/bench_answers.py
 	$(BIN)/python tests/benchmarks/bench_finetune.py --json bench-finetune.json
 	$(BIN)/python tests/benchmarks/bench_cluster.py bench-cluster.json

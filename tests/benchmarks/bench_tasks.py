@@ -66,7 +66,8 @@ def compose(folder: Path, images: int, most: int | None = None) -> Path:
     if manifest.exists():
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
-    generator, lines, used = np.random.default_rng(0), ["path,tags,split"], {}
+    generator, lines = np.random.default_rng(0), ["path,tags,split"]
+    used: dict[Path, str] = {}  # photograph -> the split of its grids
     by_split = split_photographs(photographs(most))
     shares = dict(zip(SPLITS, (0.6, 0.2, 0.2), strict=True))
     for split, pool in by_split.items():
@@ -139,7 +140,7 @@ def bank_ratio(store: FeatureStore, task: str, heads: int, epochs: int) -> dict[
     X_validation, y_validation = store.load("validation")
     data = prepare(X, y, pool="none", X_validation=X_validation, y_validation=y_validation)
     rates = np.geomspace(1e-4, 1e-2, heads)
-    common = {"task": TASKS[task], "epochs": epochs, "patience": 0}
+    common: dict[str, Any] = {"task": TASKS[task], "epochs": epochs, "patience": 0}
     many = [make_head("dense", learning_rate=float(rate), **common) for rate in rates]
     fit_companions(many[:1], data, 0)  # what is compiled once is not counted
     many = [make_head("dense", learning_rate=float(rate), **common) for rate in rates]
