@@ -204,6 +204,15 @@ def test_a_run_that_validation_ended_or_chose_promises_nothing(tmp_path: Path) -
             promised(run, store, Asked(0.9), chosen_by)
 
 
+def test_a_streamed_head_that_validation_ended_is_known(tmp_path: Path) -> None:
+    run = made_run(tmp_path, "sgd-0000000001", head="sgd")
+    assert not run.uses_validation
+    for parameters, expected in (({}, True), ({"solver": "keras"}, False)):
+        run.environment["streamed"] = True
+        run.config["head"]["parameters"] = parameters
+        assert run.uses_validation is expected
+
+
 # --- telling -----------------------------------------------------------------------------------------------
 
 

@@ -173,9 +173,8 @@ def promised(run: Run, store: Any, asked: Asked, chosen_by: str = "", out_of_fol
     """
     if not asked.option:
         return run
-    spent = run.stops_on_validation or bool(run.environment.get("streamed"))
     found = []
-    if not spent and chosen_by != VALIDATION:
+    if not run.uses_validation and chosen_by != VALIDATION:
         found.append(_validation_rows(run, store))
     if chosen_by != FOLDS and out_of_fold is not None:
         found.append(_rows_out_of_fold(store, out_of_fold))

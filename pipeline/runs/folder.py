@@ -219,6 +219,12 @@ class Run:
         return self.config["stage"] == "finetune" or (dense and head["parameters"].get("stop_on") != "train")
 
     @property
+    def uses_validation(self) -> bool:
+        """Whether validation images had a part in training: they chose the epoch, or ended that of a streamed ``sgd`` head."""
+        streamed = bool(self.environment.get("streamed")) and "solver" not in self.config["head"]["parameters"]
+        return self.stops_on_validation or streamed
+
+    @property
     def settings(self) -> str:
         """Parameters, pooling and seed that differ from the defaults of the head, as ``name=value`` separated by spaces."""
         head = self.config["head"]
