@@ -8,13 +8,16 @@ judged by the head of all training rows.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
+from features.machine import processors
 from features.progress import Progress
 from pipeline.heads.classifier_table import CLASSIFIERS
 from pipeline.heads.estimators import make_estimator
@@ -95,7 +98,8 @@ def held_out(
         chances = _out_of_fold(Z, labels, classes, folds, strength, seed)
     of_others = [np.zeros((0, classes), np.float32)]
     if len(others):
-        model = _fitted(Z, labels, strength, seed)
+        with _approximate():
+            model = _fitted(Z, labels, strength, seed)
         of_others += [_probabilities(model, transform(piece), classes) for piece in vectors(others)]
     return HeldOut(chances, strength, np.concatenate(of_others))
 
@@ -166,20 +170,34 @@ def _together(groups: np.ndarray, copies: np.ndarray) -> np.ndarray:
 def _out_of_fold(
     Z: np.ndarray, y: np.ndarray, classes: int, folds: np.ndarray, strength: float, seed: int
 ) -> np.ndarray:
+    """Probabilities of the rows in a fold, float32 (n, c), NaN elsewhere; folds take turns on the processors."""
+    from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
+
     found = np.full((len(y), classes), np.nan, np.float32)
-    for fold in range(folds.max(initial=-1) + 1):
+
+    def judge(fold: int) -> None:
         rows, tested = (folds != -2) & (folds != fold), folds == fold
         found[tested] = _probabilities(_fitted(Z[rows], y[rows], strength, seed), Z[tested], classes)
+
+    # One thread for each fold: the threads of a matrix product would wait for each other.
+    with threadpool_limits(1), _approximate(), ThreadPoolExecutor(processors(), "folds") as pool:
+        list(pool.map(judge, range(folds.max(initial=-1) + 1)))
     return found
 
 
 def _fitted(Z: np.ndarray, y: np.ndarray, strength: float, seed: int) -> Any:
+    estimator = make_estimator(LOGISTIC, {"C": strength, "tol": TOLERANCE, **CLASSIFIERS[LOGISTIC].fixed}, seed)
+    return estimator.fit(Z, y)
+
+
+@contextlib.contextmanager
+def _approximate() -> Iterator[None]:
+    """Say nothing of fits that stop early: an approximate one is good enough for ranking."""
     from sklearn.exceptions import ConvergenceWarning
 
-    estimator = make_estimator(LOGISTIC, {"C": strength, "tol": TOLERANCE, **CLASSIFIERS[LOGISTIC].fixed}, seed)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # an approximate fit is good enough for ranking
-        return estimator.fit(Z, y)
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
 
 
 def _probabilities(model: Any, Z: np.ndarray, classes: int) -> np.ndarray:
