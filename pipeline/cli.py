@@ -46,7 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(arguments: list[str] | None) -> int:
     logging.basicConfig(level=logging.WARNING, handlers=[StderrHandler()])
-    leave_out("matplotlib", "sklearn")
+    leave_out("matplotlib", "pandas", "sklearn")
     for name in TELLING:
         logging.getLogger(name).setLevel(logging.INFO)
     try:

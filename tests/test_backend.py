@@ -88,7 +88,7 @@ from features.networks.backend import load_keras
 from pipeline.cli import main
 assert main(["--version"]) == 0
 keras = load_keras()
-print(sorted({"matplotlib", "sklearn"} & set(sys.modules)))
+print(sorted({"matplotlib", "pandas", "sklearn"} & set(sys.modules)))
 import matplotlib.pyplot, sklearn.linear_model  # as the command line itself does
 print(keras.wrappers.SKLearnClassifier.__name__)
 """

@@ -13,6 +13,7 @@ import pytest
 from features.errors import RunError
 from pipeline.cli import main
 from pipeline.exporting.artefacts import is_artefact, open_artefact, read_card, write_card
+from pipeline.exporting.formats import FORMATS, convert
 from pipeline.exporting.saved_model import CALLS, COMPUTING, check_saved_model
 
 GOLDEN = Path(__file__).parent / "golden" / "runs" / "exports" / "mlp-256-calibrated"
@@ -232,3 +233,41 @@ def test_exports_of_other_networks_consist_of_the_list(name: str) -> None:
     graph = traced.graph.as_graph_def()
     used = {node.op for item in (graph.node, *(inner.node_def for inner in graph.library.function)) for node in item}
     assert used - COMPUTING - CALLS == {"ReadVariableOp"}
+
+
+@pytest.mark.slow
+def test_an_export_is_what_keras_itself_exports(tmp_path: Path) -> None:
+    import keras
+    import tensorflow as tf
+
+    images = keras.Input((None, None, 3), dtype="uint8", name="images")
+    maps = keras.layers.BatchNormalization()(
+        keras.layers.Conv2D(4, 3, padding="same")(keras.layers.Rescaling(1 / 127.5)(images))
+    )
+    model = keras.Model(images, keras.layers.GlobalAveragePooling2D()(maps), trainable=False)
+    for name in ("saved_model", "litert"):
+        row = FORMATS[name]
+        convert(model, "keras", row, tmp_path / f"ours{row.suffix}")
+        model.export(
+            str(tmp_path / f"keras{row.suffix}"), format="litert" if row.suffix else "tf_saved_model", verbose=False
+        )
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["keras", "keras.tflite", "ours", "ours.tflite"]
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 9, 8, 3), dtype=np.uint8)
+    said = []
+    for name in ("keras", "ours"):
+        loaded = tf.saved_model.load(str(tmp_path / name))
+        serving = loaded.signatures["serving_default"]
+        lists = [
+            [item.shape for item in getattr(loaded, f"{kind}variables")]
+            for kind in ("", "trainable_", "non_trainable_")
+        ]
+        said.append(
+            (
+                sorted(loaded.signatures), serving.structured_input_signature, serving.structured_outputs, lists,
+                loaded.serve(pixels).numpy().tolist(), FORMATS["litert"].load(tmp_path / f"{name}.tflite")(pixels).tolist(),
+            )
+        )  # fmt: skip
+    assert said[0] == said[1]
+    assert len(said[0][3][0]) == 6
+    check_saved_model(tmp_path / "ours")
+    np.testing.assert_allclose(said[1][4], np.asarray(model(pixels)), rtol=1e-5, atol=1e-6)

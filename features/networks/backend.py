@@ -41,8 +41,8 @@ _OUT_OF_MEMORY = (  # letters of an error's class and text
 def leave_out(*modules: str) -> None:
     """Let ``load_keras`` load Keras without these modules, if this process has not loaded them.
 
-    Keras imports scikit-learn and matplotlib for its wrappers and galleries, which is a third of its start. It takes them
-    for not installed, so this is for programs that use neither; they themselves import both as usual.
+    Keras imports scikit-learn, matplotlib and pandas for its wrappers, galleries and tables, which is a third of its start.
+    It takes them for not installed, so this is for programs that hand it none of theirs; they import them as usual.
     """
     _left_out[:] = modules
 

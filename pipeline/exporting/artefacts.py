@@ -227,5 +227,5 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    leave_out("matplotlib", "sklearn")
+    leave_out("matplotlib", "pandas", "sklearn")
     sys.exit(main(sys.argv[1:]))

@@ -468,7 +468,7 @@ def variants(options: Any) -> None:
     import torch
 
     from features.networks.backbones import feature_model, preprocess
-    from features.networks.backend import exact_float32
+    from features.networks.backend import exact_float32, place_of
     from features.networks.folding import fold_batch_norms
     from features.networks.keras_engine import compute_in
 
@@ -486,7 +486,7 @@ def variants(options: Any) -> None:
         model = feature_model(network.load(), [(item.layer, item.pooling) for item in network.recipes])
         prepare = preprocess(network.backbone.preprocessing)
         if fold:
-            with keras.device(f"{DEVICE}:0"):
+            with keras.device(place_of(DEVICE)):
                 sample = keras.ops.convert_to_numpy(
                     prepare(keras.ops.cast(keras.ops.convert_to_tensor(images[:2]), "float32"))
                 )
