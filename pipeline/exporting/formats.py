@@ -11,7 +11,6 @@ import functools
 import importlib.util
 import logging
 import os
-import tempfile
 import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -26,6 +25,7 @@ from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
 from features.networks.onnx_engine import import_onnxruntime
 from features.networks.openvino_engine import import_openvino, write_graph
+from features.temporary import temporary_folder
 from pipeline.exporting.saved_model import check_saved_model
 
 CARD = "bottleneck.json"  # name of the card, if it is a file
@@ -197,9 +197,9 @@ def _write_litert(model: Any, path: Path) -> None:
     """Convert the SavedModel for LiteRT, as Keras does; operations that LiteRT does not have are left to TensorFlow's."""
     import tensorflow as tf
 
-    with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        _write_saved_model(model, Path(folder))
-        converter = tf.lite.TFLiteConverter.from_saved_model(folder)
+    with temporary_folder(path) as folder:
+        _write_saved_model(model, folder)
+        converter = tf.lite.TFLiteConverter.from_saved_model(str(folder))
         converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS, tf.lite.OpsSet.SELECT_TF_OPS]
         converter.experimental_enable_resource_variables = True
         path.write_bytes(converter.convert())
