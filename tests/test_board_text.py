@@ -19,7 +19,7 @@ FOREST = "sklearn.ensemble.HistGradientBoostingClassifier"
 def row(number: int, **changes: Any) -> dict[str, Any]:
     values = {
         "run_id": f"{FOREST}-{number:010d}", "chosen": number == 1, "head": FOREST, "settings": "max_iter=100 seed=3",
-        "features": "mobilenetv2/out_relu.avg", "accuracy": 0.9, "balanced_accuracy": 0.8, "log_loss": 0.25, "ece": 0.01,
+        "features": "mobilenetv2/out_relu.avg", "accuracy": 0.9, "accuracy_interval": None, "balanced_accuracy": 0.8, "log_loss": 0.25, "ece": 0.01,
         "n": 100, "cv_accuracy": None, "cv_interval": None, "test_accuracy": None, "fit_seconds": 1.0,
         "parameters": None, "data": "d" * 10, "comparable": True, "stage": "head",
     }  # fmt: skip

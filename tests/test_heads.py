@@ -371,8 +371,8 @@ def test_an_edited_head_json_is_refused(changes: dict[str, Any], message: str, t
 
 def test_another_version_is_refused(tmp_path: Path) -> None:
     shared("ridge", classes=3)[0].save(tmp_path)
-    edit(tmp_path, format=3)
-    with pytest.raises(FormatVersionError, match="format 3 is not known"):
+    edit(tmp_path, format=9)
+    with pytest.raises(FormatVersionError, match="format 9 is not known"):
         load_head(tmp_path)
 
 

@@ -136,7 +136,7 @@ def test_answers_that_are_not_sure_enough_are_withheld(
     colours: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     run, _ = pipeline.predict.taken("run", PredictOptions())
-    monkeypatch.setattr(run, "metrics", {"answers": PROMISE})
+    monkeypatch.setattr(run, "metrics", {"answers": PROMISE, "validation": {}})
     document = predict("run", images, out=tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="") as stream:
         rows = {row["file"]: row for row in csv.DictReader(stream)}

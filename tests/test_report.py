@@ -35,6 +35,7 @@ from pipeline.reporting.thumbnails import Pictures
 from pipeline.runs.folder import Predictions, Run
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import calibration_error, evaluate
+from pipeline.tasks.table import CLASSIFICATION
 
 HOSTILE = '"><script>window.hacked=1</script>'
 
@@ -61,7 +62,7 @@ def run_folder(
     """A finished run of made-up predictions; its head is never opened."""
     head = SimpleNamespace(
         files=("head.json",), name="logistic", pool="none", parameters=LogisticParameters(C=0.5), seed=0,
-        classes=tuple(classes), parameter_count=7, save=lambda folder: (folder / "head.json").write_text("{}"),
+        classes=tuple(classes), parameter_count=7, task=CLASSIFICATION, save=lambda folder: (folder / "head.json").write_text("{}"),
     )  # fmt: skip
     if features is None:
         values = {

@@ -181,6 +181,9 @@ def test_every_command_has_quiet_and_those_with_a_document_have_json() -> None:
 
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     assert {"extract", "train-head", "finetune", "predict", "export", "leaderboard"} <= set(commands)
+    groups = [name for name, command in commands.items() if hasattr(command, "commands")]
+    for name in groups:
+        commands |= {f"{name} {inner}": command for inner, command in commands.pop(name).commands.items()}
     for name, command in commands.items():
         options = {option for parameter in command.params for option in parameter.opts}
         assert {"--quiet", "-q"} <= options, name
