@@ -26,7 +26,6 @@ from features.extraction.planning import Identity, Plan, make_plan
 from features.extraction.precision import check_precision, some_rows
 from features.extraction.running import MadeShard, Reconciliation, ShardRunner, Work, run_here
 from features.files import behind_link, locked, printable, sweep, writable_folder
-from features.machine import processors
 from features.networks.quantised import find, keep, keep_only, networks_of_store
 from features.progress import Progress, counted
 from features.recipe import Recipe
@@ -106,7 +105,7 @@ class Extraction:
     ) -> None:
         self.images, self.network, self.options, self.run_shards = images, network, options, run_shards
         self.out = behind_link(out)
-        self.workers = options.workers or processors()
+        self.workers = options.workers or images.threads
         self.parts = PartsFolder(parts_folder(self.out))
         self._checked: dict[str, Any] | None = None
 

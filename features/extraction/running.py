@@ -22,7 +22,6 @@ from features.extraction.announcing import Announcer
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import Infer, ShardRecord, ShardSpec, extract_shard
 from features.files import printable
-from features.machine import processors
 from features.networks.engines import Engine
 from features.pixels.processes import DecodeProcesses, how_many
 from features.recipe import Recipe
@@ -110,7 +109,7 @@ def run_here(work: Work, advance: Advance) -> Generator[MadeShard, None, None]:
 
     with (
         _decode_processes(work) as processes,
-        ThreadPoolExecutor(work.options.workers or processors(), "decode") as decoders,
+        ThreadPoolExecutor(work.options.workers or work.images.threads, "decode") as decoders,
         ThreadPoolExecutor(SHARDS_IN_FLIGHT, "shard") as runners,
     ):
         try:

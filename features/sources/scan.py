@@ -21,6 +21,7 @@ import numpy as np
 
 from features.canonical import check_choice
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
+from features.machine import processors
 from features.pixels.decode import read_bytes
 from features.progress import counted
 from features.sources import parquet, remote, webdataset
@@ -38,6 +39,7 @@ from features.targets import CLASSIFICATION, MULTILABEL, TASKS, TYPES, UNKNOWN, 
 logger = logging.getLogger(__name__)
 
 MANIFEST_SUFFIXES = (".csv", ".parquet")
+_WAITING = 16  # threads that wait for a store at the same time
 OTHER_ARCHIVES = (".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
@@ -118,6 +120,11 @@ class ImageSet:
     def strata(self) -> np.ndarray:
         """A number for images that are alike, int32, (n,), -1 for unlabelled: the label, or `Target.strata`."""
         return self.labels if self.target is None else self.target.strata
+
+    @property
+    def threads(self) -> int:
+        """How many threads read and decode: one for each processor, more where reading is waiting for a store."""
+        return processors() if self.versions is None else max(_WAITING, processors())
 
     def evenly(self, limit: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Choose at most ``limit`` of these rows, or of all, taken in turn from each class and given split.

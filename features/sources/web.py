@@ -56,6 +56,7 @@ def _dial(host: str, port: int, *, allowed: bool) -> socket.socket:
         try:
             connection.settimeout(_TIMEOUT)
             connection.connect(place)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)  # as http.client does
             return connection
         except OSError as error:
             connection.close()
