@@ -10,13 +10,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 from labelling import Book, coloured_store
+from targeted import labels_of, target_store, thirds
 
 from features.errors import ConfigurationError, LabelsError
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore
+from features.targets import Target
 from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN, read_labels
-from pipeline.labels.overlay import Counts, effective, excluded_rows, target_of, with_labels
+from pipeline.labels.overlay import Counts, effective, effective_target, excluded_rows, target_of, with_labels
 
 CLASSES = ("cat", "dog")
 NAMES = "abcdefgh"
@@ -215,3 +217,55 @@ def test_labels_of_another_length_are_refused(store: FeatureStore) -> None:
     few = np.zeros(3, np.int32)
     with pytest.raises(ConfigurationError, match=r"labels: received \(3,\), expected 12 numbers from -1 to 1"):
         RelabelledStore(store, store.classes, few, few.astype(np.int8), {})
+
+
+# -- stores of another task
+def target_of_rows(values: list[list[float]], kind: str) -> Target:
+    return Target("tags", ("big", "red")[: len(values[0])], np.array(values, kind))
+
+
+def test_several_labels_and_their_splits(book: Book) -> None:
+    given = target_of_rows([[1, 0]] * 6 + [[255, 255]] * 2, "u1")
+    book.add("a", "red").add("b", ";").add("e", "big | red").add("f", UNKNOWN).add("g", "red;big", "tags")
+    found, splits, counts = effective_target(read_labels(book.path), given, SPLIT, None, HASHES, "tags")
+    expected = [[0, 1], [0, 0], [1, 0], [1, 0], [1, 1], [255, 255], [1, 1], [255, 255]]
+    assert (found.values.tolist(), found.values.dtype, found.columns) == (expected, np.uint8, ("big", "red"))
+    assert [SPLITS[k] for k in splits] == [*4 * ["train"], "validation", "unlabelled", "train", "unlabelled"]
+    assert counts == Counts(decided=5, corrected=3, added=1, unknown=1, tested=1)
+    book.add("a", "blue")
+    with pytest.raises(LabelsError, match="the label 'blue' is none of the target, expected big, red"):
+        effective_target(read_labels(book.path), given, SPLIT, None, HASHES, "tags")
+
+
+def test_numbers(book: Book) -> None:
+    given = target_of_rows([[1.5, 2]] * 6 + [[np.nan, np.nan]] * 2, "<f8")
+    book.add("a", "1.5;2").add("b", "-3; 4e2").add("c", ";7").add("g", "0;0")
+    found, splits, counts = effective_target(read_labels(book.path), given, SPLIT, None, HASHES, "tags")
+    np.testing.assert_array_equal(
+        found.values[[0, 1, 2, 6, 7]], [[1.5, 2], [-3, 400], [np.nan, 7], [0, 0], 2 * [np.nan]]
+    )
+    assert counts == Counts(decided=4, corrected=2, added=1)
+    assert splits.tolist() == [0, 0, 0, 0, 1, 2, 0, 3]
+    for wrong in ("1", "1;x", "1;inf", "1;2;3"):
+        book.add("a", wrong)
+        with pytest.raises(
+            LabelsError, match=f"received '{wrong}', expected 2 numbers with ';' between them, of big, red"
+        ):
+            effective_target(read_labels(book.path), given, SPLIT, None, HASHES, "tags")
+
+
+def test_a_store_of_another_task_under_labels(book: Book, tmp_path: Path) -> None:
+    X, values = labels_of(20)
+    store = target_store(tmp_path / "tags.h5", X, values, thirds(20), ("a", "b", "c"))
+    book.add(digest(store, 0), "a;c" if values[0].tolist() != [1, 0, 1] else "b").add(digest(store, 1), EXCLUDE)
+    labelled = with_labels(store, book.path)
+    assert labelled.y[0].tolist() == ([1, 0, 1] if values[0].tolist() != [1, 0, 1] else [0, 1, 0])
+    np.testing.assert_array_equal(labelled.y[2:], values[2:])
+    assert labelled.rows("unlabelled").tolist() == [1]
+    assert labelled.data_digest != store.data_digest
+    again = pickle.loads(pickle.dumps(labelled))  # noqa: S301  # our own
+    assert again.data_digest == labelled.data_digest
+    book.add(digest(store, 0), WITHDRAWN).add(digest(store, 1), WITHDRAWN)
+    assert with_labels(store, book.path).data_digest == store.data_digest
+    with pytest.raises(LabelsError, match="none of its 1 decision is about one of the 20 images"):
+        with_labels(store, Book(tmp_path / "other.csv").add("x", "a").path)

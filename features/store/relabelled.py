@@ -15,6 +15,7 @@ import numpy as np
 from features.errors import ConfigurationError
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
+from features.targets import Target
 
 
 class RelabelledStore(FeatureStore):
@@ -32,6 +33,8 @@ class RelabelledStore(FeatureStore):
         Index into ``features.sources.splits.SPLITS``.
     labelled_by : mapping
         Where they come from, as plain values.
+    target : Target, optional
+        What is to be predicted instead of the target of the store, if it has one.
 
     Raises
     ------
@@ -46,6 +49,7 @@ class RelabelledStore(FeatureStore):
         labels: np.ndarray,
         splits: np.ndarray,
         labelled_by: Mapping[str, Any],
+        target: Target | None = None,
     ) -> None:
         for name, values, most in (("labels", labels, len(classes) - 1), ("splits", splits, len(SPLITS) - 1)):
             low = -1 if name == "labels" else 0
@@ -53,7 +57,8 @@ class RelabelledStore(FeatureStore):
                 raise ConfigurationError(
                     f"{store.path}: {name}: received {values.shape}, expected {len(store)} numbers from {low} to {most}"
                 )
-        images = dataclasses.replace(store.images, labels=labels.astype(np.int32), splits=splits.astype(np.int8))
+        table, labels, splits = store.images, labels.astype(np.int32), splits.astype(np.int8)
+        images = dataclasses.replace(table, labels=labels, splits=splits, target=target)
         self.__dict__.update({key: value for key, value in vars(store).items() if key != "data_digest"})
         self._store = store  # whose open file this one reads
         self.images, self.classes, self.labelled_by = images, tuple(classes), dict(labelled_by)
@@ -65,5 +70,5 @@ class RelabelledStore(FeatureStore):
 
     def __reduce__(self) -> tuple[Callable[..., FeatureStore], tuple[Any, ...]]:
         table = self.images
-        again = functools.partial(RelabelledStore, labelled_by=self.labelled_by)
+        again = functools.partial(RelabelledStore, labelled_by=self.labelled_by, target=table.target)
         return again, (self._store, self.classes, table.labels, table.splits)

@@ -41,6 +41,11 @@ def write_manifest(store: FeatureStore, out: Path, *, without: np.ndarray, root:
     SourceError
         If the images are not files of a folder.
     """
+    if store.images.target is not None:
+        raise SourceError(
+            f"{store.path}: is for --task {store.images.target.task}, and labels apply writes manifests of classes only; train "
+            "with --labels instead"
+        )
     folder = str(root or store.provenance.get("root", ""))
     if not os.path.isdir(folder):
         raise SourceError(

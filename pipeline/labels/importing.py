@@ -70,6 +70,10 @@ def read_export(
     LabelsError
         If the file is no such export, or none of its images is in the store.
     """
+    if store.images.target is not None:
+        raise LabelsError(
+            f"{store.path}: is for --task {store.images.target.task}, and exports of classes are read only"
+        )
     rows = _rows(path)
     annotations = list(TOOLS[tool](path, rows, column))
     places = _Places(store.images.paths)

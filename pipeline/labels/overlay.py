@@ -9,21 +9,24 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from features.errors import BottleneckError, LabelsError, UnreadableImageError
+from features.errors import BottleneckError, LabelsError, UnreadableImageError, nearest
 from features.files import printable
 from features.progress import counted
 from features.sources.scan import ImageSet
-from features.sources.splits import SPLITS, UNLABELLED, listed
+from features.sources.splits import SPLITS, UNLABELLED, listed, number_or_none
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore
 from features.store.schema import digest_rows
+from features.targets import MULTILABEL, REGRESSION, Target, known_cells
+from features.targets import UNKNOWN as UNKNOWN_LABEL
 from pipeline.labels.file import (
     EXCLUDE,
     LABEL,
@@ -110,13 +113,12 @@ class Counts:
 class Effective:
     """Classes, labels int32 (n,) and splits int8 (n,) under a labels file.
 
-    ``excluded`` is bool (n,); ``known`` says whether a decision is about any of the rows.
+    ``known`` says whether a decision is about any of the rows.
     """
 
     classes: tuple[str, ...]
     labels: np.ndarray
     splits: np.ndarray
-    excluded: np.ndarray
     counts: Counts
     known: bool
 
@@ -144,14 +146,16 @@ def with_labels(store: FeatureStore, labels: Labels | str | Path) -> RelabelledS
     Raises
     ------
     LabelsError
-        If there are decisions, and none is about an image of the store; or the store is for another task than classes.
+        If there are decisions, and none is about an image of the store; or a value does not fit the task of the store.
     """
     labels = labels if isinstance(labels, Labels) else read_labels(labels)
     table, original = store.images, store.classes
     if table.target is not None:
-        raise LabelsError(
-            f"{store.path}: is for --task {table.target.task}, and labels files are put over classes only; leave it out"
-        )
+        if len(labels) and not _is_known(labels, table.sha256):
+            raise _not_about(labels, str(store.path), len(store))
+        rows_of = table.splits, table.groups, table.sha256
+        target, splits, counts = effective_target(labels, table.target, *rows_of, target_of(store))
+        return RelabelledStore(store, original, table.labels, splits, record_of(labels, counts), target)
     rows = table.labels, table.splits, table.groups, table.sha256
     found = applied(labels, str(store.path), original, *rows, target_of(store))
     return RelabelledStore(store, found.classes, found.labels, found.splits, record_of(labels, found.counts))
@@ -258,12 +262,15 @@ def applied(labels: Labels, name: str, *rows: Any) -> Effective:
     """
     found = effective(labels, *rows)
     if len(labels) and not found.known:
-        raise LabelsError(
-            f"{labels.path}: none of its {counted(len(labels), 'decision')} is about one of the "
-            f"{counted(len(found.labels), 'image')} of {name}. Decisions belong to the bytes of an image: give the labels "
-            "file of these images, or the images of this file"
-        )
+        raise _not_about(labels, name, len(found.labels))
     return found
+
+
+def _not_about(labels: Labels, name: str, images: int) -> LabelsError:
+    return LabelsError(
+        f"{labels.path}: none of its {counted(len(labels), 'decision')} is about one of the {counted(images, 'image')} of "
+        f"{name}. Decisions belong to the bytes of an image: give the labels file of these images, or the images of this file"
+    )
 
 
 def record_of(labels: Labels, counts: Counts) -> dict[str, Any]:
@@ -315,48 +322,137 @@ def effective(
     target : str
         The target that is decided about. Decisions that name none, or `LABEL`, are about it too.
     """
-    places = labels.latest(sha256, target, LABEL, "")
-    values = _values(labels, places)  # of each row; the last word stands for no decision
-    words = [*labels.values.words, None]
+    words, values, decided = _decided(labels, sha256, target)
     names = [None if word is None else class_of(word) for word in words]
     used = {names[value] for value in np.unique(values).tolist()} - {None}
     every = sorted({*classes, *(name for name in used if name is not None)})
     number = {name: place for place, name in enumerate(every)}
     of_class = np.array([*(number[name] for name in classes), -1], np.int32)
     of_value = np.array([-1 if name is None else number.get(name, -1) for name in names], np.int32)
-    decided, before = places >= 0, of_class[given]
+    before = of_class[given]
     after = np.where(decided, of_value[values], before)
-    now = np.where(decided & (after < 0), UNLABELLED, splits).astype(np.int8)
-    rows, given_splits = _late(labels, target, splits, groups, sha256)
-    late = np.full(len(splits), UNLABELLED, np.int8)
-    late[rows] = given_splits
-    now = np.where((splits == UNLABELLED) & (after >= 0), late, now)
-
-    held, was = (
-        np.bincount(after[after >= 0], minlength=len(every)),
-        np.bincount(before[before >= 0], minlength=len(every)),
-    )
+    held, was = (np.bincount(some[some >= 0], minlength=len(every)) for some in (after, before))
     kept = np.array([name for name in range(len(every)) if held[name] or not was[name]], np.int64)
     renumbered = np.full(len(every) + 1, -1, np.int32)
     renumbered[kept] = np.arange(len(kept))
-    known = np.isin(keys_of(labels.sha256), keys_of(sha256))
-    is_word = {word: np.array([each == word for each in words], bool)[values] for word in (UNKNOWN, EXCLUDE)}
-    changed = decided & (after != before)
-    counts = Counts(
-        decided=int(decided.sum()),
-        corrected=int((changed & (before >= 0) & (after >= 0)).sum()),
-        added=int((changed & (before < 0)).sum()),
-        unknown=int(is_word[UNKNOWN].sum()),
-        excluded=int(is_word[EXCLUDE].sum()),
-        tested=int((changed & (splits == TEST)).sum()),
+    counts = dataclasses.replace(
+        _counted(labels, target, splits, sha256, before >= 0, after >= 0, after != before),
         new_classes=tuple(name for name in every if name not in classes),
         gone_classes=tuple(name for place, name in enumerate(every) if was[place] and not held[place]),
+    )
+    now = _splits(labels, target, splits, groups, sha256, after >= 0)
+    return Effective(tuple(every[place] for place in kept), renumbered[after], now, counts, _is_known(labels, sha256))
+
+
+def effective_target(
+    labels: Labels,
+    target: Target,
+    splits: np.ndarray,
+    groups: Sequence[str] | None,
+    sha256: np.ndarray,
+    name: str,
+) -> tuple[Target, np.ndarray, Counts]:
+    """Apply decisions to rows of several labels or numbers: the target and the splits in effect, as `effective` does.
+
+    A value is the labels that hold, with ``;`` or ``|`` between them (a lone one: none holds), or the number of each column,
+    with ``;`` between them and nothing where it is not known.
+
+    Raises
+    ------
+    LabelsError
+        If a value is no such list; labels and columns are those of the target.
+    """
+    words, codes, decided = _decided(labels, sha256, name)
+    cells = np.full((len(words), target.values.shape[1]), _UNKNOWN_CELL[target.task], target.values.dtype)
+    for code in np.unique(codes[decided]).tolist():
+        if class_of(str(words[code])) is not None:
+            cells[code] = _CELLS[target.task](labels.path, target.columns, str(words[code]))
+    values = np.where(decided[:, None], cells[codes], target.values).astype(target.values.dtype)
+    after = dataclasses.replace(target, values=values)
+    unlike = (known_cells(values) != known_cells(target.values)) | (known_cells(values) & (values != target.values))
+    counts = _counted(labels, name, splits, sha256, target.known, after.known, unlike.any(axis=1))
+    return after, _splits(labels, name, splits, groups, sha256, after.known), counts
+
+
+def _tags(path: Path, columns: Sequence[str], text: str) -> np.ndarray:
+    held = {word.strip() for word in re.split("[;|]", text)} - {""}
+    if strange := sorted(held - set(columns)):
+        raise LabelsError(
+            f"{path}: the label {strange[0]!r:.80} is none of the target, expected {', '.join(columns)[:300]}"
+            f"{nearest(strange[0], columns)}"
+        )
+    return np.array([name in held for name in columns], np.uint8)
+
+
+def _numbers(path: Path, columns: Sequence[str], text: str) -> np.ndarray:
+    parts = [part.strip() for part in text.split(";")]
+    found = [number_or_none(part) if part else float("nan") for part in parts]
+    if len(found) != len(columns) or None in found or np.isinf(np.array(found, np.float64)).any():
+        raise LabelsError(
+            f"{path}: received {text!r:.80}, expected {counted(len(columns), 'number')} with ';' between them, of "
+            f"{', '.join(columns)[:300]}"
+        )
+    return np.array(found, np.float64)
+
+
+_CELLS: dict[str, Callable[[Path, Sequence[str], str], np.ndarray]] = {MULTILABEL: _tags, REGRESSION: _numbers}
+_UNKNOWN_CELL = {MULTILABEL: UNKNOWN_LABEL, REGRESSION: float("nan")}
+
+
+def _decided(labels: Labels, sha256: np.ndarray, target: str) -> tuple[list[str | None], np.ndarray, np.ndarray]:
+    """All values, the number of each row's value, int64 (n,), and whether there is a decision about it, bool (n,).
+
+    The last value, None, stands for no decision.
+    """
+    places = labels.latest(sha256, target, LABEL, "")
+    return [*labels.values.words, None], _values(labels, places), places >= 0
+
+
+def _is_known(labels: Labels, sha256: np.ndarray) -> bool:
+    """Whether a decision is about any of the rows."""
+    return bool(np.isin(keys_of(labels.sha256), keys_of(sha256)).any())
+
+
+def _splits(
+    labels: Labels,
+    target: str,
+    splits: np.ndarray,
+    groups: Sequence[str] | None,
+    sha256: np.ndarray,
+    labelled: np.ndarray,
+) -> np.ndarray:
+    """The splits in effect, int8 (n,), of rows that are now ``labelled``, bool (n,), or not."""
+    late = np.full(len(splits), UNLABELLED, np.int8)
+    rows, taken = _late(labels, target, splits, groups, sha256)
+    late[rows] = taken
+    _, _, decided = _decided(labels, sha256, target)
+    now = np.where(decided & ~labelled, UNLABELLED, splits)
+    return np.where(labelled & (splits == UNLABELLED), late, now).astype(np.int8)
+
+
+def _counted(
+    labels: Labels,
+    target: str,
+    splits: np.ndarray,
+    sha256: np.ndarray,
+    before: np.ndarray,
+    after: np.ndarray,
+    unlike: np.ndarray,
+) -> Counts:
+    """Count rows: labelled ``before`` and ``after``, and whether their labels are ``unlike``; bool (n,) each."""
+    words, values, decided = _decided(labels, sha256, target)
+    known, changed = np.isin(keys_of(labels.sha256), keys_of(sha256)), decided & unlike
+    unknown, excluded = (np.array([word == each for word in words], bool)[values] for each in (UNKNOWN, EXCLUDE))
+    return Counts(
+        decided=int(decided.sum()),
+        corrected=int((changed & before & after).sum()),
+        added=int((changed & ~before).sum()),
+        unknown=int(unknown.sum()),
+        excluded=int(excluded.sum()),
+        tested=int((changed & (splits == TEST)).sum()),
         other_targets=int((~labels.about(target, LABEL, "", SPLIT, SEEN)).sum()),
         seen=int(((labels.latest(sha256, SEEN) >= 0) & (splits == TEST)).sum()),
         elsewhere=len(np.unique(keys_of(labels.sha256)[~known])),
-    )
-    return Effective(
-        tuple(every[place] for place in kept), renumbered[after], now, is_word[EXCLUDE], counts, bool(known.any())
     )
 
 
