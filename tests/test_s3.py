@@ -110,6 +110,7 @@ def test_what_is_wrong_is_said(s3: tuple[int, Path], monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.stress
+@pytest.mark.timeout(1800)
 def test_a_run_that_was_killed_gives_the_same_store(
     s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

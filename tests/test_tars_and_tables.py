@@ -274,6 +274,7 @@ def test_the_features_are_those_of_the_folder_and_only_new_images_are_inferred(t
 
 @pytest.mark.slow
 @pytest.mark.stress
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kind", ["tars", "tables"])
 def test_a_run_that_was_killed_gives_the_same_store(tmp_path: Path, kind: str) -> None:
     for number in range(2):
