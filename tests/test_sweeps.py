@@ -813,9 +813,9 @@ def test_a_run_of_a_newer_release_is_kept_and_stops_no_other_head(tmp_path: Path
     store, heads = make_store(), sweep({"head": "logistic", "grid": {"C": [0.1, 1.0]}})
     first = run_sweep([store], heads, runs=tmp_path, jobs=1)
     path = tmp_path / first.runs[0] / "config.yaml"
-    path.write_text(path.read_text().replace("format: 1", "format: 2"))
+    path.write_text(path.read_text().replace("format: 1", "format: 9"))
     more = sweep({"head": "logistic", "grid": {"C": [0.1, 1.0, 10.0]}})
     again = run_sweep([store], more, runs=tmp_path, jobs=1)
     assert (again.trained, again.cached, len(again.board)) == (1, 1, 2)
-    assert [item["reason"].partition(": ")[2][:8] for item in again.failed] == ["format 2"]
-    assert "format: 2" in path.read_text()
+    assert [item["reason"].partition(": ")[2][:8] for item in again.failed] == ["format 9"]
+    assert "format: 9" in path.read_text()
