@@ -44,6 +44,11 @@ class Events:
         for queue, loop in list(self._streams.items()):
             loop.call_soon_threadsafe(self._put, queue, (name, value))
 
+    def close(self) -> None:
+        """End all streams."""
+        for queue, loop in list(self._streams.items()):
+            loop.call_soon_threadsafe(queue.put_nowait, None)
+
     @staticmethod
     def _put(queue: asyncio.Queue[tuple[str, Any] | None], event: tuple[str, Any] | None) -> None:
         if queue.qsize() < MOST_WAITING:
@@ -323,6 +328,7 @@ class Review:
         self.session = Session(store, path, by=this_user() if by is None else by, tell=self._events.tell)
         self._keys = Keys()
         self._app = make_app(self.session, Album(store, images), self._keys, self._events, host)
+        self._server: Any = None
         self._socket = listen(host, port)
         self.host, self.port = host, int(self._socket.getsockname()[1])
 
@@ -339,8 +345,15 @@ class Review:
         return self.host in LOOPBACK
 
     def serve(self) -> None:
-        """Answer until the process is interrupted."""
+        """Answer until the process is interrupted, or another thread calls `stop`."""
         import uvicorn
+
+        events = self._events
+
+        class Server(uvicorn.Server):
+            async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+                events.close()  # open pages would hold it up
+                await super().shutdown(sockets)
 
         config = uvicorn.Config(
             self._app,
@@ -353,11 +366,17 @@ class Review:
             limit_concurrency=256,
             timeout_graceful_shutdown=1,
         )
+        self._server = Server(config)
         self.session.learner.start()
         try:
-            uvicorn.Server(config).run(sockets=[self._socket])
+            self._server.run(sockets=[self._socket])
         except KeyboardInterrupt:
             return
         finally:
             self.session.learner.close()
             self._socket.close()
+
+    def stop(self) -> None:
+        """Let `serve` return."""
+        if self._server is not None:
+            self._server.should_exit = True

@@ -49,10 +49,15 @@
   };
 
   // ---- requests
+  // An answer that breaks off is an error, as if there had been none: what it would have said is asked for, or sent, again.
+  const answerOf = async (answer) => {
+    if (answer.ok) return answer.json();
+    return answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
+  };
   const ask = async (path) => {
     const answer = await fetch(path, { credentials: "same-origin" });
-    const value = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
-    if (!answer.ok) throw new Error(value.error || `the server answered ${answer.status}`);
+    const value = await answerOf(answer);
+    if (!answer.ok) throw new Error(value.error);
     return value;
   };
   const send = async (path, body) => {
@@ -60,8 +65,7 @@
       method: "POST", credentials: "same-origin", body: JSON.stringify(body),
       headers: { "Content-Type": "application/json", "X-Review-Token": token },
     });
-    const value = await answer.json().catch(() => ({ error: `the server answered ${answer.status}` }));
-    return { refused: !answer.ok, value };
+    return { refused: !answer.ok, value: await answerOf(answer) };
   };
   const trouble = (text, again = null) => {
     $("trouble").hidden = !text;
