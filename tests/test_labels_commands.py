@@ -144,3 +144,25 @@ def test_unknown_hashes_and_incomplete_lines_are_counted(store: FeatureStore, bo
     book.path.write_bytes(book.path.read_bytes()[:-3])
     _, said, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
     assert f"{book.path}: 1 label corrected; 1 image not here; 1 line is incomplete, left out: 5\n" in said
+
+
+@pytest.mark.slow
+def test_the_report_says_under_which_labels_a_run_was_trained(store: FeatureStore, book: Book, tmp_path: Path) -> None:
+    trained(store, tmp_path / "runs")
+    book.add(sha256_of(store, "train/cat/0.png"), "dog").add(sha256_of(store, "validation/cat/0.png"), "dog")
+    run, _, _ = trained(store, tmp_path / "runs", *HEAD, "--labels", book.path)
+    book.add(sha256_of(store, "train/cat/1.png"), "dog")  # later decisions do not matter to the run
+    out = tmp_path / "report.html"
+    done = call_pipeline("report", tmp_path / "runs", "--out", out)
+    assert done.returncode == 0, done.stderr
+    page = out.read_text(encoding="utf-8")
+    assert f"Trained under the labels file {book.path}: 2 labels corrected." in page
+    assert "Quarantine, duplicates and leakage are not known" not in page
+    assert "<summary>1 run on older states</summary>" in page
+    assert f"--labels {book.path}" in page
+    moved = book.path.rename(tmp_path / "moved.csv")
+    call_pipeline("report", tmp_path / "runs", "--out", out)
+    assert "does not begin any more as the labels file under which the run was trained" in out.read_text("utf-8")
+    call_pipeline("report", tmp_path / "runs", "--out", out, "--labels", moved)
+    assert "Quarantine, duplicates and leakage are not known" not in out.read_text("utf-8")
+    assert run.folder.name in out.read_text("utf-8")
