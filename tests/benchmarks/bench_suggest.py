@@ -75,7 +75,8 @@ def curve(store: Any, strategy: str, seed: int, most: int) -> list[float]:
     X, (V, answers) = store.array()[:, 0], store.load("validation")
     # Validation images have no label here: they are no candidates either, and judge only.
     held = np.setdiff1d(np.arange(len(store)), train)
-    known, found, head = np.zeros(len(store), bool), [], None
+    known, head = np.zeros(len(store), bool), None
+    found: list[float] = []
     while known.sum() < most:
         labels = np.where(known, truth, -1).astype(np.int32)
         labels[held] = truth[held]
