@@ -109,13 +109,18 @@ def evaluate(
             raise ConfigurationError(
                 f"--labels: is for runs of classes, and {chosen.run_id} is for --task {chosen.task.name}"
             )
-        return _of_target(chosen, images, target, split, asked, progress, reading) | {"damaged": damaged}
+        made = RunModel(chosen, options=asked)
+        return _of_target(made, chosen, images, target, split, asked, progress, reading) | {"damaged": damaged}
+    exported = None if chosen is not None else ArtefactModel(open_artefact(run))
+    if exported is not None and not exported.task.one_class:
+        return _of_target(exported, None, images, target, split, asked, progress, reading) | {"damaged": damaged}
     source, record = _scanned(images, target, reading, chosen), None
     if labels is not None:
         source, record = _under(source, read_labels(labels), target or LABEL, asked.workers)
     rows = _rows_of(source, split)
     if chosen is None:
-        model: Model = ArtefactModel(open_artefact(run))
+        assert exported is not None
+        model: Model = exported
         numbers = _labels(source, rows, model.name, model.classes)
     else:
         numbers = _labels(source, rows, chosen.run_id, chosen.classes)  # before the network is loaded
@@ -155,7 +160,8 @@ def evaluate(
 
 
 def _of_target(
-    run: Run,
+    model: Model,
+    run: Run | None,
     images: str | Path,
     target: str | None,
     split: str | None,
@@ -163,22 +169,21 @@ def _of_target(
     progress: Progress | None,
     reading: Reading | None,
 ) -> dict[str, Any]:
-    """Score a run of several labels or numbers."""
-    source = scan(images, target=target, reading=reading, task=run.task.name)
-    values, chosen = targets_of_source(source, run), source.strata >= 0
+    """Score a run, or an exported model, of several labels or numbers."""
+    source = scan(images, target=target, reading=reading, task=model.task.name)
+    values, chosen = targets_of_source(source, model.classes, model.name), source.strata >= 0
     if split is not None:
         check_choice("split", split, SPLITS[:3])
         chosen &= source.given_splits == SPLITS.index(split)
     rows = np.flatnonzero(chosen)
     if not len(rows):
         raise SourceError(f"{source.description}: has no labelled image{f' in the split {split!r}' if split else ''}")
-    model = RunModel(run, options=asked)
     scored, reasons = _predicted(model, source, rows, values[rows], asked.workers, progress)
-    scores = run.task.evaluate(scored.probabilities, scored.labels, run.classes, run.metrics["validation"])
+    scores = model.task.evaluate(scored.probabilities, scored.labels, model.classes, model.before)
     return {
         "format": 1,
-        "run": run.run_id,
-        "task": run.task.name,
+        "run": model.name,
+        "task": model.task.name,
         "source": source.description,
         "split": split,
         "images": len(rows),
@@ -186,8 +191,8 @@ def _of_target(
         "unreadable": reasons,
         "unlabelled": int((source.strata < 0).sum()) if split is None else 0,
         "scores": scores,
-        "classes": list(run.classes),
-        "seen": _seen(run, scored),
+        "classes": list(model.classes),
+        "seen": {} if run is None else _seen(run, scored),
     }
 
 

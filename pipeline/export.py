@@ -27,7 +27,7 @@ from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.scan import scan
 from features.temporary import sweep_dead, temporary_folder
-from pipeline.exporting.artefacts import AnsweringCard, Card, full_pixels, write_card
+from pipeline.exporting.artefacts import AnsweringCard, Card, TargetCard, full_pixels, write_card
 from pipeline.exporting.assembled import Assembled, Assembler, exact_recipe, head_and_layers
 from pipeline.exporting.formats import FORMATS, INPUT, Format, convert, find_format
 from pipeline.exporting.keras_graph import KerasAssembled
@@ -113,10 +113,6 @@ def export(
     _check_target(row, path)
     report = progress or (lambda stage, done, total: None)
     chosen, damaged = take_run(run, data_set=data_set)
-    if not chosen.task.one_class:
-        raise ConfigurationError(
-            f"{chosen.folder}: is for --task {chosen.task.name}, and only runs of classes are exported; bottleneck predict takes it"
-        )
     recipe = exact_recipe(chosen)
     head, dense = head_and_layers(chosen)
     writable_folder(path.parent)
@@ -125,7 +121,8 @@ def export(
     row.check_writer(kind, keras_backend())
     probes = _painted(recipe) if images is None else _from(images, recipe)
     report("export", 1, 4)
-    gate = Gate(probes, predicted(network, recipe, head, probes))
+    expected = predicted(network, recipe, head, probes)
+    gate = Gate(probes, expected, chosen.task.parity_unit(expected))
     precision_gap = _precision_gap(chosen, network, head, gate)
     whole = ASSEMBLERS[kind](network, recipe, dense)
     some = gate.first(_FEW)
@@ -188,10 +185,14 @@ def _card(row: Format, run: Run, recipe: Recipe) -> Card:
         "classes": run.classes,
         "recipe": recipe.to_dict(),
         "input": f"{INPUT}: uint8 (n, height, width, 3), 0-255, upright RGB, any height and width",
-        "output": "float32 (n, classes), probabilities",
+        "output": f"float32 (n, {run.task.things}), {run.task.predicted}",
         "note": row.note,
         "packages": environment()["packages"],
     }
+    if not run.task.one_class:
+        lines = run.metrics["validation"].get("per_class")
+        thresholds = None if lines is None else tuple(line["threshold"] for line in lines)
+        return TargetCard(**values, task=run.task.name, thresholds=thresholds)  # type: ignore[arg-type]
     answers = run.metrics.get("answers")
     return AnsweringCard(**values, answers=answers) if answers else Card(**values)
 
@@ -269,6 +270,7 @@ class Gate:
 
     probes: Sequence[Probe]
     expected: np.ndarray
+    unit: float = 1.0
 
     def first(self, count: int) -> Gate:
         """Make a gate for the first images only."""
@@ -293,7 +295,7 @@ class Gate:
         ParityError
             If the difference exceeds the tolerance or is not finite.
         """
-        worst, gap = largest_gap(received, self.expected)
+        worst, gap = largest_gap(received / self.unit, self.expected / self.unit)
         if gap <= tolerance:
             return gap
         probe, where = self.probes[worst], ""

@@ -38,7 +38,6 @@ from pipeline.predicting.targets import TargetRows, refuse_options_of_classes
 from pipeline.reporting.grids import PredictedImage, check_picture, prediction_grid
 from pipeline.runs.folder import FILES, Run
 from pipeline.tables import shortened, table_text
-from pipeline.tasks.table import CLASSIFICATION
 from pipeline.tasks.task import Task
 
 logger = logging.getLogger(__name__)
@@ -94,7 +93,6 @@ def predict(
         If no image could be read; ``out`` is then not written.
     """
     asked = PredictOptions(**options)
-    task: Task = CLASSIFICATION
     kind, grid = choose_format(asked.format, None if out is None else Path(out)), asked.grid
     written: dict[str, Path] = {}
     if out is not None:
@@ -114,12 +112,14 @@ def predict(
                 "the threshold and the sets of %s were found on single views; they are left out for means of %d views",
                 *(chosen.run_id, asked.views),
             )
-        task = chosen.task
-        rows = _rows_of(chosen, kind, asked)  # before the network is loaded
+        task, before = chosen.task, chosen.metrics["validation"]
+        answers = promises_of(chosen, asked)
+        rows = _rows_of(kind, chosen.classes, asked, task, before, answers)  # before the network is loaded
         model: Model = RunModel(chosen, options=asked, augment=augmentation)
     else:
-        model = ArtefactModel(open_artefact(run))
-        rows = Rows(kind, model.classes, asked.top, model.answers)
+        model = exported = ArtefactModel(open_artefact(run))
+        task, before = exported.task, exported.before
+        rows = _rows_of(kind, model.classes, asked, task, before, model.answers)
     if isinstance(source, ImageSet):
         named = _labels(source, model.classes, chosen) if task.one_class else [""] * len(source)
         items, total = _items(source, named), len(source)
@@ -128,7 +128,6 @@ def predict(
     gallery = Gallery(model.classes, total if grid is not None else None)
     counts: Counter[int] = Counter()  # 0 counts images, -1 unreadable ones
     given: Counter[int] = Counter()  # how often each class or label was
-    before = chosen.metrics["validation"] if chosen is not None else {}
     numbers = {name: number for number, name in enumerate(model.classes)}
     judged: Counter[bool] = Counter()  # of the labelled images, how many are right and wrong
     others: Counter[str] = Counter()  # predicted images in folders that are no class
@@ -217,12 +216,19 @@ def judgement(document: dict[str, Any]) -> str:
     )
 
 
-def _rows_of(run: Run, kind: str, asked: PredictOptions) -> Rows | TargetRows:
-    """What turns the predictions of a run into text."""
-    if run.task.one_class:
-        return Rows(kind, run.classes, asked.top, promises_of(run, asked))
-    refuse_options_of_classes(run, top=asked.top, grid=asked.grid)
-    return TargetRows(kind, run.classes, run.task, run.metrics["validation"])
+def _rows_of(
+    kind: str,
+    classes: Sequence[str],
+    asked: PredictOptions,
+    task: Task,
+    before: Mapping[str, Any],
+    answers: Mapping[str, Any] | None,
+) -> Rows | TargetRows:
+    """What turns predictions into text."""
+    if task.one_class:
+        return Rows(kind, classes, asked.top, answers)
+    refuse_options_of_classes(task, top=asked.top, grid=asked.grid)
+    return TargetRows(kind, classes, task, before)
 
 
 class Gallery:

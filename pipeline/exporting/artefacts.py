@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,9 +20,11 @@ from features.errors import ConfigurationError, RunError
 from features.networks.backend import leave_out
 from features.pixels.decode import decode_upright
 from features.recipe import PixelRule, Recipe
-from pipeline.config import Answers, Settings, parse_one_of
+from pipeline.config import Answers, Settings, Share, parse_one_of
 from pipeline.exporting.formats import FORMATS, Format, Runtime, format_of
 from pipeline.exporting.resizing import longest_side
+from pipeline.tasks.table import CLASSIFICATION, TASKS
+from pipeline.tasks.task import Task
 
 
 class Card(Settings):
@@ -68,7 +70,18 @@ class AnsweringCard(Card):
     answers: Answers
 
 
-CARDS = (Card, AnsweringCard)
+class TargetCard(Card):
+    """Description of an artefact of several labels or numbers.
+
+    ``classes`` are the names of the outputs. A label is given from its threshold on; numbers have no ``thresholds``.
+    """
+
+    format: Literal[3] = 3  # type: ignore[assignment]
+    task: Literal["multilabel", "regression"]
+    thresholds: tuple[Share, ...] | None = None
+
+
+CARDS = (Card, AnsweringCard, TargetCard)
 
 
 class Artefact:
@@ -86,6 +99,10 @@ class Artefact:
         Recipe of the features that it computes.
     answers : dict or None
         What it promises of its answers, `pipeline.config.Answers`.
+    task : Task
+        What it predicts.
+    before : dict
+        The thresholds of labels, as `Task.answer` takes them.
     longest_side : int
         Largest height or width of an image that it takes, in pixels.
     """
@@ -95,6 +112,11 @@ class Artefact:
         self.card = card
         self.classes = card.classes
         self.answers = card.model_dump(mode="json").get("answers")
+        self.task: Task = TASKS[getattr(card, "task", CLASSIFICATION.name)]
+        given = zip(card.classes, getattr(card, "thresholds", None) or (), strict=False)
+        self.before: Mapping[str, Any] = {
+            "per_class": [{"name": name, "threshold": threshold} for name, threshold in given]
+        }
         self.recipe = _recipe(path, card)
         self.longest_side = min(longest_side(side) for side in (self.recipe.pixels.height, self.recipe.pixels.width))
         self._runtime = runtime

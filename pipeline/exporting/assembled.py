@@ -16,7 +16,7 @@ from features.recipe import Recipe
 from pipeline.exporting.resizing import check_rule
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
-from pipeline.heads.kinds import can_finetune, head_of
+from pipeline.heads.kinds import has_layers, head_of, layered
 from pipeline.runs.folder import Run
 
 
@@ -60,7 +60,7 @@ def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
     Returns
     -------
     list of (float32 (d, u), float32 (u,))
-        Softmax of the last layer's output gives the probabilities.
+        `Task.activation` of the last layer's output gives the predictions; softmax of classes.
     """
     parts = [np.asarray(part, np.float64) for part in head.weights]
     pairs = list(zip(parts[::2], parts[1::2], strict=True))
@@ -68,7 +68,7 @@ def folded(head: KerasHead) -> list[tuple[np.ndarray, np.ndarray]]:
     kernel = kernel / head.std[:, None].astype(np.float64)
     pairs[0] = kernel, bias - head.mean.astype(np.float64) @ kernel
     kernel, bias = (part / head.temperature for part in pairs[-1])
-    if len(bias) == 1:  # a single logit m for two classes means [0, m]
+    if len(bias) < len(head.classes):  # a single logit m for two classes means [0, m]
         kernel, bias = np.hstack([np.zeros_like(kernel), kernel]), np.append(0.0, bias)
     pairs[-1] = kernel, bias
     return [(kernel.astype(np.float32), bias.astype(np.float32)) for kernel, bias in pairs]
@@ -82,10 +82,10 @@ def head_and_layers(run: Run) -> tuple[Head, KerasHead]:
     HeadError
         If no layers can replace it; the message lists the heads that they can.
     """
-    if not can_finetune(run):
+    if not has_layers(run):
         raise HeadError(
             f"head {run.config['head']['name']!r} is neither linear nor a network, so no layers can replace it. Heads that can be exported: "
-            "logistic, ridge, linear-svm, sgd, lda, and those made of dense layers (dense, dropout-linear, mlp-256)"
+            f"{', '.join(layered(run.task))}"
         )
     head = head_of(run)
     return head, head.as_dense()  # type: ignore[return-value]

@@ -100,7 +100,7 @@ def assemble(network: Network, recipe: Recipe, head: KerasHead) -> Any:
     matrices = folded(head)
     for number, (kernel, bias) in enumerate(matrices, 1):
         last = number == len(matrices)
-        activation = "softmax" if last else head.parameters.activation
+        activation = head.task.activation if last else head.parameters.activation
         dense = layers.Dense(len(bias), activation, name="probabilities" if last else f"hidden_{number}")
         values = dense(values)
         dense.set_weights([kernel, bias])

@@ -27,6 +27,11 @@ from pipeline.exporting.resizing import resized
 from pipeline.heads.dense import KerasHead
 from pipeline.tuning.parity import LAYER_TOLERANCE
 
+_LAST: dict[str, tuple[str, dict[str, int]]] = {  # activation of the outputs -> operator and its attributes
+    "softmax": ("Softmax", {"axis": 1}),
+    "sigmoid": ("Sigmoid", {}),
+    "linear": ("Identity", {}),
+}
 _OPSETS = (13, 18)  # in which the resizing can be converted; it runs in later ones, too
 
 
@@ -163,7 +168,8 @@ def _dense(builder: Builder, head: KerasHead) -> None:
         value = builder.add("Gemm", value, builder.constant(kernel, np.float32), builder.constant(bias, np.float32))
         if number < len(matrices):
             value = _activated(builder, value, head.parameters.activation)
-    builder.add("Softmax", value, name=OUTPUT, axis=1)
+    operator, attributes = _LAST[head.task.activation]
+    builder.add(operator, value, name=OUTPUT, **attributes)
 
 
 def _activated(builder: Builder, value: str, activation: str) -> str:

@@ -17,6 +17,7 @@ from pipeline.heads.kinds import head_of
 from pipeline.predicting.options import PredictOptions
 from pipeline.runs.board import Taken, take_run
 from pipeline.runs.folder import Run
+from pipeline.tasks.task import Task
 from pipeline.tuning.endtoend import network_of
 
 
@@ -26,6 +27,8 @@ class Model(Protocol):
     name: str
     classes: tuple[str, ...]
     batch_size: int
+    task: Task
+    before: Mapping[str, Any]  # scores of the validation split, or as much of them as `Task.answer` needs
     answers: Mapping[str, Any] | None  # `pipeline.config.Answers`: what it promises
 
     def load(self, data: bytes) -> np.ndarray:
@@ -80,6 +83,7 @@ class RunModel:
     def __init__(self, run: Run, *, options: PredictOptions, augment: AugmentSpec | None = None) -> None:
         self.name, self.classes = run.run_id, run.classes
         self.answers = promises_of(run, options)
+        self.task, self.before = run.task, run.metrics["validation"]
         self.batch_size = options.batch_size
         self._recipe, self._views, self._augment = run.recipe, options.views, augment
         network = network_of(run, options.weights, device=options.device, quantised=options.quantised)
@@ -108,6 +112,8 @@ class ArtefactModel:
 
     def __init__(self, artefact: Artefact) -> None:
         self.name, self.classes, self.answers = artefact.card.run, artefact.classes, artefact.answers
+        self.task: Task = artefact.task
+        self.before: Mapping[str, Any] = artefact.before
         self._artefact = artefact
 
     def load(self, data: bytes) -> np.ndarray:

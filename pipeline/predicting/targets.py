@@ -16,7 +16,6 @@ from features.sources.scan import ImageSet
 from features.sources.splits import listed
 from features.targets import UNKNOWN
 from pipeline.predicting.files import Prediction, csv_line
-from pipeline.runs.folder import Run
 from pipeline.tasks.task import Task
 
 DIGITS = 9  # significant ones of a value
@@ -70,43 +69,37 @@ class TargetRows:
         return json.dumps(line, ensure_ascii=False) + "\n"
 
 
-def refuse_options_of_classes(run: Run, **given: Any) -> None:
+def refuse_options_of_classes(task: Task, **given: Any) -> None:
     """Raise ``ConfigurationError`` for options of ``predict`` that mean something for classes alone."""
     for option, value in given.items():
         if value is not None:
-            raise ConfigurationError(
-                f"--{option}: is for runs of classes, and {run.run_id} is for --task {run.task.name}"
-            )
+            raise ConfigurationError(f"--{option}: is for runs of classes, and this one is for --task {task.name}")
 
 
-def targets_of_source(source: ImageSet, run: Run) -> np.ndarray:
-    """Targets of new images in the order of the columns of a run, uint8 or float64 (n, columns).
+def targets_of_source(source: ImageSet, names: Sequence[str], model: str) -> np.ndarray:
+    """Targets of new images in the order of the columns of a model, uint8 or float64 (n, columns).
 
     A label that no new image has, holds nowhere; a number that is missing is an error.
 
     Raises
     ------
     SourceError
-        If the images have other columns than the run.
+        If the images have other columns than the model.
     """
     target = source.target
     assert target is not None
     places = {name: place for place, name in enumerate(target.columns)}
-    strange = [name for name in target.columns if name not in run.classes]
-    missing = [name for name in run.classes if name not in places] if target.values.dtype.kind == "f" else []
+    strange = [name for name in target.columns if name not in names]
+    missing = [name for name in names if name not in places] if target.values.dtype.kind == "f" else []
     if strange or missing:
-        found = (
-            f"has {listed(strange)}, which {run.run_id} does not know{nearest(strange[0], run.classes)}"
-            if strange
-            else ""
-        )
+        found = f"has {listed(strange)}, which {model} does not know{nearest(strange[0], names)}" if strange else ""
         lacks = f"lacks {listed(missing)}" if missing else ""
         raise SourceError(
-            f"{source.description}: {' and '.join(filter(None, [found, lacks]))}; expected {listed(run.classes, 3)}. Rename them, "
+            f"{source.description}: {' and '.join(filter(None, [found, lacks]))}; expected {listed(names, 3)}. Rename them, "
             "or name the columns with --target"
         )
-    values = np.zeros((len(source), len(run.classes)), target.values.dtype)
-    for place, name in enumerate(run.classes):
+    values = np.zeros((len(source), len(names)), target.values.dtype)
+    for place, name in enumerate(names):
         if name in places:
             values[:, place] = target.values[:, places[name]]
     if target.values.dtype.kind == "u":
