@@ -264,7 +264,7 @@ def _group(
         "has_groups": any(row.get("worst_group") for row in board),
         "has_answers": any(row.get("answered") is not None for row in board),
         "has_test": any(row["test_accuracy"] is not None for row in board),
-        "seen": max(row["test_seen"] for row in board),
+        "seen": max(row.get("test_seen", 0) for row in board),
         "detail": detail.values if detail else None,
         "parts": [{"id": key, "name": text} for key, text in PARTS.items() if key in _shown(detail)],
     }

@@ -319,6 +319,7 @@ def _rank(run: Run, by: str, judged: str) -> tuple[bool, float, float, str]:
 def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
     scores, features = run.metrics["validation"], run.config["features"]
     held_out = run.metrics["cv"] or {}
+    seen = (run.labels or {}).get("seen", 0) if run.metrics["test"] else 0
     return {
         "run_id": run.run_id,
         "chosen": chosen,
@@ -329,7 +330,7 @@ def _row(run: Run, digest: str, *, chosen: bool) -> dict[str, Any]:
         **run.task.board(scores),
         **run.task.board_folds(held_out),
         f"test_{run.task.choices[0]}": (run.metrics["test"] or {}).get(run.task.choices[0]),
-        "test_seen": (run.labels or {}).get("seen", 0) if run.metrics["test"] else 0,
+        **({"test_seen": seen} if seen else {}),
         "fit_seconds": run.environment.get("fit_seconds"),
         "parameters": run.environment.get("parameters"),
         "data": run.data_digest[:10],
