@@ -123,6 +123,7 @@ class Session:
         self._target = target_of(store)
         self._known: dict[str, Decision] = {}  # decisions that can be taken back, by id
         self._batches: list[list[str]] = []
+        self._clock = 0  # counts writes; the page keeps the latest of what it hears about a row
         self._size = 0  # of the file when we last wrote it
         self._scores = Scores.none(len(store))
         self.learner = Learner(store, path, self.catalogue, self._hear)
@@ -199,6 +200,7 @@ class Session:
             append_decisions(self.path, decisions)
         with self._lock:
             self._size = self.path.stat().st_size if decisions else self._size
+            self._clock += 1
             changed = [row for one in decisions for row in self._apply(one)]
             ids = [one.id for one in decisions]
             if new_batch and ids:
@@ -208,7 +210,7 @@ class Session:
             rows = [row for row in changed if self.shown[row]]
             items = self.items(rows[:MOST_ITEMS])
         self.learner.wake()
-        self._tell("decided", {"rows": rows[:MOST_ITEMS], "more": len(rows) > MOST_ITEMS, "counts": counts})
+        self._tell("decided", {"items": items, "more": len(rows) > MOST_ITEMS, "counts": counts})
         return {"batch": ids, "saved": len(ids), "rows": rows, "items": items, "counts": counts}
 
     def _apply(self, decision: Decision) -> list[int]:
@@ -276,6 +278,7 @@ class Session:
         with self._writing, self._lock:
             if labels.size < self._size:
                 return  # read before our last decision was written; the next look sees it
+            self._clock += 1
             before = self._labels.copy(), self._states.copy()
             places = labels.latest(self.store.images.sha256, self._target, LABEL, "")
             rows = np.flatnonzero(places >= 0)
@@ -291,7 +294,7 @@ class Session:
             same = all(np.array_equal(*pair) for pair in zip(before, (self._labels, self._states), strict=True))
             counts = self.counts()
         if not same:
-            self._tell("decided", {"rows": [], "more": True, "counts": counts})
+            self._tell("decided", {"items": [], "more": True, "counts": counts})
 
     def _batches_of(self, decisions: Sequence[Decision]) -> list[list[str]]:
         """Make each of an earlier session's last decisions one that can be taken back."""
@@ -403,6 +406,7 @@ class Session:
         path = printable(table.paths[row])
         item = {
             "row": row,
+            "clock": self._clock,
             "path": path,
             "name": path.rpartition("/")[2],
             "label": names[label] if label >= 0 else "",

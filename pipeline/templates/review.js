@@ -15,6 +15,7 @@
   let touched = false; // whether the person has moved or decided since the order was made
   const chosen = new Set(); // selected rows
   const items = new Map(); // row -> what is known about it
+  const clocks = new Map(); // row -> when the server said so, by its count of writes
   const asked = new Set(); // rows that are being asked for
   const tiles = new Map(); // place -> element
   const idle = []; // elements to use again
@@ -244,7 +245,11 @@
   }, 30);
   const learn = (list) => {
     if (items.size > MOST_CACHED) items.clear();
-    for (const item of list) items.set(item.row, item);
+    for (const item of list) {
+      if (item.clock < (clocks.get(item.row) ?? 0)) continue; // answers may overtake each other; the later state counts
+      clocks.set(item.row, item.clock);
+      items.set(item.row, item);
+    }
     repaint();
     if (zoom.open && list.some((item) => item.row === order[at])) showFacts();
   };
@@ -661,9 +666,10 @@
       showLearning(JSON.parse(event.data));
     });
     events.addEventListener("decided", (event) => {
-      const { rows, more, counts } = JSON.parse(event.data);
+      const { items: heard, more, counts } = JSON.parse(event.data);
       showCounts(counts);
-      refresh(more ? null : rows.filter((row) => items.has(row)));
+      learn(heard);
+      if (more) refresh();
     });
     events.addEventListener("error", () => {
       if (!lost) trouble("The server does not answer. Start it again, and open the link that it prints.", retry);
