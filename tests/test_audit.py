@@ -114,17 +114,17 @@ def test_probability_of_a_class_by_hand() -> None:
 def test_noise_is_learned_from_a_head_that_it_has_made_doubtful() -> None:
     """20 % of class 0 are labelled 1, 5 % of the others anything; the head predicts labels, not classes."""
     generator = np.random.default_rng(0)
-    truth = generator.integers(0, 3, 6000)
-    p_class = np.full((6000, 3), 0.01)
-    p_class[np.arange(6000), truth] = 0.98
+    truth = generator.integers(0, 3, 18_000)
+    p_class = np.full((18_000, 3), 0.01)
+    p_class[np.arange(18_000), truth] = 0.98
     given = np.array([[0.8, 0.025, 0.025], [0.2, 0.95, 0.025], [0, 0.025, 0.95]])
-    labels = (generator.random(6000)[:, None] > np.cumsum(given, axis=0).T[truth]).sum(axis=1)
+    labels = (generator.random(18_000)[:, None] > np.cumsum(given, axis=0).T[truth]).sum(axis=1)
     noise = confident.learn(p_class @ given.T, labels)
-    np.testing.assert_allclose(noise.given, given, atol=0.04)
+    np.testing.assert_allclose(noise.given, given, atol=0.05)  # the prior pulls a fifth down a little
     likely = noise.of_class(p_class @ given.T, labels)
     assert (likely.argmax(axis=1) == truth).mean() > 0.99
     wrong = labels != truth
-    assert (1 - likely[np.arange(6000), labels]).mean() == pytest.approx(wrong.mean(), abs=0.02)
+    assert (1 - likely[np.arange(18_000), labels]).mean() == pytest.approx(wrong.mean(), abs=0.02)
 
 
 def test_suspect_labels(flipped: tuple[FeatureStore, np.ndarray, np.ndarray]) -> None:

@@ -16,9 +16,10 @@ import dataclasses
 import numpy as np
 
 LEAST = 1e-12  # of a probability that is divided by
-# Rows without any structure of noise that are added to the table: they keep cells without a count from being certain.
-# Measured with 17 and 2 classes of 60 to 1,000 images: fewer rows make suggestions less precise, and more hide systematic mistakes.
-PRIOR = 120
+# Rows without any structure of noise that are added to the table, so that a cell without a count is not certain, and classes
+# that look alike are not taken for mislabelled ones. Measured with 17 classes of 60 images: 120 finds more of the labels that were
+# mistaken for a similar class (0.79 instead of 0.77 of them first), and fewer of those that are wrong at random (0.918, not 0.922).
+PRIOR = 400
 STEPS = 8  # of expectation and maximisation; nothing moves after five
 SHARPNESS = (-4.0, 1.5)  # natural logarithms of the temperatures that are tried
 MOST_ROWS = 20_000  # that the noise is learned from
