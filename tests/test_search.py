@@ -6,13 +6,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import recipe
 from test_streaming import write_store
 
 from features.errors import IntegrityError
 from features.store.reader import FeatureStore
+from features.store.schema import FeatureSpec
+from features.store.writer import StoreWriter
 from pipeline.search import neighbours
 from pipeline.search.neighbours import nearest, nearest_of_all
-from pipeline.search.vectors import Vectors
+from pipeline.search.vectors import HALVES, Vectors
 
 
 def made(path: Path, X: np.ndarray) -> FeatureStore:
@@ -135,3 +138,22 @@ def test_a_damaged_block_is_refused_on_first_use(tmp_path: Path) -> None:
     queries = vectors.at(np.arange(3))  # whose block is whole
     with pytest.raises(IntegrityError, match="rows 2048 to 2999 are not what was written"):
         nearest(vectors, queries, 3)
+
+
+def test_every_half_is_the_float_that_numpy_makes_of_it() -> None:
+    bits = np.arange(1 << 16, dtype=np.uint16)
+    np.testing.assert_array_equal(np.take(HALVES, bits), bits.view(np.float16).astype(np.float32))
+
+
+def test_float16_rows_are_searched_like_float32_ones(tmp_path: Path) -> None:
+    X = smooth(400, 30).astype(np.float16)
+    spec = FeatureSpec(recipe(dtype="float16"), 1, (30,))
+    writer = StoreWriter(tmp_path / "half.h5", kind="store", rows=400, features={spec.recipe.name: spec})
+    writer.append(spec.recipe.name, X[:, None])
+    table = made(tmp_path / "other.h5", X.astype(np.float32))
+    writer.finish(images=table.images, quarantine=table.quarantine, classes=table.classes)
+    vectors = Vectors(FeatureStore.open(tmp_path / "half.h5"))
+    rows, cosines = plain(X, X[:9], 5)
+    found = nearest(vectors, vectors.at(np.arange(9)), 5)
+    np.testing.assert_array_equal(found.rows, rows)
+    np.testing.assert_allclose(found.similarity, cosines, atol=2e-6)

@@ -539,6 +539,9 @@ class FeatureStore:
 
 
 def _is_not_finite(values: np.ndarray) -> np.ndarray:
+    """Which values are infinite or NaN; of float16 by the bits of the exponent, in a fraction of NumPy's time."""
+    if values.dtype == np.float16:
+        return np.asarray((values.view(np.uint16) & 0x7C00) == 0x7C00)
     return np.asarray(~np.isfinite(values))
 
 

@@ -109,7 +109,7 @@ def measured(name: str, strategies: list[str], seeds: int, folder: Path) -> dict
         result["curves"][strategy] = [round(float(value), 4) for value in mean]
         there = np.flatnonzero(mean >= share * full)
         result["labels"][strategy] = int(BATCH * (there[0] + 1)) if len(there) else None
-        print(name, strategy, result["labels"][strategy], file=sys.stderr, flush=True)
+        print(name, strategy, result["labels"][strategy], result["curves"][strategy], file=sys.stderr, flush=True)
     by_chance = result["labels"].get("random")
     result["share_of_random"] = {
         strategy: None if labels is None or by_chance is None else round(labels / by_chance, 2)
