@@ -46,7 +46,10 @@ def needles_of(hashes: list[bytes]) -> list[bytes]:
 
 
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
-def test_no_byte_of_the_folder_holds_what_was_forgotten(tmp_path: Path, layout: str) -> None:
+def test_no_byte_of_the_folder_holds_what_was_forgotten(
+    tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))  # other tests have notes of the same images
     source, out = photos(tmp_path), tmp_path / "store" / "features.h5"
     out.parent.mkdir()
     extract(source, out, layout=layout, max_unreadable=0.5)
