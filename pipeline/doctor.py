@@ -67,7 +67,14 @@ def _packages(url: str | None) -> Iterator[Row]:
     else:
         names = ("keras", "numpy", "h5py", "pillow")
         yield Row("packages", OK, ", ".join(f"{name} {installed_version(name)}" for name in names))
-    extras = {"openvino": "openvino", "jpeg": "simplejpeg", "parquet": "pyarrow", "remote": "s3fs", "dicom": "pydicom"}
+    extras = {
+        "openvino": "openvino",
+        "jpeg": "simplejpeg",
+        "parquet": "pyarrow",
+        "remote": "s3fs",
+        "dicom": "pydicom",
+        "review": "starlette",
+    }
     there = [extra for extra, name in extras.items() if installed_version(name, "")]
     absent = ", ".join(sorted(extras.keys() - set(there)))
     fix = f"if you need one: pip install 'bottleneck-features[{absent.replace(', ', ',')}]'" if absent else ""

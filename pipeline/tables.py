@@ -94,7 +94,7 @@ def promise_lines(answers: Mapping[str, Any] | None, indent: str = "  ") -> list
         few = f"{abstain['n']} {of} are too few: it takes {abstain['needed']} answers without a fault"
         many = f"none of the {abstain['n']} {of} is answered, because wrong ones are among the surest"
         lines.append(
-            f"no confidence makes answers right in at least {abstain['precision']:.4g}: "
+            f"no confidence is known from which on at least {abstain['precision']:.4g} of the answers are right: "
             f"{few if abstain['n'] < abstain['needed'] else many}; every answer is withheld"
         )
     lines.append(

@@ -140,4 +140,5 @@ def test_this_machine_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         "disk",
         "cache",
     }
+    assert "review" in next(row["found"] + row["fix"] for row in document["checks"] if row["what"] == "extras")
     assert not (tmp_path / "cache").exists()  # nothing was made

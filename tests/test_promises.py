@@ -269,6 +269,9 @@ def test_a_promise_in_words() -> None:
         in promise_lines({**NONE, "abstain": {**NONE["abstain"], "precision": 0.99, "needed": 299}})[0]
     )
     assert "wrong ones are among the surest" in promise_lines(NONE)[0]
+    assert promise_lines(NONE)[0].startswith(
+        "  no confidence is known from which on at least 0.9 of the answers are right: none of"
+    )
     assert promise_lines(None) == []
     shown = group_lines({"validation": {"camera": lines([("a", 10, 9), (None, 2, 1)])}})
     assert shown[0] == "  by camera, validation"

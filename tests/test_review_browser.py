@@ -345,6 +345,19 @@ def test_it_reads_well_and_is_quiet(browser: Any, server: Server, width: int, sc
         assert [url for url in asked if not url.startswith(server.origin)] == []
 
 
+def test_charts_keep_their_size_where_the_panel_is_wide(browser: Any, server: Server) -> None:
+    with opened(browser, server.address, viewport={"width": 1000, "height": 900}) as page:
+        page.click("#show-panel")
+        widths = page.evaluate(
+            "[...document.querySelectorAll('#panel svg')].map((one) => one.getBoundingClientRect().width)"
+        )
+        assert widths
+        assert all(250 < width <= 384 for width in widths), widths
+        assert page.evaluate("document.documentElement.scrollWidth") <= 1000
+        if folder := os.environ.get("BOTTLENECK_SCREENSHOTS"):
+            page.screenshot(path=Path(folder) / "review-wide-panel-1000.png")
+
+
 def test_without_script_a_plain_page_says_so(browser: Any, server: Server) -> None:
     context = browser.new_context(viewport={"width": 400, "height": 800}, java_script_enabled=False)
     page = context.new_page()

@@ -155,7 +155,7 @@ def train_head(
         few = document["metrics"]["validation"]["n"]
         if few < FEW and folds is None:
             print_note(
-                f"only {counted(few, 'validation image')}: one of them moves the accuracy by {100 / few:.0f} points. --folds {USUAL_FOLDS} "
+                f"only {counted(few, 'validation image')}: each makes up {100 / few:.0f} % of the score. --folds {USUAL_FOLDS} "
                 "compares heads by the training images"
             )
         _note_stale(runs, [Path(document["run"]).name], stores, cached=document["cached"])
