@@ -14,19 +14,21 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from features.errors import ConfigurationError, RunError
 from features.extraction.forgetting import Forgotten, held
 from features.extraction.forgetting import forget as forget_rows
 from features.files import behind_link, named, printable, read_small
 from features.progress import Progress, counted
 from features.store.reader import FeatureStore, parts_folder
-from pipeline.labels.file import forget_decisions, read_labels
+from pipeline.labels.file import forget_decisions, keys_of, read_labels
 from pipeline.runs.datasets import source_of
 from pipeline.runs.folder import Run, find_runs
 from pipeline.runs.forgetting import forget_predictions, holds_predictions, keeps_rows
 
 LIST_BYTES = 100_000_000
-PAGE_MARK = b"bottleneck"  # occurs in every page that report writes
+PAGE_MARK = b"<p>Made by bottleneck-features "  # stands in every page that report has ever written
 READ_BYTES = 4 << 20
 SHOWN = 10  # names listed for a person
 _HASH = re.compile("[0-9a-f]{64}")
@@ -236,8 +238,8 @@ def _holds(path: Path, needles: Sequence[bytes]) -> bool:
 
 
 def _decisions(name: str | Path, hashes: Collection[str]) -> int:
-    found = {digest.tobytes().hex() for digest in read_labels(name).sha256}
-    return len(found & set(hashes))
+    wanted = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
+    return int(np.isin(keys_of(wanted), keys_of(read_labels(name).sha256)).sum())
 
 
 def _is_of(run: Run, store: FeatureStore) -> bool:

@@ -315,7 +315,8 @@ def _draw(
     rows: list[Sequence[Cell]] = []
     drawn = 0
     for query, line in zip(found.queries, lines, strict=True):
-        data = [read_bytes(query.file) if query.file else pictures.read(store.images.paths[query.row or 0], None)]
+        own, table = query.row or 0, store.images
+        data = [read_bytes(query.file) if query.file else pictures.read(table.paths[own], table.sha256[own].tobytes())]
         data += [pictures.read(item["path"], bytes.fromhex(item["sha256"])) for item in line["neighbours"]]
         captions = [("query", PurePath(query.name).name)]
         captions += [

@@ -143,3 +143,13 @@ def test_scores_that_a_kill_left_half_made_are_made_again(project: Path, monkeyp
     forget(project / "features.h5", [sha256], runs=project / "runs")
     assert not (logistic / MARK).exists()
     assert len(read_predictions(Run.open(logistic)).paths) == Run.open(logistic).metrics["validation"]["n"]
+
+
+def test_pages_of_others_stay(project: Path) -> None:
+    """A page that a person wrote about the same images is no report, also where it names this project."""
+    gone, _ = validation_and_train(project)
+    own = project / "notes.html"
+    own.write_text(f"<p>My notes on bottleneck and {gone}</p>")
+    document = forget(project / "features.h5", [hash_of(project.parent, gone)], runs=project / "runs")
+    assert document["reports"] == [str(project / "report.html")]
+    assert own.exists()

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import NumpyNetwork, call_pipeline, extract
+from helpers import NumpyNetwork, call_pipeline, extract, paint
 from labelling import Book, coloured_store, sha256_of
 
 from features.store.reader import FeatureStore
@@ -178,6 +178,26 @@ def test_fiftyone(store: FeatureStore, tmp_path: Path) -> None:
     assert (document["imported"], document["elsewhere"]) == (2, [])
     found = [(one.path, one.value, one.earlier, one.by) for one in read_labels(out).decisions]
     assert sorted(found) == [("train/dog/0.png", "cat", "dog", "ann"), ("train/dog/1.png", "dog", "dog", "ann")]
+
+
+def test_copies_of_a_file_are_imported_and_the_file_can_be_read(tmp_path: Path) -> None:
+    """Also a second time, when the store has other labels by then."""
+    for name in ("a", "b"):
+        paint(tmp_path / "images" / "train" / "cat" / f"{name}.png", (200, 9, 40))
+    paint(tmp_path / "images" / "train" / "dog" / "c.png", (40, 9, 200))
+    store = extract(tmp_path / "images", tmp_path / "f.h5").store
+    export, out = tmp_path / "export.csv", tmp_path / "out.csv"
+    export.write_text("filepath,label\ntrain/cat/a.png,dog\ntrain/cat/b.png,dog\n")
+    for _ in range(2):
+        document = said("import", export, "--from", "fiftyone", "--features", store.path, "--out", out)
+        assert document["imported"] == 2
+        assert sorted(one.path for one in read_labels(out).decisions) == ["train/cat/a.png", "train/cat/b.png"]
+    (tmp_path / "images" / "train" / "cat").rename(tmp_path / "images" / "train" / "puma")
+    store = extract(tmp_path / "images", tmp_path / "f.h5").store
+    export.write_text(export.read_text().replace("cat", "puma"))
+    os.utime(export, ns=(0, read_labels(out).times[0] * 1000))
+    said("import", export, "--from", "fiftyone", "--features", store.path, "--out", out)
+    assert {one.earlier for one in read_labels(out).decisions} == {"cat", "puma"}
 
 
 def test_cvat(store: FeatureStore, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from reviewing import TEST, TRAIN, UNLABELLED, VALIDATION, Served, painted_store
 
 from features.errors import ConfigurationError, LabelsError, StoreError
 from features.store.reader import FeatureStore
-from pipeline.labels.file import append_decisions, new_decision, read_labels
+from pipeline.labels.file import append_decisions, forget_decisions, new_decision, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.review import session as session_module
 from pipeline.review.security import HEADERS
@@ -260,6 +260,38 @@ def test_a_decision_holds_for_all_rows_of_the_same_bytes(tmp_path: Path) -> None
     assert effective(made, served.session.path) == ["dog", "dog", "cat", "dog"]
 
 
+def test_taking_a_later_decision_back_leaves_the_earlier_one(served: Served, store: FeatureStore) -> None:
+    """An image that a person found right is still decided about when a later slip is undone, also after a restart."""
+    served.ask("decide", {"rows": [3], "value": ""})
+    slip = served.ask("decide", {"rows": [3], "value": "cat"}).json
+    again = Served(store, served.session.path)
+    again.session.adopt(read_labels(served.session.path))
+    for one in (served, again):
+        undone = one.ask("undo", {"batch": slip["batch"]}).json
+        assert [(item["label"], item["state"]) for item in undone["items"]] == [("dog", "kept")]
+    assert read_labels(served.session.path).decisions[-1].value == "dog"
+
+
+def test_undoing_that_could_not_be_written_can_be_tried_again(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, decisions: Any) -> None:
+        raise StoreError(f"{path}: could not be written (No space left on device)")
+
+    batch = served.ask("decide", {"rows": [0], "value": "cat"}).json["batch"]
+    with monkeypatch.context() as patch:
+        patch.setattr(session_module, "append_decisions", full)
+        assert served.ask("undo", {"batch": batch}).status == 500
+    assert served.ask("state").json["undo"] == [batch]
+    assert served.ask("undo", {"batch": batch}).json["items"][0]["state"] == "open"
+
+
+def test_decisions_that_were_forgotten_meanwhile_are_gone(served: Served, store: FeatureStore) -> None:
+    path = served.session.path
+    served.ask("decide", {"rows": [0, 1], "value": "cat"})
+    forget_decisions(path, [store.images.sha256[0].tobytes().hex()])
+    served.session.adopt(read_labels(path))
+    assert served.session.counts()["states"]["open"] == ROWS - 4 - 1
+
+
 def test_a_decision_that_cannot_be_written_changes_nothing(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(path: Path, decisions: Any) -> None:
         raise StoreError(f"{path}: could not be written (No space left on device)")
@@ -312,6 +344,7 @@ def test_questions_that_make_no_sense_are_refused(served: Served) -> None:
         "order?what=1",
         "items?rows=",
         "items?rows=1,x",
+        "items?rows=--5",
         "items?rows=32",
         "detail/32",
         f"items?rows={','.join('0' * 401)}",

@@ -22,6 +22,7 @@ from pipeline.labels.file import (
     Decision,
     append_decisions,
     is_person,
+    last_of,
     new_decision,
     read_labels,
     value_of,
@@ -54,7 +55,7 @@ def reader(store: FeatureStore, images: str) -> Read:
     return pictures.read
 
 
-def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, float]:
+def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Suggestions that are certain enough to be applied without a person.
 
     They are those whose class has a probability of at least `PRECISION`, given pixels and label (`pipeline.audit.confident`).
@@ -65,18 +66,18 @@ def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, float]:
         Training rows. Files that have several labels, or lie in other splits too, are left to a person.
     classes : int32, (k,)
         Class suggested for each.
-    estimate : float
-        Estimated precision, the mean of these probabilities; 1 if there are none.
+    sure : float64, (k,), 0-1
+        These probabilities; their mean is the estimated precision.
     """
     material = found.material
     rows, likely = material.likely
     if not len(rows):
-        return rows, np.zeros(0, np.int32), 1.0
+        return rows, np.zeros(0, np.int32), np.zeros(0)
     labels = material.labels[rows]
     sure, classes = likely.max(axis=1), likely.argmax(axis=1).astype(np.int32)
     taken = (classes != labels) & (sure >= PRECISION)
     taken &= np.isin(rows, _plain(material.copies, material.labels, material.splits))
-    return rows[taken], classes[taken], float(sure[taken].mean()) if taken.any() else 1.0
+    return rows[taken], classes[taken], sure[taken]
 
 
 def _plain(copies: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> np.ndarray:
@@ -91,17 +92,22 @@ def _plain(copies: np.ndarray, labels: np.ndarray, splits: np.ndarray) -> np.nda
 
 
 def record(found: Audit, path: Path, *, apply: bool) -> dict[str, Any]:
-    """Append what an audit decided to a labels file: suggestions with ``apply``, and which test images were judged."""
+    """Append what an audit decided to a labels file: suggestions with ``apply``, and which test images were judged.
+
+    Images whose last decision is a person's stay as they are, also where the person took a decision back.
+    """
     store, table = found.store, found.store.images
     labels = read_labels(path) if path.exists() else None
     target, decisions, left, estimate = target_of(store), list[Decision](), 0, None
     if apply:
-        rows, classes, estimate = suggestions(found)
+        rows, classes, sure = suggestions(found)
         if labels is not None and len(labels):
-            places = labels.latest(table.sha256[rows], target, LABEL, "")
             people = np.array([is_person(word) for word in labels.people.words], bool)
-            by_person = (places >= 0) & people[labels.people.codes[places]]
-            left, rows, classes = int(by_person.sum()), rows[~by_person], classes[~by_person]
+            about = np.flatnonzero(labels.about(target, LABEL, ""))
+            places = last_of(labels.sha256[about], about, table.sha256[rows])
+            free = (places < 0) | ~people[labels.people.codes[places]]
+            left, rows, classes, sure = int((~free).sum()), rows[free], classes[free], sure[free]
+        estimate = float(sure.mean()) if len(sure) else None
         for row, name in zip(rows.tolist(), classes.tolist(), strict=True):
             value, earlier = (value_of(store.classes[k]) for k in (name, table.labels[row]))
             decisions.append(

@@ -101,9 +101,9 @@ def _decision(store: FeatureStore, row: int, one: Annotation, by: str, utc: str)
     table, value = store.images, value_of(one.name)
     earlier = value_of(store.classes[table.labels[row]]) if table.labels[row] >= 0 else WITHDRAWN
     digest = table.sha256[row].tobytes().hex()
-    # The same line gives the same id, so that a file that is imported twice counts once.
-    identity = hashlib.sha256(json.dumps([digest, value, by, utc]).encode("ascii")).hexdigest()[:32]
-    return Decision(digest, table.paths[row], target_of(store), value, earlier, by, utc, identity)
+    said = (digest, table.paths[row], target_of(store), value, earlier, by, utc)
+    # The same decision gives the same id, so that a file that is imported twice counts once; copies have their own paths.
+    return Decision(*said, hashlib.sha256(json.dumps(said).encode("ascii")).hexdigest()[:32])
 
 
 def _utc(path: Path, when: str) -> str:

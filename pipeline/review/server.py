@@ -176,7 +176,7 @@ def _file(name: str, kind: str) -> Any:
 
 
 def _number(text: str) -> int:
-    if not text.lstrip("-").isdecimal() or len(text) > 18:
+    if not text.removeprefix("-").isdecimal() or len(text) > 18:
         raise Refused(f"received {text!r:.40}, expected the number of a row")
     return int(text)
 

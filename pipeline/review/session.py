@@ -121,7 +121,7 @@ class Session:
         self._by = np.full(len(store), -1, np.int32)
         self._people = Catalogue([])
         self._target = target_of(store)
-        self._known: dict[str, Decision] = {}  # decisions that can be taken back, by id
+        self._known: dict[str, tuple[Decision, str]] = {}  # decisions that can be taken back, and to what, by id
         self._batches: list[list[str]] = []
         self._clock = 0  # counts writes; the page keeps the latest of what it hears about a row
         self._size = 0  # of the file when we last wrote it
@@ -164,7 +164,11 @@ class Session:
                 firsts = {bytes(self.store.images.sha256[row]): row for row in self._shown_rows(rows)}
                 held = {row: self._value(row) for row in firsts.values()}
                 decisions = [self._new(row, value or was, was) for row, was in held.items() if value or was]
-            return self._write(decisions, new_batch=True)
+                is_open = [self._states[row] == OPEN for row, was in held.items() if value or was]
+            return self._write(
+                decisions,
+                back=[WITHDRAWN if first else one.earlier for one, first in zip(decisions, is_open, strict=True)],
+            )
 
     def undo(self, batch: Sequence[str]) -> dict[str, Any]:
         """Take a batch back by further rows of the file; an image that has another label by now keeps it.
@@ -177,16 +181,18 @@ class Session:
         with self._writing:
             with self._lock:
                 decisions = []
-                for one in filter(None, (self._known.pop(name, None) for name in batch)):
+                for one, back in (self._known[name] for name in dict.fromkeys(batch) if name in self._known):
                     rows = self.copies.rows(bytes.fromhex(one.sha256))
                     if len(rows) and self._value(int(rows[0])) == one.value:
-                        row = int(rows[0])
-                        value = WITHDRAWN if one.earlier == self._original(row) else one.earlier
-                        decisions.append(self._new(row, value, one.value))
+                        decisions.append(self._new(int(rows[0]), back, one.value))
+            answer = self._write(decisions) if decisions else None
+            with self._lock:  # only now: what could not be written can be taken back later
+                for name in batch:
+                    self._known.pop(name, None)
                 self._batches = [names for names in self._batches if set(names) != set(batch)]
-            if not decisions:
+            if answer is None:
                 raise Refused("there is nothing to take back: these images have been decided about again since")
-            return self._write(decisions)
+            return answer
 
     def _new(self, row: int, value: str, earlier: str) -> Decision:
         table = self.store.images
@@ -194,8 +200,8 @@ class Session:
             table.sha256[row], table.paths[row], value, target=self._target, earlier=earlier, by=self.by
         )
 
-    def _write(self, decisions: list[Decision], *, new_batch: bool = False) -> dict[str, Any]:
-        """Append to the file, wait for the disk, and only then believe it."""
+    def _write(self, decisions: list[Decision], *, back: Sequence[str] = ()) -> dict[str, Any]:
+        """Append to the file, wait for the disk, and only then believe it; `undo` leads to the values in ``back``."""
         if decisions:
             append_decisions(self.path, decisions)
         with self._lock:
@@ -203,8 +209,8 @@ class Session:
             self._clock += 1
             changed = [row for one in decisions for row in self._apply(one)]
             ids = [one.id for one in decisions]
-            if new_batch and ids:
-                self._known |= {one.id: one for one in decisions}
+            if back:
+                self._known |= {one.id: (one, value) for one, value in zip(decisions, back, strict=True)}
                 self._batches.append(ids)
             counts = self.counts()
             rows = [row for row in changed if self.shown[row]]
@@ -276,7 +282,7 @@ class Session:
     def adopt(self, labels: Labels) -> None:
         """Take over what the file says, which other programs and people may have written."""
         with self._writing, self._lock:
-            if labels.size < self._size:
+            if labels.size < self._size <= _size_of(self.path):
                 return  # read before our last decision was written; the next look sees it
             self._clock += 1
             before = self._labels.copy(), self._states.copy()
@@ -298,8 +304,18 @@ class Session:
 
     def _batches_of(self, decisions: Sequence[Decision]) -> list[list[str]]:
         """Make each of an earlier session's last decisions one that can be taken back."""
-        self._known |= {one.id: one for one in decisions if one.value != WITHDRAWN}
-        return [[one.id] for one in decisions if one.value != WITHDRAWN]
+        held: dict[str, str] = {}  # the last value of each image, of those decided here
+        known = {}
+        for one in decisions:
+            rows = self.copies.rows(bytes.fromhex(one.sha256))
+            if not len(rows) or one.target not in (self._target, LABEL, ""):
+                continue
+            if one.value != WITHDRAWN:
+                usual = WITHDRAWN if one.earlier == self._original(int(rows[0])) else one.earlier
+                known[one.id] = one, held.get(one.sha256, usual)
+            held[one.sha256] = one.value
+        self._known |= known
+        return [[name] for name in known]
 
     # -- what the page asks
     def counts(self) -> dict[str, Any]:
@@ -439,6 +455,13 @@ class Session:
             item["probable"] = [{"name": names[head.codes[k]], "p": round(float(chances[k]), 4)} for k in best]
             item["unseen"] = "predicted" in item
         return item
+
+
+def _size_of(path: Path) -> int:
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
 
 
 def _place(names: Sequence[str], name: str) -> int:

@@ -125,7 +125,7 @@ def one(store: FeatureStore, kind: str, share: float, nearest: np.ndarray, seed:
 
     found = audited(noisy)
     finding = found["suspect-label"]
-    rows, classes, estimate = suggestions(found)
+    rows, classes, sure = suggestions(found)
     applied = noisy.copy()
     applied[np.searchsorted(train, rows)] = classes
     seen = np.argsort(-finding.score[train], kind="stable")[: round(PERSON * wrong.sum())]
@@ -139,7 +139,7 @@ def one(store: FeatureStore, kind: str, share: float, nearest: np.ndarray, seed:
         "flag_precision": float(wrong[finding.flag[train]].mean()) if finding.flag[train].any() else None,
         "applied": len(rows),
         "applied_precision": float(right.mean()) if len(right) else None,
-        "applied_estimate": estimate,
+        "applied_estimate": float(sure.mean()) if len(sure) else None,
         "noisy": scored(found),
         "machine": scored(audited(applied)),
         "person": scored(audited(by_person)),
