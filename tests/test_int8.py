@@ -85,6 +85,23 @@ def test_every_folder_of_runs_has_its_copy_also_where_one_was_removed(
         shutil.rmtree("runs")
 
 
+def test_a_damaged_copy_beside_the_runs_is_mended_by_the_next_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, copy = written(tmp_path / "features.h5.networks"), tmp_path / "runs" / ".networks"
+    for damage in (b"", path.read_bytes()[:-1], path.read_bytes()):
+        copy.mkdir(parents=True, exist_ok=True)
+        (copy / path.name).write_bytes(damage)
+        writing._keep_quantised(tmp_path / "runs", tmp_path / "features.h5", path.stem)
+        assert (copy / path.name).read_bytes() == path.read_bytes()
+    assert caplog.text.count("It is not used") == 2
+    path.unlink()
+    (copy / path.name).write_bytes(b"damaged")
+    writing._keep_quantised(tmp_path / "runs", tmp_path / "features.h5", path.stem)
+    assert "is lost" in caplog.text
+    assert "cannot predict new images" in caplog.text
+
+
 # ---------------------------------------------------------------------------------------------- recipe and file
 def test_the_digest_is_part_of_the_recipe_and_of_no_other_recipe() -> None:
     exact = recipe()
@@ -169,11 +186,13 @@ def test_it_is_found_in_any_of_its_places_and_checked(tmp_path: Path, caplog: py
     assert find(digest, folders) == beside
     beside.write_bytes(b"damaged")
     assert find(digest, folders) == cached
-    assert "is not used" in caplog.text
+    assert "It is not used" in caplog.text
+    assert caplog.text.count(str(beside)) == 1
     assert keep(cached, digest, folders[1]).read_bytes() == kept.read_bytes()  # mended
     other = written(tmp_path / "other", packed(step=1))
-    with pytest.raises(ConfigurationError, match=f"expected the quantised network {digest[:12]}"):
+    with pytest.raises(ConfigurationError, match=f"expected the quantised network {digest[:12]}") as refused:
         find(digest, folders, other)
+    assert str(refused.value).count(str(other)) == 1
     keep_only(folders[1], [digest])
     assert listing(folders[1]) == [kept.name]
     keep_only(folders[1], [])
@@ -428,6 +447,28 @@ def test_a_lost_network_is_replaced_where_the_store_may_be(
     monkeypatch.setattr(quantising, "quantise", lambda *_: packed())
     options = with_quantised(again, scan(world.images), tmp_path / "f.h5")
     assert read(Path(str(options.quantised)))[0].calibration == {"images": 3}
+
+
+@pytest.mark.slow
+def test_overwrite_replaces_a_store_by_features_of_another_network(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(world.store, tmp_path / "f.h5")
+    shutil.copytree(networks_of_store(world.store), networks_of_store(tmp_path / "f.h5"))
+    how = tmp_path / "how.json"
+    how.write_text(json.dumps({**HOW, "scale": 1 / 128}))
+    monkeypatch.setattr(quantising, "quantise", lambda *_: packed(calibration={"images": 28}))
+    for preprocess, images in ((how, 28), (world.folder / "how.json", None)):
+        chosen = {**world.options, "preprocess": str(preprocess)}
+        asked = ExtractionOptions(precision="int8", overwrite=True, **chosen)
+        options = with_quantised(asked, scan(world.images), tmp_path / "f.h5")
+        found, digest = read(Path(str(options.quantised)))
+        assert (digest in (path.stem for path in networks_of_store(world.store).iterdir())) == (images is None)
+        assert images is None or found.calibration == {"images": images}
+    kept = ExtractionOptions(precision="int8", **{**world.options, "preprocess": str(how)})
+    kept = with_quantised(kept, scan(world.images), tmp_path / "f.h5")
+    with pytest.raises(ConfigurationError, match=r"other features .*add --overwrite to replace the store"):
+        prepare(world.images, tmp_path / "f.h5", kept)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,7 +25,7 @@ from features.errors import ConfigurationError, SourceError, UnreadableImageErro
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
 from features.machine import installed_version, processors, software_versions
-from features.networks.quantised import find, keep_in_cache, networks_of_store
+from features.networks.quantised import find, keep_in_cache, networks_of_store, read
 from features.pixels.batches import loaded
 from features.pixels.decode import decode_image
 from features.progress import Progress, counted
@@ -32,6 +33,9 @@ from features.recipe import PixelRule
 from features.sources.scan import ImageSet
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder, shard_path
+
+if TYPE_CHECKING:
+    from features.networks.network import Network
 
 logger = logging.getLogger(__name__)
 IMAGES = 320  # NNCF takes 300 by default
@@ -68,12 +72,27 @@ def with_quantised(
         return options
     if (digest := _digest_before(out, overwrite=options.overwrite)) is not None:
         try:
-            return dataclasses.replace(options, quantised=str(find(digest, [networks_of_store(out)])))
+            file = find(digest, [networks_of_store(out)])
+            if not options.overwrite or _computes(file, options):
+                return dataclasses.replace(options, quantised=str(file))
         except ConfigurationError as error:
             if not options.overwrite:
                 raise
             logger.warning("%s: it is replaced, because %s", out, error)
     return dataclasses.replace(options, quantised=str(_calibrated(options, images, progress)))
+
+
+def _computes(file: Path, options: ExtractionOptions) -> bool:
+    """Whether a quantised network computes the features that are asked for: a store may be replaced by one of others."""
+    network, _ = read(file)
+    return all(network.number_of(recipe) is not None for recipe in _exact(options).recipes)
+
+
+def _exact(options: ExtractionOptions) -> Network:
+    """Return the network that is quantised."""
+    from features.networks.network import resolve_network  # tests put other networks there
+
+    return resolve_network(dataclasses.replace(options, precision="float32", engine="openvino", device="cpu"))
 
 
 def _digest_before(out: Path, *, overwrite: bool) -> str | None:
@@ -100,10 +119,9 @@ def _digest_before(out: Path, *, overwrite: bool) -> str | None:
 
 def _calibrated(options: ExtractionOptions, images: ImageSet, progress: Progress | None) -> Path:
     """Quantise the network, or take what the same network and images gave before; return the path in the cache."""
-    from features.networks.network import resolve_network  # tests put other networks there
     from features.networks.quantising import quantise
 
-    network = resolve_network(dataclasses.replace(options, precision="float32", engine="openvino", device="cpu"))
+    network = _exact(options)
     recipes = tuple(recipe.plain.in_float32 for recipe in network.recipes)
     rule = recipes[0].pixels
     with ThreadPoolExecutor(options.workers or processors(), "decode") as pool:

@@ -168,7 +168,7 @@ def find(digest: str, folders: Iterable[Path], given: str | Path | None = None) 
             read(Path(given), digest)
         except OSError as error:  # IntegrityError is one, too
             raise ConfigurationError(
-                f"--quantised {given}: {error.strerror or error}; expected the quantised network {digest[:12]}..."
+                f"--quantised: {_said(given, error)}; expected the quantised network {digest[:12]}..."
             ) from error
         return Path(given)
     looked = [place_in(folder, digest) for folder in (*folders, cache_path("quantised"))]
@@ -178,7 +178,7 @@ def find(digest: str, folders: Iterable[Path], given: str | Path | None = None) 
         except (FileNotFoundError, NotADirectoryError):
             continue
         except OSError as error:
-            logger.warning("%s is not used: %s", path, error.strerror or error)
+            logger.warning("%s. It is not used", _said(path, error))
             continue
         return path
     raise ConfigurationError(
@@ -246,7 +246,7 @@ def checked(path: Path, recipes: Sequence[Recipe]) -> str:
     try:
         network, digest = read(path)
     except OSError as error:
-        raise ConfigurationError(f"--quantised {path}: {error.strerror or error}") from error
+        raise ConfigurationError(f"--quantised: {_said(path, error)}") from error
     for recipe in recipes:
         if network.number_of(recipe) is None:
             differences = network.outputs[0].difference(recipe.plain.in_float32).items()
@@ -255,6 +255,12 @@ def checked(path: Path, recipes: Sequence[Recipe]) -> str:
             )
             raise ConfigurationError(
                 f"{path}: is the quantised network of other features ({listed}). All layers of a store are quantised "
-                "together: choose another --out, and name them all, or leave out --quantised"
+                "together. Choose another --out, and name them all there; add --overwrite to replace the store; or leave out "
+                "--quantised, if it was given"
             )
     return digest
+
+
+def _said(path: str | Path, error: OSError) -> str:
+    """Say which file cannot be used and why; an error of this project names the file itself."""
+    return str(error) if error.strerror is None else f"{path}: {error.strerror}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import functools
 import json
 import logging
 import os
@@ -13,8 +14,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from features.errors import BottleneckError, ConfigurationError, RunError
-from features.files import atomic_file, sync_folder
-from features.networks.quantised import find, keep, networks_of_runs, networks_of_store, place_in
+from features.files import atomic_file, file_stamp, sync_folder
+from features.networks.quantised import find, keep, networks_of_runs, networks_of_store, place_in, read
 from features.recipe import Recipe
 from features.temporary import temporary_folder, temporary_path
 from pipeline.config import History, RunConfig, Settings, TargetRunConfig, metrics_format, parse, yaml_text
@@ -191,7 +192,8 @@ def write_run(
 
 def _keep_quantised(root: Path, store: Path, digest: str) -> None:
     """Keep one copy of a quantised network for all runs of a folder: without it, none of them can predict."""
-    if place_in(networks_of_runs(root), digest).is_file():
+    kept = place_in(networks_of_runs(root), digest)
+    if kept.is_file() and _is_whole(kept, digest, file_stamp(kept)):
         return
     try:
         found = find(digest, [networks_of_runs(root), networks_of_store(store)])
@@ -199,6 +201,16 @@ def _keep_quantised(root: Path, store: Path, digest: str) -> None:
         logger.warning("%s. The head is trained all the same, but cannot predict new images", problem)
     else:
         keep(found, digest, networks_of_runs(root))
+
+
+@functools.lru_cache(maxsize=8)
+def _is_whole(path: Path, digest: str, stamp: tuple[int, ...]) -> bool:
+    """Whether a copy is not damaged; asked once for all runs of this process, as ``stamp`` changes with the file."""
+    try:
+        read(path, digest)
+    except OSError:
+        return False
+    return True
 
 
 def _write_files(
