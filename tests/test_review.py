@@ -16,7 +16,7 @@ from helpers import paint
 from PIL import Image
 from reviewing import TEST, TRAIN, UNLABELLED, VALIDATION, Served, painted_store, two_classes, written_store
 
-from features.errors import ConfigurationError, LabelsError, StoreError
+from features.errors import ConfigurationError, LabelsError, SourceError, StoreError
 from features.store.reader import FeatureStore
 from pipeline.labels.file import append_decisions, forget_decisions, new_decision, read_labels
 from pipeline.labels.overlay import with_labels
@@ -199,6 +199,36 @@ def test_a_store_cannot_send_this_machine_elsewhere(tmp_path: Path, monkeypatch:
     )  # fmt: skip
     assert Served(made, tmp_path / "labels.csv").ask("picture/0/small").status == 404
     assert scanned == []
+
+
+def test_addresses_of_a_manifest_are_asked_only_if_the_user_names_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr("features.sources.remote.look_at_rows", lambda root, rows, hosts: asked.extend(rows) or 1 / 0)
+    truth, X = two_classes(4)
+    paint(tmp_path / "a.png", (9, 9, 9))
+    paths = ("a.png", *(f"https://images.example.org/{name}.png" for name in "bcd"))
+    (tmp_path / "m.csv").write_text("path,label\n" + "".join(f"{path},cat\n" for path in paths))
+    made = written_store(
+        tmp_path / "f.h5", truth, np.zeros(4, int), X, names=("cat", "dog"), source=str(tmp_path / "m.csv"),
+        paths=paths, sha256=np.arange(128, dtype=np.uint8).reshape(4, 32),
+    )  # fmt: skip
+    served = Served(made, tmp_path / "labels.csv")
+    assert [served.ask(f"picture/{row}/small").status for row in range(2)] == [404, 404]
+    assert "--images" in served.ask("state").json["missing"]
+    assert asked == []
+    with pytest.raises(ZeroDivisionError):
+        Served(made, tmp_path / "l.csv", images=(str(tmp_path / "m.csv"),)).ask("picture/1/small")
+    assert asked == list(paths[1:])
+
+
+def test_an_archive_that_has_gone_gives_no_picture(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(images: Any, row: int) -> bytes:
+        raise SourceError("photos.zip: was removed")
+
+    monkeypatch.setattr("features.sources.scan.ImageSet.read", gone)
+    assert served.ask("picture/0/small").status == 404
 
 
 def test_only_rows_that_are_shown_have_a_picture(served: Served) -> None:

@@ -290,6 +290,12 @@ def takes_target(source: str | Path) -> bool:
     return path.name.lower().endswith(".tar") and path.is_file() and webdataset.is_webdataset(open_archive(path))
 
 
+def lists_addresses(source: str | Path) -> bool:
+    """Whether a source is a manifest that lists images at addresses; none of them is asked for anything."""
+    path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
+    return is_manifest(source) and bool(read_manifest(path, None, labelled=False)[-1])
+
+
 def _refuse_target(text: str, target: str | None) -> None:
     if target is not None:
         raise ConfigurationError(

@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from features.errors import BottleneckError, UnreadableImageError
+from features.errors import BottleneckError, SourceError, UnreadableImageError
 from features.machine import processors
 from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
@@ -83,6 +83,9 @@ class Pictures:
             data = self._images.read(self._rows[path])
         except UnreadableImageError as problem:
             self._failed(problem.reason)
+            return None
+        except SourceError:  # an archive that was changed or removed since
+            self._failed("missing")
             return None
         if sha256 is not None and hashlib.sha256(data).digest() != sha256:
             self._failed("changed")

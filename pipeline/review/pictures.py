@@ -13,9 +13,10 @@ import io
 import threading
 from collections.abc import Sequence
 
-from features.errors import UnreadableImageError
+from features.errors import BottleneckError, UnreadableImageError
 from features.machine import processors
 from features.sources.reading import Reading
+from features.sources.scan import lists_addresses
 from features.store.reader import FeatureStore
 from pipeline.reporting.thumbnails import Pictures, whole_image
 
@@ -23,6 +24,14 @@ SIDES = {"small": 256, "large": 1600}  # pixels
 QUALITY = {"small": 78, "large": 88}
 KEPT_BYTES = 64 << 20  # encoded pictures that are kept in memory
 REMOTE = "://"
+
+
+def _is_local(source: str) -> bool:
+    """Whether a source that a store names asks no other machine: scanning a manifest asks about each of its addresses."""
+    try:
+        return REMOTE not in source and not lists_addresses(source)
+    except (BottleneckError, OSError):
+        return True  # scanning it fails as well, and says why
 
 
 class Album:
@@ -48,7 +57,9 @@ class Album:
 
     @property
     def missing(self) -> str:
-        """Why no picture can be shown; empty if the images were found."""
+        """Why pictures cannot be shown; empty if the images were found."""
+        if not self._given and any(REMOTE in path for path in self._store.images.paths):
+            return "images that lie at an address are fetched only if you name their source with --images"
         return self._open().missing
 
     def jpeg(self, row: int, size: str) -> bytes | None:
@@ -88,9 +99,7 @@ class Album:
             if self._pictures is None:
                 store, told = self._store, self._store.provenance
                 named = [store.source, str(told.get("root", ""))]
-                local = [
-                    source for source in named if REMOTE not in source
-                ]  # a store may not make this machine ask another
+                local = [source for source in named if _is_local(source)]
                 reading = Reading.recorded(told.get("reading", {}))
                 target = str(told.get("target", "")) or None
                 self._pictures = Pictures(
