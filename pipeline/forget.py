@@ -133,8 +133,8 @@ def summary(document: dict[str, Any]) -> str:
     ]
     if document["shards"]:
         said.append(f"  {counted(document['shards'], 'shard')} written again, or removed")
-    for title, counts in (("decisions of", document["labels"]), ("predictions of", document["predictions"])):
-        said += [f"  {count:,} {title} {printable(name)}" for name, count in counts.items()]
+    for title, counts in (("decision", document["labels"]), ("prediction", document["predictions"])):
+        said += [f"  {counted(count, title)} of {printable(name)}" for name, count in counts.items()]
     said += [f"  page removed: {printable(name)}; bottleneck report makes it again" for name in document["reports"]]
     if document["seen"]:
         said.append(
@@ -181,8 +181,12 @@ def hashes_in(texts: Sequence[str], lists: Sequence[str | Path], file: Path | No
                 known |= {table.paths[row]: table.sha256[row].tobytes().hex() for row in places}
         for line in asked:
             if line in paths and line not in known:
+                wanted = (
+                    f" nor a path of {file}" if file else ". The store holds no path of what was forgotten: give hashes"
+                )
+                neither = "neither" if file else "not"
                 raise ConfigurationError(
-                    f"{name}: {printable(line)[:100]}: is neither a sha256 of 64 hexadecimal digits nor a path of {file}"
+                    f"{name}: {printable(line)[:100]}: is {neither} a sha256 of 64 hexadecimal digits{wanted}"
                 )
             found.append(known.get(line, line))
     return found

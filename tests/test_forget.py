@@ -116,6 +116,10 @@ def test_what_is_unknown_changes_nothing(project: Path) -> None:
     done = call_pipeline("forget", project / "features.h5", "--list", project / "labels.csv")
     assert done.returncode == 2
     assert "is neither a sha256 of 64 hexadecimal digits nor a path of" in done.stderr
+    (project / "paths.txt").write_text("dog/1.png\n")
+    done = call_pipeline("verify", project / "features.h5", "--gone", project / "paths.txt")
+    assert done.returncode == 2
+    assert "paths.txt: dog/1.png: is not a sha256 of 64 hexadecimal digits. The store holds no path" in done.stderr
 
 
 def test_a_run_that_would_lose_all_its_validation_images_is_named_first(project: Path) -> None:
