@@ -118,6 +118,10 @@ class LabelsError(BottleneckError, ValueError):
     """A labels file that cannot be understood, or that belongs to other images."""
 
 
+class RequestError(ConfigurationError):
+    """A request to the page of a review that the page does not send."""
+
+
 class ParityError(BottleneckError, ArithmeticError):
     """An assembled model whose probabilities differ from those of its head on the cached features."""
 

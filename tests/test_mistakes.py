@@ -62,7 +62,7 @@ QUICK = [
     Mistake("features that were cut off", "train-head cut.h5", 3, ("cut.h5: not a readable feature store (", "truncated", "extract again")),
     Mistake("a data set that is not there", "train-head f.h5 --features last.max", 2, ("f.h5: no feature set 'last.max'", "it holds last.avg", "did you mean 'last.avg'")),
     # ---------------------------------------------------------------------------------------- heads
-    Mistake("an unknown head", "train-head f.h5 --head logisitc", 2, ("head: received 'logisitc'", "expected one of logistic, ridge", "did you mean 'logistic'?")),
+    Mistake("an unknown head", "train-head f.h5 --head logisitc", 2, ("head: received 'logisitc'", "expected one of logistic, ridge", "did you mean 'logistic' or")),
     Mistake("an unknown parameter", "train-head f.h5 --head knn --param neighbours=3", 2, ("head 'knn': unknown key 'neighbours'", "did you mean 'n_neighbors'?")),
     Mistake("a parameter that is no number", "train-head f.h5 --param C=big", 2, ("head 'logistic': C: received 'big'", "expected a valid number")),
     Mistake("a parameter without a value", "train-head f.h5 --param C", 2, ("--param: received 'C'", "expected NAME=VALUE")),

@@ -27,6 +27,7 @@ import numpy as np
 import pipeline.predict, pipeline.progress
 from features.sources.reading import Reading
 from pipeline.cli import main
+from pipeline.tasks.table import CLASSIFICATION
 
 class Slow:
     name, classes, batch_size, answers = "slow", ("cat", "dog"), 2, None
@@ -37,7 +38,7 @@ class Slow:
         return np.full((len(images), 2), 0.5)
 
 plain = Reading(settled=True)
-run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain, metrics={})
+run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain, metrics={"validation": {}}, task=CLASSIFICATION)
 pipeline.predict.taken = lambda path, *_: (run, [])
 pipeline.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15

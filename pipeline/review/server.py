@@ -15,7 +15,7 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from features.errors import BottleneckError, ConfigurationError
+from features.errors import BottleneckError, ConfigurationError, RequestError
 from features.files import printable
 from features.store.reader import FeatureStore
 from pipeline.labels.file import this_user
@@ -23,7 +23,7 @@ from pipeline.labels.overlay import with_labels
 from pipeline.outputs import output_file
 from pipeline.review.pictures import SIDES, Album
 from pipeline.review.security import EVERYWHERE, LOOPBACK, App, Guard, Keys
-from pipeline.review.session import MOST_ITEMS, Query, Refused, Session
+from pipeline.review.session import MOST_ITEMS, Query, Session
 
 TEMPLATES = Path(__file__).parent.parent / "templates"
 PORT = 8765
@@ -118,7 +118,9 @@ class Desk:
 
         def answer() -> dict[str, Any]:
             if unknown := set(given) - set(Query.__dataclass_fields__):
-                raise Refused(f"order: received {min(unknown)!r:.40}, expected {', '.join(Query.__dataclass_fields__)}")
+                raise RequestError(
+                    f"order: received {min(unknown)!r:.40}, expected {', '.join(Query.__dataclass_fields__)}"
+                )
             return self.session.order(Query(**given, near=_number(near)))
 
         return await _json(answer)
@@ -140,7 +142,7 @@ class Desk:
         def answer() -> dict[str, Any]:
             batch = body()["batch"]
             if not isinstance(batch, list) or not all(isinstance(one, str) for one in batch):
-                raise Refused("batch: expected a list of ids")
+                raise RequestError("batch: expected a list of ids")
             return self.session.undo(batch)
 
         return await _json(answer)
@@ -177,7 +179,7 @@ def _file(name: str, kind: str) -> Any:
 
 def _number(text: str) -> int:
     if not text.removeprefix("-").isdecimal() or len(text) > 18:
-        raise Refused(f"received {text!r:.40}, expected the number of a row")
+        raise RequestError(f"received {text!r:.40}, expected the number of a row")
     return int(text)
 
 
@@ -191,13 +193,13 @@ async def _body(request: Any, names: set[str]) -> Callable[[], dict[str, Any]]:
 
     def read() -> dict[str, Any]:
         if len(data) > MOST_BODY:
-            raise Refused(f"the request has more than {MOST_BODY} bytes")
+            raise RequestError(f"the request has more than {MOST_BODY} bytes")
         try:
             values = json.loads(data)
         except (ValueError, RecursionError) as problem:
-            raise Refused(f"the request is no JSON: {problem}") from problem
+            raise RequestError(f"the request is no JSON: {problem}") from problem
         if not isinstance(values, dict) or set(values) != names:
-            raise Refused(f"the request: expected an object of {', '.join(sorted(names))}")
+            raise RequestError(f"the request: expected an object of {', '.join(sorted(names))}")
         return values
 
     return read
@@ -210,7 +212,7 @@ async def _json(make: Callable[[], dict[str, Any]]) -> Any:
 
     try:
         return JSONResponse(await run_in_threadpool(make))
-    except Refused as problem:
+    except RequestError as problem:
         return JSONResponse({"error": printable(str(problem))}, 400)
     except (BottleneckError, OSError) as problem:
         return JSONResponse({"error": printable(str(problem))}, 500)
@@ -357,6 +359,7 @@ class Review:
 
         config = uvicorn.Config(
             self._app,
+            log_config=None,  # that of uvicorn ends every log handler of this process
             log_level="warning",
             access_log=False,
             server_header=False,

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError, nearest
+from features.errors import RequestError, nearest
 from features.files import printable
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
@@ -46,10 +46,6 @@ MOST_GROUPS = 300  # groups that a menu lists
 MOST_CLASSES = 1_000
 MOST_NAME = 100  # characters of a new class
 UNDOABLE = 50  # last batches of the file that a new page can undo
-
-
-class Refused(ConfigurationError):  # noqa: N818
-    """A request that the page does not send."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +84,9 @@ class Query:
             ("state", self.state, ("", "decided", "flipped", *STATES)),
         ):
             if value not in known:
-                raise Refused(f"{name}: received {value!r}, expected one of {', '.join(known)}{nearest(value, known)}")
+                raise RequestError(
+                    f"{name}: received {value!r}, expected one of {', '.join(known)}{nearest(value, known)}"
+                )
 
 
 class Session:
@@ -153,7 +151,7 @@ class Session:
 
         Raises
         ------
-        Refused
+        RequestError
             If a row is not shown, or the value cannot be a class.
         LabelsError, StoreError
             If the file cannot be written; then nothing has changed.
@@ -175,7 +173,7 @@ class Session:
 
         Raises
         ------
-        Refused
+        RequestError
             If nothing can be taken back.
         """
         with self._writing:
@@ -191,7 +189,7 @@ class Session:
                     self._known.pop(name, None)
                 self._batches = [names for names in self._batches if set(names) != set(batch)]
             if answer is None:
-                raise Refused("there is nothing to take back: these images have been decided about again since")
+                raise RequestError("there is nothing to take back: these images have been decided about again since")
             return answer
 
     def _new(self, row: int, value: str, earlier: str) -> Decision:
@@ -239,22 +237,22 @@ class Session:
 
     def _check_value(self, value: str) -> None:
         if not isinstance(value, str):
-            raise Refused(f"value: received {value!r:.40}, expected the name of a class")
+            raise RequestError(f"value: received {value!r:.40}, expected the name of a class")
         name = class_of(value)
         if name is not None and self.catalogue.find(name) < 0:
             if not 0 < len(name) <= MOST_NAME or not name.isprintable() or name != name.strip():
-                raise Refused(f"class {name[:MOST_NAME]!r}: expected 1 to {MOST_NAME} printable characters")
+                raise RequestError(f"class {name[:MOST_NAME]!r}: expected 1 to {MOST_NAME} printable characters")
             if len(self.catalogue.names) >= MOST_CLASSES:
-                raise Refused(
+                raise RequestError(
                     f"class {name!r}: there are {MOST_CLASSES} classes already, and no more can be added here"
                 )
 
     def _shown_rows(self, rows: Sequence[int], most: int = MOST_DECIDED) -> Sequence[int]:
         if not isinstance(rows, list) or not 0 < len(rows) <= most:
-            raise Refused(f"rows: expected a list of 1 to {most} rows")
+            raise RequestError(f"rows: expected a list of 1 to {most} rows")
         for row in rows:
             if type(row) is not int or not 0 <= row < len(self.shown) or not self.shown[row]:
-                raise Refused(f"row {row!r:.20}: expected the number of a row that is shown")
+                raise RequestError(f"row {row!r:.20}: expected the number of a row that is shown")
         return rows
 
     def _original(self, row: int) -> str:
@@ -403,7 +401,7 @@ class Session:
             key = np.where(labels < 0, len(self.catalogue.names), labels)
         elif query.by == "similar":
             if not 0 <= query.near < len(self.shown) or not self.shown[query.near]:
-                raise Refused(f"near: received {query.near}, expected a row that is shown")
+                raise RequestError(f"near: received {query.near}, expected a row that is shown")
             key = self.learner.distances(query.near)[rows]
         elif query.by == "uncertainty":
             key = self._scores.margin[rows]

@@ -340,7 +340,7 @@
       }
       busy = false;
     } catch {
-      trouble(`The server does not answer. ${counted(jobs.length, "decision")} not saved; they are sent as soon as it is back.`, retry);
+      silent();
       showSaved();
       setTimeout(retry, 2000);
       return;
@@ -349,6 +349,9 @@
     pump();
   };
   const retry = () => { busy = false; pump(); };
+  const silent = () => trouble(jobs.length
+    ? `The server does not answer. ${counted(jobs.length, "decision")} not saved; they are sent as soon as it is back.`
+    : "The server does not answer. Start it again, and open the link that it prints.", retry);
   const done = (job, value) => {
     saved += job.undo ? 0 : value.saved;
     made += value.saved;
@@ -672,7 +675,7 @@
       if (more) refresh();
     });
     events.addEventListener("error", () => {
-      if (!lost) trouble("The server does not answer. Start it again, and open the link that it prints.", retry);
+      if (!lost) silent();
       lost = true;
     });
   };
