@@ -238,7 +238,8 @@ def test_a_redirect_into_a_private_network_is_not_followed(server: Objects) -> N
     ("number", "public"),
     [("8.8.8.8", True), ("2606:4700::1111", True), ("127.0.0.1", False), ("10.0.0.1", False), ("100.64.0.1", False),
      ("169.254.1.1", False), ("::1", False), ("fe80::1%eth0", False), ("fd00::1", False), ("::ffff:10.0.0.1", False),
-     ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False)],
+     ("2002:7f00:1::", False), ("224.0.0.1", False), ("0.0.0.0", False), ("64:ff9b::808:808", True),
+     ("64:ff9b::7f00:1", False), ("64:ff9b:1::808:808", False), ("::7f00:1", False)],
 )  # fmt: skip
 def test_which_numbers_are_public(number: str, public: bool) -> None:
     assert web.is_public(number) is public

@@ -24,6 +24,9 @@ from features.errors import SourceError, UnreadableImageError
 from features.pixels.limits import MAX_BYTES
 from features.sources.objects import Found, UnavailableError, without_secrets
 
+# An IPv4 address is their last 32 bits: translation (RFC 6052), and the compatible form of RFC 4291, which is no longer used.
+_WRAPPING = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
+_TRANSLATED_HERE = ipaddress.IPv6Network("64:ff9b:1::/48")  # RFC 8215: into whatever the local network decides
 _TIMEOUT = 30  # seconds without data
 _MOST_REDIRECTS = 5
 _REDIRECTS = (301, 302, 303, 307, 308)
@@ -35,6 +38,10 @@ def is_public(number: str) -> bool:
     """Whether an IP address lies in the public internet; addresses that wrap another one are as that one is."""
     address = ipaddress.ip_address(number.partition("%")[0])
     inner = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None)
+    if address.version == 6 and any(address in network for network in _WRAPPING):
+        inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+    if address in _TRANSLATED_HERE:
+        return False
     address = inner or address
     return address.is_global and not address.is_multicast
 
