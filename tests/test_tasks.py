@@ -418,7 +418,7 @@ def test_evaluate_scores_labels_and_numbers_of_a_manifest(answering: Any) -> Non
     with pytest.raises(SourceError, match="lacks 'red'"):
         evaluate(folder, manifest, target="green")
     manifest.write_text("path,green,blue\nred.png,1,1\n")
-    with pytest.raises(SourceError, match=r"has 'blue', which knn-.* does not know"):
+    with pytest.raises(SourceError, match=r"has 'blue', which colours does not know"):
         evaluate(folder, manifest, target="green,blue")
 
 
