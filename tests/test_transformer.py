@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from helpers import NumpyNetwork, extract, listing, paint, paint_folder, recipe, run_pipeline
+from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
@@ -492,6 +493,7 @@ def counting_module(tmp_path_factory) -> Iterator[Path]:
         patch.syspath_prepend(str(folder))
         patch.setenv("COUNT_FILE", str(folder / "count.txt"))
         patch.setenv("PYTHONPATH", os.pathsep.join([str(folder), *sys.path]))
+        get_reusable_executor().shutdown(wait=True)  # processes that earlier tests left do not know this folder
         yield folder
 
 
