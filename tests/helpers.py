@@ -8,10 +8,11 @@ import hashlib
 import io
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,22 @@ def paint_folder(root: Path, classes: Mapping[str, int], start: int = 0) -> Path
             paint(root / name / f"{index:04d}.png", (number % 256, number // 256 % 256, 7))
             number += 1
     return root
+
+
+@contextlib.contextmanager
+def chromium(what: str) -> Iterator[Any]:
+    """Chromium, which reads ``what``; the test is skipped where it is not installed, and fails there in CI."""
+    executable = shutil.which("chromium") or shutil.which("chromium-browser")
+    if executable is None:
+        if os.environ.get("CI", "").lower() in ("true", "1"):
+            pytest.fail(f"chromium is not here, and nobody would notice that {what} goes unread: apt-get install it")
+        pytest.skip(f"chromium is not here (Debian: apt-get install chromium): {what} is not read by a browser")
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        yield launched
+        launched.close()
 
 
 def given_away(path: Path) -> str:

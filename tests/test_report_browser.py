@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers import call_pipeline
+from helpers import call_pipeline, chromium
 
 pytestmark = pytest.mark.slow
 
@@ -66,17 +66,8 @@ def made(assets: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, An
 
 @pytest.fixture(scope="module")
 def browser(made: dict[str, Any]) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    if executable is None:
-        if os.environ.get("CI", "").lower() in ("true", "1"):
-            pytest.fail("chromium is not here, and nobody would notice that the report goes unread: apt-get install it")
-        pytest.skip("chromium is not here (Debian: apt-get install chromium): the report is not read by a browser")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with chromium("the report") as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import functools
 import http.server
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, STRESS, rounds
+from helpers import ROOT, STRESS, chromium, rounds
 from reviewing import TRAIN, VALIDATION, painted_store, two_classes, written_store
 
 from features.store.reader import FeatureStore
@@ -40,17 +39,8 @@ DECISIONS = max(40, rounds(200))
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    executable = shutil.which("chromium") or shutil.which("chromium-browser")
-    if executable is None:
-        if os.environ.get("CI", "").lower() in ("true", "1"):
-            pytest.fail("chromium is not here, and nobody would notice that the page goes unread: apt-get install it")
-        pytest.skip("chromium is not here (Debian: apt-get install chromium): the page is not read by a browser")
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+    with chromium("the page") as launched:
         yield launched
-        launched.close()
 
 
 @pytest.fixture(scope="module")
