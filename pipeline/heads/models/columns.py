@@ -7,32 +7,23 @@ from typing import ClassVar
 
 import numpy as np
 
+from pipeline.heads.models.linear import Product
 from pipeline.heads.models.model import Model, check_floats, need, pieces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Columns(Model):
-    """``Z @ coef.T + intercept``: float, (c, d) and (c,); log odds of labels, or numbers."""
+class Columns(Product):
+    """A product with one output for each column: log odds of labels, or numbers."""
 
     kind: ClassVar[str] = "columns"
-    softened: ClassVar[bool] = True
     of_columns: ClassVar[bool] = True
-    coef: np.ndarray
-    intercept: np.ndarray
 
     def check(self, columns: int, classes: int) -> None:
         check_floats("coef", self.coef, classes, columns)
         check_floats("intercept", self.intercept, classes)
 
     def outputs(self, Z: np.ndarray) -> np.ndarray:
-        return np.asarray(Z @ self.coef.T + self.intercept, np.float64)
-
-    @property
-    def parameter_count(self) -> int | None:
-        return self.coef.size + len(self.intercept)
-
-    def dense(self) -> tuple[np.ndarray, np.ndarray] | None:
-        return self.coef.T, self.intercept
+        return self.product(Z)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

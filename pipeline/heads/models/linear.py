@@ -19,20 +19,16 @@ def single(classes: int) -> int:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Linear(Model):
-    """``Z @ coef.T + intercept``: float, (o, d) and (o,), o = 1 for two classes."""
+class Product(Model):
+    """``Z @ coef.T + intercept``: float, (o, d) and (o,)."""
 
-    kind: ClassVar[str] = "linear"
     softened: ClassVar[bool] = True
     coef: np.ndarray
     intercept: np.ndarray
 
-    def check(self, columns: int, classes: int) -> None:
-        check_floats("coef", self.coef, single(classes), columns)
-        check_floats("intercept", self.intercept, single(classes))
-
-    def outputs(self, Z: np.ndarray) -> np.ndarray:
-        return two_columns(np.asarray(Z @ self.coef.T + self.intercept, np.float64))
+    def product(self, Z: np.ndarray) -> np.ndarray:
+        """Return the sums, float64, (n, o)."""
+        return np.asarray(Z @ self.coef.T + self.intercept, np.float64)
 
     @property
     def parameter_count(self) -> int | None:
@@ -40,6 +36,20 @@ class Linear(Model):
 
     def dense(self) -> tuple[np.ndarray, np.ndarray] | None:
         return self.coef.T, self.intercept
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Linear(Product):
+    """A product with one output for each class, or one for two classes."""
+
+    kind: ClassVar[str] = "linear"
+
+    def check(self, columns: int, classes: int) -> None:
+        check_floats("coef", self.coef, single(classes), columns)
+        check_floats("intercept", self.intercept, single(classes))
+
+    def outputs(self, Z: np.ndarray) -> np.ndarray:
+        return two_columns(self.product(Z))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
