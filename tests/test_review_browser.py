@@ -227,7 +227,7 @@ def test_killed_in_the_middle_nothing_shown_as_saved_is_lost(browser: Any, store
         for number in range(DECISIONS):
             page.keyboard.press("u")
             if number == DECISIONS // 2:
-                page.evaluate("() => 0")
+                until(page, "Number(document.getElementById('saved').dataset.saved) > 0")
                 killed.kill()
         page.wait_for_selector("#trouble:not([hidden])")
         shown = int(page.get_attribute("#saved", "data-saved"))
