@@ -2,9 +2,9 @@
 
     commands --> stages --> sweeps tuning exporting predicting reporting cluster --> search --> heads --> runs --> scores
 
-The stages are the modules at the door: extract, train_head, finetune, predict, export, report, preview; experiments runs
-several of them from one file. Each folder is a room with a docstring that says what may be imported from it; README.md
-has the map. config, presets, outputs, progress, streams and tables are the ground, used by all.
+Each folder is a room with a docstring that says what may be imported from it; README.md has the map. ``stages`` holds the
+stages; experiments runs several of them from one file. config, presets, outputs, progress, streams and tables are the
+ground, used by all.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ TELLING = (
     "features.networks.hub",
     "features.networks.weights",
     "features.networks.wheels",
-    "pipeline.compare",
+    "pipeline.stages.compare",
     "pipeline.runs.board",
 )
 

@@ -10,7 +10,7 @@ from photographs import some_cats_and_dogs, weights_of
 
 from features.extraction.extraction import extract_features
 from pipeline.heads.promises import NOTHING, Asked
-from pipeline.train_head import train_head
+from pipeline.stages.train_head import train_head
 
 
 @pytest.fixture(scope="module")

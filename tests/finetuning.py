@@ -29,7 +29,7 @@ class TinyWorld:
 
     def finetune(self, **options: Any) -> dict[str, Any]:
         """From the weak head, on the images."""
-        from pipeline.finetune import finetune
+        from pipeline.stages.finetune import finetune
 
         return finetune(self.run, self.images, **options)
 
@@ -78,7 +78,7 @@ def save_network(path: Path, seed: int = 7) -> Path:
 
 @pytest.fixture(scope="module")
 def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
-    from pipeline.train_head import train_head
+    from pipeline.stages.train_head import train_head
 
     folder = tmp_path_factory.mktemp("tiny")
     images, backbone = paint_noise(folder / "images"), save_network(folder / "tiny.keras")

@@ -15,7 +15,7 @@ from features.extraction.announcing import Announcer, announcement
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources.scan import scan
-from pipeline import extract as stage
+from pipeline.stages import extract as stage
 
 
 @pytest.fixture(autouse=True)

@@ -17,10 +17,10 @@ from features.errors import ConfigurationError
 from features.store.reader import FeatureStore
 from features.store.schema import FeatureSpec, ImageTable, Quarantine
 from features.store.writer import StoreWriter
-from pipeline.audit import audit, confident
-from pipeline.audit.applying import suggestions
-from pipeline.audit.pixels import measures_of
-from pipeline.audit.stage import CHECKS, COLUMNS, document, summary, write_csv
+from pipeline.auditing import audit, confident
+from pipeline.auditing.applying import suggestions
+from pipeline.auditing.pixels import measures_of
+from pipeline.auditing.stage import CHECKS, COLUMNS, document, summary, write_csv
 from pipeline.labels.file import SEEN, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.reporting.audited import read_audit
@@ -388,7 +388,7 @@ def test_what_a_person_took_back_is_not_applied_again(
     flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
     """And the estimate is that of the labels that were changed, not of those that were left alone."""
-    from pipeline.audit.applying import record
+    from pipeline.auditing.applying import record
     from pipeline.labels.file import WITHDRAWN, append_decisions, new_decision
 
     store, _, _ = flipped

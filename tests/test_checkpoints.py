@@ -139,7 +139,7 @@ SETTINGS = {
 }
 CHILD = """
 import sys, time
-from pipeline.finetune import finetune
+from pipeline.stages.finetune import finetune
 def progress(stage, done, total):
     print(stage, done, flush=True)
     if f"{{stage}} {{done}}" == sys.argv[1]:

@@ -22,10 +22,10 @@ from features.extraction.options import ExtractionOptions
 from features.recipe import Recipe
 from features.sources.scan import scan
 from features.store.reader import FeatureStore
-from pipeline import compare as stage
-from pipeline.compare import compare, files_of_networks, summary
 from pipeline.intervals import paired_interval, wilson_interval
 from pipeline.reporting.comparison import _drawn
+from pipeline.stages import compare as stage
+from pipeline.stages.compare import compare, files_of_networks, summary
 
 
 class Network(NumpyNetwork):

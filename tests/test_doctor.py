@@ -12,7 +12,7 @@ import pytest
 from helpers import call_pipeline
 
 from features.networks import weights
-from pipeline import doctor
+from pipeline.stages import doctor
 
 Breakage = Callable[[pytest.MonkeyPatch, Path], None]
 Usage = namedtuple("Usage", "total used free")

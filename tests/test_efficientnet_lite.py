@@ -32,8 +32,8 @@ from features.networks.reference import reference_images, relative_difference
 from features.networks.weights import known_digest, load_weights, resolve_weights
 from features.pixels.decode import decode_image
 from features.recipe import NetworkOptions, PixelRule
-from pipeline.finetune import finetune
-from pipeline.train_head import train_head
+from pipeline.stages.finetune import finetune
+from pipeline.stages.train_head import train_head
 
 pytestmark = pytest.mark.slow
 LITE = ("efficientnet-lite0", "efficientnet-lite2")

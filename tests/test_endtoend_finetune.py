@@ -16,11 +16,11 @@ from features.errors import ParityError, RunError
 from features.extraction.extraction import extract_features, prepare
 from features.extraction.options import ExtractionOptions
 from features.store.reader import FeatureStore
-from pipeline.finetune import finetune
 from pipeline.heads.kinds import head_of
-from pipeline.predict import predict
 from pipeline.runs.folder import Run
-from pipeline.train_head import RunResult, train_head
+from pipeline.stages.finetune import finetune
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import RunResult, train_head
 from pipeline.tuning.endtoend import (
     network_of,
     split_for_training,

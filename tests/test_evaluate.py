@@ -15,11 +15,11 @@ from helpers import paint
 from labelling import Book
 from test_predict import CLASSES, PAINT, PROMISE, Colours
 
-import pipeline.evaluate
+import pipeline.stages.evaluate
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
 from features.sources.reading import Reading
 from pipeline.cli import main
-from pipeline.evaluate import evaluate, summary
+from pipeline.stages.evaluate import evaluate, summary
 from pipeline.tasks.table import CLASSIFICATION
 
 
@@ -35,8 +35,8 @@ def run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> SimpleNamespace:
     (tmp_path / "predictions.csv").write_text(
         f"path,sha256,label,predicted,correct\nr,{digest},ape,ape,true,0.8,0.1,0.1\n"
     )
-    monkeypatch.setattr(pipeline.evaluate, "taken", lambda path, *_, **__: (made, []))
-    monkeypatch.setattr(pipeline.evaluate, "RunModel", lambda run, **options: Colours())
+    monkeypatch.setattr(pipeline.stages.evaluate, "taken", lambda path, *_, **__: (made, []))
+    monkeypatch.setattr(pipeline.stages.evaluate, "RunModel", lambda run, **options: Colours())
     return made
 
 
@@ -157,7 +157,7 @@ def test_a_manifest_and_a_split_of_it(images: Path, run: SimpleNamespace) -> Non
 def test_only_a_class_with_a_really_near_name_is_suggested() -> None:
     source = SimpleNamespace(description="new", classes=("pansy", "tulip"), labels=np.array([0, 1, 0]))
     with pytest.raises(SourceError) as caught:
-        pipeline.evaluate._labels(source, np.arange(3), "flowers", ("daisy", "tulips"))  # type: ignore[arg-type]
+        pipeline.stages.evaluate._labels(source, np.arange(3), "flowers", ("daisy", "tulips"))  # type: ignore[arg-type]
     assert "'pansy' (2 images), 'tulip' (1 image); did you mean 'tulips'?; expected daisy" in str(caught.value)
 
 
@@ -167,7 +167,7 @@ def test_classes_that_the_run_does_not_know_are_named_before_anything_is_loaded(
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("loaded")
 
-    monkeypatch.setattr(pipeline.evaluate, "RunModel", refuse)
+    monkeypatch.setattr(pipeline.stages.evaluate, "RunModel", refuse)
     (images / "bee").rename(images / "bees")
     message = (
         r"new: 3 images of classes that colours does not know: 'bees' \(3 images\); did you mean 'bee'\?; expected ape, bee, "

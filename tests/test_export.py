@@ -20,18 +20,18 @@ from exports import exported_runs
 from photographs import CATS_DOGS
 from PIL import Image
 
-import pipeline.export
+import pipeline.stages.export
 from features.errors import (
     ConfigurationError,
 )
 from features.recipe import PixelRule
-from pipeline.export import Probe, export, predicted
 from pipeline.exporting.artefacts import full_pixels, open_artefact, read_card
 from pipeline.exporting.formats import FORMATS, convert, find_format, to_onnx
 from pipeline.exporting.keras_graph import KerasAssembled
 from pipeline.heads.kinds import head_of
-from pipeline.predict import predict
 from pipeline.runs.folder import Run
+from pipeline.stages.export import Probe, export, predicted
+from pipeline.stages.predict import predict
 from pipeline.tuning.endtoend import network_of
 
 pytestmark = pytest.mark.slow
@@ -110,7 +110,7 @@ def made(
     def make(name: str) -> tuple[Path, dict[str, Any]]:
         out = tmp_path_factory.mktemp(name) / f"logistic{find_format(name).suffix}"
         with pytest.MonkeyPatch.context() as patch:
-            patch.setitem(pipeline.export.ASSEMBLERS, "keras", lambda *_: joined)
+            patch.setitem(pipeline.stages.export.ASSEMBLERS, "keras", lambda *_: joined)
             return out, export(runs["logistic"], format=name, out=out, images=photos)
 
     return make

@@ -17,7 +17,7 @@ import pytest
 from exports import exported_runs
 from helpers import ROOT, listing
 
-import pipeline.export
+import pipeline.stages.export
 from features.errors import (
     ConfigurationError,
     FormatVersionError,
@@ -26,11 +26,11 @@ from features.errors import (
     RunError,
     StoreError,
 )
-from pipeline.export import export
 from pipeline.exporting.artefacts import Card, open_artefact, write_card
 from pipeline.exporting.formats import FORMATS, Writer, convert, find_format
 from pipeline.exporting.keras_graph import KerasAssembled
 from pipeline.runs.folder import Run
+from pipeline.stages.export import export
 
 pytestmark = pytest.mark.slow
 
@@ -64,7 +64,7 @@ def test_other_probabilities_name_the_layer_and_leave_nothing(
     runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setitem(pipeline.export.ASSEMBLERS, "keras", disturbed("block_12_depthwise"))
+        patch.setitem(pipeline.stages.export.ASSEMBLERS, "keras", disturbed("block_12_depthwise"))
         with pytest.raises(
             ParityError, match=r"assembled network: .*first layer that differs is 'block_12_depthwise'"
         ) as caught:
@@ -77,7 +77,7 @@ def test_other_probabilities_name_the_layer_and_leave_nothing(
         kernel.set_weights([values * 1.5 for values in kernel.get_weights()])
         convert(model, kind, row, path)
 
-    monkeypatch.setattr(pipeline.export, "convert", convert_wrongly)
+    monkeypatch.setattr(pipeline.stages.export, "convert", convert_wrongly)
     with pytest.raises(ParityError, match=r"keras, loaded by its own runtime: .*differs is 'block_3_expand'"):
         export(runs["logistic"], format="keras", out=tmp_path / "model.keras")
     assert list(tmp_path.iterdir()) == []

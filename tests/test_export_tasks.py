@@ -10,11 +10,11 @@ import pytest
 from helpers import STRESS, paint
 
 from features.extraction.extraction import extract_features
-from pipeline.evaluate import evaluate
-from pipeline.export import export
-from pipeline.predict import predict
 from pipeline.runs.folder import Run
-from pipeline.train_head import train_head
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.export import export
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import train_head
 
 pytestmark = pytest.mark.slow  # loads Keras and converts networks
 CASES = [("multilabel", "logistic", "onnx"), ("regression", "dense", "keras")]

@@ -37,8 +37,8 @@ from features.progress import counted
 from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
-from pipeline.extract import describe, origin, summary
 from pipeline.heads.records import describe_features
+from pipeline.stages.extract import describe, origin, summary
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ from features.errors import ConfigurationError, ParityError, RunError
 from features.networks.backend import _is_news
 from features.pixels.views import decode_views
 from features.store.reader import FeatureStore
-from pipeline import finetune as stage
 from pipeline.cli import main
 from pipeline.heads.kinds import head_of
 from pipeline.runs.folder import Run, read_predictions
-from pipeline.train_head import train_head
+from pipeline.stages import finetune as stage
+from pipeline.stages.train_head import train_head
 from pipeline.tuning.endtoend import PIXELS, network_of, split_for_training
 from pipeline.tuning.settings import TuningSettings, learning_rate, settings_of
 from pipeline.tuning.training import Tail
@@ -337,7 +337,7 @@ def test_features_that_stay_on_the_device_train_the_same(
 ) -> None:
     found = []
     for device in ("cpu", "gpu"):
-        monkeypatch.setattr("pipeline.finetune.choose_device", lambda _, device=device: device)
+        monkeypatch.setattr("pipeline.stages.finetune.choose_device", lambda _, device=device: device)
         run = tiny.finetune(runs=tmp_path / device, epochs=2)["run"]
         found.append((Path(run, "predictions.csv").read_bytes(), Path(run, "history.csv").read_bytes()))
     assert found[0] == found[1]
@@ -360,7 +360,7 @@ def test_a_network_that_has_moved_is_found_by_its_digest(
     tiny: TinyWorld, tmp_path: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Where --weights or --backbone says, or beside the run; the run keeps its id, and another network is refused."""
-    from pipeline.predict import predict
+    from pipeline.stages.predict import predict
 
     gone = tmp_path / "gone" / "tiny.keras"
     run = Path(shutil.copytree(tiny.run, tmp_path / "work" / "runs" / tiny.run.name))

@@ -12,12 +12,12 @@ from test_forgetting import traces
 
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
-from pipeline.forget import forget
 from pipeline.labels.file import append_decisions, new_decision, read_labels
-from pipeline.report import make_report
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.runs.forgetting import MARK, forget_predictions
-from pipeline.train_head import train_head
+from pipeline.stages.forget import forget
+from pipeline.stages.report import make_report
+from pipeline.stages.train_head import train_head
 
 
 @pytest.fixture

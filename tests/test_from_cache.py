@@ -16,9 +16,9 @@ from photographs import some_cats_and_dogs, weights_of
 
 from features.errors import ConfigurationError, RunError
 from features.extraction.extraction import extract_features
-from pipeline.finetune import finetune
 from pipeline.runs.folder import Run
-from pipeline.train_head import train_head
+from pipeline.stages.finetune import finetune
+from pipeline.stages.train_head import train_head
 from pipeline.tuning.cached import drawn_views
 from pipeline.tuning.training import Tail
 

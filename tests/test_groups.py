@@ -212,8 +212,8 @@ def test_the_next_command_works_on_the_store(
     sets: tuple[str, ...], expected: str,
 ) -> None:  # fmt: skip
     document = {"classes": {"cat": 1, "dog": 1}, "splits": dict.fromkeys(splits, 1), "data_sets": dict.fromkeys(sets)}
-    monkeypatch.setattr("pipeline.extract.run", lambda *_, **__: document)
-    monkeypatch.setattr("pipeline.extract.summary", lambda _: "")
+    monkeypatch.setattr("pipeline.stages.extract.run", lambda *_, **__: document)
+    monkeypatch.setattr("pipeline.stages.extract.summary", lambda _: "")
     assert main(["extract", "photos", "--out", "f.h5", *options.split()]) == 0
     assert capsys.readouterr().err == (f"next: bottleneck {expected}" if expected else "")
 

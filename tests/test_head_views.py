@@ -22,7 +22,7 @@ from pipeline.heads.records import run_id_of
 from pipeline.heads.streaming import FeatureStream
 from pipeline.runs.folder import Run
 from pipeline.scores.metrics import evaluate
-from pipeline.train_head import add_averaged, needs_views, train_head
+from pipeline.stages.train_head import add_averaged, needs_views, train_head
 
 BOTH = (False, True)
 

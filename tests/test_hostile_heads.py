@@ -388,7 +388,7 @@ def test_heads_changed_at_random_are_refused_or_predict(tmp_path: Path) -> None:
 
 
 def test_leaderboard_and_report_load_no_head(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.report import make_report
+    from pipeline.stages.report import make_report
 
     def refuse(*_: object) -> None:
         raise AssertionError("a head was opened")

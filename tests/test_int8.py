@@ -31,14 +31,14 @@ from features.recipe import NetworkOptions, Recipe
 from features.sources.scan import scan
 from features.store.reader import FeatureStore
 from features.transformer import FeatureExtractor
-from pipeline import extract as stage
-from pipeline.export import export
-from pipeline.finetune import finetune
-from pipeline.predict import predict
 from pipeline.reporting.reproduce import commands
 from pipeline.runs import writing
 from pipeline.runs.folder import Run
-from pipeline.train_head import train_head
+from pipeline.stages import extract as stage
+from pipeline.stages.export import export
+from pipeline.stages.finetune import finetune
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import train_head
 
 DIGEST = "ab" * 32
 HOW = {

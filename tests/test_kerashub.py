@@ -532,7 +532,7 @@ def test_shapes_are_those_of_a_forward_pass_where_a_layer_announces_others(made:
 
 def predicted(run: Path, pictures: Path, store: Any, folder: Path) -> np.ndarray:
     """Probabilities of all images of a store, by ``predict``."""
-    from pipeline.predict import predict
+    from pipeline.stages.predict import predict
 
     predict(run, [str(pictures / path) for path in store.images.paths], out=folder / "out.csv")
     rows = list(csv.DictReader((folder / "out.csv").read_text().splitlines()))
@@ -547,10 +547,10 @@ def predicted(run: Path, pictures: Path, store: Any, folder: Path) -> np.ndarray
 def test_from_extraction_to_a_fine_tuned_network(
     made: dict[str, Made], pictures: Path, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.finetune import finetune
     from pipeline.heads.kinds import head_of
     from pipeline.runs.folder import Run
-    from pipeline.train_head import train_head
+    from pipeline.stages.finetune import finetune
+    from pipeline.stages.train_head import train_head
     from pipeline.tuning.endtoend import network_of
 
     of = made[name]
@@ -596,8 +596,8 @@ def test_a_preset_is_exported_with_its_head(
     made: dict[str, Made], pictures: Path, name: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer of ViT cannot be saved by itself, its GELU has an operation that ONNX has not; SigLIP announces wrong shapes."""
-    from pipeline.export import export
-    from pipeline.train_head import train_head
+    from pipeline.stages.export import export
+    from pipeline.stages.train_head import train_head
 
     monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
     options = {"engine": "keras", "batch_size": 16, "pooling": "cls+tokens" if HOW[name] == "cls" else None}

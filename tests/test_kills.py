@@ -27,7 +27,7 @@ from helpers import ROOT, STRESS, NumpyNetwork, extract, listing, paint_folder, 
 from test_int8 import HOW, network
 from test_terminal import CHILD as SLOW_MODEL
 
-from pipeline.train_head import train_head
+from pipeline.stages.train_head import train_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.stress]
 SECONDS = 5.0  # a child may live so long after its parent's death

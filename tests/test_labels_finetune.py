@@ -12,12 +12,12 @@ from labelling import Book, sha256_of
 
 from features.errors import RunError
 from features.store.reader import FeatureStore
-from pipeline.finetune import finetune
 from pipeline.labels.file import EXCLUDE
 from pipeline.labels.overlay import with_labels
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.folder import Run, find_runs
-from pipeline.train_head import train_head
+from pipeline.stages.finetune import finetune
+from pipeline.stages.train_head import train_head
 
 tiny = tiny_world
 STEPS = {"epochs": 1, "batch_size": 16}

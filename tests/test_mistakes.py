@@ -15,7 +15,7 @@ from helpers import extract, paint, paint_folder, run_pipeline
 
 from features.store.reader import FeatureStore
 from pipeline.cli import main
-from pipeline.train_head import train_head
+from pipeline.stages.train_head import train_head
 
 SMALL = "--backbone mobilenetv2-0.35 --weights random --image-size 32 --engine keras"
 
@@ -353,7 +353,7 @@ def test_ctrl_c_is_no_traceback(
         raise KeyboardInterrupt
 
     before = snapshot(here)
-    monkeypatch.setattr("pipeline.train_head.train_head", interrupted)
+    monkeypatch.setattr("pipeline.stages.train_head.train_head", interrupted)
     assert main(["train-head", "f.h5"]) == 130
     assert "interrupted; all finished work is kept. Run the same command again" in capsys.readouterr().err
     assert snapshot(here) == before

@@ -149,7 +149,7 @@ def test_a_fresh_checkout_is_hashed_once_and_the_store_stays(source: Path, tmp_p
 
 
 def test_the_command_says_how_many_were_hashed(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline import extract as stage
+    from pipeline.stages import extract as stage
 
     monkeypatch.setattr(
         stage, "prepare", lambda images, out, options, **_: Extraction(scan(images), NumpyNetwork(), out, options)

@@ -20,7 +20,7 @@ from onnx import TensorProto
 from sklearn.base import clone
 from test_onnx_networks import HOW, centre, convolved, network, normalised
 
-import pipeline.export
+import pipeline.stages.export
 from features.errors import ConfigurationError, ParityError, RunError
 from features.extraction.extraction import extract_features, prepare
 from features.extraction.options import ExtractionOptions
@@ -30,13 +30,13 @@ from features.networks.onnx_graph import INPUT, PREFIX, Output, composed, outlin
 from features.networks.reference import reference_images, relative_difference
 from features.recipe import Normalisation
 from features.transformer import FeatureExtractor
-from pipeline.export import export
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.exporting.onnx_graph import OnnxAssembled
-from pipeline.predict import predict
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.folder import Run
-from pipeline.train_head import train_head
+from pipeline.stages.export import export
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import train_head
 
 BYTES = {**HOW, "scale": 1, "mean": [0, 0, 0], "std": [1, 1, 1]}
 
@@ -123,7 +123,7 @@ def test_what_differs_is_named_and_nothing_is_left(run: Path, tmp_path: Path, mo
             tensor.CopyFrom(onnx.numpy_helper.from_array(onnx.numpy_helper.to_array(tensor) * 3 + 1, name))
             return whole
 
-        monkeypatch.setitem(pipeline.export.ASSEMBLERS, "onnx", join)
+        monkeypatch.setitem(pipeline.stages.export.ASSEMBLERS, "onnx", join)
         with pytest.raises(ParityError, match=f"assembled network: .*The first layer that differs is '{stage}'"):
             export(run, format="onnx", out=tmp_path / "model.onnx")
 

@@ -20,7 +20,7 @@ from features.store.reader import FeatureStore
 from features.store.schema import FeatureSpec, ImageTable, Quarantine, digest_rows
 from features.store.writer import StoreWriter
 from features.targets import Target
-from pipeline.extract import to_parquet
+from pipeline.stages.extract import to_parquet
 
 
 def spatial_store(

@@ -24,7 +24,7 @@ import pytest
 from helpers import listing, paint
 from PIL import Image
 
-import pipeline.predict
+import pipeline.stages.predict
 from features.augmentation import PRESETS
 from features.errors import ConfigurationError, SourceError, TooManyUnreadableError
 from features.extraction.extraction import extract_features
@@ -34,14 +34,14 @@ from features.recipe import PixelRule
 from features.sources.reading import Reading
 from pipeline.cli import main
 from pipeline.heads.kinds import head_of
-from pipeline.predict import Gallery, predict, summary
 from pipeline.predicting.files import Prediction, Rows
 from pipeline.predicting.loop import Item, predictions
 from pipeline.predicting.options import PredictOptions
 from pipeline.reporting.grids import PredictedImage, prediction_grid
 from pipeline.runs.folder import Run
+from pipeline.stages.predict import Gallery, predict, summary
+from pipeline.stages.train_head import train_head
 from pipeline.tasks.table import CLASSIFICATION
-from pipeline.train_head import train_head
 from pipeline.tuning.endtoend import network_of
 
 CLASSES = ("ape", "bee", "file")
@@ -75,8 +75,8 @@ def colours(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         classes=CLASSES, recipe=SimpleNamespace(augmentation=None), folder=tmp_path / "run", reading=plain,
         metrics={"validation": {}}, task=CLASSIFICATION,
     )  # fmt: skip
-    monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, []))
-    monkeypatch.setattr(pipeline.predict, "RunModel", lambda run, **options: Colours())
+    monkeypatch.setattr(pipeline.stages.predict, "taken", lambda path, *_: (run, []))
+    monkeypatch.setattr(pipeline.stages.predict, "RunModel", lambda run, **options: Colours())
 
 
 @pytest.fixture
@@ -135,7 +135,7 @@ PROMISE: dict[str, Any] = {
 def test_answers_that_are_not_sure_enough_are_withheld(
     colours: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    run, _ = pipeline.predict.taken("run", PredictOptions())
+    run, _ = pipeline.stages.predict.taken("run", PredictOptions())
     monkeypatch.setattr(run, "metrics", {"answers": PROMISE, "validation": {}})
     document = predict("run", images, out=tmp_path / "p.csv")
     with open(tmp_path / "p.csv", newline="") as stream:
@@ -189,8 +189,8 @@ def test_rows_of_a_name_that_is_not_utf8_give_the_name_back(colours: None, image
 def test_damaged_runs_beside_the_one_that_is_taken_decide_the_exit_code(
     colours: None, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, _ = pipeline.predict.taken("run", None)
-    monkeypatch.setattr(pipeline.predict, "taken", lambda path, *_: (run, ["logistic-torn"]))
+    run, _ = pipeline.stages.predict.taken("run", None)
+    monkeypatch.setattr(pipeline.stages.predict, "taken", lambda path, *_: (run, ["logistic-torn"]))
     assert main(["predict", "run", str(images), "--out", str(tmp_path / "rows.csv")]) == 3
     assert len((tmp_path / "rows.csv").read_text().splitlines()) == 6  # the rows are written nevertheless
 
@@ -392,7 +392,7 @@ def test_a_grid_marks_right_and_wrong_where_folders_say_what_images_are(
         drawn.append((list(items), title))
         return prediction_grid(items, path, title=title)
 
-    monkeypatch.setattr(pipeline.predict, "prediction_grid", draw)
+    monkeypatch.setattr(pipeline.stages.predict, "prediction_grid", draw)
     for name, label, count in (("red", "ape", 50), ("green", "bee", 30), ("blue", "bee", 20)):
         for number in range(count):
             paint(tmp_path / "known" / label / f"{name}{number:02d}.png", PAINT[name])

@@ -17,7 +17,6 @@ from features.pixels.decode import decode_image
 from features.pixels.views import decode_views
 from features.recipe import PixelRule
 from features.sources.scan import scan
-from pipeline.preview import preview, sample_images, summary
 from pipeline.reporting.grids import (
     FRAME,
     GAP,
@@ -30,6 +29,7 @@ from pipeline.reporting.grids import (
     prediction_grid,
     shortened,
 )
+from pipeline.stages.preview import preview, sample_images, summary
 
 SIZE = 120
 

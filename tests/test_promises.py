@@ -25,10 +25,10 @@ from pipeline.runs.board import board_of, leaderboard, starred, take_run
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.runs.writing import add_scores
 from pipeline.scores.answers import find_threshold, kept, least_probability
+from pipeline.stages.train_head import train_head
 from pipeline.sweeps.sweep import run_sweep, summary
 from pipeline.sweeps.sweep_file import single
 from pipeline.tables import board_text, group_lines, promise_lines
-from pipeline.train_head import train_head
 
 ANSWERS: dict[str, Any] = {
     "rows": "validation",

@@ -23,7 +23,7 @@ from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.folder import Run
-from pipeline.train_head import train_head
+from pipeline.stages.train_head import train_head
 
 CLASSES = ("glioma", "notumor", "pituitary")
 

@@ -22,15 +22,15 @@ from pipeline.heads import kinds
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import can_finetune, head_of, register
 from pipeline.heads.prepared import Prepared
-from pipeline.predict import predict
 from pipeline.presets import PRESETS, Preset
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.board import leaderboard
 from pipeline.runs.folder import Run
 from pipeline.scores.metrics import softmax
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import train_head
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import SweepFile, SweepHead
-from pipeline.train_head import train_head
 
 tiny = pytest.fixture(scope="module", name="tiny")(lambda tiny_world: tiny_world)
 __all__ = ["tiny_world"]
@@ -161,8 +161,8 @@ def get(path: Path) -> str | None:
 def test_a_new_export_format_is_proven_and_predicts(
     tiny: TinyWorld, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline import export as stage
     from pipeline.exporting.artefacts import open_artefact
+    from pipeline.stages import export as stage
 
     row = Format(
         "bundle", ".bundle", "", (), {"keras": Writer(bundle)}, open_bundle, put, get, tolerance=1e-5, note="a zip"
@@ -207,7 +207,7 @@ class Striped(Backbone):
 def test_a_new_kind_of_network_is_extracted_trained_finetuned_and_predicts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.finetune import finetune
+    from pipeline.stages.finetune import finetune
 
     def find(name: str) -> Backbone | None:
         kind, _, filters = name.partition(":")

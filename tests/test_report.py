@@ -26,7 +26,6 @@ from features.recipe import PixelRule
 from features.store.reader import FeatureStore
 from pipeline.heads.records import describe_features
 from pipeline.presets import LogisticParameters
-from pipeline.report import make_report, summary
 from pipeline.reporting import charts
 from pipeline.reporting import data as report_data
 from pipeline.reporting.data import Rows
@@ -35,6 +34,7 @@ from pipeline.reporting.thumbnails import Pictures
 from pipeline.runs.folder import Predictions, Run
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import calibration_error, evaluate
+from pipeline.stages.report import make_report, summary
 from pipeline.tasks.table import CLASSIFICATION
 
 HOSTILE = '"><script>window.hacked=1</script>'
@@ -434,7 +434,7 @@ def test_a_page_that_would_be_too_large_goes_without_pictures(
     store: FeatureStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     stored_run(store, tmp_path / "runs", "logistic-1", 0.2, 2)
-    monkeypatch.setattr("pipeline.report.PAGE_BYTES", 60_000)
+    monkeypatch.setattr("pipeline.stages.report.PAGE_BYTES", 60_000)
     make_report(tmp_path / "runs", tmp_path / "report.html")
     assert "the report has no thumbnails in the feature maps" in caplog.text
     assert "data:image" not in (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -7,8 +7,8 @@ import itertools
 import numpy as np
 import pytest
 
-from pipeline import finetune
 from pipeline.scores.selection import Candidate, balanced_accuracy_interval, choose, stratified_folds
+from pipeline.stages import finetune
 from pipeline.tables import board_text, metrics_text
 
 

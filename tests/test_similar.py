@@ -13,8 +13,8 @@ from PIL import Image
 
 from features.errors import ConfigurationError, UnreadableImageError
 from features.store.reader import FeatureStore
-from pipeline import similar as stage
-from pipeline.similar import similar
+from pipeline.stages import similar as stage
+from pipeline.stages.similar import similar
 
 NETWORK = NumpyNetwork()
 

@@ -22,9 +22,9 @@ from features.store.writer import StoreWriter
 from pipeline.heads.kinds import head_of
 from pipeline.heads.streaming import FeatureStream
 from pipeline.runs.folder import Run
+from pipeline.stages.train_head import train_head
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import SweepFile, SweepHead
-from pipeline.train_head import train_head
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("without_plots")]  # stores of tens of megabytes
 

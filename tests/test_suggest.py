@@ -18,7 +18,7 @@ from pipeline.labels.file import UNKNOWN, append_decisions, new_decision, read_l
 from pipeline.labels.overlay import with_labels
 from pipeline.search.choosing import STRATEGIES, Situation, typicality
 from pipeline.search.vectors import normalised
-from pipeline.suggest import suggest
+from pipeline.stages.suggest import suggest
 
 NOTHING = np.zeros((0, 4), np.float32)
 

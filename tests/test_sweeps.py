@@ -32,10 +32,10 @@ from pipeline.runs.board import leaderboard
 from pipeline.runs.folder import Run
 from pipeline.runs.tensorboard import log_run
 from pipeline.runs.writing import add_plots
+from pipeline.stages.train_head import train_head
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import SweepFile, Trial, expand, read_sweep, single
 from pipeline.sweeps.workers import Lost, in_parallel
-from pipeline.train_head import train_head
 
 CS = [0.001, 0.1, 10.0]
 FAST = {"epochs": [3], "learning_rate": [0.01, 0.03]}

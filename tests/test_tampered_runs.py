@@ -18,10 +18,10 @@ from test_train_head import make_store
 
 from features.errors import BottleneckError
 from pipeline.heads.kinds import head_of
-from pipeline.predict import predict
 from pipeline.runs.board import leaderboard, take_run
 from pipeline.runs.folder import Run, read_predictions
-from pipeline.train_head import train_head
+from pipeline.stages.predict import predict
+from pipeline.stages.train_head import train_head
 
 pytestmark = [
     pytest.mark.slow,  # trains and writes run folders

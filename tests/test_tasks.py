@@ -25,27 +25,27 @@ from sklearn.metrics import (
 from sklearn.neighbors import KNeighborsRegressor
 from targeted import labels_of, numbers_of, target_store, thirds
 
-import pipeline.evaluate
-import pipeline.predict
+import pipeline.stages.evaluate
+import pipeline.stages.predict
 from features.errors import ConfigurationError, HeadError, RunError, SourceError
 from features.pixels.decode import decode_image
 from features.recipe import PixelRule
 from features.store.reader import FeatureStore
-from pipeline.evaluate import evaluate
-from pipeline.evaluate import summary as evaluated_text
 from pipeline.heads.kinds import head_of, load_head, make_head
 from pipeline.heads.promises import Asked
-from pipeline.predict import predict
-from pipeline.predict import summary as predicted_text
 from pipeline.runs.board import leaderboard, take_run
 from pipeline.runs.folder import Run, read_predictions
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.evaluate import summary as evaluated_text
+from pipeline.stages.predict import predict
+from pipeline.stages.predict import summary as predicted_text
+from pipeline.stages.train_head import train_head
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import Choice, SweepFile, SweepHead
 from pipeline.tasks.bootstrap import row_weights
 from pipeline.tasks.folds import iterative_folds
 from pipeline.tasks.multilabel import balanced_weights, best_threshold
 from pipeline.tasks.table import ALL_CHOICES, TASKS, task_of
-from pipeline.train_head import train_head
 
 U = 255
 MULTILABEL, REGRESSION = TASKS["multilabel"], TASKS["regression"]
@@ -362,8 +362,8 @@ def answering(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         folder = train_head(store, "knn", runs=tmp_path / "runs").folder
         lines = [f"path,{header}", *(f"{name}.png,{cell}" for name, cell in cells.items())]
         (tmp_path / "new" / "m.csv").write_text("\n".join(lines) + "\n")
-        monkeypatch.setattr(pipeline.predict, "RunModel", Colours)
-        monkeypatch.setattr(pipeline.evaluate, "RunModel", Colours)
+        monkeypatch.setattr(pipeline.stages.predict, "RunModel", Colours)
+        monkeypatch.setattr(pipeline.stages.evaluate, "RunModel", Colours)
         return folder, tmp_path / "new" / "m.csv"
 
     return made

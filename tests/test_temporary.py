@@ -23,7 +23,7 @@ from features.temporary import (
     temporary_folder,
     temporary_path,
 )
-from pipeline.export import export
+from pipeline.stages.export import export
 
 
 def test_what_a_killed_process_left_goes_and_nothing_else(tmp_path: Path) -> None:

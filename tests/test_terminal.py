@@ -24,7 +24,7 @@ CHILD = """
 import pathlib, sys, time
 from types import SimpleNamespace
 import numpy as np
-import pipeline.predict, pipeline.progress
+import pipeline.stages.predict, pipeline.progress
 from features.sources.reading import Reading
 from pipeline.cli import main
 from pipeline.tasks.table import CLASSIFICATION
@@ -39,8 +39,8 @@ class Slow:
 
 plain = Reading(settled=True)
 run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain, metrics={"validation": {}}, task=CLASSIFICATION)
-pipeline.predict.taken = lambda path, *_: (run, [])
-pipeline.predict.RunModel = lambda run, **options: Slow()
+pipeline.stages.predict.taken = lambda path, *_: (run, [])
+pipeline.stages.predict.RunModel = lambda run, **options: Slow()
 pipeline.progress.PLAIN_SECONDS = 0.15
 sys.exit(main(sys.argv[1:]))
 """

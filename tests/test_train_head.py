@@ -25,7 +25,7 @@ from pipeline.runs.board import leaderboard, take_run
 from pipeline.runs.folder import BACKBONE_WEIGHTS, Predictions, Run, find_runs
 from pipeline.runs.writing import Outcome, write_run
 from pipeline.scores.metrics import evaluate
-from pipeline.train_head import train_head
+from pipeline.stages.train_head import train_head
 
 pytestmark = pytest.mark.slow  # writes dozens of whole run folders, plots included
 
@@ -252,7 +252,7 @@ def test_a_run_that_cannot_be_read_now_is_not_thrown_away(tmp_path: Path, monkey
     def fail(_: Run) -> None:
         raise HeadError("head.npz: cannot be loaded") from OSError(5, "Input/output error")
 
-    monkeypatch.setattr("pipeline.train_head.head_of", fail)
+    monkeypatch.setattr("pipeline.stages.train_head.head_of", fail)
     with pytest.raises(HeadError, match="cannot be loaded"):
         train_head(make_store(), "logistic", runs=tmp_path)
     monkeypatch.undo()

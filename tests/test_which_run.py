@@ -15,17 +15,17 @@ from finetuning import paint_noise, save_network
 from helpers import call_pipeline, extract, paint_folder
 from made_runs import made_run
 
-import pipeline.report
+import pipeline.stages.report
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
 from pipeline.cli import main
 from pipeline.config import load_yaml
-from pipeline.finetune import advised, best_head, summary
 from pipeline.heads.records import describe_features
-from pipeline.report import make_report
 from pipeline.runs.board import leaderboard, note_on_older_state, renew_states, take_run
 from pipeline.runs.datasets import data_sets, source_of
 from pipeline.runs.folder import Run, find_runs
+from pipeline.stages.finetune import advised, best_head, summary
+from pipeline.stages.report import make_report
 from pipeline.tables import board_text
 
 ANTS, BRAIN, OLD = "a" * 64, "b" * 64, "0" * 64
@@ -367,7 +367,7 @@ def test_the_leaderboard_and_the_report_mark_one_run_of_each(tmp_path: Path) -> 
     ]
     older = {"state": "an older state", "digest": OLD, "runs": 1, "chosen": "logistic-old"}
     assert [group["older"] for group in document["groups"]] == [[], [older]]
-    assert f"  brain, an older state {OLD[:10]}: 1 stale run" in pipeline.report.summary(document).splitlines()
+    assert f"  brain, an older state {OLD[:10]}: 1 stale run" in pipeline.stages.report.summary(document).splitlines()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "4 runs on 2 data sets" in page
     assert page.count("<h2 ") == 2

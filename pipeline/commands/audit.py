@@ -36,7 +36,7 @@ def audit(
 ) -> None:
     """Look for wrong labels, odd images, duplicates and weak groups in a store; no image goes through the network."""
     from features.store.reader import FeatureStore
-    from pipeline.audit import applying, stage
+    from pipeline.auditing import applying, stage
     from pipeline.outputs import output_file, refuse_overwriting
     from pipeline.progress import ConsoleProgress
 

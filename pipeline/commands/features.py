@@ -158,8 +158,8 @@ def extract(
 ) -> None:
     """Stage one: push every image through a frozen network once and keep the features."""
     from features.extraction.options import ExtractionOptions
-    from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import extract as stage
 
     options = ExtractionOptions(
         backbone=backbone,
@@ -272,8 +272,8 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare networks on a sample: accuracy of a cross-validated head, images per second, time for all images."""
-    from pipeline import compare as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import compare as stage
 
     names = [name for item in backbones for name in stage.names_in(item)]
     with ConsoleProgress() as progress:
@@ -309,7 +309,7 @@ def compare(
 def inspect(file: Annotated[Path, arg("A feature store.")], as_json: Json = False) -> None:
     """Describe a store: rows, classes, splits, feature sets, recipes, unreadable images."""
     from features.store.reader import FeatureStore
-    from pipeline import extract as stage
+    from pipeline.stages import extract as stage
 
     document = stage.describe(FeatureStore.open(file))
     classes = f"\n{stage.class_table(document)}" if document["classes"] else ""
@@ -332,9 +332,9 @@ def verify(
 ) -> None:
     """Recompute every checksum of a store; exit code 3 if one differs, or if a trace of a forgotten image is found."""
     from features.store.reader import FeatureStore
-    from pipeline import extract as stage
-    from pipeline.forget import found_again
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import extract as stage
+    from pipeline.stages.forget import found_again
 
     with ConsoleProgress() as progress:
         store = FeatureStore.open(file)
@@ -365,8 +365,8 @@ def pack(
 ) -> None:
     """Turn a sharded store into a packed one, or write a store as a Parquet file."""
     from features.extraction.extraction import pack_store
-    from pipeline import extract as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import extract as stage
 
     with ConsoleProgress() as progress:
         if to is not None:
@@ -389,7 +389,7 @@ def doctor(
     as_json: Json = False,
 ) -> None:
     """Examine this machine: Python, packages, GPU, disk, cache, weights, access to an address; exit code 1 if one fails."""
-    from pipeline import doctor as stage
+    from pipeline.stages import doctor as stage
 
     document = stage.examine(url)
     print_document(document, as_json, stage.summary(document))

@@ -109,8 +109,8 @@ def train_head(
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
     from pipeline.scores.selection import FEW, USUAL_FOLDS
+    from pipeline.stages.train_head import add_averaged, needs_views
     from pipeline.sweeps.leakage import warn_near_duplicates
-    from pipeline.train_head import add_averaged, needs_views
 
     def finish(run: Path) -> dict[str, Any]:
         """Do what was asked for after training, and return the metrics of the run."""
@@ -222,9 +222,9 @@ def _train_one(
     store: FeatureStore, head: str, finish: Callable[[Path], dict[str, Any]], **options: Any
 ) -> tuple[dict[str, Any], str]:
     """Train one head; return the document and its text for a person."""
-    from pipeline import train_head as stage
     from pipeline.progress import ConsoleProgress
     from pipeline.runs.folder import Run
+    from pipeline.stages import train_head as stage
     from pipeline.tables import group_lines, metrics_text, promise_lines
 
     with ConsoleProgress() as progress:

@@ -48,8 +48,8 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: runs compared, mistakes, confusion, calibration, feature map, data, how to reproduce."""
-    from pipeline import report as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import report as stage
 
     with ConsoleProgress() as progress:
         document = stage.make_report(
@@ -92,7 +92,7 @@ def preview(
     as_json: Json = False,
 ) -> None:
     """Draw what the network will see: sample images of all classes, or all views of a few images."""
-    from pipeline import preview as stage
+    from pipeline.stages import preview as stage
 
     document = stage.preview(
         images,

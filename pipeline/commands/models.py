@@ -94,8 +94,8 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Stage three: fine-tune the last block with the head of a run. The same command resumes after the last finished epoch."""
-    from pipeline import finetune as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import finetune as stage
 
     settings = {
         "unfreeze": unfreeze,
@@ -198,8 +198,8 @@ def predict(
     as_json: Annotated[bool, opt("Print one JSON document about the file that --out names.", "--json")] = False,
 ) -> None:
     """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
-    from pipeline import predict as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import predict as stage
 
     if as_json and out is None:
         raise ConfigurationError("--json describes the file that --out names; for rows as JSON type --format jsonl")
@@ -256,8 +256,8 @@ def evaluate(
 ) -> None:
     """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration."""
     from features.sources.reading import Reading
-    from pipeline import evaluate as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import evaluate as stage
 
     with ConsoleProgress() as progress:
         document = stage.evaluate(
@@ -296,8 +296,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export one model from pixels of any size to probabilities. It is run and compared; the exit code is 3 if it differs."""
-    from pipeline import export as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import export as stage
 
     with ConsoleProgress() as progress:
         document = stage.export(

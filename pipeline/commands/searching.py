@@ -33,8 +33,8 @@ def similar(
 ) -> None:
     """Find the stored images most similar to given ones, exactly, by the cosine of their features."""
     from features.store.reader import FeatureStore
-    from pipeline import similar as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import similar as stage
 
     with ConsoleProgress() as progress:
         document = stage.search(
@@ -71,8 +71,8 @@ def forget(
     as_json: Json = False,
 ) -> None:
     """Remove images from a store, and all that is kept of them in runs, labels and reports; exit code 3 if a trace is left."""
-    from pipeline import forget as stage
     from pipeline.progress import ConsoleProgress
+    from pipeline.stages import forget as stage
 
     hashes = stage.hashes_in(sha256 or [], listed or [], file)
     with ConsoleProgress() as progress:
@@ -105,7 +105,7 @@ def suggest(
     as_json: Json = False,
 ) -> None:
     """Say which images to label next: typical ones first, then those about which the head is in doubt."""
-    from pipeline import suggest as stage
+    from pipeline.stages import suggest as stage
 
     head = None if run is None else stage.head_for(file, run, features)
     document = stage.run(

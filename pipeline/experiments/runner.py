@@ -23,13 +23,13 @@ from features.progress import Progress
 from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
-from pipeline import extract, finetune, predict
 from pipeline.experiments.sampling import copied, sample
 from pipeline.experiments.schema import Experiment, ExtractStep, HeadStep, PredictStep, Way
 from pipeline.intervals import interval_of
 from pipeline.labels.overlay import with_labels
 from pipeline.presets import find_preset
 from pipeline.runs.folder import Run
+from pipeline.stages import extract, finetune, predict
 from pipeline.sweeps.sweep import run_sweep
 from pipeline.sweeps.sweep_file import single
 from pipeline.tables import table_text

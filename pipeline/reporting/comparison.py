@@ -25,7 +25,7 @@ PLACES = [(7, 5, "left"), (-7, 5, "right"), (7, -11, "left"), (-7, -11, "right")
 
 
 def draw_comparison(document: Mapping[str, Any], path: Path) -> None:
-    """Draw the networks of a document by `pipeline.compare.compare`; the chosen one is a vermillion square.
+    """Draw the networks of a document by `pipeline.stages.compare.compare`; the chosen one is a vermillion square.
 
     Parameters
     ----------

@@ -32,8 +32,8 @@ from accuracy import IMAGES, USUAL, WEIGHTS, pipeline  # noqa: E402
 
 from features.store.reader import FeatureStore  # noqa: E402
 from features.store.relabelled import RelabelledStore  # noqa: E402
-from pipeline.audit.applying import suggestions  # noqa: E402
-from pipeline.audit.stage import Audit, audit  # noqa: E402
+from pipeline.auditing.applying import suggestions  # noqa: E402
+from pipeline.auditing.stage import Audit, audit  # noqa: E402
 from pipeline.scores.metrics import confusion, evaluate  # noqa: E402
 
 # Data set -> kinds of noise: name, share of the training labels that are flipped.

@@ -32,9 +32,9 @@ import numpy as np  # noqa: E402
 from features.extraction.extraction import extract_features  # noqa: E402
 from features.machine import processors  # noqa: E402
 from features.sources.scan import scan  # noqa: E402
-from pipeline.finetune import make_inputs, prepare, read_rows  # noqa: E402
 from pipeline.runs.folder import Run  # noqa: E402
-from pipeline.train_head import train_head  # noqa: E402
+from pipeline.stages.finetune import make_inputs, prepare, read_rows  # noqa: E402
+from pipeline.stages.train_head import train_head  # noqa: E402
 from pipeline.tuning.endtoend import trunk_function  # noqa: E402
 from pipeline.tuning.inputs import ImagePass  # noqa: E402
 from pipeline.tuning.settings import settings_of  # noqa: E402

@@ -74,7 +74,7 @@ def timed(work: Any) -> tuple[Any, dict[str, float]]:
 
 def one_query(path: Path) -> dict[str, Any]:
     from features.store.reader import FeatureStore
-    from pipeline.similar import similar
+    from pipeline.stages.similar import similar
 
     store = FeatureStore.open(path)
     _, first = timed(lambda: similar(store, ["0/0000005.jpg"]))

@@ -45,7 +45,7 @@ def store_of(name: str, folder: Path) -> Any:
 
 def head_of(X: np.ndarray, y: np.ndarray) -> Any:
     from pipeline.heads.kinds import make_head
-    from pipeline.suggest import PENALTY
+    from pipeline.stages.suggest import PENALTY
 
     present = np.unique(y)
     if len(present) < 2:
@@ -69,7 +69,7 @@ def curve(store: Any, strategy: str, seed: int, most: int) -> list[float]:
     from features.sources.splits import SPLITS, UNLABELLED
     from features.store.relabelled import RelabelledStore
     from pipeline.search.choosing import STRATEGIES
-    from pipeline.suggest import suggest
+    from pipeline.stages.suggest import suggest
 
     truth, train = store.images.labels, store.rows("train")
     X, (V, answers) = store.array()[:, 0], store.load("validation")

@@ -28,8 +28,8 @@ from pipeline.heads.fitting import fit_companions
 from pipeline.heads.kinds import make_head
 from pipeline.heads.prepared import prepare
 from pipeline.runs.folder import Run
+from pipeline.stages.train_head import train_head
 from pipeline.tasks.table import TASKS
-from pipeline.train_head import train_head
 
 SPLITS = ("train", "validation", "test")
 CELL, SIDE = 112, 224  # pixels of a photograph in a grid, and of a grid

@@ -9,8 +9,8 @@ import numpy as np
 
 from features.files import printable
 from features.progress import counted
-from pipeline.audit.check import Finding, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, spread
+from pipeline.auditing.material import Material
 
 LISTED = 100  # contents that ``info`` names
 

@@ -11,7 +11,7 @@ import numpy as np
 from features.progress import counted
 
 if TYPE_CHECKING:
-    from pipeline.audit.material import Material
+    from pipeline.auditing.material import Material
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from features.progress import counted
-from pipeline.audit.check import Finding, below, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, below, spread
+from pipeline.auditing.material import Material
 
 LEAST = 64  # pixels of the shorter edge; or half of the median edge, if that is less, for data sets of small images
 

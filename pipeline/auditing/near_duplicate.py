@@ -13,8 +13,8 @@ import numpy as np
 from features.files import printable
 from features.progress import counted
 from features.sources.splits import SPLITS
-from pipeline.audit.check import Finding, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, spread
+from pipeline.auditing.material import Material
 from pipeline.sweeps.leakage import THRESHOLD, near_duplicates
 
 LISTED = 100  # pairs that ``info`` names

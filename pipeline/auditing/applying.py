@@ -13,8 +13,8 @@ import numpy as np
 from features.errors import ConfigurationError
 from features.progress import counted
 from features.store.reader import FeatureStore
-from pipeline.audit.material import TEST, TRAIN, Read
-from pipeline.audit.stage import Audit
+from pipeline.auditing.material import TEST, TRAIN, Read
+from pipeline.auditing.stage import Audit
 from pipeline.labels.file import (
     LABEL,
     MACHINE,
@@ -58,7 +58,7 @@ def reader(store: FeatureStore, images: str) -> Read:
 def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Suggestions that are certain enough to be applied without a person.
 
-    They are those whose class has a probability of at least `PRECISION`, given pixels and label (`pipeline.audit.confident`).
+    They are those whose class has a probability of at least `PRECISION`, given pixels and label (`pipeline.auditing.confident`).
 
     Returns
     -------

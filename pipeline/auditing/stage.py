@@ -19,18 +19,18 @@ from features.errors import ConfigurationError, nearest
 from features.files import printable, whole_file
 from features.progress import Progress
 from features.sources.splits import SPLITS
-from pipeline.audit.blurred import Blurred
-from pipeline.audit.check import Check, Finding
-from pipeline.audit.dark import Dark
-from pipeline.audit.flat import Flat
-from pipeline.audit.material import Material, Read
-from pipeline.audit.near_duplicate import NearDuplicate
-from pipeline.audit.outlier import Outlier
-from pipeline.audit.same_bytes import SameBytes
-from pipeline.audit.small_classes import SmallClass
-from pipeline.audit.suspect_label import SuspectLabel
-from pipeline.audit.tiny import Tiny
-from pipeline.audit.weak_groups import WeakGroup
+from pipeline.auditing.blurred import Blurred
+from pipeline.auditing.check import Check, Finding
+from pipeline.auditing.dark import Dark
+from pipeline.auditing.flat import Flat
+from pipeline.auditing.material import Material, Read
+from pipeline.auditing.near_duplicate import NearDuplicate
+from pipeline.auditing.outlier import Outlier
+from pipeline.auditing.same_bytes import SameBytes
+from pipeline.auditing.small_classes import SmallClass
+from pipeline.auditing.suspect_label import SuspectLabel
+from pipeline.auditing.tiny import Tiny
+from pipeline.auditing.weak_groups import WeakGroup
 from pipeline.heads.gather import feature_set
 from pipeline.tables import table_text
 

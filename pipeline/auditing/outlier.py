@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from features.progress import counted
-from pipeline.audit.check import Finding, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, spread
+from pipeline.auditing.material import Material
 
 FAR = 3.0  # spans between the quartiles above the upper one: "far out" (Tukey, Exploratory Data Analysis, 1977)
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from pipeline.audit.check import Finding, flag_below
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, flag_below
+from pipeline.auditing.material import Material
 
 LEAST = 0.04  # the flattest of 522 photographs of pets and flowers has 0.11
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from features.files import printable
 from features.progress import counted
-from pipeline.audit.check import Finding, below, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, below, spread
+from pipeline.auditing.material import Material
 
 LEAST = 10  # training images of a class; the 95 % interval of an accuracy of fewer is wider than 0.5
 

@@ -15,9 +15,9 @@ import numpy as np
 
 from features.progress import Progress
 from features.sources.splits import SPLITS
-from pipeline.audit import confident
-from pipeline.audit.held_out import HeldOut, held_out
-from pipeline.audit.pixels import Pixels, measure
+from pipeline.auditing import confident
+from pipeline.auditing.held_out import HeldOut, held_out
+from pipeline.auditing.pixels import Pixels, measure
 from pipeline.heads.pooling import choose_pool
 from pipeline.heads.prepared import group_codes
 from pipeline.heads.streaming import FeatureStream

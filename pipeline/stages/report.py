@@ -35,7 +35,7 @@ from pipeline.tables import shortened
 
 logger = logging.getLogger(__name__)
 
-TEMPLATES = Path(__file__).parent / "templates"
+TEMPLATES = Path(__file__).parent.parent / "templates"
 DETAILED = 8  # data sets that get more than a leaderboard
 BOARD_ROWS = 500  # rows of a leaderboard
 MAP_POINTS, MAP_POINTS_ALL = 400, 1200  # points of one feature map, and of all maps in the page
@@ -92,7 +92,7 @@ def make_report(
     labels : Path, optional
         Where the labels file is now under which runs were trained, if it has moved.
     audit : Path, optional
-        An ``audit.csv``, as `pipeline.audit.stage.write_csv` writes it.
+        An ``audit.csv``, as `pipeline.auditing.stage.write_csv` writes it.
     progress : callable, optional
         Called with ``("report", done, total)``.
 

@@ -5,8 +5,8 @@
 
 from __future__ import annotations
 
-from pipeline.audit.check import Finding, flag_below
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, flag_below
+from pipeline.auditing.material import Material
 
 LEAST = 0.1  # 1 of 522 photographs of pets and flowers lie below it, and 99 % of them when blurred by 2 pixels of 256
 

@@ -63,7 +63,7 @@ def evaluate(
     Parameters
     ----------
     run : str or Path
-        Run folder, folder of runs, or exported model; see `pipeline.predict.predict`.
+        Run folder, folder of runs, or exported model; see `pipeline.stages.predict.predict`.
     images : str or Path
         Labelled image source: a folder of class folders, an archive of one, a manifest, ...
     split : {"train", "validation", "test"}, optional

@@ -1,6 +1,6 @@
 """The check ``suspect-label``: labels that the images speak against.
 
-out-of-fold probabilities, labels --`pipeline.audit.confident`--> P(class | pixels, label) --> score, class suggested, flags
+out-of-fold probabilities, labels --`pipeline.auditing.confident`--> P(class | pixels, label) --> score, class suggested, flags
 """
 
 from __future__ import annotations
@@ -8,8 +8,8 @@ from __future__ import annotations
 import numpy as np
 
 from features.progress import counted
-from pipeline.audit.check import Finding, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, spread
+from pipeline.auditing.material import Material
 
 
 class SuspectLabel:

@@ -13,8 +13,8 @@ import numpy as np
 
 from features.files import printable
 from features.progress import counted
-from pipeline.audit.check import Finding, spread
-from pipeline.audit.material import Material
+from pipeline.auditing.check import Finding, spread
+from pipeline.auditing.material import Material
 from pipeline.intervals import wilson_interval
 
 MOST_VALUES = 200  # different values of a column; with more it is no grouping of the images
