@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import resource
+import shlex
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -167,6 +168,25 @@ def installed_version(name: str, otherwise: str = "not installed") -> str:
         return otherwise
 
 
+def how_to_install(*extras: str) -> str:
+    """Return the command that adds extras to this installation.
+
+    In a checkout it names the checkout. Elsewhere it names the package, of which pip and uv take the copy that is
+    installed: they ask an index for the packages of the extra only.
+
+    Examples
+    --------
+    >>> how_to_install("review").startswith("pip install ")
+    True
+    """
+    named = f"[{','.join(extras)}]"
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "pyproject.toml").is_file():
+        return f"pip install 'bottleneck-features{named}'"
+    place = "." if root == Path.cwd() else str(root)
+    return f"pip install -e {shlex.quote(place + named)}"
+
+
 def pyarrow_for(path: Path) -> ModuleType:
     """Return pyarrow, which reads and writes Parquet; raises ``SourceError`` if it is not installed."""
     try:
@@ -176,5 +196,5 @@ def pyarrow_for(path: Path) -> ModuleType:
         return pyarrow  # type: ignore[no-any-return]
     except ImportError as error:
         raise SourceError(
-            f"{path}: Parquet needs pyarrow: pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV"
+            f"{path}: Parquet needs pyarrow: {how_to_install('parquet')}. Or save the manifest as CSV"
         ) from error

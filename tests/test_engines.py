@@ -19,6 +19,7 @@ from helpers import ROOT, call_pipeline, paint_folder, recipe, rounds, run_pipel
 from features.errors import ConfigurationError, OpenVinoError
 from features.extraction.extraction import extract_features
 from features.extraction.options import ExtractionOptions
+from features.machine import how_to_install
 from features.networks import engines, keras_engine
 from features.networks import network as networks
 from features.networks.backbones import BACKBONES
@@ -84,7 +85,7 @@ def test_a_gpu_gets_larger_batches(machine: Any) -> None:
 def test_what_is_missing_is_said(machine: Any, caplog: pytest.LogCaptureFixture) -> None:
     machine(openvino=False, gpu=False, bfloat16=False)
     chosen_engine("openvino", "float32", "auto")
-    assert "OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using keras" in caplog.text
+    assert f"OpenVINO is not installed ({how_to_install('openvino')}); using keras" in caplog.text
     caplog.clear()
     machine(openvino=True, gpu=False, bfloat16=False)
     chosen_engine("auto", "float32", "auto")

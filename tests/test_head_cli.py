@@ -14,6 +14,7 @@ import pytest
 from helpers import listing
 from test_streaming import write_store
 
+from features.machine import how_to_install
 from pipeline.cli import main
 from pipeline.runs.tensorboard import write_history
 
@@ -134,7 +135,7 @@ def test_logs_need_a_package_and_a_folder(
     monkeypatch.setitem(sys.modules, "tensorboard.compat.proto", None)
     code, _, err = typed(capsys, file, "--runs", tmp_path / "none", "--tensorboard", tmp_path / "logs")
     assert code == 2
-    assert "pip install 'bottleneck-features[tensorboard]'" in err
+    assert how_to_install("tensorboard") in err
     assert not (tmp_path / "none").exists() or not listing(tmp_path / "none")  # said before anything is trained
 
 

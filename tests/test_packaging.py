@@ -7,6 +7,7 @@ import functools
 import importlib.metadata
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -73,6 +74,23 @@ def test_what_the_tests_import_is_declared() -> None:
 def test_every_requirement_is_imported() -> None:
     used = {name for folder in ("features", "pipeline") for _, name in third_party(folder)}
     assert declared(REQUIRED) <= used
+
+
+def test_advice_to_install_an_extra_is_made_in_one_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No index has the package yet: a checkout is named as the folder it is, and a copy from a wheel by its name."""
+    from features import machine
+
+    monkeypatch.chdir(ROOT)
+    assert machine.how_to_install("int8", "review") == "pip install -e '.[int8,review]'"
+    monkeypatch.chdir(tmp_path)
+    assert machine.how_to_install("int8") == f"pip install -e {shlex.quote(f'{ROOT}[int8]')}"
+    monkeypatch.setattr(machine, "__file__", str(tmp_path / "site-packages" / "features" / "machine.py"))
+    assert machine.how_to_install("int8") == "pip install 'bottleneck-features[int8]'"
+    for path in [*(ROOT / "features").rglob("*.py"), *(ROOT / "pipeline").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        assert path.name == "machine.py" or not re.search(r"bottleneck-features\[|pip install -e", text), path
+        for named in re.findall(r"how_to_install\(((?:[\"'][\w-]+[\"'](?:, )?)+)\)", text):
+            assert set(re.findall(r"[\w-]+", named)) <= EXTRAS.keys(), path
 
 
 def test_every_requirement_has_a_floor() -> None:

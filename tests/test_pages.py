@@ -84,7 +84,7 @@ def understood(line: str) -> None:
         assert variables <= set(re.findall(r"\$\((?:call quoted,)?([A-Z]+)\)", MAKEFILE)), line
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        for named in re.findall(r"bottleneck.features\S*\[(.*?)\]", line):
+        for named in re.findall(r"(?:bottleneck.features\S*|-e '?\.)\[(.*?)\]", line):
             assert set(named.split(",")) <= extras.keys(), line
     elif program.startswith("python") or program == "bash":
         script = (ROOT / arguments[0]).read_text(encoding="utf-8")

@@ -21,6 +21,7 @@ from PIL import Image
 
 from features.cache import cache_path
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
+from features.machine import how_to_install
 from features.sources import sample, splits
 from features.sources import scan as sources
 from features.sources.reading import Reading
@@ -595,7 +596,7 @@ def test_damaged_parquet(tmp_path: Path) -> None:
 def test_parquet_without_pyarrow_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     message = refusal(touch(tmp_path, "images.parquet") / "images.parquet")
-    assert "pip install 'bottleneck-features[parquet]'. Or save the manifest as CSV" in message
+    assert f"{how_to_install('parquet')}. Or save the manifest as CSV" in message
 
 
 # --- the sample -------------------------------------------------------------------------------------------

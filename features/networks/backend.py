@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, TextIO
 
 from features.cache import cache_path
 from features.errors import ConfigurationError
-from features.machine import keras_backend
+from features.machine import how_to_install, keras_backend
 from features.temporary import system_folder
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,7 @@ def load_keras_hub(path: Path) -> Any:
         missing = (error.name or "keras_hub").partition(".")[0].replace("_", "-")
         raise ConfigurationError(
             f"{path} is a network of KerasHub, and the package {missing} is not installed here: pip install keras-hub (or "
-            "'bottleneck-features[keras-hub]'). Its large tensorflow-text is not needed: pip install --no-deps keras-hub, and "
+            f"{how_to_install('keras-hub')}). Its large tensorflow-text is not needed: pip install --no-deps keras-hub, and "
             "pip install regex tokenizers sentencepiece"
         ) from error
     return keras_hub

@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 
 from features.errors import ConfigurationError
-from features.machine import has_bfloat16, keras_backend, may_have_gpu
+from features.machine import has_bfloat16, how_to_install, keras_backend, may_have_gpu
 from features.networks import onnx_engine
 from features.networks.openvino_engine import is_installed
 from features.recipe import NetworkOptions, check_device
@@ -104,7 +104,7 @@ def choose_engine(options: NetworkOptions, engines: Sequence[str] = ("keras", "o
             "processor that has it" + (", unlike this one" if without else "")
         )
     if engine == "openvino" and not is_installed():
-        logger.warning("OpenVINO is not installed (pip install 'bottleneck-features[openvino]'); using %s", own)
+        logger.warning("OpenVINO is not installed (%s); using %s", how_to_install("openvino"), own)
     if without:
         instead = (
             f", so OpenVINO does not compute in it; using {own}" if engine == "openvino" and is_installed() else ""
@@ -124,7 +124,7 @@ def _engine_of_int8(engine: str, device: str) -> str:
         )
     if not is_installed():
         raise ConfigurationError(
-            "precision: int8 needs OpenVINO, which is not installed: pip install 'bottleneck-features[openvino]'"
+            f"precision: int8 needs OpenVINO, which is not installed: {how_to_install('openvino')}"
         )
     return "openvino"
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, check_batch
-from features.machine import processors
+from features.machine import how_to_install, processors
 from features.networks.onnx_graph import INPUT, output_name, shown
 from features.recipe import Recipe
 
@@ -39,7 +39,7 @@ def import_onnxruntime() -> Any:
         import onnxruntime
     except ImportError as error:
         raise ConfigurationError(
-            "an ONNX file needs ONNX Runtime, which is not installed: pip install 'bottleneck-features[onnx-backbones]'"
+            f"an ONNX file needs ONNX Runtime, which is not installed: {how_to_install('onnx-backbones')}"
         ) from error
     onnxruntime.disable_telemetry_events()
     return onnxruntime

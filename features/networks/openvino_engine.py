@@ -32,7 +32,7 @@ from features.cache import cache_path, keep_json, kept_json, seal_of, signed_fil
 from features.canonical import canonical_json, digest_of
 from features.errors import ConfigurationError, OpenVinoError, check_batch
 from features.files import enough_room
-from features.machine import processor, processors
+from features.machine import how_to_install, processor, processors
 from features.networks.backend import place_of
 from features.networks.reference import reference_images, relative_difference
 from features.networks.sizes import Size, kin, reaches, shape_at
@@ -103,7 +103,7 @@ def open_engine(
         not support the precision on this processor.
     """
     if not is_installed():
-        raise OpenVinoError("OpenVINO is not installed; install it with pip install openvino")
+        raise OpenVinoError(f"OpenVINO is not installed; install it with {how_to_install('openvino')}")
     if not supports(precision):
         raise OpenVinoError(f"OpenVINO does not compute in {precision} on this processor")
     asked = _Asked(recipes, batch_size, precision, threads)

@@ -29,7 +29,7 @@ from features.cache import cache_path, keep_json, kept_json
 from features.canonical import digest_of
 from features.errors import OpenVinoError
 from features.files import enough_room, writing
-from features.machine import installed_version, processor, processors
+from features.machine import how_to_install, installed_version, processor, processors
 from features.networks.limited import limits_of, run_limited
 from features.networks.openvino_engine import (
     OpenVinoEngine,
@@ -330,7 +330,7 @@ def _nncf() -> Any:
     """Import NNCF, after OpenVINO, which blocks ``openvino_telemetry`` for both."""
     if not can_quantise():
         raise OpenVinoError(
-            "NNCF, which quantises networks, is not installed: pip install 'bottleneck-features[int8]'. Only the first "
+            f"NNCF, which quantises networks, is not installed: {how_to_install('int8')}. Only the first "
             "extraction needs it"
         )
     assert "openvino_telemetry" in sys.modules

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import UnreadableImageError
+from features.machine import how_to_install
 from features.pixels.samples import Range, Samples
 from features.recipe import PixelRule
 
@@ -52,7 +53,7 @@ def read_dicom(data: bytes, rule: PixelRule, admit: Admit) -> Samples:
     try:
         pydicom = importlib.import_module("pydicom")
     except ImportError:
-        raise _refuse("reading it needs pydicom: pip install 'bottleneck-features[dicom]'") from None
+        raise _refuse(f"reading it needs pydicom: {how_to_install('dicom')}") from None
     try:
         dataset = pydicom.dcmread(io.BytesIO(data), specific_tags=list(_TAGS))
         syntax = dataset.file_meta.TransferSyntaxUID

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from features.errors import SourceError, UnreadableImageError, nearest
+from features.machine import how_to_install
 from features.pixels.decode import read_bytes
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, suffix_of, warn_left_out
 from features.sources.objects import Found, UnavailableError, without_secrets
@@ -99,8 +100,8 @@ class Bucket:
             importlib.import_module(package)
             fsspec = importlib.import_module("fsspec")
         except ImportError as error:
-            extra = "" if package == "gcsfs" else " (extra 'remote' of bottleneck-features)"
-            raise SourceError(f"{protocol}:// needs {package}{extra}: pip install {package}") from error
+            command = "pip install gcsfs" if package == "gcsfs" else how_to_install("remote")
+            raise SourceError(f"{protocol}:// needs {package}: {command}") from error
         timeouts = {"connect_timeout": 10, "read_timeout": 60, "max_pool_connections": 64}
         options = {"config_kwargs": {**timeouts, "retries": {"max_attempts": 1}}} if protocol == "s3" else {}
         self._files = fsspec.filesystem(protocol, use_listings_cache=False, **options)

@@ -18,7 +18,7 @@ from typing import Any
 
 from features.errors import ClusterError, ConfigurationError
 from features.files import writable_folder, writing
-from features.machine import VISIBLE, gpus
+from features.machine import VISIBLE, gpus, how_to_install
 from features.temporary import system_folder, temporary_path
 from pipeline.cluster.plan import versions
 from pipeline.cluster.worker import OWNER, PROCESSORS, probe
@@ -53,7 +53,7 @@ def parse_cluster(text: str) -> int | str:
             "the address of a Dask scheduler such as tcp://node1:8786"
         )
     if importlib.util.find_spec("distributed") is None:
-        raise ConfigurationError("--cluster needs Dask: pip install 'bottleneck-features[cluster]'")
+        raise ConfigurationError(f"--cluster needs Dask: {how_to_install('cluster')}")
     return int(local[1]) if local else text
 
 

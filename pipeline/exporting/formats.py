@@ -20,7 +20,7 @@ import numpy as np
 
 from features.canonical import check_choice
 from features.errors import ConfigurationError, RunError
-from features.machine import processors
+from features.machine import how_to_install, processors
 from features.networks.backend import held_back, load_keras
 from features.networks.modelfile import open_model
 from features.networks.onnx_engine import import_onnxruntime
@@ -113,7 +113,7 @@ class Format:
             )
             raise ConfigurationError(
                 f"format {self.name}: the conversion needs TensorFlow, but Keras runs on {backend}. Use --format {able}, or "
-                "pip install tensorflow 'bottleneck-features[export]' and set KERAS_BACKEND=tensorflow"
+                f"pip install tensorflow and {how_to_install('export')}, and set KERAS_BACKEND=tensorflow"
             )
         _require(self.name, writer.packages)
 
@@ -122,8 +122,8 @@ def _require(name: str, packages: tuple[str, ...]) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise ConfigurationError(
-            f"format {name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed; "
-            f"pip install 'bottleneck-features[{'tensorflow' if 'tensorflow' in missing else 'export'}]'"
+            f"format {name}: {' and '.join(missing)} {'is' if len(missing) == 1 else 'are'} not installed: "
+            f"{'pip install tensorflow' if 'tensorflow' in missing else how_to_install('export')}"
         )
 
 

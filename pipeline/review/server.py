@@ -17,6 +17,7 @@ from typing import Any
 
 from features.errors import BottleneckError, ConfigurationError, RequestError
 from features.files import printable
+from features.machine import how_to_install
 from features.store.reader import FeatureStore
 from pipeline.labels.file import this_user
 from pipeline.labels.overlay import with_labels
@@ -255,7 +256,7 @@ def require_starlette() -> None:
         import uvicorn  # noqa: F401
     except ImportError as problem:
         raise ConfigurationError(
-            f"review needs {problem.name}, which is not installed: pip install 'bottleneck-features[review]'"
+            f"review needs {problem.name}, which is not installed: {how_to_install('review')}"
         ) from problem
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from features.errors import ConfigurationError, RunError
 from features.files import atomic_file
+from features.machine import how_to_install
 from pipeline.runs.folder import read_history
 
 NAME = "events.out.tfevents.0.bottleneck"  # a single file per run, which is replaced when it is written again
@@ -33,7 +34,7 @@ def require_tensorboard() -> Any:
     except ImportError as problem:
         raise ConfigurationError(
             f"--tensorboard: the package tensorboard cannot be imported ({problem}); "
-            "install it with pip install 'bottleneck-features[tensorboard]'"
+            f"install it with {how_to_install('tensorboard')}"
         ) from problem
     return event_pb2.Event, summary_pb2.Summary, RecordWriter
 

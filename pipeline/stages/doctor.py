@@ -22,7 +22,7 @@ from typing import Any
 from features.cache import wanted_folder
 from features.errors import BottleneckError, WeightsError
 from features.files import printable
-from features.machine import VISIBLE, installed_version, keras_backend, processors
+from features.machine import VISIBLE, how_to_install, installed_version, keras_backend, processors
 from features.ownership import foreign
 from features.temporary import temporary_path
 from pipeline.tables import table_text
@@ -76,8 +76,8 @@ def _packages(url: str | None) -> Iterator[Row]:
         "review": "starlette",
     }
     there = [extra for extra, name in extras.items() if installed_version(name, "")]
-    absent = ", ".join(sorted(extras.keys() - set(there)))
-    fix = f"if you need one: pip install 'bottleneck-features[{absent.replace(', ', ',')}]'" if absent else ""
+    absent = sorted(extras.keys() - set(there))
+    fix = f"if you need one: {how_to_install(*absent)}" if absent else ""
     yield Row("extras", NOTE if absent else OK, ", ".join(there) or "none", fix)
 
 

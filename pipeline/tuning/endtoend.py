@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from features.errors import ConfigurationError, RunError, nearest
+from features.machine import how_to_install
 from features.networks.backbones import MODEL_SUFFIX, boundary_of, build_backbone, feature_model, preprocess
 from features.networks.backend import load_keras
 from features.networks.graph import cut_at, layer_tensors, valid_cuts, with_true_shapes
@@ -139,8 +140,8 @@ def network_from(
     if "precision" in differences:
         raise RunError(
             f"{made.name}: its features were computed in {recipe.precision}, which is not available here "
-            f"({network.recipes[0].precision} is). Install the engine that computed them (for openvino: pip install "
-            "'bottleneck-features[openvino]'; for others set KERAS_BACKEND), or extract again in float32."
+            f"({network.recipes[0].precision} is). Install the engine that computed them (for openvino: "
+            f"{how_to_install('openvino')}; for others set KERAS_BACKEND), or extract again in float32."
         )
     if differences:
         listed = "; ".join(f"{field}: {before} -> {now}" for field, (before, now) in differences.items())
