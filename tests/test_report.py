@@ -157,8 +157,9 @@ def test_mistakes_come_by_confidence_and_hits_by_doubt() -> None:
     assert report_data.most_confident_mistakes(found) == [3, 1]
     assert report_data.least_confident_hits(found) == [2, 0, 4]
     card = report_data.card(found, 3)
-    assert (card["file"], card["label"], card["predicted"], card["correct"]) == ("b/3.png", "b", "a", False)
-    assert (card["confidence"], card["of_label"], card["second"]) == (0.95, 0.05, "b")
+    assert (card["file"], card["correct"]) == ("b/3.png", False)
+    assert card["lines"] == [("", "a", 0.95), ("is:", "b", 0.05)]
+    assert report_data.card(found, 0)["lines"] == [("", "a", 0.9), ("next:", "b", 0.1)]
 
 
 def test_a_sample_keeps_mistakes_and_is_the_same_each_time() -> None:

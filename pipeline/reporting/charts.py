@@ -12,6 +12,7 @@ from markupsafe import Markup
 WIDTH, HEIGHT = 420, 264
 LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 40  # margins for the axes
 MARKERS = 4  # shapes defined in the page: circle, square, triangle, diamond
+MOST_POINTS = 800  # of a chart of pairs
 COLOURS = 8  # colours defined in the style sheet
 
 
@@ -61,7 +62,7 @@ def numbers(values: Sequence[float]) -> list[str]:
     >>> numbers([0.0, 0.05, 0.1]), numbers([1e-05, 40000.0])
     (['0.00', '0.05', '0.10'], ['1e-5', '4e4'])
     """
-    if any(value and not 1e-4 <= abs(value) < 1e5 for value in values):
+    if any(value and not 1e-4 <= abs(value) < 1e4 for value in values):
         parts = [f"{value:.2e}".split("e") for value in values]
         return [f"{digits.rstrip('0').rstrip('.')}e{int(power)}" if float(digits) else "0" for digits, power in parts]
     shown = [f"{value:.6f}".rstrip("0").partition(".")[2] for value in values]
@@ -138,20 +139,28 @@ def line_chart(
     return _picture(parts, title)
 
 
-def reliability_chart(bins: Sequence[Mapping[str, Any]], title: str) -> Markup:
+def reliability_chart(
+    bins: Sequence[Mapping[str, Any]],
+    title: str,
+    *,
+    x_label: str = "confidence",
+    y_label: str = "accuracy",
+    things: str = "images",
+    holds: str = "correct",
+) -> Markup:
     """Draw accuracy over confidence, one bar for each bin, and below it the number of images in each bin."""
     strip = 34  # height of the bars that show the numbers of images
     x_scale = _Scale(0, 1, LEFT, WIDTH - RIGHT)
     floor = HEIGHT - BOTTOM - strip - 8
     y_scale = _Scale(0, 1, floor, TOP)
     most = max(found["n"] for found in bins)
-    parts = [_axes(x_scale, y_scale, ticks(0, 1), ticks(0, 1), "confidence", "accuracy", floor=floor)]
+    parts = [_axes(x_scale, y_scale, ticks(0, 1), ticks(0, 1), x_label, y_label, floor=floor)]
     for found in bins:
         x, width = x_scale(found["low"]) + 1, round(x_scale(found["high"]) - x_scale(found["low"]) - 2, 1)
         y, tall = y_scale(found["accuracy"]), round(strip * found["n"] / most, 1)
         said = (
-            f"confidence {found['low']:.2f} to {found['high']:.2f}: "
-            f"{found['n']} images, {found['accuracy']:.1%} correct, {found['confidence']:.1%} expected"
+            f"{x_label} {found['low']:.2f} to {found['high']:.2f}: "
+            f"{found['n']} {things}, {found['accuracy']:.1%} {holds}, {found['confidence']:.1%} expected"
         )
         parts.append(
             Markup(
@@ -173,6 +182,24 @@ def reliability_chart(bins: Sequence[Mapping[str, Any]], title: str) -> Markup:
         Markup('<text class="tick" x="{}" y="{}" text-anchor="end">n</text>').format(LEFT - 7, HEIGHT - BOTTOM)
     )
     return _picture(parts, title)
+
+
+def pairs_chart(name: str, true: np.ndarray, predicted: np.ndarray) -> Markup:
+    """Draw predicted over true values, at most `MOST_POINTS` of them, with the line on which both are equal."""
+    rows = np.unique(np.linspace(0, len(true) - 1, min(MOST_POINTS, len(true))).astype(int))
+    low, high = float(min(true.min(), predicted.min())), float(max(true.max(), predicted.max()))
+    margin = (high - low) * 0.03 or max(abs(high) * 0.05, 0.01)
+    low, high = low - margin, high + margin
+    x_scale, y_scale = _Scale(low, high, LEFT, WIDTH - RIGHT), _Scale(low, high, HEIGHT - BOTTOM, TOP)
+    parts = [_axes(x_scale, y_scale, ticks(low, high), ticks(low, high), "true", "predicted")]
+    parts.append(
+        Markup('<line class="diagonal" x1="{}" y1="{}" x2="{}" y2="{}"/>').format(
+            x_scale(low), y_scale(low), x_scale(high), y_scale(high)
+        )
+    )
+    points = zip(true[rows].tolist(), predicted[rows].tolist(), strict=True)
+    parts += [Markup('<circle class="gap" cx="{}" cy="{}" r="2"/>').format(x_scale(x), y_scale(y)) for x, y in points]
+    return _picture(parts, f"{name}: predicted over true values of {len(true)} images, from {low:.4g} to {high:.4g}")
 
 
 def interval_bar(low: float, value: float, high: float, span: tuple[float, float], threshold: float) -> Markup:

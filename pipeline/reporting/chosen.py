@@ -15,7 +15,6 @@ from features.files import printable, quoted
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.heads.pooling import choose_pool, pool_features
-from pipeline.intervals import interval_of
 from pipeline.labels.overlay import as_trained, labels_said
 from pipeline.reporting import data as facts
 from pipeline.reporting.audited import AuditFile
@@ -25,6 +24,7 @@ from pipeline.reporting.charts import (
     Series,
     interval_bar,
     line_chart,
+    pairs_chart,
     reliability_chart,
     scatter,
 )
@@ -36,6 +36,7 @@ from pipeline.runs.folder import Run
 from pipeline.runs.notes import PACKAGES
 from pipeline.sweeps.leakage import QUICK_PAIRS, near_duplicates
 from pipeline.tables import RARE, promise_lines
+from pipeline.tasks.shown import Table, Tile
 
 TWINS, TWIN_PICTURE = 12, 128  # pairs of near-duplicates shown, and the side of their pictures in pixels
 CLASS_ROWS = 1000  # classes that are listed
@@ -102,9 +103,6 @@ def describe_run(
         except BottleneckError as problem:  # the page shows the scores even if the features are damaged
             no_store = printable(str(problem))
     audited, no_audit = _audited(audit, store, no_store, pictures)
-    bins = facts.reliability(rows)
-    scores = _scores_of(run, "validation")
-    assert scores is not None
     start = next((one for one in beside if one.run_id == (run.config["finetune"] or {}).get("start")), None)
     views = None if store is None else store.views(run.config["features"]["name"])
     cards = [card for check in audited for card in check["cards"]]
@@ -116,22 +114,18 @@ def describe_run(
             "run_id": printable(run.run_id),
             "head": printable(run.config["head"]["name"]),
             "settings": printable(run.settings),
-            "scores": scores,
-            "test": _scores_of(run, "test"),
-            "cv": _scores_of(run, "cv"),
-            "right": int(rows.correct.sum()),
+            "headline": run.task.headline(run.metrics["validation"]),
+            "tiles": _tiles(run),
+            "wrong": int((~rows.correct).sum()) if run.task.answers else len(rows),
             "mistakes": mistakes,
             "hits": hits,
+            "words": (run.task.mistakes, run.task.hits),
             "no_pictures": printable(pictures.missing),
             "failures": ", ".join(f"{count} {reason}" for reason, count in sorted(pictures.failures.items())),
-            "matrix": facts.matrix(rows) if len(rows.classes) <= facts.MATRIX_CLASSES else [],
-            "pairs": facts.confused_pairs(rows),
-            "classes": facts.class_table(rows)[:CLASS_ROWS],
-            "classes_left": max(0, len(rows.classes) - CLASS_ROWS),
-            "bins": bins,
-            "reliability_chart": reliability_chart(
-                bins, f"Reliability diagram of {len(rows)} images; expected calibration error {scores['ece']:.4f}"
-            ),
+            **(_of_classes(rows) if run.task.one_class else {"confusion": False, "classes": []}),
+            "scores": _table(run),
+            "pairs_charts": [pairs_chart(printable(name), *ends) for name, *ends in _pairs(rows)],
+            "calibration": _calibrated(run, rows),
             "answers": promise_lines(run.metrics.get("answers"), ""),
             "coverage": ((run.metrics.get("answers") or {}).get("abstain") or {}).get("coverage"),
             "groups": _group_tables(run),
@@ -140,7 +134,6 @@ def describe_run(
             "no_map": no_map,
             "data": data,
             "labels": labels_said(run.labels) if run.labels else "",
-            "tested": _test_said(run),
             "no_store": no_store,
             "audit": audited,
             "no_audit": no_audit,
@@ -149,6 +142,57 @@ def describe_run(
         },
         shown,
     )
+
+
+def _of_classes(rows: Rows) -> dict[str, Any]:
+    """What is only said of classes: which is mistaken for which, and the scores of each."""
+    return {
+        "confusion": True,
+        "matrix": facts.matrix(rows) if len(rows.classes) <= facts.MATRIX_CLASSES else [],
+        "pairs": facts.confused_pairs(rows),
+        "classes": facts.class_table(rows)[:CLASS_ROWS],
+        "classes_left": max(0, len(rows.classes) - CLASS_ROWS),
+    }
+
+
+def _tiles(run: Run) -> list[Tile]:
+    """The scores of the validation split, of the folds and of the test split."""
+    task, first = run.task, run.task.board_columns[0]
+
+    def tile(scores: Any, where: str = "", note: str = "") -> Tile:
+        interval = task.interval(scores)
+        said = "" if interval is None else f"{interval[0]:.4f} to {interval[1]:.4f}"
+        return Tile(f"{first.title}{where}", scores[first.key], ", ".join(part for part in (said, note) if part))
+
+    scores, folds, test = (run.metrics[split] for split in ("validation", "cv", "test"))
+    found = [tile(scores), *task.tiles(scores)]
+    found += [tile(folds, f", {folds['folds']} folds")] if folds else []
+    return [*found, tile(test, ", test", _test_said(run))] if test else found
+
+
+def _table(run: Run) -> Table | None:
+    """The table of the labels or numbers; what is beyond `CLASS_ROWS` is left out."""
+    table = run.task.table(run.metrics["validation"])
+    if table is None:
+        return None
+    lines = tuple({**line, "name": printable(line["name"])} for line in table.lines[:CLASS_ROWS])
+    return table._replace(lines=lines)
+
+
+def _pairs(rows: Rows) -> list[tuple[str, np.ndarray, np.ndarray]]:
+    return rows.task.pairs(rows.probabilities, rows.labels, rows.classes)
+
+
+def _calibrated(run: Run, rows: Rows) -> dict[str, Any] | None:
+    """The section about calibration; None where the task has none."""
+    about, bins = run.task.calibration(rows.probabilities, rows.labels), facts.reliability(rows)
+    if about is None:
+        return None
+    ece = run.metrics["validation"]["ece"]
+    title = f"Reliability diagram of {len(about.truth)} {about.things}; expected calibration error {ece:.4f}"
+    y_label = "accuracy" if run.task.one_class else "share that holds"
+    words = {"x_label": about.probability, "y_label": y_label, "things": about.things, "holds": about.holds}
+    return {"ece": ece, "bins": bins, "chart": reliability_chart(bins, title, **words), "about": about}
 
 
 def _group_tables(run: Run) -> list[dict[str, Any]]:
@@ -179,11 +223,6 @@ def _test_said(run: Run) -> str:
     record = run.labels or {"tested": 0, "seen": 0}
     said = [f"{record['tested']:,} labels changed"] if record["tested"] else []
     return ", ".join([*said, *([f"{record['seen']:,} images judged by an audit before"] if record["seen"] else [])])
-
-
-def _scores_of(run: Run, split: str) -> dict[str, Any] | None:
-    scores = run.metrics[split]
-    return scores and {**scores, "accuracy_interval": interval_of(scores)}
 
 
 def _store_of(
@@ -241,20 +280,14 @@ def _map(
     wrong = (~rows.correct[chosen]).tolist()
     styles, legend = _marks(rows, chosen)
     listed = [
-        {
-            "file": printable(rows.paths[row]),
-            "label": int(rows.labels[row]),
-            "predicted": int(rows.predicted[row]),
-            "confidence": round(float(rows.confidence[row]), 4),
-            "tile": tile,
-        }
+        {"file": printable(rows.paths[row]), **_tip(rows, row), "tile": tile}
         for row, tile in zip(chosen.tolist(), tiles, strict=True)
     ]
     text = f"The features of all {len(rows):,} validation images in two dimensions."
     if len(chosen) < len(rows):
         text = (
             f"The features of {len(chosen):,} of {len(rows):,} validation images in two dimensions: "
-            f"{sum(wrong)} of {int((~rows.correct).sum())} mistakes, and others drawn at random."
+            f"{sum(wrong)} of {int((~rows.correct).sum())} {'mistakes' if rows.task.answers else 'large errors'}, and others drawn at random."
         )
     if run.config["stage"] == "finetune":
         text += " They were computed before fine-tuning."
@@ -267,18 +300,34 @@ def _map(
         "tile": TILE,
         "across": max(1, min(TILES_ACROSS, sum(tile >= 0 for tile in tiles))),
         "legend": legend,
+        "ring": rows.task.ring,
         "data": {"classes": [printable(title) for title in rows.classes], "images": listed},
     }, ""
 
 
+def _tip(rows: Rows, row: int) -> dict[str, Any]:
+    """What the page says of a point of the map: of classes by number, which is short, else in words."""
+    if rows.task.one_class:
+        numbers = {"label": int(rows.labels[row]), "predicted": int(rows.predicted[row])}
+        return numbers | {"confidence": round(float(rows.confidence[row]), 4)}
+    told = facts.card(rows, row)
+    mark = {True: "✓ ", False: "✗ ", None: ""}[told["correct"]]
+    lines = [
+        f"{line.before} {line.name}{'' if line.number is None else f' {line.number:.3f}'}".strip()
+        for line in told["lines"]
+    ]
+    return {"said": mark + "\n".join(lines)}
+
+
 def _marks(rows: Rows, chosen: np.ndarray) -> tuple[list[tuple[int, int]], list[dict[str, Any]]]:
     """Choose marker and colour of each point, by class or, if there are too many classes, by right and wrong; and a legend."""
-    if len(rows.classes) <= COLOURS * MARKERS:
+    codes, kinds = rows.task.kinds(rows.labels, rows.classes)
+    if len(kinds) <= COLOURS * MARKERS:
         legend = [
             {"name": printable(title), "marker": k // COLOURS, "colour": k % COLOURS, "ring": False}
-            for k, title in enumerate(rows.classes)
+            for k, title in enumerate(kinds)
         ]
-        return [(label // COLOURS, label % COLOURS) for label in rows.labels[chosen].tolist()], legend
+        return [(code // COLOURS, code % COLOURS) for code in codes[chosen].tolist()], legend
     legend = [
         {"name": "right", "marker": 0, "colour": 0, "ring": False},
         {"name": "wrong", "marker": 3, "colour": 5, "ring": True},
@@ -298,7 +347,9 @@ def _data(run: Run, store: FeatureStore, pictures: Pictures) -> dict[str, Any]:
         "splits": {name: counts[name] for name in SPLITS if counts[name]},
         "quarantine": [(printable(path), printable(reason)) for path, reason in listed],
         "quarantine_count": len(quarantine),
-        "duplicates": facts.exact_duplicates(table.sha256, table.splits, table.labels, table.paths),
+        "duplicates": facts.exact_duplicates(
+            table.sha256, table.splits, table.labels if table.target is None else table.target.codes, table.paths
+        ),
         "leakage": {
             "threshold": found.threshold,
             "found": found.found,
@@ -350,7 +401,7 @@ def _learning(run: Run) -> dict[str, Any]:
         losses = [Series(names[key], xs, history[key], k) for k, key in enumerate(names) if key in history]
         found = {"accuracy": "training", "val_accuracy": "validation"}
         accuracies = [Series(found[key], xs, history[key], k) for k, key in enumerate(found) if key in history]
-        for series, label in ((losses, "log loss"), (accuracies, "accuracy")):
+        for series, label in ((losses, run.task.loss_label), (accuracies, "accuracy")):
             if series:
                 shown["charts"].append(_chart(series, "epoch", label, kept=kept))
                 kept = None if kept is None else (kept[0], "")  # only the first chart shows the caption

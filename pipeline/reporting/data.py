@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,9 @@ from features.files import printable
 from pipeline.config import History
 from pipeline.runs.folder import Run, read_history, read_predictions
 from pipeline.scores.metrics import BINS, confusion
+from pipeline.tasks.shown import Judged
+from pipeline.tasks.table import CLASSIFICATION
+from pipeline.tasks.task import Task
 
 MATRIX_CLASSES = 30  # with more classes a confusion matrix is unreadable, and only the most confused pairs are listed
 PAIRS = 40  # confused pairs that are listed
@@ -39,6 +42,11 @@ class Rows:
         Probability of each class.
     classes : tuple of str, length c
         Names of the classes.
+    task : Task
+        What was predicted; of another task than classes ``labels`` are its targets (n, c), and ``probabilities`` its
+        predictions.
+    before : mapping
+        Scores of the validation split, by which the task judges predictions.
     """
 
     paths: tuple[str, ...]
@@ -46,6 +54,8 @@ class Rows:
     labels: np.ndarray
     probabilities: np.ndarray
     classes: tuple[str, ...]
+    task: Task = CLASSIFICATION
+    before: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -56,14 +66,19 @@ class Rows:
         return np.asarray(self.probabilities.argmax(axis=1))
 
     @functools.cached_property
-    def confidence(self) -> np.ndarray:
-        """Probability of the predicted class, float64, (n,)."""
-        return np.asarray(self.probabilities.max(axis=1))
+    def judged(self) -> Judged:
+        """Which predictions are wrong, and how sure they are."""
+        return self.task.judge(self.probabilities, self.labels, self.before)
 
-    @functools.cached_property
+    @property
+    def confidence(self) -> np.ndarray:
+        """Probability of the predicted class, float64, (n,); of other tasks see `Task.judge`."""
+        return self.judged.surety
+
+    @property
     def correct(self) -> np.ndarray:
-        """Whether the predicted class is the true one, bool, (n,)."""
-        return np.asarray(self.predicted == self.labels)
+        """Whether the predicted class is the true one, bool, (n,); of other tasks see `Task.judge`."""
+        return np.asarray(~self.judged.wrong)
 
     @property
     def table(self) -> np.ndarray:
@@ -85,10 +100,12 @@ class Rows:
             If the file is malformed, or holds probabilities that are none.
         """
         found, path = read_predictions(run), run.folder / "predictions.csv"
-        if not ((found.probabilities >= -ROUNDING) & (found.probabilities <= 1 + ROUNDING)).all():
+        inside = (found.probabilities >= -ROUNDING) & (found.probabilities <= 1 + ROUNDING)
+        if run.task.answers and not inside.all():
             raise RunError(f"{path}: holds probabilities that are not between 0 and 1; train the head again")
         digests = tuple(digest.tobytes() for digest in found.sha256)
-        return cls(tuple(found.paths), digests, found.labels, found.probabilities, run.classes)
+        before = run.metrics["validation"]
+        return cls(tuple(found.paths), digests, found.labels, found.probabilities, run.classes, run.task, before)
 
 
 def curves_of(run: Run) -> History:
@@ -160,17 +177,22 @@ def matrix(rows: Rows) -> list[dict[str, Any]]:
 def reliability(rows: Rows) -> list[dict[str, Any]]:
     """Describe the bins of confidence, (low, high], that hold images: number, mean confidence and accuracy.
 
+    Of labels it is the probability of each known one, and the share of them that hold; numbers have no bins.
+
     These are the bins of ``pipeline.scores.metrics.calibration_error``: the mean of |accuracy - confidence| over them,
     weighted by their numbers of images, is the expected calibration error (ECE).
     """
-    bins = np.clip(np.ceil(rows.confidence * BINS).astype(np.int64) - 1, 0, BINS - 1)
+    found = rows.task.calibration(rows.probabilities, rows.labels)
+    if found is None:
+        return []
+    bins = np.clip(np.ceil(found.values * BINS).astype(np.int64) - 1, 0, BINS - 1)
     return [
         {
             "low": k / BINS,
             "high": (k + 1) / BINS,
             "n": int(inside.sum()),
-            "confidence": float(rows.confidence[inside].mean()),
-            "accuracy": float(rows.correct[inside].mean()),
+            "confidence": float(found.values[inside].mean()),
+            "accuracy": float(found.truth[inside].mean()),
         }
         for k in range(BINS)
         if (inside := bins == k).any()
@@ -190,18 +212,13 @@ def least_confident_hits(rows: Rows, limit: int = CARDS) -> list[int]:
 
 
 def card(rows: Rows, number: int) -> dict[str, Any]:
-    """Describe one image: file, true class, predicted class, and the second most probable class."""
-    ranked = np.argsort(-rows.probabilities[number], kind="stable")[:2].tolist()
+    """Describe one image: its file, and what its task says of it, see `pipeline.tasks.task.Task.lines`."""
+    told = rows.task.lines(rows.probabilities[number], rows.labels[number], rows.classes, rows.before)
     return {
         "file": printable(rows.paths[number]),
         "name": printable(rows.paths[number].rpartition("/")[2]),
-        "label": printable(rows.classes[rows.labels[number]]),
-        "predicted": printable(rows.classes[ranked[0]]),
-        "correct": bool(rows.correct[number]),
-        "confidence": float(rows.confidence[number]),
-        "of_label": float(rows.probabilities[number, rows.labels[number]]),
-        "second": printable(rows.classes[ranked[1]]),
-        "of_second": float(rows.probabilities[number, ranked[1]]),
+        "correct": bool(rows.correct[number]) if rows.task.answers else None,
+        "lines": [line._replace(before=printable(line.before), name=printable(line.name)) for line in told],
     }
 
 

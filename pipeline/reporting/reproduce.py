@@ -91,6 +91,7 @@ def _extract(run: Run, source: str, views: int | None) -> list[str]:
         if value and value != usual.get(name):
             words += [f"--{name}", value]
     words += ["--split", features["split_rule"] or "hash"]
+    words += ["--task", run.config["task"]] if "task" in run.config else []
     if features["target"]:
         words += ["--target", features["target"]]
     for name, value in run.reading.record.items():

@@ -21,7 +21,6 @@ from features.errors import BottleneckError, ConfigurationError, LabelsError, Ru
 from features.files import atomic_file, printable
 from features.progress import Progress, counted
 from features.store.reader import FeatureStore
-from pipeline.intervals import interval_of
 from pipeline.labels.overlay import as_trained
 from pipeline.outputs import output_file
 from pipeline.reporting.audited import read_audit
@@ -30,7 +29,6 @@ from pipeline.reporting.chosen import Detail, describe_run
 from pipeline.runs.board import board_of, by_folds, check_choice, check_folds, check_tables, starred
 from pipeline.runs.datasets import DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs
-from pipeline.scores.selection import CHOICES
 from pipeline.tables import shortened
 
 logger = logging.getLogger(__name__)
@@ -46,6 +44,7 @@ PARTS = {
     "mistakes": "Mistakes",
     "confusion": "Confusion",
     "classes": "Classes",
+    "scores": "Scores",
     "calibration": "Calibration",
     "answers": "Answers",
     "groups": "Groups",
@@ -56,6 +55,14 @@ PARTS = {
     "recipe": "Recipe",
     "again": "Make it again",
 }
+OPTIONAL = (
+    "confusion",
+    "classes",
+    "scores",
+    "calibration",
+    "answers",
+    "groups",
+)  # there only if there is something to say
 
 
 def make_report(
@@ -111,13 +118,7 @@ def make_report(
         If ``out`` is a folder, a device or a file other than an HTML page, ``by`` is unknown, or ``audit`` is malformed.
     """
     check_choice(by)
-    every, damaged = find_runs(root)
-    runs = [run for run in every if run.task.one_class]
-    if len(runs) < len(every):
-        said = f"{root}: {counted(len(every) - len(runs), 'run')} of another task than classification"
-        if not runs:
-            raise RunError(f"{said}, and reports are about classes; bottleneck leaderboard compares them")
-        logger.warning("%s left out; bottleneck leaderboard lists them", said)
+    runs, damaged = find_runs(root)
     if not runs:
         raise RunError(f"{root}: holds no finished run to report on; bottleneck train-head makes one")
     check_folds(runs, folds)
@@ -232,41 +233,47 @@ def _group(
     folds: bool,
     detail: Detail | None,
 ) -> dict[str, Any]:
-    board = [{**row, "accuracy_interval": interval_of(row)} for row in board]
-    low = min(row["accuracy_interval"][0] for row in board)
-    high = max(row["accuracy_interval"][1] for row in board)
-    threshold = max(board, key=lambda row: row["accuracy"])["accuracy_interval"][0]
+    task = chosen.task
+    first, by = task.choices[0], task.choice(by)
+    board = [{**row, "score": row[first], "interval": task.interval(row)} for row in board]
+    known = [row for row in board if row["interval"] is not None]
+    span = min([row["interval"][0] for row in known] or [0.0]), max([row["interval"][1] for row in known] or [1.0])
+    threshold = max(known, key=lambda row: row["score"])["interval"][0] if known else span[0]
     features = chosen.config["features"]
-    has_cv = any(row["cv_accuracy"] is not None for row in board)
+    has_cv = any(row[f"cv_{first}"] is not None for row in board)
     judged = "cross-validation" if folds and has_cv else "validation"
-    column = "cv" if folds and has_cv and by == "accuracy" else by
+    column = f"cv_{first}" if folds and has_cv and by == first else by
     on = {row["features"] for row in board}
     rows = []
     for row in board[:BOARD_ROWS] if not any(row["chosen"] for row in board[BOARD_ROWS:]) else _with_chosen(board):
-        bar = interval_bar(
-            row["accuracy_interval"][0], row["accuracy"], row["accuracy_interval"][1], (low, high), threshold
-        )
+        interval = row["interval"]
+        bar = "" if interval is None else interval_bar(interval[0], row["score"], interval[1], span, threshold)
         texts = {key: printable(str(row[key])) for key in ("run_id", "head", "settings", "features")}
         rows.append({**row, **texts, "bar": bar})
     return {
         **about,
         "source": printable(features["source"]) or "an unknown place",
         "digest": features["data_digest"],
-        "class_count": len(chosen.classes),
+        "count": len(chosen.classes),
+        "things": task.things if len(chosen.classes) != 1 else task.things.rstrip("s"),
+        "columns": task.board_columns,
+        "first": task.board_columns[0],
         "n": chosen.metrics["validation"]["n"],
-        "judged": judged if by == "accuracy" else f"{by.replace('_', ' ')} on {judged}",
+        "judged": judged if by == first else f"{by.replace('_', ' ')} on {judged}",
         "board": rows,
         "features": printable(on.pop()) if len(on) == 1 else "",
         "left_out": len(board) - len(rows),
-        "span": (low, high),
-        "sorted": {key: "descending" if key == column else "none" for key in (*CHOICES, "cv")},
+        "span": span,
+        "sorted": {column: next((one.first for one in task.board_columns if one.key == column), "descending")},
         "has_cv": has_cv,
         "has_groups": any(row.get("worst_group") for row in board),
         "has_answers": any(row.get("answered") is not None for row in board),
-        "has_test": any(row["test_accuracy"] is not None for row in board),
+        "has_test": any(row[f"test_{first}"] is not None for row in board),
         "seen": max(row.get("test_seen", 0) for row in board),
         "detail": detail.values if detail else None,
-        "parts": [{"id": key, "name": text} for key, text in PARTS.items() if key in _shown(detail)],
+        "parts": [
+            {"id": key, "name": _title(key, text, detail)} for key, text in PARTS.items() if key in _shown(detail)
+        ],
     }
 
 
@@ -274,7 +281,12 @@ def _shown(detail: Detail | None) -> set[str]:
     """The parts of the page that there is something to say in."""
     if detail is None:
         return {"board"}
-    return {key for key in PARTS if detail.values.get(key) or key not in ("answers", "groups")}
+    return {key for key in PARTS if detail.values.get(key) or key not in OPTIONAL}
+
+
+def _title(part: str, text: str, detail: Detail | None) -> str:
+    """The title of a part of the page; the table of scores is called after what it is about."""
+    return str(detail.values["scores"].title) if part == "scores" and detail is not None else text
 
 
 def _with_chosen(board: list[dict[str, Any]]) -> list[dict[str, Any]]:

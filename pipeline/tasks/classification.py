@@ -12,6 +12,7 @@ from pipeline import config
 from pipeline.intervals import interval_of
 from pipeline.scores.metrics import evaluate, log_loss, softmax, two_columns
 from pipeline.scores.selection import CHOICES, balanced_accuracy_interval, stratified_folds
+from pipeline.tasks.shown import Calibration, Column, Judged, Line, Tile, Words
 from pipeline.tasks.task import Rows, Scores, Task
 
 
@@ -107,6 +108,57 @@ class Classification(Task):
 
     def board_folds(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         return {"cv_accuracy": scores.get("accuracy"), "cv_interval": scores.get("accuracy_interval")}
+
+    board_columns = (
+        Column("accuracy", "Accuracy", "descending"),
+        Column("balanced_accuracy", "Balanced", "descending", "Balanced accuracy: mean recall over the classes"),
+        Column("log_loss", "Log loss"),
+        Column("ece", "ECE", hint="Expected calibration error"),
+    )
+    mistakes = Words(
+        "Most confident mistakes",
+        "Wrong with high confidence: look here for wrong labels.",
+        "There are no mistakes among",
+    )
+    hits = Words(
+        "Least confident correct predictions",
+        "Correct, but only just: more images like these would help most.",
+        "It gets no validation image right.",
+    )
+
+    def interval(self, scores: Mapping[str, Any]) -> list[float]:
+        return interval_of(scores)
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        return f"gets {round(scores['accuracy'] * scores['n']):,} of {scores['n']:,} validation images right"
+
+    def tiles(self, scores: Mapping[str, Any]) -> list[Tile]:
+        return [
+            Tile("Balanced accuracy", scores["balanced_accuracy"]),
+            Tile("Macro F1", scores["macro_f1"]),
+            Tile("Log loss", scores["log_loss"]),
+            Tile("ROC AUC", scores["roc_auc"], "" if scores["roc_auc"] is not None else "a class does not occur"),
+            Tile("Calibration error", scores["ece"]),
+        ]
+
+    def judge(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> Judged:
+        return Judged(np.asarray(values.argmax(axis=1) != y), np.asarray(values.max(axis=1)))
+
+    def lines(self, values: np.ndarray, y: Any, names: Sequence[str], before: Mapping[str, Any]) -> list[Line]:
+        best, second = np.argsort(-values, kind="stable")[:2].tolist()
+        other = ("next:", second) if best == y else ("is:", int(y))
+        return [
+            Line("", names[best], float(values[best])),
+            Line(other[0], names[other[1]], float(values[other[1]])),
+        ]
+
+    def kinds(self, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        return y, tuple(names)
+
+    def calibration(self, values: np.ndarray, y: np.ndarray) -> Calibration:
+        hint = "Are 80 % of the images predicted with 80 % confidence correct? If so, the bars reach the diagonal."
+        found = self.judge(values, y, {})
+        return Calibration(hint, "confidence", "images", "correct", found.surety, ~found.wrong)
 
     def given(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[int]:
         return [int(values.argmax())]

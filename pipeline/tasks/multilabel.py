@@ -19,9 +19,11 @@ from pipeline.intervals import wilson_interval
 from pipeline.scores.metrics import BINS
 from pipeline.tasks.bootstrap import percentiles, row_weights
 from pipeline.tasks.folds import iterative_folds
+from pipeline.tasks.shown import Calibration, Column, Judged, Line, Table, Tile, Words
 from pipeline.tasks.task import Rows, Scores, Task, metrics_file, packed
 
 HALF = 0.5  # the threshold of a label that holds nowhere in the validation split
+WRONG_LABELS = 3  # labels of one image that a report names
 _CELLS = {0: "0", 1: "1", UNKNOWN: ""}
 
 
@@ -156,6 +158,83 @@ class Multilabel(Task):
         names = ("average_precision", "average_precision_interval", "micro_average_precision", "f1", "exact_match")
         return {name: scores[name] for name in (*names, "log_loss", "ece", "n")}
 
+    board_columns = (
+        Column("average_precision", "Mean AP", "descending", "Mean of the average precisions of the labels"),
+        Column("micro_average_precision", "Micro AP", "descending", "Average precision of all labels together"),
+        Column("f1", "F1", "descending", "Mean F1 of the labels, at thresholds chosen on the validation images"),
+        Column("exact_match", "All right", "descending", "Share of the images all of whose labels are right"),
+        Column("log_loss", "Log loss"),
+    )
+    mistakes = Words(
+        "Most confident mistakes",
+        "A label is far on the wrong side of its threshold: look here for wrong or missing labels.",
+        "There are no mistakes among",
+    )
+    hits = Words(
+        "Least confident correct predictions",
+        "All labels are right, but one only just: more images like these would help most.",
+        "It gets all labels right of no validation image.",
+    )
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        right = round(scores["exact_match"] * scores["n"])
+        return f"gets all labels right of {right:,} of {scores['n']:,} validation images"
+
+    def tiles(self, scores: Mapping[str, Any]) -> list[Tile]:
+        low, high = scores["exact_match_interval"]
+        return [
+            Tile("Micro AP", scores["micro_average_precision"]),
+            Tile("ROC AUC", scores["roc_auc"], "" if scores["roc_auc"] is not None else "no label has both"),
+            Tile("F1", scores["f1"]),
+            Tile("All labels right", scores["exact_match"], f"{low:.4f} to {high:.4f}"),
+            Tile("Log loss", scores["log_loss"]),
+            Tile("Calibration error", scores["ece"]),
+        ]
+
+    def judge(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> Judged:
+        """Wrong: a known label is on the other side of its threshold; sure: by the farthest of those, else by the nearest."""
+        margins, known = values - thresholds_of(before), known_cells(y)
+        missed = known & ((margins >= 0) != (y == 1))
+        wrong, far = missed.any(axis=1), np.abs(margins)
+        return Judged(wrong, np.where(wrong, np.where(missed, far, 0).max(axis=1), np.where(known, far, 1).min(axis=1)))
+
+    def lines(self, values: np.ndarray, y: Any, names: Sequence[str], before: Mapping[str, Any]) -> list[Line]:
+        held, margins = labels_of(values, names, before), values - thresholds_of(before)
+        wrong = np.flatnonzero(known_cells(y) & ((margins >= 0) != (y == 1)))
+        wrong = wrong[np.argsort(-np.abs(margins[wrong]), kind="stable")][:WRONG_LABELS]
+        found = [Line("", ", ".join(held) or "no label")]
+        found += [Line("is:" if y[k] == 1 else "is not:", names[k], float(values[k])) for k in wrong.tolist()]
+        if not len(wrong):
+            nearest = int(np.abs(margins).argmin())
+            found.append(Line("nearest:", names[nearest], float(values[nearest])))
+        return found
+
+    def kinds(self, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The rarest label that holds."""
+        holds = y == 1
+        rarest = np.where(holds, holds.sum(axis=0), len(y) + 1).argmin(axis=1)
+        return np.where(holds.any(axis=1), rarest, len(names)), (*names, "no label")
+
+    def table(self, scores: Mapping[str, Any]) -> Table:
+        hint = (
+            "AP: average precision, the mean of the precision over the images that have the label. F1 is that at the "
+            "threshold, which was chosen on the validation images."
+        )
+        columns = (
+            Column("average_precision", "AP"),
+            Column("roc_auc", "ROC AUC"),
+            Column("f1", "F1"),
+            Column("threshold", "Threshold"),
+            Column("positives", "With it", "descending"),
+            Column("n", "Known", "descending"),
+        )
+        return Table("Labels", hint, "Label", columns, tuple(scores["per_class"]))
+
+    def calibration(self, values: np.ndarray, y: np.ndarray) -> Calibration:
+        known = known_cells(y)
+        hint = "Do 80 % of the labels hold that are given a probability of 80 %? If so, the bars reach the diagonal."
+        return Calibration(hint, "probability", "labels", "hold", values[known], y[known] == 1)
+
     def header(self, names: Sequence[str]) -> list[str]:
         return [*(f"true:{name}" for name in names), *names]
 
@@ -183,6 +262,11 @@ def balanced_weights(y: np.ndarray) -> np.ndarray:
     positives, total = (y == 1).sum(axis=0), known.sum(axis=0)
     shares = np.where(y == 1, total / (2 * np.maximum(positives, 1)), total / (2 * np.maximum(total - positives, 1)))
     return np.asarray(shares * known)
+
+
+def thresholds_of(before: Mapping[str, Any]) -> np.ndarray:
+    """The threshold of each label that was chosen on the validation split, float64 (c,)."""
+    return np.array([line["threshold"] for line in before["per_class"]])
 
 
 def labels_of(values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[str]:

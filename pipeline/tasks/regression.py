@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
@@ -14,8 +15,12 @@ from features.targets import known_cells, strata_of
 from pipeline.config import Count, Settings
 from pipeline.scores.selection import stratified_folds
 from pipeline.tasks.bootstrap import percentiles, row_weights
+from pipeline.tasks.shown import Column, Judged, Line, Table, Tile, Words
 from pipeline.tasks.task import Rows, Scores, Task, metrics_file, squared_loss
 
+FAR = 0.9  # share of the images whose errors are smaller than those of the ones that a report rings
+SHOWN = 4  # numbers that are drawn and named for one image
+KINDS = 5  # ranges of the first number that have a colour
 Correlation = Annotated[float, Field(ge=-1, le=1)]
 UpToOne = Annotated[float, Field(le=1)]
 
@@ -148,6 +153,77 @@ class Regression(Task):
     def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         names = ("r2", "r2_interval", "mae", "mae_interval", "rmse", "spearman", "n")
         return {name: scores[name] for name in names}
+
+    board_columns = (
+        Column("r2", "R2", "descending", "Share of the variance that is explained, mean over the numbers"),
+        Column("mae", "Mean error", hint="Mean absolute error, in the unit of the numbers"),
+        Column("rmse", "RMSE", hint="Root of the mean squared error"),
+        Column("spearman", "Spearman", "descending", "Rank correlation of predictions and true values"),
+    )
+    mistakes = Words(
+        "Largest errors", "Farthest from the true value: look here for wrong values.", "There are no errors among"
+    )
+    hits = None
+    ring = "the tenth with the largest errors"
+    loss_label = "squared error"
+
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        return f"is off by {scores['mae']:.4g} on average over {scores['n']:,} validation images"
+
+    def tiles(self, scores: Mapping[str, Any]) -> list[Tile]:
+        low, high = scores["mae_interval"]
+        return [
+            Tile("Mean absolute error", scores["mae"], f"{low:.4g} to {high:.4g}"),
+            Tile("RMSE", scores["rmse"]),
+            Tile("Spearman", scores["spearman"]),
+        ]
+
+    def judge(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> Judged:
+        """How far off: the mean of the errors of an image, each in units of the deviation of its number."""
+        known = known_cells(y)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            spread = np.array(
+                [np.std(column[there]) if there.any() else 1 for column, there in zip(y.T, known.T, strict=True)]
+            )
+            far = np.where(known, np.abs(values - y), 0) / np.where(spread > 0, spread, 1)
+            far = far.sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+        return Judged((far > 0) & (far >= np.quantile(far, FAR)), far)
+
+    def lines(self, values: np.ndarray, y: Any, names: Sequence[str], before: Mapping[str, Any]) -> list[Line]:
+        told = (
+            f"{value:.4g}, is {truth:.4g}" if np.isfinite(truth) else f"{value:.4g}"
+            for value, truth in zip(values, y, strict=True)
+        )
+        return [Line(f"{name}:", text) for name, text in zip(names, told, strict=True)][:SHOWN]
+
+    def kinds(self, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """The fifth in which the first number lies."""
+        known = np.isfinite(y[:, 0])
+        edges = np.unique(np.quantile(y[known, 0], np.linspace(0, 1, KINDS + 1))) if known.any() else np.zeros(1)
+        codes = np.searchsorted(edges[1:-1], y[:, 0], side="right")
+        titles = [f"{names[0]} {low:.4g} to {high:.4g}" for low, high in itertools.pairwise(edges)] or [names[0]]
+        return np.where(known, codes, len(titles)), (*titles, *(() if known.all() else ("unknown",)))
+
+    def table(self, scores: Mapping[str, Any]) -> Table:
+        hint = (
+            "Mean and root mean squared error are in the unit of the number. R2: the share of its variance that is "
+            "explained. Spearman: the rank correlation."
+        )
+        columns = (
+            Column("mae", "Mean error"),
+            Column("rmse", "RMSE"),
+            Column("r2", "R2"),
+            Column("spearman", "Spearman"),
+            Column("n", "Known", "descending"),
+        )
+        return Table("Numbers", hint, "Number", columns, tuple(scores["per_column"]))
+
+    def pairs(
+        self, values: np.ndarray, y: np.ndarray, names: Sequence[str]
+    ) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        known = known_cells(y)
+        found = zip(names, y.T, values.T, known.T, strict=True)
+        return [(name, truth[there], value[there]) for name, truth, value, there in found if there.any()][:SHOWN]
 
     def given(self, values: np.ndarray, names: Sequence[str], before: Mapping[str, Any]) -> list[int]:
         return []

@@ -15,6 +15,7 @@ from pydantic import create_model
 from features.errors import ConfigurationError, nearest
 from features.targets import known_cells
 from pipeline.config import Count, MetricsFile, Settings, TargetHeadFile
+from pipeline.tasks.shown import Calibration, Column, Judged, Line, Table, Tile, Words
 
 Scores = dict[str, Any]
 Rows = tuple[np.ndarray, np.ndarray]  # targets and predictions of the same rows
@@ -79,7 +80,7 @@ class Task(abc.ABC):
     promises : bool
         Whether a run can promise a precision, sets, or give tables by group; see `pipeline.heads.promises`.
     one_class : bool
-        Whether each image has one class, which a report, an export, fine-tuning and a grid need.
+        Whether each image has one class, which a confusion matrix, fine-tuning and a grid need.
     answers : bool
         Whether images are given classes or labels, which are counted.
     """
@@ -220,6 +221,52 @@ class Task(abc.ABC):
             f"choose: received {by!r}, expected {' or '.join(self.choices)} for runs of --task {self.name}"
             f"{nearest(by, self.choices)}"
         )
+
+    # -- what a report shows, see `pipeline.tasks.shown`
+    board_columns: ClassVar[tuple[Column, ...]]  # of `board`: the score that is chosen by, and further ones
+    mistakes: ClassVar[Words]  # the images whose predictions are most wrong
+    hits: ClassVar[Words | None]  # those that are right, but only just
+    ring: ClassVar[str] = "mistake"  # what a ring in the feature map means
+    loss_label: ClassVar[str] = "log loss"  # of learning curves
+
+    def interval(self, scores: Mapping[str, Any]) -> list[float] | None:
+        """The 95 % interval of the score that is chosen by, [low, high]; None where there is none."""
+        found = scores[f"{self.choices[0]}_interval"]
+        return None if found is None else list(found)
+
+    @abc.abstractmethod
+    def headline(self, scores: Mapping[str, Any]) -> str:
+        """What a run does, after its name: "gets 3 of 5 validation images right"."""
+
+    @abc.abstractmethod
+    def tiles(self, scores: Mapping[str, Any]) -> list[Tile]:
+        """The scores that stand out, after that which is chosen by."""
+
+    @abc.abstractmethod
+    def judge(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> Judged:
+        """Say which predictions are wrong, and how sure they are: mistakes are shown the surest first, hits the least sure."""
+
+    @abc.abstractmethod
+    def lines(self, values: np.ndarray, y: Any, names: Sequence[str], before: Mapping[str, Any]) -> list[Line]:
+        """What is said of one image: its prediction (c,), and then what is true, or what was nearly predicted."""
+
+    @abc.abstractmethod
+    def kinds(self, y: np.ndarray, names: Sequence[str]) -> tuple[np.ndarray, tuple[str, ...]]:
+        """A kind of each image, int (n,), by what is true, and the names of the kinds: the colours of a feature map."""
+
+    def table(self, scores: Mapping[str, Any]) -> Table | None:
+        """The scores of each label or number."""
+        return None
+
+    def calibration(self, values: np.ndarray, y: np.ndarray) -> Calibration | None:
+        """What tells whether probabilities can be trusted; None for numbers."""
+        return None
+
+    def pairs(
+        self, values: np.ndarray, y: np.ndarray, names: Sequence[str]
+    ) -> list[tuple[str, np.ndarray, np.ndarray]]:
+        """Name, true and predicted values of numbers, to be drawn against each other."""
+        return []
 
     # -- predictions.csv of a run: path, sha256, then these
     @abc.abstractmethod

@@ -78,13 +78,15 @@
       })),
     }));
     let current = -1;
+    const ofClasses = (fact) => {
+      const label = facts.classes[fact.label];
+      const said = fact.label === fact.predicted ? `✓ ${label}` : `✗ ${facts.classes[fact.predicted]}, is ${label}`;
+      return `${said}\nconfidence ${fact.confidence.toFixed(3)}`;
+    };
     const show = (number, from) => {
       current = number;
       const fact = facts.images[number];
-      const label = facts.classes[fact.label];
-      const guess = facts.classes[fact.predicted];
-      text.textContent = `${fact.label === fact.predicted ? `✓ ${label}` : `✗ ${guess}, is ${label}`}\n`
-        + `confidence ${fact.confidence.toFixed(3)}\n${fact.file}`;
+      text.textContent = `${fact.said ?? ofClasses(fact)}\n${fact.file}`;
       picture.hidden = !image || fact.tile < 0;
       if (image && fact.tile >= 0) {
         image.alt = fact.file;
