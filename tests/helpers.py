@@ -12,9 +12,9 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
@@ -26,6 +26,7 @@ from features.recipe import PixelRule, Recipe
 from features.sources.scan import scan
 from features.store.reader import FeatureStore
 
+T = TypeVar("T")
 ROOT = Path(__file__).resolve().parent.parent
 STRESS = bool(os.environ.get("STRESS"))  # as in `make stress`
 
@@ -33,6 +34,13 @@ STRESS = bool(os.environ.get("STRESS"))  # as in `make stress`
 def rounds(full: int) -> int:
     """How often to kill, to flip or to draw: all of it in ``make stress``, a tenth in the suite."""
     return full if STRESS else -(-full // 10)
+
+
+def part(rows: Iterable[T], *names: object) -> list[T]:
+    """Of a table all rows in ``make stress``, in the suite those that are, or begin with, one of these."""
+    kept = [row for row in rows if STRESS or (row[0] if isinstance(row, tuple) else row) in names]
+    assert STRESS or len(kept) == len(names)
+    return kept
 
 
 def recipe(layer: str = "last", pooling: str = "avg", size: int = 8, **changes: object) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT
+from helpers import ROOT, part
 
 from features.errors import ConfigurationError
 from features.networks.backbones import BACKBONES, boundary_of, build_backbone, feature_model, last_layer, preprocess
@@ -118,7 +118,14 @@ def test_neither_the_table_nor_finding_weights_imports_keras(tmp_path: Path) -> 
 
 # ------------------------------------------------------------------------------------------- every family
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "size", "last", "boundary"), REPRESENTATIVES, ids=lambda value: str(value))
+@pytest.mark.stress  # every family there
+@pytest.mark.parametrize(
+    ("name", "size", "last", "boundary"),
+    part(
+        REPRESENTATIVES, "convnexttiny", "efficientnet-lite0", "mobilenetv2-0.35", "mobilenetv3small-0.75", "resnet50"
+    ),
+    ids=str,
+)
 def test_a_family_builds_cuts_and_keeps_its_names(name: str, size: int, last: str, boundary: str) -> None:
     import keras
 

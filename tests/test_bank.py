@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import part
 
 from features.errors import ConfigurationError, HeadError
 from pipeline.heads import bank
@@ -207,7 +208,8 @@ def varied(hidden: int) -> list[BankHead]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden", [0, 12])
+@pytest.mark.stress
+@pytest.mark.parametrize("hidden", part([0, 12], 12))
 def test_a_head_does_not_depend_on_its_neighbours(hidden: int) -> None:
     spec, heads = BankSpec(classes=4, hidden=hidden, epochs=6), varied(hidden)
     X, y = blobs(150, 20, 4)
@@ -221,7 +223,8 @@ def test_a_head_does_not_depend_on_its_neighbours(hidden: int) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden", [0, 12])
+@pytest.mark.stress
+@pytest.mark.parametrize("hidden", part([0, 12], 12))
 def test_pieces_change_nothing(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Heads in turn, several chunks, rows sent in several parts."""
     spec, heads = BankSpec(classes=4, hidden=hidden, epochs=4, patience=1), varied(hidden)
@@ -245,7 +248,8 @@ def test_pieces_change_nothing(hidden: int, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("hidden", [0, 12])
+@pytest.mark.stress
+@pytest.mark.parametrize("hidden", part([0, 12], 12))
 def test_each_head_stops_by_itself(hidden: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bank, "CACHE_BYTES", 2 * 12 * 32 * max(4, hidden))  # so that chunks are packed anew
     taken, take = [], bank._Bank._taken

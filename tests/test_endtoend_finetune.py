@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import paint_folder, run_pipeline
+from helpers import paint_folder, part, run_pipeline
 from photographs import some_cats_and_dogs, weights_of
 
 from features.errors import ParityError, RunError
@@ -75,7 +75,8 @@ def weights_by_name(run: str | Path) -> dict[str, np.ndarray]:
 
 
 @pytest.mark.pain(5)
-@pytest.mark.parametrize(("bn", "trained_tensors"), [("frozen", 18), ("affine", 54)])
+@pytest.mark.stress
+@pytest.mark.parametrize(("bn", "trained_tensors"), part([("frozen", 18), ("affine", 54)], "affine"))
 def test_pain_05_moving_statistics_are_bit_identical_after_fine_tuning(
     pictures: Path, weak: tuple[Path, dict[str, np.ndarray]], tmp_path: Path, bn: str, trained_tensors: int
 ) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import part
 
 from features.networks.backbones import build_backbone, feature_model, preprocess
 from features.networks.finding import find_backbone
@@ -98,17 +99,18 @@ def test_a_network_without_batch_norm_is_returned_as_it_is(assets: Path) -> None
 
 
 @pytest.mark.slow
+@pytest.mark.stress  # every family there
 @pytest.mark.parametrize(
     ("name", "size", "left"),
-    [
+    part([
         ("resnet50", 64, 0),
         ("efficientnetb0", 64, 0),
         ("mobilenetv3small", 64, 0),
         ("xception", 96, 0),  # separable convolutions
         ("resnet50v2", 64, 17),  # in front of the convolution stays what cannot move over the padding
         ("densenet121", 64, 62),
-    ],
-)
+    ], "mobilenetv3small", "xception", "resnet50v2"),
+)  # fmt: skip
 def test_every_family_folds_what_follows_a_convolution(name: str, size: int, left: int) -> None:
     model = load(name, size, "random")
     shake(model)

@@ -75,7 +75,7 @@ def test_pain_04_from_the_cache_follows_end_to_end_training(real: dict[str, Any]
     expected, live = after_twelve_steps(real, "live", images, None)
     assert len(expected) == 14  # four kernels and gamma and beta behind each, kernel and bias of the head
     differences = {}
-    for name, options in {"keras": {"engine": "keras"}, "other": {}, "half": {"dtype": "float16"}}.items():
+    for name, options in {"keras": {"engine": "keras"}, "half": {"dtype": "float16"}}.items():
         store = extract_features(images, folder / f"{name}.h5", layers=["boundary"], **options, **real["small"])
         received, history = after_twelve_steps(real, name, None, store.path)
         differences[name] = max(
@@ -85,7 +85,7 @@ def test_pain_04_from_the_cache_follows_end_to_end_training(real: dict[str, Any]
         gaps = np.abs(np.subtract(history["val_accuracy"], live["val_accuracy"]))
         assert gaps.max() <= 1 / 48 + 1e-9, name
     assert differences["keras"] <= 1e-4
-    assert 0 < max(differences["other"], differences["half"]) <= 1e-2
+    assert 0 < differences["half"] <= 1e-2  # by another engine, and half precision
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from helpers import part
 from test_heads import blobs
 
 from features.errors import ConfigurationError, HeadError
@@ -198,8 +199,9 @@ DENSE: list[dict[str, Any]] = [
 
 
 @pytest.mark.slow
+@pytest.mark.stress
 @pytest.mark.parametrize("params", DENSE, ids=lambda params: "-".join(params))
-@pytest.mark.parametrize("classes", [2, 3])
+@pytest.mark.parametrize("classes", part([2, 3], 3))
 def test_dense_parameters_train_save_and_load(params: dict[str, Any], classes: int, tmp_path: Path) -> None:
     X, y = blobs(300, 12, classes, distance=6)
     test, labels = blobs(200, 12, classes, distance=6, seed=7)

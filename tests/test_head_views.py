@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import recipe
+from helpers import part, recipe
 from test_train_head import Images, Store
 
 from features.errors import ConfigurationError
@@ -262,7 +262,8 @@ def test_a_run_says_its_views_and_what_averaging_them_scores(tmp_path: Path) -> 
 
 # --------------------------------------------------------------------------------------------------- dense
 @pytest.mark.slow
-@pytest.mark.parametrize(("hidden", "memory"), [(0, 1 << 30), (8, 3000)])
+@pytest.mark.stress
+@pytest.mark.parametrize(("hidden", "memory"), part([(0, 1 << 30), (8, 3000)], 8))
 def test_heads_with_and_without_views_in_one_bank_are_as_alone(hidden: int, memory: int) -> None:
     from pipeline.heads.bank import BankHead, BankSpec, predict, train_rows
 

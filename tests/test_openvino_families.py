@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import part
 from test_openvino import builder, needs_openvino, network, open_engine, photographs, pictures
 
 from features.networks.keras_engine import KerasEngine
@@ -22,9 +23,14 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.stress  # every family there
 @pytest.mark.parametrize(
     ("name", "size"),
-    [("efficientnetb0", 64), ("resnet50", 64), ("xception", 96), ("mobilenetv3small", 64), ("convnexttiny", 64)],
+    part(
+        [("efficientnetb0", 64), ("resnet50", 64), ("xception", 96), ("mobilenetv3small", 64), ("convnexttiny", 64)],
+        "mobilenetv3small",
+        "convnexttiny",
+    ),
 )
 def test_every_family_converts(name: str, size: int) -> None:
     net = resolve_network(NetworkOptions(name, weights="random", image_size=(size, size)))

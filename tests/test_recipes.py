@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import listing, paint_folder
+from helpers import STRESS, listing, paint_folder
 from kitchen import MOBILENET, assert_best_epoch_is_kept, cook, history, predicted
 from photographs import CATS_DOGS
 
@@ -76,6 +76,8 @@ def test_mobilenetv2_cats_dogs(assets: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.slow
+@pytest.mark.stress
+@pytest.mark.skipif(not STRESS, reason="only `make stress` does it")
 @pytest.mark.usefixtures("without_plots")
 def test_resnet_recipes(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small = ("--image-size", 64, "--weights", "random")

@@ -19,6 +19,8 @@ def without_xla(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.stress
+@pytest.mark.skipif(not STRESS, reason="only `make stress` does it")
 @pytest.mark.usefixtures("without_plots")
 def test_vgg16_flowers(assets: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     typed = ("vgg16-flowers", assets / FLOWERS, "--out", tmp_path, "--image-size", 32, "--weights", assets / VGG)
