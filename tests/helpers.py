@@ -81,8 +81,21 @@ def chromium(what: str) -> Iterator[Any]:
 
     with sync_playwright() as playwright:
         launched = playwright.chromium.launch(executable_path=executable, args=["--no-sandbox"])
+        for name in ("new_context", "new_page"):
+            setattr(launched, name, patient(getattr(launched, name)))
         yield launched
         launched.close()
+
+
+def patient(make: Callable[..., Any]) -> Callable[..., Any]:
+    """What makes a page or a context of it, whose waiting ends after four minutes: half of one is little on a loaded machine."""
+
+    def made(**options: Any) -> Any:
+        opened = make(**options)
+        opened.set_default_timeout(240_000)
+        return opened
+
+    return made
 
 
 def given_away(path: Path) -> str:

@@ -124,7 +124,7 @@ def opened(browser: Any, address: str, *, learned: bool = True, **options: Any) 
     assert [text for text in said if not text.startswith("Failed to load resource")] == []
 
 
-def until(page: Any, expression: str, seconds: float = 20) -> None:
+def until(page: Any, expression: str, seconds: float = 120) -> None:
     """Wait until an expression is true; the page's policy forbids what `page.wait_for_function` does."""
     ends = time.monotonic() + seconds
     while not page.evaluate(expression):
@@ -418,7 +418,7 @@ def test_script_in_names_is_text(browser: Any, server: Server) -> None:
     with opened(browser, server.address) as page:
         page.select_option("[name=state]", "")
         page.select_option("[name=by]", "file")
-        page.wait_for_timeout(300)
+        until(page, "document.getElementById('t0')?.title.includes('svg onload')")
         page.focus("#grid")
         page.keyboard.press("1")
         page.keyboard.press("c")

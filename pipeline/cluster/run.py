@@ -133,6 +133,8 @@ class _Run:
 
     def shards(self) -> Generator[MadeShard, None, None]:
         """Yield each shard when it is finished. After an error or Ctrl-C no shard is begun, and those in flight are finished."""
+        import h5py  # noqa: F401 - first used between two presses of Ctrl-C: an import that one ends cannot be done again
+
         self._look()
         topic = topic_of(self._plan.token)
         self._client.subscribe_topic(topic, self._hear)
