@@ -29,7 +29,7 @@ BIN  := $(VENV)/bin
 RUNNER := $(BIN)/python -m pipeline
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo extract train-head finetune predict evaluate leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test-jax test-torch test stress bench gpu-check clean
+.PHONY: help setup demo extract train-head finetune predict evaluate leaderboard report preview export recipe cluster-demo stress-cluster check test-fast test-floor test-jax test-torch test stress bench gpu-check dist clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -144,6 +144,9 @@ bench: setup  ## run the benchmarks and print ratios (three quarters of an hour)
 
 gpu-check:  ## check a GPU machine with torch and JAX, in minutes; see tests/benchmarks/gpu/README.md
 	bash tests/benchmarks/gpu/on_device.sh $(ARGS)
+
+dist: setup  ## build the sdist and the wheel of this commit into dist/
+	PYTHON=$(BIN)/python .ci/dist
 
 clean:  ## remove the virtual environment and caches; features and runs are kept
 	rm -rf $(VENV) $(FLOOR) .venv-jax .venv-torch .pytest_cache .mypy_cache .ruff_cache *.egg-info

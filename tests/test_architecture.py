@@ -26,6 +26,7 @@ LATE = {
     "skops",
     "onnx",
     "matplotlib",
+    "mlflow",
     "openvino",
     "nncf",
     "onnxruntime",

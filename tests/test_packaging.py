@@ -25,6 +25,7 @@ DISTRIBUTIONS = {
     "ai_edge_litert": "ai-edge-litert",
     "keras_hub": "keras-hub",
     "axe_playwright_python": "axe-playwright-python",
+    "mlflow": "mlflow-skinny",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",
 }

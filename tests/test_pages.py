@@ -125,6 +125,24 @@ def test_the_workflow_runs_what_there_is() -> None:
         assert line in (ROOT / ".ci" / "run").read_text()
 
 
+def test_a_release_is_tested_and_built_before_it_is_published() -> None:
+    """Only a tag starts it, every other step is done before the one that may write to the index, and nothing else may."""
+    text = (ROOT / ".github" / "workflows" / "release.yml").read_text()
+    document = yaml.safe_load(text)
+    jobs = document["jobs"]
+    assert document[True] == {"push": {"tags": ["v*"]}}  # YAML reads `on` as true
+    lines = [step["run"] for step in jobs["sdist"]["steps"] if "run" in step]
+    assert lines == ["make test", "make dist"]
+    for line in lines:
+        understood(line)
+    for line in jobs["wheels"]["steps"][2]["env"]["CIBW_TEST_COMMAND"].split(" && "):
+        understood(line)
+    assert set(jobs["publish"]["needs"]) == jobs.keys() - {"publish"}
+    assert [name for name, job in jobs.items() if "permissions" in job] == ["publish"]
+    assert text.count("gh-action-pypi-publish") == 1
+    assert "secrets" not in text
+
+
 def test_the_readme_is_short() -> None:
     assert len(PAGES["README.md"].splitlines()) <= 150
 

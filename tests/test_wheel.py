@@ -1,4 +1,4 @@
-"""The wheel, built and installed into an environment of its own, works in an empty folder far from the checkout."""
+"""What `make dist` builds, installed into an environment of its own, works in an empty folder far from the checkout."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import venv
 import zipfile
 from pathlib import Path
@@ -44,9 +45,70 @@ def build(place: Path, **variables: str) -> Path:
     return built
 
 
+def git(place: Path, *words: str) -> None:
+    run("git", "-c", "user.name=someone", "-c", "user.email=someone@example.org", *words, cwd=place)
+
+
 @pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return build(copied(tmp_path_factory.mktemp("build")))
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One commit of the sources, which `.ci/dist` has built, and rubbish beside it that git ignores."""
+    place = copied(tmp_path_factory.mktemp("build"))
+    for name in (".ci/dist", ".github/CHANGELOG.md", ".gitignore"):
+        (place / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, place / name)
+    git(place, "init", "--quiet")
+    git(place, "add", ".")
+    git(place, "commit", "--quiet", "-m", "All that is needed")
+    (place / "build" / "lib" / "features").mkdir(parents=True)
+    (place / "build" / "lib" / "features" / "rubbish.py").touch()
+    run("bash", ".ci/dist", cwd=place, PYTHON=sys.executable)
+    return place
+
+
+@pytest.fixture(scope="module")
+def wheel(repository: Path) -> Path:
+    """The wheel, which was built from the sdist."""
+    (built,) = (repository / "dist").glob("*.whl")
+    return built
+
+
+def test_it_is_built_from_commits_only_and_a_tag_must_say_the_version(repository: Path) -> None:
+    def refusal() -> str:
+        result = subprocess.run(
+            ["bash", ".ci/dist"],
+            cwd=repository,
+            env={**os.environ, "PYTHON": sys.executable},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert result.returncode == 1
+        return result.stderr
+
+    before = sorted(path.name for path in (repository / "dist").iterdir())
+    (repository / "forgotten.py").touch()
+    assert "not committed" in (said := refusal())
+    assert "forgotten.py" in said
+    (repository / "forgotten.py").unlink()
+    version = before[0].split("-")[1]
+    for tag in ("v99.0", f"v{version}"):  # another version; and this one, of which the changelog does not tell yet
+        git(repository, "tag", tag)
+        assert f"the tag is {tag} and the version in pyproject.toml {version}" in refusal()
+        git(repository, "tag", "-d", tag)
+    assert sorted(path.name for path in (repository / "dist").iterdir()) == before
+
+
+def test_the_sdist_holds_the_sources_and_nothing_else(repository: Path) -> None:
+    (built,) = (repository / "dist").glob("*.tar.gz")
+    with tarfile.open(built) as archive:
+        found = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    files = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in sources(name)}
+    made = {"PKG-INFO", "setup.cfg"}
+    assert {name for name in found if "egg-info" not in name} == files | made | {
+        "LICENSE",
+        "README.md",
+        "pyproject.toml",
+    }
 
 
 @pytest.fixture(scope="module")
@@ -74,13 +136,16 @@ def bottleneck(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin" / "bottleneck"
 
 
-def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
-    files = {
-        path.relative_to(ROOT).as_posix()
-        for name in PACKAGES
-        for path in (ROOT / name).rglob("*")
+def sources(package: str) -> list[Path]:
+    return [
+        path
+        for path in (ROOT / package).rglob("*")
         if path.is_file() and "__pycache__" not in path.parts and path.suffix != ".so"
-    }
+    ]
+
+
+def test_the_wheel_holds_every_file_of_the_packages(wheel: Path) -> None:
+    files = {path.relative_to(ROOT).as_posix() for name in PACKAGES for path in sources(name)}
     assert {"features/py.typed", "features/FORMAT.md", "pipeline/templates/report.html.j2"} <= files
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}

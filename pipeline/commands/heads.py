@@ -97,6 +97,9 @@ def train_head(
         opt("Also score validation with probabilities averaged over the views of each image.", "--average-views"),
     ] = False,
     tensorboard: Annotated[Path | None, opt("Write the history of each run for TensorBoard.", metavar="DIR")] = None,
+    track: Annotated[
+        str | None, opt("Also send the run to a server: mlflow:http://localhost:5000.", metavar="mlflow:URI")
+    ] = None,
     labels: LabelsFile = None,
     cluster: Cluster = None,
     as_json: Json = False,
@@ -108,6 +111,7 @@ def train_head(
     from pipeline.runs.board import check_choice
     from pipeline.runs.folder import Run
     from pipeline.runs.tensorboard import log_run, require_tensorboard
+    from pipeline.runs.tracking import tracker
     from pipeline.scores.selection import FEW, USUAL_FOLDS
     from pipeline.stages.train_head import add_averaged, needs_views
     from pipeline.sweeps.leakage import warn_near_duplicates
@@ -116,7 +120,10 @@ def train_head(
         """Do what was asked for after training, and return the metrics of the run."""
         if tensorboard is not None:
             log_run(tensorboard, run)
-        return add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
+        metrics = add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
+        if send is not None:
+            send(run)
+        return metrics
 
     budget = None if memory is None else parse_memory(memory)
     asked = Asked(abstain_precision, set_coverage, tuple(by or ()))
@@ -133,6 +140,7 @@ def train_head(
     creatable_folder(runs)
     if tensorboard is not None:
         require_tensorboard()
+    send = tracker(track) if track is not None else None
 
     def ready() -> None:
         for store in stores:
@@ -176,7 +184,7 @@ def train_head(
         "where": str(heads or "--head"),
     }
     swept = _train_many(stores, sweep, cluster, **options, **common)
-    for run_id in swept.runs if tensorboard is not None or average_views else ():
+    for run_id in swept.runs if tensorboard is not None or average_views or send is not None else ():
         finish(runs / run_id)
     print_document(result_document(swept, runs), as_json, summary(swept, runs, width=columns_of_terminal()))
     _note_stale(runs, swept.runs, stores, cached=bool(swept.cached))

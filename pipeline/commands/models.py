@@ -90,13 +90,18 @@ def finetune(
     labels: LabelsFile = None,
     runs: Annotated[Path | None, opt("Folder for the new run. Default: that of the given run.")] = None,
     tensorboard: Annotated[Path | None, opt("Folder for TensorBoard's event files.")] = None,
+    track: Annotated[
+        str | None, opt("Also send the run to a server: mlflow:http://localhost:5000.", metavar="mlflow:URI")
+    ] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
     """Stage three: fine-tune the last block with the head of a run. The same command resumes after the last finished epoch."""
     from pipeline.progress import ConsoleProgress
+    from pipeline.runs.tracking import tracker
     from pipeline.stages import finetune as stage
 
+    send = tracker(track) if track is not None else None
     settings = {
         "unfreeze": unfreeze,
         "bn": bn,
@@ -132,6 +137,8 @@ def finetune(
             **settings,
             **further,
         )
+    if send is not None:
+        send(Path(document["run"]))
     print_document(document, as_json, stage.summary(document))
     print_next("bottleneck", "predict", stage.advised(document), "IMAGES")
     exit_if_damaged(document["damaged"])
