@@ -79,7 +79,7 @@ PIPELINE_ROOMS: dict[str, set[str]] = {
     "stages": BELOW_STAGES,
     "labels": {"ground"},
     "experiments": BELOW_STAGES | {"stages"},
-    "review": BELOW_HEADS | {"heads", "search", "reporting"},
+    "review": BELOW_HEADS | {"heads", "search", "reporting", "auditing"},
     "commands": BELOW_STAGES | {"stages", "experiments", "review"},
 }
 # Imported by no other module: whoever uses it has scikit-learn already.

@@ -16,8 +16,9 @@ from helpers import paint
 from PIL import Image
 from reviewing import TEST, TRAIN, UNLABELLED, VALIDATION, Served, painted_store, two_classes, written_store
 
-from features.errors import ConfigurationError, LabelsError, SourceError, StoreError
+from features.errors import ConfigurationError, LabelsError, RequestError, SourceError, StoreError
 from features.store.reader import FeatureStore
+from pipeline.auditing.stage import audit
 from pipeline.labels.file import append_decisions, forget_decisions, new_decision, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.review import session as session_module
@@ -452,6 +453,54 @@ def test_the_mislabelled_images_come_first_and_test_rows_never(served: Served) -
     assert item["suspicion"] > 0.6
     detail = served.ask("detail/0").json
     assert (detail["unseen"], detail["probable"][0]["name"]) == (True, "cat")
+
+
+def test_the_order_is_by_the_score_of_the_audit(tmp_path: Path) -> None:
+    truth, X = two_classes(400, seed=3)
+    X[:, 0] *= 0.3
+    labels, wrong = truth.copy(), np.random.default_rng(1).choice(320, 24, replace=False)
+    labels[wrong] = 1 - labels[wrong]
+    splits = np.repeat([TRAIN, VALIDATION], [320, 80])
+    sha256 = np.arange(400 * 32).reshape(400, 32).astype(np.uint8)
+    sha256[:, :8] = np.arange(400, dtype="<i8").view(np.uint8).reshape(400, 8)
+    store = written_store(
+        tmp_path / "f.h5", labels, splits, X, names=("cat", "dog"), source="photos",
+        paths=tuple(f"{row:03d}.png" for row in range(400)), sha256=sha256,
+    )  # fmt: skip
+    session = Session(store, tmp_path / "labels.csv", by="me")
+    session.learner.look()
+    score = audit(store, checks=["suspect-label"])["suspect-label"].score
+    shown = session.learner._scores.suspicion
+    assert np.corrcoef(shown, score)[0, 1] > 0.98  # heads of other folds and penalties
+    assert np.abs(shown - score).mean() < 0.02
+    first = rows_of(session)[:24]
+    assert len(set(first) & set(np.argsort(-score)[:24].tolist())) >= 22
+
+
+def test_rows_that_a_decision_has_made_test_rows_are_not_shown(tmp_path: Path) -> None:
+    truth, X = two_classes(24)
+    labels, splits = truth.copy(), np.full(24, TRAIN)
+    labels[20], splits[20], splits[21] = -1, UNLABELLED, TEST  # the group of an unlabelled image is in the test split
+    sha256 = np.zeros((24, 32), np.uint8)
+    sha256[:, 0] = np.arange(24)
+    store = written_store(
+        tmp_path / "f.h5", labels, splits, X, names=("cat", "dog"), source="photos",
+        paths=tuple(f"{row:03d}.png" for row in range(24)), sha256=sha256,
+        groups=tuple("one" if row in (20, 21) else f"g{row}" for row in range(24)),
+    )  # fmt: skip
+    session = Session(store, tmp_path / "labels.csv", by="me")
+    session.learner.look()
+    assert 20 in rows_of(session)
+    batch = session.decide([20], "cat")["batch"]
+    session.learner.look()
+    assert 20 not in rows_of(session)
+    assert session.items([20, 19])[0]["row"] == 19
+    assert session.describe()["hidden"] == 2
+    with pytest.raises(RequestError, match="has become a row of the test split"):
+        session.detail(20)
+    session.undo(batch)
+    session.learner.look()
+    assert 20 in rows_of(session)
 
 
 def test_filters_and_orders(served: Served) -> None:

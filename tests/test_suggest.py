@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import json
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from test_streaming import write_store
 from features.errors import ConfigurationError
 from features.sources.splits import SPLITS, UNLABELLED
 from features.store.reader import FeatureStore
-from pipeline.labels.file import UNKNOWN, append_decisions, new_decision, read_labels
+from pipeline.labels.file import SPLIT, UNKNOWN, append_decisions, new_decision, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.search.choosing import STRATEGIES, Situation, typicality
 from pipeline.search.vectors import normalised
@@ -158,7 +159,24 @@ def test_a_store_whose_images_all_have_a_label_is_refused(tmp_path: Path) -> Non
     store = store_of(tmp_path / "features.h5", labelled=40)
     done = call_pipeline("suggest", store.path)
     assert done.returncode == 2
-    assert "no image is left to suggest: 80 of its 80 images have a label" in done.stderr
+    assert "no image is left to suggest: of its 80 images, 80 have a label. bottleneck audit" in done.stderr
+
+
+def test_images_that_would_not_become_training_images_are_not_suggested_for_training(tmp_path: Path) -> None:
+    X, of = clusters((20, 20))
+    labels, splits = np.where(np.arange(40) < 10, of, -1), np.where(np.arange(40) < 10, 0, UNLABELLED)
+    labels[20], splits[20] = 1, 1  # validation, of the group of rows 21 and 22
+    store, path = write_store(tmp_path / "features.h5", [X], labels, splits), tmp_path / "labels.csv"
+    groups = [f"g{row}" for row in range(40)]
+    groups[21] = groups[22] = groups[20]
+    groups[31] = groups[30]
+    groups[11] = groups[0]  # a training image
+    store.__dict__["images"] = dataclasses.replace(store.images, groups=tuple(groups))
+    assert sorted(suggest(store, n=40).rows.tolist()) == [*range(10, 20), *range(23, 40)]
+    append_decisions(path, [new_decision(store.images.sha256[30], "", "validation", target=SPLIT)])
+    assert sorted(suggest(store, n=40, labels=path).rows.tolist()) == [*range(10, 20), *range(23, 30), *range(32, 40)]
+    validation = suggest(store, n=40, purpose="validation", labels=path).rows.tolist()
+    assert validation == [10, *range(12, 20), *range(23, 30), *range(31, 40)]
 
 
 def test_the_list_is_written_best_first(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ def audit(
     """Look for wrong labels, odd images, duplicates and weak groups in a store; no image goes through the network."""
     from features.store.reader import FeatureStore
     from pipeline.auditing import applying, stage
+    from pipeline.labels.overlay import labels_said
     from pipeline.outputs import output_file, refuse_overwriting
     from pipeline.progress import ConsoleProgress
 
@@ -62,6 +63,8 @@ def audit(
     if labels is not None:
         document["labels"] = applying.record(found, labels, apply=apply)
     print_document(document, as_json, stage.summary(document))
+    if store.labelled_by:
+        print_note(labels_said(store.labelled_by))
     if labels is not None and apply:
         print_note(applying.said(document["labels"]))
     print_next("bottleneck", "report", "runs", "--audit", out)

@@ -22,6 +22,7 @@ import numpy as np
 from features.errors import BottleneckError
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
+from pipeline.auditing.confident import Noise, learn
 from pipeline.heads.pooling import choose_pool, chunks, column_statistics, pool_features
 from pipeline.heads.prepared import group_codes, standardise
 from pipeline.intervals import paired_interval
@@ -105,27 +106,25 @@ def fit(X: np.ndarray, labels: np.ndarray, C: float, before: Linear | None = Non
     return Linear(codes, mean, std, estimator)
 
 
-def suspicion_of(probabilities: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """How much speaks against each label: 0.5 minus half the margin of the label's probability over the best other one.
-
-    The score is the normalised margin of confident learning (Northcutt, Jiang and Chuang, JAIR 70, 2021).
+def suspicion_of(chances: np.ndarray, columns: np.ndarray, noise: Noise) -> np.ndarray:
+    """The probability that each label is wrong, which is the score of the audit's check ``suspect-label``.
 
     Parameters
     ----------
-    probabilities : float64, (n, c)
+    chances : float64, (n, c), 0-1
         Probabilities by a head that was not trained on the row.
     columns : int64, (n,)
         Column of the label; -1: the label has no column, which speaks neither for nor against it.
+    noise : Noise
+        How labels come from classes.
 
     Returns
     -------
     float32, (n,), 0-1; NaN without a column
     """
-    rows, known = np.arange(len(columns)), columns >= 0
-    own = probabilities[rows, np.where(known, columns, 0)]
-    others = probabilities.copy()
-    others[rows, np.where(known, columns, 0)] = -1.0
-    return np.where(known, (1.0 - own + others.max(axis=1)) / 2.0, np.nan).astype(np.float32)
+    found, known = np.full(len(columns), np.nan, np.float32), np.flatnonzero(columns >= 0)
+    found[known] = 1 - noise.of_class(chances[known], columns[known])[np.arange(len(known)), columns[known]]
+    return found
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ class Scores:
     margin : float32, (n,), 0-1
         Probability of the predicted class minus that of the next one.
     suspicion : float32, (n,), 0-1
-        See `suspicion_of`; NaN where nothing was judged.
+        See `suspicion_of`; NaN where nothing was judged. It follows the labels when training rows have been judged too.
     judges : int8, (n,)
         Place in ``heads`` of the head that has judged a row.
     heads : tuple of Linear
@@ -169,12 +168,12 @@ class Scores:
             np.full(rows, -1, np.int32), nan, nan, nan, np.zeros(rows, np.int8), (), False, np.zeros(0, np.int64)
         )
 
-    def judged(self, rows: np.ndarray, head: Linear, judge: int, chances: np.ndarray, labels: np.ndarray) -> None:
+    def judged(self, rows: np.ndarray, head: Linear, judge: int, chances: np.ndarray) -> None:
         """Fill in what a head says of some rows, while these scores are being made."""
         best = np.partition(chances, -2, axis=1)[:, -2:]
         self.predicted[rows] = head.codes[chances.argmax(axis=1)]
         self.confidence[rows], self.margin[rows] = best[:, 1], best[:, 1] - best[:, 0]
-        self.suspicion[rows], self.judges[rows] = suspicion_of(chances, head.columns(labels)), judge
+        self.judges[rows] = judge
 
     def copy(self) -> Scores:
         """Return scores that can be filled in without changing these."""
@@ -213,7 +212,7 @@ class Learner:
         Class names.
     tell : callable
         Called in the learner's thread with what has happened: ``("labels", Labels)`` when the file has changed,
-        ``("scores", Scores)``, and ``("learning", dict)``, the `summary`.
+        ``("splits", int8 (n,))``, those in effect, ``("scores", Scores)``, and ``("learning", dict)``, the `summary`.
     name : str, optional
         Feature set, if the store has several.
     """
@@ -287,6 +286,7 @@ class Learner:
             if first:
                 self._replay(labels)
             known = self.known(labels)
+        self.tell("splits", known.splits)
         if self.learn(known):
             self._rank(known)
 
@@ -383,7 +383,7 @@ class Learner:
             chances, rows = head.probabilities(X), np.arange(self.vectors.rows)[piece]
             predicted[piece] = head.codes[chances.argmax(axis=1)]
             some = unseen[piece]
-            scores.judged(rows[some], head, 0, chances[some], known.labels[rows[some]])
+            scores.judged(rows[some], head, 0, chances[some])
         flipped = np.zeros(0, np.int64)
         if self._predicted is not None:
             free = (self.store.images.splits != TEST) & ~known.decided
@@ -400,17 +400,36 @@ class Learner:
         y = np.unique(labels, return_inverse=True)[1]
         folds = stratified_folds(y, USUAL_FOLDS, 0, np.unique(self._groups[rows], return_inverse=True)[1])
         X = self.vectors.take(rows)
-        scores.suspicion[rows[folds < 0]] = np.nan
+        chances = np.full((len(rows), y.max() + 1), np.nan)
         for fold in range(folds.max() + 1):
             inside = folds == fold
             if self._wake.is_set() or len(np.unique(labels[~inside])) < 2:  # newer decisions come first
                 return
             head = fit(X[~inside], labels[~inside], self.C)
             heads.append(head)
-            scores.judged(rows[inside], head, len(heads) - 1, head.probabilities(X[inside]), labels[inside])
+            found = head.probabilities(X[inside])
+            scores.judged(rows[inside], head, len(heads) - 1, found)
+            chances[inside] = 0
+            chances[np.ix_(inside, np.searchsorted(heads[0].codes, head.codes))] = found
+        self._suspect(scores, known, rows[folds >= 0], chances[folds >= 0], heads[0])
         self._scores = dataclasses.replace(scores, heads=tuple(heads), ranked=True)
         self.tell("scores", self._scores)
         self._say(**self.status)
+
+    def _suspect(self, scores: Scores, known: Known, rows: np.ndarray, chances: np.ndarray, head: Linear) -> None:
+        """Fill in the suspicion of all rows, from what heads that had not seen them say of training rows, (n, c)."""
+        scores.suspicion[:] = np.nan
+        if not len(rows):
+            return
+        columns = head.columns(known.labels[rows])
+        noise = learn(chances, columns)
+        scores.suspicion[rows] = suspicion_of(chances, columns, noise)
+        trained = np.zeros(self.vectors.rows, bool)
+        trained[self._training_rows(known)] = True
+        for piece, X in self.vectors.pieces():
+            others = piece.start + np.flatnonzero(~trained[piece])
+            values = head.probabilities(X[others - piece.start])
+            scores.suspicion[others] = suspicion_of(values, head.columns(known.labels[others]), noise)
 
     @staticmethod
     def _groups_of(store: FeatureStore) -> np.ndarray:

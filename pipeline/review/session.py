@@ -110,7 +110,8 @@ class Session:
         self.store, self.path, self.by, self._tell = store, path, by, tell
         table = store.images
         self.catalogue, self.copies = Catalogue(store.classes), Copies(table.sha256)
-        self.shown = table.splits != TEST
+        self._given = table.splits != TEST
+        self.shown = self._given  # without rows that decisions have made test rows, as their group is one
         self._lock, self._writing = threading.RLock(), threading.Lock()
         self._texts = [printable(path).lower() for path in table.paths]
         self._group_names, self._group_codes = self._groups()
@@ -251,7 +252,7 @@ class Session:
         if not isinstance(rows, list) or not 0 < len(rows) <= most:
             raise RequestError(f"rows: expected a list of 1 to {most} rows")
         for row in rows:
-            if type(row) is not int or not 0 <= row < len(self.shown) or not self.shown[row]:
+            if type(row) is not int or not 0 <= row < len(self._given) or not self._given[row]:
                 raise RequestError(f"row {row!r:.20}: expected the number of a row that is shown")
         return rows
 
@@ -274,6 +275,9 @@ class Session:
                 self._scores = value
         elif kind == "labels":
             self.adopt(value)
+        elif kind == "splits":
+            with self._lock:
+                self.shown = self._given & (value != TEST)
         else:
             self._tell(kind, value)
 
@@ -412,7 +416,8 @@ class Session:
     def items(self, rows: Sequence[int]) -> list[dict[str, Any]]:
         """Describe rows for their tiles."""
         with self._lock:
-            return [self._item(row) for row in self._shown_rows(list(rows), MOST_ITEMS)] if rows else []
+            checked = self._shown_rows(list(rows), MOST_ITEMS) if rows else []
+            return [self._item(row) for row in checked if self.shown[row]]
 
     def _item(self, row: int) -> dict[str, Any]:
         table, names = self.store.images, self.catalogue.names
@@ -443,7 +448,10 @@ class Session:
 
     def detail(self, row: int) -> dict[str, Any]:
         """Describe one row for the large view: as `items`, with the classes that the head finds most probable."""
-        (item,) = self.items([row])
+        described = self.items([row])
+        if not described:
+            raise RequestError(f"row {row}: has become a row of the test split, like its group, and is not shown")
+        item = described[0]
         with self._lock:
             scores = self._scores
         if scores.heads:

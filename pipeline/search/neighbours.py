@@ -1,13 +1,16 @@
 """Nearest neighbours by the cosine of features: exact for queries, and for all rows of a store with each other.
 
 queries x rows, a piece at a time --products--> the best of each query so far --> row numbers, cosines
-all rows --project to few columns--> candidates of each row --exact cosines--> row numbers, cosines
+all rows --project to few columns--> block x block, each pair once --the best of each row--> exact cosines --> row numbers, cosines
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import itertools
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -17,6 +20,7 @@ from features.errors import check_range
 from features.machine import processors
 from features.pixels.batches import ahead
 from features.progress import Progress
+from pipeline.search.best import Best, above
 from pipeline.search.vectors import Vectors
 
 logger = logging.getLogger(__name__)
@@ -25,10 +29,13 @@ SAMPLE = 2048  # rows from which the projection is learned
 TOGETHER = 16  # probes whose products with all rows are in memory
 PROBES = 256  # rows whose neighbours are found exactly, to learn how many candidates are needed
 SURE = 0.996  # share of the probes' neighbours that has to be among the candidates
-MOST_CANDIDATES = 1024  # where more are needed, all is computed exactly
+# Comparing a candidate costs as much as the products that the projection spares for so many rows. With more candidates all is
+# computed exactly.
+ROWS_A_CANDIDATE = 200
 QUERIES = 4096  # compared with one piece of rows at a time
-OWN_ROWS, OTHER_ROWS = 256, 4096  # sides of one product of projected rows; 4 MB, which stays in the processor's cache
-GATHER_BYTES = 32 << 20  # vectors that are compared exactly at a time
+ROWS = 4096  # of a block, each of which is compared with each
+LINES = 256  # rows of one product: 4 MB with those of a block, which stays in the processor's cache
+GATHER_BYTES = 1 << 20  # vectors that are compared exactly at a time
 
 
 class Neighbours(NamedTuple):
@@ -76,15 +83,22 @@ def nearest(
         np.zeros((len(queries), min(k, count)), np.int64), np.zeros((len(queries), min(k, count)), np.float32)
     )
     for start in range(0, len(queries), QUERIES):
-        some = np.ascontiguousarray(queries[start : start + QUERIES])
-        best = _Best(len(some), min(k, count))
-        for piece, values in vectors.pieces(rows):
-            best.add(some @ values.T, piece)
-            done += len(piece)
-            if progress:
-                progress("similar", done, total)
+        turned = np.ascontiguousarray(queries[start : start + QUERIES]).T
+        best = Best(turned.shape[1], min(k, count))
+        with _one_thread_each():
+            for piece, values in vectors.pieces(rows, functools.partial(_products, turned)):
+                lines, columns = above(values, best.floor, best.count, 0)
+                best.add(columns, piece[lines], values[lines, columns])
+                done += len(piece)
+                if progress:
+                    progress("similar", done, total)
         found.rows[start : start + QUERIES], found.similarity[start : start + QUERIES] = best.sorted()
+    np.clip(found.similarity, -1, 1, out=found.similarity)
     return found
+
+
+def _products(turned: np.ndarray, some: np.ndarray) -> np.ndarray:
+    return np.asarray(some @ turned)
 
 
 def nearest_of_all(
@@ -100,7 +114,7 @@ def nearest_of_all(
 
     Vectors of more than 256 columns are projected to 256 principal components. Candidates are the rows that are most similar
     there, and are compared exactly. How many candidates it takes is measured on 256 rows: as many as hold 99.6 % of their
-    true neighbours. If that takes more than 1,024, everything is computed exactly.
+    true neighbours. If it takes so many that comparing them costs more than it spares, everything is computed exactly.
 
     Parameters
     ----------
@@ -111,7 +125,7 @@ def nearest_of_all(
     rows : int64, (n,), ascending, optional
         These rows alone, with each other.
     exact : bool
-        Without a projection, which takes several times as long.
+        Without a projection, which may take several times as long.
     seed : int
         Random seed of the samples.
     progress : callable, optional
@@ -130,60 +144,15 @@ def nearest_of_all(
     if not exact and vectors.width > PROJECTED:
         generator = np.random.default_rng(seed)
         estimates = _projected(vectors, rows, generator)
-        if count := _candidates_needed(vectors, rows, estimates, k, generator):
-            return _reranked(vectors, rows, estimates, k, count, progress)
-        logger.info("features cannot be projected to %d columns; all neighbours are computed exactly", PROJECTED)
-    return _without_own(_all_exactly(vectors, rows, k + 1, progress), rows, k)
-
-
-class _Best:
-    """The best columns of each query so far. Values come in blocks; only those above a query's worst are looked at."""
-
-    def __init__(self, queries: int, count: int) -> None:
-        self._count = count
-        self._floor = np.full(queries, -np.inf, np.float32)
-        self._query = self._column = np.zeros(0, np.int64)
-        self._value = np.zeros(0, np.float32)
-        self._sorted = 0
-
-    def add(self, values: np.ndarray, columns: np.ndarray) -> None:
-        """Add values, float32 (q, m), of columns, int64 (m,)."""
-        hits = np.flatnonzero(self._above(values).reshape(-1))
-        if not len(hits):
-            return
-        query, place = np.divmod(hits, values.shape[1])
-        self._query = np.concatenate([self._query, query])
-        self._column = np.concatenate([self._column, columns[place]])
-        self._value = np.concatenate([self._value, values.reshape(-1)[hits]])
-        if len(self._query) - self._sorted > max(len(self._floor) * self._count // 4, 1024):
-            self._compress()
-
-    def _above(self, values: np.ndarray) -> np.ndarray:
-        """Which values may be among the best, bool (q, m); while there is no floor yet, the best of this block alone."""
-        columns = values.shape[1]
-        if self._floor[0] > -np.inf or columns <= self._count:
-            return values > self._floor[:, None]
-        worst = np.partition(values, columns - self._count, axis=1)[:, columns - self._count, None]
-        above, equal = values > worst, values == worst
-        room = self._count - above.sum(axis=1, keepdims=True)
-        return np.asarray(above | (equal & (np.cumsum(equal, axis=1) <= room)))
-
-    def sorted(self) -> tuple[np.ndarray, np.ndarray]:
-        """Columns and values of each query, (q, count), best first."""
-        self._compress()
-        shape = (len(self._floor), self._count)
-        return self._column.reshape(shape), np.clip(self._value.reshape(shape), -1, 1)
-
-    def _compress(self) -> None:
-        order = np.lexsort((self._column, -self._value, self._query))
-        sizes = np.bincount(self._query, minlength=len(self._floor))
-        ends = np.cumsum(sizes)
-        place = np.arange(len(order)) - np.repeat(ends - sizes, sizes)
-        kept = order[place < self._count]
-        full = sizes >= self._count
-        self._floor[full] = self._value[order[(ends - sizes)[full] + self._count - 1]]
-        self._query, self._column, self._value = self._query[kept], self._column[kept], self._value[kept]
-        self._sorted = len(kept)
+        count = _candidates_needed(vectors, rows, estimates, k, generator)
+        if count * ROWS_A_CANDIDATE <= max(len(rows), k * ROWS_A_CANDIDATE):
+            best = _best_of_all(lambda part: estimates[part], len(rows), count, progress)
+            return _compared(vectors, rows, best, k)
+        logger.info("it would take %d candidates for each row; all neighbours are computed exactly", count)
+        del estimates
+    best = _best_of_all(lambda part: vectors.read(rows[part]), len(rows), k, progress)
+    places, cosines = (np.concatenate(column) for column in zip(*(some.sorted() for some in best), strict=True))
+    return Neighbours(rows[places], np.clip(cosines, -1, 1))
 
 
 def _projected(vectors: Vectors, rows: np.ndarray, generator: np.random.Generator) -> np.ndarray:
@@ -219,54 +188,72 @@ def _candidates_needed(
         for line, values in enumerate(products, start):
             theirs = values[np.searchsorted(rows, true.rows[line])]
             ranks[line] = 1 + np.count_nonzero(values > theirs[:, None], axis=1)
-    needed = max(k, int(np.quantile(ranks, SURE, method="higher")))
-    most = min(MOST_CANDIDATES, len(rows) - 1)
-    return min(needed, most) if needed <= MOST_CANDIDATES else 0
+    return min(max(k, int(np.quantile(ranks, SURE, method="higher"))), len(rows) - 1)
 
 
-def _reranked(
-    vectors: Vectors, rows: np.ndarray, estimates: np.ndarray, k: int, count: int, progress: Progress | None
-) -> Neighbours:
-    """Compare the candidates of each row exactly."""
+def _best_of_all(read: Callable[[slice], np.ndarray], rows: int, count: int, progress: Progress | None) -> list[Best]:
+    """The rows with the highest products with each row, itself left out, for each block of rows.
+
+    Each pair of blocks is multiplied once, by one thread: its products serve the rows of both. For every row, others arrive in
+    ascending order.
+    """
+    ends = np.linspace(0, rows, -(-rows // ROWS) + 1).astype(int).tolist()
+    blocks = [slice(*pair) for pair in itertools.pairwise(ends)]
+    best = [Best(block.stop - block.start, count) for block in blocks]
+    pairs = [(first, second) for first in range(len(blocks)) for second in range(first, len(blocks))]
+
+    kept = functools.lru_cache(processors() + 1)(lambda block: read(blocks[block]))  # the first one of a pair stays
+
+    def hits(pair: tuple[int, int]) -> list[tuple[int, np.ndarray, np.ndarray, np.ndarray]]:
+        first, second = pair
+        mine, others = kept(first), kept(second)
+        found = []
+        step = (
+            len(mine) if np.isneginf(best[second].floor).any() else LINES
+        )  # the best of a whole block make a good floor
+        for start in range(0, len(mine), step):
+            values = mine[start : start + step] @ others.T
+            if first == second:
+                np.fill_diagonal(values[:, start:], -np.inf)
+            lines, columns = above(values, best[first].floor[start : start + step], count, 1)
+            found.append((first, lines + start, columns + blocks[second].start, values[lines, columns]))
+            if first != second:
+                lines, columns = above(values, best[second].floor, count, 0)
+                found.append((second, columns, lines + start + blocks[first].start, values[lines, columns]))
+        return found
+
+    with ThreadPoolExecutor(processors(), "neighbours") as pool, _one_thread_each():
+        for done, found in enumerate(ahead(pool, hits, pairs, processors() + 1), 1):
+            for side in {pair_side for pair_side, *_ in found}:
+                best[side].add(*map(np.concatenate, zip(*(hit for of, *hit in found if of == side), strict=True)))
+            if progress:
+                progress("neighbours", done * rows // len(pairs), rows)
+    return best
+
+
+def _compared(vectors: Vectors, rows: np.ndarray, best: list[Best], k: int) -> Neighbours:
+    """The k of the candidates of each row that are most similar by exact cosines."""
     found = Neighbours(np.empty((len(rows), k), np.int64), np.empty((len(rows), k), np.float32))
-    # Neighbours often lie side by side in the store. In a random order, good candidates are met early.
-    order = np.random.default_rng(0).permutation(len(rows))
-    shuffled = estimates[order]
-    step = max(1, GATHER_BYTES // (4 * vectors.width * (count + 1)))
+    sizes = [len(some.floor) for some in best]
+    starts = np.cumsum([0, *sizes[:-1]]).tolist()
+    step = max(1, GATHER_BYTES // (4 * vectors.width * best[0].count))
 
-    def candidates(start: int) -> tuple[int, np.ndarray]:
-        own = np.arange(start, min(start + OWN_ROWS, len(rows)))
-        best = _Best(len(own), count + 1)
-        for begin in range(0, len(rows), OTHER_ROWS):
-            others = shuffled[begin : begin + OTHER_ROWS]
-            best.add(estimates[start : start + OWN_ROWS] @ others.T, order[begin : begin + OTHER_ROWS])
-        chosen = best.sorted()[0]
-        for few in np.split(own, range(step, len(own), step)):
-            picked = chosen[few - start]
+    def compare(block: int) -> None:
+        candidates = best[block].sorted()[0]
+        space = np.empty((step * best[block].count, vectors.width), np.float32)
+        for start in range(0, len(candidates), step):
+            picked = candidates[start : start + step]
+            few = np.arange(starts[block] + start, starts[block] + start + len(picked))
+            theirs = vectors.gathered(rows[picked.reshape(-1)], space[: picked.size])
             mine = vectors.gathered(rows[few])
-            theirs = vectors.gathered(rows[picked.reshape(-1)]).reshape(*picked.shape, -1)
-            cosines = np.matmul(theirs, mine[:, :, None])[..., 0]
-            cosines[picked == few[:, None]] = -np.inf
+            cosines = np.matmul(theirs.reshape(*picked.shape, -1), mine[:, :, None])[..., 0]
             best_first = np.lexsort((picked, -cosines))[:, :k]
             found.rows[few] = rows[np.take_along_axis(picked, best_first, 1)]
             found.similarity[few] = np.clip(np.take_along_axis(cosines, best_first, 1), -1, 1)
-        return start, own
 
     with ThreadPoolExecutor(processors(), "neighbours") as pool, _one_thread_each():
-        for start, own in ahead(pool, candidates, range(0, len(rows), OWN_ROWS), 2 * processors()):
-            if progress:
-                progress("neighbours", start + len(own), len(rows))
+        list(pool.map(compare, range(len(best))))
     return found
-
-
-def _all_exactly(vectors: Vectors, rows: np.ndarray, k: int, progress: Progress | None) -> Neighbours:
-    parts = []
-    for start in range(0, len(rows), QUERIES):
-        some = rows[start : start + QUERIES]
-        parts.append(nearest(vectors, vectors.at(some), k, rows=rows))
-        if progress:
-            progress("neighbours", start + len(some), len(rows))
-    return Neighbours(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
 def _without_own(found: Neighbours, rows: np.ndarray, k: int) -> Neighbours:

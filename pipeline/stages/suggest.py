@@ -34,6 +34,7 @@ MOST_ROWS = 20_000  # candidates, and labelled rows, that are compared; of more,
 SHOWN = 50  # images listed for a person
 FIELDS = ("rank", "path", "sha256", "score", "predicted")
 PURPOSES = ("train", "validation")
+TRAIN = SPLITS.index("train")
 
 
 class Classifier(Protocol):
@@ -239,35 +240,50 @@ def summary(document: dict[str, Any]) -> str:
 def candidates(store: FeatureStore, labels: Labels | None, purpose: str) -> np.ndarray:
     """Rows that may be suggested, int64, ascending: without a label and a decision, one of equal images.
 
+    For training, those that would take another split with their label, as their bytes or their group have it, are left out.
+
     Raises
     ------
     ConfigurationError
         If there are none.
     """
     table = store.images
-    free = table.labels < 0
+    labelled, decided, drawn = table.labels >= 0, np.zeros(len(table), bool), np.zeros(len(table), bool)
     if labels is not None and len(labels):
-        free &= labels.latest(table.sha256, target_of(store), LABEL, "", SPLIT) < 0
-    if purpose == "validation":
-        free &= ~_in_a_split(store)
-    rows = np.flatnonzero(free)
+        decided = ~labelled & (labels.latest(table.sha256, target_of(store), LABEL, "") >= 0)
+        drawn = ~labelled & ~decided & (labels.latest(table.sha256, SPLIT) >= 0)
+    # The split that an image would take with its label: that of its bytes or its group.
+    placed = table.splits != UNLABELLED
+    held = _with_equals(store, placed if purpose == "validation" else (placed & (table.splits != TRAIN)) | drawn)
+    rows = np.flatnonzero(~labelled & ~decided & ~drawn & ~held)
     first = np.unique(table.sha256[rows], axis=0, return_index=True)[1]
     if not len(first):
-        counts = f"{int((table.labels >= 0).sum()):,} of its {len(table):,} images have a label, others a decision or a split"
+        counts = [
+            f"{int(some.sum()):,} {said}"
+            for some, said in (
+                (labelled, "have a label"),
+                (decided, "are decided as unknown or excluded"),
+                (drawn, "are drawn for validation and wait for a label"),
+                (
+                    held & ~labelled & ~decided & ~drawn,
+                    "would not become training images" if purpose == "train" else "have a split, as their group",
+                ),
+            )
+            if some.any()
+        ]
         raise ConfigurationError(
-            f"{store.path}: no image is left to suggest: {counts}. bottleneck audit finds labels that may be wrong"
+            f"{store.path}: no image is left to suggest: of its {len(table):,} images, {', '.join(counts)}. bottleneck audit "
+            "finds labels that may be wrong"
         )
     return rows[np.sort(first)]
 
 
-def _in_a_split(store: FeatureStore) -> np.ndarray:
-    """Rows whose bytes or group are in a split already, bool (n,): they would take that one, and not validation."""
-    table = store.images
-    placed = table.splits != UNLABELLED
-    held = placed.copy()
+def _with_equals(store: FeatureStore, some: np.ndarray) -> np.ndarray:
+    """These rows and those with their bytes or their group, bool (n,)."""
+    table, held = store.images, some.copy()
     keys = [table.sha256.view("V32")[:, 0].tolist(), *([] if table.groups is None else [table.groups])]
     for column in keys:
-        taken = {column[row] for row in np.flatnonzero(placed).tolist()} - {""}
+        taken = {column[row] for row in np.flatnonzero(some).tolist()} - {""}
         held |= np.fromiter((key in taken for key in column), bool, len(table))
     return np.asarray(held)
 
