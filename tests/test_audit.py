@@ -379,6 +379,7 @@ def test_what_a_person_decided_stays(flipped: tuple[FeatureStore, np.ndarray, np
     append_decisions(file, [new_decision(table.sha256[kept], table.paths[kept], value, by="ann")])
     done = call_pipeline("audit", store.path, "--labels", file, "--apply", "--out", tmp_path / "audit.csv")
     assert done.returncode == 0, done.stderr
+    assert f"{file}: no label changed" in done.stderr  # by what was decided before
     assert "11 labels changed" in done.stderr
     assert "1 image that people decided about left alone" in done.stderr
     assert with_labels(store, file).images.labels[kept] == table.labels[kept]
