@@ -155,6 +155,32 @@ class Answers(Settings):
     sets: SetsRecord
 
 
+class IntervalsRecord(Settings):
+    """Half the width of each number's interval, in its unit, which holds the true value with the chance ``coverage``.
+
+    None: there were too few rows to say.
+    """
+
+    coverage: Annotated[float, Field(gt=0, lt=1)]
+    half_widths: Annotated[tuple[NonNegativeFloat | None, ...], Field(min_length=1)]
+
+
+class LabelAnswers(Settings):
+    """What a run on labels promises: sets that hold all labels of an image; otherwise as `Answers`."""
+
+    rows: Literal["validation", "cv"]
+    grouped: bool
+    sets: SetsRecord
+
+
+class NumberAnswers(Settings):
+    """What a run on numbers promises; as `Answers`."""
+
+    rows: Literal["validation", "cv"]
+    grouped: bool
+    intervals: IntervalsRecord
+
+
 class GroupLine(Settings):
     """A line of `pipeline.scores.groups.group_table`."""
 

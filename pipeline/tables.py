@@ -82,9 +82,10 @@ def promise_lines(answers: Mapping[str, Any] | None, indent: str = "  ") -> list
     """Say for a person what a run promises of its answers, see `pipeline.config.Answers`; nothing where that is nothing."""
     if not answers:
         return []
+    things, held = ("classes", "the true class") if "abstain" in answers else ("labels", "all labels")
     of = {"validation": "validation images", "cv": "training images, out of fold"}[answers["rows"]]
     of = f"groups of {of}" if answers["grouped"] else of
-    lines, abstain, sets = [], answers["abstain"], answers["sets"]
+    lines, abstain = [], answers.get("abstain")
     if abstain and abstain["threshold"] is not None:
         lines.append(
             f"answers from a confidence of {abstain['threshold']:.6g} on are right in at least {abstain['precision']:.4g} "
@@ -97,9 +98,17 @@ def promise_lines(answers: Mapping[str, Any] | None, indent: str = "  ") -> list
             f"no confidence is known from which on at least {abstain['precision']:.4g} of the answers are right: "
             f"{few if abstain['n'] < abstain['needed'] else many}; every answer is withheld"
         )
-    lines.append(
-        f"sets of the classes of probability {sets['least']:.4g} or more hold the true class of {sets['coverage']:.4g} of images"
-    )
+    if sets := answers.get("sets"):
+        lines.append(
+            f"sets of the {things} of probability {sets['least']:.4g} or more hold {held} of {sets['coverage']:.4g} of images"
+        )
+    if intervals := answers.get("intervals"):
+        widths = ", ".join(
+            "too few images to say" if width is None else f"{width:.4g}" for width in intervals["half_widths"]
+        )
+        lines.append(
+            f"predictions plus and minus {widths} hold the true value of {intervals['coverage']:.4g} of images"
+        )
     return [indent + line for line in lines]
 
 

@@ -167,7 +167,7 @@ def test_a_table_has_a_line_for_each_value_and_one_for_the_rare_ones() -> None:
     assert night["accuracy_interval"] == pytest.approx([0.3866, 0.7812], abs=1e-4)
     assert (others["value"], others["n"], others["right"]) == (None, 2, 1)
     assert worst_of({"light": [day, night], "other": [day]}) == {**night, "column": "light"}
-    assert worst_of({"light": [day, night, others]})["value"] is None
+    assert worst_of({"light": [day, night, others]})["value"] == "night"  # rare values are no group
 
 
 def test_columns_that_are_not_there_or_have_too_many_values_are_refused() -> None:

@@ -307,8 +307,8 @@ def test_numbers_are_compared_by_a_smaller_error(tmp_path: Path) -> None:
         assert [(row["head"], row["chosen"]) for row in board] == [("ridge", True), ("knn", False)]
 
 
-def test_promises_are_for_classes(tmp_path: Path, store: FeatureStore) -> None:
-    with pytest.raises(ConfigurationError, match="--abstain-precision: is for runs of classes"):
+def test_a_precision_is_promised_of_classes(tmp_path: Path, store: FeatureStore) -> None:
+    with pytest.raises(ConfigurationError, match=r"--abstain-precision: does not fit --task .* fits is --set-coverage"):
         train_head(store, "knn", runs=tmp_path / "runs", asked=Asked(precision=0.9))
 
 

@@ -9,18 +9,19 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from pydantic import model_serializer
 
 from features.canonical import canonical_json
 from features.errors import ConfigurationError, RunError
 from features.networks.backend import leave_out
 from features.pixels.decode import decode_upright
 from features.recipe import PixelRule, Recipe
-from pipeline.config import Answers, Settings, Share, parse_one_of
+from pipeline.config import Answers, LabelAnswers, NumberAnswers, Settings, Share, parse_one_of
 from pipeline.exporting.formats import FORMATS, Format, Runtime, format_of
 from pipeline.exporting.resizing import longest_side
 from pipeline.tasks.table import CLASSIFICATION, TASKS
@@ -73,12 +74,19 @@ class AnsweringCard(Card):
 class TargetCard(Card):
     """Description of an artefact of several labels or numbers.
 
-    ``classes`` are the names of the outputs. A label is given from its threshold on; numbers have no ``thresholds``.
+    ``classes`` are the names of the outputs. A label is given from its threshold on; numbers have no ``thresholds``. With
+    ``answers``, the labels of at least the probability ``answers.sets.least`` are the set of an image, and the interval of a
+    number is its prediction plus and minus that of ``answers.intervals.half_widths``. A release that knows none refuses it.
     """
 
     format: Literal[3] = 3  # type: ignore[assignment]
     task: Literal["multilabel", "regression"]
     thresholds: tuple[Share, ...] | None = None
+    answers: LabelAnswers | NumberAnswers | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked(self, handler: Callable[[TargetCard], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "answers" or value is not None}
 
 
 CARDS = (Card, AnsweringCard, TargetCard)

@@ -7,7 +7,7 @@ run, store, scores out of fold --`promised`--> confidence to answer from, sets -
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -17,9 +17,10 @@ from pipeline.heads.head import Head
 from pipeline.heads.prepared import group_codes
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.runs.writing import add_scores
-from pipeline.scores.answers import faultless, find_threshold, least_probability
+from pipeline.scores.answers import faultless
 from pipeline.scores.groups import GROUP, group_table, values_of
 from pipeline.scores.selection import USUAL_FOLDS, WORST_GROUP
+from pipeline.tasks.table import targets_of
 
 USUAL_COVERAGE = 0.9  # of sets where only a precision is asked for
 VALIDATION, FOLDS = "validation", "cv"  # the rows that can tell, by their names in metrics.json
@@ -68,11 +69,16 @@ class Asked:
         answers = run.metrics.get("answers")
         if not answers or answers["rows"] not in rows:
             return False
-        precision = answers["abstain"] and answers["abstain"]["precision"]
-        return bool((precision, answers["sets"]["coverage"]) == (self.precision, self.coverage))
+        precision = (answers.get("abstain") or {}).get("precision")
+        return bool((precision, coverage_of(answers)) == (self.precision, self.coverage))
 
 
 NOTHING = Asked()
+
+
+def coverage_of(answers: Mapping[str, Any]) -> float:
+    """The chance with which sets or intervals were promised to hold what is true."""
+    return float((answers.get("sets") or answers["intervals"])["coverage"])
 
 
 class HeldOut(NamedTuple):
@@ -120,11 +126,12 @@ def check_rows(asked: Asked, heads: Iterable[Head], chosen_by: str, *, folds: bo
         If so; the message says how to keep some.
     """
     heads = list(heads)
-    if asked.option or asked.by:
+    for option in (asked.option, "--by" if asked.by else ""):
         for head in heads:
-            if not head.task.promises:
+            if option and option not in head.task.promises:
                 raise ConfigurationError(
-                    f"{asked.option or '--by'}: is for runs of classes, and this store is for --task {head.task.name}; leave it out"
+                    f"{option}: does not fit --task {head.task.name}, which the store is for. What fits is "
+                    f"{' and '.join(head.task.promises)}"
                 )
     if not asked.option:
         return
@@ -193,19 +200,13 @@ def promised(run: Run, store: Any, asked: Asked, chosen_by: str = "", out_of_fol
     ]
     enough = [number for number, count in enumerate(counts) if count >= needed]
     number = enough[0] if enough else int(np.argmax(counts))
-    return add_scores(run, answers=_answers(found[number], groups[number], asked))
+    return add_scores(run, answers=_answers(run, found[number], groups[number], asked))
 
 
-def _answers(held: HeldOut, groups: np.ndarray | None, asked: Asked) -> dict[str, Any]:
-    abstain = None
-    if asked.precision is not None:
-        right = held.probabilities.argmax(axis=1) == held.labels
-        found = find_threshold(held.probabilities.max(axis=1), right, asked.precision, groups)
-        abstain = {**found._asdict(), "coverage": found.coverage}
+def _answers(run: Run, held: HeldOut, groups: np.ndarray | None, asked: Asked) -> dict[str, Any]:
     assert asked.coverage is not None
-    least = least_probability(held.probabilities, held.labels, asked.coverage, groups)
-    sets = {"coverage": asked.coverage, "least": least}
-    return {"rows": held.rows, "grouped": groups is not None, "abstain": abstain, "sets": sets}
+    found = run.task.promise(held.probabilities, held.labels, (asked.precision, asked.coverage), groups)
+    return {"rows": held.rows, "grouped": groups is not None, **found}
 
 
 def tabled(run: Run, store: Any, asked: Asked, out_of_fold: np.ndarray | None = None) -> Run:
@@ -219,7 +220,7 @@ def tabled(run: Run, store: Any, asked: Asked, out_of_fold: np.ndarray | None = 
     held = [_validation_rows(run, store)] + ([] if out_of_fold is None else [_rows_out_of_fold(store, out_of_fold)])
     groups = dict(run.metrics.get("groups") or {})
     for rows in held:
-        right = rows.probabilities.argmax(axis=1) == rows.labels
+        right = ~run.task.judge(rows.probabilities, rows.labels, run.metrics["validation"]).wrong
         tables = {name: group_table([values[row] for row in rows.places], right) for name, values in columns.items()}
         groups[rows.rows] = {**groups.get(rows.rows, {}), **tables}
     return add_scores(run, groups=groups)
@@ -247,7 +248,7 @@ def _validation_rows(run: Run, store: Any) -> HeldOut:
 def _rows_out_of_fold(store: Any, out_of_fold: np.ndarray) -> HeldOut:
     rows = np.asarray(store.rows("train"))
     known = np.isfinite(out_of_fold).all(axis=1)
-    return HeldOut(FOLDS, out_of_fold[known], store.images.labels[rows[known]], rows[known])
+    return HeldOut(FOLDS, out_of_fold[known], targets_of(store, rows[known]), rows[known])
 
 
 def _groups(store: Any, held: HeldOut) -> np.ndarray | None:

@@ -34,13 +34,24 @@ class TargetRows:
         What is predicted.
     before : mapping
         Scores of the validation split, which hold what was chosen there.
+    answers : dict, optional
+        What the model promises, `pipeline.config.Answers`. Rows then give the ``set`` of labels, or the ``interval`` of each
+        number, as JSON.
     """
 
     withholding: Mapping[str, Any] | None = None
 
-    def __init__(self, format: str, names: Sequence[str], task: Task, before: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        format: str,
+        names: Sequence[str],
+        task: Task,
+        before: Mapping[str, Any],
+        answers: Mapping[str, Any] | None = None,
+    ) -> None:
         self.format, self.names, self._task, self._before = format, tuple(names), task, before
-        self._said = tuple(task.answer(np.zeros(len(self.names)), self.names, before))
+        self._answers = answers
+        self._said = tuple(self._told(np.zeros(len(self.names))))
 
     @property
     def header(self) -> str:
@@ -53,13 +64,17 @@ class TargetRows:
         """Whether the answer is not sure enough to be given: never."""
         return False
 
+    def _told(self, values: np.ndarray) -> dict[str, Any]:
+        promised = self._task.told(values, self.names, self._answers) if self._answers else {}
+        return self._task.answer(values, self.names, self._before) | promised
+
     def text(self, prediction: Prediction) -> str:
         """Format one line with its line end."""
         values = prediction.probabilities
         said: dict[str, Any] = dict.fromkeys(self._said)
         shown = [""] * len(self.names)
         if values is not None:
-            said = self._task.answer(values, self.names, self._before)
+            said = self._told(values)
             shown = [f"{value:.{DIGITS}g}" for value in values]
         if self.format == "csv":
             told = ["" if value is None else json.dumps(value, ensure_ascii=False) for value in said.values()]

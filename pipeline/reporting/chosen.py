@@ -199,8 +199,8 @@ def _group_tables(run: Run) -> list[dict[str, Any]]:
     """The tables by group, worst line first, with a bar for each interval; the line in each bar marks the whole accuracy."""
     found = []
     for rows, tables in (run.metrics.get("groups") or {}).items():
-        whole = (run.metrics[rows] or run.metrics["validation"])["accuracy"]
         for column, table in tables.items():
+            whole = sum(line["right"] for line in table) / sum(line["n"] for line in table)
             ends = [end for line in table for end in line["accuracy_interval"]]
             span = (min(ends), max(ends))
             lines = [

@@ -292,13 +292,18 @@ def kept(probabilities: np.ndarray, labels: np.ndarray, answers: Mapping[str, An
             "coverage": answered / n,
         }
     inside = class_sets(probabilities, sets["least"])
-    hits, sizes = int(inside[np.arange(n), labels].sum()), inside.sum(axis=1)
-    found["sets"] = {
+    found["sets"] = sets_kept(inside, inside[np.arange(n), labels], sets)
+    return found
+
+
+def sets_kept(inside: np.ndarray, held: np.ndarray, sets: Mapping[str, Any]) -> dict[str, Any]:
+    """Count sets, bool (n, c), and which of them hold what is true, bool (n,); the entry ``sets`` of `kept`."""
+    hits, sizes = int(held.sum()), inside.sum(axis=1)
+    return {
         "asked": sets["coverage"],
         "least": sets["least"],
-        "coverage": hits / n,
-        "interval": wilson_interval(hits, n),
+        "coverage": hits / len(held),
+        "interval": wilson_interval(hits, len(held)),
         "mean_size": float(sizes.mean()),
         "empty": int(np.sum(sizes == 0)),
     }
-    return found

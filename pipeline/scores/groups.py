@@ -64,8 +64,12 @@ def group_table(values: Sequence[str], right: np.ndarray) -> list[dict[str, Any]
 
 
 def worst_of(tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, Any]:
-    """The line of the lowest accuracy in tables by column, with its ``column``; of equal ones, that of most rows."""
-    lines = [{**line, "column": column} for column, table in tables.items() for line in table]
+    """The line of the lowest accuracy in tables by column, with its ``column``; of equal ones, that of most rows.
+
+    The line of rare values is no group, and counts only where there is no other.
+    """
+    every = [{**line, "column": column} for column, table in tables.items() for line in table]
+    lines = [line for line in every if line["value"] is not None] or every
     return min(lines, key=lambda line: (line["accuracy"], -line["n"]))
 
 

@@ -36,7 +36,6 @@ from pipeline.predicting.targets import targets_of_source
 from pipeline.reporting.data import Rows, class_table, confused_pairs, reliability
 from pipeline.runs.datasets import absolute
 from pipeline.runs.folder import Run, read_predictions
-from pipeline.scores.answers import kept
 from pipeline.scores.metrics import evaluate as scores_of
 from pipeline.tables import score_columns, shortened, table_text
 from pipeline.tasks.table import TASKS
@@ -153,7 +152,7 @@ def evaluate(
         "per_class": [{**line, "name": name} for line, name in zip(class_table(scored), scored.classes, strict=True)],
         "reliability": reliability(scored),
         "seen": seen,
-        **({"answers": kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
+        **({"answers": model.task.kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
         **({"labels": record} if record else {}),
         "damaged": damaged,
     }
@@ -193,6 +192,7 @@ def _of_target(
         "scores": scores,
         "classes": list(model.classes),
         "seen": {} if run is None else _seen(run, scored),
+        **({"answers": model.task.kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
     }
 
 
@@ -324,7 +324,26 @@ def _target_summary(document: dict[str, Any], about: str) -> str:
     whole = table_text([TASKS[document["task"]].columns(scores)], "  ")
     seen = [f"{count} to {part}" for part, count in document["seen"].items() if count]
     said = [f"  the run was made with some of these images: {', '.join(seen)}"] if seen else []
-    return "\n".join([about, whole, table_text(each, "  "), *rest, *said])
+    return "\n".join([about, whole, table_text(each, "  "), *rest, *said, *_target_promises(document)])
+
+
+def _target_promises(document: dict[str, Any]) -> list[str]:
+    """Say how far promises on labels or numbers are kept on these images."""
+    answers, lines = document.get("answers", {}), []
+    if sets := answers.get("sets"):
+        low, high = sets["interval"]
+        lines.append(
+            f"sets: {sets['coverage']:.4f} hold all labels ({low:.4f} to {high:.4f}; {sets['asked']:.4g} was asked for), of "
+            f"{sets['mean_size']:.2f} labels on average"
+        )
+    for name, one in zip(document["classes"], answers.get("intervals", {}).get("numbers", ()), strict=False):
+        if one["n"]:
+            low, high = one["interval"]
+            lines.append(
+                f"intervals: {one['coverage']:.4f} hold the true {shortened(printable(name), 40)} ({low:.4f} to {high:.4f}; "
+                f"{answers['intervals']['asked']:.4g} was asked for)"
+            )
+    return [f"  {line}" for line in lines]
 
 
 def summary(document: dict[str, Any]) -> str:

@@ -189,11 +189,11 @@ def _card(row: Format, run: Run, recipe: Recipe) -> Card:
         "note": row.note,
         "packages": environment()["packages"],
     }
+    answers = run.metrics.get("answers")
     if not run.task.one_class:
         lines = run.metrics["validation"].get("per_class")
         thresholds = None if lines is None else tuple(line["threshold"] for line in lines)
-        return TargetCard(**values, task=run.task.name, thresholds=thresholds)  # type: ignore[arg-type]
-    answers = run.metrics.get("answers")
+        return TargetCard(**values, task=run.task.name, thresholds=thresholds, answers=answers)  # type: ignore[arg-type]
     return AnsweringCard(**values, answers=answers) if answers else Card(**values)
 
 

@@ -228,7 +228,7 @@ def _rows_of(
     if task.one_class:
         return Rows(kind, classes, asked.top, answers)
     refuse_options_of_classes(task, top=asked.top, grid=asked.grid)
-    return TargetRows(kind, classes, task, before)
+    return TargetRows(kind, classes, task, before, answers)
 
 
 class Gallery:

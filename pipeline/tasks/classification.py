@@ -10,6 +10,7 @@ import numpy as np
 from features.errors import HeadError
 from pipeline import config
 from pipeline.intervals import interval_of
+from pipeline.scores.answers import find_threshold, kept, least_probability
 from pipeline.scores.metrics import evaluate, log_loss, softmax, two_columns
 from pipeline.scores.selection import CHOICES, balanced_accuracy_interval, stratified_folds
 from pipeline.tasks.shown import Calibration, Column, Judged, Line, Tile, Words
@@ -24,7 +25,8 @@ class Classification(Task):
     things = "classes"
     choices = CHOICES
     metrics_models = config.METRICS_FILES
-    promises = one_class = True
+    one_class = True
+    promises = ("--abstain-precision", "--set-coverage", "--by")
 
     @property
     def head_file(self) -> dict[str, Any]:
@@ -108,6 +110,20 @@ class Classification(Task):
 
     def board_folds(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         return {"cv_accuracy": scores.get("accuracy"), "cv_interval": scores.get("accuracy_interval")}
+
+    def promise(
+        self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None
+    ) -> dict[str, Any]:
+        precision, coverage = asked
+        abstain = None
+        if precision is not None:
+            found = find_threshold(values.max(axis=1), values.argmax(axis=1) == y, precision, groups)
+            abstain = {**found._asdict(), "coverage": found.coverage}
+        sets = {"coverage": coverage, "least": least_probability(values, y, coverage, groups)}
+        return {"abstain": abstain, "sets": sets}
+
+    def kept(self, values: np.ndarray, y: np.ndarray, answers: Mapping[str, Any]) -> dict[str, Any]:
+        return kept(values, y, answers)
 
     board_columns = (
         Column("accuracy", "Accuracy", "descending"),

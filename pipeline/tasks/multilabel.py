@@ -14,9 +14,11 @@ from pydantic import Field, NonNegativeFloat
 from features.errors import HeadError
 from features.sources.splits import listed
 from features.targets import UNKNOWN, known_cells
-from pipeline.config import Count, Settings, Share, check_classes
+from pipeline.config import Count, LabelAnswers, Settings, Share, check_classes
 from pipeline.intervals import wilson_interval
+from pipeline.scores.answers import class_sets, conformal_quantile, sets_kept
 from pipeline.scores.metrics import BINS
+from pipeline.scores.selection import WORST_GROUP
 from pipeline.tasks.bootstrap import percentiles, row_weights
 from pipeline.tasks.folds import iterative_folds
 from pipeline.tasks.shown import Calibration, Column, Judged, Line, Table, Tile, Words
@@ -60,8 +62,9 @@ class Multilabel(Task):
 
     name = "multilabel"
     things = "labels"
-    choices = ("average_precision", "micro_average_precision", "f1")
-    metrics_models = (metrics_file(MultilabelScores),)
+    choices = ("average_precision", "micro_average_precision", "f1", WORST_GROUP)
+    promises = ("--set-coverage", "--by")
+    metrics_models = (metrics_file(MultilabelScores, LabelAnswers),)
 
     def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
         if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:
@@ -157,6 +160,21 @@ class Multilabel(Task):
     def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         names = ("average_precision", "average_precision_interval", "micro_average_precision", "f1", "exact_match")
         return {name: scores[name] for name in (*names, "log_loss", "ece", "n")}
+
+    def promise(
+        self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Sets that hold all labels of an image: its score is the least probability of a label that it has."""
+        least = np.where(y == 1, np.asarray(values, np.float32), 1.0).min(axis=1)
+        return {"sets": {"coverage": asked[1], "least": max(0.0, -conformal_quantile(-least, asked[1], groups))}}
+
+    def kept(self, values: np.ndarray, y: np.ndarray, answers: Mapping[str, Any]) -> dict[str, Any]:
+        inside = class_sets(values, answers["sets"]["least"])
+        return {"sets": sets_kept(inside, (inside | (y != 1)).all(axis=1), answers["sets"])}
+
+    def told(self, values: np.ndarray, names: Sequence[str], answers: Mapping[str, Any]) -> dict[str, Any]:
+        inside = class_sets(values, answers["sets"]["least"])
+        return {"set": [name for name, there in zip(names, inside, strict=True) if there]}
 
     board_columns = (
         Column("average_precision", "Mean AP", "descending", "Mean of the average precisions of the labels"),

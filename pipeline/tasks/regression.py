@@ -12,7 +12,9 @@ from pydantic import Field, NonNegativeFloat
 from features.errors import HeadError
 from features.sources.splits import listed
 from features.targets import known_cells, strata_of
-from pipeline.config import Count, Settings
+from pipeline.config import Count, NumberAnswers, Settings
+from pipeline.intervals import wilson_interval
+from pipeline.scores.answers import half_width
 from pipeline.scores.selection import stratified_folds
 from pipeline.tasks.bootstrap import percentiles, row_weights
 from pipeline.tasks.shown import Column, Judged, Line, Table, Tile, Words
@@ -56,7 +58,8 @@ class Regression(Task):
     answers = False
     things = "numbers"
     choices = ("r2", "mae", "rmse", "spearman")
-    metrics_models = (metrics_file(RegressionScores),)
+    promises = ("--set-coverage",)
+    metrics_models = (metrics_file(RegressionScores, NumberAnswers),)
 
     def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
         if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:
@@ -153,6 +156,37 @@ class Regression(Task):
     def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         names = ("r2", "r2_interval", "mae", "mae_interval", "rmse", "spearman", "n")
         return {name: scores[name] for name in names}
+
+    def promise(
+        self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None
+    ) -> dict[str, Any]:
+        """Intervals of each number by itself, from the rows where it is known; no width where these are too few."""
+        widths = []
+        for truth, predicted in zip(y.T, values.T, strict=True):
+            known = np.isfinite(truth)
+            codes = None if groups is None else groups[known]
+            width = half_width(truth[known], predicted[known], asked[1], codes) if known.any() else np.inf
+            widths.append(float(width) if np.isfinite(width) else None)
+        return {"intervals": {"coverage": asked[1], "half_widths": widths}}
+
+    def kept(self, values: np.ndarray, y: np.ndarray, answers: Mapping[str, Any]) -> dict[str, Any]:
+        asked, found = answers["intervals"], []
+        for truth, predicted, width in zip(y.T, values.T, asked["half_widths"], strict=True):
+            known = np.isfinite(truth)
+            count = int(known.sum())
+            hits = int((np.abs(truth - predicted)[known] <= (np.inf if width is None else width)).sum())
+            share = {"coverage": hits / count, "interval": wilson_interval(hits, count)} if count else {}
+            found.append({"n": count, "coverage": None, "interval": None, "half_width": width, **share})
+        return {"intervals": {"asked": asked["coverage"], "numbers": found}}
+
+    def told(self, values: np.ndarray, names: Sequence[str], answers: Mapping[str, Any]) -> dict[str, Any]:
+        """The ends of each number's interval; null where it has none."""
+        widths = zip(names, values.tolist(), answers["intervals"]["half_widths"], strict=True)
+        ends = {
+            name: width and [float(f"{value - width:.9g}"), float(f"{value + width:.9g}")]
+            for name, value, width in widths
+        }
+        return {"interval": ends}
 
     board_columns = (
         Column("r2", "R2", "descending", "Share of the variance that is explained, mean over the numbers"),

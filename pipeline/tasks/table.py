@@ -13,7 +13,7 @@ from pipeline.tasks.task import Task
 
 CLASSIFICATION: Task = Classification()
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, Multilabel(), Regression())}
-ALL_CHOICES = tuple(by for task in TASKS.values() for by in task.choices)
+ALL_CHOICES = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.choices))
 
 
 def task_named(name: str) -> Task:

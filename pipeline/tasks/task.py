@@ -14,15 +14,15 @@ from pydantic import create_model
 
 from features.errors import ConfigurationError, nearest
 from features.targets import known_cells
-from pipeline.config import Count, MetricsFile, Settings, TargetHeadFile
+from pipeline.config import AnsweringMetricsFile, Count, MetricsFile, Settings, TargetHeadFile
 from pipeline.tasks.shown import Calibration, Column, Judged, Line, Table, Tile, Words
 
 Scores = dict[str, Any]
 Rows = tuple[np.ndarray, np.ndarray]  # targets and predictions of the same rows
 
 
-def metrics_file(scores: type[Settings]) -> type[MetricsFile]:
-    """Make the schema of ``metrics.json``, format 2, from that of the scores of one split."""
+def metrics_file(scores: type[Settings], answers: type[Settings]) -> type[MetricsFile]:
+    """Make the schema of ``metrics.json``, format 2, from those of the scores of one split, and of what a run promises."""
     of_folds: Any = create_model("FoldScores", __base__=scores, folds=(Count, ...))
     of_views: Any = create_model("ViewScores", __base__=scores, views=(Count, ...))
     fields: dict[str, Any] = {
@@ -31,8 +31,9 @@ def metrics_file(scores: type[Settings]) -> type[MetricsFile]:
         "test": (scores | None, ...),
         "cv": (of_folds | None, ...),
         "averaged": (of_views | None, None),
+        "answers": (answers | None, None),
     }
-    return create_model("TargetMetricsFile", __base__=MetricsFile, **fields)
+    return create_model("TargetMetricsFile", __base__=AnsweringMetricsFile, **fields)
 
 
 def squared_loss(predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
@@ -77,8 +78,8 @@ class Task(abc.ABC):
         Scores by which runs can be compared; the first one is usual.
     metrics_models : tuple of type
         Schemas of ``metrics.json``, one for each format.
-    promises : bool
-        Whether a run can promise a precision, sets, or give tables by group; see `pipeline.heads.promises`.
+    promises : tuple of str
+        The options of `pipeline.heads.promises` that mean something here.
     one_class : bool
         Whether each image has one class, which a confusion matrix, fine-tuning and a grid need.
     answers : bool
@@ -90,7 +91,7 @@ class Task(abc.ABC):
     things: ClassVar[str]
     choices: ClassVar[tuple[str, ...]]
     metrics_models: ClassVar[tuple[type[MetricsFile], ...]]
-    promises: ClassVar[bool] = False
+    promises: ClassVar[tuple[str, ...]]
     one_class: ClassVar[bool] = False
     answers: ClassVar[bool] = True
 
@@ -221,6 +222,31 @@ class Task(abc.ABC):
             f"choose: received {by!r}, expected {' or '.join(self.choices)} for runs of --task {self.name}"
             f"{nearest(by, self.choices)}"
         )
+
+    # -- promises, see `pipeline.heads.promises`
+    @abc.abstractmethod
+    def promise(
+        self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None
+    ) -> dict[str, Any]:
+        """What held-out rows promise of answers: entries of `pipeline.config.Answers`.
+
+        Parameters
+        ----------
+        values, y
+            Predictions (n, c) and targets of rows that had no part in making or choosing a run.
+        asked : tuple of float
+            Precision of the answers, None if none is asked for, and chance that a set or interval holds the truth.
+        groups : int, (n,), optional
+            Group of each row.
+        """
+
+    @abc.abstractmethod
+    def kept(self, values: np.ndarray, y: np.ndarray, answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Count how far a promise is kept on other images; see `pipeline.scores.answers.kept`."""
+
+    def told(self, values: np.ndarray, names: Sequence[str], answers: Mapping[str, Any]) -> dict[str, Any]:
+        """What a promise says of one image, by name of a column of ``predict``; as in `answer`."""
+        return {}
 
     # -- what a report shows, see `pipeline.tasks.shown`
     board_columns: ClassVar[tuple[Column, ...]]  # of `board`: the score that is chosen by, and further ones

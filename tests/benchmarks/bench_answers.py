@@ -28,6 +28,7 @@ from pipeline.intervals import wilson_interval
 from pipeline.scores.answers import class_sets, find_threshold, is_answered, least_probability
 from pipeline.scores.metrics import evaluate
 from pipeline.tables import table_text
+from pipeline.tasks.table import targets_of, task_of
 
 COVERAGES, PRECISIONS, SHOTS = (0.8, 0.9, 0.95), (0.9, 0.95, 0.99), (1, 2, 5, 10, 20)
 HEADS = ("nearest-mean", "logistic-shrunk", "logistic", "ridge")
@@ -53,6 +54,33 @@ def extracted(folder: Path) -> list[str]:
             env={**os.environ, "PYTHONPATH": str(root)},
         )
     return stores
+
+
+def promises_of_targets(path: str, seeds: int) -> list[dict[str, object]]:
+    """Coverage of sets of labels, or of intervals of numbers, over seeds: a third trains, a third tells, a third is new."""
+    store = FeatureStore.open(path)
+    target, task = store.images.target, task_of(store)
+    assert target is not None
+    rows = np.flatnonzero(target.known)
+    X, y = np.asarray(store.array(store.names[0])[:, 0])[rows], targets_of(store, rows)
+    lines: list[dict[str, object]] = []
+    for coverage in COVERAGES:
+        held = []
+        for seed in range(seeds):
+            train, tell, new = np.array_split(np.random.default_rng(seed).permutation(len(y)), 3)
+            head = (
+                make_head("ridge", task=task, alpha=1.0)
+                if task.name == "regression"
+                else make_head("logistic", task=task, C=0.01)
+            )
+            head.fit(X[train], y[train])
+            told = task.promise(head.predict_proba(X[tell]), y[tell], (None, coverage), None)
+            kept = task.kept(head.predict_proba(X[new]), y[new], told)
+            found = kept.get("sets") or kept["intervals"]["numbers"][0]
+            held.append(found["coverage"])
+        error = float(np.std(held, ddof=1) / np.sqrt(seeds))
+        lines.append({"promised": coverage, "mean coverage": float(np.mean(held)), "standard error": error})
+    return lines
 
 
 def promises(X: np.ndarray, y: np.ndarray, seeds: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:

@@ -1,0 +1,131 @@
+"""What runs on labels and numbers promise: sets that hold all labels, and intervals that hold a number."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from targeted import labels_of, numbers_of, target_store, thirds
+
+from features.errors import ConfigurationError
+from pipeline.config import parse_one_of
+from pipeline.exporting.artefacts import CARDS, TargetCard
+from pipeline.heads.promises import Asked
+from pipeline.predicting.files import Prediction
+from pipeline.predicting.targets import TargetRows
+from pipeline.runs.board import leaderboard
+from pipeline.runs.folder import Run, read_predictions
+from pipeline.scores.groups import worst_of
+from pipeline.stages.train_head import train_head
+from pipeline.tables import promise_lines
+from pipeline.tasks.table import TASKS
+
+MULTILABEL, REGRESSION = TASKS["multilabel"], TASKS["regression"]
+pytestmark = pytest.mark.usefixtures("without_plots")
+
+
+def test_a_set_of_labels_holds_all_that_an_image_has() -> None:
+    """Of 19 images the second lowest probability of a label that holds; one without a label is always held."""
+    values = np.stack([np.arange(1, 20) / 20, np.full(19, 0.01)], axis=1)
+    y = np.tile(np.array([1, 0], np.uint8), (19, 1))
+    y[5] = [0, 255]
+    told = MULTILABEL.promise(values, y, (None, 0.9), None)
+    assert told["sets"]["least"] == pytest.approx(2 / 20)
+    kept = MULTILABEL.kept(np.array([[0.9, 0.2], [0.03, 0.9]]), np.array([[1, 0], [1, 1]], np.uint8), told)
+    assert (kept["sets"]["coverage"], kept["sets"]["mean_size"]) == (0.5, 1.5)
+    assert MULTILABEL.told(np.array([0.9, 0.01]), ("a", "b"), told) == {"set": ["a"]}
+
+
+def test_an_interval_is_half_a_width_around_a_number() -> None:
+    y = np.array([[0.0, 1.0]] * 19)
+    y[:, 1] = np.nan
+    y[0, 1] = 5
+    values = np.stack([np.arange(1, 20.0), np.zeros(19)], axis=1)
+    told = REGRESSION.promise(values, y, (None, 0.9), None)
+    assert told == {"intervals": {"coverage": 0.9, "half_widths": [18.0, None]}}
+    kept = REGRESSION.kept(np.array([[1.0, 3], [-30, 0]]), np.array([[0, np.nan], [0, np.nan]]), told)["intervals"]
+    assert [one["coverage"] for one in kept["numbers"]] == [0.5, None]
+    assert REGRESSION.told(np.array([2.0, 1.0]), ("a", "b"), told) == {"interval": {"a": [-16, 20], "b": None}}
+
+
+@pytest.mark.parametrize(("task", "made"), [("multilabel", labels_of), ("regression", numbers_of)])
+def test_the_mean_coverage_is_what_was_promised(task: str, made: Any) -> None:
+    """Over 20 divisions, within 2 points: the figures that the benchmark gives for real images."""
+    X, y = made(900, 3)
+    weights = np.linalg.lstsq(
+        np.c_[X, np.ones(len(X))][:300], np.where(np.isfinite(y), y, 0)[:300].astype(float), rcond=None
+    )[0]
+    values = np.c_[X, np.ones(len(X))] @ weights
+    values = np.clip(values, 0, 1) if task == "multilabel" else values
+    held = []
+    for seed in range(20):
+        tell, new = np.array_split(300 + np.random.default_rng(seed).permutation(600), 2)
+        told = TASKS[task].promise(values[tell], y[tell], (None, 0.9), None)
+        kept = TASKS[task].kept(values[new], y[new], told)
+        held.append((kept.get("sets") or kept["intervals"]["numbers"][0])["coverage"])
+    assert abs(np.mean(held) - 0.9) < 0.02
+
+
+@pytest.mark.parametrize(
+    ("made", "head", "told"),
+    [(labels_of, "logistic", "hold all labels of 0.9"), (numbers_of, "ridge", "plus and minus")],
+)
+def test_a_run_keeps_its_promise_in_its_files(tmp_path: Path, made: Any, head: str, told: str) -> None:
+    X, y = made(300)
+    store = target_store(tmp_path / "t.h5", X, y, thirds(300), [f"c{k}" for k in range(y.shape[1])])
+    plain = train_head(store, head, runs=tmp_path / "plain")
+    found = train_head(store, head, runs=tmp_path / "runs", asked=Asked(None, 0.9))
+    assert found.run_id == plain.run_id
+    run = Run.open(found.folder)
+    rows, answers = read_predictions(run), run.metrics["answers"]
+    expected = run.task.promise(rows.probabilities, rows.labels, (None, 0.9), None)
+    assert answers == {"rows": "validation", "grouped": False, **json.loads(json.dumps(expected))}
+    assert "answers" not in json.loads((plain.folder / "metrics.json").read_text())
+    assert told in promise_lines(answers)[0]
+    again = train_head(store, head, runs=tmp_path / "runs", asked=Asked(None, 0.9))
+    assert again.metrics["answers"] == answers
+    lines = TargetRows("jsonl", run.classes, run.task, run.metrics["validation"], answers)
+    line = json.loads(lines.text(Prediction("a.png", rows.probabilities[0], "")))
+    assert {key: line[key] for key in ("set", "interval") if key in line} == run.task.told(
+        rows.probabilities[0], run.classes, answers
+    )
+    values: dict[str, Any] = {
+        "artefact": "onnx",
+        "run": "r",
+        "classes": run.classes,
+        "recipe": {},
+        "input": "",
+        "output": "",
+        "packages": {},
+    }
+    card = TargetCard(**values, task=run.task.name, answers=answers)  # type: ignore[arg-type]
+    written = card.model_dump(mode="json")
+    assert json.loads(json.dumps(written["answers"])) == answers
+    assert parse_one_of(CARDS, written, "card") == card
+    assert "answers" not in TargetCard(**values, task=run.task.name).model_dump(mode="json")  # type: ignore[arg-type]
+
+
+def test_labels_have_tables_by_group_and_numbers_say_that_they_have_none(tmp_path: Path) -> None:
+    X, y = labels_of(300)
+    groups = tuple("ab"[row % 2] for row in range(300))
+    store = target_store(tmp_path / "t.h5", X, y, thirds(300), ["x", "y", "z"], groups)
+    run = train_head(store, "logistic", runs=tmp_path / "runs", asked=Asked(by=("group",)))
+    table = run.metrics["groups"]["validation"]["group"]
+    assert [(line["value"], line["n"]) for line in table] == [("a", 30), ("b", 30)]
+    assert sum(line["right"] for line in table) / 60 == pytest.approx(run.metrics["validation"]["exact_match"])
+    (row,) = leaderboard(tmp_path / "runs", by="worst_group_accuracy")
+    assert row["worst_group_accuracy"] == min(line["accuracy"] for line in table)
+    X, numbers = numbers_of(300)
+    store = target_store(tmp_path / "n.h5", X, numbers, thirds(300), ["x", "y"], groups)
+    with pytest.raises(ConfigurationError, match=r"--by: does not fit --task regression.* fits is --set-coverage"):
+        train_head(store, "ridge", runs=tmp_path / "runs", asked=Asked(by=("group",)))
+
+
+def test_the_line_of_rare_values_is_no_worst_group() -> None:
+    rare = {"value": None, "n": 4, "right": 0, "accuracy": 0.0}
+    night = {"value": "night", "n": 20, "right": 10, "accuracy": 0.5}
+    assert worst_of({"light": [night, rare]}) == {**night, "column": "light"}
+    assert worst_of({"light": [rare]})["value"] is None
