@@ -24,8 +24,11 @@ TRIAL_ROWS, TRIAL_COLUMNS = 20, 6  # size of a trial: rows of each class, and co
 _SMALL = {"n_estimators": 4, "max_iter": 20, "n_init": 1}  # upper limits in a trial
 
 
-def find_class(path: str) -> Any:
-    """Import the classifier ``sklearn.MODULE.CLASS``; it must be public in scikit-learn.
+CLASSIFIER, REGRESSOR = "classifier", "regressor"  # what a class may be looked for as
+
+
+def find_class(path: str, what: str = CLASSIFIER) -> Any:
+    """Import the classifier, or regressor, ``sklearn.MODULE.CLASS``; it must be public in scikit-learn.
 
     Raises
     ------
@@ -42,15 +45,15 @@ def find_class(path: str) -> Any:
             f"head {path!r}: expected sklearn.MODULE.CLASS such as sklearn.svm.LinearSVC{nearest(received, modules)}"
         )
     module = importlib.import_module(f"sklearn.{match[1]}")
-    names = [name for name, found in vars(module).items() if name[0] != "_" and _is_classifier(found)]
+    names = [name for name, found in vars(module).items() if name[0] != "_" and _is_a(found, what)]
     if match[2] not in names:
-        word = "is not a classifier" if match[2] in vars(module) else "does not exist"
+        word = f"is not a {what}" if match[2] in vars(module) else "does not exist"
         raise ConfigurationError(f"head {path!r} {word}{nearest(match[2], names) or f' (known: {names})'}")
     return getattr(module, match[2])
 
 
-def make_estimator(path: str, params: Mapping[str, Any], seed: int) -> Any:
-    """Make an unfitted classifier.
+def make_estimator(path: str, params: Mapping[str, Any], seed: int, what: str = CLASSIFIER) -> Any:
+    """Make an unfitted classifier, or regressor.
 
     Parameters
     ----------
@@ -67,7 +70,7 @@ def make_estimator(path: str, params: Mapping[str, Any], seed: int) -> Any:
     ConfigurationError
         The class or an argument is unknown (the nearest name is suggested), or the class refuses an argument.
     """
-    found = find_class(path)
+    found = find_class(path, what)
     known = [name for name in inspect.signature(found).parameters if name not in ("args", "kwargs")]
     for name in params:
         if name not in known:
@@ -137,10 +140,11 @@ def _foreign(fitted: Any) -> list[str]:
     return []
 
 
-def _is_classifier(found: Any) -> bool:
-    from sklearn.base import ClassifierMixin
+def _is_a(found: Any, what: str) -> bool:
+    from sklearn.base import ClassifierMixin, RegressorMixin
 
-    return inspect.isclass(found) and issubclass(found, ClassifierMixin) and hasattr(found, "fit")
+    mixin = {CLASSIFIER: ClassifierMixin, REGRESSOR: RegressorMixin}[what]
+    return inspect.isclass(found) and issubclass(found, mixin) and hasattr(found, "fit")
 
 
 def _value(value: Any, seed: int) -> Any:

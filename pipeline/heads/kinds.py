@@ -25,7 +25,8 @@ from pipeline.heads.head import Head
 from pipeline.heads.models.archive import MOST_TEXT, bounded_json
 from pipeline.heads.nearest_mean import NearestMeanHead
 from pipeline.heads.pooling import choose_pool, pooled_width
-from pipeline.presets import DENSE, PRESETS, Preset, find_preset
+from pipeline.heads.regressors import RegressorHead
+from pipeline.presets import DENSE, PRESETS, Preset, find_preset, is_path
 from pipeline.runs.folder import Run
 from pipeline.tasks.table import CLASSIFICATION, TASKS
 from pipeline.tasks.task import Task
@@ -41,6 +42,10 @@ OF_TASK: dict[str, dict[str, type[Head]]] = {
     "multilabel": {_LOGISTIC: LogisticColumns, _NEIGHBOURS: NeighbourColumns, DENSE: KerasHead},
     "regression": {_RIDGE: RidgeColumns, _NEIGHBOURS: NeighbourColumns, DENSE: KerasHead},
 }
+
+
+# Task -> the kind of heads that are named by an import path of scikit-learn.
+BY_PATH: dict[str, type[Head]] = {CLASSIFICATION.name: EstimatorHead, "regression": RegressorHead}
 
 
 def register(name: str, preset: Preset, kind: type[Head]) -> None:
@@ -104,14 +109,13 @@ def kind_of(name: str, preset: Preset, task: Task) -> type[Head]:
     ConfigurationError
         If there is none; the heads that fit are named.
     """
-    if task is CLASSIFICATION:
-        return EstimatorHead if preset.by_path else KINDS[preset.kind]
-    fitting = OF_TASK[task.name]
-    if preset.kind not in fitting:
+    fitting = KINDS if task is CLASSIFICATION else OF_TASK[task.name]
+    found = BY_PATH.get(task.name) if preset.by_path else fitting.get(preset.kind)
+    if found is None:
         raise ConfigurationError(
             f"head {name!r} does not fit --task {task.name}, which the store is for: use {', '.join(heads_of(task))}"
         )
-    return fitting[preset.kind]
+    return found
 
 
 def heads_of(task: Task) -> list[str]:
@@ -150,6 +154,8 @@ def load_head(folder: str | Path, *, trust: bool = False) -> Head:
     if isinstance(values, dict) and values.get("format") == TargetHeadFile.model_fields["format"].default:
         checked = parse(TargetHeadFile, values, str(path), error=HeadError)
         task, fitting = TASKS[checked.task], OF_TASK[checked.task].get(checked.kind)
+        if fitting is None and is_path(checked.kind):
+            fitting = BY_PATH.get(checked.task)
         if fitting is None:
             raise HeadError(f"{path}: a head of kind {checked.kind!r} is not known for {checked.task}; train it again")
         kind = fitting
