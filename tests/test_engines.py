@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import json
 import logging
@@ -174,6 +175,18 @@ class AcceleratorError(RuntimeError):
 )
 def test_out_of_memory_is_recognised_in_every_spelling(error: Exception) -> None:
     assert is_out_of_memory(error)
+
+
+def test_an_error_that_followed_from_out_of_memory_is_recognised_too() -> None:
+    """A capture that fails for lack of memory may end in another error."""
+    with pytest.raises(RuntimeError, match="previous error") as caught, contextlib.ExitStack() as capture:
+        capture.callback(ended_badly)
+        raise OutOfMemoryError("CUDA out of memory")
+    assert is_out_of_memory(caught.value)
+
+
+def ended_badly() -> None:
+    raise AcceleratorError("CUDA error: operation failed due to a previous error during capture")
 
 
 @pytest.mark.parametrize(

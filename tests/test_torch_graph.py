@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import itertools
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,10 @@ pytestmark = [
 ]
 
 
+SIDE = 32  # pixels: a replay goes through Python once more for every operation
+CALLS = itertools.count()
+
+
 class Stream:
     """Does everything at once and in order."""
 
@@ -40,6 +45,7 @@ class Stream:
 
 
 class Event:
+    def __init__(self, *, blocking: bool = False) -> None: ...
     def record(self) -> None: ...
     def synchronize(self) -> None: ...
 
@@ -105,13 +111,13 @@ def engine_of(name: str, device: str, batch_size: int = 4, **options: Any) -> An
     from features.networks.network import resolve_network
 
     network = resolve_network(
-        NetworkOptions(name, "random", image_size=(64, 64), engine="keras", device=device, **options)
+        NetworkOptions(name, "random", image_size=(SIDE, SIDE), engine="keras", device=device, **options)
     )
     return network.engine(network.recipes, batch_size=batch_size, device=device)
 
 
 def pixels(count: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).integers(0, 256, (count, 64, 64, 3), dtype=np.uint8)
+    return np.random.default_rng(seed).integers(0, 256, (count, SIDE, SIDE, 3), dtype=np.uint8)
 
 
 @pytest.mark.parametrize(
@@ -121,12 +127,13 @@ def test_a_replay_gives_the_features_of_the_plain_pass(
     card: None, caplog: pytest.LogCaptureFixture, name: str, dtype: str
 ) -> None:
     graphed, plain = engine_of(name, "gpu", dtype=dtype), engine_of(name, "cpu", dtype=dtype)
-    for number, count in enumerate((4, 3, 4)):  # new images each time, and a batch that is not full
+    for number, count in enumerate((4, 3)):  # new images each time, and a batch that is not full
         images = pixels(count, number)
         (found,), (expected,) = graphed(images).values(), plain(images).values()
         assert found.dtype == expected.dtype == np.dtype(dtype)
-        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
-    assert Graph.replays == 1 + 3  # one proves the graph
+        bound = 1e-5 if dtype == "float32" else 1e-3  # of the largest feature; 1e-3 is a step of float16
+        np.testing.assert_allclose(found, expected, rtol=0, atol=bound * np.abs(expected).max())
+    assert Graph.replays == 1 + 2  # one proves the graph
     assert "CUDA graph" not in caplog.text
     assert graphed.concurrent
     assert not plain.concurrent
@@ -134,7 +141,7 @@ def test_a_replay_gives_the_features_of_the_plain_pass(
 
 def test_batches_of_several_threads_are_not_mixed_up(card: None) -> None:
     graphed = engine_of("mobilenetv2-0.35", "gpu")
-    batches = [pixels(4, seed) for seed in range(12)]
+    batches = [pixels(4, seed) for seed in range(6)]
     alone = [next(iter(graphed(batch).values())) for batch in batches]
     start = threading.Barrier(3)
 
@@ -152,7 +159,7 @@ def test_batches_of_several_threads_are_not_mixed_up(card: None) -> None:
     ("network", "reason"),
     [
         (lambda inputs: [inputs + inputs.new_tensor(1.0)], "it copies a number from the host to the card"),
-        (lambda inputs: [inputs + inputs.new_empty(1).uniform_()], "a replay differs from a plain pass by"),
+        (lambda inputs: [inputs * next(CALLS)], "a replay differs from a plain pass by 0.5"),
     ],
 )
 def test_what_a_graph_would_not_compute_is_refused(card: None, network: Any, reason: str) -> None:

@@ -121,9 +121,13 @@ def is_out_of_memory(error: BaseException) -> bool:
 
     Backends have classes of their own for this (``torch.OutOfMemoryError``, TensorFlow's ``ResourceExhaustedError``),
     codes in the text (JAX's ``RESOURCE_EXHAUSTED``), and texts of the libraries below them (``CUBLAS_STATUS_ALLOC_FAILED``).
+    An error that followed from one of these counts too, such as that of a CUDA graph whose capture could not be ended.
     """
     said = re.sub(r"[^a-z]", "", f"{type(error).__name__} {error}".lower())
-    return isinstance(error, MemoryError) or any(sign in said for sign in _OUT_OF_MEMORY)
+    if isinstance(error, MemoryError) or any(sign in said for sign in _OUT_OF_MEMORY):
+        return True
+    before = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
+    return before is not None and is_out_of_memory(before)
 
 
 def load_keras_hub(path: Path) -> Any:

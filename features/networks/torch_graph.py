@@ -119,7 +119,8 @@ class _Slot:
         self.images = self.pixels.numpy()
         self.outputs = [torch.empty(output.shape, dtype=output.dtype, pin_memory=True) for output in outputs]
         self.input: Any = None  # held until the batch is done, because two streams use it
-        self.there, self.done = torch.cuda.Event(), torch.cuda.Event()
+        # Waiting for `done` sleeps: CUDA's usual way keeps a processor busy, which decoding needs.
+        self.there, self.done = torch.cuda.Event(), torch.cuda.Event(blocking=True)
 
 
 def _constants() -> Any:

@@ -44,6 +44,7 @@ THERE = card_there()
 GPU = THERE and os.environ.get("CUDA_VISIBLE_DEVICES", "all") != ""
 DEVICE = "gpu" if GPU else "cpu"
 TINY = not THERE or os.environ.get("TINY") == "1"
+SIDE = 64 if TINY else 224  # pixels of an image
 # VGG16 has the product's own random weights: the same numbers on every backend, and nothing to carry.
 WEIGHTS = {"mobilenetv2": str(CARRIED / "mobilenetv2.weights.h5"), "vgg16": "random"}
 SMALL, BIG = WORK / "small", WORK / "big"
@@ -87,17 +88,21 @@ def env(_: Any) -> None:
     cpu = subprocess.run(["lscpu"], capture_output=True, text=True).stdout
     from PIL import features as pil
 
+    from features.pixels.resizing import extension
+
     document = {
         "versions": versions,
         "python": sys.version,
         "processors": len(os.sched_getaffinity(0)),
         "cpu": [line for line in cpu.splitlines() if line.startswith(("Model name", "CPU(s)", "Thread", "Flags"))],
         "nvidia_smi": smi.splitlines()[:15],
+        "compiled_resizing": extension() is not None,  # else decoding takes twice as long
         "pillow_turbo": bool(pil.check_feature("libjpeg_turbo")),
         "memory_gb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30,
     }
     save("env", document)
     say("env", versions, document["processors"], "processors", (smi.splitlines() or ["no GPU"])[0])
+    say("compiled resizing:", document["compiled_resizing"])
 
 
 # ------------------------------------------------------------------------------------------------------- data
@@ -184,7 +189,7 @@ def _files(count: int) -> list[bytes]:
     return [paths[index % len(paths)].read_bytes() for index in range(count)]
 
 
-def _rule(size: int = 224, decode: str = "full") -> Any:
+def _rule(size: int = SIDE, decode: str = "full") -> Any:
     from features.recipe import PixelRule
 
     return PixelRule(size, size, decode=decode)
@@ -301,7 +306,7 @@ def decode(options: Any) -> None:
             found.setdefault(name, {})[f"{threads} threads"] = number(
                 attempt(_threads_rate, way, files, threads, seconds)
             )
-    save("decode", {"rates": found, "cores": cores, "pixels": 224})
+    save("decode", {"rates": found, "cores": cores, "pixels": SIDE})
     for name, rates in found.items():
         say(f"decode {name}: {rates}")
 
@@ -312,7 +317,7 @@ def network_of(backbone: str, precision: str = "float32", device: str = DEVICE, 
     from features.recipe import NetworkOptions
 
     options = {"weights": WEIGHTS[backbone], "engine": "keras", "precision": precision, "device": device, **more}
-    return resolve_network(NetworkOptions(backbone, image_size=(224, 224), **options))
+    return resolve_network(NetworkOptions(backbone, image_size=(SIDE, SIDE), **options))
 
 
 def pixels_of(count: int) -> np.ndarray:
@@ -415,7 +420,7 @@ def forward(options: Any) -> None:
     expected = np.load(WORK / f"reference-{backbone}.npy")
     half = ("bfloat16",) if TINY or backend == "jax" else ("bfloat16", "float16")  # JAX compiles each for many seconds
     batches = [64, 256, 512] if backbone == "mobilenetv2" else [64, 256]
-    batches = [2, 4] if TINY else [256] if backend == "jax" else batches
+    batches = [4] if TINY else [256] if backend == "jax" else batches
     document: dict[str, Any] = {
         "backend": backend,
         "backbone": backbone,
@@ -440,7 +445,7 @@ def forward(options: Any) -> None:
                 network = network_of(backbone, precision)
                 engine = network.engine(network.recipes, batch_size=batch, device=DEVICE)
                 row["where"] = engine.device
-                images = np.resize(pixels_of(CHECKED), (batch, 224, 224, 3))
+                images = np.resize(pixels_of(CHECKED), (batch, SIDE, SIDE, 3))
                 row["build_s"][batch] = number(time.perf_counter() - started, 2)
                 started = time.perf_counter()
                 (features,) = engine(images).values()
@@ -477,7 +482,7 @@ def variants(options: Any) -> None:
     batch = 256 if not TINY else 4
     found: dict[str, Any] = {}
     name = f"variants-torch-{backbone}"
-    images = np.resize(pixels_of(CHECKED), (batch, 224, 224, 3))
+    images = np.resize(pixels_of(CHECKED), (batch, SIDE, SIDE, 3))
     there = torch.from_numpy(images.copy()).to("cuda" if GPU else "cpu")
 
     def built(fold: bool, precision: str) -> Any:
@@ -587,7 +592,7 @@ def ideal(options: Any) -> None:
 
                 model = fuse(make().eval())
                 model = model.to(device, dtype, memory_format=torch.channels_last)
-                x = torch.randn(batch, 3, 224, 224, device=device, dtype=dtype).to(memory_format=torch.channels_last)
+                x = torch.randn(batch, 3, SIDE, SIDE, device=device, dtype=dtype).to(memory_format=torch.channels_last)
                 result = {}
                 with torch.inference_mode():
                     result["eager"] = number(rate_of(lambda: model(x), batch, options.seconds))
@@ -687,7 +692,7 @@ def _extraction(images: Path, out: Path, **options: Any) -> Any:
 
     network = options.pop("backbone", "mobilenetv2")
     weights = WEIGHTS[options.pop("of", "mobilenetv2")]
-    chosen = ExtractionOptions(network, weights=weights, image_size=224, engine="keras", **options)
+    chosen = ExtractionOptions(network, weights=weights, image_size=SIDE, engine="keras", **options)
     return prepare(str(images), out, chosen)
 
 
@@ -780,7 +785,7 @@ def endtoend(options: Any) -> None:
             out.unlink(missing_ok=True)
             batch = plan["batch_size"]
             extraction = _extraction(images, out, device=DEVICE, **plan)
-            warm_up(extraction, 224, batch_size=batch, device=DEVICE)
+            warm_up(extraction, SIDE, batch_size=batch, device=DEVICE)
             found_here = _run(f"{name} {plan}", extraction)
             out.unlink(missing_ok=True)
             return {**found_here, "peak_mb": peak_mb()}
@@ -836,7 +841,7 @@ def _told(name: str, seconds: float, code: Any, out: str, err: str) -> dict[str,
 def commands(options: Any) -> None:
     """The product's own commands, start-up included, under this backend."""
     backend = os.environ["KERAS_BACKEND"]
-    w = ["--weights", WEIGHTS["mobilenetv2"], "--engine", "keras"]
+    w = ["--weights", WEIGHTS["mobilenetv2"], "--engine", "keras", "--image-size", str(SIDE)]
     out = WORK / f"commands-{backend}"
     out.mkdir(exist_ok=True)
     images, small = str(_part(options.count if not TINY else 24)), str(SMALL if not TINY else _part(24))
@@ -947,6 +952,7 @@ def processes(options: Any) -> None:
             found[key] = command(
                 f"processes-{backend} {key}",
                 *("extract", images, "--out", str(out), "--weights", WEIGHTS["mobilenetv2"], "--engine", "keras"),
+                *("--image-size", str(SIDE)),
                 *(
                     "--precision",
                     "bfloat16",
@@ -1074,7 +1080,7 @@ def memory(options: Any) -> None:
     for batch in (256, 512, 1024, 2048) if GPU else (4,):
         network = network_of("vgg16")
         engine = network.engine(network.recipes, batch_size=batch, device=DEVICE)
-        images = np.resize(pixels_of(CHECKED), (batch, 224, 224, 3))
+        images = np.resize(pixels_of(CHECKED), (batch, SIDE, SIDE, 3))
         try:
             (features,) = engine(images).values()
             found[batch] = {
