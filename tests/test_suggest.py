@@ -123,6 +123,25 @@ def test_a_head_is_trained_on_what_is_labelled(tmp_path: Path) -> None:
     assert found.scores[0] == pytest.approx(0.9)
 
 
+def test_labels_of_validation_images_teach_nothing(tmp_path: Path) -> None:
+    """A head never learns from them: they end no cold start, and their clusters still want a training label."""
+    X, of = clusters((60, 40))
+    labels, splits = np.full(100, -1), np.full(100, UNLABELLED)
+    labels[:30], splits[:30] = 0, SPLITS.index("validation")
+    store = write_store(tmp_path / "held.h5", [X], labels, splits)
+    for strategy in ("mix", "typical"):
+        assert sorted(of[suggest(store, n=2, strategy=strategy).rows]) == [0, 1]
+    labels[[30, 60]], splits[[30, 60]] = [0, 1], SPLITS.index("train")
+    store = write_store(tmp_path / "begun.h5", [X], labels, splits)
+    begun, typical = (suggest(store, n=2, strategy=strategy) for strategy in ("mix", "typical"))
+    assert begun.rows.tolist() == typical.rows.tolist()
+    assert (begun.scores > 1).all()  # typicality; a doubt is 1 at most
+    labels[:30], splits[:30] = -1, UNLABELLED
+    alone = write_store(tmp_path / "alone.h5", [X[30:]], labels[30:], splits[30:])
+    farthest = suggest(alone, n=3, strategy="k-centre").rows + 30
+    assert suggest(store, n=3, strategy="k-centre").rows.tolist() == farthest.tolist()
+
+
 def test_what_was_decided_is_not_suggested_again(tmp_path: Path) -> None:
     store, path = store_of(tmp_path / "features.h5"), tmp_path / "labels.csv"
     hashes = store.images.sha256

@@ -14,7 +14,7 @@ import numpy as np
 NEAREST = 20  # neighbours whose mean distance says how typical an image is, as in Hacohen et al. (2022)
 MOST_CLUSTERS = 500  # likewise
 WIDER = 10  # times as many of the most doubtful candidates are looked at, and spread over clusters
-COLD = 10  # labels below which a head says too little
+COLD = 10  # training labels below which a head says too little
 BLOCK = 1024  # rows of one product
 
 Chosen = tuple[np.ndarray, np.ndarray]
@@ -29,7 +29,7 @@ class Situation:
     vectors : float32, (n, d)
         Candidates, of length 1.
     labelled : float32, (m, d)
-        Rows that have a label already, of length 1.
+        Rows that a head may learn from already, of length 1.
     probabilities : float64, (n, c), 0-1
         Class probabilities of the candidates; c is 0 if there is no head.
     seed : int

@@ -89,7 +89,7 @@ def suggest(
     n : int, 1 to 100,000
         Number of images; fewer are given if there are not so many.
     strategy : str
-        ``mix``: typical images of clusters until there are 10 labels, then doubtful ones that differ. ``typical``, ``margin``,
+        ``mix``: typical images of clusters until there are 10 training labels, then doubtful ones that differ. ``typical``, ``margin``,
         ``spread-margin``, ``entropy``, ``k-centre`` or ``random`` alone.
     purpose : {"train", "validation"}
         Images for validation are drawn at random, whatever the strategy, from images whose group is in no split yet.
@@ -132,8 +132,7 @@ def suggest(
         some = generator.permutation(len(pool)) if probabilities is None else margin(_bare(probabilities), len(pool))[0]
         some = np.sort(some[:MOST_ROWS])
         pool, probabilities = pool[some], None if probabilities is None else probabilities[some]
-    rows = np.flatnonzero(labelled_store.images.labels >= 0)
-    rows = np.sort(generator.permutation(rows)[:MOST_ROWS])
+    rows = _taught(labelled_store, generator)
     order = generator.permutation(len(pool))  # equal scores do not follow the order of the store
     columns = np.zeros((len(pool), 0)) if probabilities is None else probabilities
     now = Situation(vectors.at(pool)[order], vectors.at(rows), columns[order], seed)
@@ -290,15 +289,19 @@ def _with_equals(store: FeatureStore, some: np.ndarray) -> np.ndarray:
 
 def _trained(store: FeatureStore, name: str, generator: np.random.Generator) -> Classifier | None:
     """A logistic head on labelled training rows; None if they are not of two classes."""
-    labels = store.images.labels
-    rows = np.flatnonzero((labels >= 0) & (store.images.splits == SPLITS.index("train")))
-    rows = np.sort(generator.permutation(rows)[:MOST_ROWS])
+    labels, rows = store.images.labels, _taught(store, generator)
     present = np.unique(labels[rows])
     if len(present) < 2:
         return None
     head = make_head("logistic", classes=[store.classes[label] for label in present], C=PENALTY)
     head.fit(np.asarray(store.array(name)[rows, 0]), np.searchsorted(present, labels[rows]).astype(np.int32))
     return head
+
+
+def _taught(store: FeatureStore, generator: np.random.Generator) -> np.ndarray:
+    """Rows that a head may learn from, int64, ascending: labelled ones of the training split, or a sample of them."""
+    rows = np.flatnonzero((store.images.labels >= 0) & (store.images.splits == SPLITS.index("train")))
+    return np.sort(generator.permutation(rows)[:MOST_ROWS])
 
 
 def _probabilities(store: FeatureStore, name: str, rows: np.ndarray, head: Classifier) -> np.ndarray:

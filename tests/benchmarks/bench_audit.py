@@ -2,7 +2,7 @@
 
     features of cats-dogs and flowers17 --labels flipped, 5 seeds--> audit --> precision, cleanlab's scores, heads on corrected labels
 
-python tests/benchmarks/bench_audit.py FOLDER [OUT.json] [--seeds 5]    # with BOTTLENECK_ASSETS; a quarter of an hour
+python tests/benchmarks/bench_audit.py FOLDER [OUT.json] [--seeds 5] [--first-seed 0]    # with BOTTLENECK_ASSETS; a quarter of an hour
 python tests/benchmarks/bench_audit.py FOLDER --large 100000            # time and memory of a whole audit instead
 
 Features are kept in the folder. cleanlab gets an environment of its own there, made by pip.
@@ -160,36 +160,36 @@ def cleanlabs_scores(folder: Path, cases: dict[str, dict[str, np.ndarray]]) -> d
     return dict(np.load(back))
 
 
-def measure(images: str, folder: Path, seeds: int) -> list[dict[str, Any]]:
+def measure(images: str, folder: Path, seeds: range) -> list[dict[str, Any]]:
     """All kinds of noise on one data set, means of the seeds."""
     store = store_of(images, folder)
     nearest = most_confused(store)
     train, lines = store.rows("train"), []
     truth = store.images.labels[train]
-    plain = [audit(store, checks=["suspect-label"], seed=seed) for seed in range(seeds)]
+    plain = [audit(store, checks=["suspect-label"], seed=seed) for seed in seeds]
     clean = [scored(found) for found in plain]
     applied = [suggestions(found) for found in plain]
     machine = [
         scored(audit(relabelled(store, rows, classes), checks=["suspect-label"], seed=seed)) if len(rows) else before
-        for seed, (before, (rows, classes, _)) in enumerate(zip(clean, applied, strict=True))
+        for seed, before, (rows, classes, _) in zip(seeds, clean, applied, strict=True)
     ]
     counts = statistics.fmean(len(rows) for rows, _, _ in applied)
     lines.append({"images": images, "noise": "none", "applied": counts, "clean": mean(clean), "machine": mean(machine)})
     for kind, share in NOISE[images]:
         results, cases = [], {}
-        for seed in range(seeds):
+        for seed, before in zip(seeds, clean, strict=True):
             result, found = one(store, kind, share, nearest, seed)
             rows, values = found.material.probabilities
             chosen = np.isin(rows, train)
             noisy = found.store.images.labels[rows[chosen]]
             cases[f"{seed}"] = {"labels": noisy, "probabilities": values[chosen].astype(np.float64)}
-            results.append({**result, "clean": clean[seed]})
+            results.append({**result, "clean": before})
             print(f"{images}, {share:.0%} {kind}, seed {seed}: {result}", file=sys.stderr, flush=True)
         theirs = cleanlabs_scores(folder, cases)
         line = {"images": images, "noise": f"{share:.0%} {kind}", **mean(results)}
         for method in METHODS:
             line[method] = mean(
-                [precision(theirs[f"{seed}/{method}"], cases[f"{seed}"]["labels"] != truth) for seed in range(seeds)]
+                [precision(theirs[f"{seed}/{method}"], cases[f"{seed}"]["labels"] != truth) for seed in seeds]
             )
         line["recovered"] = {
             "log_loss": share_of(line, "log_loss"),
@@ -307,6 +307,9 @@ def main() -> None:
     parser.add_argument("out", type=Path, nargs="?")
     parser.add_argument("--images", nargs="+", choices=IMAGES, default=list(IMAGES))
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="draws on which nothing was chosen: give a number above those used"
+    )
     parser.add_argument("--large", type=int, help="rows of a made-up store whose audit is timed")
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
@@ -314,9 +317,8 @@ def main() -> None:
         results: Any = large(options.folder, options.large)
         print(json.dumps(results, indent=2))
     else:
-        results = [
-            line for images in options.images for line in measure(images, options.folder.resolve(), options.seeds)
-        ]
+        seeds = range(options.first_seed, options.first_seed + options.seeds)
+        results = [line for images in options.images for line in measure(images, options.folder.resolve(), seeds)]
         print("| " + " | ".join(HEADINGS) + " |\n|" + " --- |" * len(HEADINGS))
         for line in results:
             print(row(line) if "p_at_n" in line else f"{line}")

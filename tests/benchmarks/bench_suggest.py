@@ -3,7 +3,7 @@
 The loop begins without any label. Each strategy of ``suggest`` is compared with labels drawn at random, by the labels it takes until
 the mean accuracy of the seeds reaches a share of that of all labels. All heads are logistic, with the same C.
 
-    python tests/benchmarks/bench_suggest.py FOLDER [--seeds 5] [--strategies random,mix,k-centre] [--draw suggest.png]
+    python tests/benchmarks/bench_suggest.py FOLDER [--seeds 5] [--first-seed 0] [--strategies random,mix,k-centre] [--draw suggest.png]
 
 FOLDER keeps the features; with BOTTLENECK_ASSETS they are made of flowers17 and of cats and dogs.
 """
@@ -92,7 +92,7 @@ def curve(store: Any, strategy: str, seed: int, most: int) -> list[float]:
     return found
 
 
-def measured(name: str, strategies: list[str], seeds: int, folder: Path) -> dict[str, Any]:
+def measured(name: str, strategies: list[str], seeds: range, folder: Path) -> dict[str, Any]:
     store = store_of(name, folder)
     (_, _, share, most), rows = SETS[name], store.rows("train")
     X, y = np.asarray(store.array()[rows, 0]), store.images.labels[rows]
@@ -105,7 +105,7 @@ def measured(name: str, strategies: list[str], seeds: int, folder: Path) -> dict
         "labels": {},
     }
     for strategy in strategies:
-        mean = np.mean([curve(store, strategy, seed, most) for seed in range(seeds)], axis=0)
+        mean = np.mean([curve(store, strategy, seed, most) for seed in seeds], axis=0)
         result["curves"][strategy] = [round(float(value), 4) for value in mean]
         there = np.flatnonzero(mean >= share * full)
         result["labels"][strategy] = int(BATCH * (there[0] + 1)) if len(there) else None
@@ -149,13 +149,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument(
+        "--first-seed", type=int, default=0, help="draws on which nothing was chosen: give a number above those used"
+    )
     parser.add_argument("--strategies", default=COMPARED)
     parser.add_argument("--sets", default=",".join(SETS))
     parser.add_argument("--draw", type=Path)
     options = parser.parse_args()
     options.folder.mkdir(parents=True, exist_ok=True)
     strategies = options.strategies.split(",")
-    results = {name: measured(name, strategies, options.seeds, options.folder) for name in options.sets.split(",")}
+    seeds = range(options.first_seed, options.first_seed + options.seeds)
+    results = {name: measured(name, strategies, seeds, options.folder) for name in options.sets.split(",")}
     if options.draw:
         draw(results, options.draw)
     print(json.dumps(results, indent=1))
