@@ -13,9 +13,10 @@ from test_forgetting import traces
 from features.errors import ConfigurationError, RunError
 from features.store.reader import FeatureStore
 from pipeline.labels.file import append_decisions, new_decision, read_labels
+from pipeline.labels.overlay import with_labels
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.runs.forgetting import MARK, forget_predictions
-from pipeline.stages.forget import forget
+from pipeline.stages.forget import forget, summary
 from pipeline.stages.report import make_report
 from pipeline.stages.train_head import train_head
 
@@ -103,6 +104,21 @@ def test_verify_shows_that_they_are_gone(project: Path) -> None:
     done = call_pipeline(*asked)
     assert done.returncode == 0, done.stdout
     assert "no byte of it, its shards and the runs holds one of these hashes" in done.stdout
+
+
+def test_a_labels_file_that_a_run_records_is_named_and_not_changed(project: Path) -> None:
+    store, file = FeatureStore.open(project / "features.h5"), project / "labels.csv"
+    train_head(with_labels(store, file), "knn", params={"n_neighbors": 3}, runs=project / "runs")
+    sha256, before = hash_of(project.parent, store.images.paths[0]), file.read_bytes()
+    document = forget(store.path, [sha256], runs=project / "runs", dry_run=True)
+    assert document["labels_left"] == {str(file.resolve()): 1}
+    assert f"{file.resolve()}, under which a run was trained, holds 1 decision; name it with --labels" in summary(
+        document
+    )
+    assert file.read_bytes() == before
+    assert forget(store.path, [sha256], runs=project / "runs", labels=[file], dry_run=True)["labels_left"] == {}
+    file.unlink()
+    assert forget(store.path, [sha256], runs=project / "runs", dry_run=True)["labels_left"] == {}
 
 
 def test_what_is_unknown_changes_nothing(project: Path) -> None:

@@ -246,7 +246,7 @@ def test_which_numbers_are_public(number: str, public: bool) -> None:
 
 
 def test_a_server_that_fails_now_and_then_gives_the_same_images(server: Objects, tmp_path: Path) -> None:
-    folder = paint_folder(tmp_path / "images", {"cat": 20, "dog": 20})
+    folder = paint_folder(tmp_path / "images", {"cat": 6, "dog": 6})
     files = sorted(folder.rglob("*.png"))
     server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(files)}
 

@@ -7,6 +7,7 @@ The store comes last, as it alone knows the paths. After a kill the same command
 
 from __future__ import annotations
 
+import contextlib
 import html
 import os
 import re
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from features.errors import ConfigurationError, RunError
+from features.errors import ConfigurationError, LabelsError, RunError
 from features.extraction.forgetting import Forgotten, held
 from features.extraction.forgetting import forget as forget_rows
 from features.files import behind_link, named, printable, read_small
@@ -71,7 +72,7 @@ def forget(
     dict
         ``rows``, ``quarantined``, ``shards`` and ``paths`` of the store; ``labels``, ``predictions``, ``reports``: what went; ``seen``,
         the runs whose weights may have been computed with the images; ``kept_rows``, those of them whose head consists of
-        training rows; ``source``, files that are still where the images came from; ``remaining``, files that still hold a hash.
+        training rows; ``labels_left``, decisions in labels files that runs record and that were not named; ``source``, files that are still where the images came from; ``remaining``, files that still hold a hash.
 
     Raises
     ------
@@ -120,6 +121,7 @@ def forget(
         "seen": [run.run_id for run in of_data] if found else [],
         "kept_rows": [run.run_id for run in of_data if found and keeps_rows(run)],
         "source": [str(root / name) for name in found.paths if (root / name).is_file()] or _archive(root, found),
+        "labels_left": _left(of_data, labels, wanted),
         "remaining": [] if dry_run else traces(path, wanted, runs=runs, more=[*labels, *reports]),
     }
 
@@ -144,6 +146,10 @@ def summary(document: dict[str, Any]) -> str:
     if document["kept_rows"]:
         said.append(
             f"holds features of training images in its model: {_listed(document['kept_rows'])}. Remove it and train again"
+        )
+    for name, count in document["labels_left"].items():
+        said.append(
+            f"not touched: {printable(name)}, under which a run was trained, holds {counted(count, 'decision')}; name it with --labels"
         )
     if document["source"]:
         said.append(
@@ -244,6 +250,18 @@ def _holds(path: Path, needles: Sequence[bytes]) -> bool:
 def _decisions(name: str | Path, hashes: Collection[str]) -> int:
     wanted = np.frombuffer(bytes.fromhex("".join(hashes)), np.uint8).reshape(-1, 32)
     return int(np.isin(keys_of(wanted), keys_of(read_labels(name).sha256)).sum())
+
+
+def _left(runs: Sequence[Run], labels: Sequence[str | Path], hashes: Collection[str]) -> dict[str, int]:
+    """Decisions about the images in labels files that runs record and that were not named: they are told, and not changed."""
+    known = {os.path.realpath(name) for name in labels}
+    paths = {os.path.realpath(str(run.labels["path"])) for run in runs if run.labels and "path" in run.labels}
+    left = {}
+    for path in sorted(paths - known):
+        with contextlib.suppress(LabelsError, OSError):  # it has gone, or is no labels file any more
+            if os.path.isfile(path) and (count := _decisions(path, hashes)):
+                left[path] = count
+    return left
 
 
 def _is_of(run: Run, store: FeatureStore) -> bool:
