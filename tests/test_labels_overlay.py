@@ -5,20 +5,31 @@ from __future__ import annotations
 import hashlib
 import pickle
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
+from helpers import paint_folder
 from labelling import Book, coloured_store
 from targeted import labels_of, target_store, thirds
 
 from features.errors import ConfigurationError, LabelsError
+from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore
 from features.targets import Target
-from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN, read_labels
-from pipeline.labels.overlay import Counts, effective, effective_target, excluded_rows, target_of, with_labels
+from pipeline.labels.file import EXCLUDE, LABEL, SEEN, UNKNOWN, WITHDRAWN, append_decisions, new_decision, read_labels
+from pipeline.labels.overlay import (
+    Counts,
+    effective,
+    effective_target,
+    excluded_rows,
+    labelled_images,
+    target_of,
+    with_labels,
+)
 
 CLASSES = ("cat", "dog")
 NAMES = "abcdefgh"
@@ -269,3 +280,16 @@ def test_a_store_of_another_task_under_labels(book: Book, tmp_path: Path) -> Non
     assert with_labels(store, book.path).data_digest == store.data_digest
     with pytest.raises(LabelsError, match="none of its 1 decision is about one of the 20 images"):
         with_labels(store, Book(tmp_path / "other.csv").add("x", "a").path)
+
+
+def test_images_that_an_audit_has_judged_before_are_counted_where_files_are_scored(tmp_path: Path) -> None:
+    """Files have no split there; they were test images when the audit noted them."""
+    folder, file = paint_folder(tmp_path / "photos", {"cat": 3, "dog": 2}), tmp_path / "labels.csv"
+    hashes = [hashlib.sha256((folder / name).read_bytes()).digest() for name in ("cat/0000.png", "dog/0001.png")]
+    append_decisions(file, [new_decision(sha256, "", "audit", target=SEEN) for sha256 in hashes])
+    append_decisions(file, [new_decision(hashes[0], "", "dog", by="ann")])
+    with ThreadPoolExecutor(1) as pool:
+        found, counts = labelled_images(scan(folder), read_labels(file), LABEL, pool)
+    assert (counts.seen, counts.corrected) == (2, 1)
+    assert "2 test images judged by an audit before" in str(counts)
+    assert [found.classes[label] for label in found.labels] == ["dog", "cat", "cat", "dog", "dog"]

@@ -224,7 +224,9 @@ def labelled_images(images: ImageSet, labels: Labels, target: str, pool: Executo
     sha256 = digest_rows(pool.map(digest, range(len(images))))
     splits = np.where(images.labels < 0, UNLABELLED, TRAIN).astype(np.int8)
     found = applied(labels, images.description, images.classes, images.labels, splits, None, sha256, target)
-    return dataclasses.replace(images, classes=found.classes, labels=found.labels), found.counts
+    # Files have no split here. What an audit judged before was a test image of the store.
+    counts = dataclasses.replace(found.counts, seen=int((labels.latest(sha256, SEEN) >= 0).sum()))
+    return dataclasses.replace(images, classes=found.classes, labels=found.labels), counts
 
 
 def labels_said(record: Mapping[str, Any]) -> str:
