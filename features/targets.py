@@ -12,6 +12,7 @@ import numpy as np
 CLASSIFICATION, MULTILABEL, REGRESSION = TASKS = ("classification", "multilabel", "regression")
 UNKNOWN = 255  # of a label that may or may not hold; an unknown number is NaN
 TYPES: dict[str, np.dtype] = {MULTILABEL: np.dtype("u1"), REGRESSION: np.dtype("<f8")}
+STRATUM = {MULTILABEL: "label", REGRESSION: "range of numbers"}  # what a stratified split has some of in each part
 BINS = 10  # of a number, so that each split has small and large ones
 OFTEN = 8  # images from which a set of labels is a stratum of its own
 

@@ -22,10 +22,11 @@ def target_store(
     columns: Sequence[str],
     groups: tuple[str, ...] | None = None,
 ) -> FeatureStore:
-    """A store of features (n, d) with these targets."""
-    count, spec = len(X), FeatureSpec(recipe(), 1, X.shape[1:])
+    """A store of features (n, d), or of views (n, k, d), with these targets."""
+    blocks = X[:, None] if X.ndim == 2 else X
+    count, spec = len(X), FeatureSpec(recipe(), blocks.shape[1], blocks.shape[2:])
     writer = StoreWriter(path, kind="store", rows=count, features={spec.recipe.name: spec}, version=2)
-    writer.append(spec.recipe.name, X[:, None].astype(np.float32))
+    writer.append(spec.recipe.name, blocks.astype(np.float32))
     sha256 = np.zeros((count, 32), np.uint8)
     sha256[:, :8] = np.arange(count, dtype="<i8").view(np.uint8).reshape(count, 8)
     ones, wide = np.ones(count, np.int32), np.ones(count, np.int64)

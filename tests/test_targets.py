@@ -239,6 +239,17 @@ def test_columns_without_any_difference_are_said(
     assert "all images have the same value, or none, of 'a'" in caplog.text
 
 
+@pytest.mark.parametrize(("task", "thing"), [("multilabel", "label"), ("regression", "range of numbers")])
+def test_the_advice_about_splits_speaks_of_the_task(
+    tmp_path: Path, photos: Callable[..., Path], caplog: pytest.LogCaptureFixture, task: str, thing: str
+) -> None:
+    cells = ["1,0"] + ["0,1", "0,0"] * 19 + ["0,1"]
+    stored(photos(*cells, header="a,b"), tmp_path / "f.h5", task, "a,b")
+    assert "have the same value of 'a'" in caplog.text
+    assert f"gives each split some of every {thing} that has 4 images" in caplog.text
+    assert "class" not in caplog.text
+
+
 @pytest.mark.parametrize("damage", ["value", "infinite", "second", "rows", "version"])
 def test_a_damaged_target_is_refused(
     tmp_path: Path, photos: Callable[..., Path], damage: str, monkeypatch: pytest.MonkeyPatch

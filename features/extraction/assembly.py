@@ -36,13 +36,14 @@ from features.sources.splits import (
 from features.store.reader import FeatureStore
 from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.store.writer import StoreWriter
+from features.targets import STRATUM
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
 MAY_BE = ("reading", "limit", "license")  # entries of the provenance that not every store has
 ENOUGH = 4  # images of a class from which stratified:0.6,0.2,0.2 gives some to each split
-FEW_HINT = f". --split stratified:0.6,0.2,0.2 gives each split some of every class that has {ENOUGH} images"
-GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each class is in each split"
+FEW_HINT = f". --split stratified:0.6,0.2,0.2 gives each split some of every {{}} that has {ENOUGH} images"
+GROUPS_HINT = ". Whole groups were drawn by chance; --split stratified divides them so that each {} is in each split"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +111,7 @@ def table_of(
     given = images.given_splits[good]
     hint = _hint(rule, given, grouped=groups is not None)
     enough = ENOUGH if hint == FEW_HINT else 0
+    hint = hint.format("class" if table.target is None else STRATUM[table.target.task])
     if table.target is None:
         warnings += warnings_about(table.labels, table.splits, images.classes, hint, enough, whole=not images.left_out)
     else:

@@ -28,7 +28,8 @@ from pipeline.intervals import wilson_interval
 from pipeline.scores.answers import class_sets, find_threshold, is_answered, least_probability
 from pipeline.scores.metrics import evaluate
 from pipeline.tables import table_text
-from pipeline.tasks.table import targets_of, task_of
+from pipeline.tasks.table import TASKS
+from pipeline.tasks.task import Task
 
 COVERAGES, PRECISIONS, SHOTS = (0.8, 0.9, 0.95), (0.9, 0.95, 0.99), (1, 2, 5, 10, 20)
 HEADS = ("nearest-mean", "logistic-shrunk", "logistic", "ridge")
@@ -56,31 +57,39 @@ def extracted(folder: Path) -> list[str]:
     return stores
 
 
-def promises_of_targets(path: str, seeds: int) -> list[dict[str, object]]:
-    """Coverage of sets of labels, or of intervals of numbers, over seeds: a third trains, a third tells, a third is new."""
+def brightness(path: str) -> np.ndarray:
+    """The mean grey value of each labelled image of a store, float64 (n, 1), 0-255."""
+    from PIL import Image
+
     store = FeatureStore.open(path)
-    target, task = store.images.target, task_of(store)
-    assert target is not None
-    rows = np.flatnonzero(target.known)
-    X, y = np.asarray(store.array(store.names[0])[:, 0])[rows], targets_of(store, rows)
-    lines: list[dict[str, object]] = []
-    for coverage in COVERAGES:
-        held = []
-        for seed in range(seeds):
-            train, tell, new = np.array_split(np.random.default_rng(seed).permutation(len(y)), 3)
-            head = (
-                make_head("ridge", task=task, alpha=1.0)
-                if task.name == "regression"
-                else make_head("logistic", task=task, C=0.01)
-            )
-            head.fit(X[train], y[train])
-            told = task.promise(head.predict_proba(X[tell]), y[tell], (None, coverage), None)
-            kept = task.kept(head.predict_proba(X[new]), y[new], told)
-            found = kept.get("sets") or kept["intervals"]["numbers"][0]
-            held.append(found["coverage"])
-        error = float(np.std(held, ddof=1) / np.sqrt(seeds))
-        lines.append({"promised": coverage, "mean coverage": float(np.mean(held)), "standard error": error})
-    return lines
+    root, table = Path(str(store.provenance["root"])), store.images
+    found = []
+    for row in np.flatnonzero(table.labels >= 0):
+        with Image.open(root / table.paths[row]) as picture:
+            found.append(float(np.asarray(picture.convert("L").resize((32, 32))).mean()))
+    return np.array(found)[:, None]
+
+
+def promises_of_targets(X: np.ndarray, y: np.ndarray, task: Task, seeds: int) -> list[dict[str, object]]:
+    """Coverage of sets of labels, or of intervals of a number, over seeds: a third trains, a third tells, a third is new."""
+    held: dict[float, list[float]] = {coverage: [] for coverage in COVERAGES}
+    for seed in range(seeds):
+        train, tell, new = np.array_split(np.random.default_rng(seed).permutation(len(y)), 3)
+        name, params = {"multilabel": ("logistic", {"C": 0.01}), "regression": ("ridge", {"alpha": 100.0})}[task.name]
+        head = make_head(name, task=task, **params)
+        head.fit(X[train], y[train])
+        told, found = head.predict_proba(X[tell]), head.predict_proba(X[new])
+        for coverage in COVERAGES:
+            kept = task.kept(found, y[new], task.promise(told, y[tell], (None, coverage), None))
+            held[coverage].append((kept.get("sets") or kept["intervals"]["numbers"][0])["coverage"])
+    return [
+        {
+            "promised": coverage,
+            "mean": float(np.mean(one)),
+            "standard error": float(np.std(one, ddof=1) / np.sqrt(seeds)),
+        }
+        for coverage, one in held.items()
+    ]
 
 
 def promises(X: np.ndarray, y: np.ndarray, seeds: int) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
@@ -188,6 +197,12 @@ def show(stores: Sequence[str], seeds: int) -> None:
         print(f"{path}: {len(y)} images, {len(classes)} classes, {seeds} seeds", flush=True)
         for title, table in zip(("sets", "answers"), promises(X, y, seeds), strict=True):
             print(f"\n{title}\n{table_text(table)}", flush=True)
+        holds = np.eye(len(classes), dtype=np.uint8)[y]
+        for title, task, target in (
+            ("each class as a label", "multilabel", holds),
+            ("brightness as a number", "regression", brightness(path)),
+        ):
+            print(f"\n{title}\n{table_text(promises_of_targets(X, target, TASKS[task], seeds))}", flush=True)
         print(f"\naccuracy (log loss)\n{table_text(few_images(X, y, classes, max(1, seeds // 4)))}", flush=True)
         print(f"\nintervals\n{table_text(intervals(X, y, classes, 5 * seeds))}\n", flush=True)
 
