@@ -75,8 +75,8 @@ def promises_of_targets(X: np.ndarray, y: np.ndarray, task: Task, seeds: int) ->
     held: dict[float, list[float]] = {coverage: [] for coverage in COVERAGES}
     for seed in range(seeds):
         train, tell, new = np.array_split(np.random.default_rng(seed).permutation(len(y)), 3)
-        name, params = {"multilabel": ("logistic", {"C": 0.01}), "regression": ("ridge", {"alpha": 100.0})}[task.name]
-        head = make_head(name, task=task, **params)
+        ridge = task.name == "regression"
+        head = make_head("ridge", task=task, alpha=100.0) if ridge else make_head("logistic", task=task, C=0.01)
         head.fit(X[train], y[train])
         told, found = head.predict_proba(X[tell]), head.predict_proba(X[new])
         for coverage in COVERAGES:
