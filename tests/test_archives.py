@@ -314,7 +314,7 @@ def test_hostile_names(tmp_path: Path, cache: Path, suffix: str, name: str, prob
     (write_zip if suffix == ".zip" else write_tar)(path, FILES | {name: b""})
     message = refusal(path)
     assert problem in message
-    assert repr(name) in message
+    assert repr("cat/1.png" if problem == "occurs twice" else name) in message
     assert "Unpack it with care, and give the folder" in message
     assert [entry for entry in listing(cache) if entry != "archives"] == []  # the expanded copy is gone
 

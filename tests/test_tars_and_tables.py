@@ -191,7 +191,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     pictures = [png(number) for number in range(100)]
     rows = open_tables(*one(table(tmp_path / "a.parquet", pictures, rows=30, label=[0] * 100)), None)
     order = [*range(0, 100, 2), *range(99, 0, -2), 0, 50]
-    assert [rows.read(rows.files[row].path) for row in order] == [pictures[row] for row in order]
+    assert [rows.read(rows.files.paths[row]) for row in order] == [pictures[row] for row in order]
 
 
 def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,8 +201,8 @@ def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, monkeypatch
     pictures = [noise.bytes(1 << 18) for _ in range(8)] * 16
     rows = open_tables(*one(table(tmp_path / "a.parquet", pictures, label=[0] * len(pictures))), None)
     before, most = pa.total_allocated_bytes(), 0
-    for row, file in enumerate(rows.files):
-        assert rows.read(file.path) == pictures[row]
+    for row, path in enumerate(rows.files.paths):
+        assert rows.read(path) == pictures[row]
         most = max(most, pa.total_allocated_bytes() - before)
     column = rows.read._columns[""]  # type: ignore[attr-defined]
     assert column._bytes <= (2 + 4) << 20  # at least a batch of 16

@@ -23,17 +23,21 @@ import struct
 import tarfile
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
+
+import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
 from features.errors import SourceError, UnreadableImageError
 from features.files import file_digest, whole_file
 from features.pixels.limits import MAX_BYTES
+from features.scratch import Growing
 from features.sources.folders import File
 from features.temporary import sweep_dead
+from features.texts import GrowingTexts, Lookup, Texts, key_of, keys_of
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +76,43 @@ class Member(NamedTuple):
     deflated: bool = False
 
 
+class Members(Mapping[str, Member]):
+    """The files of an archive by path, in its order; it takes some 50 bytes for each, in a file.
+
+    Parameters
+    ----------
+    paths : Texts
+        Their paths, with ``/`` between folders.
+    numbers : int64, (n, 5)
+        The fields of ``Member``; a CRC of -1 stands for none.
+    """
+
+    def __init__(self, paths: Texts, numbers: np.ndarray) -> None:
+        self.paths, self.numbers = paths, numbers
+        self._lookup = Lookup(keys_of(paths, len(paths)))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.paths)
+
+    def __getitem__(self, path: str) -> Member:
+        if (row := self._lookup.row(key_of(path))) < 0:
+            raise KeyError(path)
+        return self.at(row)
+
+    def at(self, row: int) -> Member:
+        """Return the member of one row."""
+        size, offset, stored, crc, deflated = self.numbers[row].tolist()
+        return Member(size, offset, stored, None if crc < 0 else crc, bool(deflated))
+
+    def repeated(self) -> str | None:
+        """Return the first path that occurs a second time; None if there is none."""
+        rows = self._lookup.repeated()
+        return self.paths[int(rows[0])] if len(rows) else None
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Archive:
     """An archive whose members have been listed and checked.
@@ -84,8 +125,8 @@ class Archive:
         The file that is read: the archive itself, or its expanded copy in the cache.
     state : tuple of int
         Size in bytes and modification time in nanoseconds of ``file`` before its members were listed.
-    members : dict of str to Member
-        Members by path, with ``/`` between folders; a path is never absolute and never contains ``..``.
+    members : Members
+        Members by path; a path is never absolute and never contains ``..``.
     folders : list of str
         Folders that the archive lists.
     """
@@ -93,7 +134,7 @@ class Archive:
     path: Path
     file: Path
     state: tuple[int, int]
-    members: dict[str, Member]
+    members: Members
     folders: list[str]
 
     def read(self, path: str, limit: int | None = None) -> bytes:
@@ -106,7 +147,10 @@ class Archive:
         SourceError
             If the archive has been changed or removed since it was listed.
         """
-        member = self.members[path]
+        return self.read_member(path, self.members[path], limit)
+
+    def read_member(self, path: str, member: Member, limit: int | None = None) -> bytes:
+        """Do as ``read``, for a member that has been looked up."""
         wanted = member.size if limit is None else min(limit, member.size)
         try:
             with open(self.file, "rb") as stream:
@@ -196,12 +240,15 @@ class _Listing:
 
     def __init__(self, path: Path, file: Path, member_limit: int) -> None:
         self._path, self._file, self._state = path, file, _state(os.stat(file))
-        self._members, self._folders = dict[str, Member](), list[str]()
+        self._paths, self._numbers, self._folders = GrowingTexts(), Growing("<i8", (5,)), list[str]()
         self._member_limit, self._total = member_limit, 0
         self._total_limit = max(FREE_TOTAL, MAX_RATIO * self._state[0])
 
     def archive(self) -> Archive:
-        return Archive(self._path, self._file, self._state, self._members, self._folders)
+        members = Members(self._paths.texts(), self._numbers.array())
+        if (twice := members.repeated()) is not None:
+            self.refuse(twice, "occurs twice")
+        return Archive(self._path, self._file, self._state, members, self._folders)
 
     def refuse(self, name: str, problem: str) -> NoReturn:
         raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
@@ -210,16 +257,17 @@ class _Listing:
         path = self._checked(name)
         if not path:
             self.refuse(name, "has no name")
-        if path in self._members:
-            self.refuse(name, "occurs twice")
         if member.size > self._member_limit:
             self.refuse(name, f"would expand to {member.size} bytes; the limit is {self._member_limit}")
         if member.size > max(FREE_MEMBER, MAX_RATIO * member.stored):
             self.refuse(name, f"would expand from {member.stored} to {member.size} bytes, as bombs do, not images")
+        if max(member[:3]) >= 1 << 62:
+            self.refuse(name, "lies outside the archive")
         self._total += member.size
         if self._total > self._total_limit:
             self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes, as bombs do")
-        self._members[path] = member
+        self._paths.append(path)
+        self._numbers.append((*member[:3], -1 if member.crc is None else member.crc, member.deflated))
 
     def add_folder(self, name: str) -> None:
         if path := self._checked(name):

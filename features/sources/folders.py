@@ -6,8 +6,11 @@ import logging
 import os
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+import numpy as np
 
 from features.errors import SourceError
 from features.progress import counted
@@ -67,6 +70,19 @@ class File(NamedTuple):
         inode = status.st_ino & (1 << 63) - 1  # some file systems use all 64 bits; stores of numbers have a sign
         size = status.st_size if size is None else size
         return cls(path, size, status.st_mtime_ns, inode, status.st_ctime_ns)
+
+
+class Files(NamedTuple):
+    """The columns of many files: their paths, and their stamps, int64, (n, 4)."""
+
+    paths: Sequence[str]
+    stamps: np.ndarray
+
+    @classmethod
+    def of(cls, files: Sequence[File]) -> Files:
+        """Return the columns of files."""
+        stamps = np.array([file.stamp for file in files], np.int64).reshape(-1, 4)
+        return cls(tuple(file.path for file in files), stamps)
 
 
 def look_at(root: Path, path: str) -> File:

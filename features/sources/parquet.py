@@ -19,14 +19,18 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple, NoReturn
 
+import numpy as np
+
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.machine import pyarrow_for
-from features.sources.folders import File
+from features.scratch import scratch
+from features.sources.folders import File, Files
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
+from features.texts import GrowingCoded, GrowingTexts
 
 _BATCH = 16  # rows that are read at a time
-_KEPT_BYTES, _KEPT_ROWS = 64 << 20, 4 * _BATCH  # of rows that were read and perhaps not asked for yet
+_KEPT_BYTES, _KEPT_ROWS, _MOST_ROWS = 64 << 20, 4 * _BATCH, 1024  # of rows that were read and perhaps not asked for yet
 _CURSORS = 4  # places of one file that are read in turn: as many as shards in flight, and some
 _LONGEST_LABEL = 200
 
@@ -35,10 +39,10 @@ class Rows(NamedTuple):
     """One row per image, in the order of the files."""
 
     root: Path
-    files: list[File]
-    names: list[str]
-    splits: list[int]
-    groups: list[str]
+    files: Files
+    names: Sequence[str]
+    splits: Sequence[int]
+    groups: Sequence[str] | None
     read: Callable[[str], bytes]
 
 
@@ -90,7 +94,8 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
     """
     pyarrow = pyarrow_for(paths[0])
     common = os.path.commonpath([path.parent for path in paths])
-    files, names, splits, groups = list[File](), list[str](), list[int](), list[str]()
+    names, groups, found = GrowingCoded(), GrowingCoded(), GrowingTexts()
+    parts: list[tuple[int, tuple[int, ...], int | None]] = []  # rows, stamp and split of each file
     columns: dict[str, _Column] = {}
     for path in paths:
         status = os.stat(path)
@@ -102,23 +107,29 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
                     f"{path}: no column of images, received {listed(schema.names)}; expected structs of bytes and path"
                 )
             label = _label_column(path, schema, images, target) if labelled else None
-            wanted = [name for name in (label, "group") if name is not None and name in schema.names]
-            read = {name: _texts(pyarrow, path, table, name) for name in wanted}
-        names += read[label] if label is not None else [""] * table_rows
-        groups += read.get("group", [""] * table_rows)
-        code = split_of(path.stem)
-        splits += [NOT_GIVEN if code is None else code] * table_rows
+            for name, into in ((label, names), ("group", groups)):
+                known = name is not None and name in schema.names
+                for text in _texts(pyarrow, path, table, str(name)) if known else itertools.repeat("", table_rows):
+                    into.append(text)
         prefix = "" if path == root else f"{path.relative_to(common)}/"
         digits = max(6, len(str(table_rows)))
+        for number in range(table_rows):
+            found.append(f"{prefix}{number:0{digits}d}")
         # The size of an image is not known before it is read; FORMAT.md says that it is then 0.
-        files += [File.of(f"{prefix}{number:0{digits}d}", status, 0) for number in range(table_rows)]
+        parts.append((table_rows, File.of("", status, 0).stamp, split_of(path.stem)))
         nested = pyarrow.types.is_struct(schema.field(images).type)
         columns[prefix] = _Column(path, f"{images}.bytes" if nested else images, (status.st_size, status.st_mtime_ns))
-    if not files:
+    total, done = sum(rows for rows, _, _ in parts), 0
+    if not total:
         raise SourceError(f"{root}: holds no images, its tables have no rows")
-    if NOT_GIVEN in splits:
-        splits = [NOT_GIVEN] * len(files)
-    return Rows(root, files, names, splits, groups, _Reader(columns))
+    stamps, splits = scratch((total, 4), "<i8"), np.full(total, NOT_GIVEN, np.int8)
+    for rows, stamp, code in parts:
+        stamps[done : done + rows] = stamp
+        splits[done : done + rows] = NOT_GIVEN if code is None else code
+        done += rows
+    if (splits == NOT_GIVEN).any():
+        splits[:] = NOT_GIVEN
+    return Rows(root, Files(found.texts(), stamps), names.coded(), splits, groups.coded(), _Reader(columns))
 
 
 @contextlib.contextmanager
@@ -144,27 +155,37 @@ def _label_column(path: Path, schema: Any, images: str, target: str | None) -> s
     )
 
 
-def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> list[str]:
-    """Return the values of a column as class names, empty for null."""
+def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> Iterator[str]:
+    """Yield the values of a column as class names, empty for null."""
     schema = table.schema_arrow
     kind, named = schema.field(column).type, _names(schema, column)
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     tests = ("is_string", "is_large_string", "is_integer", "is_boolean", "is_null")
     if not any(getattr(pyarrow.types, test)(plain) for test in tests):
         raise SourceError(f"{path}: the column {column!r} holds {kind}; expected class names or whole numbers")
-    values: list[Any] = []
-    for batch in table.iter_batches(columns=[column]):
-        values += batch.column(0).to_pylist()
-    if not pyarrow.types.is_integer(plain):
-        return ["" if value is None else _name(path, column, row, str(value)) for row, value in enumerate(values, 1)]
-    if not named:
+    whole = pyarrow.types.is_integer(plain)
+    width = 0
+    if whole and not named:
+        values = _values(table, column)
         width = len(str(max((value for value in values if value is not None), default=0)))
-        return ["" if value is None or value < 0 else f"{value:0{width}d}" for value in values]
-    if wrong := next((row for row, value in enumerate(values, 1) if value is not None and value >= len(named)), 0):
-        raise SourceError(
-            f"{path}, row {wrong}: the {column} is {values[wrong - 1]}, but the file names {len(named)} classes, 0 to {len(named) - 1}"
-        )
-    return ["" if value is None or value < 0 else named[value] for value in values]
+    for row, value in enumerate(_values(table, column), 1):
+        if value is None or (whole and value < 0):
+            yield ""
+        elif not whole:
+            yield _name(path, column, row, str(value))
+        elif not named:
+            yield f"{value:0{width}d}"
+        elif value >= len(named):
+            raise SourceError(
+                f"{path}, row {row}: the {column} is {value}, but the file names {len(named)} classes, 0 to {len(named) - 1}"
+            )
+        else:
+            yield named[value]
+
+
+def _values(table: Any, column: str) -> Iterator[Any]:
+    for batch in table.iter_batches(columns=[column]):
+        yield from batch.column(0).to_pylist()
 
 
 def _name(path: Path, column: str, row: int, text: str) -> str:
@@ -241,7 +262,7 @@ class _Column:
                 self._rows[cursor.next_row] = data
                 self._bytes += len(data or b"")
                 cursor.next_row += 1
-            while len(self._rows) > _KEPT_ROWS and self._bytes > _KEPT_BYTES:
+            while len(self._rows) > (_KEPT_ROWS if self._bytes > _KEPT_BYTES else _MOST_ROWS):
                 self._bytes -= len(self._rows.popitem(last=False)[1] or b"")
 
     def _cursor(self, pyarrow: ModuleType, row: int) -> _Cursor:

@@ -27,7 +27,7 @@ from features.progress import counted
 from features.sources import parquet, remote, webdataset
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
-from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, look_at, suffix_of, walk, warn_left_out
+from features.sources.folders import IMAGE_SUFFIXES, File, Files, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.manifests import read_manifest
 from features.sources.objects import without_secrets
 from features.sources.reading import Reading, read_labels, split_of
@@ -53,7 +53,7 @@ class ImageSet:
         The source as the user named it, for messages.
     root : Path or str
         Absolute path of the folder or archive to which ``paths`` are relative, the pattern of several archives, or an address.
-    paths : tuple of str, length n
+    paths : sequence of str, length n
         With ``/`` between folders. Sorted by code point, or in the manifest's order; absolute if a manifest
         points outside ``root``. A name that is not UTF-8 contains lone surrogates (``os.fsdecode``): the file can be
         opened with it, but it must be encoded with ``errors="surrogateescape"``.
@@ -88,7 +88,7 @@ class ImageSet:
 
     description: str
     root: Path | str
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     labels: np.ndarray
     classes: tuple[str, ...]
     given_splits: np.ndarray
@@ -249,7 +249,7 @@ def scan(
     if not os.path.exists(path):
         _refuse_missing(path)
     if name.endswith(tuple(IMAGE_SUFFIXES)):
-        return _image_set(text, path.parent, [look_at(path.parent, path.name)], [""], [NOT_GIVEN])
+        return _image_set(text, path.parent, Files.of([look_at(path.parent, path.name)]), [""], [NOT_GIVEN])
     if is_file and name.endswith(".npz"):
         return _scan_arrays(path, text, reading)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
@@ -349,7 +349,7 @@ def _refuse_missing(path: Path) -> NoReturn:
 def _image_set(
     description: str,
     root: Path | str,
-    files: Sequence[File],
+    files: Files,
     names: Sequence[str],
     splits: Sequence[int],
     groups: Sequence[str] | None = None,
@@ -362,16 +362,16 @@ def _image_set(
     names = read_labels(description, names, reading)
     classes = tuple(sorted(set(names) - {""}))
     index = {name: number for number, name in enumerate(classes)} | {"": -1}
-    labels = np.fromiter((index[name] for name in names), np.int32, len(files))
+    labels = np.fromiter((index[name] for name in names), np.int32, len(files.paths))
     return ImageSet(
         description=description,
         root=root,
-        paths=tuple(file.path for file in files),
+        paths=files.paths,
         labels=labels,
         classes=classes,
         given_splits=np.where(labels < 0 if target is None else ~target.known, UNLABELLED, splits).astype(np.int8),
         groups=tuple(groups) if groups is not None and any(groups) else None,
-        stamps=np.array([file.stamp for file in files], np.int64).reshape(-1, 4),
+        stamps=files.stamps,
         columns=columns or {},
         reader=reader,
         reading=reading.record,
@@ -449,7 +449,14 @@ def _from_tree(
 ) -> ImageSet:
     tree = read_tree(root, *listing, reading, skip)
     return _image_set(
-        description, root, tree.files, tree.names, tree.splits, tree.groups, reader=reader, reading=tree.reading
+        description,
+        root,
+        Files.of(tree.files),
+        tree.names,
+        tree.splits,
+        tree.groups,
+        reader=reader,
+        reading=tree.reading,
     )
 
 
@@ -488,7 +495,7 @@ def _from_rows(description: str, rows: webdataset.Samples | parquet.Rows, readin
 def _scan_arrays(path: Path, description: str, reading: Reading) -> ImageSet:
     _refuse_folders_of(description, reading)
     files, names, splits, reader = open_arrays(path)
-    return _image_set(description, path, files, names, splits, reader=reader, reading=reading)
+    return _image_set(description, path, Files.of(files), names, splits, reader=reader, reading=reading)
 
 
 def _scan_sample(text: str, reading: Reading) -> ImageSet:
@@ -562,7 +569,7 @@ def _scan_manifest(
         logger.warning(
             "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
         )
-    images = _image_set(description, root, files, names, splits, groups, columns, reader, reading, found)
+    images = _image_set(description, root, Files.of(files), names, splits, groups, columns, reader, reading, found)
     return images if reader is None else _with_versions(images, reader)
 
 

@@ -12,18 +12,23 @@ import glob
 import itertools
 import json
 import logging
+import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple, NoReturn
 
+import numpy as np
+
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.progress import counted
+from features.scratch import Growing
 from features.sources.archives import Archive, Trust, open_archive
-from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, is_ignored, suffix_of
+from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
+from features.texts import GrowingCoded, GrowingTexts, Lookup, keys_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +37,8 @@ _ALL = "{}"  # all numbers that there are
 MOST_TARS = 100_000
 _LABEL_BYTES = 1 << 20  # of a member that holds a label
 _LONGEST_LABEL = 200  # characters; longer ones are captions
+_STEP = 4096  # members that are looked at together
+_NAMED = 8  # keys that a warning names
 _LABEL_KEY = "label"  # of a .json member
 
 
@@ -39,10 +46,10 @@ class Samples(NamedTuple):
     """One row per image, in the order of the files."""
 
     root: Path
-    files: list[File]
-    names: list[str]
-    splits: list[int]
-    groups: list[str] | None
+    files: Files
+    names: Sequence[str]
+    splits: Sequence[int]
+    groups: Sequence[str] | None
     read: Callable[[str], bytes]
 
 
@@ -93,10 +100,14 @@ def expanded(pattern: str) -> list[str]:
 
 def is_webdataset(archive: Archive) -> bool:
     """Whether the images of a tar have labels beside them under the same key, and no class folders."""
-    labels = {key for key, ending in map(_key, archive.members) if ending in _LABELS}
-    images = [member for member in archive.members if suffix_of(member) in IMAGE_SUFFIXES]
-    folders = {os.path.dirname(member) for member in images}
-    return bool(labels) and len(folders) == 1 and any(_key(member)[0] in labels for member in images)
+    folder, beside = None, False
+    for sample in _by_key(archive, refuse=False):
+        if sample.image:
+            if folder not in (None, os.path.dirname(sample.image)):
+                return False
+            folder = os.path.dirname(sample.image)
+            beside = beside or bool(sample.labels)
+    return beside
 
 
 def open_tars(pattern: str, trust: Trust, target: str | None, *, labelled: bool = True) -> Samples:
@@ -134,36 +145,54 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
     SourceError
         If a key has two images, a label cannot be read, or there are no images; the message names the member.
     """
-    files, names, tars = list[File](), list[str](), dict[str, Archive]()
-    splits, bare, alone = list[int](), list[str](), list[str]()
+    paths, stamps, names, splits = GrowingTexts(), Growing("<i8", (4,)), GrowingCoded(), Growing("i1")
+    tars = dict[str, Archive]()
+    bare, alone = _Some(), _Some()
     common = os.path.commonpath([archive.path.parent for archive in archives])
     for archive in archives:
         prefix = "" if archive.path == root else f"{archive.path.relative_to(common)}/"
         tars[prefix] = archive
-        status = os.stat(archive.path)
-        found = _by_key(archive)
-        before = len(files)
-        for key, sample in found.items():
+        status, code = os.stat(archive.path), split_of(archive.path.name.split(".")[0])
+        for sample in _by_key(archive):
             if not sample.image:
-                alone.append(f"{prefix}{key}")
+                alone.add(f"{prefix}{sample.key}")
                 continue
             name = _label(archive, sample, target) if labelled else ""
             if labelled and not name:
-                bare.append(prefix + sample.image)
-            files.append(File.of(prefix + sample.image, status, archive.members[sample.image].size))
+                bare.add(prefix + sample.image)
+            file = File.of(prefix + sample.image, status, sample.size)
+            paths.append(file.path)
+            stamps.append(file.stamp)
             names.append(name)
-        code = split_of(archive.path.name.split(".")[0])
-        splits += [NOT_GIVEN if code is None else code] * (len(files) - before)
-    if not files:
+            splits.append(NOT_GIVEN if code is None else code)
+    if not len(splits):
         raise SourceError(
             f"{root}: no images in {counted(len(archives), 'tar')}; expected members such as 0001.jpg and 0001.cls"
         )
     for lacking, what in ((bare, "no label"), (alone, "a label and no image")):
-        if lacking:
-            logger.warning("%s: %s %s: %s", root, counted(len(lacking), "key", "has"), what, listed(lacking))
-    if NOT_GIVEN in splits:  # names of some tars only say little
-        splits = [NOT_GIVEN] * len(files)
-    return Samples(root, files, _padded(names), splits, None, _Reader(tars))
+        if lacking.count:
+            logger.warning("%s: %s %s: %s", root, counted(lacking.count, "key", "has"), what, lacking)
+    given = splits.array()
+    if (given == NOT_GIVEN).any():  # names of some tars only say little
+        given = np.full(len(given), NOT_GIVEN, np.int8)
+    found = names.coded()
+    files = Files(paths.texts(), stamps.array())
+    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars))
+
+
+class _Some:
+    """How many there are, and the first of them."""
+
+    def __init__(self) -> None:
+        self.count, self._first = 0, list[str]()
+
+    def add(self, name: str) -> None:
+        self.count += 1
+        if self.count <= _NAMED:
+            self._first.append(name)
+
+    def __str__(self) -> str:
+        return listed(self._first) + (f" and {self.count - len(self._first)} more" if self.count > _NAMED else "")
 
 
 class _Reader:
@@ -181,8 +210,10 @@ class _Reader:
 
 @dataclasses.dataclass
 class _Sample:
-    image: str = ""
-    labels: dict[str, str] = dataclasses.field(default_factory=dict)  # ending -> member
+    key: str
+    image: str
+    size: int
+    labels: dict[str, int]  # ending -> number of the member
 
 
 def _key(member: str) -> tuple[str, str]:
@@ -192,20 +223,39 @@ def _key(member: str) -> tuple[str, str]:
     return f"{folder}{slash}{stem}", ending.lower()
 
 
-def _by_key(archive: Archive) -> dict[str, _Sample]:
-    found: dict[str, _Sample] = {}
-    for member in archive.members:
-        if any(is_ignored(part) for part in member.split("/")):
-            continue
+def _by_key(archive: Archive, *, refuse: bool = True) -> Iterator[_Sample]:
+    """Yield the members of each key together, in the order of its first one, wherever they lie in the tar.
+
+    With ``refuse``, two images of one key are an error.
+    """
+    kinds, rows, keys = Growing("u1"), Growing("<i8"), GrowingTexts()
+    for row, member in enumerate(archive.members):
         key, ending = _key(member)
-        if ending in _LABELS:
-            found.setdefault(key, _Sample()).labels[ending] = member
-        elif f".{ending}" in IMAGE_SUFFIXES:
-            sample = found.setdefault(key, _Sample())
-            if sample.image:
-                _refuse(archive, member, f"and {sample.image!r} have one key: expected one image for each key")
-            sample.image = member
-    return found
+        kind = _ENDINGS.index(ending) if ending in _ENDINGS else 0
+        if (kind or f".{ending}" in IMAGE_SUFFIXES) and not any(is_ignored(part) for part in member.split("/")):
+            keys.append(key)
+            kinds.append(kind)
+            rows.append(row)
+    texts, paths = keys.texts(), archive.members.paths
+    numbers = keys_of(texts, len(texts))
+    first = Lookup(numbers).first(numbers)  # members of one key have the same first one
+    order = np.argsort(first, kind="stable")
+    columns = (first[order], order, kinds.array()[order], rows.array()[order])
+    step = range(0, len(order), _STEP)
+    each = itertools.chain.from_iterable(
+        zip(*(column[start : start + _STEP].tolist() for column in columns), strict=True) for start in step
+    )
+    for _, members in itertools.groupby(each, key=operator.itemgetter(0)):
+        sample = _Sample("", "", 0, {})
+        for _, number, kind, row in members:
+            if kind:
+                sample.labels[_ENDINGS[kind]] = row
+            elif sample.image and refuse:
+                _refuse(archive, paths[row], f"and {sample.image!r} have one key: expected one image for each key")
+            else:
+                sample.image, sample.size = paths[row], archive.members.at(row).size
+        sample.key = texts[number]
+        yield sample
 
 
 def _refuse(archive: Archive, member: str, problem: str) -> NoReturn:
@@ -215,12 +265,13 @@ def _refuse(archive: Archive, member: str, problem: str) -> NoReturn:
 def _label(archive: Archive, sample: _Sample, target: str | None) -> str:
     """Return the label of a sample; empty if it has none."""
     for ending, read in _LABELS.items():
-        if (member := sample.labels.get(ending)) is None or (target is not None and ending != "json"):
+        if (row := sample.labels.get(ending)) is None or (target is not None and ending != "json"):
             continue
-        if archive.members[member].size > _LABEL_BYTES:
-            _refuse(archive, member, f"has {archive.members[member].size} bytes; expected a label")
+        member, place = archive.members.paths[row], archive.members.at(row)
+        if place.size > _LABEL_BYTES:
+            _refuse(archive, member, f"has {place.size} bytes; expected a label")
         try:
-            text = archive.read(member).decode("utf-8-sig")
+            text = archive.read_member(member, place).decode("utf-8-sig")
             name = read(text, target).strip()
         except UnreadableImageError as error:
             _refuse(archive, member, f"is damaged: {error.detail}. Download or pack the tar again")
@@ -253,6 +304,7 @@ def _from_json(text: str, target: str | None) -> str:
 
 # Ending of a member -> how its label is read; the first that a key has is taken.
 _LABELS: dict[str, Callable[[str, str | None], str]] = {"cls": _from_text, "json": _from_json, "txt": _from_text}
+_ENDINGS = ("", *_LABELS)  # kinds of members; the first is an image
 
 
 def _padded(names: list[str]) -> list[str]:
