@@ -21,6 +21,7 @@ from features.errors import ConfigurationError, SourceError
 
 _BACKENDS = ("tensorflow", "jax", "torch")  # of Keras, in the order in which they are taken
 VISIBLE = "CUDA_VISIBLE_DEVICES"
+HOSTS = "BOTTLENECK_ALLOW_HOSTS"  # hosts inside a private network that addresses may reach, with commas
 _CARDS = "/dev/nvidia[0-9]*"
 # Device files of the NVIDIA and AMD drivers and of WSL (Linux on Windows). Without any of them there is no GPU.
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")

@@ -21,6 +21,7 @@ from features.cache import cache_path
 from features.ownership import make_folder
 
 SMALL = 1 << 20  # bytes up to which an array lies in memory
+_STEP = 1 << 16  # rows that are copied at a time
 _WAITING = 4096  # single values that are collected before they become rows
 
 
@@ -39,8 +40,8 @@ def taken(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     if len(rows) == len(values) and (not len(rows) or (int(rows[0]) == 0 and bool((np.diff(rows) == 1).all()))):
         return values
     found = scratch((len(rows), *values.shape[1:]), values.dtype)
-    for start in range(0, len(rows), SMALL // 16):
-        part = rows[start : start + SMALL // 16]
+    for start in range(0, len(rows), _STEP):
+        part = rows[start : start + _STEP]
         found[start : start + len(part)] = values[part]
     return found
 
@@ -112,4 +113,4 @@ class Growing:
 def _file() -> BinaryIO:
     folder = cache_path("scratch")
     make_folder(folder)
-    return tempfile.TemporaryFile(dir=folder)  # type: ignore[return-value]  # it has no name
+    return tempfile.TemporaryFile(dir=folder)  # it has no name

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import sys
+import tomllib
 from collections import namedtuple
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import typer
 from helpers import call_pipeline
+from stores import objects
 
 from features.networks import weights
 from pipeline.stages import doctor
@@ -121,6 +126,23 @@ def test_an_address_that_cannot_be_reached_is_named(url: str, found: str) -> Non
     assert row["fix"]
 
 
+def test_all_extras_are_known() -> None:
+    with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as stream:
+        project = tomllib.load(stream)["project"]["optional-dependencies"]
+    wanted = {
+        name: {re.split("[<>=\\[]", text)[0] for text in needed} for name, needed in project.items() if name != "dev"
+    }
+    assert {name: set(needed) for name, needed in doctor.EXTRAS.items()} == wanted
+
+
+def test_an_extra_that_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "installed_version", lambda name, otherwise="": "" if name == "pydicom" else "1.0")
+    row = next(row for row in doctor.examine()["checks"] if row["what"] == "extras")
+    assert row["state"] == doctor.NOTE
+    assert row["found"].endswith("; not dicom")
+    assert row["fix"].startswith("if you need one, such as dicom: pip install -e ")
+
+
 def test_this_machine_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
     for name in (*doctor.THREADS, *doctor.SETTINGS):
@@ -142,3 +164,26 @@ def test_this_machine_is_sound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     }
     assert "review" in next(row["found"] + row["fix"] for row in document["checks"] if row["what"] == "extras")
     assert not (tmp_path / "cache").exists()  # nothing was made
+
+
+def test_an_address_inside_is_reached_if_its_host_is_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("BOTTLENECK_ALLOW_HOSTS", raising=False)
+    with objects() as server:
+        server.objects = {"/a.png": b"12345"}
+        asked = ("doctor", "--json", "--url", f"{server.address}/a.png")
+        found = [call_pipeline(*asked, *more).stdout for more in ((), ("--allow-host", "127.0.0.1"))]
+    rows = [next(row for row in json.loads(text)["checks"] if row["what"] == "remote") for text in found]
+    assert [row["state"] for row in rows] == [doctor.FAIL, doctor.OK]
+    assert ": 5 bytes, " in rows[1]["found"]
+    assert "BOTTLENECK_ALLOW_HOSTS" not in os.environ
+
+
+def test_every_command_that_reads_images_takes_hosts() -> None:
+    from pipeline.cli import app
+
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    taking = {name for name, command in commands.items() if any(p.name == "allow_host" for p in command.params)}
+    assert taking == {
+        "audit", "compare", "doctor", "evaluate", "export", "extract", "finetune", "predict", "preview", "recipe", "report",
+        "review", "similar",
+    }  # fmt: skip

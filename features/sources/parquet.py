@@ -41,7 +41,7 @@ class Rows(NamedTuple):
     root: Path
     files: Files
     names: Sequence[str]
-    splits: Sequence[int]
+    splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
 

@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 from features.errors import SourceError, UnreadableImageError, nearest
-from features.machine import how_to_install
+from features.machine import HOSTS, how_to_install
 from features.pixels.decode import read_bytes
 from features.sources.folders import IMAGE_SUFFIXES, File, is_ignored, suffix_of, warn_left_out
 from features.sources.objects import Found, UnavailableError, without_secrets
@@ -41,7 +41,6 @@ _BUCKETS: dict[str, tuple[str, Mapping[str, Any]]] = {
     "memory": ("fsspec", {}),
 }
 _WEB = ("https", "http")
-HOSTS = "BOTTLENECK_ALLOW_HOSTS"
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://|[a-z]+::")
 _CHAIN = re.compile("^[A-Za-z0-9+]+::|::[A-Za-z][A-Za-z0-9+.-]*://")
 _ATTEMPTS, _FIRST_PAUSE, _LONGEST_PAUSE = 8, 0.1, 10.0  # seconds

@@ -144,7 +144,7 @@ class ImageSet:
     def some(self, rows: np.ndarray) -> ImageSet:
         """Return the images of these rows, with all classes."""
 
-        def chosen(values: tuple[str, ...]) -> tuple[str, ...]:
+        def chosen(values: Sequence[str]) -> tuple[str, ...]:
             return tuple(values[row] for row in rows.tolist())
 
         paths = chosen(self.paths)
@@ -351,7 +351,7 @@ def _image_set(
     root: Path | str,
     files: Files,
     names: Sequence[str],
-    splits: Sequence[int],
+    splits: Sequence[int] | np.ndarray,
     groups: Sequence[str] | None = None,
     columns: Mapping[str, tuple[str, ...]] | None = None,
     reader: Callable[[str], bytes] | None = None,

@@ -48,7 +48,7 @@ class Samples(NamedTuple):
     root: Path
     files: Files
     names: Sequence[str]
-    splits: Sequence[int]
+    splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
 
@@ -245,16 +245,16 @@ def _by_key(archive: Archive, *, refuse: bool = True) -> Iterator[_Sample]:
     each = itertools.chain.from_iterable(
         zip(*(column[start : start + _STEP].tolist() for column in columns), strict=True) for start in step
     )
-    for _, members in itertools.groupby(each, key=operator.itemgetter(0)):
-        sample = _Sample("", "", 0, {})
-        for _, number, kind, row in members:
+    for _, group in itertools.groupby(each, key=operator.itemgetter(0)):
+        members = list(group)
+        sample = _Sample(texts[members[0][1]], "", 0, {})
+        for _, _, kind, row in members:
             if kind:
                 sample.labels[_ENDINGS[kind]] = row
             elif sample.image and refuse:
                 _refuse(archive, paths[row], f"and {sample.image!r} have one key: expected one image for each key")
             else:
                 sample.image, sample.size = paths[row], archive.members.at(row).size
-        sample.key = texts[number]
         yield sample
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import inspect
@@ -19,7 +20,7 @@ import typer
 import features
 from features.errors import BottleneckError, ConfigurationError, IntegrityError, brief
 from features.files import printable, printable_lines
-from features.machine import take_device
+from features.machine import HOSTS, take_device
 from features.networks.backend import is_out_of_memory
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
@@ -41,6 +42,10 @@ def arg(help: str, **more: Any) -> Any:
 app = typer.Typer(name="bottleneck", no_args_is_help=True, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 
+Hosts = Annotated[
+    str,
+    opt("Hosts inside a private network that addresses of images may reach, with commas.", metavar="HOST,..."),
+]
 Quiet = Annotated[bool, opt("Print only errors on stderr: no progress, no hints, no warnings.", "--quiet", "-q")]
 
 
@@ -55,10 +60,13 @@ def _memory_text(error: Exception, batch_size: int | None) -> str:
 
 
 def guarded(command: Callable[..., None]) -> Callable[..., None]:
-    """Turn errors of this project and Ctrl-C into one line on stderr and an exit code; add the option ``--quiet``."""
+    """Turn errors of this project and Ctrl-C into one line on stderr and an exit code; add the option ``--quiet``.
+
+    A command that takes images or an address also gets the option ``--allow-host``.
+    """
 
     @functools.wraps(command)
-    def wrapper(*args: Any, quiet: bool = False, **kwargs: Any) -> None:
+    def wrapper(*args: Any, quiet: bool = False, allow_host: str = "", **kwargs: Any) -> None:
         if quiet:
             set_quiet(quiet=True)
         try:
@@ -67,7 +75,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise ConfigurationError("--out -: this command cannot write to standard output; give a name")
             if "device" in kwargs:
                 kwargs["device"] = take_device(kwargs["device"])
-            with temporary_files_together():
+            with temporary_files_together(), _allowed(allow_host):
                 command(*args, **kwargs)
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; all finished work is kept. Run the same command again to resume.\n")
@@ -88,11 +96,28 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
             raise typer.Exit(1) from None
 
     # Every command takes --quiet, and so does the program itself, because people type it in either place.
-    wrapper.__annotations__ = {**command.__annotations__, "quiet": Quiet}
     signature = inspect.signature(command, eval_str=True)
-    option = inspect.Parameter("quiet", inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Quiet)
-    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), option])  # type: ignore[attr-defined]
+    added: list[tuple[str, Any, Any]] = [("quiet", False, Quiet)]
+    if signature.parameters.keys() & {"images", "url"}:
+        added.append(("allow_host", "", Hosts))
+    options = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=a) for name, d, a in added]
+    wrapper.__annotations__ = {**command.__annotations__, **{name: annotation for name, _, annotation in added}}
+    wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return wrapper
+
+
+@contextlib.contextmanager
+def _allowed(hosts: str) -> Iterator[None]:
+    """Allow hosts for one command and the processes that it starts, beside those of the environment."""
+    before = os.environ.get(HOSTS)
+    try:
+        if hosts:
+            os.environ[HOSTS] = f"{before},{hosts}" if before else hosts
+        yield
+    finally:
+        if hosts:
+            os.environ.pop(HOSTS)
+            os.environ.update({HOSTS: before} if before else {})
 
 
 def _check_encoding() -> None:

@@ -35,7 +35,13 @@ from pipeline.commands.common import (
 @app.command()
 @guarded
 def extract(
-    images: Annotated[str, arg("Folder of class folders, archive, manifest (CSV, Parquet), .npz, or sample:digits.")],
+    images: Annotated[
+        str,
+        arg(
+            "Folder of class folders, archive, tars of WebDataset, Parquet files with images, a bucket (s3://, gs://), "
+            "manifest (CSV, Parquet) whose rows may be addresses, .npz, or sample:digits."
+        ),
+    ],
     out: Annotated[Path, opt("HDF5 file to create or update.")] = Path("features.h5"),
     backbone: Annotated[
         str,
@@ -146,10 +152,6 @@ def extract(
     trust_times: Annotated[
         bool, opt("Take an image of the same size and modification time for unchanged.", "--trust-times")
     ] = False,
-    allow_host: Annotated[
-        str,
-        opt("Hosts inside a private network that addresses in a manifest may reach, with commas.", metavar="HOST,..."),
-    ] = "",
     strict: Annotated[bool, opt("Refuse a source that has the same image bytes in two splits.", "--strict")] = False,
     overwrite: Annotated[bool, opt("Replace a store that has another recipe or other images.", "--overwrite")] = False,
     cluster: Cluster = None,
@@ -199,7 +201,6 @@ def extract(
         overwrite=overwrite,
         rehash=rehash,
         trust_times=trust_times,
-        allow_host=allow_host,
         strict=strict,
     )
     if dry_run:

@@ -35,6 +35,23 @@ CARDS = "/dev/nvidia0"
 DRIVER = Path("/proc/driver/nvidia/version")
 SETTINGS = ("BOTTLENECK_DECODE_PROCESSES", "BOTTLENECK_DECODE_SECONDS")
 USUAL_NETWORKS = ("mobilenetv2", "vgg16")
+# Extra of pyproject.toml -> the packages that it adds
+EXTRAS = {
+    "cluster": ("dask", "distributed"),
+    "dicom": ("pydicom",),
+    "export": ("tf2onnx", "onnxruntime", "ai-edge-litert", "openvino"),
+    "int8": ("nncf", "openvino"),
+    "jax": ("jax",),
+    "jpeg": ("simplejpeg",),
+    "keras-hub": ("keras-hub",),
+    "onnx-backbones": ("onnxruntime", "openvino"),
+    "openvino": ("openvino",),
+    "parquet": ("pyarrow",),
+    "remote": ("fsspec", "s3fs"),
+    "review": ("starlette", "uvicorn"),
+    "tensorboard": ("tensorboard",),
+    "torch": ("torch",),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,18 +84,15 @@ def _packages(url: str | None) -> Iterator[Row]:
     else:
         names = ("keras", "numpy", "h5py", "pillow")
         yield Row("packages", OK, ", ".join(f"{name} {installed_version(name)}" for name in names))
-    extras = {
-        "openvino": "openvino",
-        "jpeg": "simplejpeg",
-        "parquet": "pyarrow",
-        "remote": "s3fs",
-        "dicom": "pydicom",
-        "review": "starlette",
-    }
-    there = [extra for extra, name in extras.items() if installed_version(name, "")]
-    absent = sorted(extras.keys() - set(there))
-    fix = f"if you need one: {how_to_install(*absent)}" if absent else ""
-    yield Row("extras", NOTE if absent else OK, ", ".join(there) or "none", fix)
+    there = [extra for extra, needed in EXTRAS.items() if all(installed_version(name, "") for name in needed)]
+    absent = ", ".join(extra for extra in EXTRAS if extra not in there)
+    found = f"{', '.join(there) or 'none'}{f'; not {absent}' if absent else ''}"
+    fix = (
+        f"if you need one, such as {absent.partition(',')[0]}: {how_to_install(absent.partition(',')[0])}"
+        if absent
+        else ""
+    )
+    yield Row("extras", NOTE if absent else OK, found, fix)
 
 
 def _backend(url: str | None) -> Iterator[Row]:
