@@ -52,6 +52,7 @@ class Objects(ThreadingHTTPServer):
         self.fault: Callable[[int, Any], bool] = lambda number, request: False
         self.with_etags = True
         self.latency = 0.0
+        self.rate = 0  # bytes a second of each answer; 0: as fast as it goes
         self._numbers = itertools.count(1)
         super().__init__(("127.0.0.1", 0), _Request)
 
@@ -87,7 +88,11 @@ class _Request(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(data[:sent])
+            for start in range(0, len(data[:sent]), 500) if self.server.rate else ():
+                self.wfile.write(data[:sent][start : start + 500])
+                time.sleep(500 / self.server.rate)
+            if not self.server.rate:
+                self.wfile.write(data[:sent])
         if sent is not None:
             self.close_connection = True
 

@@ -290,6 +290,46 @@ def test_without_a_version_an_object_is_read_again(server: Objects, tmp_path: Pa
     assert (again.inferred, again.counts["hashed"]) == (0, 2)
 
 
+def test_a_slow_server_is_waited_for(server: Objects, tmp_path: Path) -> None:
+    folder = paint_folder(tmp_path / "images", {"cat": 1, "dog": 1})
+    files = {f"/{path.parent.name}.png": path.read_bytes() + bytes(900) for path in folder.rglob("*.png")}
+    server.objects, server.rate = files, 5000  # bytes a second
+    rows = {f"{server.address}{name}": name[1:4] for name in files}
+    result = run(manifest(tmp_path / "m.csv", rows), tmp_path / "a.h5", allow_host="127.0.0.1")
+    assert len(result.store) == 2
+    digests = [hashlib.sha256(data).digest() for data in files.values()]
+    assert [row.tobytes() for row in result.store.images.sha256] == digests
+    assert sorted(request for request in server.asked if request.startswith("GET")) == sorted(f"GET {n}" for n in files)
+
+
+def test_objects_that_come_and_go_during_the_run_are_the_next_ones_to_read(
+    bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = scan("memory://bucket/photos")
+    data = bucket.cat("/bucket/photos/dog/0000.png")
+    bucket.pipe("/bucket/photos/dog/new.png", data + b" ")
+    bucket.rm("/bucket/photos/cat/0003.png")
+    first = Extraction(images, NumpyNetwork(), tmp_path / "a.h5", ExtractionOptions(max_unreadable=0.5)).run()  # type: ignore[arg-type]
+    assert (first.store.quarantine.paths, first.store.quarantine.reasons) == (("cat/0003.png",), ("missing",))
+    assert first.inferred == 6
+    again = run("memory://bucket/photos", tmp_path / "a.h5")
+    assert (again.inferred, again.counts["new"], again.counts["cached"]) == (1, 1, 6)
+    assert again.store.images.paths[6] == "dog/new.png"
+
+
+def test_added_objects_only_are_read(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run("memory://bucket/photos", tmp_path / "a.h5")
+    bucket.pipe("/bucket/photos/dog/new.png", bucket.cat("/bucket/photos/dog/0000.png") + b"  ")
+    read: list[str] = []
+    whole = remote.Reader.__call__
+    monkeypatch.setattr(remote.Reader, "__call__", lambda self, path: read.append(path) or whole(self, path))  # type: ignore[func-returns-value]
+    images = scan("memory://bucket/photos")
+    Extraction(images, NumpyNetwork(), tmp_path / "a.h5", ExtractionOptions()).plan()  # type: ignore[arg-type]
+    assert read == []  # a plan reads none: none has the size of one that is known
+    assert run("memory://bucket/photos", tmp_path / "a.h5").inferred == 1
+    assert read == ["dog/new.png"]
+
+
 def test_secrets_leave_an_address() -> None:
     assert without_secrets("HTTPS://me:p@ss@host/a%20b.jpg?x=1#y") == "https://host/a%20b.jpg"
     assert without_secrets("s3://bucket/what? #1.jpg") == "s3://bucket/what? #1.jpg"

@@ -44,6 +44,7 @@ from features.store.schema import (
 from features.store.sharded import ShardedArray, by_shard
 from features.store.untrusted import WAY_OUT, check_tables, read_recipes, read_structure, reading
 from features.targets import UNKNOWN, Target
+from features.texts import Texts
 
 logger = logging.getLogger(__name__)
 _SHARD_NAME = re.compile("[0-9a-f]{20}")
@@ -148,7 +149,8 @@ class FeatureStore:
         """The table of images, verified against its checksums."""
         absent = {name for name in ("group", "version") if f"/images/{name}/ends" not in self._entries}
         names = set(IMAGE_COLUMNS) - absent
-        columns = {"groups": None, **self._columns("/images", names), "columns": self._further_columns()}
+        columns = {"groups": None, **self._columns("/images", names - {"path"}), "columns": self._further_columns()}
+        columns["paths"] = self._texts_of("/images/path")
         table = ImageTable(**columns, target=self._target())
         # The rows of a shard have no labels and splits until assembly.
         splits = (-1, -1) if self.kind == "shard" else (0, len(SPLITS) - 1)
@@ -546,12 +548,14 @@ class FeatureStore:
         return np.concatenate([np.empty((0, *entry.shape[1:]), entry.dtype), *self._verify_blocks(key)])
 
     def _strings_of(self, key: str) -> tuple[str, ...]:
-        blob, ends = self._values_of(f"{key}/utf8").tobytes(), self._values_of(f"{key}/ends")
+        return tuple(self._texts_of(key))
+
+    def _texts_of(self, key: str) -> Texts:
+        blob, ends = self._values_of(f"{key}/utf8"), self._values_of(f"{key}/ends")
         starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
         if len(blob) != (int(ends[-1]) if len(ends) else 0) or (ends < starts).any():
             raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
-        pairs = zip(starts.tolist(), ends.tolist(), strict=True)
-        return tuple(blob[start:end].decode("utf-8", "surrogateescape") for start, end in pairs)
+        return Texts(blob, ends)
 
 
 def _is_not_finite(values: np.ndarray) -> np.ndarray:

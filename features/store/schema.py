@@ -13,6 +13,7 @@ import numpy as np
 from features.canonical import canonical_json
 from features.recipe import Recipe
 from features.targets import TYPES, Target
+from features.texts import Texts
 
 FORMAT = "bottleneck-features"
 FORMAT_VERSIONS = (1, 2)  # that are read; a file is written with the lowest that allows its recipes and targets
@@ -30,8 +31,8 @@ class ImageTable:
 
     Parameters
     ----------
-    paths : tuple of str
-        Path inside the source, with ``/`` between folders.
+    paths : sequence of str
+        Path inside the source, with ``/`` between folders; of a store, a ``Texts``, which makes each when it is asked for.
     sha256 : uint8, (n, 32)
         Hash of the bytes that were decoded.
     labels : int32, (n,)
@@ -54,7 +55,7 @@ class ImageTable:
         What the store of each image calls its version, such as an ETag; empty where it says none or the image is a file.
     """
 
-    paths: tuple[str, ...]
+    paths: Sequence[str]
     sha256: np.ndarray
     labels: np.ndarray
     splits: np.ndarray
@@ -83,7 +84,7 @@ class ImageTable:
     def some(self, rows: np.ndarray) -> ImageTable:
         """Return some rows, int64 (k,), in that order."""
         return ImageTable(
-            paths=tuple(map(self.paths.__getitem__, rows.tolist())),
+            paths=Texts.of(self.paths).some(rows),
             groups=None if self.groups is None else tuple(map(self.groups.__getitem__, rows.tolist())),
             columns={name: tuple(map(values.__getitem__, rows.tolist())) for name, values in self.columns.items()},
             target=None if self.target is None else self.target.some(rows),

@@ -33,6 +33,7 @@ from features.store.schema import (
     root_groups,
     values_group,
 )
+from features.texts import Texts
 
 if TYPE_CHECKING:
     import h5py
@@ -187,10 +188,9 @@ class StoreWriter:
                 self._column(f"{key}/{name}", np.asarray(values, dtype=kind[0]).reshape(-1, *kind[1]))
 
     def _strings(self, key: str, values: Sequence[str]) -> None:
-        encoded = [value.encode("utf-8", "surrogateescape") for value in values]
-        self._column(f"{key}/utf8", np.frombuffer(b"".join(encoded), dtype="u1"))
-        lengths = np.fromiter(map(len, encoded), dtype="<i8", count=len(encoded))
-        self._column(f"{key}/ends", np.cumsum(lengths, dtype="<i8"))
+        texts = Texts.of(values)
+        self._column(f"{key}/utf8", texts.utf8)
+        self._column(f"{key}/ends", texts.ends)
 
     def _column(self, key: str, values: np.ndarray) -> None:
         column = self._create(key, values.shape, values.dtype)
