@@ -172,7 +172,7 @@ def _rewritten(shard: FeatureStore, wanted: np.ndarray, parts: PartsFolder) -> t
     views = tuple(int(view) for view in shard.provenance["views"])
     spec = ShardSpec(
         root=str(shard.provenance["root"]),
-        paths=(*(table.paths[row] for row in good), *(refused.paths[row] for row in bad)),
+        paths=(*(table.paths[row] for row in good.tolist()), *(refused.paths[row] for row in bad.tolist())),
         sizes=(*table.sizes[good].tolist(), *refused.sizes[bad].tolist()),
         mtimes_ns=(*table.mtimes_ns[good].tolist(), *refused.mtimes_ns[bad].tolist()),
         recipes=tuple(shard.recipes.values()),

@@ -201,7 +201,7 @@ class _Runner:
     def _predict(self, step: PredictStep) -> dict[str, Any]:
         assert self.run is not None
         table, images = self._opened().images, scan(self.images)
-        held_out = {table.paths[row] for row in np.flatnonzero(table.splits == SPLITS.index("validation"))}
+        held_out = {table.paths[row] for row in np.flatnonzero(table.splits == SPLITS.index("validation")).tolist()}
         rows = np.flatnonzero([path in held_out for path in images.paths])
         some = copied(images, images.evenly(step.images, rows), self.folder / "predict", splits=False)
         out = self.folder / f"predictions-{self.run.name}.csv"

@@ -44,6 +44,7 @@ EXTRAS = {
     "jax": ("jax",),
     "jpeg": ("simplejpeg",),
     "keras-hub": ("keras-hub",),
+    "mlflow": ("mlflow-skinny",),
     "onnx-backbones": ("onnxruntime", "openvino"),
     "openvino": ("openvino",),
     "parquet": ("pyarrow",),
