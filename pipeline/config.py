@@ -313,6 +313,12 @@ class TuningRecord(Settings):
         return {key: value for key, value in handler(self).items() if key not in known}
 
 
+class TargetTuningRecord(TuningRecord):
+    """The same of a run of another task; ``pipeline.finetune`` checks the scores when it reports them."""
+
+    before: dict[str, Any] | None = None  # type: ignore[assignment]
+
+
 class RunConfig(Settings):
     """``config.yaml`` of a run: everything that determines its result. ``finetune`` holds the settings of fine-tuning."""
 
@@ -333,6 +339,7 @@ class TargetRunConfig(RunConfig):
     format: Literal[2] = 2  # type: ignore[assignment]
     task: Literal["multilabel", "regression"]
     classes: Annotated[tuple[str, ...], FailFast(), Field(min_length=1)]
+    finetune: TargetTuningRecord | None = None
 
 
 def parse(

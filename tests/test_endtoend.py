@@ -20,9 +20,9 @@ from features.pixels.decode import decode_image
 from features.recipe import NetworkOptions, PixelRule
 from features.store.reader import FeatureStore
 from pipeline.heads.kinds import make_head
+from pipeline.tasks.table import CLASSIFICATION
 from pipeline.tuning.endtoend import (
     batch_normalizations,
-    probabilities_of,
     split_for_training,
     use_stored_statistics,
 )
@@ -178,7 +178,7 @@ def test_pain_06_a_head_goes_on_vgg16_and_its_weights_fit(assets: Path, unfreeze
     composed = split.tail(tensor, training=False)
     whole = head.network(network.load()(prepared, training=False), training=False)
     assert relative_difference(np.asarray(composed), np.asarray(whole)) <= 1e-6
-    received = probabilities_of(np.asarray(split.tail(tensor, training=False)), head.temperature)
+    received = CLASSIFICATION.activate(np.asarray(split.tail(tensor, training=False), np.float64), head.temperature)
     np.testing.assert_allclose(received, head.predict_proba(features), atol=1e-5)
 
 

@@ -24,7 +24,7 @@ from features.machine import software_versions
 from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.sources.advice import empty_splits
-from features.sources.scan import ImageSet
+from features.sources.scan import ImageSet, united
 from features.sources.splits import (
     SplitRule,
     assign_splits,
@@ -84,7 +84,8 @@ def table_of(
     SourceError
         If no image could be read; with ``strict``, if the same bytes are found in two splits.
     """
-    images, identities = _united(images, identities)
+    images, kept = united(images, [item.sha256 if item.reason is None else b"" for item in identities])
+    identities = [identities[row] for row in kept.tolist()]
     good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
     bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
     if not len(good):
@@ -143,28 +144,6 @@ def table_of(
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
     )
     return table, quarantine
-
-
-def _united(images: ImageSet, identities: Sequence[Identity]) -> tuple[ImageSet, Sequence[Identity]]:
-    """Make one image of those with the same bytes in one given split, the first, with the labels of all their folders."""
-    if not images.united or images.target is None:
-        return images, identities
-    first: dict[tuple[bytes, int], int] = {}
-    values, kept = images.target.values.copy(), []
-    for row, identity in enumerate(identities):
-        key = identity.sha256, int(images.given_splits[row])
-        place = first.setdefault(key, row) if identity.reason is None else row
-        if place == row:
-            kept.append(row)
-        elif images.target.known[row] and not images.target.known[place]:
-            values[place] = values[row]
-        elif images.target.known[row]:
-            values[place] |= values[row]
-    target = dataclasses.replace(images.target, values=values)
-    rows = np.array(kept, np.int64)
-    left_out = images.left_out
-    images = dataclasses.replace(dataclasses.replace(images, target=target).some(rows), left_out=left_out)
-    return images, [identities[row] for row in kept]
 
 
 def _hint(rule: SplitRule, given: np.ndarray, *, grouped: bool) -> str:

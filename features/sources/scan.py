@@ -336,6 +336,40 @@ def _of_folders(source: str | Path, task: str, images: ImageSet) -> ImageSet:
     return dataclasses.replace(images, labels=none, classes=(), target=target, united=True)
 
 
+def united(images: ImageSet, digests: Sequence[bytes]) -> tuple[ImageSet, np.ndarray]:
+    """Make one image of those with the same bytes in one given split, the first, with the labels of all their folders.
+
+    Parameters
+    ----------
+    images : ImageSet
+        Other images than those of class folders read for several labels are returned as they are.
+    digests : sequence of bytes
+        Content hash of each image; empty if it could not be read.
+
+    Returns
+    -------
+    images : ImageSet
+        The images that are kept.
+    kept : int64, (k,)
+        Their rows, ascending.
+    """
+    if not images.united or images.target is None:
+        return images, np.arange(len(images))
+    first: dict[tuple[bytes, int], int] = {}
+    values, known, kept = images.target.values.copy(), images.target.known, []
+    for row, digest in enumerate(digests):
+        place = first.setdefault((digest, int(images.given_splits[row])), row) if digest else row
+        if place == row:
+            kept.append(row)
+        elif known[row] and not known[place]:
+            values[place] = values[row]
+        elif known[row]:
+            values[place] |= values[row]
+    rows, target = np.array(kept, np.int64), dataclasses.replace(images.target, values=values)
+    one_each = dataclasses.replace(images, target=target).some(rows)
+    return dataclasses.replace(one_each, left_out=images.left_out), rows
+
+
 def _refuse_missing(path: Path) -> NoReturn:
     parent = next(folder for folder in path.parents if os.path.isdir(folder))
     missing = path.relative_to(parent).parts[0]

@@ -16,7 +16,7 @@ from features.recipe import Recipe
 from pipeline.exporting.resizing import check_rule
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
-from pipeline.heads.kinds import has_layers, head_of, layered
+from pipeline.heads.kinds import can_finetune, head_of, layered
 from pipeline.runs.folder import Run
 
 
@@ -82,7 +82,7 @@ def head_and_layers(run: Run) -> tuple[Head, KerasHead]:
     HeadError
         If no layers can replace it; the message lists the heads that they can.
     """
-    if not has_layers(run):
+    if not can_finetune(run):
         raise HeadError(
             f"head {run.config['head']['name']!r} is neither linear nor a network, so no layers can replace it. Heads that can be exported: "
             f"{', '.join(layered(run.task))}"

@@ -69,7 +69,7 @@ def fit_dense(
     train, held_out = data.train, data.held_out
     body, folded = _training_body(settings, train.width, outputs)
     steps = -(-len(train) // settings.batch_size)
-    body.compile(optimizer=_optimizer(settings, steps), loss=_loss(spec))
+    body.compile(optimizer=_optimizer(settings, steps), loss=keras_loss(spec))
     targets = np.arange(2, dtype=np.float32)[:, None] if outputs == 1 else np.eye(classes, dtype=np.float32)
     targets = targets * (1 - settings.label_smoothing) + settings.label_smoothing / classes
     weights = np.ones(classes, np.float32) if class_weights is None else np.asarray(class_weights, np.float32)
@@ -181,12 +181,13 @@ def _training_body(settings: DenseParameters, width: int, outputs: int) -> tuple
     return keras.Model(start, tensor), folded
 
 
-def _loss(spec: BankSpec) -> Any:
+def keras_loss(spec: BankSpec, *, sparse: bool = False) -> Any:
+    """The loss of a bank as Keras takes it; ``sparse``: more than two classes are given as their numbers."""
     losses = load_keras().losses
     if spec.loss != "softmax":
         return lambda y, logits: LOSSES[spec.loss].values(spec, logits, y, 0.0)[0]
-    kind = losses.BinaryCrossentropy if spec.outputs == 1 else losses.CategoricalCrossentropy
-    return kind(from_logits=True)
+    of_several = losses.SparseCategoricalCrossentropy if sparse else losses.CategoricalCrossentropy
+    return (losses.BinaryCrossentropy if spec.outputs == 1 else of_several)(from_logits=True)
 
 
 def _optimizer(settings: DenseParameters, steps: int) -> Any:

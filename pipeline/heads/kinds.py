@@ -205,19 +205,15 @@ def layered(task: Task) -> list[str]:
     return [name for name in heads_of(task) if fitting[PRESETS[name].kind].has_dense_form(PRESETS[name].kind)]
 
 
-def has_layers(run: Run) -> bool:
-    """Whether the head of a run is, or has an equivalent of, dense layers."""
-    name = run.config["head"]["name"]
-    return name in layered(run.task) or can_finetune(run)
-
-
 def can_finetune(run: Run) -> bool:
     """Whether fine-tuning can start from a run: its head is a Keras network or has an equivalent one."""
     name = run.config["head"]["name"]
-    if run.task is not CLASSIFICATION:
-        return False
     kind = PRESETS[name].kind if name in PRESETS else name
-    return set(KerasHead.files) <= set(run.config["model"]) or KINDS.get(kind, EstimatorHead).has_dense_form(kind)
+    if set(KerasHead.files) <= set(run.config["model"]):
+        return True
+    fitting = KINDS if run.task is CLASSIFICATION else OF_TASK[run.task.name]
+    found = fitting.get(kind, BY_PATH.get(run.task.name))
+    return found is not None and found.has_dense_form(kind)
 
 
 def resolve_pool(name: str, pool: str | None, shape: Sequence[int]) -> str:

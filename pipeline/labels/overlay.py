@@ -151,10 +151,8 @@ def with_labels(store: FeatureStore, labels: Labels | str | Path) -> RelabelledS
     labels = labels if isinstance(labels, Labels) else read_labels(labels)
     table, original = store.images, store.classes
     if table.target is not None:
-        if len(labels) and not _is_known(labels, table.sha256):
-            raise _not_about(labels, str(store.path), len(store))
         rows_of = table.splits, table.groups, table.sha256
-        target, splits, counts = effective_target(labels, table.target, *rows_of, target_of(store))
+        target, splits, counts = applied_to_target(labels, str(store.path), table.target, *rows_of, target_of(store))
         return RelabelledStore(store, original, table.labels, splits, record_of(labels, counts), target)
     rows = table.labels, table.splits, table.groups, table.sha256
     found = applied(labels, str(store.path), original, *rows, target_of(store))
@@ -266,6 +264,15 @@ def applied(labels: Labels, name: str, *rows: Any) -> Effective:
     if len(labels) and not found.known:
         raise _not_about(labels, name, len(found.labels))
     return found
+
+
+def applied_to_target(
+    labels: Labels, name: str, target: Target, splits: np.ndarray, groups: Any, sha256: np.ndarray, word: str
+) -> tuple[Target, np.ndarray, Counts]:
+    """Apply decisions to rows as `effective_target` does; ``name`` and errors are those of `applied`."""
+    if len(labels) and not _is_known(labels, sha256):
+        raise _not_about(labels, name, len(sha256))
+    return effective_target(labels, target, splits, groups, sha256, word)
 
 
 def _not_about(labels: Labels, name: str, images: int) -> LabelsError:

@@ -80,11 +80,6 @@ def take_run(
     if data_set is None and len(known) > 1 and any(one.is_likely(likely) for one in known):
         data_set = likely
     one, state = only_one(known, data_set, str(path))
-    if accept is not None and not state.runs[0].task.one_class:
-        raise RunError(
-            f"{path}: its runs are for --task {state.runs[0].task.name}, and only runs of classes are fine-tuned; bottleneck predict "
-            "takes them"
-        )
     runs = [
         run
         for run in state.runs
@@ -93,8 +88,8 @@ def take_run(
     if not runs:
         where = f" on the newest state of {one.name}" if several and one.stale else ""
         raise RunError(
-            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one (dense, dropout-linear, "
-            "mlp-256, logistic, ridge, linear-svm, sgd, lda); train it with bottleneck train-head --head dropout-linear"
+            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one; train it with bottleneck "
+            "train-head --head dropout-linear"
         )
     run = starred(runs)
     logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")

@@ -17,6 +17,7 @@ from features.targets import UNKNOWN
 from pipeline.config import History
 from pipeline.scores.metrics import confusion
 from pipeline.tables import shortened
+from pipeline.tasks.table import TASKS
 
 LABELLED_CLASSES = 30  # above this a confusion matrix has no room for names
 COLUMN, PAGE = 3.5, 7.0  # inches
@@ -78,7 +79,7 @@ def plot_run(
         if len(classes) <= MOST_CLASSES:
             draw(labels, probabilities, classes).savefig(folder / f"{name}.png", dpi=DPI)
         if "epoch" in history:
-            _learning(history).savefig(folder / "learning.png", dpi=DPI)
+            _learning(history, TASKS[task].loss_label).savefig(folder / "learning.png", dpi=DPI)
 
 
 def shades(table: np.ndarray) -> np.ndarray:
@@ -129,11 +130,15 @@ def _confusion(labels: np.ndarray, probabilities: np.ndarray, classes: Sequence[
     return figure
 
 
-def _learning(history: History) -> Any:
-    """Draw the log loss and, if known, the accuracy in a second panel below it, over the same epochs."""
+def _learning(history: History, loss: str) -> Any:
+    """Draw the loss and, if known, the score in a second panel below it, over the same epochs."""
     epochs = history["epoch"]
-    panels = {"log loss": {"loss": "training", "val_loss": "validation"}}
-    panels["accuracy"] = {"accuracy": "training", "val_accuracy": "validation"}
+    panels = {
+        loss: {"loss": "training", "val_loss": "validation"},
+        "accuracy": {"accuracy": "training", "val_accuracy": "validation"},
+        "mean AP": {"val_average_precision": "validation"},
+        "R2": {"val_r2": "validation"},
+    }
     shown = {label: [name for name in names if name in history] for label, names in panels.items()}
     shown = {label: names for label, names in shown.items() if names}
     figure, found = new_figure(COLUMN, 0.4 + 1.7 * len(shown), panels=len(shown))

@@ -18,12 +18,20 @@ from typing import Any
 import numpy as np
 
 from features.canonical import check_choice
-from features.errors import BottleneckError, ConfigurationError, RunError, SourceError, TooManyUnreadableError, nearest
+from features.errors import (
+    BottleneckError,
+    ConfigurationError,
+    RunError,
+    SourceError,
+    TooManyUnreadableError,
+    UnreadableImageError,
+    nearest,
+)
 from features.files import printable
 from features.machine import processors
 from features.progress import Progress, counted
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan, takes_target
+from features.sources.scan import ImageSet, scan, takes_target, united
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from pipeline.exporting.artefacts import open_artefact
@@ -169,7 +177,7 @@ def _of_target(
     reading: Reading | None,
 ) -> dict[str, Any]:
     """Score a run, or an exported model, of several labels or numbers."""
-    source = scan(images, target=target, reading=reading, task=model.task.name)
+    source = _one_each(scan(images, target=target, reading=reading, task=model.task.name), asked.workers)
     values, chosen = targets_of_source(source, model.classes, model.name), source.strata >= 0
     if split is not None:
         check_choice("split", split, SPLITS[:3])
@@ -194,6 +202,21 @@ def _of_target(
         "seen": {} if run is None else _seen(run, scored),
         **({"answers": model.task.kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
     }
+
+
+def _one_each(source: ImageSet, workers: int | None) -> ImageSet:
+    """Make one image of those with the same bytes in several class folders, which are read for that."""
+
+    def digest(row: int) -> bytes:
+        try:
+            return hashlib.sha256(source.read(row)).digest()
+        except UnreadableImageError:
+            return b""
+
+    if not source.united:
+        return source
+    with ThreadPoolExecutor(workers or processors()) as pool:
+        return united(source, list(pool.map(digest, range(len(source)))))[0]
 
 
 def _predicted(

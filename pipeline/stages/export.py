@@ -270,7 +270,7 @@ class Gate:
 
     probes: Sequence[Probe]
     expected: np.ndarray
-    unit: float = 1.0
+    unit: np.ndarray | float = 1.0
 
     def first(self, count: int) -> Gate:
         """Make a gate for the first images only."""

@@ -29,15 +29,17 @@ from features.recipe import PixelRule
 from features.sources.scan import ImageSet, scan, takes_target
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
+from pipeline.config import parse
 from pipeline.heads.kinds import can_finetune, head_of
-from pipeline.intervals import interval_of
 from pipeline.labels.file import LABEL, Labels, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.runs.board import ranked, take_run
 from pipeline.runs.datasets import absolute, source_of
 from pipeline.runs.folder import Predictions, Run, find_runs, is_finished, is_run_folder
 from pipeline.runs.writing import Outcome, write_run
-from pipeline.tables import score_columns, table_text
+from pipeline.tables import table_text
+from pipeline.tasks.table import CLASSIFICATION, task_named
+from pipeline.tasks.task import Task
 from pipeline.tuning.cached import CachedCut, CachedFeatures, data_of, open_cut, unlike
 from pipeline.tuning.checkpoints import Checkpoint, checkpoint_path
 from pipeline.tuning.endtoend import check_float32, network_of, split_for_training, trunk_function, untrained_head
@@ -123,14 +125,16 @@ def finetune(
     decisions = None if labels is None else read_labels(labels)
     likely = absolute(str(images)) if images is not None else _digest_of(str(from_cache), decisions)
     start, damaged = take_run(run, data_set=data_set, likely=likely, accept=can_finetune)
+    _check_task(start, chosen)
     _check_labels(start, decisions)
     runs = Path(runs) if runs is not None else start.folder.parent
     writable_folder(runs)
     source = None
     if images is not None:
-        source = scan(images, target=start.target if takes_target(images) else None, reading=start.reading)
+        named = start.target if takes_target(images) else None
+        source = scan(images, target=named, reading=start.reading, task=start.task.name)
     if source is not None and decisions is None:
-        _check_classes(start, source.description, source.classes)
+        _check_classes(start, source.description, source.classes if source.target is None else source.target.columns)
     log = _logger_of(tensorboard)
     load_keras().utils.set_random_seed(chosen.seed)
     if chosen.mixed_precision and choose_device(device) != "gpu":
@@ -157,14 +161,15 @@ def finetune(
             rule = start.recipe.pixels
             passing = None if source is None else ImagePass(source, trunk, rule, pool, chosen.batch_size)
             inputs = make_inputs(job, data, passing, folder=runs, device=device, progress=progress)
-            tail = Tail(job.split, job.head.temperature, chosen)
+            tail = Tail(job.split, job.head.temperature, chosen, start.task)
             gate = Gate(job, data, inputs, tail)
             pixels = None if source is None else _pixels(source, data, gate.rows, rule, pool)
             gap = None if chosen.scratch or chosen.new_head else gate.before()
             if gap is not None and pixels is not None and job.cached is not None:
                 gate.before_from_pixels(pixels, trunk)
             statistics = job.split.statistics()
-            outcome = train(tail, inputs, data, chosen, classes=start.classes, checkpoint=checkpoint, progress=progress)
+            about: dict[str, Any] = {"task": start.task, "classes": start.classes, "checkpoint": checkpoint}
+            outcome = train(tail, inputs, data, chosen, **about, progress=progress)
             if chosen.bn != "train" and not all(map(np.array_equal, statistics, job.split.statistics())):
                 raise ParityError("the stored BatchNorm statistics changed, which must never happen; nothing is kept")
             validation = inputs.readable(data.rows("validation"))
@@ -186,41 +191,47 @@ def finetune(
 
 def _rival(document: dict[str, Any]) -> dict[str, Any]:
     """The scores that fine-tuning has to beat: those of the best head, or of the head alone."""
-    before, best = document["before"], document["best_head"]
-    return dict(best if best is not None and best["accuracy"] > before["accuracy"] else before)
+    before, best, task = document["before"], document["best_head"], _task_of(document)
+    return dict(best if best is not None and _higher(task, best, before) else before)
+
+
+def _task_of(document: dict[str, Any]) -> Task:
+    return task_named(document.get("task", CLASSIFICATION.name))
+
+
+def _higher(task: Task, scores: dict[str, Any], than: dict[str, Any]) -> bool:
+    return task.value(scores, task.choices[0]) > task.value(than, task.choices[0])
 
 
 def advised(document: dict[str, Any]) -> Path:
     """The run to predict with: the fine-tuned one, or the head beside it that it is no better than."""
     tuned, rival = Path(document["run"]), _rival(document)
     head = tuned.parent / rival.get("run", document["start"])
-    return tuned if document["after"]["accuracy"] > rival["accuracy"] or not is_run_folder(head) else head
+    return tuned if _higher(_task_of(document), document["after"], rival) or not is_run_folder(head) else head
 
 
 def summary(document: dict[str, Any]) -> str:
     """Summarise the result for a person: was it worth the minutes?"""
-    before, after, rival = document["before"], document["after"], _rival(document)
+    before, after, rival, task = document["before"], document["after"], _rival(document), _task_of(document)
     name = f"the best head, {rival['run']}" if "run" in rival else "the head alone"
-    gained = (after["accuracy"] - rival["accuracy"]) * after["n"]
-    high = interval_of(rival)[1]
     if document["parity_gap"] is None:
         verdict, proof = "started from new weights", "no parity to prove"
     else:
         proof = f"parity gap before the first step {document['parity_gap']:.1e}"
-        if after["accuracy"] > high:
-            verdict = f"worth it: the accuracy is above the confidence interval of {name}"
-        elif gained > 0:
-            verdict = f"perhaps by chance: the accuracy is within the confidence interval of {name}"
+        if task.value(after, task.choices[0]) > (task.interval(rival) or [0, np.inf])[1]:
+            verdict = f"worth it: the {task.score} is above the confidence interval of {name}"
+        elif _higher(task, after, rival):
+            verdict = f"perhaps by chance: the {task.score} is within the confidence interval of {name}"
         else:
-            verdict = f"not worth it: no more validation images are classified correctly than by {name}"
+            verdict = f"not worth it: {task.no_gain} {name}"
     compared = {"before": before, **({"best head": rival} if "run" in rival else {}), "after": after}
-    scores = [{"": title, **score_columns(values)} for title, values in compared.items()]
+    scores = [{"": title, **task.columns(values)} for title, values in compared.items()]
     lines = [
         f"{document['run']}: {'already fine-tuned' if document['cached'] else 'fine-tuned'}, in {document['minutes']:.1f} minutes",
         f"  {document['trainable_variables']} variables with {document['trainable_parameters']:,} parameters trained after "
         f"{document['cut']}; {proof}",
         table_text(scores, "  "),
-        f"  {verdict} ({gained:+.0f} of {after['n']} images)",
+        f"  {verdict} ({task.gained(after, rival)})",
     ]
     if document["resumed"] is not None:
         lines.insert(1, f"  resumed after epoch {document['resumed']}, where it had been interrupted")
@@ -248,12 +259,16 @@ def _report(run: Run, damaged: list[str], *, cached: bool, resumed: int | None =
         raise RunError(
             f"{run.folder / 'config.yaml'}: finetune lacks {', '.join(missing)}; remove the run, and train it again"
         )
+    where = f"{run.folder / 'config.yaml'}: finetune.before"
+    before = parse(run.task.scores_model, settings["before"], where, error=RunError).model_dump(mode="json")
     return {
         "format": 1,
         "run": str(run.folder),
+        **({} if run.task is CLASSIFICATION else {"task": run.task.name}),
         "cached": cached,
         "resumed": resumed,
         **{name: settings[name] for name in kept},
+        "before": before,
         "after": run.metrics["validation"],
         "best_head": best_head(run),
         "minutes": (run.environment.get("fit_seconds") or 0) / 60,
@@ -288,6 +303,13 @@ def _logger_of(folder: str | Path | None) -> Callable[[Path], object]:
 def _digest_of(store: str, labels: Labels | None) -> str:
     opened = FeatureStore.open(store)
     return opened.data_digest if labels is None else with_labels(opened, labels).data_digest
+
+
+def _check_task(run: Run, settings: TuningSettings) -> None:
+    if settings.class_weight is not None and "class_weight" in run.task.refused:
+        raise ConfigurationError(
+            f"class_weight: received {settings.class_weight!r}, which does not fit --task {run.task.name}; leave it out"
+        )
 
 
 def _check_labels(run: Run, labels: Labels | None) -> None:

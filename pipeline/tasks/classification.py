@@ -11,7 +11,7 @@ from features.errors import HeadError
 from pipeline import config
 from pipeline.intervals import interval_of
 from pipeline.scores.answers import find_threshold, kept, least_probability
-from pipeline.scores.metrics import evaluate, log_loss, softmax, two_columns
+from pipeline.scores.metrics import balanced_weights, evaluate, log_loss, softmax, two_columns
 from pipeline.scores.selection import CHOICES, balanced_accuracy_interval, stratified_folds
 from pipeline.tasks.shown import Calibration, Column, Judged, Line, Tile, Words
 from pipeline.tasks.task import Rows, Scores, Task
@@ -24,7 +24,10 @@ class Classification(Task):
     format = 1
     things = "classes"
     choices = CHOICES
+    score = "accuracy"
+    no_gain = "no more validation images are classified correctly than by"
     metrics_models = config.METRICS_FILES
+    scores_model = config.Scores
     one_class = True
     promises = ("--abstain-precision", "--set-coverage", "--by")
 
@@ -76,6 +79,9 @@ class Classification(Task):
     ) -> np.ndarray:
         return y
 
+    def row_weights(self, y: np.ndarray) -> np.ndarray | None:
+        return balanced_weights(y)
+
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return log_loss(predictions, y)
 
@@ -95,6 +101,9 @@ class Classification(Task):
             return float(low + scores["balanced_accuracy"] - scores["accuracy"])
         labels, values = rows()
         return balanced_accuracy_interval(labels, values.argmax(axis=1))[0]
+
+    def gained(self, scores: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
+        return f"{(scores['accuracy'] - rival['accuracy']) * scores['n']:+.0f} of {scores['n']} images"
 
     def columns(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         return {

@@ -65,6 +65,9 @@ class Multilabel(Task):
     choices = ("average_precision", "micro_average_precision", "f1", WORST_GROUP)
     promises = ("--set-coverage", "--by")
     metrics_models = (metrics_file(MultilabelScores, LabelAnswers),)
+    score = "mean average precision"
+    no_gain = f"the {score} is no higher than that of"
+    scores_model = MultilabelScores
 
     def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
         if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:

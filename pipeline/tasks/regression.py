@@ -60,6 +60,9 @@ class Regression(Task):
     choices = ("r2", "mae", "rmse", "spearman")
     promises = ("--set-coverage",)
     metrics_models = (metrics_file(RegressionScores, NumberAnswers),)
+    score = "R2"
+    no_gain = f"the {score} is no higher than that of"
+    scores_model = RegressionScores
 
     def check(self, y: np.ndarray, rows: int, names: Sequence[str]) -> tuple[str, ...]:
         if y.ndim != 2 or len(y) != rows or y.shape[1] != (len(names) or y.shape[1]) or not y.size:
@@ -91,8 +94,9 @@ class Regression(Task):
     activation = "linear"
     predicted = "numbers"
 
-    def parity_unit(self, expected: np.ndarray) -> float:
-        return max(1.0, float(np.abs(expected).max()))
+    def parity_unit(self, expected: np.ndarray) -> np.ndarray:
+        largest = np.abs(expected).max(axis=0)
+        return np.where(largest > 0, largest, 1.0)
 
     refused = ("calibrate", "mixup", "label_smoothing", "class_weight")
 
@@ -101,6 +105,9 @@ class Regression(Task):
 
     def loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return squared_loss(predictions, y, trained)
+
+    def network_loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+        return self.loss(predictions, y, trained) / 2
 
     def evaluate(
         self, predictions: np.ndarray, y: np.ndarray, names: Sequence[str], before: Mapping[str, Any] | None = None

@@ -76,12 +76,16 @@ class Task(abc.ABC):
         What the names of a run are.
     choices : tuple of str
         Scores by which runs can be compared; the first one is usual.
+    score, no_gain : str
+        Words for the usual score, and for a fine-tuned run that does not gain by it.
     metrics_models : tuple of type
         Schemas of ``metrics.json``, one for each format.
+    scores_model : type
+        Schema of the scores of one split.
     promises : tuple of str
         The options of `pipeline.heads.promises` that mean something here.
     one_class : bool
-        Whether each image has one class, which a confusion matrix, fine-tuning and a grid need.
+        Whether each image has one class, which a confusion matrix and a grid need.
     answers : bool
         Whether images are given classes or labels, which are counted.
     """
@@ -90,7 +94,10 @@ class Task(abc.ABC):
     format: ClassVar[int] = 2
     things: ClassVar[str]
     choices: ClassVar[tuple[str, ...]]
+    score: ClassVar[str]
+    no_gain: ClassVar[str]
     metrics_models: ClassVar[tuple[type[MetricsFile], ...]]
+    scores_model: ClassVar[type[Settings]]
     promises: ClassVar[tuple[str, ...]]
     one_class: ClassVar[bool] = False
     answers: ClassVar[bool] = True
@@ -146,9 +153,9 @@ class Task(abc.ABC):
     activation: ClassVar[str]  # of the outputs of an exported model, as Keras calls it
     predicted: ClassVar[str] = "probabilities"  # what these are
 
-    def parity_unit(self, expected: np.ndarray) -> float:
-        """Unit in which an exported model may differ from a run."""
-        return 1.0
+    def parity_unit(self, expected: np.ndarray) -> np.ndarray:
+        """Unit of each column, float64 (c,), in which two forms of a model may differ."""
+        return np.ones(expected.shape[1])
 
     loss_name: ClassVar[str]  # key of `pipeline.heads.bank_math.LOSSES`
     refused: ClassVar[tuple[str, ...]] = ("calibrate", "mixup")  # parameters of networks that mean nothing here
@@ -162,6 +169,14 @@ class Task(abc.ABC):
     ) -> np.ndarray:
         """What a network is trained on; ``balanced``: with weights, where a task has them for each cell."""
         return packed(y, scale)
+
+    def network_loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
+        """The loss that a network is trained on, of predictions for rows that were held out; parameters are those of `loss`."""
+        return self.loss(predictions, y, trained)
+
+    def row_weights(self, y: np.ndarray) -> np.ndarray | None:
+        """Weight of each row, float64 (n,), with ``class_weight=balanced``; None if cells are weighted, or nothing is."""
+        return None
 
     # -- scores
     @abc.abstractmethod
@@ -194,6 +209,16 @@ class Task(abc.ABC):
     @abc.abstractmethod
     def low(self, scores: Mapping[str, Any], by: str, rows: Callable[[], Rows] | None) -> float:
         """Lower end of the 95 % interval of `value`; ``rows`` reads the predictions that were scored, if it is given."""
+
+    def better(self, scores: Mapping[str, Any], than: Mapping[str, Any]) -> bool:
+        """Whether scores are better than others by the usual score, and where that is equal by the loss."""
+        first = self.choices[0]
+        return self.order(scores, first) < self.order(than, first)
+
+    def gained(self, scores: Mapping[str, Any], rival: Mapping[str, Any]) -> str:
+        """Say by how much the usual score is higher than a rival's."""
+        first = self.choices[0]
+        return f"{self.value(scores, first) - self.value(rival, first):+.4f}"
 
     @abc.abstractmethod
     def columns(self, scores: Mapping[str, Any]) -> dict[str, Any]:

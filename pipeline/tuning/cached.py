@@ -19,6 +19,7 @@ from features.store.reader import FeatureStore
 from pipeline.labels.file import Labels
 from pipeline.labels.overlay import with_labels
 from pipeline.runs.folder import Run
+from pipeline.tasks.table import names_of, targets_of
 from pipeline.tuning.inputs import PLAIN, Data
 
 _FREE = {"layer", "pooling", "dtype", "augmentation", "seed"}  # recipe fields in which cut features may differ
@@ -115,8 +116,8 @@ def _check_rows(store: FeatureStore, run: Run) -> None:
             f"{where}: under {store.labelled_by['path']} they have other labels, classes or splits. Train a head under the "
             "same labels file first: bottleneck train-head FEATURES --labels FILE"
         )
-    if store.classes != run.classes:
-        raise RunError(f"{where} ({unlike(run.classes, store.classes)}). Give a store of the same images.")
+    if (names := names_of(store)) != run.classes:
+        raise RunError(f"{where} ({unlike(run.classes, names)}). Give a store of the same images.")
     ours, theirs = (rule or "as given" for rule in (store.split_rule, run.split_rule))
     other = "the split rule is the same" if ours == theirs else f"it is split {ours}, the run {theirs}"
     raise RunError(
@@ -132,11 +133,11 @@ def data_of(store: FeatureStore) -> Data:
     return Data(
         description,
         table.paths,
-        table.labels,
+        targets_of(store, np.arange(len(table))),
         table.splits,
         table.sha256,
         store.data_digest,
-        store.classes,
+        names_of(store),
         store.labelled_by,
     )
 

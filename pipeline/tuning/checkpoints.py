@@ -40,9 +40,9 @@ class State:
     before, best : dict
         Validation scores before the first epoch, and after the best one.
     waited : int
-        Epochs since the lowest validation log loss.
+        Epochs since the lowest validation loss.
     lowest : float
-        Lowest validation log loss so far.
+        Lowest validation loss so far.
     variables, optimizer, kept : list of arrays
         Values of the trained layers' variables, of the optimizer's, and of the trained layers' after the best epoch.
     """
@@ -178,7 +178,12 @@ def _check_values(state: State, like: State) -> None:
             raise ValueError(f"{name!r} holds unexpected scores")
     numbers = [
         state.lowest,
-        *(scores[key] for scores in (state.before, state.best) for key in ("accuracy", "log_loss")),
+        *(
+            scores[key]
+            for scores in (state.before, state.best)
+            for key, own in like.before.items()
+            if type(own) is float
+        ),
     ]
     if not np.isfinite(np.array([*numbers, *(value for values in state.history.values() for value in values)])).all():
         raise ValueError("it holds scores that are not finite")

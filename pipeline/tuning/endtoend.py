@@ -28,7 +28,6 @@ from features.networks.weights import IMAGENET, RANDOM
 from features.recipe import Recipe
 from pipeline.heads.head import Head
 from pipeline.runs.folder import Run
-from pipeline.scores.metrics import softmax
 from pipeline.tuning.settings import ALL, HEAD, LAST_BLOCK
 
 if TYPE_CHECKING:
@@ -402,21 +401,3 @@ def trunk_function(
         split.trunk, preprocess(recipe.preprocessing, recipe.normalisation), [cut], batch_size=batch_size, device=device
     )
     return lambda pixels: engine(pixels)[cut.name]
-
-
-def probabilities_of(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Softmax of logits; a single logit m for two classes is read as [0, m].
-
-    Parameters
-    ----------
-    logits : float, (n, c), or (n, 1) for two classes
-        Outputs of a head.
-    temperature : float
-        The logits are divided by it.
-
-    Returns
-    -------
-    float64, (n, c), rows sum to 1
-    """
-    outputs = np.asarray(logits, dtype=np.float64) / temperature
-    return softmax(np.hstack([np.zeros_like(outputs), outputs]) if outputs.shape[1] == 1 else outputs)

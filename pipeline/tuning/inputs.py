@@ -29,11 +29,11 @@ from features.pixels.batches import batches, loaded
 from features.pixels.views import DecodedViews, decode_views
 from features.progress import Progress
 from features.recipe import PixelRule
-from features.sources.scan import ImageSet
+from features.sources.scan import ImageSet, united
 from features.sources.splits import SPLITS, SplitRule, assign_splits
 from features.store.schema import data_digest
 from pipeline.labels.file import LABEL, Labels
-from pipeline.labels.overlay import applied, record_of
+from pipeline.labels.overlay import applied, applied_to_target, record_of
 
 logger = logging.getLogger(__name__)
 KEPT_BYTES = 1 << 30  # trunk features up to this size are kept in memory, larger ones in a file
@@ -52,8 +52,8 @@ class Data:
         Where the rows come from, for messages.
     paths : sequence of str
         Names of the images.
-    labels : int32, (n,)
-        Index into the classes.
+    labels : int32 (n,), or uint8 or float64 (n, c)
+        Index into the classes; of another task the target, see `features.targets.Target`.
     splits : int8, (n,)
         Index into ``SPLITS``; images that could not be read are in ``unlabelled``.
     sha256 : uint8, (n, 32)
@@ -61,7 +61,7 @@ class Data:
     digest : str
         ``features.store.schema.data_digest`` of the readable rows, which a feature store of the same rows would have.
     classes : tuple of str
-        Class names.
+        Class names, or the columns of the target.
     labelled_by : mapping
         The labels file that was put over the labels, as a run records it; empty if there was none.
     """
@@ -110,20 +110,42 @@ def read_data(
         raise RunError(f"{images.description}: none of {len(images)} images could be read")
     sha256 = np.zeros((len(images), 32), np.uint8)
     sha256[readable] = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, 32)
+    one_each, kept = united(images, hashes)
+    readable = readable[np.isin(readable, kept)]
+    places = np.searchsorted(kept, readable)  # of the readable rows among those that are kept
     groups = None if images.groups is None else [images.groups[row] for row in readable]
     splits = np.full(len(images), SPLITS.index("unlabelled"), np.int8)
-    labels_of_rows, given = images.labels[readable], images.given_splits[readable]
-    splits[readable], _ = assign_splits(labels_of_rows, given, groups, sha256[readable], rule)
-    classes, labelled_by = images.classes, dict[str, Any]()
+    splits[readable], _ = assign_splits(
+        one_each.strata[places], images.given_splits[readable], groups, sha256[readable], rule
+    )
+    rows = splits[readable], groups, sha256[readable]
+    values, splits[readable], digest_of_rows, classes, record = _labelled(one_each.some(places), rows, labels, target)
+    every = np.zeros(
+        (len(images), *values.shape[1:]), values.dtype
+    )  # of rows without a split, the values do not matter
+    every[readable] = values
+    return Data(images.description, images.paths, every, splits, sha256, digest_of_rows, classes, record)
+
+
+def _labelled(
+    images: ImageSet, rows: tuple[np.ndarray, Any, np.ndarray], labels: Labels | None, target: str
+) -> tuple[np.ndarray, np.ndarray, str, tuple[str, ...], dict[str, Any]]:
+    """Targets, splits, digest and names of rows under a labels file, if there is one, and its record.
+
+    ``rows`` are the splits, groups and content hashes of the images.
+    """
+    splits, _, sha256 = rows
+    if images.target is not None:
+        about, record = images.target, dict[str, Any]()
+        if labels is not None:
+            about, splits, counts = applied_to_target(labels, images.description, about, *rows, target)
+            record = record_of(labels, counts)
+        return about.values, splits, data_digest((), sha256, images.labels, splits, about), about.columns, record
+    classes, values, record = images.classes, images.labels, {}
     if labels is not None:
-        rows = labels_of_rows, splits[readable], groups, sha256[readable]
-        found = applied(labels, images.description, classes, *rows, target)
-        classes, labels_of_rows, splits[readable] = found.classes, found.labels, found.splits
-        labelled_by = record_of(labels, found.counts)
-    every = np.full(len(images), -1, np.int32)
-    every[readable] = labels_of_rows
-    digest_of_rows = data_digest(classes, sha256[readable], labels_of_rows, splits[readable])
-    return Data(images.description, images.paths, every, splits, sha256, digest_of_rows, classes, labelled_by)
+        found = applied(labels, images.description, classes, values, *rows, target)
+        classes, values, splits, record = found.classes, found.labels, found.splits, record_of(labels, found.counts)
+    return values, splits, data_digest(classes, sha256, values, splits), classes, record
 
 
 class Inputs(Protocol):

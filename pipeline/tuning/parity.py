@@ -23,6 +23,8 @@ from features.store.reader import FeatureStore
 from pipeline.heads.head import Head
 from pipeline.heads.kinds import head_of
 from pipeline.runs.folder import Run, read_predictions
+from pipeline.tasks.table import CLASSIFICATION
+from pipeline.tasks.task import Task
 from pipeline.tuning.cached import CachedCut
 from pipeline.tuning.endtoend import PIXELS, Split, network_of, split_for_training
 from pipeline.tuning.inputs import PLAIN, Data, Inputs, Trunk
@@ -37,7 +39,7 @@ LAYER_TOLERANCE = 1e-3  # relative difference above which a layer counts as diff
 
 @dataclasses.dataclass(frozen=True)
 class Reference:
-    """Probabilities that a run's head gave from cached features, to compare with.
+    """Predictions that a run's head gave from cached features, such as probabilities, to compare with.
 
     Parameters
     ----------
@@ -46,23 +48,26 @@ class Reference:
     paths : list of str
         Names of these images, for messages.
     probabilities : float64, (n, c)
-        Expected probabilities.
+        Expected predictions.
     tolerance : float
-        Largest accepted difference in probability.
+        Largest accepted difference, in the unit of the task.
+    task : Task
+        What is predicted.
     """
 
     rows: np.ndarray
     paths: list[str]
     probabilities: np.ndarray
     tolerance: float
+    task: Task = CLASSIFICATION
 
     def check(self, received: np.ndarray, what: str, explain: Callable[[int], str]) -> float:
-        """Return the largest difference in probability.
+        """Return the largest difference in probability, or in the unit of the task, see `Task.parity_unit`.
 
         Parameters
         ----------
         received : float64, (n, c)
-            Probabilities of the same rows.
+            Predictions of the same rows.
         what : str
             Stage at which they are compared, with which the message begins.
         explain : callable
@@ -73,11 +78,12 @@ class Reference:
         ParityError
             If the difference exceeds the tolerance or is not finite.
         """
-        worst, gap = largest_gap(received, self.probabilities)
+        unit = self.task.parity_unit(self.probabilities)
+        worst, gap = largest_gap(received / unit, self.probabilities / unit)
         if gap <= self.tolerance:
             return gap
         raise ParityError(
-            f"{what}: probabilities of {printable(self.paths[worst])} differ by {gap:.2e}; at most "
+            f"{what}: {self.task.predicted} of {printable(self.paths[worst])} differ by {gap:.2e}; at most "
             f"{self.tolerance:.0e} is allowed. {explain(int(self.rows[worst]))}"
         )
 
@@ -124,7 +130,7 @@ def reference_of(run: Run, data: Data, *dtypes: str) -> Reference:
         )
     rows = np.array([validation[sha256] for sha256 in hashes], dtype=np.int64)
     tolerance = max(PARITY_TOLERANCE[dtype] for dtype in dtypes)
-    return Reference(rows, [data.paths[row] for row in rows], values, tolerance)
+    return Reference(rows, [data.paths[row] for row in rows], values, tolerance, run.task)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -253,7 +259,7 @@ class Gate:
             return found or f"The layer that differs comes before {job.split.cut!r}."
 
         if pixels is None:
-            received = Tail(saved(), head.temperature, job.settings).probabilities(self._inputs, self.rows)
+            received = Tail(saved(), head.temperature, job.settings, head.task).probabilities(self._inputs, self.rows)
         else:
             size = self._tail.batch_size
             engine = network.engine(network.recipes, batch_size=size, device=device)

@@ -1,7 +1,7 @@
 """Several labels and numbers on real images: composed grids of flowers, and how far a photograph was turned.
 
-    flowers17 --split by photograph--> grids of two or three of one split, labelled with their classes --> multilabel
-    photographs --turned by -45 to 45 degrees, the largest inner square, grouped by photograph--> regression
+    flowers --split by photograph--> grids of two or three of one split, labelled with their classes --> multilabel
+    cats and dogs --turned by -45 to 45 degrees, the largest inner square, grouped by photograph--> regression
 
 Usage: python tests/benchmarks/bench_tasks.py [FOLDER]; BOTTLENECK_ASSETS names the images and weights.
 Prints one line of JSON for each figure. Images and stores are kept in FOLDER, so that a second run trains only.
@@ -20,7 +20,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from sklearn.linear_model import Ridge
+from sklearn.linear_model import LogisticRegression, Ridge
+from sklearn.multiclass import OneVsRestClassifier
 
 from features.extraction.extraction import extract_features
 from features.store.reader import FeatureStore
@@ -28,10 +29,13 @@ from pipeline.heads.fitting import fit_companions
 from pipeline.heads.kinds import make_head
 from pipeline.heads.prepared import prepare
 from pipeline.runs.folder import Run
+from pipeline.stages.evaluate import evaluate
+from pipeline.stages.finetune import finetune
 from pipeline.stages.train_head import train_head
 from pipeline.tasks.table import TASKS
 
 SPLITS = ("train", "validation", "test")
+FLOWERS, ANIMALS = "flowers17", "cats_and_dogs_filtered/train"  # a flower looks alike from all sides, an animal stands
 CELL, SIDE = 112, 224  # pixels of a photograph in a grid, and of a grid
 WEIGHTS = "weights/mobilenet_v2_1.0_224_no_top.weights.h5"
 
@@ -41,9 +45,9 @@ def assets() -> Path:
     return Path(os.environ["BOTTLENECK_ASSETS"])
 
 
-def photographs(most: int | None = None) -> dict[str, list[Path]]:
-    """Paths of flowers17 by class; at most so many of each."""
-    root = assets() / "images/flowers17"
+def photographs(most: int | None = None, name: str = FLOWERS) -> dict[str, list[Path]]:
+    """Paths of photographs by class; at most so many of each."""
+    root = assets() / "images" / name
     folders = sorted(path for path in root.iterdir() if path.is_dir())
     return {folder.name: sorted(folder.glob("*.jpg"))[:most] for folder in folders}
 
@@ -93,7 +97,9 @@ def turn(folder: Path, images: int, most: int | None = None) -> Path:
         return manifest
     folder.mkdir(parents=True, exist_ok=True)
     generator, lines = np.random.default_rng(1), ["path,angle,split,group"]
-    pool = [(split, path) for split, found in split_photographs(photographs(most)).items() for _, path in found]
+    pool = [
+        (split, path) for split, found in split_photographs(photographs(most, ANIMALS)).items() for _, path in found
+    ]
     for number in range(images):
         split, path = pool[number % len(pool)]
         angle = float(generator.uniform(-45, 45))
@@ -148,10 +154,11 @@ def bank_ratio(store: FeatureStore, task: str, heads: int, epochs: int) -> dict[
     fit_companions(many, data, 0)
     together = time.perf_counter() - started
     gaps, alone = [], 0.0
-    for place in (0, heads // 2, heads - 1):
+    for place in range(heads):
         single = make_head("dense", learning_rate=float(rates[place]), **common)
         single.fit_prepared(data)
         gaps.append(float(abs(single.predict_proba(X_validation) - many[place].predict_proba(X_validation)).max()))
+    for place in (0, heads // 2, heads - 1):
         by_fit = make_head("dense", learning_rate=float(rates[place]), schedule="cosine", **common)  # Keras trains it
         started = time.perf_counter()
         by_fit.fit_prepared(data)
@@ -171,15 +178,44 @@ def scores_of(store: FeatureStore, heads: Sequence[str], folder: Path) -> dict[s
     return found
 
 
+def one_vs_rest(store: FeatureStore) -> float:
+    """Largest difference in probability between `logistic` and scikit-learn's of one against the rest, with the same penalty."""
+    X, y = store.load("train")
+    head = make_head("logistic", task=TASKS["multilabel"], C=0.01)
+    data = prepare(X, y, pool="none")
+    head.fit_prepared(data)
+    Z = (X - head.mean) / head.std
+    other = OneVsRestClassifier(LogisticRegression(C=0.01, tol=1e-10, max_iter=10_000)).fit(Z.astype(np.float64), y)
+    return float(abs(other.predict_proba(Z.astype(np.float64)) - head.predict_proba(X)).max())
+
+
+def tuned(store: FeatureStore, manifest: Path, folder: Path, **settings: Any) -> dict[str, Any]:
+    """Scores of the dense head before and after the last block was fine-tuned with it; the test split is scored, too."""
+    start = train_head(store, "dense", runs=folder / "runs", test=True).folder
+    document = finetune(start, manifest, runs=folder / "tuned", weights=str(assets() / WEIGHTS), **settings)
+    run = Run.open(document["run"])
+    first = run.task.choices[0]
+    test = evaluate(run.folder, manifest, split="test", target=run.target)["scores"]
+    return {
+        "before": {"validation": document["before"][first], "test": Run.open(start).metrics["test"][first]},
+        "after": {"validation": document["after"][first], "test": test[first], "interval": test[f"{first}_interval"]},
+        "parity_gap": document["parity_gap"],
+        "minutes": document["minutes"],
+    }
+
+
 def main(folder: Path) -> None:
     """Measure everything at full size."""
     grids = store_of(compose(folder / "grids", 3000), "multilabel", "tags")
     print(json.dumps({"multilabel": scores_of(grids, ("logistic", "knn", "dense", "mlp-256"), folder)}), flush=True)
+    print(json.dumps({"one_vs_rest": one_vs_rest(grids)}), flush=True)
     print(json.dumps({"bank": bank_ratio(grids, "multilabel", 100, 10)}), flush=True)
-    manifest = turn(folder / "turned", 2720)
+    manifest = turn(folder / "turned", 2000)
     print(json.dumps({"border_r2": border_r2(manifest)}), flush=True)
     turned = store_of(manifest, "regression", "angle")
     print(json.dumps({"regression": scores_of(turned, ("ridge", "knn", "dense", "mlp-256"), folder)}), flush=True)
+    settings = {"learning_rate": 3e-4, "epochs": 4, "patience": 0, "unfreeze": "block_13_expand"}
+    print(json.dumps({"tuned": tuned(turned, manifest, folder, **settings)}), flush=True)
 
 
 if __name__ == "__main__":
