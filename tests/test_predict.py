@@ -58,7 +58,7 @@ EXPECTED = {
 class Colours:
     """A model without a network: the shares of red, green and blue in the first pixel."""
 
-    name, classes, batch_size, answers = "colours", CLASSES, 2, None
+    name, classes, batch_size, answers, task = "colours", CLASSES, 2, None, CLASSIFICATION
 
     def load(self, data: bytes) -> np.ndarray:
         return decode_image(data, PixelRule(4, 4)).pixels
