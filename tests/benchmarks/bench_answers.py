@@ -65,7 +65,7 @@ def brightness(path: str) -> np.ndarray:
     root, table = Path(str(store.provenance["root"])), store.images
     found = []
     for row in np.flatnonzero(table.labels >= 0):
-        with Image.open(root / table.paths[row]) as picture:
+        with Image.open(root / table.paths[int(row)]) as picture:
             found.append(float(np.asarray(picture.convert("L").resize((32, 32))).mean()))
     return np.array(found)[:, None]
 
