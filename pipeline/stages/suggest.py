@@ -89,7 +89,7 @@ def suggest(
     n : int, 1 to 100,000
         Number of images; fewer are given if there are not so many.
     strategy : str
-        ``mix``: typical images of clusters until there are 10 training labels, then doubtful ones that differ. ``typical``, ``margin``,
+        ``mix``: typical images of clusters until there are 30 training labels, then doubtful ones that differ. ``typical``, ``margin``,
         ``spread-margin``, ``entropy``, ``k-centre`` or ``random`` alone.
     purpose : {"train", "validation"}
         Images for validation are drawn at random, whatever the strategy, from images whose group is in no split yet.
