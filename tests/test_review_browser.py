@@ -197,9 +197,11 @@ def test_two_tabs_see_each_other_and_reopening_goes_on(browser: Any, server: Ser
     with opened(browser, server.address) as first, opened(browser, server.address) as second:
         before = server.decisions()
         for page in (first, second):
-            page.select_option("[name=by]", "file")
-            page.select_option("[name=state]", "")
-            page.wait_for_timeout(300)
+            for name, value in (("by", "file"), ("state", "")):
+                with page.expect_response(lambda answer: "/order?" in answer.url):
+                    page.select_option(f"[name={name}]", value)
+            until(page, "document.getElementById('t0')?.title.includes('svg onload')")
+            page.wait_for_timeout(300)  # all filters show it first: the last answer is drawn in this time
             page.focus("#grid")
         for _ in range(5):
             first.keyboard.press("k")
@@ -209,8 +211,10 @@ def test_two_tabs_see_each_other_and_reopening_goes_on(browser: Any, server: Ser
         assert server.decisions() == before + 10
         states = "[...document.querySelectorAll('.tile')].filter((one) => Number(one.dataset.place) < 5).map((one) => one.dataset.state).join()"
         until(first, f"{states} !== ''")
-        second.wait_for_timeout(300)
-        assert first.evaluate(states) == second.evaluate(states)
+        ends = time.monotonic() + 120
+        while first.evaluate(states) != second.evaluate(states):
+            assert time.monotonic() < ends, (first.evaluate(states), second.evaluate(states))
+            second.wait_for_timeout(20)
     with opened(browser, server.address) as page:
         page.select_option("[name=state]", "decided")
         until(page, "Number(document.querySelector('#count').textContent.split(' ')[0]) < 100")
