@@ -88,8 +88,9 @@ def take_run(
     if not runs:
         where = f" on the newest state of {one.name}" if several and one.stale else ""
         raise RunError(
-            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one; train it with bottleneck "
-            "train-head --head dropout-linear"
+            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one (dense, dropout-linear, "
+            "mlp-256, logistic, ridge, linear-svm, sgd, lda, where the task has it); train it with bottleneck train-head "
+            "--head dropout-linear"
         )
     run = starred(runs)
     logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")
