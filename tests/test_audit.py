@@ -458,7 +458,7 @@ def test_the_report_takes_the_worst_of_each_check_and_refuses_other_files(
     suspect = read.checks[0]
     assert (suspect.name, suspect.judged, suspect.flagged, len(suspect.worst)) == ("suspect-label", 280, 13, 12)
     known = {digest.tobytes() for digest in store.images.sha256}
-    nowhere = Pictures([], None, [])
+    nowhere = Pictures([], [])
     section = read.section(known, nowhere)
     assert [check["name"] for check in section] == [check.name for check in read.checks]
     assert section[0]["cards"][0]["picture"] == ""

@@ -203,13 +203,13 @@ def test_a_picture_that_is_gone_changed_or_broken_is_counted(tmp_path: Path) -> 
     (source / "a" / "0003.png").write_bytes(b"no image")
     missing = "a/0009.png"
     wanted = [("a/0000.png", None), ("a/0001.png", b"x" * 32), ("a/0003.png", None), (missing, None)]
-    pictures = Pictures([str(tmp_path / "elsewhere"), str(source)], None, ["a/0000.png"])
+    pictures = Pictures([str(tmp_path / "elsewhere"), str(source)], ["a/0000.png"])
     cards = pictures.cards(wanted)
     assert [bool(card) for card in cards] == [True, False, False, False]
     assert dict(pictures.failures) == {"changed": 1, "not-an-image": 1, "missing": 1}
     sprite, places = pictures.sprite(wanted)
     assert (sprite[:23], places) == ("data:image/jpeg;base64,", [0, -1, -1, -1])
-    none = Pictures([str(tmp_path / "elsewhere")], None, ["a/0000.png"])
+    none = Pictures([str(tmp_path / "elsewhere")], ["a/0000.png"])
     assert "does not exist" in none.missing
     assert none.cards(wanted) == [""] * 4
 

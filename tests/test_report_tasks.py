@@ -72,6 +72,7 @@ def test_the_page_has_the_scores_of_the_run(made: dict[str, Any], task: str) -> 
     assert table is not None
     for line, column in itertools.product(table.lines, table.columns):
         assert f'data-v="{line[column.key]}"' in html
+    assert min(group["pictures"] for group in made["document"]["groups"]) > 40
     assert "<b>grün" not in html
     assert "&lt;b&gt;grün" in html
     assert f"{summary(made['document']).count('2 runs, chosen')}" == "2"

@@ -240,6 +240,140 @@ def test_labels_that_are_null_are_no_labels(tmp_path: Path) -> None:
     assert list(labels_of(path).values()) == ["", ""]
 
 
+# --- several labels, or numbers -----------------------------------------------------------------------------
+
+
+def told(kind: str, folder: Path, columns: dict[str, list[Any]]) -> str:
+    """Images with these values in tars, in Parquet files, or in a manifest of Parquet or CSV; as many files as there can be."""
+    count = len(next(iter(columns.values())))
+    if kind == "tars":
+        for row in range(count):
+            values = {name: cells[row] for name, cells in columns.items() if cells[row] is not None}
+            tar(folder / f"s-{row}.tar", {"0.png": png(row), "0.json": json.dumps(values).encode()})
+        return f"{folder}/s-{{}}.tar"
+    if kind == "tables":
+        for row in range(count):
+            some = {name: pa.array(cells)[row : row + 1] for name, cells in columns.items()}
+            table(folder / f"s-{row}.parquet", [png(row)], **some)
+        return str(folder)
+    folder.mkdir(exist_ok=True)
+    paths = [f"{row}.png" for row in range(count)]
+    for row, name in enumerate(paths):
+        (folder / name).write_bytes(png(row))
+    if kind == "parquet":
+        pq.write_table(pa.table({"path": paths, **columns}), folder / "m.parquet")
+        return str(folder / "m.parquet")
+    texts = [
+        [
+            ";".join(["", *cell]) or ";" if isinstance(cell, list) else "" if cell is None else str(cell)
+            for cell in cells
+        ]
+        for cells in columns.values()
+    ]
+    lines = [",".join(["path", *columns]), *(",".join(row) for row in zip(paths, *texts, strict=True))]
+    (folder / "m.csv").write_text("\n".join(lines) + "\n")
+    return str(folder / "m.csv")
+
+
+SOURCES = ("tars", "tables", "parquet", "csv")
+TAGS = ["sea;sun", "sun", None, ";"]
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+def test_targets_are_read_alike_from_every_source(tmp_path: Path, kind: str) -> None:
+    U = 255
+    source = told(kind, tmp_path / "a", {"tags": TAGS, "cat": [1, 0, None, 1], "age": [7.5, None, -3.0, 1e3]})
+    found = scan(source, target="tags", task="multilabel")
+    assert found.target is not None
+    assert (found.target.name, found.target.columns) == ("tags", ("sea", "sun"))
+    assert found.target.values.tolist() == [[1, 1], [0, 1], [U, U], [0, 0]]
+    assert (found.classes, found.labels.tolist(), found.given_splits.tolist()) == ((), [-1] * 4, [-1, -1, 3, -1])
+    both = scan(source, target="Cat,age", task="regression").target
+    assert both is not None
+    assert both.columns == ("cat", "age")
+    np.testing.assert_array_equal(both.values, [[1, 7.5], [0, np.nan], [np.nan, -3], [1, 1000]])
+    truths = scan(source, target="cat", task="multilabel").target
+    assert truths is not None
+    assert truths.values.tolist() == [[1], [0], [U], [1]]
+    assert takes_target(source)
+    lists = told(kind, tmp_path / "b", {"tags": [["sea", "sun"], ["sun"], None, []]})
+    assert scan(lists, target="tags", task="multilabel").target == found.target
+
+
+@pytest.mark.parametrize("kind", SOURCES)
+@pytest.mark.parametrize(
+    ("task", "columns", "target", "said"),
+    [
+        ("multilabel", {"tags": ["a;b", "c", "a|b"]}, "tags", "tags is 'a|b', with another separator than 'a;b'"),
+        ("multilabel", {"cat": ["1", "2"], "dog": ["0", "1"]}, "cat,dog", "cat is '2', expected 1, 0, or nothing"),
+        ("multilabel", {"cat": ["1", "0"]}, "cat,dgo", "no column 'dgo' for the target"),
+        ("multilabel", {"cat": ["1", "0"]}, "cat,cat", "each once"),
+        ("multilabel", {"tags": ["nan", "null"]}, "tags", "every cell of 'tags' is blank"),
+        ("regression", {"age": ["1", "old"]}, "age", "age is 'old', expected a number"),
+        ("regression", {"age": ["1", "inf"]}, "age", "age is 'inf', expected a finite number"),
+    ],
+)
+def test_targets_that_do_not_fit_are_refused_alike(
+    tmp_path: Path, kind: str, task: str, columns: dict[str, list[Any]], target: str, said: str
+) -> None:
+    source = told(kind, tmp_path / "a", columns)
+    with pytest.raises(SourceError) as refused:
+        scan(source, target=target, task=task)
+    assert said in str(refused.value)
+    assert len(str(refused.value)) <= 1000
+    if " is '" in said:  # it is the last row
+        last = len(next(iter(columns.values()))) - 1
+        place = {"tars": f"'s-{last}.tar/0.png'", "tables": f"s-{last}.parquet, row 1", "csv": f"line {last + 2}"}
+        assert place.get(kind, f"row {last + 1}") in str(refused.value)
+
+
+def test_the_row_is_named_where_numbers_become_text(tmp_path: Path) -> None:
+    count = 90_000
+    path = table(tmp_path / "a.parquet", [b"x"] * count, age=["7"] * (count - 1) + ["seven"])
+    with pytest.raises(SourceError, match=rf"a\.parquet, row {count}: age is 'seven', expected a number"):
+        scan(path, target="age", task="regression")
+
+
+def test_what_only_tars_and_tables_have(tmp_path: Path) -> None:
+    """Texts beside images, lists of the numbers of classes, lists that cannot be written as text, other columns in a file."""
+    words = tar(tmp_path / "a.tar", {"0.png": png(0), "0.txt": b"sea;sun\n", "1.png": png(1), "1.cls": b"sun"})
+    target = scan(words, task="multilabel").target
+    assert target is not None
+    assert (target.name, target.columns, target.values.tolist()) == ("label", ("sea", "sun"), [[1, 1], [0, 1]])
+    features = {"tags": {"feature": {"names": ["sea", "sun"], "_type": "ClassLabel"}, "_type": "Sequence"}}
+    path = table(tmp_path / "b" / "0.parquet", [png(0), png(1)], tags=[[0, 1], []])
+    named = {b"huggingface": json.dumps({"info": {"features": features}}).encode()}
+    pq.write_table(pq.read_table(path).replace_schema_metadata(named), path)
+    target = scan(path, target="tags", task="multilabel").target
+    assert target is not None
+    assert (target.columns, target.values.tolist()) == (("sea", "sun"), [[1, 1], [0, 0]])
+    table(tmp_path / "b" / "1.parquet", [png(2)], label=["sea"])
+    wrong = [
+        (tmp_path / "b", "1.parquet: no column 'tags' for the target, received 'image', 'label'"),
+        (
+            table(tmp_path / "c.parquet", [png(0)], tags=[["a;b"]]),
+            r"c\.parquet: row 1: tags: the label 'a;b' of a list has a ';'",
+        ),
+        (table(tmp_path / "d.parquet", [png(0)], tags=[{"a": 1}]), r"d\.parquet: the column 'tags' holds struct"),
+        (
+            tar(tmp_path / "e.tar", {"0.png": png(0), "0.json": b'{"tags": {"a": 1}}'}),
+            "member '0.json' holds no label: received",
+        ),
+        (
+            tar(tmp_path / "f.tar", {"0.png": png(0), "0.json": b'{"tags": 1, "Tags ": 2}'}),
+            "two keys are named 'Tags '",
+        ),
+        (tar(tmp_path / "g.tar", {"0.png": png(0), "0.json": b"{}"}), "no column 'tags' for the target, received ;"),
+    ]
+    for source, expected in wrong:
+        with pytest.raises(SourceError, match=expected):
+            scan(source, target="tags", task="multilabel")
+    with pytest.raises(SourceError, match="--task multilabel"):
+        scan(path, target="tags")
+    with pytest.raises(SourceError, match="--task multilabel"):
+        scan(tar(tmp_path / "h.tar", {"0.png": png(0), "0.json": b'{"tags": ["a"]}'}), target="tags")
+
+
 # --- all of them ------------------------------------------------------------------------------------------
 
 

@@ -1,18 +1,21 @@
-"""Read the cells of target columns of a manifest: lists of labels, columns of 0 and 1, or numbers.
+"""Read the cells of target columns: lists of labels, columns of 0 and 1, or numbers. One place decides for all sources.
 
-cells of each column -> kind of the cells -> `features.targets.Target`; what does not fit is refused, with its row
+values of a manifest, Parquet, JSON -`cell_text`-> cells of each column -> `features.targets.Target`; what does not fit is
+refused, with its row
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import NoReturn
 
 import numpy as np
 
+from features.errors import SourceError, nearest
+from features.sources.folders import ODD_CHARACTERS
 from features.sources.reading import MISSING_WORDS
-from features.sources.splits import number_or_none
+from features.sources.splits import listed, number_or_none
 from features.targets import MULTILABEL, REGRESSION, TYPES, UNKNOWN, Target
 
 SEPARATORS = (";", "|")
@@ -21,8 +24,78 @@ Cells = Mapping[str, Sequence[str]]  # column -> the text of each row, without b
 Refuse = Callable[[int, str], NoReturn]  # row, what is wrong with it
 
 
-def read_target(task: str, name: str, cells: Cells, refuse: Refuse) -> Target:
-    """Turn the cells of target columns into a target.
+def target_columns(
+    header: Sequence[str], target: str | None, taken: Sequence[str], refuse: Callable[[str], NoReturn]
+) -> dict[str, int]:
+    """Positions of the target columns by their names, in the order in which the user named them; case does not matter.
+
+    Parameters
+    ----------
+    header : sequence of str
+        Names of all columns.
+    target : str, optional
+        A name, or several with commas between them; ``label`` by default.
+    taken : sequence of str
+        Columns that mean something else, such as ``path``.
+    refuse : callable
+        Called with what is wrong; raises the error that names the file.
+    """
+    names = [name.strip().lower() for name in header]
+    found: dict[str, int] = {}
+    for title in target_titles(target, names):
+        if title.lower() not in names or not title:
+            refuse(
+                f"no column {title!r} for the target, received {', '.join(map(repr, header))[:300]}{nearest(title, header)}; name "
+                "the columns with --target, as in --target age,weight"
+            )
+        place = names.index(title.lower())
+        if title.lower() in taken or place in found.values() or not title.strip("."):
+            other = f"other columns than {', '.join(taken[:-1])} and {taken[-1]}" if taken else "columns"
+            refuse(f"--target names {title!r}, expected {other}, each once")
+        found[header[place].strip()] = place
+    return found
+
+
+def target_titles(target: str | None, names: Collection[str]) -> list[str]:
+    """Names of the target columns as the user wrote them: one, if there is such a column in ``names``, else those between commas."""
+    whole = "label" if target is None else target.strip()
+    return [whole] if whole.lower() in names else [part.strip() for part in whole.split(",")]
+
+
+def cell_text(value: object) -> str:
+    """Text of a value that a table or a JSON file holds; a list has a separator before each label.
+
+    Raises
+    ------
+    ValueError
+        If it is neither a text, a number, a truth, nothing, nor a list of these.
+
+    Examples
+    --------
+    >>> [cell_text(value) for value in ("sea", 2.5, None, float("nan"), True, ["sea", "sun"], [])]
+    ['sea', '2.5', '', '', 'True', ';sea;sun', ';']
+    """
+    if value is None or value != value:
+        return ""
+    if isinstance(value, list):
+        words = [_word(item) for item in value]
+        return "".join(f"{SEPARATORS[0]}{word}" for word in words) or SEPARATORS[0]
+    if isinstance(value, dict):
+        raise ValueError(f"received {value!r:.60}, expected a text, a number, or a list of labels")
+    return str(value).strip()
+
+
+def _word(item: object) -> str:
+    word = cell_text(item)
+    if SEPARATORS[0] in word:
+        raise ValueError(
+            f"the label {word[:60]!r} of a list has a {SEPARATORS[0]!r}, which separates labels: replace it"
+        )
+    return word
+
+
+def read_target(task: str, cells: Cells, where: str, refuse: Refuse) -> Target:
+    """Turn the cells of target columns into a target. Its name is those of the columns.
 
     Parameters
     ----------
@@ -30,14 +103,25 @@ def read_target(task: str, name: str, cells: Cells, refuse: Refuse) -> Target:
         A single column of labels holds lists, with ``;`` or ``|`` between the labels, unless all its cells are 0, 1 or blank.
         Several columns hold 0, 1 or blank. Numbers are written with a point. A blank cell, ``nan`` or ``null`` is unknown;
         a list that is a lone separator has no label.
-    name : str
-        The columns, as the user named them.
     cells : mapping of str to sequence of str
         Text of each row, by column.
+    where : str
+        The source, for messages.
     refuse : callable
         Called with a row and what is wrong with it; raises the error that names the file and the row.
+
+    Raises
+    ------
+    SourceError
+        If every cell is blank.
     """
-    return _READERS[task](name, cells, refuse)
+    found = _READERS[task](",".join(cells).replace("/", "|"), cells, refuse)
+    if not found.known.any():
+        raise SourceError(
+            f"{where}: every cell of {listed(list(cells))} is blank, so nothing can be learned. Name other columns "
+            "with --target; or keep features alone: leave --task and --target out"
+        )
+    return found
 
 
 def _is_blank(text: str) -> bool:
@@ -69,6 +153,8 @@ def _labels(name: str, cells: Cells, refuse: Refuse) -> Target:
     first = 0  # the row of the first separator
     lists: list[set[str] | None] = []
     for row, text in enumerate(texts):
+        if ODD_CHARACTERS.search(text):
+            refuse(row, f"{name} {text[:60]!r} is not plain UTF-8 text")
         found = [mark for mark in SEPARATORS if mark in text]
         separator, first = (separator, first) if separator or not found else (found[0], row)
         if any(mark != separator for mark in found):

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
 from features.machine import pyarrow_for
-from features.sources.cells import read_target
+from features.sources.cells import cell_text, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
 from features.sources.objects import without_secrets
+from features.sources.parquet import is_plain
 from features.sources.remote import checked, is_address
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, listed, number_or_none
 from features.targets import CLASSIFICATION, Target
@@ -66,10 +67,14 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
         If a row cannot be understood (the message names it), or if the target does not hold class names.
     """
     plain = labelled and task == CLASSIFICATION
-    lines = _parquet_rows(manifest, target) if _is_parquet(manifest) else _csv_rows(manifest)
+    lines = _parquet_rows(manifest, target, lists=not plain) if _is_parquet(manifest) else _csv_rows(manifest)
     header = next(lines, (1, []))[1]
     columns = _columns(manifest, header, target, labelled=plain)
-    wanted = _target_columns(manifest, header, target) if labelled and not plain else {}
+    wanted = (
+        target_columns(header, target, ("path", "split", "group"), lambda what: _refuse_line(manifest, 1, what))
+        if labelled and not plain
+        else {}
+    )
     taken = {*columns.values(), *wanted.values()}
     others = {number: name.strip() for number, name in enumerate(header) if number not in taken}
     kept: dict[int, list[str]] = {number: [] for number, name in others.items() if name}
@@ -113,17 +118,7 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
     found = None
     if targets:
         of_row = list(first_line.values())
-        found = read_target(
-            task,
-            ",".join(targets).replace("/", "|"),
-            targets,
-            lambda row, what: _refuse_line(manifest, of_row[row], what),
-        )
-        if not found.known.any():
-            raise SourceError(
-                f"{manifest}: every cell of {listed(list(targets))} is blank, so nothing can be learned. Name other columns "
-                "with --target; or keep features alone: leave --task and --target out"
-            )
+        found = read_target(task, targets, str(manifest), lambda row, what: _refuse_line(manifest, of_row[row], what))
     return Manifest(list(first_line), names, splits, groups, further, found, addresses)
 
 
@@ -164,18 +159,26 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
         _refuse_line(manifest, line, f"not valid CSV: {error}")
 
 
-def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, list[str]]]:
-    """Yield the same from Parquet: every value as text, null as an empty text; columns of other types are left out."""
+def _parquet_rows(manifest: Path, target: str | None, *, lists: bool = False) -> Iterator[tuple[int, list[str]]]:
+    """Yield the same from Parquet: every value as text, null as an empty text; columns of other types are left out.
+
+    ``lists``: columns of the target may hold lists.
+    """
     pyarrow = pyarrow_for(manifest)
     line = 1
     try:
         with pyarrow.parquet.ParquetFile(manifest) as table:
             schema = table.schema_arrow
-            plain = [number for number, field in enumerate(schema) if _is_plain(pyarrow.types, field.type)]
+            titles = {title.lower() for title in target_titles(target, [name.lower() for name in schema.names])}
+            plain = [
+                number
+                for number, field in enumerate(schema)
+                if is_plain(pyarrow.types, field.type, lists=lists and field.name.strip().lower() in titles)
+            ]
             names = [schema.names[number] for number in plain]
-            left_out = [field.name for field in schema if not _is_plain(pyarrow.types, field.type)]
+            left_out = [name for number, name in enumerate(schema.names) if number not in plain]
             for name in left_out:
-                if name.strip().lower() in ("path", "split", "group", (target or "label").strip().lower()):
+                if name.strip().lower() in ("path", "split", "group", *titles):
                     kind = schema.field(name).type
                     _refuse_line(
                         manifest, 1, f"{name!r} holds {kind}; expected one plain value per image, such as text"
@@ -186,18 +189,15 @@ def _parquet_rows(manifest: Path, target: str | None) -> Iterator[tuple[int, lis
             for batch in table.iter_batches():
                 for row in zip(*(batch.column(number).to_pylist() for number in plain), strict=True):
                     line += 1
-                    yield line, ["" if cell is None or cell != cell else str(cell) for cell in row]  # NaN is null too
+                    yield line, [cell_text(cell) if isinstance(cell, list) else _text(cell) for cell in row]
     except SourceError:
         raise
     except (OSError, ValueError, OverflowError, pyarrow.ArrowException) as error:
         raise SourceError(f"{manifest} is not Parquet, or is damaged: {error}") from error
 
 
-def _is_plain(types: Any, kind: Any) -> bool:
-    if types.is_dictionary(kind):
-        kind = kind.value_type
-    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
-    return any(test(kind) for test in (*tests, types.is_date, types.is_timestamp, types.is_decimal, types.is_null))
+def _text(cell: Any) -> str:
+    return "" if cell is None or cell != cell else str(cell)  # NaN is null too
 
 
 def _columns(manifest: Path, header: Sequence[str], target: str | None, *, labelled: bool) -> dict[str, int]:
@@ -233,27 +233,6 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
             1,
             f"no column 'label', received {shown}; name the column of classes with --target, or rename it to 'label'",
         )
-    return found
-
-
-def _target_columns(manifest: Path, header: Sequence[str], target: str | None) -> dict[str, int]:
-    """Positions of the target columns by their names, in the order in which the user named them."""
-    names = [name.strip().lower() for name in header]
-    whole = "label" if target is None else target.strip()
-    titles = [whole] if whole.lower() in names else [part.strip() for part in whole.split(",")]
-    found: dict[str, int] = {}
-    for title in titles:
-        if title.lower() not in names or not title:
-            _refuse_line(
-                manifest, 1, f"no column {title!r} for the target, received {', '.join(map(repr, header))}"
-                f"{nearest(title, header)}; name the columns with --target, as in --target age,weight",
-            )  # fmt: skip
-        place = names.index(title.lower())
-        if title.lower() in ("path", "split", "group") or place in found.values() or not title.strip("."):
-            raise SourceError(
-                f"{manifest}: --target names {title!r}, expected other columns than path, split and group, each once"
-            )
-        found[header[place].strip()] = place
     return found
 
 

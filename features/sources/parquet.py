@@ -1,16 +1,18 @@
 """Read images that lie in Parquet files, in a column of structs ``{bytes, path}`` as data sets of Hugging Face have it.
 
-    files --columns but the images--> labels, groups, splits | FILE/ROW --_Column: row groups, batch by batch--> bytes
+    files --columns but the images--> labels or targets, groups, splits | FILE/ROW --_Column: row groups, batch by batch--> bytes
 
 The column of images is read in the order in which images are asked for; only a few megabytes of it are kept.
 """
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import dataclasses
 import itertools
 import json
+import operator
 import os
 import threading
 from collections import OrderedDict
@@ -24,9 +26,11 @@ import numpy as np
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.machine import pyarrow_for
 from features.scratch import scratch
+from features.sources.cells import cell_text, read_target, target_columns
 from features.sources.folders import File, Files
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
+from features.targets import CLASSIFICATION, Target
 from features.texts import GrowingCoded, GrowingTexts
 
 _BATCH = 16  # rows that are read at a time
@@ -44,6 +48,7 @@ class Rows(NamedTuple):
     splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
+    target: Target | None = None
 
 
 def image_column(path: Path) -> str | None:
@@ -69,11 +74,23 @@ def _image_column(pyarrow: ModuleType, schema: Any) -> str | None:
     )
 
 
+def is_plain(types: Any, kind: Any, *, lists: bool = False) -> bool:
+    """Whether a column of a type of pyarrow holds one plain value per image, such as text; ``lists``: or a list of such values."""
+    if lists and (types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)):
+        kind = kind.value_type
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    tests = (types.is_string, types.is_large_string, types.is_integer, types.is_floating, types.is_boolean)
+    return any(test(kind) for test in (*tests, types.is_date, types.is_timestamp, types.is_decimal, types.is_null))
+
+
 def _is_bytes(pyarrow: ModuleType, kind: Any) -> bool:
     return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
 
 
-def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labelled: bool = True) -> Rows:
+def open_tables(
+    root: Path, paths: Sequence[Path], target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+) -> Rows:
     """List the images of Parquet files; no image is read.
 
     Parameters
@@ -84,8 +101,11 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
         The files; images are named by row, and by file and row if there are several.
     target : str, optional
         The column of labels, ``label`` by default: text, or whole numbers, with names where the file has those of Hugging Face.
+        For other tasks also several names with commas between them; see `features.sources.cells.read_target`.
     labelled : bool
         Whether labels are needed.
+    task : {"classification", "multilabel", "regression"}
+        What the target columns hold.
 
     Raises
     ------
@@ -95,6 +115,8 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
     pyarrow = pyarrow_for(paths[0])
     common = os.path.commonpath([path.parent for path in paths])
     names, groups, found = GrowingCoded(), GrowingCoded(), GrowingTexts()
+    plain = labelled and task == CLASSIFICATION
+    targets = _Targets(target) if labelled and not plain else None
     parts: list[tuple[int, tuple[int, ...], int | None]] = []  # rows, stamp and split of each file
     columns: dict[str, _Column] = {}
     for path in paths:
@@ -106,7 +128,9 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
                 raise SourceError(
                     f"{path}: no column of images, received {listed(schema.names)}; expected structs of bytes and path"
                 )
-            label = _label_column(path, schema, images, target) if labelled else None
+            label = _label_column(path, schema, images, target) if plain else None
+            if targets is not None:
+                targets.add(pyarrow, path, table, images)
             for name, into in ((label, names), ("group", groups)):
                 known = name is not None and name in schema.names
                 for text in _texts(pyarrow, path, table, str(name)) if known else itertools.repeat("", table_rows):
@@ -129,7 +153,8 @@ def open_tables(root: Path, paths: Sequence[Path], target: str | None, *, labell
         done += rows
     if (splits == NOT_GIVEN).any():
         splits[:] = NOT_GIVEN
-    return Rows(root, Files(found.texts(), stamps), names.coded(), splits, groups.coded(), _Reader(columns))
+    read = None if targets is None else targets.read(task, root)
+    return Rows(root, Files(found.texts(), stamps), names.coded(), splits, groups.coded(), _Reader(columns), read)
 
 
 @contextlib.contextmanager
@@ -155,6 +180,63 @@ def _label_column(path: Path, schema: Any, images: str, target: str | None) -> s
     )
 
 
+class _Targets:
+    """The cells of the target columns of all files, as text."""
+
+    def __init__(self, target: str | None) -> None:
+        self._target = target
+        self._cells: dict[str, GrowingTexts] = {}
+        self._files: list[tuple[Path, int]] = []  # and the rows up to its end
+
+    def add(self, pyarrow: ModuleType, path: Path, table: Any, images: str) -> None:
+        """Read the columns of one file; they must be those of the first one."""
+
+        def refuse(what: str) -> NoReturn:
+            raise SourceError(f"{path}: {what}")
+
+        schema = table.schema_arrow
+        titles = list(target_columns(schema.names, self._target, (images.lower(), "group"), refuse))
+        if self._files and set(titles) != set(self._cells):
+            refuse(
+                f"its target columns are {listed(titles)}, but those of {self._files[0][0].name} {listed(list(self._cells))}"
+            )
+        for title in titles:
+            kind = schema.field(title).type
+            if not is_plain(pyarrow.types, kind, lists=True):
+                refuse(
+                    f"the column {title!r} holds {kind}; expected a text, a number, or a list of labels for each image"
+                )
+            into = self._cells.setdefault(title, GrowingTexts())
+            named = _names(schema, title)
+            for row, value in enumerate(_values(table, title), 1):
+                try:
+                    into.append(cell_text(_named(value, named) if named else value))
+                except (ValueError, TypeError) as problem:  # the names of classes may be a stranger's
+                    refuse(f"row {row}: {title}: {problem}")
+        self._files.append((path, (self._files[-1][1] if self._files else 0) + table.metadata.num_rows))
+
+    def read(self, task: str, root: Path) -> Target:
+        """Turn the cells into a target; what does not fit is refused with its file and row."""
+
+        def refuse(row: int, what: str) -> NoReturn:
+            number = bisect.bisect_right(self._files, row, key=operator.itemgetter(1))
+            before = self._files[number - 1][1] if number else 0
+            raise SourceError(f"{self._files[number][0]}, row {row - before + 1}: {what}")
+
+        return read_target(task, {title: cells.texts() for title, cells in self._cells.items()}, str(root), refuse)
+
+
+def _named(value: Any, names: Sequence[str]) -> Any:
+    """The class names of a number or of a list of numbers, as the file gives them."""
+    if isinstance(value, list):
+        return [_named(item, names) for item in value]
+    if value is None or value < 0:
+        return None
+    if value >= len(names):
+        raise ValueError(f"received {value}, but the file names {len(names)} classes, 0 to {len(names) - 1}")
+    return names[value]
+
+
 def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> Iterator[str]:
     """Yield the values of a column as class names, empty for null."""
     schema = table.schema_arrow
@@ -162,7 +244,10 @@ def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> Iterator
     plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     tests = ("is_string", "is_large_string", "is_integer", "is_boolean", "is_null")
     if not any(getattr(pyarrow.types, test)(plain) for test in tests):
-        raise SourceError(f"{path}: the column {column!r} holds {kind}; expected class names or whole numbers")
+        raise SourceError(
+            f"{path}: the column {column!r} holds {kind}; expected class names or whole numbers. For several labels of an image "
+            "add --task multilabel, for numbers --task regression"
+        )
     whole = pyarrow.types.is_integer(plain)
     width = 0
     if whole and not named:
@@ -201,9 +286,9 @@ def _names(schema: Any, column: str) -> list[str]:
     """Return the class names that Hugging Face's metadata give the numbers of a column; none if they do not."""
     try:
         features = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = features[column]["names"]
+        names = features[column].get("names") or features[column]["feature"]["names"]
         return [str(name) for name in names]
-    except (LookupError, ValueError, TypeError, RecursionError):
+    except (LookupError, ValueError, TypeError, AttributeError, RecursionError):
         return []
 
 

@@ -221,8 +221,20 @@ def scan(
         If ``target`` is given and the source is not a manifest, or ``reading`` names folders and it has none.
     """
     check_choice("task", task, TASKS)
-    if labelled and task != CLASSIFICATION and not _is_table(source):
-        return _of_folders(source, task, scan(source, target=target, reading=reading, trust=trust))
+    found = _scanned(source, target, labelled, reading, trust, task, hosts)
+    return _of_folders(task, found) if labelled and task != CLASSIFICATION and found.target is None else found
+
+
+def _scanned(
+    source: str | Path,
+    target: str | None,
+    labelled: bool,
+    reading: Reading | None,
+    trust: Trust,
+    task: str,
+    hosts: str,
+) -> ImageSet:
+    """List the images; those of tables and tars with the targets of the task, those of folders with their classes."""
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if remote.is_address(text):
@@ -232,17 +244,17 @@ def scan(
     if text.startswith("sample:"):
         return _scan_sample(text, reading)
     if webdataset.is_pattern(text) and not os.path.exists(text):
-        return _scan_several(text, target, reading, trust, labelled=labelled)
+        return _scan_several(text, target, reading, trust, labelled=labelled, task=task)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
     if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
-        return _from_rows(text, parquet.open_tables(path, [path], target, labelled=labelled), reading)
+        return _from_rows(text, parquet.open_tables(path, [path], target, labelled=labelled, task=task), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
         return _scan_manifest(path, text, target, reading, labelled=labelled, task=task, hosts=hosts)
     if tables := _tables_in(path):
-        return _from_rows(text, parquet.open_tables(path, tables, target, labelled=labelled), reading)
+        return _from_rows(text, parquet.open_tables(path, tables, target, labelled=labelled, task=task), reading)
     if is_file and name.endswith(ARCHIVE_SUFFIXES):
-        return _scan_archive(path, text, target, reading, trust, labelled=labelled)
+        return _scan_archive(path, text, target, reading, trust, labelled=labelled, task=task)
     _refuse_target(text, target)
     if os.path.isdir(path):
         return _scan_folder(path, text, reading)
@@ -304,20 +316,8 @@ def _refuse_target(text: str, target: str | None) -> None:
         )
 
 
-def _is_table(source: str | Path) -> bool:
-    """Whether a source is a manifest, whose columns may hold any target."""
-    path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
-    table = path.name.lower().endswith(MANIFEST_SUFFIXES) and path.is_file()
-    return table and (path.suffix.lower() != ".parquet" or parquet.image_column(path) is None)
-
-
-def _of_folders(source: str | Path, task: str, images: ImageSet) -> ImageSet:
+def _of_folders(task: str, images: ImageSet) -> ImageSet:
     """Turn classes of folders into labels of which several may hold."""
-    if takes_target(source):
-        raise ConfigurationError(
-            f"--task {task}: {images.description} holds the images themselves, of which one class each is read. Give a "
-            "manifest, such as path,tags, of image files"
-        )
     if task != MULTILABEL:
         raise ConfigurationError(
             f"--task {task}: {images.description} has class folders, not numbers. Give a manifest, such as path,age, and name "
@@ -439,12 +439,14 @@ def _scan_bucket(address: str, target: str | None, reading: Reading) -> ImageSet
 
 
 def _scan_archive(
-    path: Path, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool
+    path: Path, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
 ) -> ImageSet:
     status = os.stat(path)
     archive = open_archive(path, trust)
     if webdataset.is_webdataset(archive):
-        return _from_rows(description, webdataset.samples_of(path, [archive], target, labelled=labelled), reading)
+        return _from_rows(
+            description, webdataset.samples_of(path, [archive], target, labelled=labelled, task=task), reading
+        )
     _refuse_target(description, target)
     files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
     for member, details in archive.members.items():
@@ -497,13 +499,17 @@ def _from_tree(
 # --- many files of many images ------------------------------------------------------------------------------
 
 
-def _scan_several(pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool) -> ImageSet:
+def _scan_several(
+    pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
+) -> ImageSet:
     if pattern.lower().endswith(".parquet"):
         paths = [Path(os.path.abspath(os.path.expanduser(name))) for name in webdataset.expanded(pattern)]
         return _from_rows(
-            pattern, parquet.open_tables(webdataset.root_of(pattern), paths, target, labelled=labelled), reading
+            pattern,
+            parquet.open_tables(webdataset.root_of(pattern), paths, target, labelled=labelled, task=task),
+            reading,
         )
-    return _from_rows(pattern, webdataset.open_tars(pattern, trust, target, labelled=labelled), reading)
+    return _from_rows(pattern, webdataset.open_tars(pattern, trust, target, labelled=labelled, task=task), reading)
 
 
 def _tables_in(folder: Path) -> list[Path]:
@@ -519,8 +525,9 @@ def _from_rows(description: str, rows: webdataset.Samples | parquet.Rows, readin
     if not reading.settled:
         _refuse_folders_of(description, reading)
     return _image_set(
-        description, rows.root, rows.files, rows.names, rows.splits, rows.groups, reader=rows.read, reading=reading
-    )
+        description, rows.root, rows.files, rows.names, rows.splits, rows.groups, reader=rows.read, reading=reading,
+        target=rows.target,
+    )  # fmt: skip
 
 
 # --- other sources ----------------------------------------------------------------------------------------
@@ -599,7 +606,7 @@ def _scan_manifest(
         )
     known = [bool(name) for name in names] if found is None else found.known.tolist()
     useless = sum(1 for given, split in zip(known, splits, strict=True) if not given and split in (0, 1))
-    if useless:
+    if useless and labelled:
         logger.warning(
             "%s: %s no label, in train or validation: left unlabelled", manifest, counted(useless, "image", "has")
         )

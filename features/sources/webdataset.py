@@ -17,7 +17,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple, NoReturn
+from typing import NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 
@@ -25,13 +25,16 @@ from features.errors import SourceError, UnreadableImageError, nearest
 from features.progress import counted
 from features.scratch import Growing
 from features.sources.archives import Archive, Trust, open_archive
+from features.sources.cells import cell_text, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
+from features.targets import CLASSIFICATION, Target
 from features.texts import GrowingCoded, GrowingTexts, Lookup, keys_of
 
 logger = logging.getLogger(__name__)
 
+_T = TypeVar("_T")
 _RANGE = re.compile(r"\{(\d{1,9})\.\.(\d{1,9})\}")
 _ALL = "{}"  # all numbers that there are
 MOST_TARS = 100_000
@@ -40,6 +43,7 @@ _LONGEST_LABEL = 200  # characters; longer ones are captions
 _STEP = 4096  # members that are looked at together
 _NAMED = 8  # keys that a warning names
 _LABEL_KEY = "label"  # of a .json member
+_MOST_KEYS = 1000  # of .json members that a message may name
 
 
 class Samples(NamedTuple):
@@ -51,6 +55,7 @@ class Samples(NamedTuple):
     splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
+    target: Target | None = None
 
 
 def is_pattern(source: str) -> bool:
@@ -110,7 +115,9 @@ def is_webdataset(archive: Archive) -> bool:
     return beside
 
 
-def open_tars(pattern: str, trust: Trust, target: str | None, *, labelled: bool = True) -> Samples:
+def open_tars(
+    pattern: str, trust: Trust, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+) -> Samples:
     """List the images of the tars that ``pattern`` stands for; see ``samples_of``.
 
     Raises
@@ -123,10 +130,13 @@ def open_tars(pattern: str, trust: Trust, target: str | None, *, labelled: bool 
         raise SourceError(
             f"{pattern}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}. Put them there, or change the numbers"
         )
-    return samples_of(root_of(pattern), [open_archive(path, trust) for path in paths], target, labelled=labelled)
+    archives = [open_archive(path, trust) for path in paths]
+    return samples_of(root_of(pattern), archives, target, labelled=labelled, task=task)
 
 
-def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, labelled: bool = True) -> Samples:
+def samples_of(
+    root: Path, archives: Sequence[Archive], target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+) -> Samples:
     """List the images of tars with their labels; no image is read.
 
     Parameters
@@ -136,9 +146,13 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
     archives : sequence of Archive
         The tars.
     target : str, optional
-        Key of the label in ``.json`` members, ``label`` by default. If given, ``.cls`` and ``.txt`` members are not used.
+        Key of the label in ``.json`` members, ``label`` by default. If given, ``.cls`` and ``.txt`` members are not used. For
+        other tasks also several keys with commas between them; see `features.sources.cells.read_target`. A list may be a list
+        of JSON; a member that lacks a key does not know it.
     labelled : bool
         Whether labels are needed.
+    task : {"classification", "multilabel", "regression"}
+        What the labels are.
 
     Raises
     ------
@@ -147,6 +161,7 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
     """
     paths, stamps, names, splits = GrowingTexts(), Growing("<i8", (4,)), GrowingCoded(), Growing("i1")
     tars = dict[str, Archive]()
+    targets = _Targets(root, target) if labelled and task != CLASSIFICATION else None
     bare, alone = _Some(), _Some()
     common = os.path.commonpath([archive.path.parent for archive in archives])
     for archive in archives:
@@ -157,8 +172,13 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
             if not sample.image:
                 alone.add(f"{prefix}{sample.key}")
                 continue
-            name = _label(archive, sample, target) if labelled else ""
-            if labelled and not name:
+            name, known = "", not labelled
+            if targets is not None:
+                known = targets.add(archive, sample)
+            elif labelled:
+                name = _label(archive, sample, target)
+                known = bool(name)
+            if not known:
                 bare.add(prefix + sample.image)
             file = File.of(prefix + sample.image, status, sample.size)
             paths.append(file.path)
@@ -177,7 +197,8 @@ def samples_of(root: Path, archives: Sequence[Archive], target: str | None, *, l
         given = np.full(len(given), NOT_GIVEN, np.int8)
     found = names.coded()
     files = Files(paths.texts(), stamps.array())
-    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars))
+    read = None if targets is None else targets.read(task, files.paths)
+    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars), read)
 
 
 class _Some:
@@ -265,24 +286,91 @@ def _refuse(archive: Archive, member: str, problem: str) -> NoReturn:
 def _label(archive: Archive, sample: _Sample, target: str | None) -> str:
     """Return the label of a sample; empty if it has none."""
     for ending, read in _LABELS.items():
-        if (row := sample.labels.get(ending)) is None or (target is not None and ending != "json"):
+        if ending not in sample.labels or (target is not None and ending != "json"):
             continue
-        member, place = archive.members.paths[row], archive.members.at(row)
-        if place.size > _LABEL_BYTES:
-            _refuse(archive, member, f"has {place.size} bytes; expected a label")
-        try:
-            text = archive.read_member(member, place).decode("utf-8-sig")
-            name = read(text, target).strip()
-        except UnreadableImageError as error:
-            _refuse(archive, member, f"is damaged: {error.detail}. Download or pack the tar again")
-        except (ValueError, TypeError, RecursionError) as error:
-            _refuse(archive, member, f"holds no label: {error}")
+        member, name = _read_member(archive, sample, ending, read, target)
+        name = name.strip()
         if len(name) > _LONGEST_LABEL or ODD_CHARACTERS.search(name):
             _refuse(
                 archive, member, f"holds {name[:40]!r}, which is no class name; name the class in .cls or .json members"
             )
         return name
     return ""
+
+
+def _read_member(
+    archive: Archive, sample: _Sample, ending: str, read: Callable[..., _T], *more: object
+) -> tuple[str, _T]:
+    """Return the name of a member of a sample, and what ``read`` makes of its text (and of ``more``)."""
+    row = sample.labels[ending]
+    member, place = archive.members.paths[row], archive.members.at(row)
+    if place.size > _LABEL_BYTES:
+        _refuse(archive, member, f"has {place.size} bytes; expected a label")
+    try:
+        return member, read(archive.read_member(member, place).decode("utf-8-sig"), *more)
+    except UnreadableImageError as error:
+        _refuse(archive, member, f"is damaged: {error.detail}. Download or pack the tar again")
+    except (ValueError, TypeError, RecursionError) as error:
+        _refuse(archive, member, f"holds no label: {error}")
+
+
+class _Targets:
+    """The cells of the targets of all samples, as text: those of the keys of a ``.json`` member, or that of another one."""
+
+    def __init__(self, root: Path, target: str | None) -> None:
+        self._root, self._target = root, target
+        wanted = {
+            title.lower() for title in [*target_titles(target, ()), *target_titles(target, [(target or "").lower()])]
+        }
+        self._cells = {title: GrowingTexts() for title in sorted(wanted)}
+        self._titles: dict[str, str] = {}  # as the first member writes them
+        self._seen: dict[str, None] = {}  # keys of members, for messages
+
+    def add(self, archive: Archive, sample: _Sample) -> bool:
+        """Read the members of one sample; return whether one of its cells is not blank."""
+        found: dict[str, str] = {}
+        for ending in _LABELS:
+            if ending in sample.labels and (ending == "json" or self._target is None):
+                read = self._of_json if ending == "json" else _of_text
+                found = _read_member(archive, sample, ending, read)[1]
+                break
+        for title, into in self._cells.items():
+            into.append(found.get(title, ""))
+        return any(found.values())
+
+    def _of_json(self, text: str) -> dict[str, str]:
+        values, found = json.loads(text), dict[str, str]()
+        if not isinstance(values, dict):
+            raise ValueError(f"received {type(values).__name__}, expected keys and values")
+        for key, value in values.items():
+            if len(self._seen) < _MOST_KEYS:
+                self._seen.setdefault(key)
+            title = key.strip().lower()
+            if title in found:
+                raise ValueError(f"two keys are named {key!r}")
+            if title in self._cells:
+                self._titles.setdefault(title, key.strip())
+                found[title] = cell_text(value)
+        return found
+
+    def read(self, task: str, paths: Sequence[str]) -> Target:
+        """Turn the cells into a target; what does not fit is refused with the name of its image."""
+
+        def refuse(what: str) -> NoReturn:
+            raise SourceError(f"{self._root}: {what}")
+
+        if self._target is None:
+            self._titles.setdefault(_LABEL_KEY, _LABEL_KEY)
+        header = list(dict.fromkeys([*self._titles.values(), *self._seen]))
+        titles = target_columns(header, self._target, (), refuse)
+        cells = {title: self._cells[title.lower()].texts() for title in titles}
+        return read_target(
+            task, cells, str(self._root), lambda row, what: refuse(f"the labels of {paths[row]!r}: {what}")
+        )
+
+
+def _of_text(text: str) -> dict[str, str]:
+    return {_LABEL_KEY: text.strip()}
 
 
 def _from_text(text: str, target: str | None) -> str:
@@ -298,7 +386,10 @@ def _from_json(text: str, target: str | None) -> str:
         raise ValueError(f"no key {key!r}, received {listed(known) or type(values).__name__}{nearest(key, known)}")
     value = values[key]
     if isinstance(value, dict | list | float):
-        raise ValueError(f"{key!r} is {value!r:.40}, expected a class name or a whole number")
+        raise ValueError(
+            f"{key!r} is {value!r:.40}, expected a class name or a whole number. For several labels of an image add --task "
+            "multilabel, for numbers --task regression"
+        )
     return "" if value is None else str(value)
 
 

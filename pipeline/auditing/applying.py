@@ -49,7 +49,7 @@ def reader(store: FeatureStore, images: str) -> Read:
     ConfigurationError
         If the source holds none of them.
     """
-    pictures = Pictures([images], store.provenance.get("target"), store.images.paths)
+    pictures = Pictures([images], store.images.paths)
     if pictures.missing:
         raise ConfigurationError(f"--images {images}: {pictures.missing}")
     return pictures.read

@@ -90,7 +90,7 @@ def describe_run(
     store, no_store = _store_of(run, stores, labels)
     root = "" if store is None else str(store.provenance.get("root", ""))
     sources = [*images, run.config["features"]["source"], root]
-    pictures = Pictures(sources, run.target, rows.paths, run.reading, run.recipe.pixels)
+    pictures = Pictures(sources, rows.paths, run.reading, run.recipe.pixels)
     mistakes, hits = (
         _cards(rows, chosen, pictures)
         for chosen in (facts.most_confident_mistakes(rows), facts.least_confident_hits(rows))

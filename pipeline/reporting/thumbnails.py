@@ -19,7 +19,7 @@ from features.machine import processors
 from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan, takes_target
+from features.sources.scan import ImageSet, scan
 
 T = TypeVar("T")
 
@@ -36,8 +36,6 @@ class Pictures:
     ----------
     sources : sequence of str
         Sources to try; the first one that can be scanned and holds one of ``paths`` is used.
-    target : str, optional
-        Label column, if a source is a manifest.
     paths : sequence of str
         Paths of some of the images.
     reading : Reading, optional
@@ -49,7 +47,6 @@ class Pictures:
     def __init__(
         self,
         sources: Sequence[str],
-        target: str | None,
         paths: Sequence[str],
         reading: Reading | None = None,
         pixels: PixelRule = PixelRule(TILE, TILE),  # noqa: B008  frozen
@@ -62,7 +59,7 @@ class Pictures:
         self._rows: dict[str, int] = {}
         for source in dict.fromkeys(source for source in sources if source):
             try:
-                images = scan(source, target=target if takes_target(source) else None, reading=reading or _PLAIN)
+                images = scan(source, labelled=False, reading=reading or _PLAIN)
             except (BottleneckError, OSError) as problem:
                 self.missing = str(problem)
                 continue

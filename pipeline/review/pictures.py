@@ -101,8 +101,5 @@ class Album:
                 named = [store.source, str(told.get("root", ""))]
                 local = [source for source in named if _is_local(source)]
                 reading = Reading.recorded(told.get("reading", {}))
-                target = str(told.get("target", "")) or None
-                self._pictures = Pictures(
-                    [*self._given, *local], target, store.images.paths[:1000], reading, self._pixels
-                )
+                self._pictures = Pictures([*self._given, *local], store.images.paths[:1000], reading, self._pixels)
             return self._pictures

@@ -308,8 +308,7 @@ def _draw(
     root = str(store.provenance.get("root", ""))
     wanted = [item["path"] for line in lines for item in line["neighbours"]]
     places = [*sources, source_of(store.source, root), root]
-    target = str(store.provenance.get("target") or "") or None
-    pictures = Pictures(places, target, wanted, Reading.recorded(store.provenance.get("reading", {})))
+    pictures = Pictures(places, wanted, Reading.recorded(store.provenance.get("reading", {})))
     height = sum(-(-(1 + len(line["neighbours"])) // COLUMNS) for line in lines)
     check_page(height, COLUMNS, TILE, TILE)
     rows: list[Sequence[Cell]] = []
