@@ -14,7 +14,11 @@ import pytest
 from faults import differences
 from helpers import call_pipeline, paint_folder, run_pipeline
 
+from features.store.reader import FeatureStore
 from pipeline.cluster.connection import sweeping
+from pipeline.labels.file import append_decisions, new_decision
+from pipeline.labels.overlay import with_labels
+from pipeline.runs.folder import Run
 from pipeline.sweeps.workers import in_parallel
 
 SWEEP = """
@@ -28,7 +32,7 @@ heads:
 
 @pytest.mark.slow
 def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path) -> None:
-    """A real network of Keras, found by the worker by its name; sweeps here and there at the same time."""
+    """A real network of Keras, found by the worker by its name; sweeps under a labels file here and there at the same time."""
     network = ["--backbone", "mobilenetv2-0.35", "--weights", "random", "--image-size", 32]
     source = paint_folder(tmp_path / "images", {"cat": 70, "dog": 80})
     here, there = tmp_path / "here.h5", tmp_path / "there.h5"
@@ -43,7 +47,11 @@ def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path) -> None
     assert document(run_pipeline(*extract, there, "--cluster", "local:1"))["inferred"] == 150
     assert differences(here, there) == []
     (tmp_path / "sweep.yaml").write_text(SWEEP)
-    train = ["train-head", here, "--heads", tmp_path / "sweep.yaml", "--json", "--runs"]
+    store, labels = FeatureStore.open(here), tmp_path / "labels.csv"
+    first = store.rows("train")[:5]
+    paths, hashes = [store.images.paths[row] for row in first], store.images.sha256[first]
+    append_decisions(labels, [new_decision(*one, "exclude") for one in zip(hashes, paths, strict=True)])
+    train = ["train-head", here, "--heads", tmp_path / "sweep.yaml", "--labels", labels, "--json", "--runs"]
     boards = []
     with ThreadPoolExecutor(2) as pool:
         commands = [*train, tmp_path / "one", "--n-jobs", 1], [*train, tmp_path / "two", "--cluster", "local:2"]
@@ -54,6 +62,10 @@ def test_the_command_line_extracts_and_sweeps_on_workers(tmp_path: Path) -> None
         rows = [{key: value for key, value in row.items() if key not in timed} for row in swept["board"]]
         boards.append(sorted(rows, key=lambda row: str(row["run_id"])))
     assert boards[0] == boards[1]
+    corrected = with_labels(store, labels)
+    assert len(corrected.rows("train")) == len(store.rows("train")) - 5
+    for row in boards[1]:
+        assert Run.open(tmp_path / "two" / str(row["run_id"])).data_digest == corrected.data_digest
     for name in ("one", "two"):
         assert not [path for path in (tmp_path / name).iterdir() if path.name.startswith(".")]
 

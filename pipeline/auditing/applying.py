@@ -30,7 +30,7 @@ from pipeline.labels.file import (
 from pipeline.labels.overlay import target_of, with_labels
 from pipeline.reporting.thumbnails import Pictures
 
-PRECISION = 0.95  # least probability of a suggestion that is applied; their estimated precision lies above it
+PRECISION = 0.95  # least estimated precision of the suggestions that are applied: the mean of their probabilities
 BY = f"{MACHINE}audit"
 
 
@@ -55,10 +55,18 @@ def reader(store: FeatureStore, images: str) -> Read:
     return pictures.read
 
 
-def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def suggestions(found: Audit, but: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Suggestions that are certain enough to be applied without a person.
 
-    They are those whose class has a probability of at least `PRECISION`, given pixels and label (`pipeline.auditing.confident`).
+    The probability of a class, given pixels and label, is that of `pipeline.auditing.confident`. The surest suggestions are
+    taken, as many as keep the mean of these probabilities at `PRECISION`, and none that is more likely wrong than right.
+
+    Parameters
+    ----------
+    found : Audit
+        An audit with the check ``suspect-label``.
+    but : int64, (m,), optional
+        Rows that are left alone, and do not count.
 
     Returns
     -------
@@ -73,10 +81,17 @@ def suggestions(found: Audit) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     rows, likely = material.likely
     if not len(rows):
         return rows, np.zeros(0, np.int32), np.zeros(0)
-    labels = material.labels[rows]
     sure, classes = likely.max(axis=1), likely.argmax(axis=1).astype(np.int32)
-    taken = (classes != labels) & (sure >= PRECISION)
-    taken &= np.isin(rows, _plain(material.copies, material.labels, material.splits))
+    possible = (classes != material.labels[rows]) & (sure > 0.5)
+    possible &= np.isin(rows, _plain(material.copies, material.labels, material.splits))
+    if but is not None:
+        possible &= ~np.isin(rows, but)
+    order = np.flatnonzero(possible)
+    order = order[np.argsort(-sure[order], kind="stable")]
+    precise = np.cumsum(sure[order]) >= PRECISION * np.arange(
+        1, len(order) + 1
+    )  # no True follows a False: they descend
+    taken = np.sort(order[precise])
     return rows[taken], classes[taken], sure[taken]
 
 
@@ -104,9 +119,10 @@ def record(found: Audit, path: Path, *, apply: bool) -> dict[str, Any]:
         if labels is not None and len(labels):
             people = np.array([is_person(word) for word in labels.people.words], bool)
             about = np.flatnonzero(labels.about(target, LABEL, ""))
-            places = last_of(labels.sha256[about], about, table.sha256[rows])
-            free = (places < 0) | ~people[labels.people.codes[places]]
-            left, rows, classes, sure = int((~free).sum()), rows[free], classes[free], sure[free]
+            places = last_of(labels.sha256[about], about, table.sha256)
+            decided = np.flatnonzero((places >= 0) & people[labels.people.codes[places]])
+            left = int(np.isin(rows, decided).sum())
+            rows, classes, sure = suggestions(found, but=decided)
         estimate = float(sure.mean()) if len(sure) else None
         for row, name in zip(rows.tolist(), classes.tolist(), strict=True):
             value, earlier = (value_of(store.classes[k]) for k in (name, table.labels[row]))
