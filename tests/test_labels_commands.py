@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
-from helpers import call_pipeline
+from helpers import NumpyNetwork, call_pipeline, paint
 from labelling import Book, coloured_store, sha256_of
 
+from features.extraction.extraction import Extraction
+from features.extraction.options import ExtractionOptions
+from features.sources.scan import scan
 from features.store.reader import FeatureStore
+from pipeline.heads.kinds import head_of, make_head
 from pipeline.labels.file import EXCLUDE, UNKNOWN, WITHDRAWN
 from pipeline.labels.overlay import with_labels
 from pipeline.runs.board import take_run
 from pipeline.runs.datasets import data_sets
-from pipeline.runs.folder import Run, find_runs
+from pipeline.runs.folder import Run, find_runs, read_predictions
 
 HEAD = ("--head", "lda")
 
@@ -166,3 +172,56 @@ def test_the_report_says_under_which_labels_a_run_was_trained(store: FeatureStor
     call_pipeline("report", tmp_path / "runs", "--out", out, "--labels", moved)
     assert "Quarantine, duplicates and leakage are not known" not in out.read_text("utf-8")
     assert run.folder.name in out.read_text("utf-8")
+
+
+def targets_of(task: str, folder: Path) -> tuple[FeatureStore, str]:
+    """A store of 40 painted images with targets, whose images are gone, and the name of the target."""
+    target = "tags" if task == "multilabel" else "age,weight"
+    lines = [f"path,{target},split"]
+    for row in range(40):
+        paint(folder / "images" / f"{row}.png", (5 * row, 250 - 6 * row, row), (8, 8))
+        cell = ("red", "big", "big;red", ";")[row % 4] if task == "multilabel" else f"{row},{1000 - 3 * row}"
+        lines.append(f"{row}.png,{cell},{('train', 'validation')[row % 5 == 0]}")
+    manifest = folder / "images" / "m.csv"
+    manifest.write_text("\n".join(lines) + "\n")
+    asked = ExtractionOptions(batch_size=8, workers=1, task=task, target=target)
+    source = scan(manifest, task=task, target=target)
+    store = Extraction(source, NumpyNetwork(), folder / "features.h5", asked).run().store  # type: ignore[arg-type]
+    shutil.rmtree(folder / "images")
+    return store, target
+
+
+@pytest.mark.slow
+def test_a_changed_target_of_one_row_trains_anew_without_an_inference(tmp_path: Path) -> None:
+    """Through train-head and report; the images are gone, and taking the decisions back finds the earlier runs."""
+    kinds = {"multilabel": ("logistic", "big;red", [1, 1]), "regression": ("ridge", "2.5;1e3", [2.5, 1000])}
+    undo = []
+    for task, (head, value, expected) in kinds.items():
+        store, target = targets_of(task, tmp_path / task)
+        before, _, _ = trained(store, tmp_path / "runs", "--head", head)
+        book = Book(tmp_path / f"{task}.csv")
+        for path in ("0.png", "1.png"):  # of validation, and of train
+            book.add(sha256_of(store, path), value, target)
+        command = store, tmp_path / "runs", "--head", head, "--labels", book.path
+        after, said, _ = trained(*command)
+        assert f"{book.path}: 2 labels corrected\n" in said
+        assert after.run_id != before.run_id
+        truths = [read_predictions(run).labels for run in (before, after)]
+        place = next(k for k, path in enumerate(read_predictions(after).paths) if path == "0.png")
+        assert truths[0][place].tolist() != expected
+        truths[0][place] = expected
+        np.testing.assert_array_equal(*truths)
+        X, y = store.load("train")
+        y[store.images.paths.index("1.png") - 1] = expected  # of the rows before it only row 0 is not one of train
+        alone = make_head(head, task=after.task, classes=after.classes)
+        alone.fit(X, y)
+        np.testing.assert_allclose(head_of(after).predict_proba(X), alone.predict_proba(X), rtol=1e-6)
+        undo.append((book, [sha256_of(store, path) for path in ("0.png", "1.png")], target, before, command))
+    call_pipeline("report", tmp_path / "runs", "--out", tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text("utf-8")
+    for book, images, target, before, command in undo:
+        assert f"Trained under the labels file {book.path}: 2 labels corrected." in page
+        for image in images:
+            book.add(image, WITHDRAWN, target)
+        again, _, document = trained(*command)
+        assert (again.run_id, document["cached"]) == (before.run_id, True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import typing
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from helpers import call_pipeline, paint
+from labelling import Book
 from scipy.special import expit
 from scipy.stats import spearmanr
 from sklearn.linear_model import LogisticRegression, Ridge
@@ -27,7 +29,7 @@ from targeted import labels_of, numbers_of, target_store, thirds
 
 import pipeline.stages.evaluate
 import pipeline.stages.predict
-from features.errors import ConfigurationError, HeadError, RunError, SourceError
+from features.errors import ConfigurationError, HeadError, LabelsError, RunError, SourceError
 from features.pixels.decode import decode_image
 from features.recipe import PixelRule
 from features.store.reader import FeatureStore
@@ -420,6 +422,37 @@ def test_evaluate_scores_labels_and_numbers_of_a_manifest(answering: Any) -> Non
     manifest.write_text("path,green,blue\nred.png,1,1\n")
     with pytest.raises(SourceError, match=r"has 'blue', which colours does not know"):
         evaluate(folder, manifest, target="green,blue")
+
+
+@pytest.mark.parametrize(
+    ("task", "cells", "value"),
+    [("multilabel", {"red": "red", "both": "red;green", "grey": "green"}, "green"),
+     ("regression", {"red": "0,1", "both": "0.7,0.8", "grey": "0,1"}, "1;9")],
+)  # fmt: skip
+def test_evaluate_scores_under_a_labels_file(
+    answering: Any, tmp_path: Path, task: str, cells: dict[str, str], value: str
+) -> None:
+    """The file decides what is true of an image, and which images are scored."""
+    folder, manifest = answering(task, cells, "t" if task == "multilabel" else "green,red")
+    target = "t" if task == "multilabel" else "green,red"
+    digest = {name: hashlib.sha256((tmp_path / "new" / f"{name}.png").read_bytes()).hexdigest() for name in COLOURS}
+    book = Book(tmp_path / "labels.csv").add(digest["red"], value, target).add(digest["grey"], "exclude")
+    before, after = (
+        evaluate(folder, manifest, target=target),
+        evaluate(folder, manifest, target=target, labels=book.path),
+    )
+    assert (before["evaluated"], after["evaluated"]) == (3, 2)
+    assert (after["labels"]["corrected"], after["labels"]["excluded"]) == (1, 1)
+    assert "labels" not in before
+    if task == "multilabel":
+        chosen = Run.open(folder).metrics["validation"]["per_class"]
+        holds = [value >= line["threshold"] for value, line in zip((1, 0), chosen, strict=True)]
+        both = [value >= line["threshold"] for value, line in zip((0.8, 0.72), chosen, strict=True)]
+        assert after["scores"]["exact_match"] == np.mean([holds == [False, True], both == [True, True]])
+    else:
+        assert [line["mae"] for line in after["scores"]["per_column"]] == pytest.approx([0, (9 + 0.02) / 2])
+    with pytest.raises(LabelsError, match="none of its 1 decision is about one of the 3 images"):
+        evaluate(folder, manifest, target=target, labels=Book(tmp_path / "other.csv").add("x", value).path)
 
 
 def test_numbers_have_no_class_weights_in_fine_tuning(tmp_path: Path, store: FeatureStore) -> None:

@@ -220,11 +220,19 @@ def labelled_images(images: ImageSet, labels: Labels, target: str, pool: Executo
             return bytes(32)
 
     sha256 = digest_rows(pool.map(digest, range(len(images))))
-    splits = np.where(images.labels < 0, UNLABELLED, TRAIN).astype(np.int8)
-    found = applied(labels, images.description, images.classes, images.labels, splits, None, sha256, target)
+    found, counts = _over(images, labels, target, sha256)
     # Files have no split here. What an audit judged before was a test image of the store.
-    counts = dataclasses.replace(found.counts, seen=int((labels.latest(sha256, SEEN) >= 0).sum()))
-    return dataclasses.replace(images, classes=found.classes, labels=found.labels), counts
+    return found, dataclasses.replace(counts, seen=int((labels.latest(sha256, SEEN) >= 0).sum()))
+
+
+def _over(images: ImageSet, labels: Labels, target: str, sha256: np.ndarray) -> tuple[ImageSet, Counts]:
+    splits = np.where(images.strata < 0, UNLABELLED, TRAIN).astype(np.int8)
+    if images.target is not None:
+        rows = images.target, splits, None, sha256, target
+        about, _, counts = applied_to_target(labels, images.description, *rows)
+        return dataclasses.replace(images, target=about), counts
+    found = applied(labels, images.description, images.classes, images.labels, splits, None, sha256, target)
+    return dataclasses.replace(images, classes=found.classes, labels=found.labels), found.counts
 
 
 def labels_said(record: Mapping[str, Any]) -> str:

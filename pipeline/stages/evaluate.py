@@ -6,10 +6,11 @@ labelled images -> the loop of prediction -> probabilities -> scores, with what 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ from features.sources.reading import Reading
 from features.sources.scan import ImageSet, scan, takes_target, united
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
+from features.targets import Target
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.labels.file import LABEL, Labels, read_labels
 from pipeline.labels.overlay import as_trained, labelled_images, record_of
@@ -46,7 +48,7 @@ from pipeline.runs.datasets import absolute
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.metrics import evaluate as scores_of
 from pipeline.tables import score_columns, shortened, table_text
-from pipeline.tasks.table import TASKS
+from pipeline.tasks.table import CLASSIFICATION, TASKS
 
 logger = logging.getLogger(__name__)
 NAMED = 5  # classes named in a message
@@ -111,19 +113,21 @@ def evaluate(
     chosen, damaged = taken(run, asked, likely=absolute(str(images)))
     if chosen is not None:
         target = target or (chosen.target if takes_target(images) else None)
-    if chosen is not None and not chosen.task.one_class:
-        if labels is not None:
-            raise ConfigurationError(
-                f"--labels: is for runs of classes, and {chosen.run_id} is for --task {chosen.task.name}"
-            )
-        made = RunModel(chosen, options=asked)
-        return _of_target(made, chosen, images, target, split, asked, progress, reading) | {"damaged": damaged}
-    exported = None if chosen is not None else ArtefactModel(open_artefact(run))
-    if exported is not None and not exported.task.one_class:
-        return _of_target(exported, None, images, target, split, asked, progress, reading) | {"damaged": damaged}
-    source, record = _scanned(images, target, reading, chosen), None
+    over = None
     if labels is not None:
-        source, record = _under(source, read_labels(labels), target or LABEL, asked.workers)
+        about = target or (chosen and chosen.target) or LABEL
+        over = partial(_under, labels=read_labels(labels), target=about, workers=asked.workers)
+    exported = None if chosen is not None else ArtefactModel(open_artefact(run))
+    task = CLASSIFICATION if chosen is None else chosen.task
+    task = task if exported is None else exported.task
+    if not task.one_class:
+        source = _one_each(scan(images, target=target, reading=reading, task=task.name), asked.workers)
+        made: Model | None = exported if chosen is None else RunModel(chosen, options=asked)
+        assert made is not None
+        return _of_target(made, chosen, source, split, asked, progress, over) | {"damaged": damaged}
+    source, record = _scanned(images, target, reading, chosen), None
+    if over is not None:
+        source, record = over(source)
     rows = _rows_of(source, split)
     if chosen is None:
         assert exported is not None
@@ -169,16 +173,20 @@ def evaluate(
 def _of_target(
     model: Model,
     run: Run | None,
-    images: str | Path,
-    target: str | None,
+    source: ImageSet,
     split: str | None,
     asked: PredictOptions,
     progress: Progress | None,
-    reading: Reading | None,
+    over: Callable[[ImageSet], tuple[ImageSet, dict[str, Any]]] | None,
 ) -> dict[str, Any]:
-    """Score a run, or an exported model, of several labels or numbers."""
-    source = _one_each(scan(images, target=target, reading=reading, task=model.task.name), asked.workers)
-    values, chosen = targets_of_source(source, model.classes, model.name), source.strata >= 0
+    """Score a run, or an exported model, of several labels or numbers; ``over`` puts a labels file over the images."""
+    assert source.target is not None
+    values, record = targets_of_source(source, model.classes, model.name), None
+    source = dataclasses.replace(source, target=Target(source.target.name, tuple(model.classes), values))
+    if over is not None:
+        source, record = over(source)
+    assert source.target is not None
+    values, chosen = source.target.values, source.strata >= 0
     if split is not None:
         check_choice("split", split, SPLITS[:3])
         chosen &= source.given_splits == SPLITS.index(split)
@@ -201,6 +209,7 @@ def _of_target(
         "classes": list(model.classes),
         "seen": {} if run is None else _seen(run, scored),
         **({"answers": model.task.kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
+        **({"labels": record} if record else {}),
     }
 
 
@@ -260,11 +269,11 @@ def _scanned(images: str | Path, target: str | None, reading: Reading | None, ru
     return scan(images, target=target, reading=reading)
 
 
-def _under(source: ImageSet, labels: Labels, target: str, workers: int | None) -> tuple[ImageSet, dict[str, Any]]:
+def _under(source: ImageSet, *, labels: Labels, target: str, workers: int | None) -> tuple[ImageSet, dict[str, Any]]:
     """Put a labels file over the labels of the images; return what it did, too."""
     with ThreadPoolExecutor(workers or processors()) as pool:
         found, counts = labelled_images(source, labels, target, pool)
-    if not (found.labels >= 0).any():
+    if not (found.strata >= 0).any():
         raise SourceError(f"{labels.path}: leaves no image of {source.description} a label ({counts})")
     logger.warning("%s: %s", labels.path, "; ".join([str(counts), *labels.remarks]))
     return found, record_of(labels, counts)
