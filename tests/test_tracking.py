@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import types
-import urllib.error
 import urllib.request
 import venv
 from collections import namedtuple
@@ -224,12 +223,12 @@ def real(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, str]]
             try:
                 urllib.request.urlopen(f"{address}/health", timeout=5)
                 break
-            except urllib.error.URLError:
+            except OSError:  # refused, or no answer in time
                 time.sleep(1)
         yield python, address
     finally:
         server.terminate()
-        server.wait(60)
+        server.wait()
 
 
 @pytest.mark.slow
