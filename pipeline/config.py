@@ -191,6 +191,16 @@ class GroupLine(Settings):
     accuracy_interval: tuple[Share, Share]
 
 
+class NumberGroupLine(Settings):
+    """A line of a table by group of a run on numbers: errors in their unit, means over the numbers."""
+
+    value: str | None
+    n: Count
+    mae: NonNegativeFloat
+    mae_interval: tuple[NonNegativeFloat, NonNegativeFloat]
+    rmse: NonNegativeFloat
+
+
 GroupTables = dict[str, Annotated[tuple[GroupLine, ...], Field(min_length=1)]]  # by column
 
 

@@ -121,8 +121,7 @@ def group_lines(groups: Mapping[str, Any] | None, indent: str = "  ") -> list[st
                 {
                     column: RARE if line["value"] is None else shortened(str(line["value"]), 40),
                     "images": line["n"],
-                    "accuracy": line["accuracy"],
-                    "95 % interval": line["accuracy_interval"],
+                    **{title: line[key] for key, title in _OF_GROUP.items() if key in line},
                 }
                 for line in table
             ]
@@ -131,6 +130,14 @@ def group_lines(groups: Mapping[str, Any] | None, indent: str = "  ") -> list[st
     return lines
 
 
+# Entry of a line of a table by group -> its heading.
+_OF_GROUP = {
+    "accuracy": "accuracy",
+    "accuracy_interval": "95 % interval",
+    "mae": "mean abs. error",
+    "mae_interval": "95 % interval",
+    "rmse": "RMSE",
+}
 RARE = "(rare values)"  # those of too few images for a line of their own
 # Column of the leaderboard -> its heading.
 _HEADINGS = {
@@ -148,6 +155,7 @@ _HEADINGS = {
     "cv_accuracy": "folds",
     "cv_interval": "folds, 95 %",
     "worst_group_accuracy": "worst group",
+    "worst_group_mae": "worst group",
     "worst_group_interval": "worst, 95 %",
     "worst_group": "which",
     "answered": "answered",

@@ -16,6 +16,7 @@ from helpers import NumpyNetwork, chromium, paint
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources.scan import scan
+from pipeline.heads.promises import Asked
 from pipeline.reporting.data import Rows, card, reliability
 from pipeline.reporting.reproduce import commands
 from pipeline.runs.folder import Run
@@ -50,7 +51,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         )
         store = Extraction(images, NumpyNetwork(), folder / f"{task}.h5", options).run().store  # type: ignore[arg-type]
         for name in ({"multilabel": "logistic", "regression": "ridge"}[task], "knn"):
-            train_head(store, name, runs=folder / "runs")
+            train_head(store, name, runs=folder / "runs", asked=Asked(by=("light",)))
     document = make_report(folder / "runs", folder / "report.html")
     return {"folder": folder, "document": document, "html": (folder / "report.html").read_text()}
 
@@ -72,6 +73,13 @@ def test_the_page_has_the_scores_of_the_run(made: dict[str, Any], task: str) -> 
     assert table is not None
     for line, column in itertools.product(table.lines, table.columns):
         assert f'data-v="{line[column.key]}"' in html
+    worst = max if task == "regression" else min
+    groups = run.metrics["groups"]["validation"]["light"]
+    score = {"multilabel": "Accuracy", "regression": "Mean absolute error"}[task]
+    by_light = html[html.index(f'<caption class="vh">{score} by light') :]
+    first = worst(groups, key=lambda line: line[run.task.group_score])
+    assert by_light.index(first["value"]) == min(by_light.index(line["value"]) for line in groups)
+    assert f'data-v="{first[run.task.group_score]}"' in by_light[: by_light.index("</tr>", by_light.index("<tbody>"))]
     assert min(group["pictures"] for group in made["document"]["groups"]) > 40
     assert "<b>grün" not in html
     assert "&lt;b&gt;grün" in html

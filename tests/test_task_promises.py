@@ -20,7 +20,7 @@ from pipeline.runs.board import leaderboard
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.groups import worst_of
 from pipeline.stages.train_head import train_head
-from pipeline.tables import promise_lines
+from pipeline.tables import group_lines, promise_lines
 from pipeline.tasks.table import TASKS
 
 MULTILABEL, REGRESSION = TASKS["multilabel"], TASKS["regression"]
@@ -108,7 +108,7 @@ def test_a_run_keeps_its_promise_in_its_files(tmp_path: Path, made: Any, head: s
     assert "answers" not in TargetCard(**values, task=run.task.name).model_dump(mode="json")  # type: ignore[arg-type]
 
 
-def test_labels_have_tables_by_group_and_numbers_say_that_they_have_none(tmp_path: Path) -> None:
+def test_labels_have_tables_by_group(tmp_path: Path) -> None:
     X, y = labels_of(300)
     groups = tuple("ab"[row % 2] for row in range(300))
     store = target_store(tmp_path / "t.h5", X, y, thirds(300), ["x", "y", "z"], groups)
@@ -118,10 +118,38 @@ def test_labels_have_tables_by_group_and_numbers_say_that_they_have_none(tmp_pat
     assert sum(line["right"] for line in table) / 60 == pytest.approx(run.metrics["validation"]["exact_match"])
     (row,) = leaderboard(tmp_path / "runs", by="worst_group_accuracy")
     assert row["worst_group_accuracy"] == min(line["accuracy"] for line in table)
-    X, numbers = numbers_of(300)
-    store = target_store(tmp_path / "n.h5", X, numbers, thirds(300), ["x", "y"], groups)
-    with pytest.raises(ConfigurationError, match=r"--by: does not fit --task regression.* fits is --set-coverage"):
-        train_head(store, "ridge", runs=tmp_path / "runs", asked=Asked(by=("group",)))
+
+
+def test_numbers_have_errors_by_group(tmp_path: Path) -> None:
+    """The table is that of the predictions, and the leaderboard compares by its largest error."""
+    X, y = numbers_of(300, 1)
+    groups = tuple("abc"[row % 3] if row < 290 else str(row) for row in range(300))
+    y[np.array(groups) == "b"] += np.random.default_rng(0).normal(0, 5, (groups.count("b"), 1))
+    store = target_store(tmp_path / "n.h5", X, y, thirds(300), ["x"], groups)
+    for alpha in (1.0, 1e5):
+        run = train_head(store, "ridge", runs=tmp_path / "runs", params={"alpha": alpha}, asked=Asked(by=("group",)))
+        table, rows = run.metrics["groups"]["validation"]["group"], read_predictions(Run.open(run.folder))
+        of = np.array([groups[int(path.split(".")[0])] for path in rows.paths])
+        errors = np.abs(rows.labels - rows.probabilities)[:, 0]
+        assert [line["value"] for line in table] == ["a", "b", "c", None]
+        for line, some in zip(table, [*(of == name for name in "abc"), ~np.isin(of, list("abc"))], strict=True):
+            assert (line["n"], line["mae"]) == (some.sum(), pytest.approx(errors[some].mean(), rel=1e-6))
+            assert line["rmse"] == pytest.approx(np.sqrt(np.square(errors[some]).mean()), rel=1e-6)
+            assert line["mae_interval"][0] <= line["mae"] <= line["mae_interval"][1]
+    board = leaderboard(tmp_path / "runs", by="worst_group_accuracy")
+    worst = [
+        max(
+            line["mae"]
+            for line in Run.open(tmp_path / "runs" / row["run_id"]).metrics["groups"]["validation"]["group"][:3]
+        )
+        for row in board
+    ]
+    assert [row["worst_group_mae"] for row in board] == worst == sorted(worst)
+    assert board[0]["worst_group"] == "group 'b'"
+    assert leaderboard(tmp_path / "runs", by="worst_group_mae") == board
+    assert "mean abs. error" in "\n".join(group_lines(Run.open(run.folder).metrics["groups"]))
+    with pytest.raises(ConfigurationError, match=r"choose: received 'worst_group_mae'.*--task multilabel"):
+        MULTILABEL.choice("worst_group_mae")
 
 
 def test_the_line_of_rare_values_is_no_worst_group() -> None:

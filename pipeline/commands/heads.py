@@ -290,7 +290,7 @@ def leaderboard(
     worst_group: Annotated[
         bool,
         opt(
-            "Compare by the accuracy of the worst group (train-head --by), as --choose worst_group_accuracy does.",
+            "Compare by the worst group (train-head --by): its accuracy, or the mean error of its numbers.",
             "--worst-group",
         ),
     ] = False,

@@ -7,6 +7,7 @@ run, store, scores out of fold --`promised`--> confidence to answer from, sets -
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,9 +19,9 @@ from pipeline.heads.prepared import group_codes
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.runs.writing import add_scores
 from pipeline.scores.answers import faultless
-from pipeline.scores.groups import GROUP, group_table, values_of
-from pipeline.scores.selection import USUAL_FOLDS, WORST_GROUP
-from pipeline.tasks.table import targets_of
+from pipeline.scores.groups import GROUP, lines_by, values_of
+from pipeline.scores.selection import USUAL_FOLDS
+from pipeline.tasks.table import WORST_GROUPS, targets_of
 
 USUAL_COVERAGE = 0.9  # of sets where only a precision is asked for
 VALIDATION, FOLDS = "validation", "cv"  # the rows that can tell, by their names in metrics.json
@@ -99,7 +100,7 @@ def with_default(asked: Asked, choose: str, stores: Iterable[Any]) -> Asked:
         If a store lacks a column that is asked for.
     """
     stores = list(stores)
-    if choose == WORST_GROUP and not asked.by:
+    if choose in WORST_GROUPS and not asked.by:
         asked = dataclasses.replace(asked, by=(GROUP,))
     for store in stores:
         values_of(store.images, asked.by, str(store.path))
@@ -210,7 +211,7 @@ def _answers(run: Run, held: HeldOut, groups: np.ndarray | None, asked: Asked) -
 
 
 def tabled(run: Run, store: Any, asked: Asked, out_of_fold: np.ndarray | None = None) -> Run:
-    """Note the accuracy by value of each column that is asked for, in ``metrics.json``, beside that of other columns.
+    """Note the accuracy, or the error of numbers, by value of each column that is asked for, in ``metrics.json``, beside that of other columns.
 
     Parameters are those of `promised`. Tables of the rows out of fold are made where ``out_of_fold`` is given.
     """
@@ -220,10 +221,14 @@ def tabled(run: Run, store: Any, asked: Asked, out_of_fold: np.ndarray | None = 
     held = [_validation_rows(run, store)] + ([] if out_of_fold is None else [_rows_out_of_fold(store, out_of_fold)])
     groups = dict(run.metrics.get("groups") or {})
     for rows in held:
-        right = ~run.task.judge(rows.probabilities, rows.labels, run.metrics["validation"]).wrong
-        tables = {name: group_table([values[row] for row in rows.places], right) for name, values in columns.items()}
+        scored = functools.partial(_scored, run, rows)
+        tables = {name: lines_by([values[row] for row in rows.places], scored) for name, values in columns.items()}
         groups[rows.rows] = {**groups.get(rows.rows, {}), **tables}
     return add_scores(run, groups=groups)
+
+
+def _scored(run: Run, held: HeldOut, some: np.ndarray) -> dict[str, Any]:
+    return run.task.group(held.probabilities[some], held.labels[some], run.metrics["validation"])
 
 
 def has_tables(run: Run, asked: Asked, rows: str) -> bool:

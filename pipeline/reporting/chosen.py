@@ -195,26 +195,36 @@ def _calibrated(run: Run, rows: Rows) -> dict[str, Any] | None:
     return {"ece": ece, "bins": bins, "chart": reliability_chart(bins, title, **words), "about": about}
 
 
+_GROUP_TITLES = {"accuracy": "Accuracy", "right": "Right", "mae": "Mean absolute error", "rmse": "RMSE"}
+
+
 def _group_tables(run: Run) -> list[dict[str, Any]]:
-    """The tables by group, worst line first, with a bar for each interval; the line in each bar marks the whole accuracy."""
-    found = []
+    """The tables by group, worst line first, with a bar for each interval; the line in each bar marks the whole score."""
+    found, score = [], run.task.group_score
     for rows, tables in (run.metrics.get("groups") or {}).items():
         for column, table in tables.items():
-            whole = sum(line["right"] for line in table) / sum(line["n"] for line in table)
-            ends = [end for line in table for end in line["accuracy_interval"]]
+            whole = sum(line[score] * line["n"] for line in table) / sum(line["n"] for line in table)
+            ends = [end for line in table for end in line[f"{score}_interval"]]
             span = (min(ends), max(ends))
-            lines = [
+            more = [key for key in ("right", "rmse") if key in table[0]]
+            lines = []
+            for line in sorted(table, key=lambda line: (run.task.group_worth(line)[0], -line["n"])):
+                low, high = line[f"{score}_interval"]
+                numbers = {"score": line[score], "interval": (low, high), "more": [line[key] for key in more]}
+                name = RARE if line["value"] is None else printable(line["value"])
+                bar = interval_bar(low, line[score], high, span, whole)
+                lines.append({"name": name, "n": line["n"], "bar": bar, **numbers})
+            found.append(
                 {
-                    **line,
-                    "name": RARE if line["value"] is None else printable(line["value"]),
-                    "bar": interval_bar(
-                        line["accuracy_interval"][0], line["accuracy"], line["accuracy_interval"][1], span, whole
-                    ),
+                    "column": printable(column),
+                    "where": "validation images" if rows == "validation" else "training images, out of fold",
+                    "span": span,
+                    "lines": lines,
+                    "score": _GROUP_TITLES[score],
+                    "more": [_GROUP_TITLES[key] for key in more],
+                    "worst_first": "ascending" if run.task.group_best_first == "descending" else "descending",
                 }
-                for line in sorted(table, key=lambda line: (line["accuracy"], -line["n"]))
-            ]
-            where = "validation images" if rows == "validation" else "training images, out of fold"
-            found.append({"column": printable(column), "where": where, "span": span, "lines": lines})
+            )
     return found
 
 

@@ -16,7 +16,6 @@ from features import canonical
 from features.errors import ConfigurationError, RunError, StoreError
 from features.files import printable
 from features.progress import counted
-from pipeline.intervals import wilson_interval
 from pipeline.runs.datasets import OLDER, DataSet, State, data_sets, only_one
 from pipeline.runs.folder import Run, find_runs, is_run_folder, read_predictions
 from pipeline.runs.writing import renew
@@ -24,11 +23,10 @@ from pipeline.scores.groups import name_of, worst_of
 from pipeline.scores.selection import (
     FEW,
     USUAL_FOLDS,
-    WORST_GROUP,
     Candidate,
     choose,
 )
-from pipeline.tasks.table import ALL_CHOICES
+from pipeline.tasks.table import ALL_CHOICES, WORST_GROUPS
 
 logger = logging.getLogger(__name__)
 
@@ -181,8 +179,8 @@ def board_of(
         labels or splits differ from those of the first row (``data`` differs), as such scores do not measure the same
         thing. Only if there are several data sets, ``data_set`` names that of each row; only if there are several states,
         ``stale`` says whether the row is of another than the first of its data set, and ``state`` what it is. Only if a run has
-        tables by group, ``worst_group`` names the group of the lowest accuracy (see `pipeline.scores.groups`), with
-        ``worst_group_accuracy`` and ``worst_group_interval``; only if a run withholds answers that are not sure,
+        tables by group, ``worst_group`` names the group of the lowest accuracy, or of the largest error (see `pipeline.scores.groups`), with
+        ``worst_group_accuracy``, or ``worst_group_mae``, and ``worst_group_interval``; only if a run withholds answers that are not sure,
         ``answered`` is the share that it gives.
     """
     check_choice(by)
@@ -219,12 +217,16 @@ def board_of(
 def _worst(run: Run, judged: str) -> dict[str, Any]:
     """Columns of the leaderboard about the group of the lowest accuracy."""
     tables = (run.metrics.get("groups") or {}).get(judged)
-    line = worst_of(tables) if tables else None
+    line, score = _worst_line(run, tables) if tables else None, run.task.group_score
     return {
         "worst_group": name_of(line) if line else "",
-        "worst_group_accuracy": line and line["accuracy"],
-        "worst_group_interval": line and line["accuracy_interval"],
+        run.task.worst_group: line and line[score],
+        "worst_group_interval": line and line[f"{score}_interval"],
     }
+
+
+def _worst_line(run: Run, tables: Any) -> dict[str, Any]:
+    return worst_of(tables, lambda line: run.task.group_worth(line)[0])
 
 
 def answered(run: Run, judged: str = "") -> dict[str, Any]:
@@ -267,9 +269,9 @@ def check_folds(runs: Sequence[Run], folds: bool | None) -> None:
 
 def check_tables(runs: Sequence[Run], by: str) -> None:
     """Raise ``ConfigurationError`` if runs are to be compared by their worst group and none of them has tables by group."""
-    if by == WORST_GROUP and runs and not any(run.metrics.get("groups") for run in runs):
+    if by in WORST_GROUPS and runs and not any(run.metrics.get("groups") for run in runs):
         raise ConfigurationError(
-            f"{WORST_GROUP}: none of {counted(len(runs), 'run')} has tables by group. Train with --by and a column of the manifest, "
+            f"{by}: none of {counted(len(runs), 'run')} has tables by group. Train with --by and a column of the manifest, "
             "such as --by group; runs that are there get their tables without being trained again"
         )
 
@@ -299,9 +301,9 @@ def judged_by(runs: Sequence[Run], folds: bool | None = None) -> str:
 
 def _score(run: Run, by: str, judged: str) -> float | None:
     """The score of a run to compare; None if it has none."""
-    if by == WORST_GROUP:
+    if by == run.task.worst_group:
         tables = (run.metrics.get("groups") or {}).get(judged)
-        return float(worst_of(tables)["accuracy"]) if tables else None
+        return run.task.group_worth(_worst_line(run, tables))[0] if tables else None
     return run.task.value(run.metrics[judged], by) if run.metrics[judged] else None
 
 
@@ -359,9 +361,8 @@ def starred(runs: Sequence[Run], by: str = "accuracy", *, folds: bool | None = N
 def _low(run: Run, by: str, judged: str) -> float:
     """Lower end of the 95 % interval of a run's score."""
     best = run.metrics[judged]
-    if by == WORST_GROUP:
-        line = worst_of(run.metrics["groups"][judged])
-        return wilson_interval(line["right"], line["n"])[0]
+    if by == run.task.worst_group:
+        return run.task.group_worth(_worst_line(run, run.metrics["groups"][judged]))[1]
 
     def rows() -> tuple[Any, Any]:
         found = read_predictions(run)

@@ -1,11 +1,13 @@
 """How right a model is on each part of the images: values of a column of the manifest, or groups.
 
 value of each row, right or wrong --`group_table`--> a line for each value --`worst_of`--> the line of the lowest accuracy
+rows of each value --what a task says of them, `lines_by`--> the same for other scores
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -42,35 +44,39 @@ def group_table(values: Sequence[str], right: np.ndarray) -> list[dict[str, Any]
     >>> [(line["value"], line["n"], line["right"]) for line in group_table(["a"] * 10 + ["b", "c"], np.arange(12) > 2)]
     [('a', 10, 7), (None, 2, 2)]
     """
+    return lines_by(values, lambda rows: accuracy_of(right[rows]))
+
+
+def accuracy_of(right: np.ndarray) -> dict[str, Any]:
+    """The entries of a line about rows that are right or not, bool, (k,)."""
+    hits, n = int(right.sum()), len(right)
+    return {"right": hits, "accuracy": hits / n, "accuracy_interval": wilson_interval(hits, n)}
+
+
+def lines_by(values: Sequence[str], scored: Callable[[np.ndarray], Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Make a line for each value, as `group_table`: its ``value``, ``n``, and what ``scored`` says of its rows, int64 (k,)."""
     names, member, sizes = np.unique(np.asarray(values, dtype=object), return_inverse=True, return_counts=True)
-    hits = np.bincount(member, weights=right, minlength=len(names)).astype(np.int64)
     large = sizes >= FEW_ROWS
-    counts = [
-        (shortened(str(name), LONGEST_VALUE), *pair)
-        for name, *pair in zip(names[large], sizes[large], hits[large], strict=True)
+    parts: list[tuple[str | None, np.ndarray]] = [
+        (shortened(str(names[k]), LONGEST_VALUE), np.flatnonzero(member == k)) for k in np.flatnonzero(large)
     ]
     if not large.all():
-        counts.append((None, sizes[~large].sum(), hits[~large].sum()))
-    return [
-        {
-            "value": name,
-            "n": int(n),
-            "right": int(count),
-            "accuracy": float(count / n),
-            "accuracy_interval": wilson_interval(int(count), int(n)),
-        }
-        for name, n, count in counts
-    ]
+        parts.append((None, np.flatnonzero(~large[member])))
+    return [{"value": name, "n": len(rows), **scored(rows)} for name, rows in parts]
 
 
-def worst_of(tables: Mapping[str, Iterable[Mapping[str, Any]]]) -> dict[str, Any]:
+def worst_of(
+    tables: Mapping[str, Iterable[Mapping[str, Any]]],
+    worth: Callable[[Mapping[str, Any]], float] = operator.itemgetter("accuracy"),
+) -> dict[str, Any]:
     """The line of the lowest accuracy in tables by column, with its ``column``; of equal ones, that of most rows.
 
-    The line of rare values is no group, and counts only where there is no other.
+    The line of rare values is no group, and counts only where there is no other. ``worth``: a score of a line instead of the
+    accuracy, higher is better.
     """
     every = [{**line, "column": column} for column, table in tables.items() for line in table]
     lines = [line for line in every if line["value"] is not None] or every
-    return min(lines, key=lambda line: (line["accuracy"], -line["n"]))
+    return min(lines, key=lambda line: (worth(line), -line["n"]))
 
 
 def name_of(line: Mapping[str, Any]) -> str:

@@ -22,7 +22,7 @@ MOST_TRIALS = 100_000
 # Those of all tasks; a test compares them with `pipeline.tasks.table.ALL_CHOICES`.
 Choice = Literal[
     "accuracy", "balanced_accuracy", "worst_group_accuracy", "average_precision", "micro_average_precision", "f1", "r2",
-    "mae", "rmse", "spearman",
+    "mae", "rmse", "spearman", "worst_group_mae",
 ]  # fmt: skip
 _EXPONENT = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 

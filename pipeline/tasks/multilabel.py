@@ -14,7 +14,7 @@ from pydantic import Field, NonNegativeFloat
 from features.errors import HeadError
 from features.sources.splits import listed
 from features.targets import UNKNOWN, known_cells
-from pipeline.config import Count, LabelAnswers, Settings, Share, check_classes
+from pipeline.config import Count, GroupLine, LabelAnswers, Settings, Share, check_classes
 from pipeline.intervals import wilson_interval
 from pipeline.scores.answers import class_sets, conformal_quantile, sets_kept
 from pipeline.scores.metrics import BINS
@@ -64,7 +64,7 @@ class Multilabel(Task):
     things = "labels"
     choices = ("average_precision", "micro_average_precision", "f1", WORST_GROUP)
     promises = ("--set-coverage", "--by")
-    metrics_models = (metrics_file(MultilabelScores, LabelAnswers),)
+    metrics_models = (metrics_file(MultilabelScores, LabelAnswers, GroupLine),)
     score = "mean average precision"
     no_gain = f"the {score} is no higher than that of"
     scores_model = MultilabelScores

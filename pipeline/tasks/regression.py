@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeFloat
 from features.errors import HeadError
 from features.sources.splits import listed
 from features.targets import known_cells, strata_of
-from pipeline.config import Count, NumberAnswers, Settings
+from pipeline.config import Count, NumberAnswers, NumberGroupLine, Settings
 from pipeline.intervals import wilson_interval
 from pipeline.scores.answers import half_width
 from pipeline.scores.selection import stratified_folds
@@ -57,9 +57,10 @@ class Regression(Task):
     name = "regression"
     answers = False
     things = "numbers"
-    choices = ("r2", "mae", "rmse", "spearman")
-    promises = ("--set-coverage",)
-    metrics_models = (metrics_file(RegressionScores, NumberAnswers),)
+    choices = ("r2", "mae", "rmse", "spearman", "worst_group_mae")
+    group_score, group_best_first = "mae", "ascending"
+    promises = ("--set-coverage", "--by")
+    metrics_models = (metrics_file(RegressionScores, NumberAnswers, NumberGroupLine),)
     score = "R2"
     no_gain = f"the {score} is no higher than that of"
     scores_model = RegressionScores
@@ -163,6 +164,14 @@ class Regression(Task):
     def board(self, scores: Mapping[str, Any]) -> dict[str, Any]:
         names = ("r2", "r2_interval", "mae", "mae_interval", "rmse", "spearman", "n")
         return {name: scores[name] for name in names}
+
+    def group(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> dict[str, Any]:
+        names = [line["name"] for line in before["per_column"]]
+        scores = self.evaluate(values, y, names)
+        return {name: scores[name] for name in ("mae", "mae_interval", "rmse")}
+
+    def group_worth(self, line: Mapping[str, Any]) -> tuple[float, float]:
+        return -float(line["mae"]), -float(line["mae_interval"][1])
 
     def promise(
         self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None

@@ -13,6 +13,7 @@ from pipeline.tasks.task import Task
 
 CLASSIFICATION: Task = Classification()
 TASKS: dict[str, Task] = {task.name: task for task in (CLASSIFICATION, Multilabel(), Regression())}
+WORST_GROUPS = tuple(dict.fromkeys(task.worst_group for task in TASKS.values()))  # choices that need tables by group
 ALL_CHOICES = tuple(dict.fromkeys(by for task in TASKS.values() for by in task.choices))
 
 

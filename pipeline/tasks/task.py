@@ -7,22 +7,26 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
-from pydantic import create_model
+from pydantic import Field, create_model
 
 from features.errors import ConfigurationError, nearest
 from features.targets import known_cells
 from pipeline.config import AnsweringMetricsFile, Count, MetricsFile, Settings, TargetHeadFile
+from pipeline.intervals import wilson_interval
+from pipeline.scores.groups import accuracy_of
+from pipeline.scores.selection import WORST_GROUP
 from pipeline.tasks.shown import Calibration, Column, Judged, Line, Table, Tile, Words
 
 Scores = dict[str, Any]
 Rows = tuple[np.ndarray, np.ndarray]  # targets and predictions of the same rows
 
 
-def metrics_file(scores: type[Settings], answers: type[Settings]) -> type[MetricsFile]:
-    """Make the schema of ``metrics.json``, format 2, from those of the scores of one split, and of what a run promises."""
+def metrics_file(scores: type[Settings], answers: type[Settings], line: type[Settings]) -> type[MetricsFile]:
+    """Make the schema of ``metrics.json``, format 2, from those of the scores of a split, of promises, and of a group."""
+    tables: Any = dict[Literal["validation", "cv"], dict[str, Annotated[tuple[line, ...], Field(min_length=1)]]]  # type: ignore[valid-type]
     of_folds: Any = create_model("FoldScores", __base__=scores, folds=(Count, ...))
     of_views: Any = create_model("ViewScores", __base__=scores, views=(Count, ...))
     fields: dict[str, Any] = {
@@ -32,6 +36,7 @@ def metrics_file(scores: type[Settings], answers: type[Settings]) -> type[Metric
         "cv": (of_folds | None, ...),
         "averaged": (of_views | None, None),
         "answers": (answers | None, None),
+        "groups": (tables | None, None),
     }
     return create_model("TargetMetricsFile", __base__=AnsweringMetricsFile, **fields)
 
@@ -88,6 +93,10 @@ class Task(abc.ABC):
         Whether each image has one class, which a confusion matrix and a grid need.
     answers : bool
         Whether images are given classes or labels, which are counted.
+    group_score : str
+        Entry of a line of a table by group by which groups are compared.
+    group_best_first : {"descending", "ascending"}
+        The order of this entry in which the best group comes first.
     """
 
     name: ClassVar[str]
@@ -101,6 +110,8 @@ class Task(abc.ABC):
     promises: ClassVar[tuple[str, ...]]
     one_class: ClassVar[bool] = False
     answers: ClassVar[bool] = True
+    group_score: ClassVar[str] = "accuracy"
+    group_best_first: ClassVar[str] = "descending"
 
     @property
     def head_file(self) -> dict[str, Any]:
@@ -236,17 +247,35 @@ class Task(abc.ABC):
     def choice(self, by: str | None) -> str:
         """The score to compare by: the usual one if none is named, or ``accuracy``, which is usual for classes.
 
+        `WORST_GROUP` stands for the `worst_group` of every task.
+
         Raises
         ------
         ConfigurationError
             If these runs have no such score.
         """
+        if by == WORST_GROUP:
+            return self.worst_group
         if by is None or by in self.choices or by == "accuracy":
             return by if by in self.choices else self.choices[0]
         raise ConfigurationError(
             f"choose: received {by!r}, expected {' or '.join(self.choices)} for runs of --task {self.name}"
             f"{nearest(by, self.choices)}"
         )
+
+    # -- tables by group, see `pipeline.scores.groups`
+    @property
+    def worst_group(self) -> str:
+        """The choice that compares by the worst group."""
+        return f"worst_group_{self.group_score}"
+
+    def group(self, values: np.ndarray, y: np.ndarray, before: Mapping[str, Any]) -> dict[str, Any]:
+        """What a line of a table says of the images of a group, given their predictions (k, c) and targets."""
+        return accuracy_of(~self.judge(values, y, before).wrong)
+
+    def group_worth(self, line: Mapping[str, Any]) -> tuple[float, float]:
+        """The score of a group, of which a higher one is better, and the lower end of its 95 % interval."""
+        return float(line["accuracy"]), wilson_interval(line["right"], line["n"])[0]
 
     # -- promises, see `pipeline.heads.promises`
     @abc.abstractmethod
