@@ -8,6 +8,7 @@ import functools
 import hashlib
 import json
 import logging
+import mmap
 import os
 import shutil
 from collections.abc import Iterator
@@ -71,7 +72,7 @@ def _private_folder(problem: str) -> Path:
     return folder
 
 
-def write_signed(path: Path, content: bytes | memoryview) -> str:
+def write_signed(path: Path, content: bytes | memoryview | mmap.mmap) -> str:
     """Write a file of the cache with this user's signature in front, and return that; the file is whole or as it was before.
 
     Raises

@@ -9,10 +9,12 @@ made, lie in memory.
 from __future__ import annotations
 
 import contextlib
+import io
 import math
+import mmap
 import os
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -46,17 +48,43 @@ def taken(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     return found
 
 
+def kept(values: np.ndarray) -> np.ndarray:
+    """Return the same values, in a file of their own if they are many."""
+    if values.nbytes <= SMALL:
+        return values
+    found = scratch(values.shape, values.dtype)
+    found[:] = values
+    return found
+
+
+@contextlib.contextmanager
+def written(write: Callable[[BinaryIO], Any]) -> Iterator[memoryview | mmap.mmap]:
+    """Yield what a function writes to a file; where no file can be made, it is written to memory."""
+    try:
+        file = _file()
+    except OSError:
+        memory = io.BytesIO()
+        write(memory)
+        yield memory.getbuffer()
+        return
+    with file:
+        write(file)
+        file.flush()
+        with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            yield content
+
+
 class Growing:
     """An array to which rows are added at its end.
 
     Parameters
     ----------
-    dtype : str
+    dtype : str or dtype
     row : tuple of int
         Shape of a row.
     """
 
-    def __init__(self, dtype: str, row: tuple[int, ...] = ()) -> None:
+    def __init__(self, dtype: str | np.dtype, row: tuple[int, ...] = ()) -> None:
         self._dtype, self._row = np.dtype(dtype), row
         self._waiting: list[Any] = []
         self._blocks: list[np.ndarray] = []

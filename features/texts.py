@@ -14,7 +14,7 @@ from typing import Any, overload
 
 import numpy as np
 
-from features.scratch import Growing, scratch
+from features.scratch import Growing, scratch, taken
 
 _STEP = 4096  # texts that are made at a time
 KEY_BYTES = 16
@@ -216,8 +216,7 @@ class Lookup:
     """
 
     def __init__(self, keys: np.ndarray, rows: np.ndarray | None = None) -> None:
-        chosen = keys if rows is None else keys[rows]
-        plain = _plain(chosen)
+        plain = _plain(np.ascontiguousarray(keys) if rows is None else taken(keys, rows))
         order = np.argsort(plain, kind="stable")
         self.sorted = scratch(plain.shape, plain.dtype)
         self.rows = scratch(order.shape, "<i4" if len(keys) < 1 << 31 else "<i8")

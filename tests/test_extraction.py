@@ -471,15 +471,15 @@ def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatc
     from features.errors import UnreadableImageError
     from features.sources.scan import ImageSet
 
-    read = ImageSet.read
+    read = ImageSet.read_path
 
-    def faulty(self: ImageSet, index: int) -> bytes:
-        if index == 5:
+    def faulty(self: ImageSet, path: str) -> bytes:
+        if path == self.paths[5]:
             raise UnreadableImageError("no-permission", "for now")
-        return read(self, index)
+        return read(self, path)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ImageSet, "read", faulty)
+        patch.setattr(ImageSet, "read_path", faulty)
         store = extract(source, tmp_path / "f.h5").store
     assert store.quarantine.reasons == ("no-permission",)
     network = NumpyNetwork()

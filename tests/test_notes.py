@@ -60,13 +60,13 @@ def source(tmp_path: Path) -> Path:
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Paths of the images that are read."""
-    read, found = ImageSet.read, list[str]()
+    read, found = ImageSet.read_path, list[str]()
 
-    def counted(images: ImageSet, index: int) -> bytes:
-        found.append(images.paths[index])
-        return read(images, index)
+    def counted(images: ImageSet, path: str) -> bytes:
+        found.append(path)
+        return read(images, path)
 
-    monkeypatch.setattr(ImageSet, "read", counted)
+    monkeypatch.setattr(ImageSet, "read_path", counted)
     return found
 
 

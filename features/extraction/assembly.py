@@ -18,11 +18,13 @@ from typing import Any
 import numpy as np
 
 from features.errors import IntegrityError, SourceError
-from features.extraction.planning import Identity, KnownRows, Location, Plan
+from features.extraction.known import Identities, KnownRows
+from features.extraction.planning import Plan
 from features.files import atomic_file, printable
 from features.machine import software_versions
 from features.progress import Progress, counted
 from features.recipe import Recipe
+from features.scratch import scratch, taken
 from features.sources.advice import empty_splits
 from features.sources.scan import ImageSet, united
 from features.sources.splits import (
@@ -37,6 +39,7 @@ from features.store.reader import FeatureStore
 from features.store.schema import PLACE, FeatureSpec, ImageTable, Quarantine, ShardTable, digest_rows
 from features.store.writer import StoreWriter
 from features.targets import STRATUM
+from features.texts import Texts
 
 logger = logging.getLogger(__name__)
 BLOCK_BYTES = 4 << 20
@@ -75,7 +78,7 @@ class Contents:
 
 
 def table_of(
-    images: ImageSet, identities: Sequence[Identity], rule: SplitRule, *, strict: bool = False
+    images: ImageSet, identities: Identities, rule: SplitRule, *, strict: bool = False
 ) -> tuple[ImageTable, Quarantine]:
     """Separate the images into readable rows and quarantine, and assign each row to a split.
 
@@ -84,27 +87,28 @@ def table_of(
     SourceError
         If no image could be read; with ``strict``, if the same bytes are found in two splits.
     """
-    images, kept = united(images, [item.sha256 if item.reason is None else b"" for item in identities])
-    identities = [identities[row] for row in kept.tolist()]
-    good = np.array([index for index, identity in enumerate(identities) if identity.reason is None], dtype=np.int64)
-    bad = [index for index, identity in enumerate(identities) if identity.reason is not None]
+    if images.united:
+        digests = zip(map(bytes, identities.sha256), identities.reasons.tolist(), strict=True)
+        images, kept = united(images, [sha256 if reason < 0 else b"" for sha256, reason in digests])
+        identities = identities.some(kept)
+    good, bad = np.flatnonzero(identities.reasons < 0), np.flatnonzero(identities.reasons >= 0).tolist()
     if not len(good):
-        first = f"{images.paths[bad[0]]}: {identities[bad[0]].reason}" if bad else "there are none"
+        first = f"{images.paths[bad[0]]}: {identities.reason(bad[0])}" if bad else "there are none"
         raise SourceError(f"{images.description}: none of {len(images)} images could be read ({first})")
-    sha256 = digest_rows(identities[index].sha256 for index in good)
+    sha256 = taken(identities.sha256, good)
     groups = None if images.groups is None else tuple(images.groups[index] for index in good)
     strata = images.strata[good]
     splits, warnings = assign_splits(strata, images.given_splits[good], groups, sha256, rule)
     table = ImageTable(
-        paths=tuple(images.paths[index] for index in good),
+        paths=Texts.of(images.paths).some(good),
         sha256=sha256,
         labels=images.labels[good],
         splits=splits,
         groups=groups,
-        widths=np.array([identities[index].width for index in good], np.int32),
-        heights=np.array([identities[index].height for index in good], np.int32),
-        sizes=images.sizes[good],
-        mtimes_ns=images.mtimes_ns[good],
+        widths=taken(identities.widths, good),
+        heights=taken(identities.heights, good),
+        sizes=taken(images.sizes, good),
+        mtimes_ns=taken(images.mtimes_ns, good),
         columns={name: tuple(values[index] for index in good) for name, values in images.columns.items()},
         target=None if images.target is None else images.target.some(good),
         versions=None if images.versions is None else _versions(images, good),
@@ -138,8 +142,8 @@ def table_of(
         logger.warning("%s", message)
     quarantine = Quarantine(
         paths=tuple(images.paths[index] for index in bad),
-        sha256=digest_rows(identities[index].sha256 for index in bad),
-        reasons=tuple(str(identities[index].reason) for index in bad),
+        sha256=identities.sha256[bad],
+        reasons=tuple(str(identities.reason(index)) for index in bad),
         sizes=images.sizes[bad] if bad else np.zeros(0, np.int64),
         mtimes_ns=images.mtimes_ns[bad] if bad else np.zeros(0, np.int64),
     )
@@ -197,13 +201,10 @@ def assemble(out: Path, plan: Plan, contents: Contents, progress: Progress | Non
         If a row that should be known is missing.
     """
     known, recipes, views, table = plan.known, plan.recipes, plan.views, contents.images
-    hashes = [digest.tobytes() for digest in table.sha256]
-    places = {
-        recipe.name: [_places(known, recipe, view, hashes, table.paths) for view in range(views)] for recipe in recipes
-    }
+    places = {recipe.name: [_places(known, recipe, view, table) for view in range(views)] for recipe in recipes}
     specs = {}
     for recipe in recipes:
-        source, _ = places[recipe.name][0][0]
+        source = int(places[recipe.name][0][0, 0])
         specs[recipe.name] = FeatureSpec(recipe, views, known.sources[source].shape(recipe.name)[2:])
     shards: ShardTable | None = None
     blocks: Mapping[str, Iterable[np.ndarray]]
@@ -270,7 +271,7 @@ def rows_of_block(spec: FeatureSpec) -> int:
 
 
 def _index(
-    known: KnownRows, places: Mapping[str, Sequence[Sequence[Location]]]
+    known: KnownRows, places: Mapping[str, Sequence[np.ndarray]]
 ) -> tuple[dict[str, list[np.ndarray]], ShardTable]:
     """Return the place of every row in the shards, by feature set, and the table of the shards that are used."""
     digests: dict[str, bytes] = {}
@@ -284,9 +285,8 @@ def _index(
     number_of = {name: number for number, name in enumerate(names)}
     found = {}
     for name, by_view in places.items():
-        result = np.empty((len(by_view[0]), len(by_view), 3), PLACE)
-        for view, locations in enumerate(by_view):
-            wanted = np.array(locations, dtype=np.int64)
+        result = scratch((len(by_view[0]), len(by_view), 3), PLACE)
+        for view, wanted in enumerate(by_view):
             for number in np.unique(wanted[:, 0]):
                 here, source = np.flatnonzero(wanted[:, 0] == number), known.sources[number]
                 position = known.view_position(int(number), view)
@@ -305,30 +305,24 @@ def _index(
     return {name: [result] for name, result in found.items()}, table
 
 
-def _places(
-    known: KnownRows, recipe: Recipe, view: int, hashes: Sequence[bytes], paths: Sequence[str]
-) -> list[Location]:
-    places, cell = [], recipe.cell(view)
-    for row, sha256 in enumerate(hashes):
-        place = known.locate(cell, sha256)
-        if place is None:
-            raise IntegrityError(
-                f"{printable(paths[row])}: {recipe.name}, view {view}, was not made of the bytes that it has now. "
-                "The file changed during the run, or without a change of size and time. Run again without --trust-times."
-            )
-        places.append(place)
-    return places
+def _places(known: KnownRows, recipe: Recipe, view: int, table: ImageTable) -> np.ndarray:
+    """Return source and row of each image, int32, (n, 2)."""
+    entries = known.locate(recipe.cell(view), table.sha256)
+    if len(lacking := np.flatnonzero(entries < 0)):
+        raise IntegrityError(
+            f"{printable(table.paths[int(lacking[0])])}: {recipe.name}, view {view}, was not made of the bytes that it has now. "
+            "The file changed during the run, or without a change of size and time. Run again without --trust-times."
+        )
+    return known.places(entries)
 
 
-def _blocks(
-    recipe: Recipe, spec: FeatureSpec, places: Sequence[Sequence[Location]], known: KnownRows
-) -> Iterator[np.ndarray]:
+def _blocks(recipe: Recipe, spec: FeatureSpec, places: Sequence[np.ndarray], known: KnownRows) -> Iterator[np.ndarray]:
     step = rows_of_block(spec)
     for start in range(0, len(places[0]), step):
         stop = min(start + step, len(places[0]))
         block = np.empty((stop - start, spec.views, *spec.shape), dtype=recipe.dtype)
         for view in range(spec.views):
-            wanted = np.array(places[view][start:stop], dtype=np.int64)
+            wanted = places[view][start:stop]
             for source in np.unique(wanted[:, 0]):
                 here = np.flatnonzero(wanted[:, 0] == source)
                 rows = known.sources[source].array(recipe.name)

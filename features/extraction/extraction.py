@@ -16,23 +16,28 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from features.errors import ConfigurationError, StoreError, TooManyUnreadableError
 from features.extraction.assembly import Contents, assemble, is_current, pack, table_of
 from features.extraction.calibration import with_quantised
 from features.extraction.forecast import Forecast, forecast
 from features.extraction.journal import PartsFolder
+from features.extraction.known import Identities
 from features.extraction.options import ExtractionOptions
-from features.extraction.planning import Identity, Plan, make_plan
+from features.extraction.planning import Plan, make_plan
 from features.extraction.precision import check_precision, some_rows
 from features.extraction.running import MadeShard, Reconciliation, ShardRunner, Work, run_here
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.networks.quantised import find, keep, keep_only, networks_of_store
 from features.progress import Progress, counted
 from features.recipe import Recipe
+from features.scratch import taken
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
 from features.store.schema import ImageTable
+from features.texts import Lookup, Texts, keys_of
 
 if TYPE_CHECKING:
     from features.networks.network import Network
@@ -172,8 +177,8 @@ class Extraction:
             else:
                 self.parts.remove()
             keep_only(networks_of_store(self.out), _digests(result.store.recipes.values()))
-        reasons = [None] * len(result.store) + list(result.store.quarantine.reasons)
-        self._check_unreadable(reasons, f"the {len(result.store)} good rows are in {self.out}")
+        reasons, rows = result.store.quarantine.reasons, len(result.store)
+        self._check_unreadable(reasons, rows + len(reasons), f"the {rows} good rows are in {self.out}")
         return result
 
     def _keep_quantised(self) -> None:
@@ -210,13 +215,15 @@ class Extraction:
         """Note the content of the files as far as it is known; what times alone tell is not worth a note."""
         if self.options.trust == "times":
             return
-        hashes = [
-            identity.sha256
-            if identity is not None and any(identity.sha256) and path not in self.images.replaced
-            else None
-            for path, identity in zip(self.images.paths, _identities_now(plan), strict=True)
-        ]
-        plan.notes.replaced(self.images.paths, self.images.stamps, hashes).write(before=plan.notes)
+        found = plan.identities_now()
+        rows = np.flatnonzero(found >= 0)
+        sha256 = plan.known.sha256(found[rows])
+        seen = np.asarray(sha256.any(axis=1))
+        if self.images.replaced:
+            seen &= np.array([self.images.paths[row] not in self.images.replaced for row in rows.tolist()], bool)
+        rows, sha256 = rows[seen], taken(sha256, np.flatnonzero(seen))
+        paths = Texts.of(self.images.paths).some(rows)
+        plan.notes.of(paths, taken(self.images.stamps, rows), sha256).write(before=plan.notes)
 
     def _as_it_is(self) -> ExtractionResult | None:
         """The store in a folder that cannot be written; None unless there is nothing to do."""
@@ -246,10 +253,12 @@ class Extraction:
     def _contents(self, plan: Plan, done: _Done) -> Contents:
         identities = _settled(plan)
         if self.options.check_precision:
-            readable = [row for row, identity in enumerate(identities) if identity.reason is None]
+            readable = np.flatnonzero(identities.reasons < 0).tolist()
             self._checked = self._check_precision(some_rows(self.images.strata, readable, self.options.check_precision))
         if plan.old is not None and not self.options.overwrite:
-            self._check_unreadable([identity.reason for identity in identities], f"{self.out} was not changed")
+            refused = np.flatnonzero(identities.reasons >= 0).tolist()
+            reasons = [str(identities.reason(row)) for row in refused]
+            self._check_unreadable(reasons, len(self.images), f"{self.out} was not changed")
         rule = self.options.rule_after("" if plan.old is None else plan.old.split_rule)
         table, quarantine = table_of(self.images, identities, rule, strict=self.options.strict)
         if plan.old is not None and plan.old.split_rule != str(rule):
@@ -294,13 +303,12 @@ class Extraction:
             _warn_of_loss(found)
         return found
 
-    def _check_unreadable(self, reasons: Sequence[str | None], outcome: str) -> None:
-        refused = Counter(reason for reason in reasons if reason is not None)
-        count = sum(refused.values())
-        if count > self.options.max_unreadable * len(reasons):
+    def _check_unreadable(self, reasons: Sequence[str], images: int, outcome: str) -> None:
+        refused, count = Counter(reasons), len(reasons)
+        if count > self.options.max_unreadable * images:
             listed = ", ".join(f"{number} {reason}" for reason, number in refused.most_common())
             raise TooManyUnreadableError(
-                f"{count} of {len(reasons)} images are unreadable ({listed}), at most {self.options.max_unreadable:.0%} "
+                f"{count} of {images} images are unreadable ({listed}), at most {self.options.max_unreadable:.0%} "
                 f"are allowed; {outcome}. The warnings above name them. Repair them and run again, or allow more with "
                 "--max-unreadable."
             )
@@ -442,26 +450,19 @@ def _digests(recipes: Iterable[Recipe]) -> list[str]:
 
 def _warn_of_another_rule(old: FeatureStore, rule: SplitRule, table: ImageTable) -> None:
     """Log that the split rule of a store changes, and how many of its images change their split with it."""
-    before = dict(zip(old.images.paths, old.images.splits.tolist(), strict=True))
-    now = zip(table.paths, table.splits.tolist(), strict=True)
-    if changed := sum(before.get(path, split) != split for path, split in now):
+    rows = Lookup(keys_of(old.images.paths, len(old))).last(keys_of(table.paths, len(table)))
+    known = np.flatnonzero(rows >= 0)
+    if changed := int((old.images.splits[rows[known]] != table.splits[known]).sum()):
         logger.warning(
             "%s: the split rule changes from %s to %s, and the split of %s with it; --split %s keeps them",
             printable(str(old.path)), old.split_rule or "none", rule, counted(changed, "image"), old.split_rule or "hash",
         )  # fmt: skip
 
 
-def _identities_now(plan: Plan) -> list[Identity | None]:
-    """Return the identity of every image from the shards just made or from what was known before; None if unknown."""
-    columns = zip(plan.images.paths, plan.identities, strict=True)
-    return [plan.known.fresh(path) or identity for path, identity in columns]
-
-
-def _settled(plan: Plan) -> list[Identity]:
-    """Return the identity of every image, which is known once all shards are made."""
-    settled = []
-    for path, identity in zip(plan.images.paths, _identities_now(plan), strict=True):
-        if identity is None:
-            raise StoreError(f"{printable(path)}: planned, but in no shard. Run the same command again.")
-        settled.append(identity)
-    return settled
+def _settled(plan: Plan) -> Identities:
+    """Return what each image is, which is known once all shards are made."""
+    entries = plan.identities_now()
+    if len(lacking := np.flatnonzero(entries < 0)):
+        path = plan.images.paths[int(lacking[0])]
+        raise StoreError(f"{printable(path)}: planned, but in no shard. Run the same command again.")
+    return plan.known.identities(entries)

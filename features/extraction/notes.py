@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import io
+import itertools
 import logging
 import os
 import zipfile
@@ -24,8 +24,11 @@ import numpy as np
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import digest_of
 from features.pixels.decode import decoder_version
+from features.scratch import kept, scratch, written
+from features.texts import Lookup, Texts, keys_of
 
 logger = logging.getLogger(__name__)
+_STEP = 1 << 14  # files that are compared or written at a time
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,7 +39,7 @@ class Notes:
     ----------
     path : Path
         Where the notes are kept.
-    paths : list of str
+    paths : Texts
         Paths as the source names them.
     stamps : int64, (n, 4)
         Inode, change time and modification time in nanoseconds, size in bytes.
@@ -47,7 +50,7 @@ class Notes:
     """
 
     path: Path
-    paths: list[str] = dataclasses.field(default_factory=list)
+    paths: Texts = dataclasses.field(default_factory=lambda: Texts.of(()))
     stamps: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 4), np.int64))
     sha256: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros((0, 32), np.uint8))
     decoder: str = dataclasses.field(default_factory=lambda: decoder_version())
@@ -67,9 +70,9 @@ class Notes:
         """Read a file of notes; empty if there is none."""
         try:
             with signed_file(path) as file, np.load(file, allow_pickle=False) as archive:
-                names, stamps, sha256 = (archive[name] for name in ("paths", "stamps", "sha256"))
+                paths = _texts(archive["paths"])
+                stamps, sha256 = (kept(archive[name]) for name in ("stamps", "sha256"))
                 decoder = archive["decoder"].tobytes().decode() if "decoder" in archive.files else ""
-            paths = names.tobytes().decode("utf-8", "surrogateescape").split("\0")[:-1]
             if stamps.shape != (len(paths), 4) or sha256.shape != (len(paths), 32):
                 raise ValueError("its columns differ in length")
             return cls(path, paths, stamps, sha256, decoder)
@@ -80,11 +83,11 @@ class Notes:
             return cls(path)
 
     @functools.cached_property
-    def _index(self) -> dict[str, int]:
-        return {path: row for row, path in enumerate(self.paths)}
+    def _index(self) -> Lookup:
+        return Lookup(keys_of(self.paths, len(self.paths)))
 
-    def hashes(self, paths: Sequence[str], stamps: np.ndarray) -> list[bytes | None]:
-        """Return the content hash of each file that is as noted, None for the others.
+    def rows(self, paths: Sequence[str], stamps: np.ndarray) -> np.ndarray:
+        """Return the row of the note on each file that is as noted, int64, (n,), -1 for the others.
 
         Parameters
         ----------
@@ -93,19 +96,27 @@ class Notes:
         stamps : int64, (n, 4)
             Of the files now.
         """
-        rows = np.fromiter((self._index.get(path, -1) for path in paths), np.int64, len(paths))
-        found = np.flatnonzero(rows >= 0)
-        same = found[(self.stamps[rows[found]] == stamps[found]).all(axis=1)]
-        result: list[bytes | None] = [None] * len(paths)
-        for number in same.tolist():
-            result[number] = self.sha256[rows[number]].tobytes()
-        return result
+        same = len(paths) == len(self.paths) and self.paths == paths
+        rows = np.arange(len(paths)) if same else self._index.last(keys_of(paths, len(paths)))
+        there = np.flatnonzero(rows >= 0)
+        for start in range(0, len(there), _STEP):
+            some = there[start : start + _STEP]
+            rows[some[(self.stamps[rows[some]] != stamps[some]).any(axis=1)]] = -1
+        return rows
+
+    def hashes(self, paths: Sequence[str], stamps: np.ndarray) -> list[bytes | None]:
+        """Return the content hash of each file that is as noted, None for the others; parameters are those of ``rows``."""
+        return [None if row < 0 else self.sha256[row].tobytes() for row in self.rows(paths, stamps).tolist()]
+
+    def of(self, paths: Sequence[str], stamps: np.ndarray, sha256: np.ndarray) -> Notes:
+        """Return notes on these files alone, made now; columns are those of ``Notes``."""
+        return Notes(self.path, Texts.of(paths), stamps, sha256)
 
     def replaced(self, paths: Sequence[str], stamps: np.ndarray, hashes: Sequence[bytes | None]) -> Notes:
         """Return notes on these files alone; files without a hash are left out."""
         rows = [row for row, sha256 in enumerate(hashes) if sha256 is not None]
         digests = np.frombuffer(b"".join(filter(None, hashes)), np.uint8).reshape(-1, 32)
-        return Notes(self.path, [paths[row] for row in rows], stamps[rows], digests)
+        return self.of([paths[row] for row in rows], stamps[rows], digests)
 
     def updated(self, paths: Sequence[str], stamps: np.ndarray, hashes: Sequence[bytes | None]) -> Notes:
         """Return these notes with those on some files in place of what was noted about them."""
@@ -114,23 +125,21 @@ class Notes:
             return self
         new = self.replaced(paths, stamps, news)
         others = set(new.paths)
-        kept = [row for row, path in enumerate(self.paths) if path not in others]
+        rest = [row for row, path in enumerate(self.paths) if path not in others]
         stamps_of, sha256 = (
-            np.concatenate([a[kept], b]) for a, b in ((self.stamps, new.stamps), (self.sha256, new.sha256))
+            np.concatenate([a[rest], b]) for a, b in ((self.stamps, new.stamps), (self.sha256, new.sha256))
         )
-        return Notes(self.path, [self.paths[row] for row in kept] + new.paths, stamps_of, sha256)
+        return self.of([*(self.paths[row] for row in rest), *new.paths], stamps_of, sha256)
 
     def write(self, before: Notes | None = None) -> None:
         """Keep the notes, unless they are as ``before``; a warning says if they cannot be kept."""
         if before is self or (before is not None and self._same(before)):
             return
-        content = io.BytesIO()
-        names = "".join(f"{path}\0" for path in self.paths).encode("utf-8", "surrogateescape")
-        texts = {"paths": names, "decoder": self.decoder.encode()}
-        columns = {name: np.frombuffer(text, np.uint8) for name, text in texts.items()}
-        np.savez(content, **columns, stamps=self.stamps, sha256=self.sha256)  # type: ignore[arg-type]
+        columns = {"paths": _joined(self.paths), "decoder": np.frombuffer(self.decoder.encode(), np.uint8)}
+        columns |= {"stamps": self.stamps, "sha256": self.sha256}
         try:
-            write_signed(self.path, content.getbuffer())
+            with written(lambda file: np.savez(file, **columns)) as content:  # type: ignore[arg-type]
+                write_signed(self.path, content)
         except OSError as error:  # the notes only save time
             logger.warning(
                 "%s could not be written (%s); the next run reads and hashes the images again, unless you add --trust-times",
@@ -141,6 +150,25 @@ class Notes:
         columns = ((self.stamps, other.stamps), (self.sha256, other.sha256))
         same = (self.paths, self.decoder) == (other.paths, other.decoder)
         return same and all(np.array_equal(*pair) for pair in columns)
+
+
+def _joined(paths: Texts) -> np.ndarray:
+    """Return texts in UTF-8, each with a NUL behind it, uint8."""
+    found = scratch((len(paths.utf8) + len(paths),), "u1")
+    done = 0
+    encoded = paths.encoded()
+    while some := [*itertools.islice(encoded, _STEP)]:
+        data = b"".join(b"%s\0" % text for text in some)
+        found[done : done + len(data)] = np.frombuffer(data, "u1")
+        done += len(data)
+    return found[:done]
+
+
+def _texts(joined: np.ndarray) -> Texts:
+    """Return the texts of which ``_joined`` made an array; what follows the last NUL is left out."""
+    ends = np.flatnonzero(joined == 0)
+    joined = joined[: int(ends[-1]) if len(ends) else 0]
+    return Texts(kept(joined[joined != 0]), kept(ends - np.arange(len(ends))))
 
 
 @functools.lru_cache(maxsize=2)

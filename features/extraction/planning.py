@@ -4,161 +4,109 @@
 
 Rows are found by content hash and cell (``Recipe.cell``: fingerprint and view), so an image that was moved, renamed or
 relabelled needs no inference, and additional views or layers are computed alone. An image that is as noted on this
-machine (``features.extraction.notes``) is not read again; any other is hashed.
+machine (``features.extraction.notes``) is not read again; any other is hashed. What is known lies in `KnownRows`
+(``features.extraction.known``); here an image is the number of an entry there, so that a million of them take no memory.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
-import itertools
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 
 from features.errors import ConfigurationError, FormatVersionError, IntegrityError, UnreadableImageError
 from features.extraction.journal import PartsFolder
+from features.extraction.known import KnownRows, cells_of
 from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
 from features.extraction.shard import KILLS_WORKER, ShardSpec, rows_per_shard
 from features.pixels.batches import loaded
 from features.pixels.decode import decoder_version
 from features.progress import Progress
-from features.recipe import Cell, Recipe
-from features.sources.remote import is_address
+from features.recipe import Recipe
+from features.scratch import scratch, taken
 from features.sources.scan import ImageSet
 from features.store.reader import FeatureStore
+from features.texts import Lookup, keys_of
 
 if TYPE_CHECKING:
     from features.networks.network import Network
 
 logger = logging.getLogger(__name__)
-Location = tuple[int, int]  # number of the store or shard in KnownRows.sources, row
 Group = tuple[tuple[int, ...], tuple[int, ...]]  # what is missing of an image: indices of recipes, and views
 VIEW_FIELDS = ("augmentation", "seed")  # fields that affect views 1 and above, but not view 0
 HASHED_AHEAD = 64  # images read ahead
 BASE_FIELDS_FREE = ("layer", "pooling", "dtype")  # the only fields in which feature sets of one store may differ
 
 
-@dataclasses.dataclass(frozen=True)
-class Identity:
-    """What is known about an image without reading it again: its sha256 and size in pixels, or why it is unreadable."""
+class Specs(Sequence[ShardSpec]):
+    """The shards to make, each of which is built when it is asked for.
 
-    sha256: bytes
-    width: int = 0
-    height: int = 0
-    reason: str | None = None
+    Parameters
+    ----------
+    images : ImageSet
+        The source.
+    groups : sequence of (rows, recipes, views)
+        Rows of images that lack the same, int64, ascending; what they lack.
+    steps : sequence of int
+        Most rows of a shard, for each group.
+    taken : collection of str
+        Names that no shard may have.
+    """
 
+    def __init__(
+        self,
+        images: ImageSet,
+        groups: Sequence[tuple[np.ndarray, tuple[Recipe, ...], tuple[int, ...]]],
+        steps: Sequence[int],
+        taken: Collection[str],
+    ) -> None:
+        self._images, self._groups, self._taken = images, groups, taken
+        numbered = enumerate(zip(groups, steps, strict=True))
+        self._parts = [
+            (number, start, start + step)
+            for number, (group, step) in numbered
+            for start in range(0, len(group[0]), step)
+        ]
+        self._built = functools.lru_cache(maxsize=8)(self._build)
 
-def cells_of(recipes: Iterable[Recipe], views: Iterable[int]) -> frozenset[Cell]:
-    """Return the cells of all given views of all given recipes."""
-    return frozenset(recipe.cell(view) for recipe, view in itertools.product(recipes, views))
+    def __len__(self) -> int:
+        return len(self._parts)
 
+    @overload
+    def __getitem__(self, index: int) -> ShardSpec: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[ShardSpec]: ...
+    def __getitem__(self, index: Any) -> Any:
+        return [*map(self._built, self._parts[index])] if isinstance(index, slice) else self._built(self._parts[index])
 
-class KnownRows:
-    """Rows that already exist in the old store and in committed shards, found by content hash."""
+    @property
+    def images(self) -> int:
+        """Number of images that are in at least one shard."""
+        rows = [group[0] for group in self._groups]
+        return len(rows[0]) if len(rows) == 1 else len(np.unique(np.concatenate([np.zeros(0, np.int64), *rows])))
 
-    def __init__(self) -> None:
-        self.sources: list[FeatureStore] = []
-        self._views: list[tuple[int, ...]] = []
-        self._rows: dict[frozenset[Cell], dict[bytes, Location]] = {}
-        self._by_content: dict[bytes, Identity] = {}
-        self._by_path: dict[str, tuple[int, int, Identity]] = {}
-        self._by_version: dict[str, tuple[int, str, Identity]] = {}
-        self._fresh: dict[str, Identity] = {}
-        self.sizes: set[int] = set()
-
-    def add(self, store: FeatureStore, views: Sequence[int], *, root: str, fresh: bool = False) -> None:
-        """Add the rows of a store or shard.
-
-        Parameters
-        ----------
-        store : FeatureStore
-            The store or shard.
-        views : sequence of int
-            The views on its view axis, in order.
-        root : str
-            Root of the source now. A path means the same file only if the store was made from the same root.
-        fresh : bool
-            Whether the shard was made in this run. If not, files that could not be read at all are tried again, because
-            the permission, disk or network may have been repaired.
-        """
-        same_place = store.provenance.get("root") == root
-        source = len(self.sources)
-        self.sources.append(store)
-        self._views.append(tuple(views))
-        rows = self._rows.setdefault(cells_of(store.recipes.values(), views), {})
-        images, quarantine = store.images, store.quarantine
-        hashes = [digest.tobytes() for digest in images.sha256]
-        columns = (images.paths, hashes, images.sizes, images.mtimes_ns, images.widths, images.heights)
-        present = store.present()
-        for row, (path, sha256, size, mtime, width, height) in enumerate(zip(*columns, strict=True)):
-            if present[row]:
-                rows[sha256] = (source, row)
-            self.sizes.add(int(size))
-            identity = self._by_content.get(sha256)
-            if identity is None or identity.reason is not None:
-                identity = self._by_content[sha256] = Identity(sha256, int(width), int(height))
-            if same_place:
-                self._by_path[path] = (int(size), int(mtime), identity)
-            if fresh:
-                self._fresh[path] = identity
-        for path, size, version, sha256 in zip(images.paths, images.sizes, images.versions or (), hashes, strict=False):
-            if version and (same_place or is_address(path)):
-                self._by_version[path] = (int(size), version, self._by_content[sha256])
-        refused = (quarantine.paths, quarantine.sha256, quarantine.sizes, quarantine.mtimes_ns, quarantine.reasons)
-        for path, digest, size, mtime, reason in zip(*refused, strict=True):
-            identity = Identity(digest.tobytes(), reason=reason)
-            if fresh:
-                self._fresh[path] = identity
-            if reason == KILLS_WORKER:
-                self.sizes.add(int(size))
-            if digest.any():
-                self._by_content.setdefault(identity.sha256, identity)
-                if same_place:
-                    self._by_path[path] = (int(size), int(mtime), identity)
-
-    def path_known(self, path: str) -> bool:
-        """Whether an image with this path has been seen before, with any content."""
-        return path in self._by_path
-
-    def fresh(self, path: str) -> Identity | None:
-        """Return the identity of the image with this path if it was read for a shard of this run."""
-        return self._fresh.get(path)
-
-    def content_at(self, path: str) -> bytes | None:
-        """Return the sha256 of the content last seen under this path; None if the path is unknown."""
-        return self._by_path[path][2].sha256 if path in self._by_path else None
-
-    def at_time(self, path: str, size: int, mtime_ns: int) -> Identity | None:
-        """Return the identity of the image that had this path, size and modification time; None if there was none."""
-        known = self._by_path.get(path)
-        return known[2] if known is not None and known[:2] == (size, mtime_ns) else None
-
-    def at_version(self, path: str, size: int, version: str) -> Identity | None:
-        """Return the identity of the object that had this address, size and version; None if there was none."""
-        known = self._by_version.get(path)
-        return known[2] if known is not None and version and known[:2] == (size, version) else None
-
-    def of_content(self, sha256: bytes | None) -> Identity | None:
-        """Return the identity of content seen before under any path; None if it is new."""
-        return None if sha256 is None else self._by_content.get(sha256)
-
-    def locate(self, cell: Cell, sha256: bytes) -> Location | None:
-        """Find the source and row that contain a cell of an image; None if there are none."""
-        for cells, rows in self._rows.items():
-            if cell in cells and sha256 in rows:
-                return rows[sha256]
-        return None
-
-    def view_position(self, source: int, view: int) -> int:
-        """Return the index of a view on the view axis of a source."""
-        return self._views[source].index(view)
+    def _build(self, part: tuple[int, int, int]) -> ShardSpec:
+        number, start, stop = part
+        rows, recipes, views = self._groups[number]
+        some, images = rows[start:stop], self._images
+        spec = ShardSpec(
+            root=str(images.root),
+            paths=tuple(images.paths[row] for row in some.tolist()),
+            sizes=tuple(images.sizes[some].tolist()),
+            mtimes_ns=tuple(images.mtimes_ns[some].tolist()),
+            recipes=recipes,
+            views=views,
+        )
+        return spec.untaken(self._taken) if self._taken else spec
 
 
 @dataclasses.dataclass(frozen=True)
@@ -173,12 +121,14 @@ class Plan:
         Recipes of all feature sets of the finished store: the requested ones and those that it already has.
     views : int
         Number of views of every feature set.
-    specs : tuple of ShardSpec
+    specs : Specs
         The shards to make.
     known : KnownRows
         The rows that exist already.
-    identities : list of Identity or None
-        One per image; None if the image has to be read.
+    keys : uint8, (n, 16)
+        Of the paths of the images; see ``features.texts.keys_of``.
+    identities : int64, (n,)
+        Entry of ``known`` that says what each image is; -1 if the image has to be read.
     counts : Counter
         Number of images that are ``cached moved new changed removed unreadable``, and of those that were ``hashed``
         because nothing is noted about them, or something else.
@@ -195,9 +145,10 @@ class Plan:
     images: ImageSet
     recipes: tuple[Recipe, ...]
     views: int
-    specs: tuple[ShardSpec, ...]
+    specs: Specs
     known: KnownRows
-    identities: list[Identity | None]
+    keys: np.ndarray
+    identities: np.ndarray
     counts: Counter[str]
     old: FeatureStore | None
     notes: Notes
@@ -207,12 +158,18 @@ class Plan:
     @property
     def to_infer(self) -> int:
         """Number of images that go through the network; some of them may turn out to be unreadable."""
-        return len({path for spec in self.specs for path in spec.paths})
+        return self.specs.images
 
     @property
     def passes(self) -> int:
         """Number of views that go through the network."""
         return sum(len(spec) * len(spec.views) for spec in self.specs)
+
+    def identities_now(self) -> np.ndarray:
+        """Return the entry that says what each image is, from the shards made since or as planned: int64, (n,), or -1."""
+        found = self.known.fresh(self.keys)
+        np.copyto(found, self.identities, where=found < 0)
+        return found
 
 
 def make_plan(
@@ -276,22 +233,21 @@ def make_plan(
                 "Run that command again to finish it, choose another --out, or add --overwrite to drop them."
             )
 
-    notes = Notes.read(out, root)
-    identities, hashed = _identities(images, known, notes, readers, options, progress)
-    groups, counts = _missing(images, wanted, views, known, identities)
+    notes, keys = Notes.read(out, root), keys_of(images.paths, len(images))
+    identities, hashed = _identities(images, keys, known, notes, readers, options, progress)
+    groups, counts = _missing(keys, wanted, views, known, identities)
     counts["hashed"] = hashed
-    taken = {*parts.records, *(() if old is None else old.shards.names)}
-    specs = []
-    for (numbers, views_of_group), rows in groups.items():
-        recipes = tuple(wanted[number] for number in numbers)
-        step = options.shard_rows or rows_per_shard(network.row_bytes * len(views_of_group), options.batch_size)
-        for start in range(0, len(rows), step):
-            specs.append(_spec(images, rows[start : start + step], recipes, views_of_group).untaken(taken))
+    lacking = [(rows, tuple(wanted[number] for number in numbers), some) for (numbers, some), rows in groups.items()]
+    steps = [
+        options.shard_rows or rows_per_shard(network.row_bytes * len(some), options.batch_size)
+        for _, _, some in lacking
+    ]
+    specs = Specs(images, lacking, steps, {*parts.records, *(() if old is None else old.shards.names)})
     if old is not None:
-        counts["removed"] = _removed(old, images, identities)
+        counts["removed"] = _removed(old, images, keys, known, identities)
         if not overwrite:
-            _refuse_losses(old, images, identities, out)
-    return Plan(images, wanted, views, tuple(specs), known, identities, counts, old, notes, layout, tuple(superseded))
+            _refuse_losses(old, images, keys, known, identities, out)
+    return Plan(images, wanted, views, specs, known, keys, identities, counts, old, notes, layout, tuple(superseded))
 
 
 def _old_store(out: Path, *, overwrite: bool) -> FeatureStore | None:
@@ -386,56 +342,53 @@ def _short(value: object) -> str:
 
 def _identities(
     images: ImageSet,
+    keys: np.ndarray,
     known: KnownRows,
     notes: Notes,
     readers: Executor,
     options: ExtractionOptions,
     progress: Progress | None,
-) -> tuple[list[Identity | None], int]:
-    """Return the identity of each image as far as it is known, and how many images were read to find it out."""
-    identities: list[Identity | None] = [None] * len(images)
-    sizes = images.sizes.tolist()
+) -> tuple[np.ndarray, int]:
+    """Return the entry of each image as far as it is known, int64, (n,), and how many images were read to find it out."""
+    found = scratch((len(images),), "<i8")
+    found[:] = -1
     if options.trust == "notes":
-        identities = [known.of_content(sha256) for sha256 in notes.hashes(images.paths, images.stamps)]
+        noted = notes.rows(images.paths, images.stamps)
+        there = np.flatnonzero(noted >= 0)
+        found[there] = known.of_content(taken(notes.sha256, noted[there]))
         if notes.decoder != decoder_version():  # which may decode what another one could not
-            identities = [item if item is None or item.reason in (None, KILLS_WORKER) else None for item in identities]
+            found[known.is_refused(found) & ~known.is_refused(found, KILLS_WORKER)] = -1
     elif options.trust == "times":
-        columns = zip(images.paths, sizes, images.mtimes_ns.tolist(), strict=True)
-        identities = [known.at_time(*column) for column in columns]
+        found = known.at_time(keys, images.sizes, images.mtimes_ns)
     if options.trust != "nothing" and images.versions is not None:  # stores say it, whatever is noted on this machine
-        columns = zip(images.paths, sizes, images.versions, strict=True)
-        pairs = zip(identities, columns, strict=True)
-        identities = [known.at_version(*column) if item is None else item for item, column in pairs]
+        np.copyto(found, known.at_version(keys, images.sizes, images.versions), where=found < 0)
     # The same content has the same size, so only a file of a known size can have known content.
-    unknown = [index for index, identity in enumerate(identities) if identity is None and sizes[index] in known.sizes]
-    reasons = {None} if options.rehash else {None, KILLS_WORKER}
+    unknown = np.flatnonzero(found < 0)
+    unknown = unknown[known.has_size(images.sizes[unknown])]
     # Few are read ahead, so that Ctrl-C does not wait for all of them.
-    hashes = loaded(readers, lambda index: hashlib.sha256(images.read(index)).digest(), unknown, HASHED_AHEAD)
+    hashes = loaded(readers, lambda index: hashlib.sha256(images.read(index)).digest(), map(int, unknown), HASHED_AHEAD)
     for done, (index, sha256) in enumerate(hashes, 1):
         # What cannot be read is read again for a shard, which records the reason. What could not be decoded before is
         # tried again, because later releases decode more, unless it would end process after process.
-        found = None if isinstance(sha256, UnreadableImageError) else known.of_content(sha256)
-        if found is not None and found.reason in reasons:
-            identities[index] = found
+        if not isinstance(sha256, UnreadableImageError):
+            entry = np.array([known.of_one(sha256)])
+            again = known.is_refused(entry) & (options.rehash | ~known.is_refused(entry, KILLS_WORKER))
+            found[index] = -1 if again else entry[0]
         if progress:
             progress("hash", done, len(unknown))
-    return identities, len(unknown)
+    return found, len(unknown)
 
 
 def _refuse_losses(
-    old: FeatureStore,
-    images: ImageSet,
-    identities: Sequence[Identity | None],
-    out: Path,
+    old: FeatureStore, images: ImageSet, keys: np.ndarray, known: KnownRows, identities: np.ndarray, out: Path
 ) -> None:
     """Raise ``ConfigurationError`` if features would be lost that were hardly meant to be."""
-    if left_out := _removed(old, images, identities, of=images.left_out):
+    if images.left_out and (left_out := _removed(old, images, keys, known, identities, of=images.left_out)):
         raise ConfigurationError(
             f"{out}: holds {left_out} images that --limit {len(images)} leaves out, and would lose their features. Choose "
             "another --out, or omit --limit."
         )
-    before = {digest.tobytes() for digest in old.images.sha256}
-    kept = sum(identity is not None and identity.sha256 in before for identity in identities)
+    kept = known.in_first_source(identities)
     if 2 * kept < len(old):
         raise ConfigurationError(
             f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}"
@@ -445,64 +398,63 @@ def _refuse_losses(
 
 
 def _removed(
-    old: FeatureStore, images: ImageSet, identities: Sequence[Identity | None], of: frozenset[str] | None = None
+    old: FeatureStore,
+    images: ImageSet,
+    keys: np.ndarray,
+    known: KnownRows,
+    identities: np.ndarray,
+    of: frozenset[str] | None = None,
 ) -> int:
     """Count the rows of the old store, or those of some paths, whose file is gone and whose content has no new path."""
-    before, now = set(old.images.paths), set(images.paths)
-    gone = Counter(
-        digest.tobytes()
-        for path, digest in zip(old.images.paths, old.images.sha256, strict=True)
-        if path not in now and (of is None or path in of)
-    )
-    arrived = Counter(
-        identity.sha256
-        for path, identity in zip(images.paths, identities, strict=True)
-        if identity is not None and path not in before
-    )
-    return (gone - arrived).total()
+    paths = old.images.paths
+    if paths == images.paths:
+        return 0
+    before = keys_of(paths, len(paths))
+    lost = np.flatnonzero(Lookup(keys).first(before) < 0)
+    if of is not None:
+        lost = np.array([row for row in lost.tolist() if paths[row] in of], np.int64)
+    if not len(lost):
+        return 0
+    arrived = np.flatnonzero((identities >= 0) & (Lookup(before).first(keys) < 0))
+    gone = Counter(map(bytes, old.images.sha256[lost]))
+    return (gone - Counter(map(bytes, known.sha256(identities[arrived])))).total()
 
 
 def _missing(
-    images: ImageSet,
-    recipes: Sequence[Recipe],
-    views: int,
-    known: KnownRows,
-    identities: Sequence[Identity | None],
-) -> tuple[dict[Group, list[int]], Counter[str]]:
+    keys: np.ndarray, recipes: Sequence[Recipe], views: int, known: KnownRows, identities: np.ndarray
+) -> tuple[dict[Group, np.ndarray], Counter[str]]:
     """Group the images by their missing cells, in row order; each group is made together. Also count the images.
 
     An image is in one group for each set of recipes that lacks some of its views, so no existing cell is made again.
     """
-    counts: Counter[str] = Counter(cached=0, moved=0, new=0, changed=0, removed=0, unreadable=0, hashed=0)
-    cells = [[recipe.cell(view) for recipe in recipes] for view in range(views)]
-    everything = (tuple(range(len(recipes))), tuple(range(views)))
-    groups: dict[Group, list[int]] = {}
-    for index, identity in enumerate(identities):
-        if identity is None:
-            counts["changed" if known.path_known(images.paths[index]) else "new"] += 1
-            groups.setdefault(everything, []).append(index)
-            continue
-        if identity.reason is not None:
-            counts["unreadable"] += 1
-            continue
-        counts["cached" if known.content_at(images.paths[index]) == identity.sha256 else "moved"] += 1
+    before, unknown, refused = known.at_path(keys), identities < 0, known.is_refused(identities)
+    readable = np.flatnonzero(~unknown & ~refused)
+    same = known.same_content(before[readable], identities[readable])
+    counts: Counter[str] = Counter(
+        cached=int(same.sum()), moved=int((~same).sum()), new=int((unknown & (before < 0)).sum()),
+        changed=int((unknown & (before >= 0)).sum()), removed=0, unreadable=int(refused.sum()), hashed=0,
+    )  # fmt: skip
+    lacks = np.zeros((len(readable), views, len(recipes)), bool)
+    sha256 = known.sha256(identities[readable])
+    for view, number in np.ndindex(views, len(recipes)):
+        lacks[:, view, number] = known.locate(recipes[number].cell(view), sha256) < 0
+    first: dict[Group, tuple[int, int]] = {}  # row and place where a group is first needed
+    parts: dict[Group, list[np.ndarray]] = {}
+
+    def add(group: Group, rows: np.ndarray, place: int = 0) -> None:
+        first[group] = min(first.get(group, (len(keys), 0)), (int(rows[0]), place))
+        parts.setdefault(group, []).append(rows)
+
+    if unknown.any():
+        add((tuple(range(len(recipes))), tuple(range(views))), np.flatnonzero(unknown))
+    some = np.flatnonzero(lacks.any(axis=(1, 2)))
+    cells = lacks[some].reshape(len(some), views * len(recipes))
+    patterns, of_row = np.unique(cells, axis=0, return_inverse=True) if len(some) else (cells, np.zeros(0, np.int64))
+    for number, pattern in enumerate(patterns.reshape(-1, views, len(recipes))):
         lacking: dict[tuple[int, ...], list[int]] = {}  # recipes -> views
         for view in range(views):
-            numbers = tuple(n for n, cell in enumerate(cells[view]) if known.locate(cell, identity.sha256) is None)
-            if numbers:
-                lacking.setdefault(numbers, []).append(view)
-        for numbers, missing_views in lacking.items():
-            groups.setdefault((numbers, tuple(missing_views)), []).append(index)
-    return groups, counts
-
-
-def _spec(images: ImageSet, rows: Sequence[int], recipes: tuple[Recipe, ...], views: tuple[int, ...]) -> ShardSpec:
-    part = np.array(rows)
-    return ShardSpec(
-        root=str(images.root),
-        paths=tuple(images.paths[index] for index in rows),
-        sizes=tuple(images.sizes[part].tolist()),
-        mtimes_ns=tuple(images.mtimes_ns[part].tolist()),
-        recipes=recipes,
-        views=views,
-    )
+            if pattern[view].any():
+                lacking.setdefault(tuple(np.flatnonzero(pattern[view]).tolist()), []).append(view)
+        for place, (numbers, missing_views) in enumerate(lacking.items()):
+            add((numbers, tuple(missing_views)), readable[some[of_row.reshape(-1) == number]], place)
+    return {group: np.sort(np.concatenate(parts[group])) for group in sorted(parts, key=first.__getitem__)}, counts

@@ -39,7 +39,7 @@ class Work:
 
     Parameters
     ----------
-    specs : tuple of ShardSpec
+    specs : sequence of ShardSpec
         The shards to make.
     folder : Path
         Folder for the shard files.
@@ -51,7 +51,7 @@ class Work:
         The options, of which ``batch_size``, ``workers``, ``device`` and ``engine`` are used.
     """
 
-    specs: tuple[ShardSpec, ...]
+    specs: Sequence[ShardSpec]
     folder: Path
     images: ImageSet
     network: Any
@@ -65,8 +65,7 @@ class Work:
 
     def reader(self) -> Callable[[str], bytes]:
         """Return a function that takes the path of an image and returns its bytes."""
-        index_of = {path: index for index, path in enumerate(self.images.paths)}
-        return lambda path: self.images.read(index_of[path])
+        return self.images.read_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -206,7 +205,7 @@ class Reconciliation:
     """
 
     def __init__(self, specs: Sequence[ShardSpec]) -> None:
-        self._waiting = {spec.identity: spec for spec in specs}
+        self._specs, self._waiting = specs, {spec.identity: number for number, spec in enumerate(specs)}
         self._partly: dict[str, Counter[str]] = {}  # the rows that are still missing of a planned shard
         self._seen: set[str] = set()
 
@@ -244,7 +243,8 @@ class Reconciliation:
         """Raise ``IntegrityError``, which names the first missing rows, unless every planned row has arrived."""
         if not self._waiting:
             return
-        lacking = [self._partly.get(identity, Counter(spec.paths)) for identity, spec in self._waiting.items()]
+        waiting = self._waiting.items()
+        lacking = [self._partly.get(identity) or Counter(self._specs[number].paths) for identity, number in waiting]
         paths = [printable(path) for rows in lacking[:NAMED] for path in sorted(rows)[:NAMED]][:NAMED]
         count = sum(rows.total() for rows in lacking)
         raise IntegrityError(

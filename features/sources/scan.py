@@ -172,9 +172,11 @@ class ImageSet:
         SourceError
             If an archive was changed or removed after it was scanned.
         """
-        if self.reader is not None:
-            return self.reader(self.paths[index])
-        return read_bytes(os.path.join(self.root, self.paths[index]))
+        return self.read_path(self.paths[index])
+
+    def read_path(self, path: str) -> bytes:
+        """Return the bytes of the image file with this path; see ``read``."""
+        return self.reader(path) if self.reader is not None else read_bytes(os.path.join(self.root, path))
 
 
 def scan(

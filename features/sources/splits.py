@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -17,6 +18,7 @@ SPLITS = ("train", "validation", "test", "unlabelled")
 NOT_GIVEN, UNLABELLED = -1, 3
 SPLIT_WORDS = {"train": 0, "validation": 1, "val": 1, "valid": 1, "test": 2}
 SPLIT_KINDS = ("hash", "stratified")
+_STEP = 1 << 14  # images that are drawn at a time
 DEFAULT_FRACTIONS = (0.8, 0.1, 0.1)
 # Option -> the given split that a share is taken from, and the split that it goes to
 MOVES = {"validation-from-train": ("train", "validation"), "test-from-validation": ("validation", "test")}
@@ -158,21 +160,25 @@ def assign_splits(
     splits[np.asarray(labels) < 0] = UNLABELLED
     digests = np.asarray(sha256, dtype=np.uint8)
 
-    def draws_of(rows: list[int], word: str = "") -> np.ndarray:
-        named = groups or [""] * len(splits)
-        keys = (_group_key(named[row]) if named[row] else digests[row].tobytes() for row in rows)
+    def draws_of(rows: np.ndarray, word: str = "") -> np.ndarray:
+        steps = (rows[start : start + _STEP].tolist() for start in range(0, len(rows), _STEP))
+        each = itertools.chain.from_iterable(steps)
+        if groups is None:
+            keys = (digests[row].tobytes() for row in each)
+        else:
+            keys = (_group_key(groups[row]) if groups[row] else digests[row].tobytes() for row in each)
         return _draws(keys, f"{rule.seed}{word}")
 
     given = splits.copy()
     for word, share in rule._moved.items():
         source, target = (SPLITS.index(name) for name in MOVES[word])
-        rows = np.flatnonzero(given == source).tolist() if share else []
-        if rule.kind == "stratified" and groups is not None and rows:
+        rows = np.flatnonzero(given == source) if share else np.zeros(0, np.int64)
+        if rule.kind == "stratified" and groups is not None and len(rows):
             divided = _divide(labels, groups, rows, draws_of(rows, word), (1 - share, share, 0.0))
             splits[rows] = np.where(divided == 0, source, target)
         else:
-            splits[[row for row, draw in zip(rows, draws_of(rows, word), strict=True) if draw < share]] = target
-    rows = np.flatnonzero(splits == NOT_GIVEN).tolist()
+            splits[rows[draws_of(rows, word) < share]] = target
+    rows = np.flatnonzero(splits == NOT_GIVEN)
     draws = draws_of(rows)
     if rule.kind == "stratified":
         splits[rows] = _divide(labels, groups, rows, draws, rule.fractions)
@@ -202,20 +208,24 @@ def _group_key(group: str) -> bytes:
 
 
 def _draws(keys: Iterable[bytes], salt: str) -> np.ndarray:
-    prefix = salt.encode("ascii")
-    heads = b"".join(hashlib.sha256(prefix + key).digest()[:8] for key in keys)
-    return np.frombuffer(heads, dtype=">u8").astype(np.float64) / 2.0**64
+    prefix, drawn = salt.encode("ascii"), list[np.ndarray]()
+    heads = (hashlib.sha256(prefix + key).digest()[:8] for key in keys)
+    while some := b"".join(itertools.islice(heads, _STEP)):
+        drawn.append(np.frombuffer(some, dtype=">u8").astype(np.float64) / 2.0**64)
+    return np.concatenate([np.zeros(0), *drawn])
 
 
 def _divide(
-    labels: np.ndarray, groups: Sequence[str] | None, rows: Sequence[int], draws: np.ndarray, fractions: Sequence[float]
+    labels: np.ndarray, groups: Sequence[str] | None, rows: np.ndarray, draws: np.ndarray, fractions: Sequence[float]
 ) -> np.ndarray:
     """Divide rows by ``_divide_groups`` where they have a group, else by ``_stratify``; int8, in the order of ``rows``."""
     labels = np.asarray(labels)[rows]
-    named = np.array([groups is not None and bool(groups[row]) for row in rows], bool)
+    if groups is None:
+        return _stratify(labels, draws, fractions)
+    named = np.array([bool(groups[row]) for row in rows], bool)
     splits = np.empty(len(rows), np.int8)
     splits[~named] = _stratify(labels[~named], draws[~named], fractions)
-    if groups is not None and named.any():
+    if named.any():
         names = np.array([groups[row] for row in rows], object)[named]
         _, of_row = np.unique(names, return_inverse=True)
         splits[named] = _divide_groups(labels[named], of_row, draws[named], fractions)[of_row]
@@ -339,8 +349,14 @@ def _equal_but_unlike(
 ) -> list[tuple[str, str]]:
     """Of identical files in one part, pair the first with the first of each other value; only rows that are ``counted``."""
     contents = np.ascontiguousarray(sha256, dtype=np.uint8).reshape(-1, 32).view("S32").ravel()
-    order = np.lexsort((contents, parts))
-    order = order[counted[order]]
+    rows = np.flatnonzero(counted)
+    order = rows[np.argsort(contents[rows], kind="stable")]
+    again = np.zeros(len(order) + 1, bool)  # whether a row has the content of the one before
+    for start in range(1, len(order), _STEP):
+        some = order[start - 1 : start + _STEP]
+        again[start : start + len(some) - 1] = contents[some[1:]] == contents[some[:-1]]
+    order = order[again[:-1] | again[1:]]  # few as a rule
+    order = order[np.lexsort((order, contents[order], parts[order]))]
     equal = (contents[order][1:] == contents[order][:-1]) & (parts[order][1:] == parts[order][:-1])
     as_before, as_next = np.insert(equal, 0, False)[: len(order)], np.append(equal, False)[: len(order)]
     repeated = as_before | as_next

@@ -26,6 +26,7 @@ from features.errors import ConfigurationError, IntegrityError, StoreError, near
 from features.files import named, quoted
 from features.progress import Progress
 from features.recipe import Recipe
+from features.scratch import scratch
 from features.sources.splits import SPLITS
 from features.store.schema import (
     FURTHER_COLUMNS,
@@ -162,6 +163,11 @@ class FeatureStore:
     def quarantine(self) -> Quarantine:
         """Images that could not be read."""
         return Quarantine(**self._columns("/quarantine", QUARANTINE_COLUMNS))
+
+    def forget_tables(self) -> None:
+        """Free the tables that were read; they are read again when they are asked for."""
+        for name in ("images", "quarantine"):
+            vars(self).pop(name, None)
 
     @functools.cached_property
     def classes(self) -> tuple[str, ...]:
@@ -545,15 +551,19 @@ class FeatureStore:
 
     def _values_of(self, key: str) -> np.ndarray:
         entry = self._entries[key]
-        return np.concatenate([np.empty((0, *entry.shape[1:]), entry.dtype), *self._verify_blocks(key)])
+        found, done = scratch(entry.shape, entry.dtype), 0
+        for rows in self._verify_blocks(key):
+            found[done : done + len(rows)] = rows
+            done += len(rows)
+        return found
 
     def _strings_of(self, key: str) -> tuple[str, ...]:
         return tuple(self._texts_of(key))
 
     def _texts_of(self, key: str) -> Texts:
         blob, ends = self._values_of(f"{key}/utf8"), self._values_of(f"{key}/ends")
-        starts = np.concatenate([[0], ends[:-1]]) if len(ends) else ends
-        if len(blob) != (int(ends[-1]) if len(ends) else 0) or (ends < starts).any():
+        first, last = (int(ends[0]), int(ends[-1])) if len(ends) else (0, 0)
+        if len(blob) != last or first < 0 or (ends[1:] < ends[:-1]).any():
             raise IntegrityError(f"{self.path}: {key} has string ends that do not fit its text. {WAY_OUT}")
         return Texts(blob, ends)
 

@@ -20,7 +20,7 @@ FORMAT_VERSIONS = (1, 2)  # that are read; a file is written with the lowest tha
 CHECKSUM_BLOCK_BYTES = 1 << 20  # rows are hashed in blocks of about this size
 TEXT_ATTRIBUTE_LIMIT = 60_000  # bytes; larger attributes would not fit into the object header
 PLACE = np.dtype("<i4")  # a place is three such numbers: shard, row, position on the shard's view axis
-
+_STEP = 1 << 16  # rows that are hashed at a time
 
 _ARRAYS = ("sha256", "labels", "splits", "widths", "heights", "sizes", "mtimes_ns")  # of `ImageTable`
 
@@ -188,7 +188,8 @@ def data_digest(
     """
     digest = hashlib.sha256(canonical_json(list(classes)).encode("ascii"))
     for column in (sha256, labels.astype("<i4"), splits.astype("i1")):
-        digest.update(np.ascontiguousarray(column).tobytes())
+        for start in range(0, len(column), _STEP):
+            digest.update(np.ascontiguousarray(column[start : start + _STEP]).tobytes())
     if target is not None:
         digest.update(canonical_json([target.task, list(target.columns)]).encode("ascii"))
         digest.update(np.ascontiguousarray(target.values).tobytes())
