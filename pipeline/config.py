@@ -135,6 +135,12 @@ class AbstainRecord(Settings):
     coverage: Share
 
 
+class LabelAbstainRecord(AbstainRecord):
+    """The same for labels: those of at least the probability ``threshold`` are given; see `find_label_threshold` there."""
+
+    given: Literal["labels"] = "labels"
+
+
 class SetsRecord(Settings):
     """Sets of classes that hold the true one with the chance ``coverage``: the classes of at least the probability ``least``."""
 
@@ -166,11 +172,19 @@ class IntervalsRecord(Settings):
 
 
 class LabelAnswers(Settings):
-    """What a run on labels promises: sets that hold all labels of an image; otherwise as `Answers`."""
+    """What a run on labels promises: sets that hold all labels of an image; otherwise as `Answers`.
+
+    ``abstain`` is there only if a precision was asked for.
+    """
 
     rows: Literal["validation", "cv"]
     grouped: bool
+    abstain: LabelAbstainRecord | None = None
     sets: SetsRecord
+
+    @model_serializer(mode="wrap")
+    def _without_what_was_not_asked(self, handler: Callable[[LabelAnswers], dict[str, Any]]) -> dict[str, Any]:
+        return {key: value for key, value in handler(self).items() if key != "abstain" or value is not None}
 
 
 class NumberAnswers(Settings):

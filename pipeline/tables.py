@@ -82,14 +82,15 @@ def promise_lines(answers: Mapping[str, Any] | None, indent: str = "  ") -> list
     """Say for a person what a run promises of its answers, see `pipeline.config.Answers`; nothing where that is nothing."""
     if not answers:
         return []
-    things, held = ("classes", "the true class") if "abstain" in answers else ("labels", "all labels")
+    of_labels = "given" in (answers.get("abstain") or {}) or "abstain" not in answers
+    things, held = ("labels", "all labels") if of_labels else ("classes", "the true class")
     of = {"validation": "validation images", "cv": "training images, out of fold"}[answers["rows"]]
     of = f"groups of {of}" if answers["grouped"] else of
     lines, abstain = [], answers.get("abstain")
     if abstain and abstain["threshold"] is not None:
         lines.append(
-            f"answers from a confidence of {abstain['threshold']:.6g} on are right in at least {abstain['precision']:.4g} "
-            f"(95 % sure): {abstain['answered']} of {abstain['n']} {of} answered, {abstain['right']} of them right"
+            f"{'all labels' if of_labels else 'answers'} from a confidence of {abstain['threshold']:.6g} on are right in at least "
+            f"{abstain['precision']:.4g}{' of the images that have one' if of_labels else ''} (95 % sure): {abstain['answered']} of {abstain['n']} {of} answered, {abstain['right']} of them right"
         )
     elif abstain:
         few = f"{abstain['n']} {of} are too few: it takes {abstain['needed']} answers without a fault"

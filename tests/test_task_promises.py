@@ -16,7 +16,7 @@ from pipeline.exporting.artefacts import CARDS, TargetCard
 from pipeline.heads.promises import Asked
 from pipeline.predicting.files import Prediction
 from pipeline.predicting.targets import TargetRows
-from pipeline.runs.board import leaderboard
+from pipeline.runs.board import answered, leaderboard
 from pipeline.runs.folder import Run, read_predictions
 from pipeline.scores.groups import worst_of
 from pipeline.stages.train_head import train_head
@@ -37,6 +37,46 @@ def test_a_set_of_labels_holds_all_that_an_image_has() -> None:
     kept = MULTILABEL.kept(np.array([[0.9, 0.2], [0.03, 0.9]]), np.array([[1, 0], [1, 1]], np.uint8), told)
     assert (kept["sets"]["coverage"], kept["sets"]["mean_size"]) == (0.5, 1.5)
     assert MULTILABEL.told(np.array([0.9, 0.01]), ("a", "b"), told) == {"set": ["a"]}
+
+
+def test_labels_are_given_from_the_probability_on_from_which_they_are_right() -> None:
+    """60 images have a right label at 0.9; 40 a right one at 0.7 beside a wrong one at 0.6; 10 a wrong one at 0.3, 5 an unknown."""
+    values = np.array([[0.9, 0.1]] * 60 + [[0.7, 0.6]] * 40 + [[0.3, 0.1]] * 10 + [[0.2, 0.99]] * 5)
+    y = np.array([[1, 0]] * 100 + [[0, 0]] * 10 + [[0, 255]] * 5, np.uint8)
+    told = MULTILABEL.promise(values, y, (0.95, 0.9), None)
+    abstain = told["abstain"]
+    assert (abstain["threshold"], abstain["answered"], abstain["right"], abstain["n"]) == (
+        np.float32(0.7),
+        100,
+        100,
+        115,
+    )
+    assert abstain["bound"] == pytest.approx(0.05 ** (1 / 100))
+    kept = MULTILABEL.kept(
+        np.array([[0.8, 0.9], [0.7, 0.1], [0.6, 0]]), np.array([[1, 0], [1, 0], [1, 1]], np.uint8), told
+    )
+    assert [kept["abstain"][name] for name in ("answered", "right", "precision")] == [2, 1, 0.5]
+    expected = {"abstain": False, "sure": ["a"], "set": MULTILABEL.told(values[0], ("a", "b"), told)["set"]}
+    assert MULTILABEL.told(np.array([0.75, 0.65]), ("a", "b"), told) == expected
+    assert MULTILABEL.told(np.array([0.69, 0.65]), ("a", "b"), told)["abstain"]
+    few = MULTILABEL.promise(values[:50], y[:50], (0.99, 0.9), None)["abstain"]
+    assert (few["threshold"], few["coverage"], few["needed"]) == (None, 0, 299)
+    grouped = MULTILABEL.promise(values, y, (0.95, 0.9), np.arange(115) // 5)["abstain"]
+    assert (grouped["n"], grouped["threshold"]) == (23, None)  # 23 groups are fewer than the 59 that it takes
+
+
+def test_labels_that_are_given_are_right_as_often_as_was_promised() -> None:
+    """Of 40 divisions, the true share on other rows is below the promise in at most a tenth."""
+    generator, below, answered = np.random.default_rng(5), 0, []
+    for _ in range(40):
+        values = generator.beta(0.4, 0.6, (3000, 4))
+        y = (generator.random(values.shape) < values**1.3).astype(np.uint8)  # the probabilities are too high
+        told = MULTILABEL.promise(values[:1000], y[:1000], (0.9, 0.9), None)
+        kept = MULTILABEL.kept(values[1000:], y[1000:], told)["abstain"]
+        answered.append(kept["coverage"])
+        below += kept["answered"] > 0 and kept["precision"] < 0.9
+    assert below <= 4
+    assert np.mean(answered) > 0.1
 
 
 def test_an_interval_is_half_a_width_around_a_number() -> None:
@@ -70,28 +110,38 @@ def test_the_mean_coverage_is_what_was_promised(task: str, made: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("made", "head", "told"),
-    [(labels_of, "logistic", "hold all labels of 0.9"), (numbers_of, "ridge", "plus and minus")],
+    ("made", "head", "precision", "told"),
+    [
+        (labels_of, "logistic", None, "hold all labels of 0.9"),
+        (labels_of, "logistic", 0.6, "all labels from a confidence of"),
+        (numbers_of, "ridge", None, "plus and minus"),
+    ],
 )
-def test_a_run_keeps_its_promise_in_its_files(tmp_path: Path, made: Any, head: str, told: str) -> None:
+def test_a_run_keeps_its_promise_in_its_files(
+    tmp_path: Path, made: Any, head: str, precision: float | None, told: str
+) -> None:
     X, y = made(300)
     store = target_store(tmp_path / "t.h5", X, y, thirds(300), [f"c{k}" for k in range(y.shape[1])])
     plain = train_head(store, head, runs=tmp_path / "plain")
-    found = train_head(store, head, runs=tmp_path / "runs", asked=Asked(None, 0.9))
+    found = train_head(store, head, runs=tmp_path / "runs", asked=Asked(precision, 0.9))
     assert found.run_id == plain.run_id
     run = Run.open(found.folder)
     rows, answers = read_predictions(run), run.metrics["answers"]
-    expected = run.task.promise(rows.probabilities, rows.labels, (None, 0.9), None)
+    expected = run.task.promise(rows.probabilities, rows.labels, (precision, 0.9), None)
     assert answers == {"rows": "validation", "grouped": False, **json.loads(json.dumps(expected))}
     assert "answers" not in json.loads((plain.folder / "metrics.json").read_text())
     assert told in promise_lines(answers)[0]
-    again = train_head(store, head, runs=tmp_path / "runs", asked=Asked(None, 0.9))
+    again = train_head(store, head, runs=tmp_path / "runs", asked=Asked(precision, 0.9))
     assert again.metrics["answers"] == answers
     lines = TargetRows("jsonl", run.classes, run.task, run.metrics["validation"], answers)
     line = json.loads(lines.text(Prediction("a.png", rows.probabilities[0], "")))
-    assert {key: line[key] for key in ("set", "interval") if key in line} == run.task.told(
+    assert {key: line[key] for key in ("abstain", "sure", "set", "interval") if key in line} == run.task.told(
         rows.probabilities[0], run.classes, answers
     )
+    withheld = [lines.withholds(Prediction("a.png", values, "")) for values in rows.probabilities]
+    assert sum(withheld) == (len(withheld) - answers["abstain"]["answered"] if precision else 0)
+    (row,) = leaderboard(tmp_path / "runs")
+    assert (row["answered"] is not None, answered(run)["answered_precision"]) == (precision is not None, precision)
     values: dict[str, Any] = {
         "artefact": "onnx",
         "run": "r",

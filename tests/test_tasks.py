@@ -309,8 +309,11 @@ def test_numbers_are_compared_by_a_smaller_error(tmp_path: Path) -> None:
         assert [(row["head"], row["chosen"]) for row in board] == [("ridge", True), ("knn", False)]
 
 
-def test_a_precision_is_promised_of_classes(tmp_path: Path, store: FeatureStore) -> None:
-    with pytest.raises(ConfigurationError, match=r"--abstain-precision: does not fit --task .* fits is --set-coverage"):
+def test_a_precision_is_not_promised_of_numbers(tmp_path: Path) -> None:
+    X, y = numbers_of(100)
+    store = target_store(tmp_path / "n.h5", X, y, thirds(100), ("a", "b"))
+    said = r"--abstain-precision: does not fit --task regression.* no confidence .* fits is --set-coverage and --by"
+    with pytest.raises(ConfigurationError, match=said):
         train_head(store, "knn", runs=tmp_path / "runs", asked=Asked(precision=0.9))
 
 

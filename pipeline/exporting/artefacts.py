@@ -75,7 +75,8 @@ class TargetCard(Card):
     """Description of an artefact of several labels or numbers.
 
     ``classes`` are the names of the outputs. A label is given from its threshold on; numbers have no ``thresholds``. With
-    ``answers``, the labels of at least the probability ``answers.sets.least`` are the set of an image, and the interval of a
+    ``answers``, the labels of at least the probability ``answers.abstain.threshold``, in float32, are sure (null: none is), those of
+    at least ``answers.sets.least`` are the set of an image, and the interval of a
     number is its prediction plus and minus that of ``answers.intervals.half_widths``. A release that knows none refuses it.
     """
 

@@ -131,7 +131,7 @@ def check_rows(asked: Asked, heads: Iterable[Head], chosen_by: str, *, folds: bo
         for head in heads:
             if option and option not in head.task.promises:
                 raise ConfigurationError(
-                    f"{option}: does not fit --task {head.task.name}, which the store is for. What fits is "
+                    f"{option}: does not fit --task {head.task.name}, which the store is for: {head.task.no_promise}. What fits is "
                     f"{' and '.join(head.task.promises)}"
                 )
     if not asked.option:

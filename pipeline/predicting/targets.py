@@ -36,10 +36,8 @@ class TargetRows:
         Scores of the validation split, which hold what was chosen there.
     answers : dict, optional
         What the model promises, `pipeline.config.Answers`. Rows then give the ``set`` of labels, or the ``interval`` of each
-        number, as JSON.
+        number, as JSON, and whether no label is sure enough (``abstain``) beside those that are (``sure``).
     """
-
-    withholding: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -60,9 +58,14 @@ class TargetRows:
         named = [f"p:{name}" if name in fixed else name for name in self.names]
         return "" if self.format == "jsonl" else csv_line(["file", *self._said, *named, "error"])
 
+    @property
+    def withholding(self) -> Mapping[str, Any] | None:
+        """The promise by which labels that are not sure enough are withheld; None if none is."""
+        return (self._answers or {}).get("abstain")
+
     def withholds(self, prediction: Prediction) -> bool:
-        """Whether the answer is not sure enough to be given: never."""
-        return False
+        """Whether no label is sure enough to be given."""
+        return prediction.probabilities is not None and bool(self._told(prediction.probabilities).get("abstain"))
 
     def _told(self, values: np.ndarray) -> dict[str, Any]:
         promised = self._task.told(values, self.names, self._answers) if self._answers else {}

@@ -134,12 +134,39 @@ def find_threshold(
     >>> found.answered, found.right, round(found.threshold, 3)
     (336, 336, 0.16)
     """
-    confidence, right = np.asarray(confidence, np.float32), np.asarray(right, bool)
+    confidence = np.asarray(confidence, np.float32)
+    return find_label_threshold(confidence, np.where(right, -np.inf, confidence), precision, groups)
+
+
+def find_label_threshold(
+    surest: np.ndarray, surest_wrong: np.ndarray, precision: float, groups: np.ndarray | None = None
+) -> Abstention:
+    """Find the lowest probability from which on labels are given, so that all that an image is given are right often enough.
+
+    An image is one decision, however many labels it is given, as its labels depend on each other. It is answered if it is given
+    any label, and right if none of these is wrong. So the share of images with a wrong label among those answered is
+    bounded, and with it the share of wrong labels, an image counting once. Other parameters and notes are those of
+    `find_threshold`.
+
+    Parameters
+    ----------
+    surest : float, (n,)
+        Largest probability of a label of each image.
+    surest_wrong : float, (n,)
+        Largest probability of a label that does not hold; -inf if there is none.
+
+    Examples
+    --------
+    >>> found = find_label_threshold(np.full(100, 0.9), np.full(100, 0.6), 0.95)
+    >>> round(found.threshold, 3), found.answered, found.right
+    (0.9, 100, 100)
+    """
+    confidence, wrong = np.asarray(surest, np.float32), np.asarray(surest_wrong, np.float32)
     if groups is not None:
         rows = one_of_each(groups)
-        confidence, right = confidence[rows], right[rows]
+        confidence, wrong = confidence[rows], wrong[rows]
     order = np.argsort(-confidence, kind="stable")
-    falling, hits = confidence[order], np.cumsum(right[order])
+    falling, faults = confidence[order], np.sort(-wrong)
     needed = faultless(precision)
     found = Abstention(precision, None, len(order), 0, 0, 0.0, needed)
     for step in steps(len(order), precision):
@@ -147,7 +174,7 @@ def find_threshold(
         answered = int(
             np.searchsorted(-falling, -threshold, side="right")
         )  # rows that are just as sure are answered too
-        count = int(hits[answered - 1])
+        count = answered - int(np.searchsorted(faults, -threshold, side="right"))
         if not is_enough(count, answered, precision):
             break
         found = Abstention(
@@ -282,18 +309,23 @@ def kept(probabilities: np.ndarray, labels: np.ndarray, answers: Mapping[str, An
     if abstain:
         given = is_answered(probabilities.max(axis=1), abstain["threshold"])
         answered, right = int(given.sum()), int(np.sum(probabilities.argmax(axis=1)[given] == labels[given]))
-        found["abstain"] = {
-            "asked": abstain["precision"],
-            "threshold": abstain["threshold"],
-            "answered": answered,
-            "right": right,
-            "precision": right / answered if answered else None,
-            "interval": wilson_interval(right, answered) if answered else None,
-            "coverage": answered / n,
-        }
+        found["abstain"] = answers_kept(answered, right, n, abstain)
     inside = class_sets(probabilities, sets["least"])
     found["sets"] = sets_kept(inside, inside[np.arange(n), labels], sets)
     return found
+
+
+def answers_kept(answered: int, right: int, n: int, abstain: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry ``abstain`` of `kept`, from how many of ``n`` images are answered, and how many of these are right."""
+    return {
+        "asked": abstain["precision"],
+        "threshold": abstain["threshold"],
+        "answered": answered,
+        "right": right,
+        "precision": right / answered if answered else None,
+        "interval": wilson_interval(right, answered) if answered else None,
+        "coverage": answered / n,
+    }
 
 
 def sets_kept(inside: np.ndarray, held: np.ndarray, sets: Mapping[str, Any]) -> dict[str, Any]:

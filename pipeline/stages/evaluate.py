@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -361,7 +361,8 @@ def _target_summary(document: dict[str, Any], about: str) -> str:
 
 def _target_promises(document: dict[str, Any]) -> list[str]:
     """Say how far promises on labels or numbers are kept on these images."""
-    answers, lines = document.get("answers", {}), []
+    answers = document.get("answers", {})
+    lines = _answered(answers.get("abstain"), document["evaluated"], "with labels that are sure, all right in")
     if sets := answers.get("sets"):
         low, high = sets["interval"]
         lines.append(
@@ -419,21 +420,26 @@ def _promises(document: dict[str, Any]) -> list[str]:
     if "answers" not in document:
         return []
     abstain, sets = document["answers"]["abstain"], document["answers"]["sets"]
-    lines = []
-    if abstain and abstain["answered"]:
-        low, high = abstain["interval"]
-        lines.append(
-            f"answered: {abstain['answered']} of {document['evaluated']} images ({abstain['coverage']:.4f}), right in "
-            f"{abstain['precision']:.4f} of them ({low:.4f} to {high:.4f}; at least {abstain['asked']:.4g} was asked for)"
-        )
-    elif abstain:
-        lines.append(f"answered: none of {document['evaluated']} images, as none is sure enough")
+    lines = _answered(abstain, document["evaluated"], "right in")
     low, high = sets["interval"]
     lines.append(
         f"sets: {sets['coverage']:.4f} hold the true class ({low:.4f} to {high:.4f}; {sets['asked']:.4g} was asked for), of "
         f"{sets['mean_size']:.2f} classes on average, {sets['empty']} empty"
     )
     return [f"  {line}" for line in lines]
+
+
+def _answered(abstain: Mapping[str, Any] | None, evaluated: int, right: str) -> list[str]:
+    """Say how many images are answered, and how often these answers are right; nothing where no precision was asked for."""
+    if not abstain:
+        return []
+    if not abstain["answered"]:
+        return [f"answered: none of {evaluated} images, as none is sure enough"]
+    low, high = abstain["interval"]
+    return [
+        f"answered: {abstain['answered']} of {evaluated} images ({abstain['coverage']:.4f}), {right} "
+        f"{abstain['precision']:.4f} of them ({low:.4f} to {high:.4f}; at least {abstain['asked']:.4g} was asked for)"
+    ]
 
 
 def _mistakes(document: dict[str, Any]) -> Sequence[str]:

@@ -16,7 +16,14 @@ from features.sources.splits import listed
 from features.targets import UNKNOWN, known_cells
 from pipeline.config import Count, GroupLine, LabelAnswers, Settings, Share, check_classes
 from pipeline.intervals import wilson_interval
-from pipeline.scores.answers import class_sets, conformal_quantile, sets_kept
+from pipeline.scores.answers import (
+    answers_kept,
+    class_sets,
+    conformal_quantile,
+    find_label_threshold,
+    is_answered,
+    sets_kept,
+)
 from pipeline.scores.metrics import BINS
 from pipeline.scores.selection import WORST_GROUP
 from pipeline.tasks.bootstrap import percentiles, row_weights
@@ -63,7 +70,7 @@ class Multilabel(Task):
     name = "multilabel"
     things = "labels"
     choices = ("average_precision", "micro_average_precision", "f1", WORST_GROUP)
-    promises = ("--set-coverage", "--by")
+    promises = ("--abstain-precision", "--set-coverage", "--by")
     metrics_models = (metrics_file(MultilabelScores, LabelAnswers, GroupLine),)
     score = "mean average precision"
     no_gain = f"the {score} is no higher than that of"
@@ -167,17 +174,39 @@ class Multilabel(Task):
     def promise(
         self, values: np.ndarray, y: np.ndarray, asked: tuple[float | None, float], groups: np.ndarray | None
     ) -> dict[str, Any]:
-        """Sets that hold all labels of an image: its score is the least probability of a label that it has."""
+        """Sets that hold all labels of an image: its score is the least probability of a label that it has.
+
+        With a precision, the probability from which on labels are sure. Unknown labels count nowhere.
+        """
+        found: dict[str, Any] = {}
+        if asked[0] is not None:
+            sure = find_label_threshold(*_surest(values, y), asked[0], groups)
+            found["abstain"] = {**sure._asdict(), "coverage": sure.coverage, "given": "labels"}
         least = np.where(y == 1, np.asarray(values, np.float32), 1.0).min(axis=1)
-        return {"sets": {"coverage": asked[1], "least": max(0.0, -conformal_quantile(-least, asked[1], groups))}}
+        return {
+            **found,
+            "sets": {"coverage": asked[1], "least": max(0.0, -conformal_quantile(-least, asked[1], groups))},
+        }
 
     def kept(self, values: np.ndarray, y: np.ndarray, answers: Mapping[str, Any]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        if abstain := answers.get("abstain"):
+            given, wrong = (is_answered(some, abstain["threshold"]) for some in _surest(values, y))
+            found["abstain"] = answers_kept(int(given.sum()), int((given & ~wrong).sum()), len(y), abstain)
         inside = class_sets(values, answers["sets"]["least"])
-        return {"sets": sets_kept(inside, (inside | (y != 1)).all(axis=1), answers["sets"])}
+        return {**found, "sets": sets_kept(inside, (inside | (y != 1)).all(axis=1), answers["sets"])}
 
     def told(self, values: np.ndarray, names: Sequence[str], answers: Mapping[str, Any]) -> dict[str, Any]:
+        """Whether no label is sure enough (``abstain``), those that are (``sure``), and the set that holds all labels."""
+        found: dict[str, Any] = {}
+        if abstain := answers.get("abstain"):
+            sure = is_answered(values, abstain["threshold"])
+            found = {
+                "abstain": not sure.any(),
+                "sure": [name for name, there in zip(names, sure, strict=True) if there],
+            }
         inside = class_sets(values, answers["sets"]["least"])
-        return {"set": [name for name, there in zip(names, inside, strict=True) if there]}
+        return {**found, "set": [name for name, there in zip(names, inside, strict=True) if there]}
 
     board_columns = (
         Column("average_precision", "Mean AP", "descending", "Mean of the average precisions of the labels"),
@@ -283,6 +312,13 @@ def balanced_weights(y: np.ndarray) -> np.ndarray:
     positives, total = (y == 1).sum(axis=0), known.sum(axis=0)
     shares = np.where(y == 1, total / (2 * np.maximum(positives, 1)), total / (2 * np.maximum(total - positives, 1)))
     return np.asarray(shares * known)
+
+
+def _surest(values: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The largest probability of a known label of each image, and of one that does not hold; -inf where there is none."""
+    known = known_cells(y)
+    surest = np.where(known, values, -np.inf).max(axis=1)
+    return surest, np.where(known & (y != 1), values, -np.inf).max(axis=1)
 
 
 def thresholds_of(before: Mapping[str, Any]) -> np.ndarray:

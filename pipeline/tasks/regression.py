@@ -60,6 +60,7 @@ class Regression(Task):
     choices = ("r2", "mae", "rmse", "spearman", "worst_group_mae")
     group_score, group_best_first = "mae", "ascending"
     promises = ("--set-coverage", "--by")
+    no_promise = "a number comes with no confidence by which an image could be left without an answer"
     metrics_models = (metrics_file(RegressionScores, NumberAnswers, NumberGroupLine),)
     score = "R2"
     no_gain = f"the {score} is no higher than that of"

@@ -89,6 +89,8 @@ class Task(abc.ABC):
         Schema of the scores of one split.
     promises : tuple of str
         The options of `pipeline.heads.promises` that mean something here.
+    no_promise : str
+        Why another one does not.
     one_class : bool
         Whether each image has one class, which a confusion matrix and a grid need.
     answers : bool
@@ -108,6 +110,7 @@ class Task(abc.ABC):
     metrics_models: ClassVar[tuple[type[MetricsFile], ...]]
     scores_model: ClassVar[type[Settings]]
     promises: ClassVar[tuple[str, ...]]
+    no_promise: ClassVar[str] = ""
     one_class: ClassVar[bool] = False
     answers: ClassVar[bool] = True
     group_score: ClassVar[str] = "accuracy"
