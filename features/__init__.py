@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from features.recipe import PixelRule, Recipe
     from features.store.reader import FeatureStore
     from features.transformer import FeatureExtractor
+    from pipeline.api.looking import compare_networks
 
     __version__: str
 
@@ -30,6 +31,7 @@ __all__ = [
     "FeatureStore",
     "PixelRule",
     "Recipe",
+    "compare_networks",
     "extract_features",
 ]
 
@@ -40,6 +42,7 @@ _HOMES = {
     "FeatureStore": "features.store.reader",
     "PixelRule": "features.recipe",
     "Recipe": "features.recipe",
+    "compare_networks": "pipeline.api.looking",  # its verdict needs heads
     "extract_features": "features.extraction.extraction",
 }
 
@@ -52,3 +55,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'features' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*__all__, "__version__"]

@@ -77,6 +77,7 @@ class AugmentSpec:
 
     Examples
     --------
+    >>> from features import AugmentSpec
     >>> AugmentSpec.parse("flip-rotation").rotation_degrees
     36.0
     """

@@ -14,7 +14,17 @@ LONGEST_MESSAGE = 1000  # characters of an error that are shown
 
 
 class BottleneckError(Exception):
-    """Base of every error that this project raises on purpose. Its text has at most 1,000 characters."""
+    """Base of every error that this project raises on purpose. Its text has at most 1,000 characters.
+
+    Examples
+    --------
+    >>> from features import BottleneckError, FeatureStore
+    >>> try:
+    ...     FeatureStore.open("nowhere.h5")
+    ... except BottleneckError as error:
+    ...     print(type(error).__name__, "nowhere.h5" in str(error))
+    StoreError True
+    """
 
     exit_code = 1
 

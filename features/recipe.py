@@ -215,6 +215,12 @@ class PixelRule:
         up; values outside are clipped. Empty: as the file says.
     frame : int
         Which frame of a DICOM file with several is taken, counted from 1; 0: files with several are refused.
+
+    Examples
+    --------
+    >>> from features import PixelRule
+    >>> PixelRule(224, 224, fit="crop").fit
+    'crop'
     """
 
     height: int
@@ -324,6 +330,13 @@ class Recipe:
         Number of tokens before those of the image; None unless ``pooling`` is ``tokens`` or ``cls+tokens``.
     quantised : str or None
         sha256 of the file of the quantised network, 64 hexadecimal digits; None unless ``precision`` is ``int8``.
+
+    Examples
+    --------
+    >>> from features import PixelRule, Recipe
+    >>> recipe = Recipe("mobilenetv2", "0" * 64, "out_relu", "avg", PixelRule(224, 224), "none")
+    >>> len(recipe.fingerprint), recipe == Recipe.from_dict(recipe.to_dict())
+    (64, True)
     """
 
     backbone: str

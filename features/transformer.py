@@ -86,10 +86,16 @@ class FeatureExtractor(TransformerMixin, BaseEstimator):
 
     Examples
     --------
+    >>> from pathlib import Path
     >>> from sklearn.linear_model import LogisticRegression
+    >>> from sklearn.model_selection import cross_val_score
     >>> from sklearn.pipeline import make_pipeline
-    >>> model = make_pipeline(FeatureExtractor(store="features-cache"), LogisticRegression())
-    >>> cross_val_score(model, paths, labels)                         # doctest: +SKIP
+    >>> from features import FeatureExtractor
+    >>> paths = sorted(Path("photos").glob("*/*.png"))
+    >>> labels = [path.parent.name for path in paths]
+    >>> model = make_pipeline(FeatureExtractor("network.keras", store="features-cache"), LogisticRegression())
+    >>> cross_val_score(model, paths, labels, cv=2).shape
+    (2,)
     """
 
     def __init__(

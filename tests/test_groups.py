@@ -20,8 +20,8 @@ from features.sources.advice import empty_splits
 from features.sources.scan import scan
 from features.sources.splits import SplitRule, assign_splits
 from features.store.reader import FeatureStore
+from pipeline.api.heads import folds_of as parse_folds
 from pipeline.cli import main
-from pipeline.commands.heads import parse_folds
 from pipeline.heads.gather import needs_rows
 from pipeline.scores.selection import stratified_folds
 

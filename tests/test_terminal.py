@@ -24,7 +24,7 @@ CHILD = """
 import pathlib, sys, time
 from types import SimpleNamespace
 import numpy as np
-import pipeline.stages.predict, pipeline.progress
+import features.shown, pipeline.stages.predict
 from features.sources.reading import Reading
 from pipeline.cli import main
 from pipeline.tasks.table import CLASSIFICATION
@@ -41,7 +41,7 @@ plain = Reading(settled=True)
 run = SimpleNamespace(classes=Slow.classes, recipe=SimpleNamespace(augmentation=None), folder=pathlib.Path("run"), reading=plain, metrics={"validation": {}}, task=CLASSIFICATION)
 pipeline.stages.predict.taken = lambda path, *_: (run, [])
 pipeline.stages.predict.RunModel = lambda run, **options: Slow()
-pipeline.progress.PLAIN_SECONDS = 0.15
+features.shown.PLAIN_SECONDS = 0.15
 sys.exit(main(sys.argv[1:]))
 """
 COLOUR = re.compile(r"\x1b\[[0-9;]*(?<![0-9])(3[0-8]|4[0-8]|9[0-7])[;m]")

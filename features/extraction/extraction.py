@@ -14,10 +14,11 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from features.augmentation import AugmentSpec
 from features.errors import ConfigurationError, StoreError, TooManyUnreadableError
 from features.extraction.assembly import Contents, assemble, is_current, pack, table_of
 from features.extraction.calibration import with_quantised
@@ -31,8 +32,9 @@ from features.extraction.running import MadeShard, Reconciliation, ShardRunner, 
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.networks.quantised import find, keep, keep_only, networks_of_store
 from features.progress import Progress, counted
-from features.recipe import Recipe
+from features.recipe import Normalisation, Recipe
 from features.scratch import taken
+from features.shown import showing
 from features.sources.scan import ImageSet, scan
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
@@ -363,9 +365,53 @@ def prepare(
 
 
 def extract_features(
-    images: str | Path, out: str | Path, *, progress: Progress | None = None, **options: Any
+    images: str | Path,
+    out: str | Path,
+    *,
+    backbone: str = "mobilenetv2",
+    weights: str = "imagenet",
+    layers: str | Sequence[str] = (),
+    pooling: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    prefix_tokens: int | None = None,
+    preprocess: Normalisation | str | None = None,
+    resize: str | None = None,
+    fit: str | None = None,
+    dtype: Literal["float32", "float16"] = "float32",
+    decode: Literal["full", "fast"] = "full",
+    engine: Literal["auto", "keras", "openvino", "onnxruntime"] = "auto",
+    precision: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    device: str = "auto",
+    quantised: str | None = None,
+    channels: str = "",
+    scale: str = "",
+    frame: int = 0,
+    views: int = 1,
+    augment: str | AugmentSpec = "none",
+    split: str | None = None,
+    seed: int = 0,
+    target: str | None = None,
+    task: Literal["classification", "multilabel", "regression"] = "classification",
+    split_folders: str = "",
+    class_level: int = 0,
+    merge_labels: bool = False,
+    limit: int | None = None,
+    batch_size: int | None = None,
+    shard_rows: int | None = None,
+    workers: int | None = None,
+    max_unreadable: float = 0.05,
+    overwrite: bool = False,
+    rehash: bool = False,
+    trust_times: bool = False,
+    allow_host: str = "",
+    strict: bool = False,
+    layout: Literal["packed", "sharded"] | None = None,
+    check_precision: int = 0,
+    progress: bool | Progress = True,
 ) -> FeatureStore:
     """Compute the features of all images of a source with a frozen network, and keep them in a store.
+
+    If it is interrupted, the same call resumes: finished shards are kept.
 
     Parameters
     ----------
@@ -373,17 +419,34 @@ def extract_features(
         Folder of class folders, archive, manifest, arrays or ``"sample:digits"``; see ``features.sources.scan.scan``.
     out : str or Path
         The HDF5 file; if it exists, only what is missing is computed.
-    progress : callable, optional
-        Called with ``(stage, done, total)``.
-    **options
-        Fields of ``ExtractionOptions``: ``backbone``, ``weights``, ``layers``, ``pooling``, ``image_size``, ``split``, ...
+    backbone, ..., frame
+        Which network, layers and pixels: the fields of ``features.recipe.NetworkOptions``, which describes them.
+    views, ..., check_precision
+        What is computed of which images: the fields of ``features.extraction.options.ExtractionOptions``, which describes them.
+    progress : bool or callable
+        True: a bar on a terminal and in a notebook. A callable gets ``(stage, done, total)``.
 
     Returns
     -------
     FeatureStore
         The finished store.
+
+    Raises
+    ------
+    BottleneckError
+        As ``Extraction.run``; the message says what was received, what was expected, and the fix.
+
+    Examples
+    --------
+    >>> from features import extract_features
+    >>> store = extract_features("photos", "features.h5", backbone="network.keras", split="stratified:0.7,0.3,0")
+    >>> len(store), store.classes, store.shape(store.names[0])
+    (40, ('cat', 'dog'), (40, 1, 16))
     """
-    return prepare(images, out, ExtractionOptions(**options), progress=progress).run(progress).store
+    given = locals()  # the parameters
+    options = ExtractionOptions(**{field.name: given[field.name] for field in dataclasses.fields(ExtractionOptions)})
+    with showing(progress) as told:
+        return prepare(images, out, options, progress=told).run(told).store
 
 
 def pack_store(path: str | Path, out: str | Path | None = None, *, progress: Progress | None = None) -> FeatureStore:

@@ -72,8 +72,11 @@ class FeatureStore:
 
     Examples
     --------
-    >>> store = FeatureStore.open("features.h5")                      # doctest: +SKIP
-    >>> X, y = store.load(split="train")                              # doctest: +SKIP
+    >>> from features import FeatureStore
+    >>> store = FeatureStore.open("features.h5")
+    >>> X, y = store.load(split="train")
+    >>> X.shape, y.shape, store.classes
+    ((28, 16), (28,), ('cat', 'dog'))
     """
 
     labelled_by: Mapping[str, Any] = MappingProxyType({})  # what gave the labels, if they are not those of the file

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from features.errors import ConfigurationError, nearest
-from features.files import creatable_folder, printable_lines
+from features.errors import ConfigurationError
+from features.files import printable_lines
 from features.progress import counted
 from pipeline.commands.common import (
     Cluster,
@@ -35,11 +34,6 @@ from pipeline.commands.common import (
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
-    from pipeline.sweeps.sweep import SweepResult
-    from pipeline.sweeps.sweep_file import SweepFile
-
-
-ONE_GROUP_OUT = "leave-one-group-out"
 
 
 @app.command("train-head")
@@ -105,88 +99,60 @@ def train_head(
     as_json: Json = False,
 ) -> None:
     """Stage two: train a head, or a sweep of heads, on cached features."""
-    from pipeline.heads.costs import parse_memory
-    from pipeline.heads.gather import needs_rows
-    from pipeline.heads.promises import Asked
+    from pipeline.api import heads as api
+    from pipeline.progress import ConsoleProgress
     from pipeline.runs.board import check_choice
-    from pipeline.runs.folder import Run
-    from pipeline.runs.tensorboard import log_run, require_tensorboard
-    from pipeline.runs.tracking import tracker
     from pipeline.scores.selection import FEW, USUAL_FOLDS
-    from pipeline.stages.train_head import add_averaged, needs_views
-    from pipeline.sweeps.leakage import warn_near_duplicates
 
-    def finish(run: Path) -> dict[str, Any]:
-        """Do what was asked for after training, and return the metrics of the run."""
-        if tensorboard is not None:
-            log_run(tensorboard, run)
-        metrics = add_averaged(Run.open(run), stores).metrics if average_views else Run.open(run).metrics
-        if send is not None:
-            send(run)
-        return metrics
-
-    budget = None if memory is None else parse_memory(memory)
-    asked = Asked(abstain_precision, set_coverage, tuple(by or ()))
     if choose is not None:
         check_choice(choose)
-    stores = open_stores(files, labels)
-    names = data_set or []
-    _refuse_slips(head, heads, pool, parse_params(param or []))
-    for store in stores:
-        needs_rows(store, "train", "validation")
-        if average_views:
-            needs_views(store, names)
-    folds = parse_folds(n_folds, stores)
-    creatable_folder(runs)
-    if tensorboard is not None:
-        require_tensorboard()
-    send = tracker(track) if track is not None else None
-
-    def ready() -> None:
-        for store in stores:
-            warn_near_duplicates(store, names)
-
+    if heads is not None and (head or param or pool):
+        raise ConfigurationError("--head, --param and --pool name one head, --heads a sweep; give one or the other")
+    stores, names, params = open_stores(files, labels), data_set or [], parse_params(param or [])
     one = heads is None and len(stores) == 1 and len(names) < 2
     if choose is not None and one:
         raise ConfigurationError(
             "--choose: compares heads, and there is only one; leave it out, or train --heads SWEEP"
         )
-    common: dict[str, Any] = {"runs": runs, "memory": budget, "test": test, "asked": asked, "ready": ready}
-    if one and not folds and cluster is None:
-        chosen: dict[str, Any] = {
-            "name": names[0] if names else None,
-            "pool": pool,
-            "params": parse_params(param or []),
-        }
-        document, text = _train_one(stores[0], head or "logistic", finish, seed=seed or 0, **chosen, **common)
-        print_document(document, as_json, text)
-        few = document["metrics"]["validation"]["n"]
+    if heads is None:
+        api.check_head(head or "logistic", pool, params)
+    folds = api.folds_of(n_folds, stores)
+    common: dict[str, Any] = {
+        "runs": runs,
+        "memory": memory,
+        "by": by or (),
+        "abstain_precision": abstain_precision,
+        "set_coverage": set_coverage,
+        "test": test,
+        "average_views": average_views,
+        "tensorboard": tensorboard,
+        "track": track,
+    }
+    with ConsoleProgress() as progress:
+        if one and not folds and cluster is None:
+            chosen: dict[str, Any] = {"features": names[0] if names else None, "pool": pool, "params": params}
+            trained = api.train_head(
+                stores[0], head or "logistic", seed=seed or 0, progress=progress, **chosen, **common
+            )
+        else:
+            trained = None
+            sweep = heads or api.only(head or "logistic", params, pool)
+            swept = api.train_heads(
+                stores, sweep, features=names, seed=seed, n_jobs=n_jobs, folds=folds, choose=choose, cluster=cluster,
+                progress=progress, **common,
+            )  # fmt: skip
+    if trained is not None:
+        print_document(trained.to_dict(), as_json, str(trained))
+        few = trained.metrics["validation"]["n"]
         if few < FEW and folds is None:
             print_note(
                 f"only {counted(few, 'validation image')}: each makes up {100 / few:.0f} % of the score. --folds {USUAL_FOLDS} "
                 "compares heads by the training images"
             )
-        _note_stale(runs, [Path(document["run"]).name], stores, cached=document["cached"])
+        _note_stale(runs, [Path(trained.run).name], stores, cached=trained.cached)
         print_next("bottleneck", "leaderboard", runs)
         return
-    from pipeline.sweeps.sweep import result_document, summary
-    from pipeline.sweeps.sweep_file import read_sweep, single
-
-    if heads is not None and (head or param or pool):
-        raise ConfigurationError("--head, --param and --pool name one head, --heads a sweep; give one or the other")
-    sweep = read_sweep(heads) if heads else single(head or "logistic", parse_params(param or []), pool)
-    given = {"seed": seed, "choose": choose}
-    sweep = sweep.model_copy(update={name: value for name, value in given.items() if value is not None})
-    options: dict[str, Any] = {
-        "names": names,
-        "jobs": n_jobs,
-        "folds": folds,
-        "where": str(heads or "--head"),
-    }
-    swept = _train_many(stores, sweep, cluster, **options, **common)
-    for run_id in swept.runs if tensorboard is not None or average_views or send is not None else ():
-        finish(runs / run_id)
-    print_document(result_document(swept, runs), as_json, summary(swept, runs, width=columns_of_terminal()))
+    print_document(swept.to_dict(), as_json, swept.text(columns_of_terminal()))
     _note_stale(runs, swept.runs, stores, cached=bool(swept.cached))
     if swept.runs:
         print_next("bottleneck", "leaderboard", runs, *(["--folds"] if folds else []))
@@ -194,90 +160,13 @@ def train_head(
         raise typer.Exit(1)
 
 
-def parse_folds(text: str | None, stores: Sequence[FeatureStore]) -> int | None:
-    """Return the number of folds that ``--folds`` asks for: a number, or one for each group of the training rows.
-
-    Raises
-    ------
-    ConfigurationError
-        If it is neither.
-    HeadError
-        If one group cannot be left out at a time.
-    """
-    from pipeline.heads.gather import groups_to_leave_out
-
-    if text is None or text.strip().removeprefix("-").isdecimal():
-        return None if text is None else int(text)
-    if text != ONE_GROUP_OUT:
-        raise ConfigurationError(
-            f"--folds: received {text!r}, expected a number, or {ONE_GROUP_OUT}{nearest(text, [ONE_GROUP_OUT])}"
-        )
-    return max(groups_to_leave_out(store) for store in stores)
-
-
 def _note_stale(runs: Path, run_ids: Sequence[str], stores: Sequence[FeatureStore], *, cached: bool) -> None:
-    """Make the state of runs that were there before the newest; say if other commands take another run even so."""
-    from pipeline.runs.board import note_on_older_state, renew_states
+    """Say if other commands take another run, although the state of runs that were there before is the newest now."""
+    from pipeline.runs.board import note_on_older_state
 
-    if cached:
-        renew_states(runs, run_ids)
     trial = any(store.provenance.get("limit") for store in stores)
     if (cached or trial) and (note := note_on_older_state(runs, run_ids)):
         print_note(note)
-
-
-def _train_one(
-    store: FeatureStore, head: str, finish: Callable[[Path], dict[str, Any]], **options: Any
-) -> tuple[dict[str, Any], str]:
-    """Train one head; return the document and its text for a person."""
-    from pipeline.progress import ConsoleProgress
-    from pipeline.runs.folder import Run
-    from pipeline.stages import train_head as stage
-    from pipeline.tables import group_lines, metrics_text, promise_lines
-
-    with ConsoleProgress() as progress:
-        result = stage.train_head(store, head, progress=progress, **options)
-    metrics = finish(result.folder)
-    document = {
-        "format": 1,
-        "run": str(result.folder),
-        "cached": result.cached,
-        "fit_seconds": result.fit_seconds,
-        "metrics": metrics,
-    }
-    done = "already trained" if result.cached else f"trained in {result.fit_seconds:.1f} s"
-    done += ", from rows that were streamed from the store" if result.streamed else ""
-    further = [*promise_lines(metrics.get("answers")), *group_lines(metrics.get("groups"))]
-    columns = Run.open(result.folder).task.columns
-    return document, "\n".join([f"{result.folder}: {done}", metrics_text(metrics, columns), *further])
-
-
-def _train_many(
-    stores: Sequence[FeatureStore], sweep: SweepFile, cluster: str | None, *, runs: Path, **options: Any
-) -> SweepResult:
-    """Train a sweep, on a cluster where one is named."""
-    from pipeline.progress import ConsoleProgress
-    from pipeline.sweeps.sweep import run_sweep
-
-    with contextlib.ExitStack() as stack:
-        progress = stack.enter_context(ConsoleProgress())
-        if cluster is not None:
-            from pipeline.cluster.connection import sweeping
-
-            stack.enter_context(sweeping(cluster, runs))
-            runs = runs.absolute()  # workers have working folders of their own
-        return run_sweep(stores, sweep, runs=runs, progress=progress, **options)
-
-
-def _refuse_slips(head: str | None, heads: Path | None, pool: str | None, params: dict[str, Any]) -> None:
-    """Check names and values before features are read, which may take a while."""
-    from pipeline.heads.kinds import make_head
-    from pipeline.sweeps.sweep_file import expand, read_sweep
-
-    if heads is not None:
-        expand(read_sweep(heads), str(heads))
-    elif not {"pool", "seed", "classes", "layer", "fingerprint"} & set(params):  # these are refused with a reason later
-        make_head(head or "logistic", pool=pool, **params)
 
 
 @app.command()
@@ -308,9 +197,8 @@ def leaderboard(
 
     With --folds or --choose it may mark another; a warning says so.
     """
+    from pipeline.api import heads as api
     from pipeline.predicting.files import destination
-    from pipeline.runs.board import board_of, check_choice
-    from pipeline.runs.folder import find_runs
     from pipeline.scores.selection import WORST_GROUP
     from pipeline.tables import board_text, csv_text
 
@@ -320,9 +208,8 @@ def leaderboard(
         if choose not in ("accuracy", WORST_GROUP):
             raise ConfigurationError(f"--worst-group and --choose {choose} compare by two scores; give one of them")
         choose = WORST_GROUP
-    check_choice(choose)
-    found = find_runs(runs)
-    rows = board_of(found.runs, by=choose, folds=folds, data_set=data_set)
+    board = api.leaderboard(runs, choose=choose, folds=folds, data_set=data_set)
+    rows = board.rows
     if as_json:
         typer.echo(json.dumps(rows, indent=2))
     elif as_csv:
@@ -332,4 +219,4 @@ def leaderboard(
         typer.echo(printable_lines(board_text(rows, width=columns_of_terminal())))
     if not as_json and not as_csv:
         print_next("bottleneck", *(["report", runs] if rows else ["train-head", "FEATURES", "--runs", runs]))
-    exit_if_damaged(found.damaged)
+    exit_if_damaged(board.damaged)

@@ -48,24 +48,24 @@ def report(
     as_json: Json = False,
 ) -> None:
     """Write one self-contained page: runs compared, mistakes, confusion, calibration, feature map, data, how to reproduce."""
+    from pipeline.api.heads import report as make_report
     from pipeline.progress import ConsoleProgress
-    from pipeline.stages import report as stage
 
     with ConsoleProgress() as progress:
-        document = stage.make_report(
+        written = make_report(
             runs,
             out,
             images=images or [],
-            stores=features or [],
-            by=choose,
+            features=features or [],
+            choose=choose,
             folds=folds,
             data_set=data_set,
             labels=labels,
             audit=audit,
             progress=progress,
         )
-    print_document(document, as_json, stage.summary(document))
-    exit_if_damaged(document["damaged"])
+    print_document(written.to_dict(), as_json, str(written))
+    exit_if_damaged(written.damaged)
 
 
 @app.command()

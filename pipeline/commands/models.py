@@ -97,11 +97,10 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Stage three: fine-tune the last block with the head of a run. The same command resumes after the last finished epoch."""
+    from pipeline.api import models
     from pipeline.progress import ConsoleProgress
-    from pipeline.runs.tracking import tracker
-    from pipeline.stages import finetune as stage
+    from pipeline.tuning.settings import settings_of
 
-    send = tracker(track) if track is not None else None
     settings = {
         "unfreeze": unfreeze,
         "bn": bn,
@@ -121,8 +120,9 @@ def finetune(
         raise ConfigurationError(
             f"--param: {', '.join(twice)} has an option of its own: --{twice[0].replace('_', '-')}"
         )
+    settings_of(settings | further)  # refuses names that the function does not have
     with ConsoleProgress() as progress:
-        document = stage.finetune(
+        tuned = models.finetune(
             run,
             images,
             from_cache=from_cache,
@@ -133,15 +133,14 @@ def finetune(
             labels=labels,
             runs=runs,
             tensorboard=tensorboard,
+            track=track,
             progress=progress,
-            **settings,
+            **settings,  # type: ignore[arg-type]  # text and numbers, which are checked
             **further,
         )
-    if send is not None:
-        send(Path(document["run"]))
-    print_document(document, as_json, stage.summary(document))
-    print_next("bottleneck", "predict", stage.advised(document), "IMAGES")
-    exit_if_damaged(document["damaged"])
+    print_document(tuned.to_dict(), as_json, str(tuned))
+    print_next("bottleneck", "predict", tuned.advised, "IMAGES")
+    exit_if_damaged(tuned.damaged)
 
 
 def _none_for_dash(out: Path | None) -> Path | None:
@@ -263,14 +262,14 @@ def evaluate(
 ) -> None:
     """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration."""
     from features.sources.reading import Reading
+    from pipeline.api import models
     from pipeline.progress import ConsoleProgress
-    from pipeline.stages import evaluate as stage
 
     with ConsoleProgress() as progress:
-        document = stage.evaluate(
+        scored = models.evaluate(
             run,
             images,
-            split=split,
+            split=split,  # type: ignore[arg-type]  # text, which is checked
             target=target,
             reading=Reading(split_folders, class_level) if split_folders or class_level else None,
             labels=labels,
@@ -283,8 +282,8 @@ def evaluate(
             trust=trust,
             progress=progress,
         )
-    print_document(document, as_json, stage.summary(document))
-    exit_if_damaged(document["damaged"])
+    print_document(scored.to_dict(), as_json, str(scored))
+    exit_if_damaged(scored.damaged)
 
 
 @app.command()
@@ -303,20 +302,20 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Export one model from pixels of any size to probabilities. It is run and compared; the exit code is 3 if it differs."""
+    from pipeline.api import models
     from pipeline.progress import ConsoleProgress
-    from pipeline.stages import export as stage
 
     with ConsoleProgress() as progress:
-        document = stage.export(
+        exported = models.export(
             run,
-            format=format,
-            out=out,
+            out,
+            format=format,  # type: ignore[arg-type]  # text, which is checked
             images=images,
             weights=weights,
             quantised=quantised,
             data_set=data_set,
             progress=progress,
         )
-    print_document(document, as_json, stage.summary(document))
+    print_document(exported.to_dict(), as_json, str(exported))
     print_next("bottleneck", "predict", out, "IMAGES")
-    exit_if_damaged(document["damaged"])
+    exit_if_damaged(exported.damaged)

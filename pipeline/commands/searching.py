@@ -32,16 +32,15 @@ def similar(
     as_json: Json = False,
 ) -> None:
     """Find the stored images most similar to given ones, exactly, by the cosine of their features."""
-    from features.store.reader import FeatureStore
+    from pipeline.api import looking
     from pipeline.progress import ConsoleProgress
-    from pipeline.stages import similar as stage
 
     with ConsoleProgress() as progress:
-        document = stage.search(
-            FeatureStore.open(file),
+        found = looking.similar(
+            file,
             images,
             k=k,
-            name=features,
+            features=features,
             out=out,
             grid=grid,
             sources=sources or [],
@@ -51,7 +50,7 @@ def similar(
             batch_size=batch_size,
             progress=progress,
         )
-    print_document(document, as_json, stage.summary(document))
+    print_document(found.to_dict(), as_json, str(found))
 
 
 @app.command()
@@ -105,10 +104,9 @@ def suggest(
     as_json: Json = False,
 ) -> None:
     """Say which images to label next: typical ones first, then those about which the head is in doubt."""
-    from pipeline.stages import suggest as stage
+    from pipeline.api import looking
 
-    head = None if run is None else stage.head_for(file, run, features)
-    document = stage.run(
-        file, n=n, strategy=strategy, purpose=purpose, labels=labels, head=head, name=features, seed=seed, out=out
+    found = looking.suggest(
+        file, n, strategy=strategy, purpose=purpose, labels=labels, run=run, features=features, seed=seed, out=out
     )
-    print_document(document, as_json, stage.summary(document))
+    print_document(found.to_dict(), as_json, str(found))

@@ -16,7 +16,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -132,7 +132,7 @@ def border_r2(manifest: Path, border: int = 16) -> float:
     return float(1 - np.square(found - y[~train]).sum() / np.square(y[~train] - y[~train].mean()).sum())
 
 
-def store_of(manifest: Path, task: str, target: str, size: int = SIDE) -> FeatureStore:
+def store_of(manifest: Path, task: Literal["multilabel", "regression"], target: str, size: int = SIDE) -> FeatureStore:
     """Features of MobileNetV2 with genuine weights."""
     return extract_features(
         manifest, manifest.with_suffix(".h5"), task=task, target=target, weights=str(assets() / WEIGHTS),

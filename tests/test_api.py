@@ -1,0 +1,212 @@
+"""The functions for Python: each example runs, results are plain, nothing is printed, and nothing heavy is imported early."""
+
+from __future__ import annotations
+
+import dataclasses
+import doctest
+import inspect
+import json
+import logging
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import ROOT
+from PIL import Image
+
+import features
+import pipeline
+from features.errors import ConfigurationError
+from features.shown import NotebookProgress, showing
+from pipeline.api import pages
+from pipeline.api.results import Evaluation, Leaderboard, Result
+
+FUNCTIONS = ["FeatureStore", "train_head", "train_heads", "leaderboard", "open_run", "report", "audit", "similar"]
+NETWORKS = ["suggest", "predict", "evaluate", "export", "finetune", "FeatureExtractor", "BottleneckClassifier"]
+ROW = {"run_id": "<i>x</i>", "chosen": True, "head": "logistic", "accuracy": 0.5, "accuracy_interval": [0.25, 0.75]}
+
+
+@pytest.fixture(scope="module")
+def studio(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with 20 cats, 20 dogs and a small network, as the examples expect them."""
+    from finetuning import SIZE, save_network
+
+    folder, generator = tmp_path_factory.mktemp("studio"), np.random.default_rng(0)
+    for channel, name in enumerate(("cat", "dog")):
+        (folder / "photos" / name).mkdir(parents=True)
+        for number in range(20):
+            pixels = generator.integers(0, 60, (SIZE, SIZE, 3)).astype(np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / "photos" / name / f"{number:02d}.png")
+    save_network(folder / "network.keras")
+    return folder
+
+
+def run_examples(owner: Any, name: str) -> int:
+    """Run the examples of a public name; return how many there are."""
+    public = getattr(owner, name)
+    runner = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS)
+    parsed = doctest.DocTestParser().get_doctest(inspect.getdoc(public) or "", {}, name, None, None)
+    said: list[str] = []
+    runner.run(parsed, out=said.append)
+    assert not said, f"{name}: {''.join(said)}"
+    assert not any(example.options for example in parsed.examples), f"{name}: an example is left out"
+    return len(parsed.examples)
+
+
+@pytest.mark.slow
+def test_every_public_name_has_an_example_that_runs(
+    studio: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(studio)
+    handlers = list(logging.getLogger().handlers)
+    names = ["extract_features", *FUNCTIONS, *NETWORKS, "compare_networks"]
+    names += ["AugmentSpec", "BottleneckError", "PixelRule", "Recipe"]
+    assert sorted(names) == sorted({*features.__all__, *pipeline.__all__})
+    for name in names:
+        if name == "suggest":
+            plain = {"backbone": "network.keras", "progress": False}
+            features.extract_features(studio / "photos" / "cat", "unlabelled.h5", **plain)
+        owner = features if name in features.__all__ else pipeline
+        assert run_examples(owner, name), name
+    assert capfd.readouterr().out == ""
+    assert logging.getLogger().handlers == handlers
+    board = pipeline.leaderboard()
+    assert [row["run_id"] for row in board.rows] == board.to_pandas()["run_id"].tolist()
+    opened = pipeline.open_run("runs")
+    assert opened.run_id == board.chosen
+    wrong = pipeline.train_head("features.h5", "knn", params={"n_neighbors": 28}, progress=False)  # one class for all
+    shown = pipeline.open_run(wrong.run)
+    assert {line["predicted"] == line["label"] for line in shown.mistakes} == {False}
+    assert shown._repr_html_().count('src="data:image/') == len(shown.mistakes) == 6
+
+
+@pytest.mark.slow
+def test_an_interrupted_extraction_is_resumed(studio: Path, tmp_path: Path) -> None:
+    def interrupt(stage: str, done: int, total: int) -> None:
+        if stage == "extract" and done >= 16:
+            raise KeyboardInterrupt
+
+    options: dict[str, Any] = {"backbone": str(studio / "network.keras"), "batch_size": 8, "shard_rows": 8}
+    with pytest.raises(KeyboardInterrupt):
+        features.extract_features(studio / "photos", tmp_path / "f.h5", progress=interrupt, **options)
+    done: list[int] = []
+    seen = lambda stage, count, total: done.append(total) if stage == "extract" else None  # noqa: E731
+    store = features.extract_features(studio / "photos", tmp_path / "f.h5", progress=seen, **options)
+    assert len(store) == 40
+    assert max(done) < 40  # what was finished is not computed again
+
+
+def test_names_cost_nothing_before_they_are_used() -> None:
+    code = (
+        "import sys, features, pipeline\n"
+        "assert 'predict' in dir(pipeline) and 'extract_features' in dir(features)\n"
+        "print(sorted({'numpy', 'tensorflow', 'keras', 'sklearn', 'h5py', 'pydantic'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+def test_extract_features_names_every_option_with_its_default() -> None:
+    from features.extraction.options import ExtractionOptions
+
+    given = inspect.signature(features.extract_features).parameters
+    options = {field.name: field.default for field in dataclasses.fields(ExtractionOptions)}
+    assert {name: given[name].default for name in list(given)[2:-1]} == options
+    assert {given[name].kind for name in options} == {inspect.Parameter.KEYWORD_ONLY}
+
+
+def test_finetune_and_predict_name_every_option_with_its_default() -> None:
+    from pipeline.predicting.options import PredictOptions
+    from pipeline.tuning.settings import TuningSettings
+
+    given = inspect.signature(pipeline.finetune).parameters
+    assert {name: given[name].default for name in TuningSettings.model_fields} == TuningSettings().model_dump()
+    given = inspect.signature(pipeline.predict).parameters
+    usual = {field.name: field.default for field in dataclasses.fields(PredictOptions)}
+    assert {name: given[name].default for name in usual} == usual
+
+
+def test_a_result_is_plain() -> None:
+    result = Evaluation(
+        {"run": "a", "images": 2, "scores": {"accuracy": 0.51239, "n": 2}, "classes": ["x"], "confusion": [[2]]},
+        lambda document: f"of {document['run']}",
+    )
+    assert repr(result) == "Evaluation(run='a', images=2, accuracy=0.5124, n=2)"
+    assert (str(result), result.run, "scores" in dir(result)) == ("of a", "a", True)
+    plain = result.to_dict()
+    plain["scores"]["accuracy"] = 0
+    assert result.scores["accuracy"] == 0.51239
+    assert json.loads(json.dumps(result.to_dict())) == result.to_dict()
+    with pytest.raises(AttributeError, match="Evaluation has no 'score'; it has run, images, scores"):
+        _ = result.score  # type: ignore[attr-defined]
+
+
+def test_html_is_escaped_and_shows_intervals() -> None:
+    board = Leaderboard({"rows": [ROW], "chosen": "<i>x</i>", "damaged": []}, str)
+    shown = board._repr_html_()
+    assert "<i>" not in shown
+    assert "&lt;i&gt;x&lt;/i&gt;" in shown
+    assert 'x="25.0%"' in shown  # where the interval begins
+    assert 'width="50.0%"' in shown
+    assert "<script" not in pages.confusion([[1, 0], [0, 1]], ["<script>", "b"])
+    cards = pages.pictures([("data:image/png;base64,AA", '"><script>')])
+    assert "<script" not in cards
+
+
+def test_without_pandas_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pandas", None)
+    with pytest.raises(ConfigurationError, match=r"pandas is not installed; pip install pandas, or take to_dict"):
+        Result({}, str).to_pandas()
+
+
+def test_progress_is_shown_where_somebody_looks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with showing(True) as told:
+        assert told is None  # neither a terminal nor a notebook
+    with showing(False) as told:
+        assert told is None
+    calls: list[int] = []
+    with showing(lambda stage, done, total: calls.append(done)) as told:
+        assert told is not None
+        told("extract", 3, 4)
+    assert calls == [3]
+    monkeypatch.setattr("features.shown.in_notebook", lambda: True)
+    with showing(True) as told:
+        assert isinstance(told, NotebookProgress)
+        assert "<progress" in told._bar(10, 40, 2.0)
+        assert "10 of 40, 5.0 steps/s, 6 s left" in told._bar(10, 40, 2.0)
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("features", "import pipeline"),
+        ("pipeline", "import bottleneck_features"),
+        ("features", "import bottleneck_features"),
+    ],
+)
+def test_a_file_that_hides_a_package_is_named(name: str, code: str, tmp_path: Path) -> None:
+    (tmp_path / f"{name}.py").write_text("")
+    places = [str(tmp_path), str(ROOT), str(ROOT / "pipeline" / "names")]
+    result = subprocess.run(
+        [sys.executable, "-c", f"import sys; sys.path[:0] = {places}; {code}"],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert result.returncode == 1
+    assert f"ImportError: {tmp_path / name}.py hides the package {name} of bottleneck-features" in result.stderr
+
+
+def test_one_module_has_the_names_of_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "pipeline" / "names")
+    import bottleneck_features as bf
+
+    assert bf.__all__ == sorted({*features.__all__, *pipeline.__all__})
+    assert (bf.predict, bf.BottleneckError) == (pipeline.predict, features.BottleneckError)
