@@ -22,6 +22,8 @@ from sklearn.base import clone
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
+from sklearn.utils.estimator_checks import check_estimator
+from sklearn.utils.validation import validate_data
 
 from features.errors import ConfigurationError, LockedError, UnreadableImageError
 from features.extraction.extraction import pack_store
@@ -29,6 +31,7 @@ from features.extraction.growing import GrowingStore
 from features.files import locked
 from features.store.reader import FeatureStore
 from features.transformer import SOURCE, FeatureExtractor
+from pipeline import BottleneckClassifier
 
 pytestmark = pytest.mark.slow  # whole extractions, scikit-learn
 
@@ -557,6 +560,39 @@ def test_scikit_learns_own_checks(check: str) -> None:
     getattr(estimator_checks, check)("FeatureExtractor", FeatureExtractor())
 
 
+class OfRows(CountingExtractor):
+    """Rows of numbers as grey pictures of one line, so that scikit-learn's checks have their matrices."""
+
+    def _pictures(self, X, *, reset: bool) -> list[np.ndarray]:
+        X = validate_data(self, X, dtype="numeric", reset=reset)
+        return [np.clip(np.abs(row) * 10, 0, 255).astype(np.uint8)[None, :] for row in X]
+
+    def fit(self, X, y=None):
+        return super().fit(self._pictures(X, reset=True), y)
+
+    def transform(self, X):
+        return super().transform(self._pictures(X, reset=not hasattr(self, "n_features_in_")))
+
+    def __sklearn_tags__(self):
+        tags = super().__sklearn_tags__()
+        tags.input_tags.two_d_array, tags.input_tags.one_d_array, tags.input_tags.string = True, False, False
+        tags.no_validation = False
+        return tags
+
+
+EXPECTED = {
+    "check_transformer_preserve_dtypes": "features are float32, as the network computes them, whatever the type of the pixels",
+    "check_dict_unchanged": "the engine is kept after the first images, so that it is built once; it is no state that is saved",
+}
+
+
+def test_the_checks_of_scikit_learn_pass(network) -> None:
+    found = check_estimator(OfRows(), expected_failed_checks=EXPECTED, on_fail=None, on_skip=None)
+    assert len(found) > 40
+    assert [(line["check_name"], line["exception"]) for line in found if line["status"] == "failed"] == []
+    assert {line["check_name"] for line in found if line["status"] == "xfail"} == EXPECTED.keys()
+
+
 def test_parameters_survive_clone_pickle_and_set_params(paths, network) -> None:
     extractor = CountingExtractor("vgg16", layer="block4_pool", store="a.h5", image_size=(64, 96))
     copied = clone(extractor).set_params(pooling="max")
@@ -636,6 +672,26 @@ def test_cross_validation_in_two_processes_infers_each_image_once(paths, tmp_pat
     counted = [line.split() for line in (counting_module / "count.txt").read_text().splitlines()]
     assert sum(int(count) for _, count in counted) == 24
     assert str(os.getpid()) not in {process for process, _ in counted}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("n_jobs", [1, 2])
+def test_a_grid_of_20_heads_infers_each_of_500_images_once(tmp_path, counting_module, n_jobs: int) -> None:
+    (counting_module / "count.txt").write_text("")
+    from counting_extractor import ProcessExtractor
+
+    generator = np.random.default_rng(0)
+    pixels = generator.integers(0, 100, (500, 8, 8, 3)).astype(np.uint8)
+    y = np.array(["red", "green"])[np.arange(500) % 2]
+    pixels[y == "red", ..., 0] += 100
+    model = clone(BottleneckClassifier(ProcessExtractor(store=tmp_path / "cache"), "knn"))
+    grid = {"head__n_neighbors": list(range(1, 21))}
+    search = GridSearchCV(model, grid, cv=2, n_jobs=n_jobs, error_score="raise").fit(pixels, y)
+    assert (len(search.cv_results_["params"]), search.best_score_) == (20, 1.0)
+    assert clone(search.best_estimator_).fit(pixels, y).score(pixels, y) == 1.0
+    assert search.predict(pixels[:2]).tolist() == ["red", "green"]
+    counted = [line.split() for line in (counting_module / "count.txt").read_text().splitlines()]
+    assert sum(int(count) for _, count in counted) == 500
 
 
 @pytest.mark.slow

@@ -7,15 +7,24 @@ from __future__ import annotations
 
 from typing import Any
 
+from features.files import printable
 from pipeline.runs.folder import Run
 
 
 def mistakes_of(run: Run) -> list[dict[str, Any]]:
     """List the validation images that the run is most sure and wrong about: ``file``, ``label``, ``predicted``, ``confidence``."""
-    from pipeline.reporting.data import Rows, card, most_confident_mistakes
+    from pipeline.reporting.data import Rows, most_confident_mistakes
 
     rows = Rows.of(run)
-    return [card(rows, number) for number in most_confident_mistakes(rows)]
+    return [
+        {
+            "file": printable(rows.paths[number]),
+            "label": printable(rows.classes[rows.labels[number]]),
+            "predicted": printable(rows.classes[rows.probabilities[number].argmax()]),
+            "confidence": float(rows.confidence[number]),
+        }
+        for number in most_confident_mistakes(rows)
+    ]
 
 
 def pictures_of(run: Run) -> list[str]:

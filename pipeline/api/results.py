@@ -322,8 +322,6 @@ class OpenedRun(Result):
         from pipeline.runs.folder import Run
 
         shown = pictures_of(Run.open(self.run)) if self.mistakes else []
-        named = [f"{line['name']}: {line['label']}, taken for {line['predicted']}" for line in self.mistakes]
+        named = [f"{line['file']}: {line['label']}, taken for {line['predicted']}" for line in self.mistakes]
         cards = [(picture, said) for picture, said in zip(shown, named, strict=True) if picture]
-        columns = ("file", "label", "predicted", "confidence")
-        lines = [{name: line[name] for name in columns} for line in self.mistakes]
-        return pages.table(lines, caption=repr(self)) + pages.pictures(cards)
+        return pages.table(self.mistakes, caption=repr(self)) + pages.pictures(cards)
