@@ -14,6 +14,7 @@ import platform
 import resource
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -25,6 +26,26 @@ HOSTS = "BOTTLENECK_ALLOW_HOSTS"  # hosts inside a private network that addresse
 _CARDS = "/dev/nvidia[0-9]*"
 # Device files of the NVIDIA and AMD drivers and of WSL (Linux on Windows). Without any of them there is no GPU.
 _GPU_NODES = ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg")
+
+
+@contextlib.contextmanager
+def hosts_allowed(hosts: str) -> Iterator[None]:
+    """Allow hosts meanwhile, here and in the processes that are started, beside those of the environment.
+
+    Parameters
+    ----------
+    hosts : str
+        Names of hosts inside a private network, with commas between them.
+    """
+    before = os.environ.get(HOSTS)
+    try:
+        if hosts:
+            os.environ[HOSTS] = f"{before},{hosts}" if before else hosts
+        yield
+    finally:
+        if hosts:
+            os.environ.pop(HOSTS)
+            os.environ.update({HOSTS: before} if before else {})
 
 
 def processors() -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import NumpyNetwork, extract, listing, paint, paint_folder, recipe, run_pipeline
+from helpers import STRESS, NumpyNetwork, extract, listing, paint, paint_folder, recipe, run_pipeline
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from sklearn.base import clone
@@ -674,24 +674,28 @@ def test_cross_validation_in_two_processes_infers_each_image_once(paths, tmp_pat
     assert str(os.getpid()) not in {process for process, _ in counted}
 
 
-@pytest.mark.slow
+GRID = (20, 500) if STRESS else (3, 50)  # heads, images
+
+
+@pytest.mark.stress
 @pytest.mark.parametrize("n_jobs", [1, 2])
-def test_a_grid_of_20_heads_infers_each_of_500_images_once(tmp_path, counting_module, n_jobs: int) -> None:
+def test_a_grid_of_heads_infers_each_image_once(tmp_path, counting_module, n_jobs: int) -> None:
     (counting_module / "count.txt").write_text("")
     from counting_extractor import ProcessExtractor
 
+    heads, images = GRID
     generator = np.random.default_rng(0)
-    pixels = generator.integers(0, 100, (500, 8, 8, 3)).astype(np.uint8)
-    y = np.array(["red", "green"])[np.arange(500) % 2]
+    pixels = generator.integers(0, 100, (images, 8, 8, 3)).astype(np.uint8)
+    y = np.array(["red", "green"])[np.arange(images) % 2]
     pixels[y == "red", ..., 0] += 100
     model = clone(BottleneckClassifier(ProcessExtractor(store=tmp_path / "cache"), "knn"))
-    grid = {"head__n_neighbors": list(range(1, 21))}
+    grid = {"head__n_neighbors": list(range(1, heads + 1))}
     search = GridSearchCV(model, grid, cv=2, n_jobs=n_jobs, error_score="raise").fit(pixels, y)
-    assert (len(search.cv_results_["params"]), search.best_score_) == (20, 1.0)
+    assert (len(search.cv_results_["params"]), search.best_score_) == (heads, 1.0)
     assert clone(search.best_estimator_).fit(pixels, y).score(pixels, y) == 1.0
     assert search.predict(pixels[:2]).tolist() == ["red", "green"]
     counted = [line.split() for line in (counting_module / "count.txt").read_text().splitlines()]
-    assert sum(int(count) for _, count in counted) == 500
+    assert sum(int(count) for _, count in counted) == images
 
 
 @pytest.mark.slow

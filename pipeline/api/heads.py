@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.errors import ConfigurationError, nearest
+from features.machine import hosts_allowed
 from features.progress import Progress
 from features.shown import showing
 from pipeline.api.results import Leaderboard, OpenedRun, Report, Sweep, TrainedHead
@@ -314,6 +315,7 @@ def report(
     data_set: str | None = None,
     labels: Place | None = None,
     audit: Place | None = None,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Report:
     """Write one self-contained page about runs: compared, with mistakes, confusion, calibration, and how to reproduce.
@@ -330,6 +332,8 @@ def report(
         Where the labels file is now under which runs were trained, if it has moved.
     audit : path, optional
         CSV file of an audit, whose worst images are shown.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -346,7 +350,7 @@ def report(
     """
     from pipeline.stages import report as stage
 
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.make_report(
             runs, out, images=images, stores=features, by=choose, folds=folds, data_set=data_set, labels=labels,
             audit=audit, progress=told,

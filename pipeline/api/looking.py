@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from features.errors import ConfigurationError
-from features.machine import take_device
+from features.machine import hosts_allowed, take_device
 from features.progress import Progress
 from features.shown import showing
 from pipeline.api.results import Audited, Comparison, Similar, Suggestions
@@ -34,6 +34,7 @@ def audit(
     exact: bool = False,
     out: Place | None = None,
     seed: int = 0,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Audited:
     """Look for wrong labels, odd images, duplicates and weak groups in a store; no image goes through the network.
@@ -60,6 +61,8 @@ def audit(
         CSV file of all scores.
     seed : int
         Random seed.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -89,7 +92,7 @@ def audit(
         inputs = (Path(opened.path), decisions)
         refuse_overwriting(path, "--out", [str(name.resolve()) for name in inputs if name is not None])
     opened = applying.labelled(opened, decisions, may_be_new=apply or include_test)
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         found = stage.audit(
             opened, features, checks=checks, include_test=include_test, exact=exact,
             read=None if images is None else applying.reader(opened, str(images)), seed=seed, progress=told,
@@ -115,6 +118,7 @@ def similar(
     quantised: str | None = None,
     device: str = "auto",
     batch_size: int | None = None,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Similar:
     """Find the stored images most similar to given ones, exactly, by the cosine of their features.
@@ -137,6 +141,8 @@ def similar(
         Where the network's files are now, if they have moved.
     device, batch_size
         As for the command.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -157,7 +163,7 @@ def similar(
 
     opened = FeatureStore.open(store) if isinstance(store, str | Path) else store
     wanted = [os.fspath(image) for image in ([images] if isinstance(images, str | Path) else images)]
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.search(
             opened, wanted, k=k, name=features, out=None if out is None else Path(out),
             grid=None if grid is None else Path(grid), sources=sources, weights=weights, quantised=quantised,
@@ -232,6 +238,7 @@ def compare_networks(
     preprocess: Mapping[str, str] | None = None,
     stores: Place | None = None,
     out: Place | None = None,
+    allow_host: str = "",
     progress: bool | Progress = True,
     **options: Any,
 ) -> Comparison:
@@ -249,6 +256,8 @@ def compare_networks(
         Weights, and how images are prepared, of single networks by their name.
     stores, out : path, optional
         Folder for the features; PNG or JPEG file to draw.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
     **options
@@ -268,7 +277,7 @@ def compare_networks(
     """
     from pipeline.stages import compare as stage
 
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.compare(
             images, backbones, limit=limit, weights=weights, preprocess=preprocess, stores=stores, out=out,
             progress=told, **options,

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from features.machine import take_device
+from features.machine import hosts_allowed, take_device
 from features.progress import Progress
 from features.shown import showing
 from pipeline.api.results import Evaluation, Exported, FineTuned, Predictions
@@ -55,6 +55,7 @@ def finetune(
     runs: Place | None = None,
     tensorboard: Place | None = None,
     track: str | None = None,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> FineTuned:
     """Fine-tune the last block of the network with the head of a run. After an interruption the same call resumes.
@@ -74,6 +75,8 @@ schedule, warmup_epochs, class_weight, augment, mixed_precision, batch_size, see
         Where the weights or the model file of the extraction are now, if they have moved.
     workers, device, data_set, labels, runs, tensorboard, track
         As for the command.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -97,7 +100,7 @@ schedule, warmup_epochs, class_weight, augment, mixed_precision, batch_size, see
 
     settings = {name: given[name] for name in TuningSettings.model_fields}
     send = None if track is None else tracker(track)
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.finetune(
             run, images, from_cache=from_cache, weights=weights, workers=workers, device=take_device(device),
             data_set=data_set, labels=labels, runs=runs, tensorboard=tensorboard, progress=told, **settings,
@@ -124,6 +127,7 @@ def predict(
     device: str = "auto",
     data_set: str | None = None,
     trust: bool = False,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Predictions:
     """Predict the classes of images. Without ``out`` the lines are kept in memory, as ``predictions``.
@@ -138,6 +142,8 @@ def predict(
         File to write, for any number of images.
     format, top, views, augment, grid, weights, quantised, batch_size, workers, device, data_set, trust
         See `pipeline.predicting.options.PredictOptions`.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -167,7 +173,7 @@ def _predicted(given: Mapping[str, Any], stream: io.StringIO | None) -> tuple[di
     from pipeline.stages import predict as stage
 
     names = ("top", "views", "augment", "grid", "weights", "quantised", "batch_size", "workers", "data_set", "trust")
-    with showing(given["progress"]) as told:
+    with showing(given["progress"]) as told, hosts_allowed(given["allow_host"]):
         document = stage.predict(
             given["run"], given["images"], out=given["out"], stream=stream, progress=told,
             format=given["format"] if stream is None else "jsonl", device=take_device(given["device"]),
@@ -191,6 +197,7 @@ def evaluate(
     device: str = "auto",
     data_set: str | None = None,
     trust: bool = False,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Evaluation:
     """Score a run on labelled images: accuracy with its interval, confusion, each class, calibration.
@@ -211,6 +218,8 @@ def evaluate(
         Labels file that is put over the labels of the images.
     weights, quantised, batch_size, workers, device, data_set, trust
         See `pipeline.predicting.options.PredictOptions`.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -228,7 +237,7 @@ def evaluate(
     """
     from pipeline.stages import evaluate as stage
 
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.evaluate(
             run, images, split=split, target=target, reading=reading, labels=labels, weights=weights,
             quantised=quantised, batch_size=batch_size, workers=workers, device=take_device(device),
@@ -246,6 +255,7 @@ def export(
     weights: str | None = None,
     quantised: str | None = None,
     data_set: str | None = None,
+    allow_host: str = "",
     progress: bool | Progress = True,
 ) -> Exported:
     """Export one model from pixels of any size to probabilities. It is run and compared; one that differs is not kept.
@@ -262,6 +272,8 @@ def export(
         Images to compare model and run on. Default: generated ones.
     weights, quantised, data_set
         See `pipeline.predicting.options.PredictOptions`.
+    allow_host : str
+        Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
 
@@ -279,7 +291,7 @@ def export(
     """
     from pipeline.stages import export as stage
 
-    with showing(progress) as told:
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.export(
             run, format=format, out=out, images=images, weights=weights, quantised=quantised, data_set=data_set,
             progress=told,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import functools
 import inspect
@@ -20,7 +19,7 @@ import typer
 import features
 from features.errors import BottleneckError, ConfigurationError, IntegrityError, brief
 from features.files import printable, printable_lines
-from features.machine import HOSTS, take_device
+from features.machine import hosts_allowed, take_device
 from features.networks.backend import is_out_of_memory
 from features.temporary import temporary_files_together
 from pipeline.progress import QUIET, set_quiet
@@ -75,7 +74,7 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
                 raise ConfigurationError("--out -: this command cannot write to standard output; give a name")
             if "device" in kwargs:
                 kwargs["device"] = take_device(kwargs["device"])
-            with temporary_files_together(), _allowed(allow_host):
+            with temporary_files_together(), hosts_allowed(allow_host):
                 command(*args, **kwargs)
         except KeyboardInterrupt:
             sys.stderr.write("interrupted; all finished work is kept. Run the same command again to resume.\n")
@@ -104,20 +103,6 @@ def guarded(command: Callable[..., None]) -> Callable[..., None]:
     wrapper.__annotations__ = {**command.__annotations__, **{name: annotation for name, _, annotation in added}}
     wrapper.__signature__ = signature.replace(parameters=[*signature.parameters.values(), *options])  # type: ignore[attr-defined]
     return wrapper
-
-
-@contextlib.contextmanager
-def _allowed(hosts: str) -> Iterator[None]:
-    """Allow hosts for one command and the processes that it starts, beside those of the environment."""
-    before = os.environ.get(HOSTS)
-    try:
-        if hosts:
-            os.environ[HOSTS] = f"{before},{hosts}" if before else hosts
-        yield
-    finally:
-        if hosts:
-            os.environ.pop(HOSTS)
-            os.environ.update({HOSTS: before} if before else {})
 
 
 def _check_encoding() -> None:
