@@ -180,7 +180,7 @@ def test_quiet_ends_with_the_command(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_every_command_has_quiet_and_those_with_a_document_have_json() -> None:
     import typer
 
-    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    commands = dict(typer.main.get_command(app).commands)  # type: ignore[attr-defined]
     assert {"extract", "train-head", "finetune", "predict", "export", "leaderboard"} <= set(commands)
     groups = [name for name, command in commands.items() if hasattr(command, "commands")]
     for name in groups:
