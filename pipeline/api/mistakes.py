@@ -34,5 +34,5 @@ def pictures_of(run: Run) -> list[str]:
 
     rows = Rows.of(run)
     wanted = [(rows.paths[number], rows.sha256[number]) for number in most_confident_mistakes(rows)]
-    shown = Pictures([run.source], run.target, rows.paths, run.reading, run.recipe.pixels)
+    shown = Pictures([run.source], rows.paths, run.reading, run.recipe.pixels)
     return [str(picture or "") for picture in shown.cards(wanted)]
