@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -21,26 +22,56 @@ def predicted(folder: Path) -> tuple[np.ndarray, np.ndarray]:
     return found.labels, found.probabilities
 
 
-@pytest.mark.parametrize(("made", "head"), [(labels_of, "logistic"), (numbers_of, "ridge"), (numbers_of, "knn")])
-def test_a_head_that_needs_all_rows_says_which_do_not(tmp_path: Path, made: Any, head: str) -> None:
-    X, y = made(400)
-    store = target_store(tmp_path / "t.h5", X, y, thirds(400), [f"c{k}" for k in range(y.shape[1])])
-    with pytest.raises(
-        HeadError, match=rf"head '{head}' needs all rows in memory.*piece by piece: dense, dropout-linear"
-    ):
-        train_head(store, head, runs=tmp_path / "runs", memory=2_000)
+def test_a_head_that_needs_all_rows_says_which_do_not(tmp_path: Path) -> None:
+    X, y = numbers_of(400)
+    store = target_store(tmp_path / "t.h5", X, y, thirds(400), ("a", "b"))
+    with pytest.raises(HeadError, match=r"needs all rows in memory.*piece by piece: ridge, knn, dense, dropout-linear"):
+        train_head(store, "sklearn.linear_model.Lasso", runs=tmp_path / "runs", memory=2_000)
+    with pytest.raises(HeadError, match=r"the products of 8 columns take 1\.5 kB, but only .* are left.*--memory"):
+        train_head(store, "ridge", runs=tmp_path / "runs", memory=4_000)
+
+
+@pytest.mark.parametrize(
+    ("made", "head", "name", "params"),
+    [
+        (labels_of, "logistic", "C", {}),
+        (labels_of, "logistic", "C", {"C": 0.3, "class_weight": "balanced"}),
+        (labels_of, "knn", "n_neighbors", {}),
+        (numbers_of, "ridge", "alpha", {}),
+        (numbers_of, "knn", "n_neighbors", {"n_neighbors": 7}),
+    ],
+)
+def test_rows_that_stay_in_the_store_give_the_same_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, made: Any, head: str, name: str, params: dict[str, Any]
+) -> None:
+    """The same value is chosen, as the rows that are compared on are the same, and predictions are equal to 1e-5."""
+    for module in ("pipeline.tasks.folds", "pipeline.scores.selection"):
+        monkeypatch.setattr(f"{module}.SEARCH_ROWS", 100)
+    monkeypatch.setattr("pipeline.heads.models.columns.WORKING", 4000)  # neighbours are looked for in several parts
+    monkeypatch.setattr("pipeline.heads.streaming.READ_BYTES", 8000)
+    X, y = made(2000, unknown=0.1)
+    views = np.stack([X, X + 0.1], axis=1)
+    store = target_store(tmp_path / "t.h5", views, y, thirds(2000), [f"c{k}" for k in range(y.shape[1])])
+    whole = train_head(store, head, runs=tmp_path / "whole", params=params)
+    pieces = train_head(store, head, runs=tmp_path / "pieces", params=params, memory=100_000)
+    assert (whole.streamed, pieces.streamed) == (False, True)
+    chosen = [json.loads((run.folder / "head.json").read_text())["chosen"][name] for run in (whole, pieces)]
+    assert chosen[0] == chosen[1] == params.get(name, chosen[0])
+    (truth, expected), (also, found) = predicted(whole.folder), predicted(pieces.folder)
+    np.testing.assert_array_equal(truth, also)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 * abs(expected).max())
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("made", "score"), [(labels_of, "average_precision"), (numbers_of, "r2")])
 def test_a_store_that_is_read_in_pieces_gives_as_good_a_head(tmp_path: Path, made: Any, score: str) -> None:
-    X, y = made(4000, unknown=0.1)
-    store = target_store(tmp_path / "t.h5", X, y, thirds(4000), [f"c{k}" for k in range(y.shape[1])])
-    params = {"epochs": 8, "learning_rate": 0.03}
+    X, y = made(2000, unknown=0.1)
+    store = target_store(tmp_path / "t.h5", X, y, thirds(2000), [f"c{k}" for k in range(y.shape[1])])
+    params = {"epochs": 6, "learning_rate": 0.05}
     whole = train_head(store, "dense", runs=tmp_path / "whole", params=params)
     pieces = train_head(store, "dense", runs=tmp_path / "pieces", params=params, memory=60_000)
     assert (whole.streamed, pieces.streamed) == (False, True)
-    assert predicted(whole.folder)[0].shape == predicted(pieces.folder)[0].shape == (800, y.shape[1])
+    assert predicted(whole.folder)[0].shape == predicted(pieces.folder)[0].shape == (400, y.shape[1])
     found = [run.metrics["validation"][score] for run in (whole, pieces)]
     assert min(found) > 0.7
     assert abs(found[0] - found[1]) < 0.05

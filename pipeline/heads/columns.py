@@ -1,6 +1,7 @@
 """Heads of scikit-learn's kinds for several labels or numbers: logistic regressions, ridge regression, nearest neighbours.
 
 rows, targets (n, c) --out-of-fold loss of each penalty, all columns together--> value --fit--> model of arrays
+rows in the store --those that are in a fold, as many as fit--> value --the same fit, piece by piece--> the same model
 
 All columns of a head share one penalty, or number of neighbours. Unknown targets count neither in a fit nor in a loss.
 """
@@ -8,7 +9,7 @@ All columns of a head share one penalty, or number of neighbours. Unknown target
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,12 @@ import numpy as np
 
 from features.errors import ConfigurationError, HeadError
 from features.progress import Progress
+from features.scratch import scratch
 from features.targets import known_cells
 from pipeline.config import History, Settings, TargetHeadFile
 from pipeline.heads.classifier_table import CLASSIFIERS
+from pipeline.heads.columns_math import alike, one_piece, pieces_of, solve_logistic, solve_ridge, solver_bytes
+from pipeline.heads.costs import shown
 from pipeline.heads.dense import KerasHead
 from pipeline.heads.head import Head
 from pipeline.heads.models.columns import Columns, NeighbourMeans
@@ -26,11 +30,13 @@ from pipeline.heads.models.model import Model
 from pipeline.heads.persistence import load_arrays
 from pipeline.heads.prepared import ArrayRows, Prepared
 from pipeline.heads.search import climb, row_space, times
+from pipeline.heads.streaming import FeatureStream
 from pipeline.presets import DENSE, PRESETS, ClassifierParameters, DenseParameters, Preset
 from pipeline.tasks.multilabel import balanced_weights
 from pipeline.tasks.task import squared_loss
 
 REFUSED = ("pca", "choose", "solver")  # parameters of heads of classes that mean nothing here
+SEARCH_BYTES = 28  # of a number of a row while values are compared: as read, in float64, and those of a fold
 SEARCH_STEPS = 6  # values that a search usually tries, for the progress bar
 
 
@@ -76,6 +82,10 @@ class ColumnsHead(Head):
         return self.model
 
     @property
+    def streams(self) -> bool:
+        return True
+
+    @property
     def files(self) -> tuple[str, ...]:
         return self.fitted.files
 
@@ -89,6 +99,12 @@ class ColumnsHead(Head):
     def _train(self, data: Prepared, progress: Progress) -> History:
         from threadpoolctl import threadpool_limits  # type: ignore[import-untyped]
 
+        if isinstance(data.train, FeatureStream):
+            rows_of, folds_of = self._sample(data.train, data.groups)
+            value, history = self._search(rows_of.flat, rows_of.labels, folds_of, progress)
+            self.model = self._streamed(data.train, value, data.memory)
+            self.chosen = {self.row.parameter: float(value)}
+            return history
         assert isinstance(data.train, ArrayRows)
         rows = data.train
         Z, y = rows.flat, np.repeat(rows.labels, rows.views, axis=0)
@@ -99,6 +115,19 @@ class ColumnsHead(Head):
             self.model = self._solved(Z, y, value)
         self.chosen = {self.row.parameter: float(value)}
         return history
+
+    def _sample(self, train: FeatureStream, groups: np.ndarray | None) -> tuple[ArrayRows, np.ndarray]:
+        """The rows that are compared on in memory, too, each view a row, and their folds; fewer where memory does not suffice."""
+        folds = self.task.folds(train.labels, self.parameters.folds, self.seed, groups)
+        used = np.flatnonzero(folds != -2)
+        most = max(2 * self.parameters.folds, train.memory_bytes // (SEARCH_BYTES * train.width * train.views))
+        if getattr(self.parameters, self.row.parameter) is not None:
+            used = used[:1]
+        elif len(used) > most:
+            used = np.sort(np.random.default_rng(self.seed).permutation(used)[:most])
+        part = train.take(used)
+        Z = np.concatenate([values.reshape(-1, part.width) for _, values in part.all_views(part.views)])
+        return ArrayRows(Z, np.repeat(part.labels, part.views, axis=0)), np.repeat(folds[used], part.views)
 
     def _search(self, Z: np.ndarray, y: np.ndarray, folds: np.ndarray, progress: Progress) -> tuple[Any, History]:
         """Choose the parameter by the loss of rows held out."""
@@ -146,6 +175,10 @@ class ColumnsHead(Head):
     def _solved(self, Z: np.ndarray, y: np.ndarray, value: Any, *, quick: bool = False) -> Model:
         """Fit rows; ``quick``: well enough to compare values."""
 
+    @abc.abstractmethod
+    def _streamed(self, rows: FeatureStream, value: Any, memory: int) -> Model:
+        """Fit all views of rows that stay in the store, with at most so many bytes: the model that `_solved` gives."""
+
     def _of(self, model: Model, Z: np.ndarray) -> np.ndarray:
         outputs = model.outputs(Z)
         return self.task.activate(outputs) if model.soft else outputs
@@ -182,11 +215,18 @@ class LogisticColumns(ColumnsHead):
         rows, combination = np.asarray(Z, np.float64), None
         if Z.shape[1] > len(Z):
             rows, combination = row_space(Z)  # an exact reduction, as there are fewer rows than columns
-        weights = known_cells(y).astype(np.float64)
-        if getattr(self.parameters, "class_weight", None):
-            weights = balanced_weights(y)
-        coef, intercept = solve_logistic(rows, y == 1, weights, value, tolerance=1e-3 if quick else 1e-8)
+        coef, intercept = solve_logistic(
+            one_piece(rows), y == 1, self._weights(y), value, tolerance=1e-3 if quick else 1e-8
+        )
         return Columns(coef if combination is None else times(coef @ combination, Z), intercept)
+
+    def _streamed(self, rows: FeatureStream, value: Any, memory: int) -> Model:
+        y = np.repeat(rows.labels, rows.views, axis=0)
+        return Columns(*solve_logistic(pieces_of(rows), y == 1, self._weights(y), value))
+
+    def _weights(self, y: np.ndarray) -> np.ndarray:
+        balanced = getattr(self.parameters, "class_weight", None)
+        return balanced_weights(y) if balanced else known_cells(y).astype(np.float64)
 
 
 class RidgeColumns(ColumnsHead):
@@ -196,20 +236,34 @@ class RidgeColumns(ColumnsHead):
         from sklearn.linear_model import Ridge
 
         coef, intercept = np.zeros((y.shape[1], Z.shape[1])), np.zeros(y.shape[1])
-        for columns, rows in _alike(known_cells(y)):
+        for columns, rows in alike(known_cells(y)):
             made = Ridge(alpha=value).fit(np.asarray(Z[rows], np.float64), y[np.ix_(rows, columns)])
             coef[columns], intercept[columns] = made.coef_.reshape(len(columns), -1), made.intercept_
         return Columns(coef, intercept)
 
+    def _streamed(self, rows: FeatureStream, value: Any, memory: int) -> Model:
+        if (need := solver_bytes(rows.width)) > memory:
+            raise HeadError(
+                f"head {self.name!r}: the products of {rows.width:,} columns take {shown(need)}, but only {shown(memory)} are left for "
+                "them. Give more (--memory), or use another pooling, or dropout-linear"
+            )
+        return Columns(*solve_ridge(pieces_of(rows), np.repeat(rows.labels, rows.views, axis=0), value))
+
 
 class NeighbourColumns(ColumnsHead):
-    """Means over the nearest training rows."""
+    """Means over the nearest training rows. Rows that do not fit into memory lie in a file without a name."""
 
     def _solved(self, Z: np.ndarray, y: np.ndarray, value: Any, *, quick: bool = False) -> Model:
         values = np.where(known_cells(y), y, np.nan).astype(np.float64)
         if not 1 <= value <= len(Z):
             raise HeadError(f"n_neighbors: received {value}, expected at most {len(Z)}, the rows to fit")
         return NeighbourMeans(np.asarray(Z, np.float32), values, np.nanmean(values, axis=0), int(value))
+
+    def _streamed(self, rows: FeatureStream, value: Any, memory: int) -> Model:
+        kept = scratch((len(rows) * rows.views, rows.width), np.float32)
+        for piece, Z in pieces_of(rows)():
+            kept[piece] = Z
+        return self._solved(kept, np.repeat(rows.labels, rows.views, axis=0), value)
 
     def _loss(self, predictions: np.ndarray, y: np.ndarray, trained: np.ndarray) -> float:
         return squared_loss(predictions, y, trained)  # a share of neighbours may be 0, where a log loss is infinite
@@ -224,63 +278,3 @@ class NeighbourColumns(ColumnsHead):
             self._memory[number] = model, model.nearest(Z[tested], most)
         model, nearest = self._memory[number]
         return np.asarray(model.means(nearest[:, :value]))
-
-
-def solve_logistic(
-    Z: np.ndarray, holds: np.ndarray, weights: np.ndarray, C: float, tolerance: float = 1e-8
-) -> tuple[np.ndarray, np.ndarray]:
-    """Minimise the log loss of one logistic regression for each column, all together, by L-BFGS.
-
-    The loss of a column is that of scikit-learn's ``LogisticRegression``: half the squared norm of its coefficients plus C
-    times the weighted sum of the log losses; the intercept is not penalised.
-
-    Parameters
-    ----------
-    Z : float64, (n, d)
-    holds : bool, (n, c)
-    weights : float64, (n, c)
-        0 for unknown cells.
-    C : float
-        Inverse of the penalty.
-    tolerance : float
-        Greatest component of the gradient of the mean loss at which the search ends.
-
-    Returns
-    -------
-    coef : float64, (c, d)
-    intercept : float64, (c,)
-    """
-    from scipy.optimize import minimize
-    from scipy.special import expit
-
-    n, d = Z.shape
-    c = holds.shape[1]
-    signs, scale = np.where(holds, 1.0, -1.0), 1.0 / (C * n)
-
-    def loss(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        kernel = flat.reshape(d + 1, c)
-        margins = signs * (Z @ kernel[:-1] + kernel[-1])
-        slope = -signs * weights * expit(-margins) / n
-        value = (weights * np.logaddexp(0, -margins)).sum() / n + 0.5 * scale * np.square(kernel[:-1]).sum()
-        gradient = np.vstack([Z.T @ slope + scale * kernel[:-1], slope.sum(axis=0)])
-        return float(value), gradient.ravel()
-
-    start = np.zeros((d + 1, c))
-    options = {
-        "maxiter": 1000,
-        "maxfun": 5000,
-        "gtol": tolerance,
-        "ftol": 0.0 if tolerance < 1e-5 else 1e-7,
-        "maxcor": 20,
-    }
-    found = minimize(loss, start.ravel(), jac=True, method="L-BFGS-B", options=options).x.reshape(d + 1, c)
-    return np.ascontiguousarray(found[:-1].T), found[-1].copy()
-
-
-def _alike(known: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Columns that are known in the same rows, and these rows."""
-    patterns: dict[bytes, list[int]] = {}
-    for k, column in enumerate(known.T):
-        patterns.setdefault(np.packbits(column).tobytes(), []).append(k)
-    for columns in patterns.values():
-        yield np.array(columns), np.flatnonzero(known[:, columns[0]])

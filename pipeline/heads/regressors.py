@@ -24,6 +24,7 @@ from pipeline.heads.head import Head
 from pipeline.heads.models.columns import Columns
 from pipeline.heads.models.model import Model
 from pipeline.heads.prepared import ArrayRows, Prepared
+from pipeline.heads.streaming import FeatureStream
 from pipeline.presets import EstimatorParameters, Preset
 
 TRIAL = (40, 6)  # rows and columns of a trial
@@ -60,6 +61,13 @@ class RegressorHead(ColumnsHead):
     @classmethod
     def has_dense_form(cls, kind: str) -> bool:
         return True
+
+    @property
+    def streams(self) -> bool:
+        return False
+
+    def _streamed(self, rows: FeatureStream, value: Any, memory: int) -> Model:
+        raise NotImplementedError  # a class of scikit-learn takes all rows at once
 
     def _train(self, data: Prepared, progress: Progress) -> History:
         assert isinstance(data.train, ArrayRows)

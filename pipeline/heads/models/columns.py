@@ -8,7 +8,7 @@ from typing import ClassVar
 import numpy as np
 
 from pipeline.heads.models.linear import Product
-from pipeline.heads.models.model import Model, check_floats, need, pieces
+from pipeline.heads.models.model import WORKING, Model, check_floats, need, pieces
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -49,13 +49,25 @@ class NeighbourMeans(Model):
         need(1 <= self.count <= len(self.rows), f"count is {self.count}, of {len(self.rows)} rows")
 
     def nearest(self, Z: np.ndarray, most: int) -> np.ndarray:
-        """Numbers of the ``most`` nearest rows, nearest first, of equal ones the first: int64, (n, most)."""
+        """Numbers of the ``most`` nearest rows, nearest first, of equal ones the first: int64, (n, most).
+
+        ``rows`` are taken some at a time, as they may lie in a file.
+        """
         found = np.empty((len(Z), most), np.int64)
-        theirs = self.rows.astype(np.float64)
-        squares = np.square(theirs).sum(axis=1)
-        for part in pieces(Z, len(self.rows)):
-            distances = squares - 2 * (Z[part].astype(np.float64) @ theirs.T)
-            found[part] = np.argsort(distances, axis=1, kind="stable")[:, :most]
+        step = max(most, WORKING // max(1, self.rows.shape[1]))
+        for part in pieces(Z, min(len(self.rows), step + most)):
+            rows = Z[part].astype(np.float64)
+            best = np.zeros((len(rows), 0))
+            numbers = np.zeros((len(rows), 0), np.int64)
+            for start in range(0, len(self.rows), step):
+                theirs = self.rows[start : start + step].astype(np.float64)
+                distances = np.square(theirs).sum(axis=1) - 2 * (rows @ theirs.T)
+                best = np.concatenate([best, distances], axis=1)
+                places = np.broadcast_to(np.arange(start, start + len(theirs)), distances.shape)
+                numbers = np.concatenate([numbers, places], axis=1)
+                order = np.argsort(best, axis=1, kind="stable")[:, :most]
+                best, numbers = np.take_along_axis(best, order, 1), np.take_along_axis(numbers, order, 1)
+            found[part] = numbers
         return found
 
     def means(self, nearest: np.ndarray) -> np.ndarray:
