@@ -209,7 +209,7 @@ def how_to_install(*extras: str) -> str:
     return f"pip install -e {shlex.quote(place + named)}"
 
 
-def pyarrow_for(path: Path) -> ModuleType:
+def pyarrow_for(path: object) -> ModuleType:
     """Return pyarrow, which reads and writes Parquet; raises ``SourceError`` if it is not installed."""
     try:
         import pyarrow

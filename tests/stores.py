@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import io
 import itertools
+import json
 import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -150,6 +153,36 @@ def cutting_proxy(port: int, every: int = 10) -> Iterator[int]:
     finally:
         stopped.set()
         listener.close()
+
+
+def tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, data in members.items() if isinstance(members, Mapping) else members:
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            archive.addfile(info, io.BytesIO(data))
+    return path
+
+
+def table(
+    path: Path, images: Sequence[bytes | None], rows: int = 1000, names: Sequence[str] = (), **columns: Any
+) -> Path:
+    """A file as ``datasets`` writes it."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    structs = pa.array(
+        [{"bytes": data, "path": None} for data in images], pa.struct([("bytes", pa.binary()), ("path", pa.string())])
+    )
+    metadata = {}
+    if names:
+        features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
+        metadata[b"huggingface"] = json.dumps({"info": {"features": features}}).encode()
+    made = pa.table({"image": structs, **{name: pa.array(values) for name, values in columns.items()}})
+    pq.write_table(made.replace_schema_metadata(metadata), path, row_group_size=rows)
+    return path
 
 
 def kill_series(source: str, folder: Path) -> None:

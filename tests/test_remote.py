@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import pickle
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,14 @@ import h5py
 import numpy as np
 import pytest
 from helpers import NumpyNetwork, paint_folder
-from stores import Objects, objects
+from stores import Objects, objects, table, tar
 
 from features.errors import SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction, ExtractionResult, pack_store
 from features.extraction.options import ExtractionOptions
-from features.sources import remote, web
+from features.sources import blocks, remote, web
 from features.sources.objects import UnavailableError, without_secrets
-from features.sources.scan import reader_of, scan
+from features.sources.scan import reader_of, scan, source_in, takes_target
 from features.store.reader import FeatureStore
 from pipeline.runs.datasets import source_of
 
@@ -128,8 +130,9 @@ def test_what_is_wrong_with_a_bucket_is_said(bucket: Any) -> None:
             scan(address)
     with pytest.raises(SourceError, match="a web server has no listing"):
         scan("https://host.org/photos")
-    with pytest.raises(SourceError, match="manifests, tables and archives are not read from there"):
-        scan("s3://bucket/shard-{0..3}.tar")
+    for name in ("a.tar.gz", "a.zip", "a.npz", "photos-{0..3}"):
+        with pytest.raises(SourceError, match=r"from a bucket class folders, \.tar, \.parquet and \.csv are read"):
+            scan(f"memory://bucket/{name}")
 
 
 @pytest.mark.parametrize(
@@ -153,6 +156,158 @@ def test_what_fails_is_tried_again_or_refused(error: Exception, expected: str, m
         remote.tried(call, "https://b/x?token=1")
     assert calls == (1 if isinstance(error, PermissionError) else 8)
     assert all(0.05 * 2**k <= pause <= 0.15 * 2**k for k, pause in enumerate(pauses))
+
+
+# --- files of many images in a bucket ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def shards(bucket: Any, tmp_path: Path) -> Path:
+    """Two tars, two Parquet files and a manifest of the same images, in ``memory://bucket`` and in a folder."""
+    folder = tmp_path / "images"
+    files = sorted(folder.rglob("*.png"))
+    for number, part in enumerate((files[:4], files[4:])):
+        members = [(f"{k}.png", file.read_bytes()) for k, file in enumerate(part)]
+        tar(
+            folder / f"s-{number}.tar",
+            [*members, *((f"{k}.cls", file.parent.name.encode()) for k, file in enumerate(part))],
+        )
+        pictures, labels = [file.read_bytes() for file in part], [file.parent.name for file in part]
+        table(folder / f"p-{number}.parquet", pictures, rows=2, label=labels)
+    manifest(folder / "m.csv", {str(file.relative_to(folder)): file.parent.name for file in files})
+    tar(folder / "folders.tar", [(str(file.relative_to(folder)), file.read_bytes()) for file in files])
+    for path in (*folder.glob("*.*"), *files):
+        bucket.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
+    return folder
+
+
+KINDS = (
+    "s-{0..1}.tar",
+    "s-{}.tar",
+    "s-*.tar",
+    "s-0.tar",
+    "p-{0..1}.parquet",
+    "p-*.parquet",
+    "p-1.parquet",
+    "m.csv",
+    "folders.tar",
+)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_files_of_many_images_in_a_bucket_are_read_as_those_on_a_disk(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    source = f"memory://bucket/{name}"
+    found = run(source, tmp_path / "a.h5").store
+    expected = run(f"{shards}/{name.replace('*', '{}')}", tmp_path / "b.h5").store
+    np.testing.assert_array_equal(found.array("last.avg"), expected.array("last.avg"))
+    assert found.images.paths == expected.images.paths
+    assert [found.classes[label] for label in found.images.labels] == [
+        expected.classes[label] for label in expected.images.labels
+    ]
+    root = found.provenance["root"]
+    assert source_in(root, found.source) == (source if name == "m.csv" else root)
+    assert takes_target(source)
+    read = reader_of(root)  # as workers of a cluster find it
+    assert read is not None
+    assert [hashlib.sha256(read(path)).digest() for path in found.images.paths] == [*map(bytes, found.images.sha256)]
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "elsewhere"))  # another machine: only versions tell
+    again = run(source, tmp_path / "a.h5")
+    assert (again.inferred, again.counts["hashed"], again.counts["cached"], again.written) == (0, 0, len(found), False)
+
+
+@pytest.mark.parametrize("kind", ["s-{}.tar", "p-{}.parquet"])
+def test_only_a_new_file_of_images_is_inferred(bucket: Any, shards: Path, tmp_path: Path, kind: str) -> None:
+    later = f"/bucket/{kind.replace('{}', '1')}"
+    data = bucket.cat_file(later)
+    bucket.rm(later)
+    assert run(f"memory://bucket/{kind}", tmp_path / "a.h5").inferred == 4
+    bucket.pipe(later, data)
+    result = run(f"memory://bucket/{kind}", tmp_path / "a.h5")
+    assert (result.inferred, result.counts["cached"]) == (3, 4)
+
+
+def test_a_tar_is_read_once_in_order_in_blocks_of_which_few_are_kept(
+    bucket: Any, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(blocks, "_KEPT", 3)
+    ranges: list[tuple[int, int]] = []
+    get = remote.Bucket.get_range
+
+    def counted(self: remote.Bucket, address: str, start: int, stop: int) -> bytes:
+        ranges.append((start, stop))
+        return get(self, address, start, stop)
+
+    monkeypatch.setattr(remote.Bucket, "get_range", counted)
+    images = scan("memory://bucket/s-0.tar", labelled=False)
+    size = (shards / "s-0.tar").stat().st_size
+    assert ranges == sorted(set(ranges))
+    assert all(stop == min(start + 700, size) for start, stop in ranges)
+    ranges.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(images.read, range(4)))
+    assert found == [path.read_bytes() for path in sorted(shards.rglob("*.png"))[:4]]
+    assert len(ranges) == len(set(ranges))  # what several threads need is asked for once
+    assert len(blocks._blocks) <= 3
+
+
+@pytest.mark.parametrize("kind", ["s-0.tar", "p-0.parquet"])
+def test_a_file_that_is_replaced_after_the_listing_gives_no_wrong_image(
+    bucket: Any, shards: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    images = scan(f"memory://bucket/{kind}")
+    blocks._blocks.clear()
+    bucket.pipe(f"/bucket/{kind}", (shards / kind.replace("0", "1")).read_bytes())
+    with pytest.raises(SourceError, match="has been changed since it was listed; run again"):
+        images.read(0)
+    bucket.rm(f"/bucket/{kind}")
+    with pytest.raises(SourceError, match="has been removed since it was listed; put it back"):
+        images.read(0)
+
+
+def test_what_is_wrong_with_a_file_of_images_in_a_bucket_is_said(bucket: Any, shards: Path) -> None:
+    whole = bucket.cat_file("/bucket/s-0.tar")
+    cases: dict[str, tuple[bytes | None, str]] = {
+        "cut.tar": (whole[:1200], r"memory://bucket/cut\.tar cannot be read as a tar archive"),
+        "cut.parquet": (bucket.cat_file("/bucket/p-0.parquet")[:-9], r"memory://bucket/cut\.parquet is not Parquet, or is damaged"),
+        "gone.tar": (None, r"memory://bucket/gone\.tar does not exist: there is no such object or bucket"),
+        "gone.csv": (None, r"memory://bucket/gone\.csv does not exist"),
+        "gone-*.parquet": (None, r"memory://bucket/gone-\*\.parquet: no such files"),
+        "s-{0..2}.tar": (None, r"1 of 3 files are missing: 's-2\.tar'"),
+        "up.csv": (b"path,label\n../else.png,cat\n", r"up\.csv, line 2: '\.\./else\.png' leaves the folder of the manifest"),
+        "local.csv": (b"path,label\n/etc/passwd,cat\n", r"local\.csv, line 2: '/etc/passwd' leaves the folder of the manifest"),
+        "inside.csv": (b"path,label\nhttps://127.0.0.1/a.png,cat\n", r"inside a private network"),
+        "none.csv": (b"path,label\nnone.png,cat\n", r"none\.csv: none of its 1 files exists, for example memory://bucket/none\.png"),
+        "empty.parquet": (b"", r"empty\.parquet is not Parquet"),
+    }  # fmt: skip
+    for name, (data, expected) in cases.items():
+        if data is not None:
+            bucket.pipe(f"/bucket/{name}", data)
+        with pytest.raises(SourceError, match=expected):
+            scan(f"memory://bucket/{name}")
+
+
+def test_a_store_that_fails_now_and_then_gives_the_same_blocks(
+    bucket: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 500)
+    blocks._blocks.clear()
+    calls, get = itertools.count(), remote.Bucket.get_range
+
+    def faulty(self: remote.Bucket, address: str, start: int, stop: int) -> bytes:
+        number = next(calls)
+        if number % 3 == 0:
+            raise UnavailableError("SlowDown")
+        data = get(self, address, start, stop)
+        return data[:-1] if number % 3 == 1 and number % 2 else data
+
+    monkeypatch.setattr(remote.Bucket, "get_range", faulty)
+    for name in ("s-{0..1}.tar", "p-{0..1}.parquet"):
+        found = run(f"memory://bucket/{name}", tmp_path / f"{name[0]}.h5").store
+        expected = run(f"{shards}/{name}", tmp_path / f"{name[0]}-local.h5").store
+        np.testing.assert_array_equal(found.array("last.avg"), expected.array("last.avg"))
 
 
 # --- manifests that point anywhere ------------------------------------------------------------------------

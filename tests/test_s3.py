@@ -10,13 +10,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import NumpyNetwork, paint_folder
-from stores import cutting_proxy, kill_series
+from helpers import STRESS, NumpyNetwork, paint_folder
+from photographs import some_cats_and_dogs
+from stores import cutting_proxy, kill_series, table, tar
 
 from features.errors import SourceError
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
-from features.sources import remote
+from features.sources import blocks, remote
 from features.sources.scan import scan
 
 pytestmark = pytest.mark.slow
@@ -41,11 +42,22 @@ def serving(port: int = 0) -> tuple[subprocess.Popen[str], int]:
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
-    """The port of a server that holds the images of a folder in the bucket ``photos``, and the folder."""
+    """The port of a server whose bucket ``photos`` holds a folder of images, and tars, Parquet files and a manifest of the same images
+    in ``set``; and that folder."""
     pytest.importorskip("moto")
     fsspec = pytest.importorskip("fsspec")
     pytest.importorskip("s3fs")
     folder = paint_folder(tmp_path_factory.mktemp("s3") / "images", {"cat": 30, "dog": 30})
+    files = sorted(folder.rglob("*.png"))
+    beside = folder.parent / "beside"
+    for number in range(3):
+        part = files[20 * number : 20 * number + 20]
+        pictures, labels = [file.read_bytes() for file in part], [file.parent.name for file in part]
+        numbered = [(f"{k:02d}.png", data) for k, data in enumerate(pictures)]
+        tar(beside / f"s-{number}.tar", numbered + [(f"{k:02d}.cls", text.encode()) for k, text in enumerate(labels)])
+        table(beside / f"p-{number}.parquet", pictures, rows=7, label=labels)
+    rows = [f"{file.relative_to(folder)},{file.parent.name}\n" for file in files]
+    (beside / "m.csv").write_text("path,label\n" + "".join(rows))
     server, port = serving()
     try:
         with pytest.MonkeyPatch.context() as patch:
@@ -54,6 +66,8 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
             files.mkdir("photos")
             files.mkdir("empty")
             files.put(f"{folder}/", "photos/set/", recursive=True)
+            for path in beside.iterdir():
+                files.put(str(path), f"photos/{'set/' if path.suffix == '.csv' else ''}{path.name}")
         yield port, folder
     finally:
         server.kill()
@@ -72,23 +86,64 @@ def run(source: str | Path, out: Path) -> Any:
     return Extraction(scan(source), NumpyNetwork(), out, ExtractionOptions()).run()  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("cut", [False, True])
+SOURCES = ("set", "s-{0..2}.tar", "p-*.parquet", "set/m.csv")
+
+
+@pytest.mark.parametrize(("source", "cut"), [("set", False), *((source, True) for source in SOURCES)])
 def test_features_from_s3_are_those_of_the_folder(
-    s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+    s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, cut: bool
 ) -> None:
     import fsspec
 
     port, folder = s3
     monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 3000)
+    blocks._blocks.clear()
     with cutting_proxy(port) as between:
         fsspec.filesystem("s3").clear_instance_cache()
         account(monkeypatch, between if cut else port)
-        result = run("s3://photos/set", tmp_path / "a.h5")
-        again = run("s3://photos/set", tmp_path / "a.h5")
+        result = run(f"s3://photos/{source}", tmp_path / "a.h5")
+        monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "elsewhere"))  # another machine: only ETags tell
+        again = run(f"s3://photos/{source}", tmp_path / "a.h5")
+    expected = run(folder, tmp_path / "b.h5").store
+    np.testing.assert_array_equal(result.store.array("last.avg"), expected.array("last.avg"))
+    assert result.store.images.sha256.tolist() == expected.images.sha256.tolist()
+    assert result.store.images.labels.tolist() == expected.images.labels.tolist()
+    assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)
+
+
+@pytest.mark.parametrize("cut", [False, True] if STRESS else [True])
+def test_photographs_from_s3_give_the_features_of_the_folder_and_only_added_objects_are_read(
+    s3: tuple[int, Path], assets: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cut: bool
+) -> None:
+    """Of cats and dogs; ``make stress`` takes all 3,000."""
+    import fsspec
+
+    folder = some_cats_and_dogs(assets, tmp_path / "photographs", 1000 if STRESS else 30)
+    monkeypatch.setattr(remote, "_FIRST_PAUSE", 0.01)
+    bucket = f"real-{int(cut)}"
+    with cutting_proxy(s3[0]) as between:
+        fsspec.filesystem("s3").clear_instance_cache()
+        account(monkeypatch, s3[0])
+        files = fsspec.filesystem("s3", skip_instance_cache=True, use_listings_cache=False)
+        files.mkdir(bucket)
+        late = sorted(folder.rglob("*.jpg"))[:3]
+        files.put(f"{folder}/", f"{bucket}/", recursive=True)
+        for path in late:
+            files.rm(f"{bucket}/{path.relative_to(folder)}")
+        fsspec.filesystem("s3").clear_instance_cache()
+        account(monkeypatch, between if cut else s3[0])
+        run(f"s3://{bucket}", tmp_path / "a.h5")
+        for path in late:
+            files.put(str(path), f"{bucket}/{path.relative_to(folder)}")
+        read, call = list[str](), remote.Reader.__call__
+        monkeypatch.setattr(remote.Reader, "__call__", lambda self, path: read.append(path) or call(self, path))
+        result = run(f"s3://{bucket}", tmp_path / "a.h5")
+    assert sorted(set(read)) == [str(path.relative_to(folder)) for path in late]
+    assert (result.inferred, result.counts["new"]) == (3, 3)
     expected = run(folder, tmp_path / "b.h5").store
     np.testing.assert_array_equal(result.store.array("last.avg"), expected.array("last.avg"))
     assert result.store.images.paths == expected.images.paths
-    assert (again.inferred, again.counts["hashed"], again.written) == (0, 0, False)
 
 
 def test_what_is_wrong_is_said(s3: tuple[int, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,11 +166,12 @@ def test_what_is_wrong_is_said(s3: tuple[int, Path], monkeypatch: pytest.MonkeyP
 
 @pytest.mark.stress
 @pytest.mark.timeout(1800)
+@pytest.mark.parametrize("source", SOURCES if STRESS else SOURCES[:2])
 def test_a_run_that_was_killed_gives_the_same_store(
-    s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str
 ) -> None:
     import fsspec
 
     fsspec.filesystem("s3").clear_instance_cache()
     account(monkeypatch, s3[0])
-    kill_series("s3://photos/set", tmp_path)
+    kill_series(f"s3://photos/{source}", tmp_path)

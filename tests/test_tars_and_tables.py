@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from helpers import NumpyNetwork, paint_folder
 from PIL import Image
-from stores import kill_series
+from stores import kill_series, table, tar
 
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction
@@ -30,16 +28,6 @@ def png(number: int) -> bytes:
     stream = io.BytesIO()
     Image.new("RGB", (8, 8), (number % 256, number // 256, 7)).save(stream, "PNG")
     return stream.getvalue()
-
-
-def tar(path: Path, members: Mapping[str, bytes] | Sequence[tuple[str, bytes]]) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tarfile.open(path, "w") as archive:
-        for name, data in members.items() if isinstance(members, Mapping) else members:
-            info = tarfile.TarInfo(name)
-            info.size = len(data)
-            archive.addfile(info, io.BytesIO(data))
-    return path
 
 
 def labels_of(source: str | Path, **options: Any) -> dict[str, str]:
@@ -140,23 +128,6 @@ def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------
-
-IMAGE = pa.struct([("bytes", pa.binary()), ("path", pa.string())])
-
-
-def table(
-    path: Path, images: Sequence[bytes | None], rows: int = 1000, names: Sequence[str] = (), **columns: Any
-) -> Path:
-    """A file as ``datasets`` writes it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    structs = pa.array([{"bytes": data, "path": None} for data in images], IMAGE)
-    metadata = {}
-    if names:
-        features = {"image": {"_type": "Image"}, "label": {"names": list(names), "_type": "ClassLabel"}}
-        metadata[b"huggingface"] = json.dumps({"info": {"features": features}}).encode()
-    made = pa.table({"image": structs, **{name: pa.array(values) for name, values in columns.items()}})
-    pq.write_table(made.replace_schema_metadata(metadata), path, row_group_size=rows)
-    return path
 
 
 def one(path: Path) -> tuple[Path, list[Path]]:

@@ -3,5 +3,5 @@
     path --scan()--> ImageSet: paths, labels, splits, groups, and a function that reads the bytes of one image
 
 ``scan`` is the entry point; ``folders archives arrays manifests webdataset parquet remote sample`` each read one kind of source;
-``splits`` makes splits.
+``blocks`` are files of many images in buckets; ``splits`` makes splits.
 """

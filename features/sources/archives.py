@@ -35,7 +35,8 @@ from features.errors import SourceError, UnreadableImageError
 from features.files import file_digest, whole_file
 from features.pixels.limits import MAX_BYTES
 from features.scratch import Growing
-from features.sources.folders import File
+from features.sources.blocks import File, Status, on_disk
+from features.sources.folders import File as ImageFile
 from features.temporary import sweep_dead
 from features.texts import GrowingTexts, Lookup, Texts, key_of, keys_of
 
@@ -119,9 +120,9 @@ class Archive:
 
     Parameters
     ----------
-    path : Path
+    path : Path or InBucket
         The archive, for messages.
-    file : Path
+    file : Path or InBucket
         The file that is read: the archive itself, or its expanded copy in the cache.
     state : tuple of int
         Size in bytes and modification time in nanoseconds of ``file`` before its members were listed.
@@ -131,8 +132,8 @@ class Archive:
         Folders that the archive lists.
     """
 
-    path: Path
-    file: Path
+    path: File
+    file: File
     state: tuple[int, int]
     members: Members
     folders: list[str]
@@ -153,8 +154,8 @@ class Archive:
         """Do as ``read``, for a member that has been looked up."""
         wanted = member.size if limit is None else min(limit, member.size)
         try:
-            with open(self.file, "rb") as stream:
-                if _state(os.fstat(stream.fileno())) != self.state:
+            with self.file.open("rb") as stream:
+                if _state(self.file.stat()) != self.state:
                     raise SourceError(f"{self.file} has been changed since its members were listed; run again")
                 data = _member_data(stream, member, wanted)
         except FileNotFoundError as error:
@@ -172,7 +173,7 @@ class Archive:
         return data
 
 
-def _state(status: os.stat_result) -> tuple[int, int]:
+def _state(status: os.stat_result | Status) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
@@ -190,13 +191,13 @@ def _member_data(stream: BinaryIO, member: Member, wanted: int) -> bytes:
     return zlib.decompressobj(-zlib.MAX_WBITS).decompress(data, wanted) if wanted else b""
 
 
-def open_archive(path: Path, trust: Trust = "notes") -> Archive:
+def open_archive(path: File, trust: Trust = "notes") -> Archive:
     """List the members of a zip or tar archive, as its suffix says; a compressed tar is expanded into the cache.
 
     Parameters
     ----------
-    path : Path
-        The archive.
+    path : Path or InBucket
+        The archive; in a bucket a plain tar.
     trust : {"notes", "times", "nothing"}
         When the expanded copy of before is used: if the archive has the inode, times and size noted; if it has the
         modification time and size noted; or never.
@@ -208,6 +209,9 @@ def open_archive(path: Path, trust: Trust = "notes") -> Archive:
         link or a device, occurs twice, is encrypted, exceeds the limits or is compressed like a bomb.
     """
     name = path.name.lower()
+    if (path_on_disk := on_disk(path)) is None:
+        return _open_tar(path, path)
+    path = path_on_disk
     if name.endswith(".zip"):
         return open_zip(path)
     expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
@@ -222,7 +226,7 @@ def open_archive(path: Path, trust: Trust = "notes") -> Archive:
 
 
 @contextlib.contextmanager
-def _reading(path: Path, kind: str) -> Iterator[None]:
+def _reading(path: File, kind: str) -> Iterator[None]:
     """Turn an error of a library that reads the archive into a ``SourceError``."""
     try:
         yield
@@ -238,8 +242,8 @@ def _reading(path: Path, kind: str) -> Iterator[None]:
 class _Listing:
     """The members listed so far; each is checked when it is added."""
 
-    def __init__(self, path: Path, file: Path, member_limit: int) -> None:
-        self._path, self._file, self._state = path, file, _state(os.stat(file))
+    def __init__(self, path: File, file: File, member_limit: int) -> None:
+        self._path, self._file, self._state = path, file, _state(file.stat())
         self._paths, self._numbers, self._folders = GrowingTexts(), Growing("<i8", (5,)), list[str]()
         self._member_limit, self._total = member_limit, 0
         self._total_limit = max(FREE_TOTAL, MAX_RATIO * self._state[0])
@@ -348,10 +352,10 @@ class _Headers:
         return self._stream.read(count)
 
 
-def _open_tar(path: Path, file: Path) -> Archive:
+def _open_tar(path: File, file: File) -> Archive:
     # The encoding of names must not depend on the locale.
     options: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
-    with _reading(path, "tar archive"), open(file, "rb") as stream:
+    with _reading(path, "tar archive"), file.open("rb") as stream:
         listing = _Listing(path, file, MAX_BYTES)
         with tarfile.open(fileobj=_Headers(stream), **options) as archive:  # type: ignore[call-overload]
             last = -1
@@ -422,7 +426,7 @@ def _note_of(copy: Path) -> Path:
 
 
 def _write_note(copy: Path, sha256: str) -> None:
-    note = {"sha256": sha256, "stamp": File.of(copy.name, os.stat(copy)).stamp}
+    note = {"sha256": sha256, "stamp": ImageFile.of(copy.name, os.stat(copy)).stamp}
     write_signed(_note_of(copy), canonical_json(note).encode("ascii"))
 
 
@@ -431,7 +435,7 @@ def _is_whole(copy: Path) -> bool:
     try:
         with signed_file(_note_of(copy)) as file:
             note = json.load(file)
-        if tuple(note["stamp"]) == File.of(copy.name, os.stat(copy)).stamp:
+        if tuple(note["stamp"]) == ImageFile.of(copy.name, os.stat(copy)).stamp:
             return True
         if file_digest(copy) != note["sha256"]:
             raise ValueError("its digest is not the one noted")

@@ -8,7 +8,7 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -65,8 +65,8 @@ class File(NamedTuple):
         return self.inode, self.ctime_ns, self.mtime_ns, self.size
 
     @classmethod
-    def of(cls, path: str, status: os.stat_result, size: int | None = None) -> File:
-        """Return a file with the status of its own or, if ``size`` is given, of the archive that it is in."""
+    def of(cls, path: str, status: Any, size: int | None = None) -> File:
+        """Return a file with the status, as of ``os.stat``, of its own or, if ``size`` is given, of the archive that it is in."""
         inode = status.st_ino & (1 << 63) - 1  # some file systems use all 64 bits; stores of numbers have a sign
         size = status.st_size if size is None else size
         return cls(path, size, status.st_mtime_ns, inode, status.st_ctime_ns)

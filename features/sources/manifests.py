@@ -12,12 +12,12 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple, NoReturn
 
 from features.errors import SourceError, nearest
 from features.machine import pyarrow_for
+from features.sources.blocks import File, for_arrow, on_disk
 from features.sources.cells import cell_text, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, suffix_of
 from features.sources.objects import without_secrets
@@ -47,13 +47,13 @@ class Manifest(NamedTuple):
     addresses: Mapping[str, str] = MappingProxyType({})
 
 
-def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION) -> Manifest:
+def read_manifest(manifest: File, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION) -> Manifest:
     """Read a manifest; the image files are not accessed.
 
     Parameters
     ----------
-    manifest : Path
-        CSV in UTF-8, or Parquet (``.parquet``), which needs ``pyarrow``.
+    manifest : Path or InBucket
+        CSV in UTF-8, or Parquet (``.parquet``), which needs ``pyarrow``. The rows of one in a bucket are addresses, or relative to it.
     target : str or None
         Name of the label column, ``label`` by default; for other tasks also several names with commas between them.
     labelled : bool
@@ -90,6 +90,8 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
         path = _manifest_path(manifest, line, row[columns["path"]])
         if is_address(path):
             addresses[path] = row[columns["path"]].strip()
+        elif on_disk(manifest) is None:
+            addresses[path] = f"{manifest.parent}/{path}"
         if path in first_line:
             _refuse_line(manifest, line, f"{path!r} is already listed in {_place(manifest, first_line[path])}")
         first_line[path] = line
@@ -122,22 +124,22 @@ def read_manifest(manifest: Path, target: str | None, *, labelled: bool = True, 
     return Manifest(list(first_line), names, splits, groups, further, found, addresses)
 
 
-def _is_parquet(manifest: Path) -> bool:
+def _is_parquet(manifest: File) -> bool:
     return manifest.suffix.lower() == ".parquet"
 
 
-def _place(manifest: Path, line: int) -> str:
+def _place(manifest: File, line: int) -> str:
     """Describe where a row is: a line of CSV, where line 1 is the header, or a row of Parquet, counted from 1."""
     if not _is_parquet(manifest):
         return f"line {line}"
     return f"row {line - 1}" if line > 1 else "columns"
 
 
-def _refuse_line(manifest: Path, line: int, message: str) -> NoReturn:
+def _refuse_line(manifest: File, line: int, message: str) -> NoReturn:
     raise SourceError(f"{manifest}, {_place(manifest, line)}: {message}")
 
 
-def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
+def _csv_rows(manifest: File) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows that are not blank, each with the number of the line on which it starts."""
     try:
         data = manifest.read_bytes()
@@ -159,7 +161,7 @@ def _csv_rows(manifest: Path) -> Iterator[tuple[int, list[str]]]:
         _refuse_line(manifest, line, f"not valid CSV: {error}")
 
 
-def _parquet_rows(manifest: Path, target: str | None, *, lists: bool = False) -> Iterator[tuple[int, list[str]]]:
+def _parquet_rows(manifest: File, target: str | None, *, lists: bool = False) -> Iterator[tuple[int, list[str]]]:
     """Yield the same from Parquet: every value as text, null as an empty text; columns of other types are left out.
 
     ``lists``: columns of the target may hold lists.
@@ -167,7 +169,7 @@ def _parquet_rows(manifest: Path, target: str | None, *, lists: bool = False) ->
     pyarrow = pyarrow_for(manifest)
     line = 1
     try:
-        with pyarrow.parquet.ParquetFile(manifest) as table:
+        with pyarrow.parquet.ParquetFile(for_arrow(manifest)) as table:
             schema = table.schema_arrow
             titles = {title.lower() for title in target_titles(target, [name.lower() for name in schema.names])}
             plain = [
@@ -200,7 +202,7 @@ def _text(cell: Any) -> str:
     return "" if cell is None or cell != cell else str(cell)  # NaN is null too
 
 
-def _columns(manifest: Path, header: Sequence[str], target: str | None, *, labelled: bool) -> dict[str, int]:
+def _columns(manifest: File, header: Sequence[str], target: str | None, *, labelled: bool) -> dict[str, int]:
     """Return the positions of those of the columns ``path``, ``label``, ``split`` and ``group`` that are present."""
     names = [name.strip().lower() for name in header]
     twice = sorted(name for name, count in Counter(names).items() if name and count > 1)
@@ -236,7 +238,7 @@ def _columns(manifest: Path, header: Sequence[str], target: str | None, *, label
     return found
 
 
-def _manifest_path(manifest: Path, line: int, text: str) -> str:
+def _manifest_path(manifest: File, line: int, text: str) -> str:
     if not text.strip():
         _refuse_line(manifest, line, "the path is empty")
     if "\0" in text:
@@ -247,11 +249,17 @@ def _manifest_path(manifest: Path, line: int, text: str) -> str:
         except SourceError as error:
             _refuse_line(manifest, line, str(error))
     path = os.path.normpath(text)
+    if on_disk(manifest) is None:
+        if os.path.isabs(path) or path.partition("/")[0] == "..":
+            _refuse_line(
+                manifest, line, f"{text!r} leaves the folder of the manifest; expected a path inside it, or an address"
+            )
+        return path
     inside = f"{manifest.parent}{os.sep}"
     return path[len(inside) :] if path.startswith(inside) else path
 
 
-def _split_code(manifest: Path, line: int, word: str) -> int:
+def _split_code(manifest: File, line: int, word: str) -> int:
     code = SPLIT_WORDS.get(word.lower(), None if word else NOT_GIVEN)
     if code is None:
         known = ", ".join(SPLIT_WORDS)
@@ -259,7 +267,7 @@ def _split_code(manifest: Path, line: int, word: str) -> int:
     return code
 
 
-def _refuse_other_targets(manifest: Path, column: str, labels: Sequence[str]) -> None:
+def _refuse_other_targets(manifest: File, column: str, labels: Sequence[str]) -> None:
     """Refuse labels that are measurements or lists of classes, because an image must have a single class.
 
     Labels count as measurements if all are numbers, at least one is not whole, and more than half are distinct.

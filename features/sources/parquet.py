@@ -13,7 +13,6 @@ import dataclasses
 import itertools
 import json
 import operator
-import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -26,8 +25,10 @@ import numpy as np
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.machine import pyarrow_for
 from features.scratch import scratch
+from features.sources.blocks import File, for_arrow, prefixes, versions_of
 from features.sources.cells import cell_text, read_target, target_columns
-from features.sources.folders import File, Files
+from features.sources.folders import File as ImageFile
+from features.sources.folders import Files
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
 from features.targets import CLASSIFICATION, Target
@@ -42,20 +43,21 @@ _LONGEST_LABEL = 200
 class Rows(NamedTuple):
     """One row per image, in the order of the files."""
 
-    root: Path
+    root: Path | str
     files: Files
     names: Sequence[str]
     splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
     target: Target | None = None
+    versions: Sequence[str] | None = None
 
 
-def image_column(path: Path) -> str | None:
+def image_column(path: File) -> str | None:
     """Return the name of the column that holds images as bytes; None for a manifest, which has paths, and for other files."""
-    pyarrow = pyarrow_for(path)
+    pyarrow, source = pyarrow_for(path), for_arrow(path)
     with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
-        return _image_column(pyarrow, pyarrow.parquet.read_schema(path))
+        return _image_column(pyarrow, pyarrow.parquet.read_schema(source))
     return None
 
 
@@ -89,15 +91,15 @@ def _is_bytes(pyarrow: ModuleType, kind: Any) -> bool:
 
 
 def open_tables(
-    root: Path, paths: Sequence[Path], target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+    root: Path | str, paths: Sequence[File], target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
 ) -> Rows:
     """List the images of Parquet files; no image is read.
 
     Parameters
     ----------
-    root : Path
+    root : Path or str
         What names all files: their folder, a pattern, or the only file itself.
-    paths : sequence of Path
+    paths : sequence of Path or InBucket
         The files; images are named by row, and by file and row if there are several.
     target : str, optional
         The column of labels, ``label`` by default: text, or whole numbers, with names where the file has those of Hugging Face.
@@ -113,15 +115,14 @@ def open_tables(
         If a file is damaged, has no images or no such column, or a label is no class name; the message names the row.
     """
     pyarrow = pyarrow_for(paths[0])
-    common = os.path.commonpath([path.parent for path in paths])
     names, groups, found = GrowingCoded(), GrowingCoded(), GrowingTexts()
     plain = labelled and task == CLASSIFICATION
     targets = _Targets(target) if labelled and not plain else None
     parts: list[tuple[int, tuple[int, ...], int | None]] = []  # rows, stamp and split of each file
     columns: dict[str, _Column] = {}
-    for path in paths:
-        status = os.stat(path)
-        with _reading(pyarrow, path), pyarrow.parquet.ParquetFile(path) as table:
+    for path, prefix in zip(paths, prefixes(root, paths), strict=True):
+        status = path.stat()
+        with _reading(pyarrow, path), pyarrow.parquet.ParquetFile(for_arrow(path)) as table:
             table_rows, schema = table.metadata.num_rows, table.schema_arrow
             images = _image_column(pyarrow, schema)
             if images is None:
@@ -135,12 +136,11 @@ def open_tables(
                 known = name is not None and name in schema.names
                 for text in _texts(pyarrow, path, table, str(name)) if known else itertools.repeat("", table_rows):
                     into.append(text)
-        prefix = "" if path == root else f"{path.relative_to(common)}/"
         digits = max(6, len(str(table_rows)))
         for number in range(table_rows):
             found.append(f"{prefix}{number:0{digits}d}")
         # The size of an image is not known before it is read; FORMAT.md says that it is then 0.
-        parts.append((table_rows, File.of("", status, 0).stamp, split_of(path.stem)))
+        parts.append((table_rows, ImageFile.of("", status, 0).stamp, split_of(path.stem)))
         nested = pyarrow.types.is_struct(schema.field(images).type)
         columns[prefix] = _Column(path, f"{images}.bytes" if nested else images, (status.st_size, status.st_mtime_ns))
     total, done = sum(rows for rows, _, _ in parts), 0
@@ -154,11 +154,14 @@ def open_tables(
     if (splits == NOT_GIVEN).any():
         splits[:] = NOT_GIVEN
     read = None if targets is None else targets.read(task, root)
-    return Rows(root, Files(found.texts(), stamps), names.coded(), splits, groups.coded(), _Reader(columns), read)
+    versions = versions_of(paths, [rows for rows, _, _ in parts])
+    return Rows(
+        root, Files(found.texts(), stamps), names.coded(), splits, groups.coded(), _Reader(columns), read, versions
+    )
 
 
 @contextlib.contextmanager
-def _reading(pyarrow: ModuleType, path: Path) -> Iterator[None]:
+def _reading(pyarrow: ModuleType, path: File) -> Iterator[None]:
     """Turn an error of pyarrow into a ``SourceError``."""
     try:
         yield
@@ -168,7 +171,7 @@ def _reading(pyarrow: ModuleType, path: Path) -> Iterator[None]:
         raise SourceError(f"{path} is not Parquet, or is damaged: {error}. Download or save it again") from error
 
 
-def _label_column(path: Path, schema: Any, images: str, target: str | None) -> str | None:
+def _label_column(path: File, schema: Any, images: str, target: str | None) -> str | None:
     wanted = target or "label"
     if wanted in schema.names and wanted != images:
         return wanted
@@ -186,9 +189,9 @@ class _Targets:
     def __init__(self, target: str | None) -> None:
         self._target = target
         self._cells: dict[str, GrowingTexts] = {}
-        self._files: list[tuple[Path, int]] = []  # and the rows up to its end
+        self._files: list[tuple[File, int]] = []  # and the rows up to its end
 
-    def add(self, pyarrow: ModuleType, path: Path, table: Any, images: str) -> None:
+    def add(self, pyarrow: ModuleType, path: File, table: Any, images: str) -> None:
         """Read the columns of one file; they must be those of the first one."""
 
         def refuse(what: str) -> NoReturn:
@@ -215,7 +218,7 @@ class _Targets:
                     refuse(f"row {row}: {title}: {problem}")
         self._files.append((path, (self._files[-1][1] if self._files else 0) + table.metadata.num_rows))
 
-    def read(self, task: str, root: Path) -> Target:
+    def read(self, task: str, root: Path | str) -> Target:
         """Turn the cells into a target; what does not fit is refused with its file and row."""
 
         def refuse(row: int, what: str) -> NoReturn:
@@ -237,7 +240,7 @@ def _named(value: Any, names: Sequence[str]) -> Any:
     return names[value]
 
 
-def _texts(pyarrow: ModuleType, path: Path, table: Any, column: str) -> Iterator[str]:
+def _texts(pyarrow: ModuleType, path: File, table: Any, column: str) -> Iterator[str]:
     """Yield the values of a column as class names, empty for null."""
     schema = table.schema_arrow
     kind, named = schema.field(column).type, _names(schema, column)
@@ -273,7 +276,7 @@ def _values(table: Any, column: str) -> Iterator[Any]:
         yield from batch.column(0).to_pylist()
 
 
-def _name(path: Path, column: str, row: int, text: str) -> str:
+def _name(path: File, column: str, row: int, text: str) -> str:
     text = text.strip()
     if len(text) > _LONGEST_LABEL:
         raise SourceError(
@@ -316,7 +319,7 @@ class _Cursor:
 class _Column:
     """The images of one file. Rows that are asked for in order are read once, whatever the size of the row groups."""
 
-    def __init__(self, path: Path, name: str, state: tuple[int, int]) -> None:
+    def __init__(self, path: File, name: str, state: tuple[int, int]) -> None:
         self._path, self._name, self._state = path, name, state
         self._lock = threading.Lock()
         self._starts: list[int] = []
@@ -353,7 +356,7 @@ class _Column:
     def _cursor(self, pyarrow: ModuleType, row: int) -> _Cursor:
         """Return the nearest place before a row from which its row group is being read, or open one at its start."""
         if not self._starts:
-            with pyarrow.parquet.ParquetFile(self._path) as table:
+            with pyarrow.parquet.ParquetFile(for_arrow(self._path)) as table:
                 sizes = [table.metadata.row_group(number).num_rows for number in range(table.metadata.num_row_groups)]
             self._starts = list(itertools.accumulate(sizes, initial=0))[:-1]
         group = max(number for number, start in enumerate(self._starts) if start <= row)
@@ -369,11 +372,11 @@ class _Column:
         return cursor
 
     def _open(self, pyarrow: ModuleType, group: int) -> _Cursor:
-        status = os.stat(self._path)
+        status = self._path.stat()
         if (status.st_size, status.st_mtime_ns) != self._state:
             self._refuse_changed()
         # With a buffer of its own, a row group is read page by page and never as a whole.
-        table = pyarrow.parquet.ParquetFile(self._path, buffer_size=1 << 20, pre_buffer=False)
+        table = pyarrow.parquet.ParquetFile(for_arrow(self._path), buffer_size=1 << 20, pre_buffer=False)
         batches = table.iter_batches(_BATCH, row_groups=[group], columns=[self._name], use_threads=False)
         return _Cursor(group, self._starts[group], table, batches)
 

@@ -117,6 +117,11 @@ class Bucket:
             data = bytes(self._files.cat_file(address, **self._reading))
         return data, Found(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
+    def get_range(self, address: str, start: int, stop: int) -> bytes:
+        """Return the bytes from ``start`` to before ``stop``."""
+        with _translated():
+            return bytes(self._files.cat_file(address, start=start, end=stop)) if start < stop else b""
+
     def list(self, address: str) -> dict[str, Found]:
         """Return all objects below an address by their names inside it; page by page, however many there are."""
         with _translated():

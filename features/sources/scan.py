@@ -27,7 +27,9 @@ from features.progress import counted
 from features.sources import parquet, remote, webdataset
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
-from features.sources.folders import IMAGE_SUFFIXES, File, Files, is_ignored, look_at, suffix_of, walk, warn_left_out
+from features.sources.blocks import File, InBucket, file_at, root_at, versions_of
+from features.sources.folders import IMAGE_SUFFIXES, Files, is_ignored, look_at, suffix_of, walk, warn_left_out
+from features.sources.folders import File as ImageFile
 from features.sources.manifests import read_manifest
 from features.sources.objects import without_secrets
 from features.sources.reading import Reading, read_labels, split_of
@@ -82,8 +84,9 @@ class ImageSet:
         Whether images of the same bytes are one image that has the labels of all of them: those of several class folders.
     replaced : set of str
         Paths of objects in a store that were another version when they were read; it grows while images are read.
-    versions : tuple of str, length n, optional
-        What a store calls the version of each object, such as its ETag; empty if it says none or the image is a file.
+    versions : sequence of str, length n, optional
+        What a store calls the version of each object, or of the one that holds the image, such as its ETag; empty if it says
+        none or the image is a file.
     """
 
     description: str
@@ -101,7 +104,7 @@ class ImageSet:
     target: Target | None = None
     united: bool = False
     replaced: Set[str] = frozenset()
-    versions: tuple[str, ...] | None = None
+    versions: Sequence[str] | None = None
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -240,7 +243,7 @@ def _scanned(
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if remote.is_address(text):
-        return _scan_bucket(text, target, reading)
+        return _scan_bucket(text, target, reading, labelled=labelled, task=task, hosts=hosts)
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -282,13 +285,17 @@ def is_manifest(source: str | Path) -> bool:
 def source_in(root: str, description: str) -> str:
     """Return the source that was given as ``description`` from the ``root`` that its scan found; a manifest lies in its root."""
     name = PurePath(description).name
+    if webdataset.is_pattern(description):
+        return root
     return os.path.join(root, name) if is_manifest(description) and PurePath(root).name != name else root
 
 
 def reader_of(root: str) -> Callable[[str], bytes] | None:
     """Return what reads the images of a source by their paths, given its root; None if they are files in a folder."""
-    if remote.is_address(root):
+    if remote.is_address(root) and not _holds_images(root):
         return remote.Reader(root)
+    if remote.is_address(root):
+        return scan(root, labelled=False).reader
     path = Path(root)
     in_files = os.path.isfile(root) or webdataset.is_pattern(root) or bool(_tables_in(path))
     return scan(root, labelled=False).reader if in_files else None
@@ -297,7 +304,7 @@ def reader_of(root: str) -> Callable[[str], bytes] | None:
 def takes_target(source: str | Path) -> bool:
     """Whether a source may have several columns of labels: a manifest, tars of WebDataset, or Parquet files with images."""
     if remote.is_address(os.fspath(source)):
-        return False
+        return is_manifest(source) or _holds_images(os.fspath(source))
     path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
     if is_manifest(source) or webdataset.is_pattern(os.fspath(source)) or _tables_in(path):
         return True
@@ -306,8 +313,7 @@ def takes_target(source: str | Path) -> bool:
 
 def lists_addresses(source: str | Path) -> bool:
     """Whether a source is a manifest that lists images at addresses; none of them is asked for anything."""
-    path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
-    return is_manifest(source) and bool(read_manifest(path, None, labelled=False)[-1])
+    return is_manifest(source) and bool(read_manifest(file_at(os.fspath(source)), None, labelled=False)[-1])
 
 
 def _refuse_target(text: str, target: str | None) -> None:
@@ -428,43 +434,64 @@ def _with_versions(images: ImageSet, reader: remote.Reader) -> ImageSet:
     return dataclasses.replace(images, versions=versions, replaced=reader.replaced)
 
 
-def _scan_bucket(address: str, target: str | None, reading: Reading) -> ImageSet:
+def _holds_images(address: str) -> bool:
+    """Whether an address stands for files in a bucket that hold many images each."""
+    return address.lower().endswith((".tar", ".parquet"))
+
+
+def _scan_bucket(
+    address: str, target: str | None, reading: Reading, *, labelled: bool, task: str, hosts: str
+) -> ImageSet:
     address = without_secrets(remote.checked(address, buckets_only=True))
+    name = address.lower()
+    if webdataset.is_pattern(address) and name.endswith((".tar", ".parquet")):
+        return _scan_several(address, target, reading, "notes", labelled=labelled, task=task)
+    if name.endswith((*MANIFEST_SUFFIXES, ".tar")):
+        file = InBucket(address)
+        if name.endswith(".tar"):
+            return _scan_archive(file, address, target, reading, "notes", labelled=labelled, task=task)
+        if name.endswith(".parquet") and parquet.image_column(file) is not None:
+            return _from_rows(
+                address, parquet.open_tables(address, [file], target, labelled=labelled, task=task), reading
+            )
+        return _scan_manifest(file, address, target, reading, labelled=labelled, task=task, hosts=hosts)
     _refuse_target(address, target)
-    known = (*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, *OTHER_ARCHIVES, ".npz")
-    if address.lower().endswith(known) or webdataset.is_pattern(address):
+    if name.endswith((*ARCHIVE_SUFFIXES, *OTHER_ARCHIVES, ".npz")) or webdataset.is_pattern(address):
         raise SourceError(
-            f"{address}: manifests, tables and archives are not read from there. Download it; the rows of a manifest may be addresses"
+            f"{address}: from a bucket class folders, .tar, .parquet and .csv are read, and {{000..099}}, {{}} or * in names of "
+            "tars and Parquet files; unpack it there, or download it"
         )
     files, folders, reader = remote.listing(address)
     return _with_versions(_from_tree(reader.root, address, (files, folders), reading, reader=reader), reader)
 
 
 def _scan_archive(
-    path: Path, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
+    path: File, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
 ) -> ImageSet:
-    status = os.stat(path)
+    status = path.stat()
     archive = open_archive(path, trust)
+    root = root_at(path)
     if webdataset.is_webdataset(archive):
         return _from_rows(
-            description, webdataset.samples_of(path, [archive], target, labelled=labelled, task=task), reading
+            description, webdataset.samples_of(root, [archive], target, labelled=labelled, task=task), reading
         )
     _refuse_target(description, target)
-    files, folders, left_out = list[File](), {"", *archive.folders}, Counter[str]()
+    files, folders, left_out = list[ImageFile](), {"", *archive.folders}, Counter[str]()
     for member, details in archive.members.items():
         parts = member.split("/")
         if any(is_ignored(part) for part in parts):
             continue
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if suffix_of(member) in IMAGE_SUFFIXES:
-            files.append(File.of(member, status, details.size))
+            files.append(ImageFile.of(member, status, details.size))
         else:
             left_out[suffix_of(member) or "no suffix"] += 1
-    warn_left_out(path, left_out)
+    warn_left_out(root, left_out)
     seen = [folder for folder in folders if not any(is_ignored(part) for part in folder.split("/") if part)]
     # An archive often holds one outer folder around all others. On disk one would give the inner folder instead.
     skip = _outer_folders({os.path.dirname(file.path) for file in files} - {""})
-    return _from_tree(path, description, (sorted(files), sorted(seen)), reading, skip=skip, reader=archive.read)
+    images = _from_tree(root, description, (sorted(files), sorted(seen)), reading, skip=skip, reader=archive.read)
+    return dataclasses.replace(images, versions=versions_of([path], [len(images)]))
 
 
 def _outer_folders(parents: set[str]) -> int:
@@ -479,7 +506,7 @@ def _outer_folders(parents: set[str]) -> int:
 def _from_tree(
     root: Path | str,
     description: str,
-    listing: tuple[Sequence[File], Sequence[str]],
+    listing: tuple[Sequence[ImageFile], Sequence[str]],
     reading: Reading,
     *,
     skip: int = 0,
@@ -505,7 +532,7 @@ def _scan_several(
     pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
 ) -> ImageSet:
     if pattern.lower().endswith(".parquet"):
-        paths = [Path(os.path.abspath(os.path.expanduser(name))) for name in webdataset.expanded(pattern)]
+        paths = [file_at(name) for name in webdataset.expanded(pattern)]
         return _from_rows(
             pattern,
             parquet.open_tables(webdataset.root_of(pattern), paths, target, labelled=labelled, task=task),
@@ -526,10 +553,11 @@ def _tables_in(folder: Path) -> list[Path]:
 def _from_rows(description: str, rows: webdataset.Samples | parquet.Rows, reading: Reading) -> ImageSet:
     if not reading.settled:
         _refuse_folders_of(description, reading)
-    return _image_set(
+    images = _image_set(
         description, rows.root, rows.files, rows.names, rows.splits, rows.groups, reader=rows.read, reading=reading,
         target=rows.target,
     )  # fmt: skip
+    return images if rows.versions is None else dataclasses.replace(images, versions=rows.versions)
 
 
 # --- other sources ----------------------------------------------------------------------------------------
@@ -564,7 +592,7 @@ def _refuse_folders_of(description: str, reading: Reading) -> None:
 
 
 def _scan_manifest(
-    manifest: Path,
+    manifest: File,
     description: str,
     target: str | None,
     reading: Reading,
@@ -575,20 +603,21 @@ def _scan_manifest(
 ) -> ImageSet:
     if not reading.settled:  # a recorded one may be of a folder of the same images
         _refuse_folders_of(description, reading)
-    root = manifest.parent
+    root = root_at(manifest.parent)
     paths, names, splits, groups, columns, found, addresses = read_manifest(
         manifest, target, labelled=labelled, task=task
     )
-    files, reader = _look_at_all(manifest, [path for path in paths if path not in addresses]), None
+    near = [path for path in paths if path not in addresses]
+    files, reader = _look_at_all(manifest, Path(root), near) if near else [], None
     if addresses:
         try:
             far, reader = remote.look_at_rows(str(root), addresses, remote.hosts_of(hosts))
         except SourceError as error:
             raise SourceError(f"{manifest}: {error}") from error
-        near = iter(files)
-        files = [far.get(path) or next(near) for path in paths]
+        here = iter(files)
+        files = [far.get(path) or next(here) for path in paths]
     missing = [file.path for file in files if file.size < 0]
-    hint = _hint(root, missing)
+    hint = _hint(Path(root), missing) if near else ""
     if len(missing) == len(files):
         raise SourceError(
             f"{manifest}: none of its {len(files)} files exists, for example {os.path.join(root, missing[0])}; "
@@ -616,16 +645,16 @@ def _scan_manifest(
     return images if reader is None else _with_versions(images, reader)
 
 
-def _look_at_all(manifest: Path, paths: Sequence[str]) -> list[File]:
+def _look_at_all(manifest: File, root: Path, paths: Sequence[str]) -> list[ImageFile]:
     """Look at the files of a manifest; a missing one is also looked for in the other Unicode forms of its name."""
-    files = [look_at(manifest.parent, path) for path in paths]
+    files = [look_at(root, path) for path in paths]
     given, other = set(paths), 0
     for number, file in enumerate(files):
         if file.size >= 0 or file.path.isascii():
             continue
         for form in ("NFC", "NFD"):  # macOS takes them for equal, Linux does not
             path = unicodedata.normalize(form, file.path)
-            if path not in given and (found := look_at(manifest.parent, path)).size >= 0:
+            if path not in given and (found := look_at(root, path)).size >= 0:
                 files[number], other = found, other + 1
                 given.add(path)
                 break

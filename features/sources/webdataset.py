@@ -25,9 +25,12 @@ from features.errors import SourceError, UnreadableImageError, nearest
 from features.progress import counted
 from features.scratch import Growing
 from features.sources.archives import Archive, Trust, open_archive
+from features.sources.blocks import file_at, matching, prefixes, versions_of
 from features.sources.cells import cell_text, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
+from features.sources.objects import without_secrets
 from features.sources.reading import split_of
+from features.sources.remote import is_address
 from features.sources.splits import NOT_GIVEN, listed
 from features.targets import CLASSIFICATION, Target
 from features.texts import GrowingCoded, GrowingTexts, Lookup, keys_of
@@ -49,22 +52,25 @@ _MOST_KEYS = 1000  # of .json members that a message may name
 class Samples(NamedTuple):
     """One row per image, in the order of the files."""
 
-    root: Path
+    root: Path | str
     files: Files
     names: Sequence[str]
     splits: np.ndarray
     groups: Sequence[str] | None
     read: Callable[[str], bytes]
     target: Target | None = None
+    versions: Sequence[str] | None = None
 
 
 def is_pattern(source: str) -> bool:
     """Whether the name of a source stands for several tars."""
-    return _RANGE.search(source) is not None or _ALL in source
+    return _RANGE.search(source) is not None or _ALL in source or (is_address(source) and "*" in source)
 
 
-def root_of(pattern: str) -> Path:
+def root_of(pattern: str) -> Path | str:
     """Return what names the files of a pattern whatever their numbers, so that more of them change nothing about the others."""
+    if is_address(pattern):
+        return without_secrets(_RANGE.sub(_ALL, pattern))
     return Path(os.path.abspath(os.path.expanduser(_RANGE.sub(_ALL, pattern))))
 
 
@@ -81,6 +87,8 @@ def expanded(pattern: str) -> list[str]:
     >>> expanded("a-{08..10}.tar")
     ['a-08.tar', 'a-09.tar', 'a-10.tar']
     """
+    if is_address(pattern) and (_ALL in pattern or "*" in pattern):
+        return matching(pattern)
     if _ALL in pattern:
         wanted = re.compile(r"(\d+)".join(map(re.escape, pattern.split(_ALL))))
         found = [name for name in glob.glob(glob.escape(pattern).replace(_ALL, "*")) if wanted.fullmatch(name)]
@@ -125,7 +133,7 @@ def open_tars(
     SourceError
         As there; and if a tar is missing or damaged.
     """
-    paths = [Path(os.path.abspath(os.path.expanduser(name))) for name in expanded(pattern)]
+    paths = [file_at(name) for name in expanded(pattern)]
     if missing := [path.name for path in paths if not path.is_file()]:
         raise SourceError(
             f"{pattern}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}. Put them there, or change the numbers"
@@ -135,13 +143,18 @@ def open_tars(
 
 
 def samples_of(
-    root: Path, archives: Sequence[Archive], target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+    root: Path | str,
+    archives: Sequence[Archive],
+    target: str | None,
+    *,
+    labelled: bool = True,
+    task: str = CLASSIFICATION,
 ) -> Samples:
     """List the images of tars with their labels; no image is read.
 
     Parameters
     ----------
-    root : Path
+    root : Path or str
         What names all tars: their pattern, or the only tar itself.
     archives : sequence of Archive
         The tars.
@@ -160,14 +173,13 @@ def samples_of(
         If a key has two images, a label cannot be read, or there are no images; the message names the member.
     """
     paths, stamps, names, splits = GrowingTexts(), Growing("<i8", (4,)), GrowingCoded(), Growing("i1")
-    tars = dict[str, Archive]()
+    tars, ends = dict[str, Archive](), list[int]()
     targets = _Targets(root, target) if labelled and task != CLASSIFICATION else None
     bare, alone = _Some(), _Some()
-    common = os.path.commonpath([archive.path.parent for archive in archives])
-    for archive in archives:
-        prefix = "" if archive.path == root else f"{archive.path.relative_to(common)}/"
+    for archive, prefix in zip(archives, prefixes(root, [archive.path for archive in archives]), strict=True):
         tars[prefix] = archive
-        status, code = os.stat(archive.path), split_of(archive.path.name.split(".")[0])
+        ends.append(len(splits))
+        status, code = archive.path.stat(), split_of(archive.path.name.split(".")[0])
         for sample in _by_key(archive):
             if not sample.image:
                 alone.add(f"{prefix}{sample.key}")
@@ -198,7 +210,8 @@ def samples_of(
     found = names.coded()
     files = Files(paths.texts(), stamps.array())
     read = None if targets is None else targets.read(task, files.paths)
-    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars), read)
+    versions = versions_of([archive.path for archive in archives], np.diff([*ends, len(splits)]).tolist())
+    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars), read, versions)
 
 
 class _Some:
@@ -308,6 +321,8 @@ def _read_member(
         _refuse(archive, member, f"has {place.size} bytes; expected a label")
     try:
         return member, read(archive.read_member(member, place).decode("utf-8-sig"), *more)
+    except SourceError:
+        raise
     except UnreadableImageError as error:
         _refuse(archive, member, f"is damaged: {error.detail}. Download or pack the tar again")
     except (ValueError, TypeError, RecursionError) as error:
@@ -317,7 +332,7 @@ def _read_member(
 class _Targets:
     """The cells of the targets of all samples, as text: those of the keys of a ``.json`` member, or that of another one."""
 
-    def __init__(self, root: Path, target: str | None) -> None:
+    def __init__(self, root: Path | str, target: str | None) -> None:
         self._root, self._target = root, target
         wanted = {
             title.lower() for title in [*target_titles(target, ()), *target_titles(target, [(target or "").lower()])]
