@@ -145,6 +145,9 @@ bench: setup  ## run the benchmarks and print ratios (three quarters of an hour)
 gpu-check:  ## check a GPU machine with torch and JAX, in minutes; see tests/benchmarks/gpu/README.md
 	bash tests/benchmarks/gpu/on_device.sh $(ARGS)
 
+docs: setup  ## build the documentation site in build/site, from the pages of the packages and the docstrings
+	$(BIN)/python .docs/build.py
+
 dist: setup  ## build the sdist and the wheel of this commit into dist/
 	PYTHON=$(BIN)/python .ci/dist
 
