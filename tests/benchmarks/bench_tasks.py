@@ -214,7 +214,7 @@ def main(folder: Path) -> None:
     print(json.dumps({"border_r2": border_r2(manifest)}), flush=True)
     turned = store_of(manifest, "regression", "angle")
     print(json.dumps({"regression": scores_of(turned, ("ridge", "knn", "dense", "mlp-256"), folder)}), flush=True)
-    settings = {"learning_rate": 3e-4, "epochs": 4, "patience": 0, "unfreeze": "block_13_expand"}
+    settings = {"learning_rate": 2e-4, "epochs": 10, "patience": 0, "unfreeze": "block_6_expand"}
     print(json.dumps({"tuned": tuned(turned, manifest, folder, **settings)}), flush=True)
 
 
