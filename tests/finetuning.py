@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from helpers import ROOT
 from PIL import Image
 
 from features.extraction.extraction import extract_features
@@ -86,6 +89,41 @@ def tiny_world(tmp_path_factory: pytest.TempPathFactory) -> TinyWorld:
     params = {"epochs": 2, "learning_rate": 1e-3}
     run = train_head(store, "dropout-linear", runs=folder / "runs", params=params).folder
     return TinyWorld(folder, images, backbone, store.path, run)
+
+
+CHILD = """
+import sys, time
+from pathlib import Path
+from pipeline.stages.finetune import finetune
+def progress(stage, done, total):
+    print(stage, done, flush=True)
+    if f"{{stage}} {{done}}".startswith(sys.argv[1]):
+        time.sleep(600)  # until it is killed
+document = finetune({run!r}, {images!r}, runs={runs!r}, progress=progress, **{settings!r})
+print("resumed", document["resumed"], flush=True)
+"""
+
+
+def killed_training(
+    run: Path, images: Path | None, runs: Path, settings: dict[str, Any], when: str
+) -> tuple[int, str, str, str]:
+    """Fine-tune in a process of its own, which is killed when it says ``when``: ``epoch 2/5``, or ``epoch 2/5 16``.
+
+    Its exit code, the first epoch that it began, its last words, and what it wrote to stderr.
+    """
+    values = {"run": str(run), "images": images and str(images), "runs": str(runs), "settings": settings}
+    command = [sys.executable, "-c", CHILD.format(**values), when]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    first, last = "", ""
+    for line in child.stdout:
+        first = first or (line if line.startswith("epoch") else "")
+        last = line
+        if line.startswith(when):
+            child.kill()
+            break
+    _, errors = child.communicate(timeout=500)
+    return child.returncode, first, last, errors
 
 
 def weights_of_run(folder: str | Path) -> dict[str, np.ndarray]:

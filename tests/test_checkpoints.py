@@ -5,15 +5,13 @@ from __future__ import annotations
 import json
 import logging
 import random
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from finetuning import TinyWorld, tiny_world, weights_of_run
-from helpers import ROOT, STRESS, listing
+from finetuning import TinyWorld, killed_training, tiny_world, weights_of_run
+from helpers import STRESS, listing
 
 from features.errors import RunError, StoreError
 from pipeline.tuning.checkpoints import Checkpoint, State, checkpoint_path
@@ -137,16 +135,6 @@ SETTINGS = {
     "class_weight": "balanced",
     "unfreeze": "conv_2",
 }
-CHILD = """
-import sys, time
-from pipeline.stages.finetune import finetune
-def progress(stage, done, total):
-    print(stage, done, flush=True)
-    if f"{{stage}} {{done}}" == sys.argv[1]:
-        time.sleep(60)  # until it is killed
-document = finetune({run!r}, {images!r}, runs={runs!r}, progress=progress, **{settings!r})
-print("resumed", document["resumed"], flush=True)
-"""
 
 
 @pytest.mark.slow
@@ -156,30 +144,19 @@ def test_pain_08_a_training_that_was_killed_again_and_again_is_the_uninterrupted
     tiny: TinyWorld, tmp_path: Path
 ) -> None:
     runs = tmp_path / "killed"
-    values = {"run": str(tiny.run), "images": str(tiny.images), "runs": str(runs), "settings": SETTINGS}
-    code, chance = CHILD.format(**values), random.Random(0)
+    chance = random.Random(0)
     finished = 0
     kills = (1, 2, 3, 4, 5) if STRESS else (2, 5)  # epochs in which the process is killed; the last one is left alone
     for epoch in (*kills, None):
         step = chance.randrange(8, 64, 8)
-        command = [sys.executable, "-c", code, f"epoch {epoch}/5 {step}"]
-        child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        assert child.stdout is not None
-        first, last = "", ""
-        for line in child.stdout:
-            first = first or (line if line.startswith("epoch") else "")
-            last = line
-            if line == f"epoch {epoch}/5 {step}\n":
-                child.kill()
-                break
-        _, errors = child.communicate(timeout=100)
+        code, first, last, errors = killed_training(tiny.run, tiny.images, runs, SETTINGS, f"epoch {epoch}/5 {step}")
         assert first.startswith(f"epoch {finished + 1}/5 "), errors
         if epoch is not None:
-            assert child.returncode == -9, errors
+            assert code == -9, errors
             assert [name for name in listing(runs) if not name.startswith(".")] == []
             finished = epoch - 1
         else:
-            assert (child.returncode, last) == (0, "resumed 4\n"), errors
+            assert (code, last) == (0, "resumed 4\n"), errors
     (killed,) = listing_of_runs(runs)
     document = tiny.finetune(runs=tmp_path / "whole", **SETTINGS)
     assert document["resumed"] is None

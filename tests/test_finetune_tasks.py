@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
-from finetuning import SIZE, save_network, weights_of_run
+from finetuning import SIZE, killed_training, save_network, weights_of_run
 from helpers import STRESS
 from PIL import Image
 from scipy.special import expit
@@ -26,7 +26,9 @@ from pipeline.tasks.table import CLASSIFICATION, TASKS
 
 MULTILABEL, REGRESSION = TASKS["multilabel"], TASKS["regression"]
 TRAIN, VALIDATION = 32, 12
-ONE_STEP = {"batch_size": 64, "patience": 0}  # an epoch is a single step, whose loss is that of the weights before it
+EPOCHS = 4
+# An epoch is a single step, whose loss is that of the weights before it.
+SETTINGS: dict[str, Any] = {"epochs": EPOCHS, "learning_rate": 3e-3, "batch_size": 64, "patience": 0}
 
 
 class World(NamedTuple):
@@ -84,6 +86,12 @@ def world(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return World(images, store, run)
 
 
+@pytest.fixture(scope="module")
+def tuned(world: World) -> dict[str, Any]:
+    """The document of fine-tuning from the images, uninterrupted."""
+    return finetune(world.run, world.images, runs=world.store.path.parent / "tuned", **SETTINGS)
+
+
 def loss_of(run: Run, store: FeatureStore, split: str) -> float:
     """The loss that a network is trained on, by hand, of the head on stored features."""
     from pipeline.heads.kinds import head_of
@@ -98,9 +106,8 @@ def loss_of(run: Run, store: FeatureStore, split: str) -> float:
 
 
 @pytest.mark.slow
-def test_a_network_is_trained_on_the_loss_of_its_task(world: World, tmp_path: Path) -> None:
-    start = Run.open(world.run)
-    document = finetune(world.run, world.images, runs=tmp_path, epochs=4, learning_rate=3e-3, **ONE_STEP)
+def test_a_network_is_trained_on_the_loss_of_its_task(world: World, tuned: dict[str, Any], tmp_path: Path) -> None:
+    start, document = Run.open(world.run), tuned
     assert document["task"] == start.task.name
     assert document["parity_gap"] < 1e-4
     run, first = Run.open(document["run"]), start.task.choices[0]
@@ -130,13 +137,36 @@ def test_a_network_is_trained_on_the_loss_of_its_task(world: World, tmp_path: Pa
     document = evaluate(run.folder, world.images, split="validation")
     assert document["images"] == VALIDATION  # one that lies in two folders counts once, with both labels
     assert document["scores"][first] == pytest.approx(run.metrics["validation"][first], abs=1e-4)
-    assert finetune(world.run, world.images, runs=tmp_path, epochs=4, learning_rate=3e-3, **ONE_STEP)["cached"]
+    assert finetune(world.run, world.images, runs=run.folder.parent, **SETTINGS)["cached"]
 
 
 @pytest.mark.slow
-def test_a_training_of_labels_or_numbers_resumes_and_may_read_a_cache(world: World, tmp_path: Path) -> None:
+@pytest.mark.stress
+@pytest.mark.timeout(1800)
+def test_a_training_that_was_killed_is_the_uninterrupted_one(
+    world: World, tuned: dict[str, Any], tmp_path: Path
+) -> None:
+    """Killed in the middle of an epoch: once and for labels, in `make stress` in each epoch of both tasks."""
+    if not (STRESS or Run.open(world.run).task is MULTILABEL):
+        pytest.skip("numbers are interrupted in the process below; killed with STRESS=1")
+    runs = tmp_path / "runs"
+    for epoch in range(1, EPOCHS + 1) if STRESS else (3,):
+        code, first, _, errors = killed_training(world.run, world.images, runs, SETTINGS, f"epoch {epoch}/{EPOCHS}")
+        assert code == -9, errors
+        assert first.startswith(f"epoch {max(1, epoch - 1) if STRESS else 1}/{EPOCHS} "), errors
+        assert [path.name for path in runs.iterdir() if not path.name.startswith(".")] == []
+    resumed = finetune(world.run, world.images, runs=runs, **SETTINGS)
+    assert resumed["resumed"] == (EPOCHS - 1 if STRESS else 2)
+    assert Path(resumed["run"]).name == Path(tuned["run"]).name
+    assert_equal_runs(world.run, resumed, tuned)
+
+
+@pytest.mark.slow
+def test_a_training_of_labels_or_numbers_may_read_a_cache(world: World, tuned: dict[str, Any], tmp_path: Path) -> None:
+    """It resumes after Ctrl-C, too, and comes to what images come to."""
+
     def interrupt(stage: str, done: int, total: int) -> None:
-        if stage == "epoch 3/3":
+        if stage == f"epoch 3/{EPOCHS}":
             raise KeyboardInterrupt
 
     backbone = str(world.store.path.parent / "n.keras")
@@ -144,18 +174,22 @@ def test_a_training_of_labels_or_numbers_resumes_and_may_read_a_cache(world: Wor
     cut = extract_features(
         world.images, tmp_path / "cut.h5", backbone=backbone, layers=["boundary"], batch_size=16, **target
     )
-    settings: dict[str, Any] = {"from_cache": cut.path, "epochs": 3, "patience": 0, "learning_rate": 1e-3}
+    settings: dict[str, Any] = {"from_cache": cut.path, **SETTINGS}
     with pytest.raises(KeyboardInterrupt):
         finetune(world.run, runs=tmp_path / "runs", progress=interrupt, **settings)
     resumed = finetune(world.run, runs=tmp_path / "runs", **settings)
     assert resumed["resumed"] == 2
-    whole = finetune(world.run, runs=tmp_path / "whole", **settings)
-    mine, theirs = weights_of_run(resumed["run"]), weights_of_run(whole["run"])
-    for name in theirs:
-        assert np.linalg.norm(mine[name] - theirs[name]) <= 1e-3 * np.linalg.norm(theirs[name]), name
-    from_images = finetune(world.run, world.images, runs=tmp_path / "images", **{**settings, "from_cache": None})
-    first = Run.open(world.run).task.choices[0]
-    assert from_images["after"][first] == pytest.approx(whole["after"][first], abs=1e-3)
+    assert_equal_runs(world.run, resumed, tuned)
+
+
+def assert_equal_runs(start: Path, mine: dict[str, Any], theirs: dict[str, Any]) -> None:
+    """Weights and losses are equal up to the order of sums, and the weights have moved."""
+    before, found, expected = (weights_of_run(run) for run in (start, mine["run"], theirs["run"]))
+    for name in expected:
+        assert np.linalg.norm(found[name] - expected[name]) <= 1e-3 * np.linalg.norm(expected[name]), name
+    assert sum(not np.array_equal(before[name], expected[name]) for name in expected) == 3  # a kernel and the head
+    losses = [read_history(Path(one["run"]))["val_loss"] for one in (mine, theirs)]
+    np.testing.assert_allclose(*losses, rtol=1e-3)
 
 
 def test_words_and_choices_of_each_task() -> None:
@@ -176,11 +210,14 @@ def test_words_and_choices_of_each_task() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(not STRESS, reason="converts ten networks; set STRESS=1")
 @pytest.mark.parametrize("name", sorted(FORMATS))
-def test_a_fine_tuned_run_is_exported_as_it_predicts(world: World, tmp_path: Path, name: str) -> None:
-    run = finetune(world.run, world.images, runs=tmp_path, epochs=1, learning_rate=1e-3)["run"]
+def test_a_fine_tuned_run_is_exported_as_it_predicts(
+    world: World, tuned: dict[str, Any], tmp_path: Path, name: str
+) -> None:
+    run = tuned["run"]
     out = tmp_path / f"model{ {'keras': '.keras', 'onnx': '.onnx', 'litert': '.tflite'}.get(name, '') }"
     document = export(run, format=name, out=out, images=world.images)
     assert document["parity_gap"] <= document["tolerance"] <= (1e-3 if name == "litert" else 1e-4)
     first = Run.open(run).task.choices[0]
-    scores = [evaluate(model, world.images, split="validation")["scores"][first] for model in (run, out)]
+    asked: dict[str, Any] = {"split": "validation", "target": Run.open(run).target}  # an exported model knows no target
+    scores = [evaluate(model, world.images, **asked)["scores"][first] for model in (run, out)]
     assert scores[0] == pytest.approx(scores[1], abs=0.01)
