@@ -172,6 +172,37 @@ def test_every_function_that_reads_images_takes_hosts() -> None:
     assert taking == READ_IMAGES.keys()
 
 
+def test_results_give_arrays_about_rows_of_the_store(tmp_path: Path) -> None:
+    from helpers import extract, paint_folder
+
+    class Head:
+        """Sure of the first images, in doubt about the last."""
+
+        classes = ("cat", "dog")
+
+        def predict_proba(self, X: np.ndarray) -> np.ndarray:
+            first = np.linspace(1, 0.5, len(X))
+            return np.stack([first, 1 - first], axis=1)
+
+    photos = paint_folder(tmp_path / "photos", {"cat": 12, "dog": 12})
+    store = extract(photos, tmp_path / "f.h5").store
+    found = pipeline.similar(store, ["cat/0003.png", "dog/0001.png"], k=4)
+    listed = [[item["path"] for item in line["neighbours"]] for line in found.images]
+    assert [[store.images.paths[row] for row in rows] for rows in found.row_numbers.tolist()] == listed
+    assert found.similarity[0, 0] == pytest.approx(found.images[0]["neighbours"][0]["similarity"], abs=1e-6)
+    assert found.to_dict()["rows"] == 24
+    audited = pipeline.audit(store, checks=["outlier", "same-bytes"])
+    assert {check["check"]: check["flagged"] for check in audited.checks} == {
+        name: int(audited[name].flag.sum()) for name in ("outlier", "same-bytes")
+    }
+    assert audited["outlier"].score.shape == (24,)
+    bare = extract(photos / "cat", tmp_path / "bare.h5").store
+    chosen = pipeline.suggest(bare, Head(), n=3, strategy="margin")
+    assert [bare.images.paths[row] for row in chosen.row_numbers] == [line["path"] for line in chosen.images]
+    assert chosen.row_numbers.tolist() == [11, 10, 9]
+    np.testing.assert_allclose(chosen.scores, [1, 1 - 1 / 11, 1 - 2 / 11])
+
+
 def test_a_result_is_plain() -> None:
     result = Evaluation(
         {"run": "a", "images": 2, "scores": {"accuracy": 0.51239, "n": 2}, "classes": ["x"], "confusion": [[2]]},

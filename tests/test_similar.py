@@ -110,7 +110,7 @@ def test_the_command_writes_json_csv_and_a_picture(store: FeatureStore, tmp_path
 
 def test_a_query_whose_file_is_another_one_now_is_not_drawn(store: FeatureStore, tmp_path: Path) -> None:
     (tmp_path / "photos/cat/0005.png").write_bytes((tmp_path / "photos/dog/0001.png").read_bytes())
-    assert stage.search(store, ["cat/0005.png"], k=3, grid=tmp_path / "found.png")["drawn"] == 3
+    assert stage.search(store, ["cat/0005.png"], k=3, grid=tmp_path / "found.png")[0]["drawn"] == 3
 
 
 def test_overlong_requests_are_usage_errors(store: FeatureStore) -> None:

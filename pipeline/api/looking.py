@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from features.errors import ConfigurationError
 from features.machine import hosts_allowed, take_device
@@ -18,8 +18,13 @@ from pipeline.api.results import Audited, Comparison, Similar, Suggestions
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
+    from pipeline.stages.suggest import Classifier
 
 Place = str | Path
+COMPARED = (
+    "image_size", "precision", "engine", "batch_size", "workers", "seed", "target", "split_folders", "class_level",
+    "merge_labels",
+)  # fmt: skip
 
 
 def audit(
@@ -77,6 +82,8 @@ def audit(
     >>> found = audit("features.h5", checks=["suspect-label"])
     >>> [(check["check"], check["judged"]) for check in found.checks]
     [('suspect-label', 40)]
+    >>> found["suspect-label"].score.shape  # of all rows
+    (40,)
     """
     from features.store.reader import FeatureStore
     from pipeline.auditing import applying, stage
@@ -102,7 +109,7 @@ def audit(
         stage.write_csv(found, path)
     if decisions is not None:
         document["labels"] = applying.record(found, decisions, apply=apply)
-    return Audited(document, stage.summary)
+    return Audited(document, stage.summary, findings=found.findings, labelled_by=opened.labelled_by)
 
 
 def similar(
@@ -157,6 +164,8 @@ def similar(
     >>> found = similar("features.h5", "cat/00.png", k=3)
     >>> [item["rank"] for item in found.to_pandas().to_dict("records")], found.images[0]["stored"]
     ([1, 2, 3], True)
+    >>> found.row_numbers.shape, found.similarity.shape
+    ((1, 3), (1, 3))
     """
     from features.store.reader import FeatureStore
     from pipeline.stages import similar as stage
@@ -164,22 +173,22 @@ def similar(
     opened = FeatureStore.open(store) if isinstance(store, str | Path) else store
     wanted = [os.fspath(image) for image in ([images] if isinstance(images, str | Path) else images)]
     with showing(progress) as told, hosts_allowed(allow_host):
-        document = stage.search(
+        document, nearest = stage.search(
             opened, wanted, k=k, name=features, out=None if out is None else Path(out),
             grid=None if grid is None else Path(grid), sources=sources, weights=weights, quantised=quantised,
             device=take_device(device), batch_size=batch_size, progress=told,
         )  # fmt: skip
-    return Similar(document, stage.summary)
+    return Similar(document, stage.summary, row_numbers=nearest.rows, similarity=nearest.similarity)
 
 
 def suggest(
-    store: Place,
-    n: int = 50,
+    store: Place | FeatureStore,
+    head: Place | Classifier | None = None,
     *,
+    n: int = 50,
     strategy: str = "mix",
     purpose: str = "train",
     labels: Place | None = None,
-    run: Place | None = None,
     features: str | None = None,
     seed: int = 0,
     out: Place | None = None,
@@ -188,8 +197,11 @@ def suggest(
 
     Parameters
     ----------
-    store : path
-        A feature store with images without a label.
+    store : path or FeatureStore
+        Features of images, some without a label.
+    head : path or object, optional
+        What gives the probabilities: a run, or an object with ``classes`` and ``predict_proba(X)`` of stored features. Default: a
+        head is trained on what is labelled.
     n : int, 1 to 100,000
         Number of images.
     strategy : str
@@ -198,8 +210,6 @@ def suggest(
         Images for validation are drawn at random, and entered in the labels file.
     labels : path, optional
         Labels file whose decisions hold over the labels of the store.
-    run : path, optional
-        Run whose head gives the probabilities. Default: one is trained on what is labelled.
     features : str, optional
         Feature set, if the store has several.
     seed : int
@@ -215,18 +225,20 @@ def suggest(
     Examples
     --------
     >>> from pipeline import suggest
-    >>> found = suggest("unlabelled.h5", 5)
-    >>> found.labelled, len(found.images)
-    (0, 5)
+    >>> found = suggest("unlabelled.h5", n=5)
+    >>> found.labelled, len(found.images), found.row_numbers.shape
+    (0, 5, (5,))
     """
+    from features.store.reader import FeatureStore
     from pipeline.stages import suggest as stage
 
-    head = None if run is None else stage.head_for(store, run, features)
-    document = stage.run(
-        store, n=n, strategy=strategy, purpose=purpose, labels=labels, head=head, name=features, seed=seed,
+    opened = FeatureStore.open(store) if isinstance(store, str | Path) else store
+    taken = stage.head_for(opened, head, features) if isinstance(head, str | Path) else head
+    document, chosen = stage.run(
+        opened, taken, n=n, strategy=strategy, purpose=purpose, labels=labels, name=features, seed=seed,
         out=None if out is None else Path(out),
     )  # fmt: skip
-    return Suggestions(document, stage.summary)
+    return Suggestions(document, stage.summary, row_numbers=chosen.rows, scores=chosen.scores)
 
 
 def compare_networks(
@@ -238,9 +250,19 @@ def compare_networks(
     preprocess: Mapping[str, str] | None = None,
     stores: Place | None = None,
     out: Place | None = None,
+    image_size: int | tuple[int, int] | None = None,
+    precision: Literal["float32", "bfloat16", "float16", "int8"] = "float32",
+    engine: Literal["auto", "keras", "openvino", "onnxruntime"] = "auto",
+    device: str = "auto",
+    batch_size: int | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+    target: str | None = None,
+    split_folders: str = "",
+    class_level: int = 0,
+    merge_labels: bool = False,
     allow_host: str = "",
     progress: bool | Progress = True,
-    **options: Any,
 ) -> Comparison:
     """Compare networks by a cross-validated logistic head on some images, and by their speed.
 
@@ -256,12 +278,12 @@ def compare_networks(
         Weights, and how images are prepared, of single networks by their name.
     stores, out : path, optional
         Folder for the features; PNG or JPEG file to draw.
+    image_size, ..., merge_labels
+        Of all networks, as for `features.extract_features`.
     allow_host : str
         Hosts inside a private network that addresses of images may reach, with commas.
     progress : bool or callable
         See `features.shown.showing`.
-    **options
-        Fields of ``features.extraction.options.ExtractionOptions`` for all networks.
 
     Raises
     ------
@@ -275,8 +297,10 @@ def compare_networks(
     >>> compared.chosen, compared.failed
     ('network.keras', [])
     """
+    given = locals()
     from pipeline.stages import compare as stage
 
+    options = {name: given[name] for name in COMPARED} | {"device": take_device(device)}
     with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.compare(
             images, backbones, limit=limit, weights=weights, preprocess=preprocess, stores=stores, out=out,

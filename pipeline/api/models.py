@@ -8,9 +8,9 @@ from __future__ import annotations
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TextIO
 
 from features.machine import hosts_allowed, take_device
 from features.progress import Progress
@@ -112,9 +112,9 @@ schedule, warmup_epochs, class_weight, augment, mixed_precision, batch_size, see
 
 def predict(
     run: Place,
-    images: Place | Sequence[str | os.PathLike[str]],
+    images: Place | Iterable[str | os.PathLike[str]],
     *,
-    out: Place | None = None,
+    out: Place | TextIO | None = None,
     format: Literal["csv", "jsonl"] | None = None,
     top: int | None = None,
     views: int = 1,
@@ -136,10 +136,10 @@ def predict(
     ----------
     run : path
         Run, folder of runs (the chosen one is taken), or exported model.
-    images : path or sequence of paths
-        Image source, or image files.
-    out : path, optional
-        File to write, for any number of images.
+    images : path or iterable of paths
+        Image source; or image files, which are read as they arrive.
+    out : path or text stream, optional
+        File to write, or an open stream, for any number of images: lines are written while later images are read.
     format, top, views, augment, grid, weights, quantised, batch_size, workers, device, data_set, trust
         See `pipeline.predicting.options.PredictOptions`.
     allow_host : str
@@ -159,27 +159,22 @@ def predict(
     >>> found.predicted, sorted(found.predictions[0])[:2]
     (40, ['class', 'error'])
     """
-    given = locals()
-    source: Any = images if isinstance(images, str | Path) else [os.fspath(image) for image in images]
-    kept = io.StringIO() if out is None else None
-    document, text = _predicted(given | {"images": source}, kept)
-    if kept is not None:
-        document["predictions"] = [json.loads(line) for line in kept.getvalue().splitlines()]
-    return Predictions(document, text)
-
-
-def _predicted(given: Mapping[str, Any], stream: io.StringIO | None) -> tuple[dict[str, Any], Any]:
-    """Predict; rows go into the stream, if there is one, as JSON lines."""
     from pipeline.stages import predict as stage
 
-    names = ("top", "views", "augment", "grid", "weights", "quantised", "batch_size", "workers", "data_set", "trust")
-    with showing(given["progress"]) as told, hosts_allowed(given["allow_host"]):
+    source = images if isinstance(images, str | Path) else (os.fspath(image) for image in images)
+    kept = io.StringIO() if out is None else None
+    file, stream = (out, None) if isinstance(out, str | Path) else (None, out)
+    with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.predict(
-            given["run"], given["images"], out=given["out"], stream=stream, progress=told,
-            format=given["format"] if stream is None else "jsonl", device=take_device(given["device"]),
-            **{name: given[name] for name in names},
+            run, source, out=file, stream=stream or kept, progress=told,
+            format=format if kept is None else "jsonl", top=top, views=views, augment=augment, grid=grid,
+            weights=weights, quantised=quantised, batch_size=batch_size, workers=workers, device=take_device(device),
+            data_set=data_set, trust=trust,
         )  # fmt: skip
-    return document, lambda document: stage.summary(document | {"out": document["out"] or "in memory"})
+    if kept is not None:
+        document["predictions"] = [json.loads(line) for line in kept.getvalue().splitlines()]
+    place = "in memory" if kept is not None else "a stream"
+    return Predictions(document, lambda document: stage.summary(document | {"out": document["out"] or place}))
 
 
 def evaluate(

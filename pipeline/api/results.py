@@ -6,11 +6,16 @@ document (JSON) of a stage --> attributes | to_dict() | to_pandas() | repr, text
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from features.errors import ConfigurationError
 from pipeline.api import pages
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from pipeline.auditing.check import Finding
 
 Text = Callable[..., str]  # of the document; that of a sweep also of the columns of a terminal
 
@@ -24,24 +29,26 @@ class Result:
         Plain values, as the command prints them with ``--json``.
     text : callable
         Makes the text for a person of the document.
+    **arrays
+        Further attributes that are no JSON, such as arrays.
     """
 
     _named: ClassVar[tuple[str, ...]] = ()  # keys of the repr
     _table: ClassVar[str] = ""  # key of the lines that ``to_pandas`` gives
 
-    def __init__(self, document: dict[str, Any], text: Text) -> None:
-        self._document, self._text = document, text
+    def __init__(self, document: dict[str, Any], text: Text, **arrays: Any) -> None:
+        self._document, self._text, self._arrays = document, text, arrays
 
     if not TYPE_CHECKING:  # the classes below declare what there is
 
         def __getattr__(self, name: str) -> Any:
-            values = vars(self).get("_document", {})
+            values = vars(self).get("_document", {}) | vars(self).get("_arrays", {})
             if name.startswith("_") or name not in values:
                 raise AttributeError(f"{type(self).__name__} has no {name!r}; it has {', '.join(values)}")
             return values[name]
 
     def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *self._document})
+        return sorted({*super().__dir__(), *self._document, *self._arrays})
 
     def __str__(self) -> str:
         return self._text(self._document)
@@ -177,6 +184,13 @@ class Predictions(Result):
         """A line for each image, as in a file of JSON lines; None if they were written to ``out``."""
         return self._document.get("predictions")
 
+    @property
+    def judgement(self) -> str:
+        """How many images are right, going by the names of their folders; empty if no folder has the name of a class."""
+        from pipeline.stages.predict import judgement
+
+        return judgement(self._document) if self._document["labelled"] else ""
+
     def _lines(self) -> list[dict[str, Any]]:
         counted = [{"class": name, "images": count} for name, count in self.classes.items()]
         return counted if self.predictions is None else list(self.predictions)
@@ -235,13 +249,23 @@ class Report(Result):
 
 
 class Audited(Result):
-    """What an audit found: ``checks``, each with ``flagged``, ``summary`` and its ``worst`` images."""
+    """What an audit found: ``checks``, each with ``flagged``, ``summary`` and its ``worst`` images.
 
+    ``found["suspect-label"]`` is what that check says of all rows of the store: arrays ``score`` (float32, 0-1, 1 most suspicious,
+    NaN where not judged), ``flag`` (bool) and ``suggested`` (int32, index of a class or -1; None if it suggests none).
+    """
+
+    findings: dict[str, Finding]
+    labelled_by: Mapping[str, Any]
     features: str
     feature_set: str
     checks: list[dict[str, Any]]
     seconds: float
     out: str | None
+
+    def __getitem__(self, check: str) -> Finding:
+        """Return what a check says of all rows."""
+        return self.findings[check]
 
     def _summary(self) -> dict[str, Any]:
         return {"features": self.features, **{one["check"]: one["flagged"] for one in self.checks if one["flagged"]}}
@@ -255,8 +279,13 @@ class Audited(Result):
 
 
 class Similar(Result):
-    """Neighbours of images: ``images``, each with its ``neighbours``, the most similar first."""
+    """Neighbours of images: ``images``, each with its ``neighbours``, the most similar first.
 
+    The same as arrays: ``row_numbers``, int64 (images, k), of the store, -1 where there are fewer; ``similarity``, float32 (images, k), -1 to 1.
+    """
+
+    row_numbers: np.ndarray
+    similarity: np.ndarray
     file: str
     images: list[dict[str, Any]]
     out: str | None
@@ -274,8 +303,13 @@ class Similar(Result):
 
 
 class Suggestions(Result):
-    """Images to label next: ``images``, the most useful first."""
+    """Images to label next: ``images``, the most useful first.
 
+    The same as arrays: ``row_numbers``, int64 (n,), of the store; ``scores``, float64 (n,), higher for more useful.
+    """
+
+    row_numbers: np.ndarray
+    scores: np.ndarray
     file: str
     strategy: str
     labelled: int
@@ -294,6 +328,7 @@ class Comparison(Result):
     failed: list[dict[str, str]]
     best: str | None
     chosen: str | None
+    next: list[str]
     stores: str
     out: str | None
     _named = ("best", "chosen")

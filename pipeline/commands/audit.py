@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
-from features.errors import ConfigurationError
 from pipeline.commands.common import Json, Seed, app, arg, guarded, opt, print_document, print_next, print_note
 
 
@@ -35,36 +34,28 @@ def audit(
     as_json: Json = False,
 ) -> None:
     """Look for wrong labels, odd images, duplicates and weak groups in a store; no image goes through the network."""
-    from features.store.reader import FeatureStore
-    from pipeline.auditing import applying, stage
+    from pipeline.api import looking
+    from pipeline.auditing import applying
     from pipeline.labels.overlay import labels_said
-    from pipeline.outputs import output_file, refuse_overwriting
     from pipeline.progress import ConsoleProgress
 
-    for option, wanted in (("--apply", apply), ("--include-test", include_test)):
-        if wanted and labels is None:
-            raise ConfigurationError(f"{option}: records what it does in a labels file; name one with --labels FILE")
-    path = output_file(out, "--out", "audit.csv")
-    refuse_overwriting(path, "--out", [str(name.resolve()) for name in (features, labels) if name is not None])
-    store = applying.labelled(FeatureStore.open(features), labels, may_be_new=apply or include_test)
     with ConsoleProgress() as progress:
-        found = stage.audit(
-            store,
-            data_set,
+        found = looking.audit(
+            features,
+            features=data_set,
             checks=check or (),
+            images=images,
+            labels=labels,
+            apply=apply,
             include_test=include_test,
             exact=exact,
-            read=None if images is None else applying.reader(store, images),
+            out=out,
             seed=seed,
             progress=progress,
         )
-    stage.write_csv(found, path)
-    document: dict[str, Any] = {**stage.document(found), "out": str(out)}
-    if labels is not None:
-        document["labels"] = applying.record(found, labels, apply=apply)
-    print_document(document, as_json, stage.summary(document))
-    if store.labelled_by:
-        print_note(labels_said(store.labelled_by))
+    print_document(found.to_dict(), as_json, str(found))
+    if found.labelled_by:
+        print_note(labels_said(found.labelled_by))
     if labels is not None and apply:
-        print_note(applying.said(document["labels"]))
+        print_note(applying.said(found.to_dict()["labels"]))
     print_next("bottleneck", "report", "runs", "--audit", out)

@@ -273,12 +273,13 @@ def compare(
     as_json: Json = False,
 ) -> None:
     """Compare networks on a sample: accuracy of a cross-validated head, images per second, time for all images."""
+    from pipeline.api import looking
     from pipeline.progress import ConsoleProgress
     from pipeline.stages import compare as stage
 
     names = [name for item in backbones for name in stage.names_in(item)]
     with ConsoleProgress() as progress:
-        document = stage.compare(
+        compared = looking.compare_networks(
             images,
             names,
             limit=limit,
@@ -288,8 +289,8 @@ def compare(
             out=out,
             progress=progress,
             image_size=parse_size(image_size),
-            precision=precision,
-            engine=engine,
+            precision=precision,  # type: ignore[arg-type]  # text, which is checked
+            engine=engine,  # type: ignore[arg-type]  # text, which is checked
             device=device,
             batch_size=batch_size,
             workers=workers,
@@ -299,10 +300,10 @@ def compare(
             class_level=class_level,
             merge_labels=merge_labels,
         )
-    print_document(document, as_json, stage.summary(document))
-    if not document["networks"]:
+    print_document(compared.to_dict(), as_json, str(compared))
+    if not compared.networks:
         raise typer.Exit(1)
-    print_next(*document["next"])
+    print_next(*compared.next)
 
 
 @app.command()

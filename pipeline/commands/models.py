@@ -204,8 +204,8 @@ def predict(
     as_json: Annotated[bool, opt("Print one JSON document about the file that --out names.", "--json")] = False,
 ) -> None:
     """Predict the classes of images: file, class and probabilities, as CSV or JSON lines."""
+    from pipeline.api import models
     from pipeline.progress import ConsoleProgress
-    from pipeline.stages import predict as stage
 
     if as_json and out is None:
         raise ConfigurationError("--json describes the file that --out names; for rows as JSON type --format jsonl")
@@ -214,11 +214,11 @@ def predict(
     source = _source_of(images)
     on_screen = out is None and sys.stdout.isatty()  # rows are progress enough
     with ConsoleProgress() as progress:
-        document = stage.predict(
+        found = models.predict(
             run,
             source,
-            out=out,
-            format=format,
+            out=out or sys.stdout,
+            format=format,  # type: ignore[arg-type]  # text, which is checked
             top=top,
             views=views,
             augment=augment,
@@ -230,13 +230,13 @@ def predict(
             device=device,
             data_set=data_set,
             trust=trust,
-            progress=None if on_screen else progress,
+            progress=False if on_screen else progress,
         )
     if out is not None:
-        print_document(document, as_json, stage.summary(document))
-    elif document["labelled"]:
-        print_note(stage.judgement(document))
-    exit_if_damaged(document["damaged"])
+        print_document(found.to_dict(), as_json, str(found))
+    elif found.judgement:
+        print_note(found.judgement)
+    exit_if_damaged(found.damaged)
 
 
 @app.command()

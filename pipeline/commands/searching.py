@@ -107,6 +107,6 @@ def suggest(
     from pipeline.api import looking
 
     found = looking.suggest(
-        file, n, strategy=strategy, purpose=purpose, labels=labels, run=run, features=features, seed=seed, out=out
+        file, run, n=n, strategy=strategy, purpose=purpose, labels=labels, features=features, seed=seed, out=out
     )
     print_document(found.to_dict(), as_json, str(found))

@@ -150,8 +150,8 @@ def search(
     grid: Path | None = None,
     sources: Sequence[str] = (),
     **options: Any,
-) -> dict[str, Any]:
-    """Find similar images, write them where that was asked for, and return a document.
+) -> tuple[dict[str, Any], Neighbours]:
+    """Find similar images, write them where that was asked for, and return a document and what `similar` returns.
 
     Parameters
     ----------
@@ -189,7 +189,7 @@ def search(
     if out is not None:
         _write(out, lines)
     drawn = 0 if grid is None else _draw(store, found, lines, grid, sources)
-    return {
+    document = {
         "format": 1,
         "file": str(store.path),
         "features": found.features,
@@ -199,6 +199,7 @@ def search(
         "grid": None if grid is None else str(grid),
         "drawn": drawn,
     }
+    return document, found.neighbours
 
 
 def summary(document: dict[str, Any]) -> str:

@@ -147,25 +147,24 @@ def suggest(
 
 
 def run(
-    file: str | Path,
+    store: FeatureStore,
+    head: Classifier | None = None,
     *,
     n: int = 50,
     strategy: str = "mix",
     purpose: str = "train",
     labels: str | Path | None = None,
-    head: Classifier | None = None,
     name: str | None = None,
     seed: int = 0,
     out: Path | None = None,
-) -> dict[str, Any]:
-    """Choose images, enter them in the labels file if they are for validation, write a list, and return a document."""
+) -> tuple[dict[str, Any], Suggested]:
+    """Choose images, enter them in the labels file if they are for validation, write a list; return a document and what was chosen."""
     if purpose == "validation" and labels is None:
         raise ConfigurationError(
             "--for validation: needs --labels FILE, in which the images drawn are entered before anyone labels them"
         )
     if out is not None:
         out = output_file(out, "--out", "suggested.csv")
-    store = FeatureStore.open(file)
     known = read_labels(labels) if labels is not None and Path(labels).exists() else None
     found = suggest(store, head, n=n, strategy=strategy, purpose=purpose, labels=known, name=name, seed=seed)
     table = store.images
@@ -187,9 +186,9 @@ def run(
         )
     if out is not None:
         _write(out, images)
-    return {
+    document = {
         "format": 1,
-        "file": str(file),
+        "file": str(store.path),
         "purpose": purpose,
         "strategy": strategy if purpose == "train" else "random",
         "score": STRATEGIES[strategy].score if purpose == "train" else "none",
@@ -200,15 +199,16 @@ def run(
         "images": images,
         "out": None if out is None else str(out),
     }
+    return document, found
 
 
-def head_for(file: str | Path, folder: str | Path, name: str | None) -> Classifier:
+def head_for(store: FeatureStore, folder: str | Path, name: str | None) -> Classifier:
     """Load the head of a run for the features of a store; ``ConfigurationError`` if it was trained on others."""
-    run_, store = Run.open(folder), FeatureStore.open(file)
+    run_ = Run.open(folder)
     recipe = store.recipes[store.feature_set(name)]
     if recipe.fingerprint != run_.recipe.fingerprint:
         raise ConfigurationError(
-            f"--run {folder}: its head was trained on {run_.recipe.name} of fingerprint {run_.recipe.fingerprint[:10]}, {file} holds "
+            f"--run {folder}: its head was trained on {run_.recipe.name} of fingerprint {run_.recipe.fingerprint[:10]}, {store.path} holds "
             f"{recipe.name} of {recipe.fingerprint[:10]}; give a run of these features"
         )
     return head_of(run_)
