@@ -58,13 +58,13 @@ class Faults:
         part.replace(self.path)
 
 
-def extraction(source: Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> Extraction:
+def extraction(source: str | Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> Extraction:
     """One with the network of numpy; here, or on a cluster."""
     asked = ExtractionOptions(**{"shard_rows": 32, "workers": 2, **options})
     return Extraction(scan(source), NumpyNetwork(WIDTH), out, asked, cluster or run_here)
 
 
-def extract(source: Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> ExtractionResult:
+def extract(source: str | Path, out: Path, cluster: ClusterShards | None = None, **options: Any) -> ExtractionResult:
     return extraction(source, out, cluster, **options).run()
 
 

@@ -25,7 +25,9 @@ from features.sources import blocks, remote, web
 from features.sources.objects import UnavailableError, without_secrets
 from features.sources.scan import reader_of, scan, source_in, takes_target
 from features.store.reader import FeatureStore
+from pipeline.labels.file import append_decisions, new_decision, value_of
 from pipeline.runs.datasets import source_of
+from pipeline.stages.train_head import train_head
 
 SECRET = "hush-hush-123"
 
@@ -335,20 +337,29 @@ def test_rows_may_mix_files_and_addresses(server: Objects, tmp_path: Path) -> No
     assert set(server.asked[asked:]) == {"HEAD /0.png", "HEAD /2.png"}
 
 
+@pytest.mark.slow
 def test_no_secret_is_written(server: Objects, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG)
-    paint_folder(tmp_path / "images", {"cat": 1})
-    server.objects = {"/0.png": (tmp_path / "images/cat/0000.png").read_bytes(), "/1.png": b"no image"}
+    """Not into a store, its shards and journal, notes, a run, a labels file, the log or a message."""
+    caplog.set_level(logging.DEBUG, "features")
+    caplog.set_level(logging.DEBUG, "pipeline")
+    files = sorted(paint_folder(tmp_path / "images", {"cat": 4, "dog": 4}).rglob("*.png"))
+    server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(files)} | {"/bad.png": b"no image"}
     server.fault = lambda number, request: number == 3 and not request.reply(503, b"", {})
     address = f"http://me:{SECRET}@127.0.0.1:{server.server_address[1]}"
-    rows = {f"{address}/{name}.png?sig={SECRET}": "cat" for name in ("0", "1", "gone")}
+    rows = {f"{address}/{name}.png?sig={SECRET}": "cat" if name < 4 else "dog" for name in range(8)}
+    rows |= {f"{address}/{name}.png?sig={SECRET}": "cat" for name in ("bad", "gone")}
     source = manifest(tmp_path / "m.csv", rows)
-    run(source, tmp_path / "out" / "a.h5", allow_host="127.0.0.1", max_unreadable=1, layout="sharded")
+    options = {"max_unreadable": 1, "split": "stratified:0.5,0.25,0.25"}
+    store = run(source, tmp_path / "out" / "a.h5", allow_host="127.0.0.1", layout="sharded", **options).store
+    train_head(store, "logistic", runs=tmp_path / "out" / "runs")
+    decision = new_decision(store.images.sha256[0], store.images.paths[0], value_of("dog"))
+    append_decisions(tmp_path / "out" / "labels.csv", [decision])
     with pytest.raises(SourceError) as refusal:
         run(source, tmp_path / "out" / "b.h5")
     cache = Path(os.environ["BOTTLENECK_CACHE"]) if "BOTTLENECK_CACHE" in os.environ else tmp_path / "out"
     written = [path.read_bytes() for place in (tmp_path / "out", cache) for path in place.rglob("*") if path.is_file()]
-    assert len(written) > 2
+    assert len(written) > 8
+    assert (tmp_path / "out" / "labels.csv").read_bytes().count(b"http://127.0.0.1") == 1
     assert not any(SECRET.encode() in content for content in written)
     assert SECRET not in caplog.text
     assert SECRET not in str(refusal.value)

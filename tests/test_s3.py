@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from clusters import PRELOAD, WIDTH, Faults, extract
+from faults import differences, inferred
 from helpers import STRESS, NumpyNetwork, paint_folder
 from photographs import some_cats_and_dogs
 from stores import cutting_proxy, kill_series, table, tar
@@ -19,6 +21,7 @@ from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources import blocks, remote
 from features.sources.scan import scan
+from pipeline.cluster.run import ClusterShards
 
 pytestmark = pytest.mark.slow
 
@@ -162,6 +165,28 @@ def test_what_is_wrong_is_said(s3: tuple[int, Path], monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("HOME", "/nonexistent")
     with pytest.raises(SourceError, match=r"may not be read \(no credentials were found"):
         scan("s3://photos/set")
+
+
+def test_a_cluster_needs_no_shared_disk_for_images_in_a_bucket(
+    s3: tuple[int, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its workers read a folder, tars and a manifest themselves; they are told where, and nothing else."""
+    import dask
+    import distributed  # noqa: F401  # its own settings first, else they would go with ours
+    import fsspec
+
+    fsspec.filesystem("s3").clear_instance_cache()
+    account(monkeypatch, s3[0])
+    faults = Faults(tmp_path / "faults.json", numpy=WIDTH, log=str(tmp_path / "log"))
+    for name, value in faults.environment.items():
+        monkeypatch.setenv(name, value)
+    sources = SOURCES if STRESS else SOURCES[1:2]
+    with dask.config.set({"distributed.worker.preload": [faults.environment[PRELOAD]]}):
+        for number, source in enumerate(sources):
+            extract(f"s3://photos/{source}", tmp_path / f"{number}.h5", ClusterShards("local:2"))
+            extract(f"s3://photos/{source}", tmp_path / f"{number}-here.h5")
+            assert differences(tmp_path / f"{number}.h5", tmp_path / f"{number}-here.h5") == []
+    assert inferred(tmp_path / "log") == 60 * len(sources)
 
 
 @pytest.mark.stress

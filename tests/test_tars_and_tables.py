@@ -206,6 +206,17 @@ def test_tables_that_are_wrong_are_refused_by_name(tmp_path: Path) -> None:
         listed.read(0)
 
 
+def test_a_column_of_nulls_holds_no_images(tmp_path: Path) -> None:
+    path = table(tmp_path / "a.parquet", [None, None], label=[0, 1])
+    with pytest.raises(SourceError, match=r"a\.parquet: none of 2 images could be read \(000000: missing\)"):
+        extracted(path, tmp_path / "f.h5")
+    pq.write_table(pa.table({"image": pa.nulls(2), "label": [0, 1]}), path)
+    with pytest.raises(
+        SourceError, match=r"a\.parquet, columns: no column 'path', received 'image', 'label'.*rename 'image' to 'path'"
+    ):
+        scan(path)
+
+
 def test_labels_that_are_null_are_no_labels(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", [png(1), png(2)], label=pa.nulls(2))
     assert list(labels_of(path).values()) == ["", ""]
