@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -156,6 +158,61 @@ def test_splits_come_from_the_names_of_files_in_a_folder(tmp_path: Path) -> None
     assert images.given_splits.tolist() == [2, 0, 0]
     assert images.classes == ("cat", "dog")
     assert len(scan(f"{tmp_path}/data/train-{{00000..00001}}-of-00002.parquet")) == 2
+
+
+def arrow(path: Path, images: Sequence[bytes | None], names: Sequence[str] = (), rows: int = 2, **columns: Any) -> Path:
+    """A file as ``save_to_disk`` writes it, of the same rows as ``table``."""
+    whole = pq.read_table(table(path.with_suffix(".parquet"), images, names=names, **columns))
+    path.with_suffix(".parquet").unlink()
+    with pa.ipc.new_stream(path, whole.schema) as stream:
+        stream.write_table(whole, max_chunksize=rows)
+    (path.parent / "state.json").write_text("{}")
+    return path
+
+
+def test_arrow_files_are_read_as_parquet_files_are(tmp_path: Path) -> None:
+    pictures = [png(number) for number in range(9)]
+    one = arrow(tmp_path / "one" / "data-00000-of-00001.arrow", pictures, ["cat", "dog"], label=[0, 1, 0] * 3)
+    assert labels_of(one) == {f"{row:06d}": "dog" if row % 3 == 1 else "cat" for row in range(9)}
+    assert labels_of(one.parent) == {f"{one.name}/{row:06d}": "dog" if row % 3 == 1 else "cat" for row in range(9)}
+    images = scan(one.parent)
+    order = [*range(0, 9, 2), *range(8, -1, -3), 0, 8]
+    assert [images.read(row) for row in order] == [pictures[row] for row in order]
+    read = reader_of(str(images.root))
+    assert read is not None
+    assert read(images.paths[5]) == pictures[5]
+    for split in ("train", "test"):
+        arrow(tmp_path / "two" / split / "data-00000-of-00001.arrow", pictures[:3], label=["a", "b", "a"])
+    (tmp_path / "two" / "dataset_dict.json").write_text('{"splits": ["train", "test"]}')
+    both = scan(tmp_path / "two")
+    assert both.given_splits.tolist() == [2, 2, 2, 0, 0, 0]
+    assert both.paths[3] == "train/data-00000-of-00001.arrow/000000"
+    assert both.read(4) == pictures[1]
+
+
+def test_arrow_files_that_are_wrong_are_refused(tmp_path: Path) -> None:
+    path = arrow(tmp_path / "a.arrow", [png(1), None], label=[0, 1])
+    images = scan(path)
+    with pytest.raises(UnreadableImageError, match=r"missing: .*a\.arrow, row 2: the image has no bytes"):
+        images.read(1)
+    whole = path.read_bytes()
+    listed = scan(path)
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(SourceError, match="has been changed since its rows were listed"):
+        listed.read(0)
+    for data in (whole[: len(whole) // 2], b"no arrow", b""):
+        path.write_bytes(data)
+        with pytest.raises(SourceError, match=r"a\.arrow"):
+            scan(path)
+    noise = np.random.default_rng(0)
+    for _ in range(200):  # it never ends the process
+        damaged = bytearray(whole)
+        damaged[int(noise.integers(len(whole)))] ^= 1 << int(noise.integers(8))
+        path.write_bytes(damaged)
+        with contextlib.suppress(SourceError, UnreadableImageError):
+            found = scan(path)
+            for row in range(len(found)):
+                found.read(row)
 
 
 def test_rows_are_read_in_any_order(tmp_path: Path) -> None:

@@ -25,7 +25,8 @@ import numpy as np
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.machine import pyarrow_for
 from features.scratch import scratch
-from features.sources.blocks import File, for_arrow, prefixes, versions_of
+from features.sources.arrow import kind_of, open_table
+from features.sources.blocks import File, on_disk, prefixes, versions_of
 from features.sources.cells import cell_text, read_target, target_columns
 from features.sources.folders import File as ImageFile
 from features.sources.folders import Files
@@ -55,9 +56,11 @@ class Rows(NamedTuple):
 
 def image_column(path: File) -> str | None:
     """Return the name of the column that holds images as bytes; None for a manifest, which has paths, and for other files."""
-    pyarrow, source = pyarrow_for(path), for_arrow(path)
-    with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException):
-        return _image_column(pyarrow, pyarrow.parquet.read_schema(source))
+    pyarrow = pyarrow_for(path)
+    if on_disk(path) is None:
+        path.stat()  # that there is none is no matter of columns
+    with contextlib.suppress(OSError, ValueError, pyarrow.ArrowException), open_table(pyarrow, path) as table:
+        return _image_column(pyarrow, table.schema_arrow)
     return None
 
 
@@ -122,7 +125,7 @@ def open_tables(
     columns: dict[str, _Column] = {}
     for path, prefix in zip(paths, prefixes(root, paths), strict=True):
         status = path.stat()
-        with _reading(pyarrow, path), pyarrow.parquet.ParquetFile(for_arrow(path)) as table:
+        with _reading(pyarrow, path), open_table(pyarrow, path) as table:
             table_rows, schema = table.metadata.num_rows, table.schema_arrow
             images = _image_column(pyarrow, schema)
             if images is None:
@@ -140,7 +143,7 @@ def open_tables(
         for number in range(table_rows):
             found.append(f"{prefix}{number:0{digits}d}")
         # The size of an image is not known before it is read; FORMAT.md says that it is then 0.
-        parts.append((table_rows, ImageFile.of("", status, 0).stamp, split_of(path.stem)))
+        parts.append((table_rows, ImageFile.of("", status, 0).stamp, _split(path)))
         nested = pyarrow.types.is_struct(schema.field(images).type)
         columns[prefix] = _Column(path, f"{images}.bytes" if nested else images, (status.st_size, status.st_mtime_ns))
     total, done = sum(rows for rows, _, _ in parts), 0
@@ -160,6 +163,13 @@ def open_tables(
     )
 
 
+def _split(path: File) -> int | None:
+    """Return the split that the name of a file says, or that of its folder if ``save_to_disk`` has made one for each split."""
+    saved = on_disk(path)
+    of_folder = saved is not None and (saved.parent.parent / "dataset_dict.json").is_file()
+    return split_of(path.stem) if not of_folder or saved is None else split_of(saved.parent.name)
+
+
 @contextlib.contextmanager
 def _reading(pyarrow: ModuleType, path: File) -> Iterator[None]:
     """Turn an error of pyarrow into a ``SourceError``."""
@@ -168,7 +178,9 @@ def _reading(pyarrow: ModuleType, path: File) -> Iterator[None]:
     except SourceError:
         raise
     except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
-        raise SourceError(f"{path} is not Parquet, or is damaged: {error}. Download or save it again") from error
+        raise SourceError(
+            f"{path} is not {kind_of(path)}, or is damaged: {error}. Download or save it again"
+        ) from error
 
 
 def _label_column(path: File, schema: Any, images: str, target: str | None) -> str | None:
@@ -356,7 +368,8 @@ class _Column:
     def _cursor(self, pyarrow: ModuleType, row: int) -> _Cursor:
         """Return the nearest place before a row from which its row group is being read, or open one at its start."""
         if not self._starts:
-            with pyarrow.parquet.ParquetFile(for_arrow(self._path)) as table:
+            self._check_unchanged()
+            with open_table(pyarrow, self._path) as table:
                 sizes = [table.metadata.row_group(number).num_rows for number in range(table.metadata.num_row_groups)]
             self._starts = list(itertools.accumulate(sizes, initial=0))[:-1]
         group = max(number for number, start in enumerate(self._starts) if start <= row)
@@ -372,13 +385,13 @@ class _Column:
         return cursor
 
     def _open(self, pyarrow: ModuleType, group: int) -> _Cursor:
-        status = self._path.stat()
-        if (status.st_size, status.st_mtime_ns) != self._state:
-            self._refuse_changed()
+        self._check_unchanged()
         # With a buffer of its own, a row group is read page by page and never as a whole.
-        table = pyarrow.parquet.ParquetFile(for_arrow(self._path), buffer_size=1 << 20, pre_buffer=False)
+        table = open_table(pyarrow, self._path, buffer_size=1 << 20, pre_buffer=False)
         batches = table.iter_batches(_BATCH, row_groups=[group], columns=[self._name], use_threads=False)
         return _Cursor(group, self._starts[group], table, batches)
 
-    def _refuse_changed(self) -> NoReturn:
-        raise SourceError(f"{self._path} has been changed since its rows were listed; run again")
+    def _check_unchanged(self) -> None:
+        status = self._path.stat()
+        if (status.st_size, status.st_mtime_ns) != self._state:
+            raise SourceError(f"{self._path} has been changed since its rows were listed; run again")

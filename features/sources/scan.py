@@ -27,6 +27,8 @@ from features.progress import counted
 from features.sources import parquet, remote, webdataset
 from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
+from features.sources.arrow import SUFFIX as ARROW
+from features.sources.arrow import saved_tables
 from features.sources.blocks import File, InBucket, file_at, root_at, versions_of
 from features.sources.folders import IMAGE_SUFFIXES, Files, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.folders import File as ImageFile
@@ -252,7 +254,7 @@ def _scanned(
         return _scan_several(text, target, reading, trust, labelled=labelled, task=task)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
-    if is_file and name.endswith(".parquet") and parquet.image_column(path) is not None:
+    if is_file and name.endswith((".parquet", ARROW)) and parquet.image_column(path) is not None:
         return _from_rows(text, parquet.open_tables(path, [path], target, labelled=labelled, task=task), reading)
     if is_file and name.endswith(MANIFEST_SUFFIXES):
         return _scan_manifest(path, text, target, reading, labelled=labelled, task=task, hosts=hosts)
@@ -270,6 +272,10 @@ def _scanned(
     if is_file and name.endswith(".npz"):
         return _scan_arrays(path, text, reading)
     known = " ".join((*MANIFEST_SUFFIXES, *ARCHIVE_SUFFIXES, ".npz"))
+    if is_file and name.endswith(ARROW):
+        raise SourceError(
+            f"{path}: is no Arrow stream with a column of images; expected one as save_to_disk of Hugging Face writes it"
+        )
     if is_file and name.endswith(OTHER_ARCHIVES):
         raise SourceError(f"{path}: archives of this kind cannot be read, only {known}; unpack it and give the folder")
     raise SourceError(
@@ -542,12 +548,12 @@ def _scan_several(
 
 
 def _tables_in(folder: Path) -> list[Path]:
-    """Return the Parquet files with images in a folder, or in its folder ``data``, where Hugging Face puts them."""
+    """Return the Parquet files with images in a folder, or in its folder ``data``, where Hugging Face puts them; or its Arrow files."""
     for place in (folder, folder / "data"):
         found = sorted(place.glob("*.parquet")) if place.is_dir() else []
         if found and parquet.image_column(found[0]) is not None:
             return found
-    return []
+    return saved_tables(folder) if folder.is_dir() else []
 
 
 def _from_rows(description: str, rows: webdataset.Samples | parquet.Rows, reading: Reading) -> ImageSet:
