@@ -230,6 +230,22 @@ def test_only_a_new_file_of_images_is_inferred(bucket: Any, shards: Path, tmp_pa
     assert (result.inferred, result.counts["cached"]) == (3, 4)
 
 
+def test_a_folder_of_parquet_files_in_a_bucket_is_what_a_pattern_of_them_is(
+    bucket: Any, shards: Path, tmp_path: Path
+) -> None:
+    for split, number in (("train", 0), ("test", 1)):
+        bucket.pipe(f"/bucket/hub/data/{split}-0.parquet", (shards / f"p-{number}.parquet").read_bytes())
+    store = run("memory://bucket/hub", tmp_path / "a.h5").store
+    assert (store.source, store.provenance["root"]) == ("memory://bucket/hub/data/*.parquet",) * 2
+    assert store.images.paths[0] == "test-0.parquet/000000"
+    assert store.images.splits.tolist() == [2] * 3 + [0] * 4
+    assert scan("memory://bucket/hub/data").given_splits.tolist() == [2] * 3 + [0] * 4
+    bucket.pipe("/bucket/hub/none.txt", b"-")
+    bucket.rm("/bucket/hub/data", recursive=True)
+    with pytest.raises(SourceError, match="memory://bucket/hub holds no images"):
+        scan("memory://bucket/hub")
+
+
 def test_a_tar_is_read_once_in_order_in_blocks_of_which_few_are_kept(
     bucket: Any, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ error: a file that was replaced in between never gives a wrong image.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import functools
 import io
@@ -244,6 +245,15 @@ def matching(pattern: str) -> list[str]:
     if not found:
         raise SourceError(f"{without_secrets(pattern)}: no such files")
     return [f"{folder}/{each}" for each in sorted(found, key=lambda each: (_numbers(wanted, each), each))]
+
+
+def tables_below(folder: str) -> str:
+    """Return the pattern of the Parquet files in a folder of a bucket, or in its folder ``data``; empty if there are none."""
+    for place in (folder, f"{folder}/data"):
+        with contextlib.suppress(SourceError):
+            if matching(pattern := f"{place}/*.parquet"):
+                return pattern
+    return ""
 
 
 def _numbers(pattern: re.Pattern[str], name: str) -> list[int]:

@@ -29,7 +29,7 @@ from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.arrow import SUFFIX as ARROW
 from features.sources.arrow import saved_tables
-from features.sources.blocks import File, InBucket, file_at, root_at, versions_of
+from features.sources.blocks import File, InBucket, file_at, root_at, tables_below, versions_of
 from features.sources.folders import IMAGE_SUFFIXES, Files, is_ignored, look_at, suffix_of, walk, warn_left_out
 from features.sources.folders import File as ImageFile
 from features.sources.manifests import read_manifest
@@ -461,13 +461,15 @@ def _scan_bucket(
                 address, parquet.open_tables(address, [file], target, labelled=labelled, task=task), reading
             )
         return _scan_manifest(file, address, target, reading, labelled=labelled, task=task, hosts=hosts)
-    _refuse_target(address, target)
     if name.endswith((*ARCHIVE_SUFFIXES, *OTHER_ARCHIVES, ".npz")) or webdataset.is_pattern(address):
         raise SourceError(
             f"{address}: from a bucket class folders, .tar, .parquet and .csv are read, and {{000..099}}, {{}} or * in names of "
             "tars and Parquet files; unpack it there, or download it"
         )
     files, folders, reader = remote.listing(address)
+    if not files and (tables := tables_below(reader.root)):
+        return _scan_several(tables, target, reading, "notes", labelled=labelled, task=task)
+    _refuse_target(address, target)
     return _with_versions(_from_tree(reader.root, address, (files, folders), reading, reader=reader), reader)
 
 
