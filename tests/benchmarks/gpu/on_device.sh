@@ -11,7 +11,7 @@ SLOW="${SLOW:-1}"   # every limit times this: for rehearsals on a busy machine
 here="$(cd "$(dirname "$0")" && pwd)"
 carried="$here/../../../.whl"
 [ -e "$carried/images.tar" ] || { echo ".whl is not filled: run tests/benchmarks/gpu/prepare.sh where pip reaches PyPI, and copy .whl here" >&2; exit 1; }
-cp -u "$carried"/_resize.abi3.so "$here/../../../features/pixels/"
+cp -u --remove-destination "$carried"/_resize.abi3.so "$here/../../../features/pixels/" # never written in place: a running process may have it loaded
 REHEARSE="${REHEARSE:-}"   # 1: without a GPU, with the packages of the python3 in PATH instead of the wheels
 mkdir -p "$OUT" "$WORK/results" "$WORK/done"
 log="$OUT/log.txt"
@@ -74,6 +74,6 @@ step variants-torch-vgg16 40 torch variants --backbone vgg16 --seconds 0.6
 step compile-torch-mobilenetv2 120 torch variants --backbone mobilenetv2 --seconds 0.6 --compile
 CUDA_VISIBLE_DEVICES="" step bank-torch-cpu 40 torch bank
 KERAS_BACKEND=torch timeout $((15 * SLOW)) python3 "$here/gpu_kit.py" summary | cut -c1-300 | tee -a "$log"
-echo "== done at $((SECONDS - begun)) s; not done: $(grep -oE '^step [a-z0-9-]+' "$here/on_device.sh" | cut -d' ' -f2 | while read -r name; do [ -e "$WORK/done/$name" ] || printf '%s ' "$name"; done)" | tee -a "$log"
+echo "== done at $((SECONDS - begun)) s; not done: $(sed -nE 's/^([A-Z_]+=[^ ]* )?step ([a-z0-9-]+).*/\2/p' "$here/on_device.sh" | while read -r name; do [ -e "$WORK/done/$name" ] || printf '%s ' "$name"; done)" | tee -a "$log"
 cp -r "$WORK/results" "$OUT/" 2>/dev/null; tar -C "$WORK" -czf "$OUT/results.tgz" results && rm -rf "$OUT/results"
 exit 0
