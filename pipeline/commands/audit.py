@@ -58,4 +58,4 @@ def audit(
         print_note(labels_said(found.labelled_by))
     if labels is not None and apply:
         print_note(applying.said(found.to_dict()["labels"]))
-    print_next("bottleneck", "report", "runs", "--audit", out)
+    print_next("bottleneck", "review", features, *(() if labels is None else ("--labels", labels)))

@@ -212,7 +212,7 @@
     caption.textContent = shownLabel(item);
     const other = item.predicted && item.predicted !== item.label;
     element.classList.toggle("other", Boolean(other) && item.state === "open");
-    caption.dataset.also = !item.predicted ? "" : other ? `${item.predicted} ${Math.round(100 * item.confidence)} %` : `${Math.round(100 * item.confidence)} %`;
+    caption.dataset.also = !item.predicted ? "" : other ? `${Math.round(100 * item.confidence)} % ${item.predicted}` : `${Math.round(100 * item.confidence)} %`;
     caption.style.setProperty("--s", item.suspicion === null || item.suspicion === undefined ? "0%" : `${Math.round(100 * item.suspicion)}%`);
     element.setAttribute("aria-label", spoken(item, waiting));
     element.title = item.path;

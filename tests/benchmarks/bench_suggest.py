@@ -132,11 +132,12 @@ def draw(results: dict[str, Any], path: Path) -> None:
             style = {"random": (2.0, "--"), "mix": (2.4, "-")}.get(strategy, (1.2, "-"))
             axis.plot(labels, values, style[1], color=colour, linewidth=style[0], label=strategy)
         axis.axhline(result["target"], color="#b0b7c0", linewidth=1)
-        axis.annotate("goal", (labels[-1], result["target"]), ha="right", va="bottom", fontsize=8, color="#57606c")
+        told = f"{100 * SETS[name][2]:g} % of\nthat of all"
+        axis.annotate(told, (1.01, result["target"]), xycoords=("axes fraction", "data"), va="center", fontsize=8)
         axis.set(
             title=f"{name}: {result['images']:,} training images",
             xlabel="labels",
-            ylim=(min(0.5, result["target"] - 0.3), 1),
+            ylim=(min(values[0] for values in result["curves"].values()) - 0.02, 1),
         )
         axis.spines[["top", "right"]].set_visible(False)
     axes[0][0].set_ylabel("accuracy, mean of the seeds")
