@@ -29,15 +29,15 @@ EXTRACT = """
 import sys
 sys.path[:0] = ["tests"]
 from stores import extract
-extract(sys.argv[1], sys.argv[2])
+extract(sys.argv[1], sys.argv[2], lambda line: print(line, flush=True))
 """
 
 
-def extract(source: str, out: str | Path) -> None:
-    """Extract with a stand-in of numpy, in small shards, and say when it begins."""
+def extract(source: str, out: str | Path, told: Callable[[str], None] = lambda line: None) -> None:
+    """Extract with a stand-in of numpy, in small shards, and tell each step: the listing, images, and rows of the store."""
     images, options = scan(source), ExtractionOptions(batch_size=4, shard_rows=4)
-    print("ready", flush=True)
-    Extraction(images, NumpyNetwork(), Path(out), options).run()  # type: ignore[arg-type]
+    told("listed 0")
+    Extraction(images, NumpyNetwork(), Path(out), options).run(lambda stage, done, total: told(f"{stage} {done}"))  # type: ignore[arg-type]
 
 
 class Objects(ThreadingHTTPServer):
@@ -186,17 +186,18 @@ def table(
 
 
 def kill_series(source: str, folder: Path) -> None:
-    """Kill extractions of a source at one moment after another; rerun, each gives the bytes of one that was left alone."""
-    extract(source, folder / "whole.h5")
+    """Kill extractions of a source at steps from first to last; rerun, each gives the bytes of one that was left alone."""
+    steps: list[str] = []
+    extract(source, folder / "whole.h5", steps.append)
     whole = (folder / "whole.h5").read_bytes()
-    for number in range(20 if STRESS else 1):
+    for number in range(20) if STRESS else (9,):
         out = folder / f"{number}.h5"
         command = [sys.executable, "-c", EXTRACT, source, str(out)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        time.sleep(0.01 * (number if STRESS else 5))
+        for _ in range(1 + number * len(steps) // 20):
+            assert process.stdout.readline()
         process.send_signal(signal.SIGKILL)
         process.wait()
         extract(source, out)
-        assert out.read_bytes() == whole, number
+        assert out.read_bytes() == whole, (number, steps[number * len(steps) // 20])
