@@ -283,3 +283,46 @@ def test_one_module_has_the_names_of_both(monkeypatch: pytest.MonkeyPatch) -> No
 
     assert bf.__all__ == sorted({*features.__all__, *pipeline.__all__})
     assert (bf.predict, bf.BottleneckError) == (pipeline.predict, features.BottleneckError)
+
+
+def test_the_script_of_a_user_that_mypy_checks_uses_every_function() -> None:
+    import tomllib
+
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]
+    assert settings["mypy"]["strict"]
+    assert "tests/typed" in settings["mypy"]["files"]
+    assert "py.typed" in settings["setuptools"]["package-data"]["*"]
+    script = (ROOT / "tests" / "typed" / "user_script.py").read_text()
+    functions = {"extract_features", *pipeline.__all__} - {"BottleneckClassifier"}  # scikit-learn has no types
+    assert [name for name in sorted(functions) if f".{name}(" not in script] == []
+
+
+def test_a_store_of_another_version_is_refused_by_each_function_that_opens_one(tmp_path: Path) -> None:
+    import shutil
+
+    import h5py
+
+    from features.errors import StoreError
+
+    path = tmp_path / "later.h5"
+    shutil.copy(ROOT / "tests" / "golden" / "store-v1.h5", path)
+    with h5py.File(path, "r+") as file:
+        file.attrs["format_version"] = 99
+    for asked in (
+        pipeline.train_head,
+        pipeline.audit,
+        pipeline.suggest,
+        lambda place: pipeline.train_heads(place, {"version": 1, "heads": [{"head": "logistic"}]}),
+        lambda place: pipeline.similar(place, "a.png"),
+    ):
+        with pytest.raises(StoreError, match=r"later\.h5.*99"):
+            asked(path)
+
+
+def test_a_run_of_another_machine_is_opened_without_its_images() -> None:
+    folder = next(path.parent for path in sorted((ROOT / "tests/golden/runs").glob("*/*/metrics.json")))
+    run = pipeline.open_run(folder)
+    assert run.metrics == json.loads((folder / "metrics.json").read_text())
+    assert run.mistakes == [] or "<table" in run._repr_html_()
+    assert "data:image" not in run._repr_html_()
+    assert pipeline.leaderboard(folder.parent).rows

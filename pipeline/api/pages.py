@@ -98,7 +98,7 @@ def _bar(row: Mapping[str, Any]) -> dict[str, Any]:
             '<svg width="120" height="12" role="img" aria-label="{}"><title>{}</title>'
             '<rect x="0" y="5" width="100%" height="2" fill="#ccc"></rect>'
             '<rect x="{}%" y="2" width="{}%" height="8" fill="#56b4e9"></rect>'
-            '<rect x="{}%" y="0" width="2" height="12" fill="#000"></rect></svg>'
+            '<rect x="{}%" y="0" width="2" height="12" fill="currentColor"></rect></svg>'
         ).format(title, title, low, max(0.5, round(high - low, 1)), score)
     }
 
@@ -113,7 +113,8 @@ def confusion(matrix: Sequence[Sequence[int]], classes: Sequence[str]) -> str:
         cells = []
         for count in counts:
             share = count / max(1, sum(counts))
-            style = f"{CELL};text-align:right;background:rgba(86,180,233,{share:.2f});color:#000"
+            style = f"{CELL};text-align:right;background:rgba(86,180,233,{share:.2f})"
+            style += ";color:#000" if share > 0.6 else ""  # elsewhere that of the page, which may be dark
             cells.append(Markup('<td style="{}">{}</td>').format(style, count or ""))
         lines.append(Markup('<tr><th style="{}">{}</th>{}</tr>').format(CELL, printable(name), Markup("").join(cells)))
     inner = Markup("<table><thead><tr><th>true \\ predicted</th>{}</tr></thead><tbody>{}</tbody></table>")
