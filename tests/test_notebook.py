@@ -36,7 +36,7 @@ def test_twelve_cells_use_public_names_and_their_outputs_are_kept() -> None:
     assert len(found) == 12
     code = "\n".join("".join(cell["source"]) for cell in found if cell["cell_type"] == "code")
     used = {node.attr for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Attribute)}
-    assert used - {"classes", "images", "paths", "trained", "cached", "failed"} <= {*of_features, *of_pipeline}
+    assert used - {"classes", "images", "paths", "trained", "cached", "failed", "join"} <= {*of_features, *of_pipeline}
     kept = {cell["id"]: cell for cell in found if cell["cell_type"] == "code"}
     assert all(cell["execution_count"] for cell in kept.values())
     for name, shown in RICH.items():
