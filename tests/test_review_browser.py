@@ -418,6 +418,22 @@ def test_a_name_that_resolves_to_this_machine_is_refused(browser: Any, server: S
     context.close()
 
 
+def test_of_two_orders_the_one_that_was_asked_for_last_is_shown(browser: Any, server: Server) -> None:
+    """Whichever answer comes last."""
+    with opened(browser, server.address) as page:
+        held: list[Any] = []
+        page.route("**/order?*", lambda route: route.continue_() if held else held.append(route))
+        before = page.inner_text("#count")
+        page.select_option("[name=split]", "validation")
+        page.select_option("[name=split]", "train")
+        until(page, f"document.getElementById('count').textContent !== {before!r}")
+        shown = page.inner_text("#count")
+        with page.expect_response("**/order?*"):
+            held[0].continue_()
+        page.wait_for_timeout(300)
+        assert page.inner_text("#count") == shown
+
+
 def test_script_in_names_is_text(browser: Any, server: Server) -> None:
     with opened(browser, server.address) as page:
         page.select_option("[name=state]", "")

@@ -75,18 +75,21 @@
     $("trouble").lastElementChild.onclick = again;
   };
 
-  // ---- the order of rows
+  // ---- the order of rows; of several that were asked for, the last one is shown, whichever answer comes last
+  let loads = 0;
   const load = async ({ keep = false } = {}) => {
     const query = new URLSearchParams();
     for (const [name, value] of new FormData(filters)) if (value) query.set(name, value);
     if (query.get("by") === "similar") query.set("near", near);
-    const row = order[at];
+    const row = order[at], mine = ++loads;
     ranking = head();
     try {
       const found = await ask(`order?${query}`);
+      if (mine !== loads) return;
       order = found.rows;
       total = found.total;
     } catch (error) {
+      if (mine !== loads) return;
       trouble(`The images could not be listed: ${error.message}`, () => load());
       return;
     }
