@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import _thread
 import contextlib
+import functools
 import hashlib
+import http.server
 import io
 import logging
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -85,6 +88,20 @@ def chromium(what: str) -> Iterator[Any]:
             setattr(launched, name, patient(getattr(launched, name)))
         yield launched
         launched.close()
+
+
+@contextlib.contextmanager
+def folder_served(folder: Path) -> Iterator[int]:
+    """A web server of this machine that serves a folder: its port."""
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(folder))) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()
 
 
 def patient(make: Callable[..., Any]) -> Callable[..., Any]:

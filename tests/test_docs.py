@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import functools
 import subprocess
 import sys
-import threading
-from collections.abc import Iterator
 from html.parser import HTMLParser
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
 import pytest
-from helpers import ROOT, chromium
+from helpers import ROOT, chromium, folder_served
 
 import features
 import pipeline
@@ -115,25 +111,9 @@ def test_the_reference_has_every_public_name(site: Path, pages: dict[Path, Page]
     assert [heading.strip("¶") for heading in page.headings] == sorted(package.__all__)  # type: ignore[attr-defined]
 
 
-@pytest.fixture
-def address(site: Path) -> Iterator[str]:
-    class Quiet(SimpleHTTPRequestHandler):
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site)))
-    thread = threading.Thread(target=server.serve_forever)
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}/"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def test_it_reads_well_on_a_telephone_and_is_searched(address: str, tmp_path: Path) -> None:
-    with chromium("the documentation") as browser:
+def test_it_reads_well_on_a_telephone_and_is_searched(site: Path, tmp_path: Path) -> None:
+    with folder_served(site) as port, chromium("the documentation") as browser:
+        address = f"http://127.0.0.1:{port}/"
         page = browser.new_page(viewport={"width": 400, "height": 800})
         asked: list[str] = []
         trouble: list[str] = []

@@ -6,8 +6,6 @@ Screenshots are kept in the folder that BOTTLENECK_SCREENSHOTS names, else nowhe
 from __future__ import annotations
 
 import contextlib
-import functools
-import http.server
 import json
 import os
 import signal
@@ -21,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from helpers import ROOT, STRESS, chromium, rounds
+from helpers import ROOT, STRESS, chromium, folder_served, rounds
 from reviewing import TRAIN, VALIDATION, painted_store, two_classes, written_store
 
 from features.store.reader import FeatureStore
@@ -377,17 +375,6 @@ ATTACK = """async (place) => {
 }"""
 
 
-@contextlib.contextmanager
-def other_site(folder: Path) -> Iterator[int]:
-    """Another server of this machine, on another port."""
-    (folder / "index.html").write_text("<!doctype html><title>other</title>")
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(folder))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as site:
-        threading.Thread(target=site.serve_forever, daemon=True).start()
-        yield site.server_address[1]
-        site.shutdown()
-
-
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_another_page_of_this_machine_reads_and_writes_nothing(
     browser: Any, store: FeatureStore, server: Server, tmp_path: Path, host: str
@@ -398,7 +385,8 @@ def test_another_page_of_this_machine_reads_and_writes_nothing(
     page.goto(server.address)
     page.wait_for_selector("#grid .tile")
     place, before = page.url, server.decisions()
-    with other_site(tmp_path) as port:
+    (tmp_path / "index.html").write_text("<!doctype html><title>other</title>")
+    with folder_served(tmp_path) as port:
         attacker = context.new_page()
         attacker.goto(f"http://{host}:{port}/")
         tried = attacker.evaluate(ATTACK, place)
