@@ -6,8 +6,10 @@ import importlib
 import io
 import itertools
 import logging
+import re
 import struct
 import zlib
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -131,128 +133,172 @@ def dicom(
     return stream.getvalue()
 
 
-# --- twelve kinds of files --------------------------------------------------------------------------------
+# --- kinds of files, and the pixels that they give ---------------------------------------------------------
 
 
-def test_an_array_of_bytes_is_taken_as_it_is() -> None:
-    assert decoded(npy([[[1, 2, 3], [4, 5, 6]]], np.uint8), 1, 2) == [[[1, 2, 3], [4, 5, 6]]]
-    assert decoded(npy([[7, 250]], np.uint8), 1, 2) == [[[7, 7, 7], [250, 250, 250]]]
+def rle(*planes: bytes) -> bytes:
+    """DICOM's RLE (PS3.5, annex G) of planes of bytes without a run, the highest byte of the values first."""
+    parts = [bytes([len(plane) - 1]) + plane + bytes((len(plane) + 1) % 2) for plane in planes]
+    offsets = np.cumsum([64, *map(len, parts)])[:-1].tolist()
+    return struct.pack("<16L", len(parts), *offsets, *[0] * (15 - len(parts))) + b"".join(parts)
 
 
-def test_an_array_of_16_bits_is_white_at_65535_like_a_png() -> None:
-    values = np.array([[0, 128, 129, 257 * 200, 65535]], np.uint16)  # 257 is 65535 / 255; halves are rounded up
+def saved(values: Any, dtype: Any, kind: str, **options: Any) -> bytes:
     stream = io.BytesIO()
-    Image.fromarray(values).save(stream, "PNG")
-    expected = [[[grey] * 3 for grey in (0, 0, 1, 200, 255)]]
-    assert decoded(npy(values, np.uint16), 1, 5) == decoded(stream.getvalue(), 1, 5) == expected
+    Image.fromarray(np.array(values, dtype)).save(stream, kind, **options)
+    return stream.getvalue()
 
 
-def test_channels_are_counted_from_one_and_scaled_between_two_values() -> None:
-    values = [[[0, 255, 510, 9999, 1], [1, 2, 3, 0, 0]]]  # of 510: 0 0.5 1; a half is rounded up
-    data = npy(values, np.uint16)
-    assert decoded(data, 1, 2, channels="3,2,1", scale="0:510") == [[[255, 128, 0], [2, 1, 1]]]
-    assert decoded(data, 1, 2, channels="4", scale="0:510") == [[[255] * 3, [0] * 3]]
+def grey(*rows: tuple[int, ...]) -> list[list[list[int]]]:
+    return [[[value] * 3 for value in row] for row in rows]
 
 
-def test_the_mean_of_floats_is_stretched_between_percentiles() -> None:
-    values = np.zeros((1, 5, 2))
-    values[0, :, 0], values[0, :, 1] = [0, 2, 4, 6, 100], [2, 4, 6, 8, np.nan]  # means 1 3 5 7 and none
-    data = npy(values, np.float32)
-    # Of four numbers, the percentiles 0 and 100 are 1 and 7: a third of 255 is 85.
-    assert decoded(data, 1, 5, channels="mean", scale="percentile:0,100") == [
-        [[grey] * 3 for grey in (0, 85, 170, 255, 0)]
-    ]
-    # The percentile 25 of 0 2 4 6 100 is 2, the percentile 75 is 6.
-    assert decoded(data, 1, 5, channels="first", scale="percentile:25,75") == [
-        [[grey] * 3 for grey in (0, 0, 128, 255, 255)]
-    ]
+def tiles() -> bytes:
+    values = np.zeros((17, 18, 2), np.int16)
+    values[16, 17], values[0, 16] = (-1000, 1000), (1000, -500)
+    return tiff(values, tile=16, compression=8)
 
 
-def test_a_tiff_of_six_channels() -> None:
-    values = np.arange(24, dtype=np.uint8).reshape(2, 2, 6)
-    data = tiff(values, rows=1)
-    assert decoded(data, 2, 2, channels="6,1,2") == [[[5, 0, 1], [11, 6, 7]], [[17, 12, 13], [23, 18, 19]]]
-    assert decoded(data, 2, 2, channels="mean", scale="0:255") == [[[3] * 3, [9] * 3], [[15] * 3, [21] * 3]]  # 2.5 up
+def colours(*pixels: tuple[int, ...], apart: int = 0, space: str = "RGB") -> bytes:
+    """A DICOM file of one row of colours."""
+    values = np.array(pixels, np.uint8)
+    tags = {"SamplesPerPixel": 3, "PhotometricInterpretation": space, "PlanarConfiguration": apart}
+    held = np.ascontiguousarray(values.T if apart else values)
+    return dicom(held, Rows=1, Columns=len(values), **tags)  # type: ignore[arg-type]
 
 
-def test_a_tiff_of_16_bits_with_deflate_and_predictor_big_endian() -> None:
-    values = np.array([[[0, 1000, 2000, 40000], [100, 900, 60000, 7]]], np.uint16)
-    data = tiff(values, order=">", compression=8, predictor=2, photometric=2)
-    assert decoded(data, 1, 2, channels="1,2,3", scale="0:2000") == [[[0, 128, 255], [13, 115, 255]]]  # 12.75 114.75
-    assert decoded(data, 1, 2, channels="4", scale="dtype") == [[[156] * 3, [0] * 3]]  # 155.6
+DEEP = [[0, 128, 129, 257 * 200, 65535]]  # 257 is 65535 / 255
+ON_WHITE_65535 = grey((0, 0, 1, 200, 255))  # 128 / 257 is rounded down, 129 / 257 up
+FIVE = [[[0, 255, 510, 9999, 1], [1, 2, 3, 0, 0]]]
+PAIRS = [[[0, 2], [2, 4], [4, 6], [6, 8], [100, np.nan]]]  # means 1 3 5 7 and none
+CT = np.array([[-24, 1000, 1040, 1064, 3000]], np.int16)  # in Hounsfield units -1048 -24 16 40 1976
+RESCALED = {"RescaleSlope": "1", "RescaleIntercept": "-1024", "WindowCenter": "40.5", "WindowWidth": "81"}
+EXACT = {"WindowCenter": ["50", "9"], "WindowWidth": ["100", "1"], "VOILUTFunction": "LINEAR_EXACT"}
+PAGES = [np.full((1, 2, 1), value, np.uint16) for value in (100, 200, 300)]
+FLOATS = np.array([[[0.0, -1.0], [0.5, 1.0]], [[1.0, 0.0], [2.0, np.nan]]], np.float32)
+SIX = np.arange(12, dtype=np.uint8).reshape(2, 1, 6)
+FOUR = np.array([[[0, 1000, 2000, 40000], [100, 900, 60000, 7]]], np.uint16)
+
+# Kind -> its file, and what options make of it. All numbers were worked out by hand; a half is rounded up.
+KINDS: dict[str, tuple[Callable[[], bytes], list[tuple[dict[str, Any], list[list[list[int]]]]]]] = {
+    "NPY of bytes": (lambda: npy([[[1, 2, 3], [4, 5, 6]]], np.uint8), [({}, [[[1, 2, 3], [4, 5, 6]]])]),
+    "NPY of bytes, grey": (lambda: npy([[7, 250]], np.uint8), [({}, grey((7, 250)))]),
+    "NPY of a mask": (lambda: npy([[True, False]], np.bool_), [({}, grey((255, 0)))]),
+    "NPY of 16 bits": (lambda: npy(DEEP, np.uint16), [({}, ON_WHITE_65535)]),
+    "NPY of 16 bits, big-endian": (lambda: npy(DEEP, ">u2"), [({}, ON_WHITE_65535)]),
+    "NPY of five channels": (lambda: npy(FIVE, np.uint16), [
+        ({"channels": "3,2,1", "scale": "0:510"}, [[[255, 128, 0], [2, 1, 1]]]),  # 127.5; 1.5 1 0.5
+        ({"channels": "4", "scale": "0:510"}, grey((255, 0))),
+    ]),
+    "NPY of floats": (lambda: npy(PAIRS, np.float32), [
+        ({"channels": "mean", "scale": "percentile:0,100"}, grey((0, 85, 170, 255, 0))),  # from 1 to 7
+        ({"channels": "first", "scale": "percentile:25,75"}, grey((0, 0, 128, 255, 255))),  # from 2 to 6
+    ]),
+    "NPY with a sign, in the order of Fortran": (lambda: npy(np.asfortranarray([[1, -4], [2, 4]]), np.int16), [
+        ({"scale": "-4:4"}, grey((159, 0), (191, 255))),  # 5 and 6 eighths: 159.375 191.25
+    ]),
+    "NPY of 32 bits": (lambda: npy([[0, 2**31]], np.uint32), [({"scale": "dtype"}, grey((0, 128)))]),
+    "PNG of 16 bits": (lambda: saved(DEEP, np.uint16, "PNG"), [
+        ({}, ON_WHITE_65535), ({"scale": "0:258"}, grey((0, 127, 128, 255, 255))),  # 126.5 127.5
+    ]),
+    "PNG of RGB": (lambda: saved([[[10, 20, 30]]], np.uint8, "PNG"), [
+        ({"channels": "3,2,1"}, [[[30, 20, 10]]]), ({"channels": "mean", "scale": "0:40"}, grey((128,))),
+    ]),
+    "PPM of 16 bits": (lambda: b"P6 2 1 65535\n" + bytes([0, 0, 128, 0, 255, 255, 1, 1, 0, 127, 200, 200]), [
+        ({}, [[[0, 128, 255], [1, 0, 200]]]),
+    ]),
+    "TIFF of bytes": (lambda: saved([[10, 60]], np.uint8, "TIFF"), [({"scale": "10:60"}, grey((0, 255)))]),
+    "TIFF of 16 bits": (lambda: saved(DEEP, np.uint16, "TIFF"), [
+        ({}, ON_WHITE_65535), ({"scale": "0:258"}, grey((0, 127, 128, 255, 255))),
+    ]),
+    "BigTIFF": (lambda: saved(DEEP, np.uint16, "TIFF", big_tiff=True), [
+        ({}, ON_WHITE_65535), ({"scale": "0:258"}, grey((0, 127, 128, 255, 255))),
+    ]),
+    "TIFF of six channels": (lambda: tiff(SIX, rows=1), [
+        ({"channels": "6,1,2"}, [[[5, 0, 1]], [[11, 6, 7]]]),
+        ({"channels": "mean", "scale": "0:255"}, grey((3,), (9,))),  # 2.5 8.5
+    ]),
+    "TIFF of 16 bits and four channels, deflate, predictor, big-endian": (
+        lambda: tiff(FOUR, order=">", compression=8, predictor=2, photometric=2), [
+            ({"channels": "1,2,3", "scale": "0:2000"}, [[[0, 128, 255], [13, 115, 255]]]),  # 12.75 114.75
+            ({"channels": "4", "scale": "dtype"}, grey((156, 0))),  # 155.6
+        ]),
+    "TIFF of floats, channels apart, LZW": (lambda: tiff(FLOATS, compression=5, apart=True, rows=1), [
+        ({"channels": "1", "scale": "0:1"}, grey((0, 128), (255, 255))),
+        ({"channels": "2", "scale": "-1:1"}, grey((0, 255), (128, 0))),
+    ]),
+    "TIFF of tiles, with a sign": (tiles, [
+        ({"channels": "2,1,1", "scale": "-1000:1000"}, [
+            [[128] * 3] * 16 + [[64, 255, 255], [128] * 3], *[[[128] * 3] * 18] * 15,  # a quarter of 255 is 63.75
+            [[128] * 3] * 17 + [[255, 0, 0]],
+        ]),
+    ]),
+    "TIFF of three grey pictures": (lambda: tiff(*PAGES), [
+        ({"channels": "3,1,2", "scale": "0:400"}, [[[191, 64, 128]] * 2]),  # 191.25 63.75 127.5
+        ({"channels": "mean", "scale": "0:400"}, grey((128, 128))),
+        ({}, grey((0, 0))),  # the first, of 65535: 100 / 257
+    ]),
+    "TIFF on its side": (lambda: tiff(np.array([[[0], [65535]]], np.uint16), orientation=6), [
+        ({"scale": "dtype"}, grey((0,), (255,))),
+    ]),
+    "TIFF whose 0 is white": (lambda: tiff(np.array([[[0], [65535]]], np.uint16), photometric=0), [
+        ({"scale": "dtype"}, grey((255, 0))),
+    ]),
+    "DICOM, a CT": (lambda: dicom(CT, **RESCALED), [
+        ({}, grey((0, 0, 51, 128, 255))),  # the window makes 0 black and 80 white (PS3.3, C.11.2.1.2)
+        ({"scale": "-24:1976"}, grey((0, 0, 5, 8, 255))),  # 5.1 8.16
+    ]),
+    "DICOM, exact window, the first of two": (lambda: dicom(np.array([[0, 20, 100]], np.uint16), **EXACT), [
+        ({}, grey((0, 51, 255))),  # from 0 to 100 (PS3.3, C.11.2.1.3.2)
+    ]),
+    "DICOM, 12 bits with a sign": (lambda: dicom(np.array([[-2048, 0, 2047]], np.int16), BitsStored=12), [
+        ({}, grey((0, 128, 255))),  # 127.53
+    ]),
+    "DICOM, MONOCHROME1": (
+        lambda: dicom(np.array([[0, 2048, 4095]], np.uint16), PhotometricInterpretation="MONOCHROME1", BitsStored=12), [
+            ({}, grey((255, 127, 0))),  # 255 - 127.53
+        ]),
+    "DICOM, three frames": (lambda: dicom(np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)), [
+        ({"frame": 2}, grey((3, 4))), ({"frame": 3}, grey((5, 6))),
+    ]),
+    "DICOM of RGB": (lambda: colours((1, 2, 3), (4, 5, 6)), [({}, [[[1, 2, 3], [4, 5, 6]]])]),
+    "DICOM of RGB, channels apart": (lambda: colours((1, 2, 3), (4, 5, 6), apart=1), [({}, [[[1, 2, 3], [4, 5, 6]]])]),
+    "DICOM of YBR": (lambda: colours((76, 85, 255), (128, 128, 128), space="YBR_FULL"), [
+        ({}, [[[254, 0, 0], [128, 128, 128]]]),  # 76 + 1.402 x 127 is 254.05, the others 0.1 and -0.2
+    ]),
+    "DICOM, RLE": (
+        lambda: dicom(
+            np.array([[0, 1000, 4095]], np.uint16), BitsStored=12, syntax="1.2.840.10008.1.2.5",
+            pixels=rle(bytes([0, 3, 15]), bytes([0, 232, 255])),  # 1000 is 3 x 256 + 232
+        ), [({}, grey((0, 62, 255)))]),  # 62.27
+    "DICOM, JPEG": (
+        lambda: dicom(
+            np.zeros((8, 8), np.uint8), syntax="1.2.840.10008.1.2.4.50",
+            pixels=saved([[130] * 8] * 8, np.uint8, "JPEG", quality=100),
+        ), [({}, grey(*[(130,) * 8] * 8))]),
+    "DICOM, JPEG 2000": (
+        lambda: dicom(
+            np.zeros((2, 3), np.uint8), syntax="1.2.840.10008.1.2.4.90",
+            pixels=saved([[0, 1, 2], [3, 4, 255]], np.uint8, "JPEG2000", irreversible=False, no_jp2=True),
+        ), [({}, grey((0, 1, 2), (3, 4, 255)))]),
+}  # fmt: skip
 
 
-def test_a_tiff_of_floats_whose_channels_lie_apart_with_lzw() -> None:
-    values = np.array([[[0.0, -1.0], [0.5, 1.0]], [[1.0, 0.0], [2.0, np.nan]]], np.float32)
-    data = tiff(values, compression=5, apart=True, rows=1)
-    assert decoded(data, 2, 2, channels="1", scale="0:1") == [[[0] * 3, [128] * 3], [[255] * 3, [255] * 3]]
-    assert decoded(data, 2, 2, channels="2", scale="-1:1") == [[[0] * 3, [255] * 3], [[128] * 3, [0] * 3]]
+def test_how_many_kinds_of_files_there_are() -> None:
+    assert Counter(re.split("[ ,]", kind)[0] for kind in KINDS) == {
+        "NPY": 9, "PNG": 2, "PPM": 1, "TIFF": 9, "BigTIFF": 1, "DICOM": 11,
+    }  # fmt: skip
 
 
-def test_a_tiff_of_tiles_with_signed_values() -> None:
-    values = np.zeros((18, 20, 2), np.int16)
-    values[17, 19] = (-1000, 1000)
-    values[0, 16] = (1000, -500)
-    pixels = decode_image(tiff(values, tile=16, compression=8), PixelRule(18, 20, channels="2,1,1", scale="-1000:1000"))
-    assert pixels.pixels[17, 19].tolist() == [255, 0, 0]
-    assert pixels.pixels[0, 16].tolist() == [64, 255, 255]  # a quarter of 255 is 63.75
-    assert pixels.pixels[5, 5].tolist() == [128] * 3
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_pixels_of_each_kind_are_those_worked_out_by_hand(kind: str) -> None:
+    make, expected = KINDS[kind]
+    data = make()
+    for options, pixels in expected:
+        assert decoded(data, len(pixels), len(pixels[0]), **options) == pixels, options
 
 
-def test_the_pictures_of_a_tiff_are_its_channels_if_they_are_grey() -> None:
-    pictures = [np.full((2, 3, 1), value, np.uint16) for value in (100, 200, 300)]
-    data = tiff(*pictures)
-    assert decoded(data, 2, 3, channels="3,1,2", scale="0:400")[0][0] == [191, 64, 128]  # 191.25 63.75 127.5
-    assert decoded(data, 2, 3, channels="mean", scale="0:400")[1][2] == [128] * 3
-    assert decoded(data, 2, 3)[0][0] == [0, 0, 0]  # without options the first, of 65535: 100 / 257
-
-
-def test_a_ct_is_rescaled_and_windowed() -> None:
-    values = np.array([[-24, 1000, 1040, 1064, 3000]], np.int16)
-    data = dicom(values, RescaleSlope="1", RescaleIntercept="-1024", WindowCenter="40.5", WindowWidth="81")
-    # In Hounsfield units -1048 -24 16 40 1976; the window makes 0 black and 80 white (PS3.3, C.11.2.1.2).
-    assert decoded(data, 1, 5) == [[[grey] * 3 for grey in (0, 0, 51, 128, 255)]]
-    assert decoded(data, 1, 5, scale="-24:1976") == [[[grey] * 3 for grey in (0, 0, 5, 8, 255)]]  # 5.1 8.16
-
-
-def test_monochrome1_is_inverted() -> None:
-    values = np.array([[0, 2048, 4095]], np.uint16)
-    data = dicom(values, PhotometricInterpretation="MONOCHROME1", BitsStored=12)
-    assert decoded(data, 1, 3) == [[[255] * 3, [127] * 3, [0] * 3]]  # 255 - 127.53
-
-
-def test_one_frame_of_several_and_a_compressed_one() -> None:
-    frames = np.array([[[1, 2]], [[3, 4]], [[5, 6]]], np.uint8)
-    assert decoded(dicom(frames), 1, 2, frame=2) == [[[3] * 3, [4] * 3]]
-    with pytest.raises(UnreadableImageError, match="DICOM: 3 frames; take one of them with --frame 1 to --frame 3"):
-        decoded(dicom(frames), 1, 2)
-    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
-    stream = io.BytesIO()
-    Image.fromarray(grey).save(stream, "JPEG2000", irreversible=False, no_jp2=True)
-    data = dicom(grey, syntax="1.2.840.10008.1.2.4.90", pixels=stream.getvalue())
-    assert [row[0] for row in decoded(data, 16, 16)[3]] == list(range(48, 64))
-
-
-# --- ordinary files, refusals and the recipe --------------------------------------------------------------
-
-
-def test_ordinary_files_take_the_options_too() -> None:
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[0, 2048, 4095]], np.uint16)).save(stream, "PNG")
-    assert decoded(stream.getvalue(), 1, 3, scale="0:4095") == [[[0] * 3, [128] * 3, [255] * 3]]
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[[10, 20, 30]]], np.uint8)).save(stream, "PNG")
-    assert decoded(stream.getvalue(), 1, 1, channels="3,2,1") == [[[30, 20, 10]]]
-    assert decoded(stream.getvalue(), 1, 1, channels="mean", scale="0:40") == [[[128] * 3]]
-    stream = io.BytesIO()
-    Image.fromarray(np.array([[10, 60]], np.uint8)).save(stream, "TIFF")
-    assert decoded(stream.getvalue(), 1, 2, scale="10:60") == [[[0] * 3, [255] * 3]]
-
-
-def test_a_deep_tiff_is_turned_and_inverted() -> None:
-    values = np.array([[[0], [65535]]], np.uint16)
-    assert decoded(tiff(values, orientation=6), 2, 1, scale="dtype") == [[[0] * 3], [[255] * 3]]
-    assert decoded(tiff(values, photometric=0), 1, 2, scale="dtype") == [[[255] * 3, [0] * 3]]
+# --- refusals and the recipe --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -302,6 +348,11 @@ def test_dicom_that_is_not_read_is_named() -> None:
             decode_image(dicom(values, **tags), PixelRule(2, 2))  # type: ignore[arg-type]
     with pytest.raises(UnreadableImageError, match="DICOM: no frame 3, it has 1"):
         decode_image(dicom(values), PixelRule(2, 2, frame=3))
+    with pytest.raises(UnreadableImageError, match="DICOM: 3 frames; take one of them with --frame 1 to --frame 3"):
+        decode_image(dicom(np.zeros((3, 2, 2), np.uint8)), PixelRule(2, 2))
+    curved = dicom(values, WindowCenter="50", WindowWidth="100", VOILUTFunction="SIGMOID")
+    with pytest.raises(UnreadableImageError, match="DICOM: uint8 values, of which nothing says what is black"):
+        decode_image(curved, PixelRule(2, 2))
 
 
 def test_no_name_of_a_patient_gets_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -46,15 +46,17 @@ class Samples(NamedTuple):
 
     @classmethod
     def of(cls, kind: str, values: np.ndarray, *, inverted: bool = False) -> Samples:
-        """Describe an array, (h, w) or (h, w, c). Only bytes and 16-bit numbers without a sign have a white of their own."""
-        values = values[..., None] if values.ndim == 2 else values
-        values = values.astype(np.uint8) if values.dtype.kind == "b" else values
-        if values.dtype.kind == "f":
+        """Describe an array, (h, w) or (h, w, c).
+
+        Only masks, bytes and 16-bit numbers without a sign have a white of their own.
+        """
+        values, kind_of = values[..., None] if values.ndim == 2 else values, values.dtype.kind
+        if kind_of in "bf":
             full = (0.0, 1.0)
         else:
             bounds = np.iinfo(values.dtype)
             full = (float(bounds.min), float(bounds.max))
-        plain = values.dtype.kind == "u" and values.dtype.itemsize <= 2
+        plain = kind_of == "b" or (kind_of == "u" and values.dtype.itemsize <= 2)
         return cls(kind, values, full, full if plain else None, inverted)
 
 
