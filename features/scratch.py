@@ -31,7 +31,7 @@ def scratch(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Return an array of zeros, in a file of its own if it is large."""
     size = math.prod(shape) * np.dtype(dtype).itemsize
     if size > SMALL and hasattr(os, "posix_fallocate"):
-        with contextlib.suppress(OSError), _file() as file:
+        with contextlib.suppress(OSError), unnamed_file() as file:
             os.posix_fallocate(file.fileno(), 0, size)  # a full disk is an error here, and ends the process later
             return np.memmap(file, dtype, "r+", shape=shape).view(np.ndarray)
     return np.zeros(shape, dtype)
@@ -61,7 +61,7 @@ def kept(values: np.ndarray) -> np.ndarray:
 def written(write: Callable[[BinaryIO], Any]) -> Iterator[memoryview | mmap.mmap]:
     """Yield what a function writes to a file; where no file can be made, it is written to memory."""
     try:
-        file = _file()
+        file = unnamed_file()
     except OSError:
         memory = io.BytesIO()
         write(memory)
@@ -124,7 +124,7 @@ class Growing:
         self._blocks.append(rows)
         if self._bytes > SMALL:
             with contextlib.suppress(OSError):
-                self._file = self._file or _file()
+                self._file = self._file or unnamed_file()
             if self._file is not None:
                 self._spill()
 
@@ -138,7 +138,8 @@ class Growing:
         self._blocks, self._bytes = [], 0
 
 
-def _file() -> BinaryIO:
+def unnamed_file() -> BinaryIO:
+    """Make an empty file in the cache folder that has no name: it is gone when the process ends, however it ends."""
     folder = cache_path("scratch")
     make_folder(folder)
     return tempfile.TemporaryFile(dir=folder)  # it has no name

@@ -21,6 +21,7 @@ PLAIN_SECONDS = 15.0  # between lines if stderr is not a terminal
 NOTEBOOK_SECONDS = 0.2  # between two pictures of a notebook's bar
 QUIET = threading.Event()  # set if the whole process is quiet; see `pipeline.progress.set_quiet`
 _UNITS = {
+    "list": "files",
     "extract": "images",
     "hash": "images",
     "calibrate": "images",

@@ -144,11 +144,14 @@ def test_an_archive_gives_what_the_folder_gives(tmp_path: Path, name: str) -> No
 def test_nothing_is_written_beside_an_archive(tmp_path: Path, cache: Path) -> None:
     contents(scan(write_zip(tmp_path / "a.zip", FILES)))
     contents(scan(write_tar(tmp_path / "a.tar", FILES)))
-    assert listing(tmp_path) == ["a.tar", "a.zip"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.tar", "a.zip", "cache"]
     contents(scan(write_tar(tmp_path / "b.tar.gz", FILES)))
     name = "KEY-{0.st_size}-{0.st_mtime_ns}-{0.st_ino}-{0.st_ctime_ns}".format((tmp_path / "b.tar.gz").stat())
-    found = [re.sub("[0-9a-f]{20}", "KEY", name) for name in listing(cache)]
-    assert found == ["archives", f"archives/{name}.json", f"archives/{name}.tar"]
+    found = sorted(re.sub("[0-9a-f]{20}", "KEY", name) for name in listing(cache))
+    assert found[:3] == ["archives", f"archives/{name}.json", f"archives/{name}.tar"]
+    assert f"tars/{name}.index" in found[3:]
+    assert found[3:5] == ["scratch", "tars"]
+    assert len(found) == 7  # and the list of the other tar
 
 
 def test_a_compressed_tar_is_expanded_once_and_anew_when_it_changes(

@@ -246,36 +246,77 @@ def test_a_folder_of_parquet_files_in_a_bucket_is_what_a_pattern_of_them_is(
         scan("memory://bucket/hub")
 
 
-def test_a_tar_is_read_once_in_order_in_blocks_of_which_few_are_kept(
-    bucket: Any, shards: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ranges(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int]]:
+    """What has been read of files in buckets, in small blocks of which few stay in memory: names, first and last bytes."""
     monkeypatch.setattr(blocks, "BLOCK_BYTES", 700)
     monkeypatch.setattr(blocks, "_KEPT", 3)
-    ranges: list[tuple[int, int]] = []
+    blocks._blocks.clear()
+    found: list[tuple[str, int, int]] = []
     get = remote.Bucket.get_range
 
     def counted(self: remote.Bucket, address: str, start: int, stop: int) -> bytes:
-        ranges.append((start, stop))
+        found.append((address.rpartition("/")[2], start, stop))
         return get(self, address, start, stop)
 
     monkeypatch.setattr(remote.Bucket, "get_range", counted)
-    images = scan("memory://bucket/s-0.tar", labelled=False)
-    size = (shards / "s-0.tar").stat().st_size
-    assert ranges == sorted(set(ranges))
-    assert all(stop == min(start + 700, size) for start, stop in ranges)
+    return found
+
+
+def each_block_once(folder: Path, *names: str) -> list[tuple[str, int, int]]:
+    sizes = {name: (folder / name).stat().st_size for name in names}
+    return [(name, start, min(start + 700, size)) for name, size in sizes.items() for start in range(0, size, 700)]
+
+
+def test_a_tar_is_read_once_in_order_in_blocks_of_which_few_are_in_memory(
+    shards: Path, ranges: list[tuple[str, int, int]]
+) -> None:
+    images = scan("memory://bucket/s-0.tar")
+    once = each_block_once(shards, "s-0.tar")
+    assert ranges == once[: len(ranges)]
+    assert len(ranges) >= len(once) - 14  # what follows the end mark
     ranges.clear()
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(images.read, range(4)))
     assert found == [path.read_bytes() for path in sorted(shards.rglob("*.png"))[:4]]
-    assert len(ranges) == len(set(ranges))  # what several threads need is asked for once
+    assert ranges == []  # the listing kept them
     assert len(blocks._blocks) <= 3
+
+
+def test_tars_are_read_once_by_an_extraction_and_not_at_all_by_the_next_plan(
+    bucket: Any, shards: Path, tmp_path: Path, ranges: list[tuple[str, int, int]]
+) -> None:
+    source = "memory://bucket/s-{0..1}.tar"
+    assert run(source, tmp_path / "a.h5").inferred == 7
+    assert sorted(ranges) == sorted(set(ranges))
+    assert {*ranges} <= {*each_block_once(shards, "s-0.tar", "s-1.tar")}
+    ranges.clear()
+    again = run(source, tmp_path / "a.h5")
+    assert (again.inferred, again.written, ranges) == (0, False, [])
+    bucket.pipe("/bucket/s-1.tar", (shards / "s-0.tar").read_bytes())  # only what has changed is listed again
+    assert run(source, tmp_path / "a.h5").store.images.paths[-1] == "s-1.tar/3.png"
+    assert {name for name, _, _ in ranges} == {"s-1.tar"}
+
+
+def test_on_a_full_disk_no_blocks_are_kept_and_the_images_are_read_again(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, ranges: list[tuple[str, int, int]]
+) -> None:
+    monkeypatch.setattr(blocks, "_FREE", 1.1)
+    images = scan("memory://bucket/s-0.tar")
+    ranges.clear()
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(images.read, range(4)))
+    assert found == [path.read_bytes() for path in sorted(shards.rglob("*.png"))[:4]]
+    assert ranges
+    assert len(ranges) == len(set(ranges))  # what several threads need is asked for once
 
 
 @pytest.mark.parametrize("kind", ["s-0.tar", "p-0.parquet"])
 def test_a_file_that_is_replaced_after_the_listing_gives_no_wrong_image(
     bucket: Any, shards: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    images = scan(f"memory://bucket/{kind}")
+    scan(f"memory://bucket/{kind}")
+    images = scan(f"memory://bucket/{kind}")  # it finds the list of a tar, and reads no block of it
     blocks._blocks.clear()
     bucket.pipe(f"/bucket/{kind}", (shards / kind.replace("0", "1")).read_bytes())
     with pytest.raises(SourceError, match="has been changed since it was listed; run again"):

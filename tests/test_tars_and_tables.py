@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +22,9 @@ from stores import kill_series, table, tar
 from features.errors import ConfigurationError, SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
+from features.sources import archives, tarindex
 from features.sources.parquet import open_tables
-from features.sources.scan import reader_of, scan, takes_target
+from features.sources.scan import ImageSet, reader_of, scan, takes_target
 from features.sources.webdataset import expanded
 from features.store.reader import FeatureStore
 
@@ -127,6 +130,83 @@ def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
     assert not takes_target(tmp_path / "a.tar")
     with pytest.raises(ConfigurationError, match="names a column of a manifest"):
         scan(tmp_path / "a.tar", target="label")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def indexes(cache: Path) -> list[Path]:
+    return sorted((cache / "tars").glob("*.index"))
+
+
+def described(images: ImageSet) -> tuple[object, ...]:
+    labels = None if images.labels is None else images.labels.tolist()
+    return (
+        [*images.paths], labels, images.classes, images.given_splits.tolist(), images.stamps.tolist(),
+        [images.read(row) for row in range(len(images))],
+    )  # fmt: skip
+
+
+def test_a_tar_is_listed_once_and_anew_when_it_changes(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed: list[str] = []
+    real = archives._listed
+
+    def counted(path: Path, file: Path) -> archives.Archive:
+        listed.append(path.name)
+        return real(path, file)
+
+    monkeypatch.setattr(archives, "_listed", counted)
+    for number in range(2):
+        members = [(f"{k}{end}", data) for k in range(3) for end, data in ((".png", png(10 * number + k)), (".json", b'{"label": %d, "note": "%s"}' % (k, b"n" * 70000 * k)))]  # fmt: skip
+        tar(tmp_path / f"s-{number}.tar", [*members, ("x\udcff.png", png(99)), ("none.cls", b"")])
+    pattern = f"{tmp_path}/s-{{0..1}}.tar"
+    first = described(scan(pattern))
+    assert listed == ["s-0.tar", "s-1.tar"]
+    assert len(indexes(cache)) == 2
+    assert described(scan(pattern)) == first  # of two texts of each tar more than 64 KiB are read again
+    assert described(scan(pattern, trust="times")) == first
+    assert takes_target(tmp_path / "s-1.tar")
+    assert listed == ["s-0.tar", "s-1.tar"]
+    assert described(scan(pattern, trust="nothing")) == first
+    assert listed == ["s-0.tar", "s-1.tar"] * 2
+    os.link(tmp_path / "s-0.tar", tmp_path / "link")  # changes the change time alone
+    scan(pattern, trust="times")
+    assert listed == ["s-0.tar", "s-1.tar"] * 2
+    scan(pattern)
+    assert listed == [*["s-0.tar", "s-1.tar"] * 2, "s-0.tar"]
+    tar(tmp_path / "s-1.tar", {"0.png": png(7), "0.cls": b"new"})
+    assert labels_of(tmp_path / "s-1.tar") == {"0.png": "new"}
+    assert len(indexes(cache)) == 2  # the former one is gone
+    for index, harm in zip(indexes(cache), (lambda data: data[:-1], lambda data: data[:100]), strict=True):
+        index.write_bytes(harm(index.read_bytes()))
+    listed.clear()
+    found = described(scan(pattern))
+    assert found[0] == [*(path for path in first[0] if path.startswith("s-0")), "s-1.tar/0.png"]  # type: ignore[attr-defined]
+    assert listed == ["s-0.tar", "s-1.tar"]
+    assert caplog.text.count("the tar is listed again") == 2
+    index = indexes(cache)[0]
+    content = bytearray(index.read_bytes())
+    content[-1] ^= 1
+    index.write_bytes(content)
+    assert described(scan(pattern)) == found
+
+
+def test_a_list_that_cannot_be_kept_costs_nothing_else(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tar(tmp_path / "s-0.tar", {"0.png": png(7), "0.cls": b"new"})
+
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(tarindex, "write_signed", full)
+    assert labels_of(path) == {"0.png": "new"}
+    assert indexes(cache) == []
 
 
 # --- Parquet ----------------------------------------------------------------------------------------------

@@ -89,7 +89,7 @@ def test_a_full_disk_costs_memory_and_no_run(monkeypatch: pytest.MonkeyPatch) ->
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files, "SMALL", 4)
-    monkeypatch.setattr(files, "_file", full)
+    monkeypatch.setattr(files, "unnamed_file", full)
     assert scratch((5,), "<i8").tolist() == [0] * 5
     growing = Growing("<i8")
     growing.extend(range(9000))

@@ -337,7 +337,7 @@ def prepare(
     run_shards : callable, optional
         Makes the shards; see ``Extraction``.
     progress : callable, optional
-        Called with ``(stage, done, total)``, if a network is quantised.
+        Called with ``(stage, done, total)`` while tars are listed and a network is quantised.
 
     Raises
     ------
@@ -353,6 +353,7 @@ def prepare(
         trust=options.trust,
         task=options.task,
         hosts=options.allow_host,
+        progress=progress,
     )
     options = with_quantised(options, image_set, behind_link(Path(out)), progress)
     if options.limit is not None and options.limit < len(image_set):

@@ -9,9 +9,9 @@ from features.canonical import check_choice
 from features.errors import ConfigurationError, check_range
 from features.machine import usual_batch
 from features.recipe import NetworkOptions
-from features.sources.archives import Trust
 from features.sources.reading import Reading
 from features.sources.splits import SplitRule
+from features.sources.tarindex import Trust
 from features.targets import CLASSIFICATION, TASKS
 
 LAYOUTS = ("packed", "sharded")

@@ -3,7 +3,8 @@
     archive --open_archive()--> Archive.members (path -> Member) --Archive.read(path)--> bytes
 
 ``zipfile`` and ``tarfile`` only list the members. Every read opens the file again, so many threads may read at the same
-time. A compressed tar has no random access: it is expanded into the cache folder once, within limits.
+time. A tar is listed once: see ``tarindex``. A compressed tar has no random access: it is expanded into the cache folder
+once, within limits.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import bz2
 import contextlib
 import dataclasses
+import functools
 import gzip
 import hashlib
 import json
@@ -25,7 +27,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, NoReturn
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -35,14 +37,14 @@ from features.errors import SourceError, UnreadableImageError
 from features.files import file_digest, whole_file
 from features.pixels.limits import MAX_BYTES
 from features.scratch import Growing
+from features.sources import tarindex
 from features.sources.blocks import File, Status, on_disk
 from features.sources.folders import File as ImageFile
+from features.sources.tarindex import Index, Trust
 from features.temporary import sweep_dead
 from features.texts import GrowingTexts, Lookup, Texts, key_of, keys_of
 
 logger = logging.getLogger(__name__)
-
-Trust = Literal["notes", "times", "nothing"]
 
 _EXPANDERS: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
 ARCHIVE_SUFFIXES = (".zip", ".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
@@ -58,6 +60,9 @@ _WINDOWS = 0
 _LOCAL_HEADER = struct.Struct("<4s5H3L2H")
 _TAR_BLOCK = 512
 _CHUNK = 1 << 20
+TEXT_ENDINGS = ("cls", "json", "txt")  # of members of a tar that hold labels; they are read when it is listed
+_TEXT_BYTES = 1 << 16  # if they have no more
+_TEXTS = tuple(f".{ending}" for ending in TEXT_ENDINGS)
 # Exceptions of listing or expanding hostile bytes. RecursionError: tarfile follows chains of long names recursively.
 # fmt: off
 _DAMAGE = (
@@ -90,7 +95,10 @@ class Members(Mapping[str, Member]):
 
     def __init__(self, paths: Texts, numbers: np.ndarray) -> None:
         self.paths, self.numbers = paths, numbers
-        self._lookup = Lookup(keys_of(paths, len(paths)))
+
+    @functools.cached_property
+    def _lookup(self) -> Lookup:
+        return Lookup(keys_of(self.paths, len(self.paths)))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -130,6 +138,8 @@ class Archive:
         Members by path; a path is never absolute and never contains ``..``.
     folders : list of str
         Folders that the archive lists.
+    index : Index, optional
+        Of a tar: the members with the bytes of the small texts among them.
     """
 
     path: File
@@ -137,6 +147,7 @@ class Archive:
     state: tuple[int, int]
     members: Members
     folders: list[str]
+    index: Index | None = None
 
     def read(self, path: str, limit: int | None = None) -> bytes:
         """Return the bytes of a member, or its first ``limit`` bytes; may be called from many threads.
@@ -149,6 +160,11 @@ class Archive:
             If the archive has been changed or removed since it was listed.
         """
         return self.read_member(path, self.members[path], limit)
+
+    def read_row(self, row: int) -> bytes:
+        """Do as ``read``, for the member of one row."""
+        text = None if self.index is None else self.index.text(row)
+        return self.read_member(self.members.paths[row], self.members.at(row)) if text is None else text
 
     def read_member(self, path: str, member: Member, limit: int | None = None) -> bytes:
         """Do as ``read``, for a member that has been looked up."""
@@ -199,8 +215,8 @@ def open_archive(path: File, trust: Trust = "notes") -> Archive:
     path : Path or InBucket
         The archive; in a bucket a plain tar.
     trust : {"notes", "times", "nothing"}
-        When the expanded copy of before is used: if the archive has the inode, times and size noted; if it has the
-        modification time and size noted; or never.
+        When the list and the expanded copy of before are used: if the archive has the inode, times and size noted; if it
+        has the modification time and size noted; or never.
 
     Raises
     ------
@@ -210,14 +226,14 @@ def open_archive(path: File, trust: Trust = "notes") -> Archive:
     """
     name = path.name.lower()
     if (path_on_disk := on_disk(path)) is None:
-        return _open_tar(path, path)
+        return _open_tar(path, path, trust)
     path = path_on_disk
     if name.endswith(".zip"):
         return open_zip(path)
     expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
     file = path if expand is None else _expanded(path, expand, trust)
     try:
-        return _open_tar(path, file)
+        return _open_tar(path, file, trust)
     except SourceError:
         if file != path:
             for copy in (_note_of(file), file):
@@ -245,6 +261,7 @@ class _Listing:
     def __init__(self, path: File, file: File, member_limit: int) -> None:
         self._path, self._file, self._state = path, file, _state(file.stat())
         self._paths, self._numbers, self._folders = GrowingTexts(), Growing("<i8", (5,)), list[str]()
+        self._rows, self._texts = Growing("<i8"), GrowingTexts()
         self._member_limit, self._total = member_limit, 0
         self._total_limit = max(FREE_TOTAL, MAX_RATIO * self._state[0])
 
@@ -252,7 +269,8 @@ class _Listing:
         members = Members(self._paths.texts(), self._numbers.array())
         if (twice := members.repeated()) is not None:
             self.refuse(twice, "occurs twice")
-        return Archive(self._path, self._file, self._state, members, self._folders)
+        index = Index(members.paths, members.numbers, self._rows.array(), self._texts.texts(), self._folders)
+        return Archive(self._path, self._file, self._state, members, self._folders, index)
 
     def refuse(self, name: str, problem: str) -> NoReturn:
         raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
@@ -272,6 +290,11 @@ class _Listing:
             self.refuse(name, f"and those before it would expand to more than {self._total_limit} bytes, as bombs do")
         self._paths.append(path)
         self._numbers.append((*member[:3], -1 if member.crc is None else member.crc, member.deflated))
+
+    def add_text(self, data: bytes) -> None:
+        """Keep the bytes of the member that was added last."""
+        self._rows.append(len(self._numbers) - 1)
+        self._texts.append(data.decode("utf-8", "surrogateescape"))
 
     def add_folder(self, name: str) -> None:
         if path := self._checked(name):
@@ -352,10 +375,22 @@ class _Headers:
         return self._stream.read(count)
 
 
-def _open_tar(path: File, file: File) -> Archive:
+def _open_tar(path: File, file: File, trust: Trust) -> Archive:
+    """Return what a tar holds, as it was listed before or as it is listed now; ``file`` is the tar or its expanded copy."""
+    with _reading(path, "tar archive"):
+        place, state = tarindex.place_of(path), _state(file.stat())
+    if place is not None and (index := tarindex.kept(place, trust)) is not None:
+        return Archive(path, file, state, Members(index.paths, index.numbers), index.folders, index)
+    archive = _listed(path, file)
+    if place is not None and archive.index is not None:
+        tarindex.keep(place, archive.index)
+    return archive
+
+
+def _listed(path: File, file: File) -> Archive:
     # The encoding of names must not depend on the locale.
     options: dict[str, Any] = {"mode": "r:", "encoding": "utf-8", "errors": "surrogateescape"}
-    with _reading(path, "tar archive"), file.open("rb") as stream:
+    with _reading(path, "tar archive"), file.open("rb") if isinstance(file, Path) else file.open_once() as stream:
         listing = _Listing(path, file, MAX_BYTES)
         with tarfile.open(fileobj=_Headers(stream), **options) as archive:  # type: ignore[call-overload]
             last = -1
@@ -368,6 +403,10 @@ def _open_tar(path: File, file: File) -> Archive:
                     listing.add_folder(info.name)
                 elif info.isreg() and not info.issparse():
                     listing.add(info.name, Member(info.size, info.offset_data, info.size))
+                    if info.size <= _TEXT_BYTES and info.name.lower().endswith(_TEXTS):
+                        stream.seek(info.offset_data)
+                        if len(data := stream.read(info.size)) == info.size:
+                            listing.add_text(data)
                 else:
                     listing.refuse(info.name, "is a link, a device or a sparse file; expected files and folders")
             stream.seek(archive.offset)

@@ -3,7 +3,8 @@
     address --InBucket.stat()--> size, version        .open() --seek, read--> blocks, each read once, a few kept for all threads
 
 ``InBucket`` has what ``Path`` offers of a file, so that one code reads both. Each block is of the version that was listed, or an
-error: a file that was replaced in between never gives a wrong image.
+error: a file that was replaced in between never gives a wrong image. What is read to list a tar is nearly all of it, so these
+blocks are kept on the disk for the images that are read next, while there is room.
 """
 
 from __future__ import annotations
@@ -16,21 +17,26 @@ import os
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, NamedTuple, cast
+from typing import Any, BinaryIO, NamedTuple, TypeVar, cast
 
 import numpy as np
 
 from features.errors import SourceError
 from features.pixels.limits import MAX_BYTES
+from features.progress import Progress
+from features.scratch import unnamed_file
 from features.sources.objects import Found, UnavailableError, without_secrets
 from features.sources.remote import Bucket, checked, is_address, store_of, tried
 from features.texts import Coded
 
 BLOCK_BYTES = 4 << 20
 _KEPT = 16  # blocks, of all files together
+_FREE = 0.25  # share of a disk that stays free when blocks are kept there
+_LISTED_AT_ONCE = 8  # files
+_T = TypeVar("_T")
 
 
 class Status(NamedTuple):
@@ -61,6 +67,10 @@ class InBucket:
         self.address = without_secrets(checked(address, buckets_only=True))
         path = PurePosixPath(self.address)
         self.name, self.stem, self.suffix = path.name, path.stem, path.suffix
+        self.kept: _OnDisk | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "kept": None}  # a file without a name is this process's own
 
     def __str__(self) -> str:
         return self.address
@@ -90,6 +100,11 @@ class InBucket:
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open the file; may be called from many threads, each reads its own stream."""
         return cast("BinaryIO", _Stream(self))
+
+    def open_once(self) -> BinaryIO:
+        """Open the file to read most of it: its blocks are kept on the disk until the process ends, while there is room."""
+        self.kept = self.kept or _OnDisk()
+        return self.open()
 
     def read_bytes(self) -> bytes:
         """Return all bytes of a small file."""
@@ -126,6 +141,13 @@ class InBucket:
             raise SourceError(f"{self} does not exist: there is no such object or bucket") from error
 
     def _fetched(self, number: int) -> bytes:
+        if self.kept is None:
+            return self._downloaded(number)
+        if (data := self.kept.get(self.address, number)) is None:
+            self.kept.put(self.address, number, data := self._downloaded(number))
+        return data
+
+    def _downloaded(self, number: int) -> bytes:
         start, stop = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, self.found.size)
 
         def fetch() -> bytes:
@@ -142,6 +164,32 @@ class InBucket:
         if (now.size, now.version) != (self.found.size, self.found.version):
             raise SourceError(f"{self} has been changed since it was listed; run again")
         return data
+
+
+class _OnDisk:
+    """Blocks of several files in one file without a name in the cache folder, which is gone when nothing refers to it."""
+
+    def __init__(self) -> None:
+        self._lock, self._places, self._end = threading.Lock(), dict[tuple[str, int], tuple[int, int]](), 0
+        self._file: BinaryIO | None = None
+        with contextlib.suppress(OSError):
+            self._file = unnamed_file()
+
+    def put(self, address: str, number: int, data: bytes) -> None:
+        """Keep a block; nothing is kept where the disk is nearly full."""
+        if self._file is None:
+            return
+        with contextlib.suppress(OSError), self._lock:
+            disk = os.statvfs(self._file.fileno())
+            if disk.f_bavail > _FREE * disk.f_blocks and os.pwrite(self._file.fileno(), data, self._end) == len(data):
+                self._places[address, number] = (self._end, len(data))
+                self._end += len(data)
+
+    def get(self, address: str, number: int) -> bytes | None:
+        """Return a block that was kept; None if it was not."""
+        with self._lock:
+            place = self._places.get((address, number))
+        return None if place is None or self._file is None else os.pread(self._file.fileno(), place[1], place[0])
 
 
 _blocks: OrderedDict[tuple[int, str, Found, int], Future[bytes]] = OrderedDict()
@@ -196,6 +244,23 @@ def on_disk(file: File | str) -> Path | None:
 def root_at(file: File | str) -> Path | str:
     """Return what names a file or folder in a store: a path, or an address."""
     return on_disk(file) or str(file)
+
+
+def opened(files: Sequence[File], open_one: Callable[[File], _T], progress: Progress | None) -> list[_T]:
+    """Open each of several files, those in a bucket several at a time; progress is called with ``("list", done, total)``."""
+    remote, found = [file for file in files if isinstance(file, InBucket)], list[_T]()
+    kept = _OnDisk() if remote else None
+    for file in remote:
+        file.kept = kept
+    pool = ThreadPoolExecutor(_LISTED_AT_ONCE if remote else 1)
+    try:
+        for one in pool.map(open_one, files):
+            found.append(one)
+            if progress is not None:
+                progress("list", len(found), len(files))
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return found
 
 
 def for_arrow(file: File) -> Any:

@@ -23,9 +23,9 @@ from features.canonical import check_choice
 from features.errors import ConfigurationError, SourceError, UnreadableImageError, nearest
 from features.machine import processors
 from features.pixels.decode import read_bytes
-from features.progress import counted
+from features.progress import Progress, counted
 from features.sources import parquet, remote, webdataset
-from features.sources.archives import ARCHIVE_SUFFIXES, Trust, open_archive
+from features.sources.archives import ARCHIVE_SUFFIXES, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.arrow import SUFFIX as ARROW
 from features.sources.arrow import saved_tables
@@ -37,6 +37,7 @@ from features.sources.objects import without_secrets
 from features.sources.reading import Reading, read_labels, split_of
 from features.sources.sample import SAMPLE, SAMPLE_DIGEST, sample_folder
 from features.sources.splits import NOT_GIVEN, SPLIT_WORDS, UNLABELLED, listed
+from features.sources.tarindex import Trust
 from features.sources.trees import read_tree
 from features.targets import CLASSIFICATION, MULTILABEL, TASKS, TYPES, UNKNOWN, Target
 
@@ -193,6 +194,7 @@ def scan(
     trust: Trust = "notes",
     task: str = CLASSIFICATION,
     hosts: str = "",
+    progress: Progress | None = None,
 ) -> ImageSet:
     """List the images of a source; no image is opened.
 
@@ -219,6 +221,8 @@ def scan(
     hosts : str
         Hosts inside a private network that addresses in a manifest may reach, separated by commas, beside those of
         ``BOTTLENECK_ALLOW_HOSTS``.
+    progress : callable, optional
+        Called with ``("list", done, total)`` while several tars are listed.
 
     Raises
     ------
@@ -228,7 +232,7 @@ def scan(
         If ``target`` is given and the source is not a manifest, or ``reading`` names folders and it has none.
     """
     check_choice("task", task, TASKS)
-    found = _scanned(source, target, labelled, reading, trust, task, hosts)
+    found = _scanned(source, target, labelled, reading, trust, task, hosts, progress)
     return _of_folders(task, found) if labelled and task != CLASSIFICATION and found.target is None else found
 
 
@@ -240,18 +244,19 @@ def _scanned(
     trust: Trust,
     task: str,
     hosts: str,
+    progress: Progress | None,
 ) -> ImageSet:
     """List the images; those of tables and tars with the targets of the task, those of folders with their classes."""
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if remote.is_address(text):
-        return _scan_bucket(text, target, reading, labelled=labelled, task=task, hosts=hosts)
+        return _scan_bucket(text, target, reading, progress, labelled=labelled, task=task, hosts=hosts)
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
         return _scan_sample(text, reading)
     if webdataset.is_pattern(text) and not os.path.exists(text):
-        return _scan_several(text, target, reading, trust, labelled=labelled, task=task)
+        return _scan_several(text, target, reading, trust, progress, labelled=labelled, task=task)
     path = Path(os.path.abspath(os.path.expanduser(text)))
     name, is_file = path.name.lower(), os.path.isfile(path)
     if is_file and name.endswith((".parquet", ARROW)) and parquet.image_column(path) is not None:
@@ -446,12 +451,19 @@ def _holds_images(address: str) -> bool:
 
 
 def _scan_bucket(
-    address: str, target: str | None, reading: Reading, *, labelled: bool, task: str, hosts: str
+    address: str,
+    target: str | None,
+    reading: Reading,
+    progress: Progress | None,
+    *,
+    labelled: bool,
+    task: str,
+    hosts: str,
 ) -> ImageSet:
     address = without_secrets(remote.checked(address, buckets_only=True))
     name = address.lower()
     if webdataset.is_pattern(address) and name.endswith((".tar", ".parquet")):
-        return _scan_several(address, target, reading, "notes", labelled=labelled, task=task)
+        return _scan_several(address, target, reading, "notes", progress, labelled=labelled, task=task)
     if name.endswith((*MANIFEST_SUFFIXES, ".tar")):
         file = InBucket(address)
         if name.endswith(".tar"):
@@ -468,7 +480,7 @@ def _scan_bucket(
         )
     files, folders, reader = remote.listing(address)
     if not files and (tables := tables_below(reader.root)):
-        return _scan_several(tables, target, reading, "notes", labelled=labelled, task=task)
+        return _scan_several(tables, target, reading, "notes", progress, labelled=labelled, task=task)
     _refuse_target(address, target)
     return _with_versions(_from_tree(reader.root, address, (files, folders), reading, reader=reader), reader)
 
@@ -537,7 +549,14 @@ def _from_tree(
 
 
 def _scan_several(
-    pattern: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
+    pattern: str,
+    target: str | None,
+    reading: Reading,
+    trust: Trust,
+    progress: Progress | None,
+    *,
+    labelled: bool,
+    task: str,
 ) -> ImageSet:
     if pattern.lower().endswith(".parquet"):
         paths = [file_at(name) for name in webdataset.expanded(pattern)]
@@ -546,7 +565,8 @@ def _scan_several(
             parquet.open_tables(webdataset.root_of(pattern), paths, target, labelled=labelled, task=task),
             reading,
         )
-    return _from_rows(pattern, webdataset.open_tars(pattern, trust, target, labelled=labelled, task=task), reading)
+    found = webdataset.open_tars(pattern, trust, target, progress, labelled=labelled, task=task)
+    return _from_rows(pattern, found, reading)
 
 
 def _tables_in(folder: Path) -> list[Path]:

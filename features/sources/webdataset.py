@@ -2,7 +2,8 @@
 
     pattern --expanded()--> tars --open_archive()--> members --by key--> image + .cls, .json or .txt --> one row per image
 
-Tars are listed once, in order. Images are then read where they lie, so a run that was killed goes on inside a tar.
+A tar is read once to list it, with its labels; what it holds is kept (see ``tarindex``). Images are then read where they
+lie, so a run that was killed goes on inside a tar.
 """
 
 from __future__ import annotations
@@ -22,16 +23,17 @@ from typing import NamedTuple, NoReturn, TypeVar
 import numpy as np
 
 from features.errors import SourceError, UnreadableImageError, nearest
-from features.progress import counted
+from features.progress import Progress, counted
 from features.scratch import Growing
-from features.sources.archives import Archive, Trust, open_archive
-from features.sources.blocks import file_at, matching, prefixes, versions_of
+from features.sources.archives import TEXT_ENDINGS, Archive, open_archive
+from features.sources.blocks import file_at, matching, opened, prefixes, versions_of
 from features.sources.cells import cell_text, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
 from features.sources.objects import without_secrets
 from features.sources.reading import split_of
 from features.sources.remote import is_address
 from features.sources.splits import NOT_GIVEN, listed
+from features.sources.tarindex import Trust
 from features.targets import CLASSIFICATION, Target
 from features.texts import GrowingCoded, GrowingTexts, Lookup, keys_of
 
@@ -124,9 +126,15 @@ def is_webdataset(archive: Archive) -> bool:
 
 
 def open_tars(
-    pattern: str, trust: Trust, target: str | None, *, labelled: bool = True, task: str = CLASSIFICATION
+    pattern: str,
+    trust: Trust,
+    target: str | None,
+    progress: Progress | None = None,
+    *,
+    labelled: bool = True,
+    task: str = CLASSIFICATION,
 ) -> Samples:
-    """List the images of the tars that ``pattern`` stands for; see ``samples_of``.
+    """List the images of the tars that ``pattern`` stands for; see ``samples_of``. Progress is that of the tars.
 
     Raises
     ------
@@ -138,7 +146,7 @@ def open_tars(
         raise SourceError(
             f"{pattern}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}. Put them there, or change the numbers"
         )
-    archives = [open_archive(path, trust) for path in paths]
+    archives = opened(paths, lambda path: open_archive(path, trust), progress)
     return samples_of(root_of(pattern), archives, target, labelled=labelled, task=task)
 
 
@@ -316,11 +324,11 @@ def _read_member(
 ) -> tuple[str, _T]:
     """Return the name of a member of a sample, and what ``read`` makes of its text (and of ``more``)."""
     row = sample.labels[ending]
-    member, place = archive.members.paths[row], archive.members.at(row)
-    if place.size > _LABEL_BYTES:
-        _refuse(archive, member, f"has {place.size} bytes; expected a label")
+    member, size = archive.members.paths[row], archive.members.at(row).size
+    if size > _LABEL_BYTES:
+        _refuse(archive, member, f"has {size} bytes; expected a label")
     try:
-        return member, read(archive.read_member(member, place).decode("utf-8-sig"), *more)
+        return member, read(archive.read_row(row).decode("utf-8-sig"), *more)
     except SourceError:
         raise
     except UnreadableImageError as error:
@@ -410,7 +418,7 @@ def _from_json(text: str, target: str | None) -> str:
 
 # Ending of a member -> how its label is read; the first that a key has is taken.
 _LABELS: dict[str, Callable[[str, str | None], str]] = {"cls": _from_text, "json": _from_json, "txt": _from_text}
-_ENDINGS = ("", *_LABELS)  # kinds of members; the first is an image
+_ENDINGS = ("", *TEXT_ENDINGS)  # kinds of members; the first is an image
 
 
 def _padded(names: list[str]) -> list[str]:

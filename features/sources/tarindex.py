@@ -1,0 +1,134 @@
+"""What a tar holds, kept in the cache folder: an unchanged tar is not read again to list it.
+
+Index --keep()--> arrays in one signed file, named after the tar and its state --kept()--> Index, memory-mapped
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any, BinaryIO, Literal, NamedTuple
+
+import numpy as np
+
+from features.cache import cache_path, signed_file, write_signed
+from features.canonical import canonical_json
+from features.scratch import written
+from features.sources.blocks import File, on_disk
+from features.temporary import sweep_dead
+from features.texts import Texts
+
+logger = logging.getLogger(__name__)
+
+Trust = Literal["notes", "times", "nothing"]
+
+_ALIGNED = 64  # bytes; where each array begins is a multiple of it
+_HEADER = 16  # digits that say how long the header is
+_DTYPES = {"utf8": "u1", "ends": "<i8", "numbers": "<i8", "rows": "<i8", "small": "u1", "small_ends": "<i8"}
+
+
+class Index(NamedTuple):
+    """What was found when an archive was listed.
+
+    Parameters
+    ----------
+    paths : Texts
+        Paths of the members.
+    numbers : int64, (n, 5)
+        The fields of each ``Member``.
+    rows : int64, (k,)
+        Which members are small texts that were read at once, ascending.
+    small : Texts
+        Their bytes.
+    folders : list of str
+        Folders that the archive lists.
+    """
+
+    paths: Texts
+    numbers: np.ndarray
+    rows: np.ndarray
+    small: Texts
+    folders: list[str]
+
+    def text(self, row: int) -> bytes | None:
+        """Return the bytes of a small member; None if they were not read at once."""
+        place = int(np.searchsorted(self.rows, row))
+        if place == len(self.rows) or self.rows[place] != row:
+            return None
+        return self.small[place].encode("utf-8", "surrogateescape")
+
+
+def place_of(tar: File) -> Path | None:
+    """Return where the index of a tar, as it is now, is kept; None if nothing tells whether it has changed."""
+    path, status = on_disk(tar), tar.stat()
+    if path is None and not tar.found.version:  # type: ignore[union-attr]
+        return None
+    name = str(tar) if path is None else os.path.realpath(path)
+    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
+    state = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
+    return cache_path("tars", f"{key}-{'-'.join(map(str, state))}.index")
+
+
+def kept(place: Path, trust: Trust) -> Index | None:
+    """Return the index kept at a place, or None.
+
+    Parameters
+    ----------
+    place : Path
+        Of ``place_of``.
+    trust : {"notes", "times", "nothing"}
+        Whether the tar must have the inode and times of then, its size and the time of its last change, or is always listed.
+    """
+    if trust == "times":
+        key, size, changed, *_ = place.name.split("-")
+        place = next(iter(sorted(place.parent.glob(f"{key}-{size}-{changed}-*"))), place)
+    if trust == "nothing":
+        return None
+    try:
+        with signed_file(place) as file:
+            return _read(file)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s is not used (%s); the tar is listed again", place, error)
+        return None
+
+
+def keep(place: Path, index: Index) -> None:
+    """Keep an index, in place of those of the same tar before it changed; without room it is made again next time."""
+    try:
+        with written(lambda file: _write(file, index)) as content:
+            write_signed(place, content)
+        sweep_dead(place.parent)
+        for former in set(place.parent.glob(f"{place.name.split('-')[0]}-*.index")) - {place}:
+            former.unlink(missing_ok=True)
+    except OSError as error:
+        logger.info("%s could not be written (%s)", place, error)
+
+
+def _write(file: BinaryIO, index: Index) -> None:
+    arrays = (index.paths.utf8, index.paths.ends, index.numbers, index.rows, index.small.utf8, index.small.ends)
+    lengths = dict(zip(_DTYPES, map(len, arrays), strict=True))
+    header = canonical_json({"folders": index.folders, "lengths": lengths}).encode("ascii")
+    file.write(b"%0*d" % (_HEADER, len(header)) + header)
+    for dtype, array in zip(_DTYPES.values(), arrays, strict=True):
+        file.write(bytes(-file.tell() % _ALIGNED))
+        file.write(np.ascontiguousarray(array, dtype).data)
+
+
+def _read(file: BinaryIO) -> Index:
+    start = file.tell()
+    header = json.loads(file.read(int(file.read(_HEADER))))
+    place, arrays = file.tell() - start, list[Any]()
+    for name, dtype in _DTYPES.items():
+        place += -place % _ALIGNED
+        length = int(header["lengths"][name])
+        shape = (length, 5) if name == "numbers" else (length,)
+        found = np.memmap(file, dtype, "r", start + place, shape).view(np.ndarray) if length else np.empty(shape, dtype)
+        arrays.append(found)
+        place += found.nbytes
+    utf8, ends, numbers, rows, small, small_ends = arrays
+    return Index(Texts(utf8, ends), numbers, rows, Texts(small, small_ends), [*map(str, header["folders"])])
