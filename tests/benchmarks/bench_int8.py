@@ -1,7 +1,7 @@
 """What int8 costs in accuracy and gains in speed, for networks with trained weights, as rows of a table.
 
     python tests/benchmarks/bench_int8.py FOLDER [--networks mobilenetv2 ...] [--images cats-dogs] [--limit 500]
-        [--seeds 0 1 2] [--model vit=FILE.onnx --preprocess vit=FILE.json] [--json OUT.json]
+        [--seeds 0 1 2] [--model vit=FILE.onnx --preprocess vit=FILE.json --layer vit=NAME] [--json OUT.json]
 
 Needs BOTTLENECK_ASSETS, and the extra int8. FOLDER keeps the stores, so that the command can be stopped and run again. Both
 stores of a network are made by the product. A logistic head is cross-validated in five folds on each, for three strengths;
@@ -130,10 +130,12 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--model", nargs="*", default=[], help="NAME=FILE of a network that comes as a file")
     parser.add_argument("--preprocess", nargs="*", default=[], help="NAME=FILE of its description")
+    parser.add_argument("--layer", nargs="*", default=[], help="NAME=LAYER whose features are compared")
     parser.add_argument("--json")
     arguments = parser.parse_args()
     assets, rows = Path(os.environ["BOTTLENECK_ASSETS"]), []
-    files, how = (dict(item.split("=", 1) for item in given) for given in (arguments.model, arguments.preprocess))
+    pairs = (arguments.model, arguments.preprocess, arguments.layer)
+    files, how, layers = (dict(item.split("=", 1) for item in given) for given in pairs)
     Path(arguments.folder).mkdir(parents=True, exist_ok=True)
     for name in [*arguments.networks, *files]:
         model: dict[str, Any] = {"backbone": files.get(name, name)}
@@ -141,6 +143,8 @@ def main() -> None:
             model["weights"] = str(assets / "weights" / WEIGHTS[name])
         if name in how:
             model["preprocess"] = how[name]
+        if name in layers:
+            model["layers"] = (layers[name],)
         for images in arguments.images:
             rows.append(measured(name, model, images, arguments))
             print(line(rows[-1]), flush=True)

@@ -92,7 +92,8 @@ def measure(command: Sequence[str], *, cwd: Path, environment: Mapping[str, str]
 def environment_of(code: Path, scratch: Path) -> dict[str, str]:
     # Another commit may keep its conversions in another form.
     cache = str(scratch / f"cache {code.name} {code == ROOT}")
-    return {**os.environ, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(code), "BOTTLENECK_CACHE": cache}
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}  # as users have it
+    return {**kept, "TF_CPP_MIN_LOG_LEVEL": "3", "PYTHONPATH": str(code), "BOTTLENECK_CACHE": cache}
 
 
 def run(contender: Contender, options: argparse.Namespace, scratch: Path, limit: int | None = None) -> Cost:
