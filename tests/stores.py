@@ -41,7 +41,8 @@ def extract(source: str, out: str | Path, told: Callable[[str], None] = lambda l
 
 
 class Objects(ThreadingHTTPServer):
-    """Serves ``objects`` (path -> bytes) with ETags; ``fault`` may answer instead, and returns whether it has.
+    """Serves ``objects`` (path -> bytes) with ETags, or with the times of ``modified``; ``fault`` may answer instead, and returns
+    whether it has.
 
     ``asked`` lists what was requested, as ``METHOD path``.
     """
@@ -54,6 +55,7 @@ class Objects(ThreadingHTTPServer):
         self.asked: list[str] = []
         self.fault: Callable[[int, Any], bool] = lambda number, request: False
         self.with_etags = True
+        self.modified: dict[str, str] = {}
         self.latency = 0.0
         self.rate = 0  # bytes a second of each answer; 0: as fast as it goes
         self._numbers = itertools.count(1)
@@ -73,8 +75,9 @@ class Objects(ThreadingHTTPServer):
             request.reply(302, b"", {"Location": self.redirects[path]})
         elif path in self.objects:
             data = self.objects[path]
-            tag = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} if self.with_etags else {}
-            request.reply(200, data, tag)
+            tags = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"'} if self.with_etags else {}
+            tags |= {"Last-Modified": self.modified[path]} if path in self.modified else {}
+            request.reply(200, data, tags)
         else:
             request.reply(404, b"", {})
 

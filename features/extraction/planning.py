@@ -360,6 +360,8 @@ def _identities(
             found[known.is_refused(found) & ~known.is_refused(found, KILLS_WORKER)] = -1
     elif options.trust == "times":
         found = known.at_time(keys, images.sizes, images.mtimes_ns)
+        if images.versions is not None:
+            found[images.mtimes_ns == 0] = -1  # their server says no time that could be trusted
     if options.trust != "nothing" and images.versions is not None:  # stores say it, whatever is noted on this machine
         np.copyto(found, known.at_version(keys, images.sizes, images.versions), where=found < 0)
     # The same content has the same size, so only a file of a known size can have known content.

@@ -194,10 +194,19 @@ class Web:
 
 
 def _found(answer: http.client.HTTPResponse) -> Found:
-    """Read size and version from the headers of an answer."""
-    modified = 0
-    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-        modified = int(email.utils.parsedate_to_datetime(answer.headers.get("Last-Modified", "")).timestamp()) * 10**9
+    """Read size and version from the headers of an answer.
+
+    Without an ETag, a time within the second of the answer is no version: more may be written in it (RFC 9110, 8.8.2.2).
+    """
+    modified, now = (_seconds(answer.headers.get(name, "")) * 10**9 for name in ("Last-Modified", "Date"))
     length = answer.headers.get("Content-Length", "")
-    version = answer.headers.get("ETag", "").strip() or (str(modified) if modified else "")
+    settled = modified and not 0 < now <= modified
+    version = answer.headers.get("ETag", "").strip() or (str(modified) if settled else "")
     return Found(int(length) if length.isdecimal() else 0, version, modified)
+
+
+def _seconds(date: str) -> int:
+    """Return the seconds since 1970 that a header names; 0 if it names none."""
+    with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
+        return int(email.utils.parsedate_to_datetime(date).timestamp())
+    return 0
