@@ -19,6 +19,8 @@ endif
 
 VARIABLES := PYTHON TORCH DATA BACKBONE FEATURES HEAD RUNS RUN IMAGES PREDICTIONS NAME
 unexport $(VARIABLES)
+# Without bytecode each of some 500 processes of the tests would compile the packages again, and times would be those of no user.
+unexport PYTHONDONTWRITEBYTECODE
 quoted = $(subst '~/,~/','$(subst ','\'',$(value $(1)))')
 
 VENV := .venv
