@@ -382,7 +382,7 @@ def _open_tar(path: File, file: File, trust: Trust) -> Archive:
     if place is not None and (index := tarindex.kept(place, trust)) is not None:
         return Archive(path, file, state, Members(index.paths, index.numbers), index.folders, index)
     archive = _listed(path, file)
-    if place is not None and archive.index is not None:
+    if place is not None and archive.index is not None and tarindex.place_of(path) == place:
         tarindex.keep(place, archive.index)
     return archive
 

@@ -34,7 +34,7 @@ from features.texts import Coded
 
 BLOCK_BYTES = 4 << 20
 _KEPT = 16  # blocks, of all files together
-_FREE = 0.25  # share of a disk that stays free when blocks are kept there
+_FREE = 0.1  # share of a disk that stays free when blocks are kept there
 _LISTED_AT_ONCE = 8  # files
 _T = TypeVar("_T")
 
