@@ -8,6 +8,7 @@ import inspect
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ from features.errors import ConfigurationError
 from features.machine import HOSTS
 from features.shown import NotebookProgress, showing
 from pipeline.api import pages
-from pipeline.api.results import Evaluation, Leaderboard, Result
+from pipeline.api.results import Evaluation, Leaderboard, Result, Suggestions
 
 FUNCTIONS = ["FeatureStore", "train_head", "train_heads", "leaderboard", "open_run", "report", "audit", "similar"]
 NETWORKS = ["suggest", "predict", "evaluate", "export", "finetune", "FeatureExtractor", "BottleneckClassifier"]
@@ -228,6 +229,15 @@ def test_html_is_escaped_and_shows_intervals() -> None:
     assert "<script" not in pages.confusion([[1, 0], [0, 1]], ["<script>", "b"])
     cards = pages.pictures([("data:image/png;base64,AA", '"><script>')])
     assert "<script" not in cards
+
+
+def test_a_table_leaves_digests_out_and_breaks_long_texts_into_lines() -> None:
+    image = {"path": "a.png", "sha256": "0" * 64, "why": "word " * 20}
+    found = Suggestions({"file": "f.h5", "strategy": "mix", "images": [image]}, str)
+    shown = found._repr_html_()
+    assert re.findall("<th [^>]*>([^<]*)</th>", shown) == ["path", "why"]
+    assert ["nowrap" in style for style in re.findall('<td style="([^"]*)">', shown)] == [True, False]
+    assert found.to_pandas()["sha256"].tolist() == ["0" * 64]
 
 
 def test_without_pandas_the_error_says_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:

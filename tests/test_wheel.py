@@ -12,7 +12,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import ROOT, STRESS
+from notebooks import check_outputs, execute
 
 pytestmark = pytest.mark.slow
 PACKAGES = ("features", "pipeline")
@@ -177,3 +178,25 @@ def test_it_works_in_an_empty_folder(bottleneck: Path, tmp_path: Path) -> None:
     run(bottleneck, "report", "runs", "--out", "report.html", cwd=tmp_path)
     assert "</html>" in (tmp_path / "report.html").read_text()
     assert {path.name for path in tmp_path.iterdir() if path.suffix != ".lock"} == {"f.h5", "runs", "report.html"}
+
+
+@pytest.mark.stress
+@pytest.mark.skipif(
+    not STRESS, reason="STRESS is not set: `make stress` installs the wheel with all it needs from the index"
+)
+def test_the_notebook_runs_on_the_wheel_alone(wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PYTHONPATH", "BOTTLENECK_ASSETS"):
+        monkeypatch.delenv(name, raising=False)
+    home, folder = tmp_path / "home", tmp_path / "folder"
+    venv.create(tmp_path / "venv", with_pip=True)
+    python = tmp_path / "venv" / "bin" / "python"
+    run(python, "-m", "pip", "install", "--quiet", wheel, "nbclient", "ipykernel", cwd=tmp_path)
+    for place in (home, folder):
+        place.mkdir()
+    check_outputs(execute(python, folder, HOME=str(home), BOTTLENECK_CACHE=str(home / "cache")))
+    assert {path.name for path in folder.iterdir() if path.suffix != ".lock"} == {
+        "features.h5",
+        "first-hour.ipynb",
+        "report.html",
+        "runs",
+    }

@@ -16,7 +16,9 @@ SCORES = ("accuracy", "macro_auroc", "r2", "mae", "log_loss", "n")  # in the rep
 SHOWN = 50  # lines of a table
 CLASSES = 30  # classes of a confusion matrix
 LONG = 60  # characters of a value in a repr
+LEFT_OUT = {"sha256"}  # 64 characters wide, and no person reads them; `to_dict` and `to_pandas` have them
 CELL = "padding:2px 8px;text-align:left;white-space:nowrap"
+TEXT = "padding:2px 8px;text-align:left;min-width:20em;overflow-wrap:anywhere"  # of a long value, which is broken into lines
 
 
 def short(value: Any) -> str:
@@ -43,6 +45,10 @@ def _cell(value: Any) -> Markup:
     return escape("" if value is None else printable(str(value)))
 
 
+def _style(value: Any) -> str:
+    return TEXT if type(value) is str and len(value) > LONG else CELL  # markup is no text
+
+
 def table(lines: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
     """Return a table of lines, the first `SHOWN` of them.
 
@@ -52,11 +58,13 @@ def table(lines: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
     1
     """
     shown = lines[:SHOWN]
-    names = list(dict.fromkeys(name for line in shown for name in line))
+    names = [name for name in dict.fromkeys(name for line in shown for name in line) if name not in LEFT_OUT]
     head = Markup("").join(Markup('<th style="{}">{}</th>').format(CELL, name) for name in names)
     rows = Markup("").join(
         Markup("<tr>{}</tr>").format(
-            Markup("").join(Markup('<td style="{}">{}</td>').format(CELL, _cell(line.get(name))) for name in names)
+            Markup("").join(
+                Markup('<td style="{}">{}</td>').format(_style(line.get(name)), _cell(line.get(name))) for name in names
+            )
         )
         for line in shown
     )
