@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -27,6 +28,7 @@ from helpers import (
 from PIL import Image
 
 from features.errors import ConfigurationError, ExtractionError, LockedError, SourceError, TooManyUnreadableError
+from features.extraction import extraction
 from features.extraction.extraction import Extraction, ExtractionResult, prepare
 from features.extraction.journal import PartsFolder
 from features.extraction.options import ExtractionOptions
@@ -331,6 +333,30 @@ def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: 
     result = extract(source, tmp_path / "f.h5", network, shard_rows=8)
     assert sum(network.batches) == 33
     assert_rows_are_their_images(result.store, source)
+
+
+@pytest.mark.parametrize("engine", ["function", ""])
+def test_a_run_that_was_killed_in_its_assembly_gives_the_same_bytes(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """The next run computes nothing, and names the engine by the journal; by itself if the kill was before its last line."""
+    whole = tmp_path / "whole.h5"
+    assert extract(source, whole, shard_rows=8).store.provenance["engine"] == "function"
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(extraction, "assemble", interrupt)
+        extract(source, tmp_path / "f.h5", shard_rows=8)
+    journal = tmp_path / "f.h5.parts" / "manifest.jsonl"
+    lines = journal.read_text().splitlines()
+    assert [json.loads(line).pop("engine") for line in lines] == ["function"] * 5
+    if not engine:
+        journal.unlink()
+    result = extract(source, tmp_path / "f.h5", shard_rows=8)
+    assert (result.inferred, result.written) == (0, True)
+    assert (tmp_path / "f.h5").read_bytes() == whole.read_bytes()
+
+
+def interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
 
 
 @pytest.mark.slow

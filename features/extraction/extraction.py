@@ -28,7 +28,7 @@ from features.extraction.known import Identities
 from features.extraction.options import ExtractionOptions
 from features.extraction.planning import Plan, make_plan
 from features.extraction.precision import check_precision, some_rows
-from features.extraction.running import MadeShard, Reconciliation, ShardRunner, Work, run_here
+from features.extraction.running import Reconciliation, ShardRunner, Work, run_here
 from features.files import behind_link, locked, printable, sweep, writable_folder
 from features.networks.quantised import find, keep, keep_only, networks_of_store
 from features.progress import Progress, counted
@@ -69,18 +69,6 @@ class ExtractionResult:
     counts: Counter[str]
     inferred: int
     written: bool
-
-
-@dataclasses.dataclass
-class _Done:
-    """Views and engines of the shards that this run has made so far."""
-
-    inferred: int = 0
-    engines: set[str] = dataclasses.field(default_factory=set)
-
-    def add(self, made: MadeShard, shard: FeatureStore) -> None:
-        self.inferred += len(shard) * len(made.record.views)
-        self.engines |= {made.engine} - {""}  # a shard without readable images needs no engine
 
 
 class Extraction:
@@ -159,15 +147,15 @@ class Extraction:
         with locked(self.out):
             sweep(self.out)
             plan = self.plan(progress)
-            done = _Done()
+            inferred = 0
             try:
                 self._keep_quantised()
                 if plan.layout == "packed" or plan.old is None:
                     self.parts.drop(plan.superseded)
                 if plan.specs:
                     self.parts.open()
-                    self._run_shards(plan, done, progress)
-                result = self._finish(plan, done, progress)
+                    inferred = self._run_shards(plan, progress)
+                result = self._finish(plan, inferred, progress)
             finally:
                 self._note(plan)
                 if self.parts.path.exists() and not self.parts.records and not self.parts.any_shard():
@@ -189,8 +177,9 @@ class Extraction:
             path = keep(Path(str(self.network.quantised)), digest, networks_of_store(self.out))
             self.network = dataclasses.replace(self.network, quantised=path)
 
-    def _run_shards(self, plan: Plan, done: _Done, progress: Progress | None) -> None:
-        count, total, lock = 0, sum(map(len, plan.specs)), threading.Lock()
+    def _run_shards(self, plan: Plan, progress: Progress | None) -> int:
+        """Make the shards of a plan; return how many views went through the network."""
+        inferred, count, total, lock = 0, 0, sum(map(len, plan.specs)), threading.Lock()
 
         def advance(more: int) -> None:
             nonlocal count
@@ -202,16 +191,17 @@ class Extraction:
         planned, due = Reconciliation(plan.specs), time.monotonic() + NOTE_SECONDS
         with contextlib.closing(self.run_shards(self._work(plan), advance)) as shards:
             for made in shards:
-                record = made.record
+                record = dataclasses.replace(made.record, engine=made.engine)
                 shard = FeatureStore.open_shard(shard_path(self.parts.path, record.identity))
                 if planned.enter(made, shard):
                     self.parts.commit(record)
                     plan.known.add(shard, record.views, root=str(self.images.root), fresh=True)
-                    done.add(made, shard)
+                    inferred += len(shard) * len(record.views)
                 if (began := time.monotonic()) > due:  # what a killed run has read need not be hashed by the next one
                     self._note(plan)
                     due = time.monotonic() + max(NOTE_SECONDS, 50 * (time.monotonic() - began))
         planned.finish()
+        return inferred
 
     def _note(self, plan: Plan) -> None:
         """Note the content of the files as far as it is known; what times alone tell is not worth a note."""
@@ -234,25 +224,25 @@ class Extraction:
         plan = self.plan()
         if plan.specs or plan.old is None or self.options.check_precision:
             return None
-        contents = self._contents(plan, _Done())
+        contents = self._contents(plan)
         if not self._is_current(plan, contents):
             return None
         self._note(plan)
         plan.counts["unreadable"] = len(contents.quarantine)
         return ExtractionResult(plan.old, plan.counts, 0, written=False)
 
-    def _finish(self, plan: Plan, done: _Done, progress: Progress | None) -> ExtractionResult:
-        contents = self._contents(plan, done)
+    def _finish(self, plan: Plan, inferred: int, progress: Progress | None) -> ExtractionResult:
+        contents = self._contents(plan)
         current = self._is_current(plan, contents)
         if not current:
             assemble(self.out, plan, contents, progress)
         plan.counts["unreadable"] = len(contents.quarantine)
-        return ExtractionResult(FeatureStore.open(self.out), plan.counts, done.inferred, written=not current)
+        return ExtractionResult(FeatureStore.open(self.out), plan.counts, inferred, written=not current)
 
     def _is_current(self, plan: Plan, contents: Contents) -> bool:
         return is_current(plan, contents, with_times=self.options.trust_times)
 
-    def _contents(self, plan: Plan, done: _Done) -> Contents:
+    def _contents(self, plan: Plan) -> Contents:
         identities = _settled(plan)
         if self.options.check_precision:
             readable = np.flatnonzero(identities.reasons < 0).tolist()
@@ -271,13 +261,20 @@ class Extraction:
             classes=self.images.classes,
             source=self.images.description,
             split_rule=str(rule),
-            provenance=self._provenance(plan, done),
+            provenance=self._provenance(plan),
         )
 
-    def _provenance(self, plan: Plan, done: _Done) -> dict[str, object]:
+    def _engine(self, plan: Plan) -> str:
+        """Name the engines of all shards that are in no store yet, those of runs that were killed included."""
+        names = {record.engine for record in self.parts.records.values() if not record.kept} - {""}
+        if not names and plan.old is None and any(map(len, plan.known.sources)):
+            names = {self._work(plan).engine(plan.recipes).name}  # a run was killed before its journal could name it
+        return ", ".join(sorted(names))
+
+    def _provenance(self, plan: Plan) -> dict[str, object]:
         before = plan.old.provenance if plan.old is not None else {}
         checked = {**before.get("precision_check", {}), **(self._checked or {})}
-        engine = ", ".join(sorted(done.engines))
+        engine = self._engine(plan)
         return {
             **({"precision_check": checked} if checked else {}),
             "engine": engine or before.get("engine", ""),

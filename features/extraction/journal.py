@@ -100,7 +100,7 @@ class PartsFolder:
         if set(self.records) == set(identities) and all(record.kept for record in self.records.values()):
             return
         self.drop([path.stem for path in self._files() if path.stem not in identities])
-        self.records = {key: dataclasses.replace(record, kept=True) for key, record in self.records.items()}
+        self.records = {key: dataclasses.replace(record, kept=True, engine="") for key, record in self.records.items()}
         self._rewrite()
 
     def remove(self) -> None:
@@ -130,6 +130,8 @@ class PartsFolder:
 
 def _record_line(record: ShardRecord) -> bytes:
     values = {**dataclasses.asdict(record), "version": JOURNAL_VERSION}
+    if not record.engine:
+        del values["engine"]  # as lines of 0.1.0, which finds the shard of another line by its file
     return canonical_json(values).encode("ascii") + b"\n"
 
 
@@ -142,7 +144,12 @@ def _parse_record(line: bytes) -> ShardRecord | None:
         record = ShardRecord(**{**values, "views": tuple(values["views"])})
     except (ValueError, TypeError, KeyError, AttributeError):
         return None
-    texts = isinstance(record.identity, str) and isinstance(record.sha256, str) and isinstance(record.kept, bool)
-    if not texts or not is_shard_name(record.identity) or not all(type(view) is int for view in record.views):
+    texts = all(isinstance(text, str) for text in (record.identity, record.sha256, record.engine))
+    if (
+        not texts
+        or not isinstance(record.kept, bool)
+        or not is_shard_name(record.identity)
+        or not all(type(view) is int for view in record.views)
+    ):
         return None
     return record

@@ -127,12 +127,17 @@ class ShardRows:
 
 @dataclasses.dataclass(frozen=True)
 class ShardRecord:
-    """The journal's record of a finished shard: name, sha256, views, and whether a sharded store needs it."""
+    """The journal's record of a finished shard.
+
+    It holds its name, its sha256, its views, whether a sharded store needs it, and the engine that made it, which is empty if that
+    is not known, or if a store says it.
+    """
 
     identity: str
     sha256: str
     views: tuple[int, ...]
     kept: bool = False
+    engine: str = ""
 
 
 def rows_per_shard(row_bytes: int, batch_size: int) -> int:
