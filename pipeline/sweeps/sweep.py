@@ -218,12 +218,11 @@ def run_sweep(
     made = [job.run_id for job in every if job.run_id not in lost]
     _table_finished(every, missing, runs, asked)
     board = leaderboard(runs, by=by, folds=judged_by_folds, only=set(made)) if made else []
-    if trained:
-        for row in board[:PLOTTED]:
-            try:
-                add_plots(Run.open(runs / row["run_id"]))
-            except (RunError, OSError) as problem:  # an existing run that was damaged, or a full disk
-                logger.warning("%s: the plots could not be drawn: %s", row["run_id"], problem)
+    for row in board[:PLOTTED]:
+        try:
+            add_plots(Run.open(runs / row["run_id"]))
+        except (RunError, OSError) as problem:  # an existing run that was damaged, or a full disk
+            logger.warning("%s: the plots could not be drawn: %s", row["run_id"], problem)
     if test and board:
         _test_chosen(every, board, runs)
     if asked.option and board:

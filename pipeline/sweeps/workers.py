@@ -6,6 +6,7 @@ import contextlib
 import contextvars
 import itertools
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, NamedTuple
@@ -88,8 +89,13 @@ def _values(function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], 
     with joblib.parallel_config(backend="loky", inner_max_num_threads=1, **ending):
         parallel = joblib.Parallel(n_jobs=jobs, return_as="generator_unordered", max_nbytes=None, batch_size=1)
         made = (joblib.delayed(_numbered)(function, number, *arguments) for number, arguments in calls.items())
-        with contextlib.closing(parallel(made)) as results:
+        results = parallel(made)
+        try:
             yield from results
+        finally:
+            with warnings.catch_warnings():  # joblib's advice to its caller about tasks that an interruption cancels
+                warnings.filterwarnings("ignore", message=".*still being processed", category=UserWarning)
+                results.close()
 
 
 def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
