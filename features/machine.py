@@ -165,13 +165,17 @@ def keras_backend() -> str:
     named = os.environ.get("KERAS_BACKEND")
     if named:
         return named
-    home = Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras")
     try:
-        chosen = str(json.loads((home / "keras.json").read_bytes())["backend"])
+        chosen = str(json.loads(keras_settings().read_bytes())["backend"])
     except (OSError, ValueError, KeyError, TypeError):
         chosen = _BACKENDS[0]
     there = [name for name in _BACKENDS if importlib.util.find_spec(name) is not None]
     return there[0] if there and chosen in _BACKENDS and chosen not in there else chosen
+
+
+def keras_settings() -> Path:
+    """Return the path of Keras's file, which may be missing."""
+    return Path(os.environ.get("KERAS_HOME") or Path.home() / ".keras") / "keras.json"
 
 
 def software_versions() -> dict[str, str]:

