@@ -151,7 +151,7 @@ docs: setup  ## build the documentation site in build/site, from the pages of th
 	$(BIN)/python .docs/build.py
 
 dist: setup  ## build the sdist and the wheel of this commit into dist/
-	PYTHON=$(BIN)/python .ci/dist
+	.ci/dist
 
 clean:  ## remove the virtual environment and caches; features and runs are kept
 	rm -rf $(VENV) $(FLOOR) .venv-jax .venv-torch .pytest_cache .mypy_cache .ruff_cache *.egg-info

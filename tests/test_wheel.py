@@ -52,9 +52,9 @@ def git(place: Path, *words: str) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One commit of the sources, which `.ci/dist` has built, and rubbish beside it that git ignores."""
+    """One commit of the sources, which `make dist` has built, and rubbish beside it that git ignores."""
     place = copied(tmp_path_factory.mktemp("build"))
-    for name in (".ci/dist", ".github/CHANGELOG.md", ".gitignore"):
+    for name in (".ci/dist", ".github/CHANGELOG.md", ".gitignore", "Makefile"):
         (place / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, place / name)
     git(place, "init", "--quiet")
@@ -62,7 +62,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(place, "commit", "--quiet", "-m", "All that is needed")
     (place / "build" / "lib" / "features").mkdir(parents=True)
     (place / "build" / "lib" / "features" / "rubbish.py").touch()
-    run("bash", ".ci/dist", cwd=place, PYTHON=sys.executable)
+    python = place / ".venv" / "bin" / "python"  # as `make setup` leaves it
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n')
+    python.chmod(0o755)
+    (place / ".venv" / ".installed").touch()
+    run("make", "dist", cwd=place)
     return place
 
 
