@@ -27,6 +27,7 @@ from pipeline.scores.selection import (
     choose,
 )
 from pipeline.tasks.table import ALL_CHOICES, WORST_GROUPS
+from pipeline.tasks.task import Task
 
 logger = logging.getLogger(__name__)
 
@@ -44,6 +45,7 @@ def take_run(
     data_set: str | None = None,
     likely: str | None = None,
     accept: Callable[[Run], bool] | None = None,
+    fitting: Callable[[Task], Sequence[str]] = lambda task: (),
 ) -> Taken:
     """Return the run in ``path``, or the one that the leaderboard of that folder marks. Every command uses this rule.
 
@@ -62,6 +64,8 @@ def take_run(
     accept : callable, optional
         Says whether fine-tuning can start from a run. Only such runs are compared, and in a folder of runs none that was
         fine-tuned itself.
+    fitting : callable
+        Gives the names of the heads of a task that ``accept`` takes, for the error.
 
     Raises
     ------
@@ -86,9 +90,8 @@ def take_run(
     if not runs:
         where = f" on the newest state of {one.name}" if several and one.stale else ""
         raise RunError(
-            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one (dense, dropout-linear, "
-            "mlp-256, logistic, ridge, linear-svm, sgd, lda, where the task has it); train it with bottleneck train-head "
-            "--head dropout-linear"
+            f"{path}: holds no run of a Keras head or a linear one{where}, and fine-tuning needs one "
+            f"({', '.join(fitting(state.runs[0].task))}); train it with bottleneck train-head --head dropout-linear"
         )
     run = starred(runs)
     logger.info("%s", _account(run, one, state, accept is not None) if several else f"run taken: {run.folder}")

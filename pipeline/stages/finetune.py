@@ -30,7 +30,7 @@ from features.sources.scan import ImageSet, scan, takes_target
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
 from pipeline.config import parse
-from pipeline.heads.kinds import can_finetune, head_of
+from pipeline.heads.kinds import can_finetune, head_of, layered
 from pipeline.labels.file import LABEL, Labels, read_labels
 from pipeline.labels.overlay import with_labels
 from pipeline.runs.board import ranked, take_run
@@ -124,7 +124,7 @@ def finetune(
     started = time.monotonic()
     decisions = None if labels is None else read_labels(labels)
     likely = absolute(str(images)) if images is not None else _digest_of(str(from_cache), decisions)
-    start, damaged = take_run(run, data_set=data_set, likely=likely, accept=can_finetune)
+    start, damaged = take_run(run, data_set=data_set, likely=likely, accept=can_finetune, fitting=layered)
     _check_task(start, chosen)
     _check_labels(start, decisions)
     runs = Path(runs) if runs is not None else start.folder.parent
