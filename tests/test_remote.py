@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
+import multiprocessing
 import os
 import pickle
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import h5py
 import numpy as np
 import pytest
 from helpers import NumpyNetwork, paint_folder
+from PIL import Image
 from stores import Objects, objects, table, tar
 
 from features.errors import SourceError, UnreadableImageError
@@ -296,6 +298,40 @@ def test_tars_are_read_once_by_an_extraction_and_not_at_all_by_the_next_plan(
     bucket.pipe("/bucket/s-1.tar", (shards / "s-0.tar").read_bytes())  # only what has changed is listed again
     assert run(source, tmp_path / "a.h5").store.images.paths[-1] == "s-1.tar/3.png"
     assert {name for name, _, _ in ranges} == {"s-1.tar"}
+
+
+def test_blocks_that_a_fork_reads_do_not_take_the_place_of_others(
+    bucket: Any, tmp_path: Path, ranges: list[tuple[str, int, int]]
+) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (4, 40, 40), np.uint8)
+    for k in range(4):
+        Image.fromarray(pixels[k]).save(tmp_path / f"{k}.png")
+    expected = [(tmp_path / f"{k}.png").read_bytes() for k in range(4)]
+    tar(tmp_path / "big.tar", [*((f"{k}.png", expected[k]) for k in range(4)), ("0.cls", b"a")])
+    bucket.pipe("/bucket/big.tar", (tmp_path / "big.tar").read_bytes())
+    images = scan("memory://bucket/big.tar")
+    assert (images.read(0), images.read(1)) == (expected[0], expected[1])
+    blocks._blocks.clear()
+    context = multiprocessing.get_context("fork")
+    child = context.Process(target=lambda: [images.read(2), images.read(3)])
+    child.start()
+    images.read(3)
+    child.join()
+    assert child.exitcode == 0
+    blocks._blocks.clear()
+    ranges.clear()
+    assert [images.read(row) for row in range(4)] == expected
+    assert {*ranges} < {*each_block_once(tmp_path, "big.tar")}
+
+
+def test_rehash_lists_a_tar_in_a_bucket_again(shards: Path, ranges: list[tuple[str, int, int]]) -> None:
+    for source in ("memory://bucket/s-0.tar", "memory://bucket/s-{0..1}.tar"):
+        scan(source)
+        ranges.clear()
+        scan(source, trust="times")
+        assert ranges == []
+        scan(source, trust="nothing")
+        assert ("s-0.tar", 0, 700) in ranges
 
 
 def test_on_a_full_disk_no_blocks_are_kept_and_the_images_are_read_again(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import gzip
 import io
 import json
 import os
@@ -139,7 +140,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def indexes(cache: Path) -> list[Path]:
-    return sorted((cache / "tars").glob("*.index"))
+    return sorted((cache / "tars").glob("*/*.index"))
 
 
 def described(images: ImageSet) -> tuple[object, ...]:
@@ -194,6 +195,84 @@ def test_a_tar_is_listed_once_and_anew_when_it_changes(
     content[-1] ^= 1
     index.write_bytes(content)
     assert described(scan(pattern)) == found
+    with monkeypatch.context() as other:
+        other.setattr(tarindex, "_FORMAT", "bottleneck-tar-index 0")
+        scan(tmp_path / "s-1.tar", trust="nothing")
+    caplog.clear()
+    assert described(scan(pattern)) == found
+    assert "received format 'bottleneck-tar-index 0', expected 'bottleneck-tar-index 1'" in caplog.text
+
+
+def test_the_lists_of_many_tars_take_no_open_files(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(8):
+        tar(tmp_path / f"s-{number}.tar", {"0.png": png(number), "0.cls": b"a", "1.png": png(9), "1.json": b"{}"})
+    pattern = f"{tmp_path}/s-{{0..7}}.tar"
+    first, open_files = scan(pattern), len(os.listdir("/dev/fd"))
+    again = scan(pattern)
+    assert len(os.listdir("/dev/fd")) == open_files
+    monkeypatch.setattr(tarindex, "SMALL", -1)  # as for a tar of very many images
+    mapped = scan(pattern)
+    assert len(os.listdir("/dev/fd")) <= open_files + 8
+    assert described(mapped) == described(again) == described(first)
+
+
+@pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
+def test_a_tar_that_is_replaced_while_it_is_opened_never_gives_the_members_of_the_other(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    def made(name: str, label: bytes, *numbers: int) -> Path:
+        path = tar(tmp_path / "plain", [*((f"{k}.png", png(k)) for k in numbers), ("7.cls", label)])
+        data = path.read_bytes()
+        (tmp_path / name).write_bytes(gzip.compress(data) if name.endswith("gz") else data)
+        return tmp_path / name
+
+    path = made(name, b"old", 1, 7)
+    if name == "a.tar":
+        scan(path)  # its list is known
+    other, numbers = made(f"other-{name}", b"new", 7, 2, 3), {"7.png": 7, "1.png": 1, "2.png": 2, "3.png": 3}
+    where = tarindex.place_of if name == "a.tar" else archives._expanded  # what is seen of the old tar
+
+    def replaced(*given: Any) -> Any:
+        found = where(*given)
+        if other.exists():
+            other.replace(path)
+        return found
+
+    with monkeypatch.context() as between:
+        between.setattr(tarindex if name == "a.tar" else archives, where.__name__, replaced)
+        images = scan(path)
+    for row, member in enumerate(images.paths):
+        assert images.read(row) == png(numbers[member])
+    after = scan(path)
+    assert [*after.paths] == ["7.png", "2.png", "3.png"]
+    assert [after.read(row) for row in range(3)] == [png(7), png(2), png(3)]
+    assert after.classes == ("new",)
+    assert not {*map(tuple, images.stamps.tolist())} & {*map(tuple, after.stamps.tolist())}  # nothing noted is believed
+
+
+def test_times_before_1970_tell_tars_apart(tmp_path: Path, cache: Path) -> None:
+    path = tar(tmp_path / "a.tar", {"0.png": png(0), "0.cls": b"old"})
+    os.utime(path, ns=(-5, -5))
+    assert labels_of(path) == {"0.png": "old"}
+    tar(path, {"0.png": png(0), "0.cls": b"new"})
+    os.utime(path, ns=(-6, -6))
+    assert labels_of(path, trust="times") == {"0.png": "new"}
+
+
+def test_labels_for_which_the_disk_has_no_room_are_read_from_the_tar(tmp_path: Path, cache: Path) -> None:
+    resource = pytest.importorskip("resource")
+    members = [(f"{k}{end}", data) for k in range(80) for end, data in ((".png", png(k)), (".json", b'{"label": "c%d", "note": "%s"}' % (k % 3, b"n" * 30000)))]  # fmt: skip
+    path = tar(tmp_path / "a.tar", members)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # of a file, in bytes
+    try:
+        found = labels_of(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert found == {f"{k}.png": f"c{k % 3}" for k in range(80)}
+    assert labels_of(path, trust="nothing") == labels_of(path) == found
 
 
 def test_a_list_that_cannot_be_kept_costs_nothing_else(

@@ -138,6 +138,8 @@ class Archive:
         Members by path; a path is never absolute and never contains ``..``.
     folders : list of str
         Folders that the archive lists.
+    status : os.stat_result or Status
+        What was said of ``path`` before anything of it was read.
     index : Index, optional
         Of a tar: the members with the bytes of the small texts among them.
     """
@@ -147,6 +149,7 @@ class Archive:
     state: tuple[int, int]
     members: Members
     folders: list[str]
+    status: os.stat_result | Status
     index: Index | None = None
 
     def read(self, path: str, limit: int | None = None) -> bytes:
@@ -224,16 +227,25 @@ def open_archive(path: File, trust: Trust = "notes") -> Archive:
         If the file is damaged or is not such an archive, or if a member has an absolute path or one with ``..``, is a
         link or a device, occurs twice, is encrypted, exceeds the limits or is compressed like a bomb.
     """
+    kind = "zip" if path.name.lower().endswith(".zip") else "tar"
+    with _reading(path, f"{kind} archive"):
+        status = path.stat()  # before anything is read: what is noted of other bytes is then not believed
+    return dataclasses.replace(_opened(path, trust), status=status)
+
+
+def _opened(path: File, trust: Trust) -> Archive:
     name = path.name.lower()
-    if (path_on_disk := on_disk(path)) is None:
-        return _open_tar(path, path, trust)
+    if (path_on_disk := on_disk(path)) is not None and name.endswith(".zip"):
+        return open_zip(path_on_disk)
+    with _reading(path, "tar archive"):
+        place = tarindex.place_of(path)
+    if path_on_disk is None:
+        return _open_tar(path, path, place, trust)
     path = path_on_disk
-    if name.endswith(".zip"):
-        return open_zip(path)
     expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
     file = path if expand is None else _expanded(path, expand, trust)
     try:
-        return _open_tar(path, file, trust)
+        return _open_tar(path, file, place, trust)
     except SourceError:
         if file != path:
             for copy in (_note_of(file), file):
@@ -261,7 +273,7 @@ class _Listing:
     def __init__(self, path: File, file: File, member_limit: int) -> None:
         self._path, self._file, self._state = path, file, _state(file.stat())
         self._paths, self._numbers, self._folders = GrowingTexts(), Growing("<i8", (5,)), list[str]()
-        self._rows, self._texts = Growing("<i8"), GrowingTexts()
+        self._rows, self._texts, self._is_room = Growing("<i8"), GrowingTexts(), True
         self._member_limit, self._total = member_limit, 0
         self._total_limit = max(FREE_TOTAL, MAX_RATIO * self._state[0])
 
@@ -269,8 +281,14 @@ class _Listing:
         members = Members(self._paths.texts(), self._numbers.array())
         if (twice := members.repeated()) is not None:
             self.refuse(twice, "occurs twice")
-        index = Index(members.paths, members.numbers, self._rows.array(), self._texts.texts(), self._folders)
-        return Archive(self._path, self._file, self._state, members, self._folders, index)
+        index = Index(members.paths, members.numbers, *self._small(), self._folders)
+        return Archive(self._path, self._file, self._state, members, self._folders, self._path.stat(), index)
+
+    def _small(self) -> tuple[np.ndarray, Texts]:
+        with contextlib.suppress(OSError):
+            if self._is_room:
+                return self._rows.array(), self._texts.texts()
+        return np.empty(0, np.int64), Texts.of(())
 
     def refuse(self, name: str, problem: str) -> NoReturn:
         raise SourceError(f"{self._path}: the member {name!r} {problem}. Unpack it with care, and give the folder.")
@@ -292,9 +310,14 @@ class _Listing:
         self._numbers.append((*member[:3], -1 if member.crc is None else member.crc, member.deflated))
 
     def add_text(self, data: bytes) -> None:
-        """Keep the bytes of the member that was added last."""
-        self._rows.append(len(self._numbers) - 1)
-        self._texts.append(data.decode("utf-8", "surrogateescape"))
+        """Keep the bytes of the member that was added last; on a full disk none are kept, and all are read when needed."""
+        if not self._is_room:
+            return
+        try:
+            self._rows.append(len(self._numbers) - 1)
+            self._texts.append(data.decode("utf-8", "surrogateescape"))
+        except OSError:
+            self._is_room = False
 
     def add_folder(self, name: str) -> None:
         if path := self._checked(name):
@@ -375,12 +398,17 @@ class _Headers:
         return self._stream.read(count)
 
 
-def _open_tar(path: File, file: File, trust: Trust) -> Archive:
-    """Return what a tar holds, as it was listed before or as it is listed now; ``file`` is the tar or its expanded copy."""
+def _open_tar(path: File, file: File, place: Path | None, trust: Trust) -> Archive:
+    """Return what a tar holds, as it was listed before or as it is listed now.
+
+    ``file`` is the tar or its expanded copy, and ``place`` that of its index, found before the copy was made.
+    """
     with _reading(path, "tar archive"):
-        place, state = tarindex.place_of(path), _state(file.stat())
+        state = _state(file.stat())
+        if tarindex.place_of(path) != place:  # it is being changed: neither list is that of the file
+            place = None
     if place is not None and (index := tarindex.kept(place, trust)) is not None:
-        return Archive(path, file, state, Members(index.paths, index.numbers), index.folders, index)
+        return Archive(path, file, state, Members(index.paths, index.numbers), index.folders, path.stat(), index)
     archive = _listed(path, file)
     if place is not None and archive.index is not None and tarindex.place_of(path) == place:
         tarindex.keep(place, archive.index)

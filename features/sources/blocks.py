@@ -172,12 +172,13 @@ class _OnDisk:
     def __init__(self) -> None:
         self._lock, self._places, self._end = threading.Lock(), dict[tuple[str, int], tuple[int, int]](), 0
         self._file: BinaryIO | None = None
+        self._process = os.getpid()
         with contextlib.suppress(OSError):
             self._file = unnamed_file()
 
     def put(self, address: str, number: int, data: bytes) -> None:
-        """Keep a block; nothing is kept where the disk is nearly full."""
-        if self._file is None:
+        """Keep a block; nothing is kept where the disk is nearly full, nor by a fork, which has the same file."""
+        if self._file is None or self._process != os.getpid():
             return
         with contextlib.suppress(OSError), self._lock:
             disk = os.statvfs(self._file.fileno())

@@ -250,7 +250,7 @@ def _scanned(
     reading = reading or Reading(settled=not labelled)
     text = os.fspath(source)
     if remote.is_address(text):
-        return _scan_bucket(text, target, reading, progress, labelled=labelled, task=task, hosts=hosts)
+        return _scan_bucket(text, target, reading, trust, progress, labelled=labelled, task=task, hosts=hosts)
     if not text:
         raise SourceError("the image source is empty; expected a folder, an archive, a manifest or 'sample:digits'")
     if text.startswith("sample:"):
@@ -454,6 +454,7 @@ def _scan_bucket(
     address: str,
     target: str | None,
     reading: Reading,
+    trust: Trust,
     progress: Progress | None,
     *,
     labelled: bool,
@@ -462,12 +463,13 @@ def _scan_bucket(
 ) -> ImageSet:
     address = without_secrets(remote.checked(address, buckets_only=True))
     name = address.lower()
+    trust = "nothing" if trust == "nothing" else "notes"  # versions say more than times
     if webdataset.is_pattern(address) and name.endswith((".tar", ".parquet")):
-        return _scan_several(address, target, reading, "notes", progress, labelled=labelled, task=task)
+        return _scan_several(address, target, reading, trust, progress, labelled=labelled, task=task)
     if name.endswith((*MANIFEST_SUFFIXES, ".tar")):
         file = InBucket(address)
         if name.endswith(".tar"):
-            return _scan_archive(file, address, target, reading, "notes", labelled=labelled, task=task)
+            return _scan_archive(file, address, target, reading, trust, labelled=labelled, task=task)
         if name.endswith(".parquet") and parquet.image_column(file) is not None:
             return _from_rows(
                 address, parquet.open_tables(address, [file], target, labelled=labelled, task=task), reading
@@ -480,7 +482,7 @@ def _scan_bucket(
         )
     files, folders, reader = remote.listing(address)
     if not files and (tables := tables_below(reader.root)):
-        return _scan_several(tables, target, reading, "notes", progress, labelled=labelled, task=task)
+        return _scan_several(tables, target, reading, trust, progress, labelled=labelled, task=task)
     _refuse_target(address, target)
     return _with_versions(_from_tree(reader.root, address, (files, folders), reading, reader=reader), reader)
 
@@ -488,7 +490,6 @@ def _scan_bucket(
 def _scan_archive(
     path: File, description: str, target: str | None, reading: Reading, trust: Trust, *, labelled: bool, task: str
 ) -> ImageSet:
-    status = path.stat()
     archive = open_archive(path, trust)
     root = root_at(path)
     if webdataset.is_webdataset(archive):
@@ -503,7 +504,7 @@ def _scan_archive(
             continue
         folders.update("/".join(parts[:depth]) for depth in range(1, len(parts)))
         if suffix_of(member) in IMAGE_SUFFIXES:
-            files.append(ImageFile.of(member, status, details.size))
+            files.append(ImageFile.of(member, archive.status, details.size))
         else:
             left_out[suffix_of(member) or "no suffix"] += 1
     warn_left_out(root, left_out)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import mmap
 import os
 from pathlib import Path
 from typing import Any, BinaryIO, Literal, NamedTuple
@@ -16,7 +17,7 @@ import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
-from features.scratch import written
+from features.scratch import SMALL, written
 from features.sources.blocks import File, on_disk
 from features.temporary import sweep_dead
 from features.texts import Texts
@@ -25,6 +26,7 @@ logger = logging.getLogger(__name__)
 
 Trust = Literal["notes", "times", "nothing"]
 
+_FORMAT = "bottleneck-tar-index 1"
 _ALIGNED = 64  # bytes; where each array begins is a multiple of it
 _HEADER = 16  # digits that say how long the header is
 _DTYPES = {"utf8": "u1", "ends": "<i8", "numbers": "<i8", "rows": "<i8", "small": "u1", "small_ends": "<i8"}
@@ -69,7 +71,8 @@ def place_of(tar: File) -> Path | None:
     name = str(tar) if path is None else os.path.realpath(path)
     key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
     state = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
-    return cache_path("tars", f"{key}-{'-'.join(map(str, state))}.index")
+    # In one of 256 folders, so that those of very many tars are found as fast as those of a few.
+    return cache_path("tars", key[:2], f"{key}-{'-'.join(map(str, state))}.index")
 
 
 def kept(place: Path, trust: Trust) -> Index | None:
@@ -83,8 +86,8 @@ def kept(place: Path, trust: Trust) -> Index | None:
         Whether the tar must have the inode and times of then, its size and the time of its last change, or is always listed.
     """
     if trust == "times":
-        key, size, changed, *_ = place.name.split("-")
-        place = next(iter(sorted(place.parent.glob(f"{key}-{size}-{changed}-*"))), place)
+        times = place.name.rsplit("-", 2)[0]
+        place = next(iter(sorted(place.parent.glob(f"{times}-*"))), place)
     if trust == "nothing":
         return None
     try:
@@ -112,7 +115,7 @@ def keep(place: Path, index: Index) -> None:
 def _write(file: BinaryIO, index: Index) -> None:
     arrays = (index.paths.utf8, index.paths.ends, index.numbers, index.rows, index.small.utf8, index.small.ends)
     lengths = dict(zip(_DTYPES, map(len, arrays), strict=True))
-    header = canonical_json({"folders": index.folders, "lengths": lengths}).encode("ascii")
+    header = canonical_json({"format": _FORMAT, "folders": index.folders, "lengths": lengths}).encode("ascii")
     file.write(b"%0*d" % (_HEADER, len(header)) + header)
     for dtype, array in zip(_DTYPES.values(), arrays, strict=True):
         file.write(bytes(-file.tell() % _ALIGNED))
@@ -120,15 +123,19 @@ def _write(file: BinaryIO, index: Index) -> None:
 
 
 def _read(file: BinaryIO) -> Index:
+    """Read an index; the file stays open, once, only if an array is large."""
     start = file.tell()
     header = json.loads(file.read(int(file.read(_HEADER))))
-    place, arrays = file.tell() - start, list[Any]()
+    if header["format"] != _FORMAT:
+        raise ValueError(f"received format {header['format']!r}, expected {_FORMAT!r}")
+    place, arrays = file.tell(), list[Any]()
+    whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     for name, dtype in _DTYPES.items():
-        place += -place % _ALIGNED
-        length = int(header["lengths"][name])
-        shape = (length, 5) if name == "numbers" else (length,)
-        found = np.memmap(file, dtype, "r", start + place, shape).view(np.ndarray) if length else np.empty(shape, dtype)
-        arrays.append(found)
+        place += (start - place) % _ALIGNED
+        found = np.frombuffer(whole, dtype, int(header["lengths"][name]) * (5 if name == "numbers" else 1), place)
+        arrays.append(found if found.nbytes > SMALL else found.copy())
         place += found.nbytes
     utf8, ends, numbers, rows, small, small_ends = arrays
-    return Index(Texts(utf8, ends), numbers, rows, Texts(small, small_ends), [*map(str, header["folders"])])
+    return Index(
+        Texts(utf8, ends), numbers.reshape(-1, 5), rows, Texts(small, small_ends), [*map(str, header["folders"])]
+    )

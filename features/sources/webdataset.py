@@ -187,7 +187,7 @@ def samples_of(
     for archive, prefix in zip(archives, prefixes(root, [archive.path for archive in archives]), strict=True):
         tars[prefix] = archive
         ends.append(len(splits))
-        status, code = archive.path.stat(), split_of(archive.path.name.split(".")[0])
+        status, code = archive.status, split_of(archive.path.name.split(".")[0])
         for sample in _by_key(archive):
             if not sample.image:
                 alone.add(f"{prefix}{sample.key}")
