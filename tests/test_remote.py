@@ -537,18 +537,6 @@ def test_a_missing_object_is_a_missing_image_and_a_forbidden_one_an_error(server
         run(manifest(tmp_path / "m.csv", rows), tmp_path / "c.h5", allow_host="127.0.0.1", max_unreadable=1)
 
 
-def test_without_a_version_an_object_is_read_again(server: Objects, tmp_path: Path) -> None:
-    folder = paint_folder(tmp_path / "images", {"cat": 1, "dog": 1})
-    server.objects = {f"/{k}.png": file.read_bytes() for k, file in enumerate(sorted(folder.rglob("*.png")))}
-    server.with_etags = False
-    source = manifest(
-        tmp_path / "m.csv", {f"{server.address}/{k}.png": label for k, label in enumerate(("cat", "dog"))}
-    )
-    run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
-    again = run(source, tmp_path / "a.h5", allow_host="127.0.0.1")
-    assert (again.inferred, again.counts["hashed"]) == (0, 2)
-
-
 def test_a_slow_server_is_waited_for(server: Objects, tmp_path: Path) -> None:
     folder = paint_folder(tmp_path / "images", {"cat": 1, "dog": 1})
     files = {f"/{path.parent.name}.png": path.read_bytes() + bytes(900) for path in folder.rglob("*.png")}

@@ -90,7 +90,9 @@ def is_plain(types: Any, kind: Any, *, lists: bool = False) -> bool:
 
 
 def _is_bytes(pyarrow: ModuleType, kind: Any) -> bool:
-    return bool(pyarrow.types.is_binary(kind) or pyarrow.types.is_large_binary(kind))
+    """Whether a column may hold images; one that holds nothing but nulls has no type."""
+    types = pyarrow.types
+    return bool(types.is_binary(kind) or types.is_large_binary(kind) or types.is_null(kind))
 
 
 def open_tables(

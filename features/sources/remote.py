@@ -34,11 +34,12 @@ from features.sources.web import Web
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
-# Protocol -> package that fsspec needs for it, and options of reading one object.
-_BUCKETS: dict[str, tuple[str, Mapping[str, Any]]] = {
-    "s3": ("s3fs", {"max_concurrency": 1}),  # else it asks for the size before each object
-    "gs": ("gcsfs", {}),
-    "memory": ("fsspec", {}),
+# Protocol -> package that fsspec needs for it, options of reading one object, and how to say who one is.
+_BUCKETS: dict[str, tuple[str, Mapping[str, Any], str]] = {
+    # Without this option it asks for the size before each object.
+    "s3": ("s3fs", {"max_concurrency": 1}, "set AWS_PROFILE, or AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY"),
+    "gs": ("gcsfs", {}, "run gcloud auth application-default login, or set GOOGLE_APPLICATION_CREDENTIALS"),
+    "memory": ("fsspec", {}, ""),
 }
 _WEB = ("https", "http")
 _ADDRESS = re.compile("[A-Za-z][A-Za-z0-9+.-]*://|[a-z]+::")
@@ -98,7 +99,7 @@ class Bucket:
     """A store that fsspec knows."""
 
     def __init__(self, protocol: str) -> None:
-        package, self._reading = _BUCKETS[protocol]
+        package, self._reading, self._account = _BUCKETS[protocol]
         try:
             importlib.import_module(package)
             fsspec = importlib.import_module("fsspec")
@@ -112,23 +113,23 @@ class Bucket:
             self._files.retries = 1  # tried() tries again
 
     def look(self, address: str) -> Found:
-        with _translated():
+        with self._translated():
             return _found(self._files.info(address))
 
     def get(self, address: str) -> tuple[bytes, Found]:
         """Return the bytes, and as their version their MD5, which is the ETag of most objects."""
-        with _translated():
+        with self._translated():
             data = bytes(self._files.cat_file(address, **self._reading))
         return data, Found(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
     def get_range(self, address: str, start: int, stop: int) -> bytes:
         """Return the bytes from ``start`` to before ``stop``."""
-        with _translated():
+        with self._translated():
             return bytes(self._files.cat_file(address, start=start, end=stop)) if start < stop else b""
 
     def list(self, address: str) -> dict[str, Found]:
         """Return all objects below an address by their names inside it; page by page, however many there are."""
-        with _translated():
+        with self._translated():
             root = self._files._strip_protocol(address).strip("/")
             found = self._files.find(address, detail=True)
             if not found:
@@ -139,22 +140,21 @@ class Bucket:
             if info.get("type") == "file"
         }
 
-
-@contextlib.contextmanager
-def _translated() -> Iterator[None]:
-    """Turn the errors of the libraries into those of ``Store``."""
-    try:
-        yield
-    except (FileNotFoundError, PermissionError, UnavailableError):
-        raise
-    except Exception as error:
-        kinds = [kind.__name__ for kind in type(error).__mro__]
-        if any(name in kinds for name in _NO_CREDENTIALS):
-            raise PermissionError("no credentials were found; set them as the tools of the store do") from error
-        ours = type(error).__module__.partition(".")[0] in _LIBRARIES or isinstance(error, OSError | TimeoutError)
-        if not ours:
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        """Turn the errors of the libraries into those of ``Store``."""
+        try:
+            yield
+        except (FileNotFoundError, PermissionError, UnavailableError):
             raise
-        raise UnavailableError(f"{type(error).__name__}: {error}") from error
+        except Exception as error:
+            kinds = [kind.__name__ for kind in type(error).__mro__]
+            if any(name in kinds for name in _NO_CREDENTIALS):
+                raise PermissionError(f"no credentials were found; {self._account}") from error
+            ours = type(error).__module__.partition(".")[0] in _LIBRARIES or isinstance(error, OSError | TimeoutError)
+            if not ours:
+                raise
+            raise UnavailableError(f"{type(error).__name__}: {error}") from error
 
 
 def _found(info: Mapping[str, Any]) -> Found:

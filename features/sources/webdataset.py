@@ -294,7 +294,7 @@ def _by_key(archive: Archive, *, refuse: bool = True) -> Iterator[_Sample]:
             if kind:
                 sample.labels[_ENDINGS[kind]] = row
             elif sample.image and refuse:
-                _refuse(archive, paths[row], f"and {sample.image!r} have one key: expected one image for each key")
+                _refuse(archive, paths[row], f"has the key of {sample.image!r}: expected one image for each key")
             else:
                 sample.image, sample.size = paths[row], archive.members.at(row).size
         yield sample
