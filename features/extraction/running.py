@@ -182,7 +182,7 @@ def _bounded(
         except KeyboardInterrupt as interrupt:
             if failure is not None:
                 raise
-            logger.warning("stopping after the shards in flight; press Ctrl-C again to drop them")
+            logger.warning("stopping after the shards in flight; interrupt again (Ctrl-C) to drop them")
             failure = interrupt
             continue
         for future in finished:

@@ -156,7 +156,7 @@ class _Run:
                 except KeyboardInterrupt as interrupt:
                     if failure is not None:
                         raise
-                    logger.warning("stopping after the shards in flight; press Ctrl-C again to drop them")
+                    logger.warning("stopping after the shards in flight; interrupt again (Ctrl-C) to drop them")
                     failure = interrupt
                     if key is not None:
                         self._finished.put(key)

@@ -91,11 +91,25 @@ def _values(function: Callable[..., Any], calls: Mapping[int, tuple[Any, ...]], 
         made = (joblib.delayed(_numbered)(function, number, *arguments) for number, arguments in calls.items())
         results = parallel(made)
         try:
-            yield from results
+            while True:
+                with _without_advice():
+                    found = next(results, None)
+                if found is None:
+                    return
+                yield found
         finally:
-            with warnings.catch_warnings():  # joblib's advice to its caller about tasks that an interruption cancels
-                warnings.filterwarnings("ignore", message=".*still being processed", category=UserWarning)
+            with _without_advice():
                 results.close()
+
+
+@contextlib.contextmanager
+def _without_advice() -> Iterator[None]:
+    """Without joblib's advice to its caller about tasks that an interruption cancels."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message="(?s).*You could benefit from adjusting the input", category=UserWarning
+        )
+        yield
 
 
 def _by_dask(client: Any, function: Callable[..., Any], calls: Sequence[tuple[Any, ...]]) -> Iterator[tuple[int, Any]]:
