@@ -49,12 +49,13 @@ class Server:
     def __init__(self) -> None:
         self.runs: dict[str, dict[str, Any]] = {}
         self.calls: list[str] = []
-        self.away = False
+        self.away: bool | OSError = False  # the error that libraries wrap
 
     def __call__(self, tracking_uri: str) -> Server:
         self.calls.append(tracking_uri)
         if self.away:
-            raise MlflowError(f"API request to {tracking_uri} failed: connection refused")
+            wrapped = self.away if isinstance(self.away, OSError) else None
+            raise MlflowError(f"API request to {tracking_uri} failed: connection refused") from wrapped
         return self
 
     def get_experiment_by_name(self, name: str) -> Any:
@@ -156,8 +157,15 @@ def test_a_server_that_is_away_is_said_once(server: Server, folder: Path, caplog
     assert server.calls == [PASSWORD.removeprefix("mlflow:")]  # and nobody waits for it twice
     (said,) = caplog.messages
     assert said.startswith(f"--track: http://localhost:5000 did not take {folder.name} (API request to ")
-    assert "type the command again to send them" in said
+    assert "the same command or call again sends them" in said
     assert "secret" not in said
+
+
+def test_the_reason_is_what_the_network_said(server: Server, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.away = ConnectionRefusedError(111, "Connection refused")
+    tracker("mlflow:http://localhost:5000")(folder)
+    (said,) = caplog.messages
+    assert f"did not take {folder.name} (Connection refused). Runs are kept" in said
 
 
 @pytest.mark.parametrize("text", ["wandb:http://x", "mlflow", "mlflow:", "http://me:secret@localhost:5000"])

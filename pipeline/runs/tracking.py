@@ -80,13 +80,21 @@ def _mlflow(uri: str) -> Track:
             _send(MlflowClient(tracking_uri=uri), run, history)
         except (MlflowException, OSError) as problem:  # that of requests is an OSError
             lost = True
-            said = str(problem).replace(uri, without_secrets(uri))
+            said = _reason(problem).replace(uri, without_secrets(uri))
             logger.warning(
-                "--track: %s did not take %s (%s). Runs are kept in %s as always; type the command again to send them",
+                "--track: %s did not take %s (%s). Runs are kept in %s as always; the same command or call again sends them",
                 *(without_secrets(uri), run.run_id, brief(said, 300), folder.parent),
             )
 
     return track
+
+
+def _reason(problem: BaseException) -> str:
+    """What the network said, such as "Connection refused", without what each library wrapped around it."""
+    first = problem
+    while before := first.__cause__ or first.__context__:
+        first = before
+    return first.strerror if isinstance(first, OSError) and first.strerror else str(problem)
 
 
 KINDS: dict[str, Callable[[str], Track]] = {"mlflow": _mlflow}

@@ -21,6 +21,7 @@ from features.cache import cache_path
 from features.canonical import canonical_json, digest_of
 from features.errors import check_range
 from features.files import printable, whole_file
+from features.progress import counted
 from features.sources.splits import SPLITS
 from pipeline.progress import QUIET
 from pipeline.search.vectors import Vectors, normalised
@@ -241,7 +242,8 @@ def warn_near_duplicates(store: FeatureStore, names: Sequence[str] = ()) -> None
     if found.found:
         pair, alike = found.pairs[0], "; so many look alike to this network" if found.found > len(store) else ""
         names_of = f"{printable(pair.first)} ~ {printable(pair.second)}"
-        text = "%s: %d pairs of near-duplicates are in different splits, such as %s%s; the report shows them"
-        logger.warning(text, store.path, found.found, names_of, alike)
+        pairs, are = counted(found.found, "pair"), "is" if found.found == 1 else "are"
+        text = "%s: %s of near-duplicates %s in different splits, such as %s%s; the report shows them"
+        logger.warning(text, store.path, pairs, are, names_of, alike)
     with contextlib.suppress(OSError), whole_file(note) as file:  # the note only saves a repetition
         file.write(canonical_json({"pairs": found.found}).encode())
