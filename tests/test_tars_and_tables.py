@@ -433,6 +433,15 @@ def test_a_column_of_nulls_holds_no_images(tmp_path: Path, caplog: pytest.LogCap
         caplog.clear()
 
 
+def test_numbers_in_several_files_are_the_same_classes_and_groups(tmp_path: Path) -> None:
+    for number, labels in enumerate(([0, 3, None], [12, 3, 9])):
+        table(tmp_path / f"s-{number}.parquet", [png(10 * number + k) for k in range(3)], label=labels, group=labels)
+    images = scan(f"{tmp_path}/s-{{0..1}}.parquet")
+    assert images.classes == ("00", "03", "09", "12")
+    assert [*(images.groups or ())] == ["00", "03", "", "12", "03", "09"]
+    assert [*labels_of(tmp_path / "s-0.parquet").values()] == ["0", "3", ""]
+
+
 def test_labels_that_are_null_are_no_labels(tmp_path: Path) -> None:
     path = table(tmp_path / "a.parquet", [png(1), png(2)], label=pa.nulls(2))
     assert list(labels_of(path).values()) == ["", ""]

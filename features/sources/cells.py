@@ -189,3 +189,12 @@ def _truths(name: str, cells: Cells, refuse: Refuse) -> Target:
 
 
 _READERS: dict[str, Callable[[str, Cells, Refuse], Target]] = {MULTILABEL: _labels, REGRESSION: _numbers}
+
+
+def padded(names: Sequence[str]) -> Sequence[str]:
+    """Write whole numbers with leading zeros, so that they sort as numbers; other names stay as they are."""
+    given = [name for name in names if name]
+    if not all(name.isascii() and name.isdecimal() for name in given):
+        return names
+    width = max((len(str(int(name))) for name in given), default=0)
+    return [f"{int(name):0{width}d}" if name else "" for name in names]

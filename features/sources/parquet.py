@@ -27,13 +27,13 @@ from features.machine import pyarrow_for
 from features.scratch import scratch
 from features.sources.arrow import kind_of, open_table
 from features.sources.blocks import File, on_disk, prefixes, versions_of
-from features.sources.cells import cell_text, read_target, target_columns
+from features.sources.cells import cell_text, padded, read_target, target_columns
 from features.sources.folders import File as ImageFile
 from features.sources.folders import Files
 from features.sources.reading import split_of
 from features.sources.splits import NOT_GIVEN, listed
 from features.targets import CLASSIFICATION, Target
-from features.texts import GrowingCoded, GrowingTexts
+from features.texts import Coded, GrowingCoded, GrowingTexts
 
 _BATCH = 16  # rows that are read at a time
 _KEPT_BYTES, _KEPT_ROWS, _MOST_ROWS = 64 << 20, 4 * _BATCH, 1024  # of rows that were read and perhaps not asked for yet
@@ -120,7 +120,7 @@ def open_tables(
         If a file is damaged, has no images or no such column, or a label is no class name; the message names the row.
     """
     pyarrow = pyarrow_for(paths[0])
-    names, groups, found = GrowingCoded(), GrowingCoded(), GrowingTexts()
+    names, groups, found = _Names(), _Names(), GrowingTexts()
     plain = labelled and task == CLASSIFICATION
     targets = _Targets(target) if labelled and not plain else None
     parts: list[tuple[int, tuple[int, ...], int | None]] = []  # rows, stamp and split of each file
@@ -137,10 +137,8 @@ def open_tables(
             label = _label_column(path, schema, images, target) if plain else None
             if targets is not None:
                 targets.add(pyarrow, path, table, images)
-            for name, into in ((label, names), ("group", groups)):
-                known = name is not None and name in schema.names
-                for text in _texts(pyarrow, path, table, str(name)) if known else itertools.repeat("", table_rows):
-                    into.append(text)
+            names.add(pyarrow, path, table, label)
+            groups.add(pyarrow, path, table, "group")
         digits = max(6, len(str(table_rows)))
         for number in range(table_rows):
             found.append(f"{prefix}{number:0{digits}d}")
@@ -195,6 +193,29 @@ def _label_column(path: File, schema: Any, images: str, target: str | None) -> s
     raise SourceError(
         f"{path}: no column {wanted!r} of labels, received {listed(schema.names)}; name one with --target{nearest(wanted, others)}"
     )
+
+
+class _Names:
+    """Class names or groups: a column of all files."""
+
+    def __init__(self) -> None:
+        self._found, self._are_numbers = GrowingCoded(), True
+
+    def add(self, pyarrow: ModuleType, path: File, table: Any, column: str | None) -> None:
+        """Read the column of one file, which may lack it."""
+        schema = table.schema_arrow
+        texts: Iterator[str] = itertools.repeat("", table.metadata.num_rows)
+        if column is not None and column in schema.names:
+            kind = _value_type(pyarrow, schema, column)
+            self._are_numbers &= pyarrow.types.is_integer(kind) and not _names(schema, column)
+            texts = _texts(pyarrow, path, table, column)
+        for text in texts:
+            self._found.append(text)
+
+    def coded(self) -> Coded:
+        """Return what was read; numbers have as many digits as the largest one of all files."""
+        found = self._found.coded()
+        return found.changed(padded(found.texts)) if self._are_numbers else found
 
 
 class _Targets:
@@ -257,8 +278,7 @@ def _named(value: Any, names: Sequence[str]) -> Any:
 def _texts(pyarrow: ModuleType, path: File, table: Any, column: str) -> Iterator[str]:
     """Yield the values of a column as class names, empty for null."""
     schema = table.schema_arrow
-    kind, named = schema.field(column).type, _names(schema, column)
-    plain = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
+    kind, named, plain = schema.field(column).type, _names(schema, column), _value_type(pyarrow, schema, column)
     tests = ("is_string", "is_large_string", "is_integer", "is_boolean", "is_null")
     if not any(getattr(pyarrow.types, test)(plain) for test in tests):
         raise SourceError(
@@ -266,23 +286,24 @@ def _texts(pyarrow: ModuleType, path: File, table: Any, column: str) -> Iterator
             "add --task multilabel, for numbers --task regression"
         )
     whole = pyarrow.types.is_integer(plain)
-    width = 0
-    if whole and not named:
-        values = _values(table, column)
-        width = len(str(max((value for value in values if value is not None), default=0)))
     for row, value in enumerate(_values(table, column), 1):
         if value is None or (whole and value < 0):
             yield ""
         elif not whole:
             yield _name(path, column, row, str(value))
         elif not named:
-            yield f"{value:0{width}d}"
+            yield str(value)
         elif value >= len(named):
             raise SourceError(
                 f"{path}, row {row}: the {column} is {value}, but the file names {len(named)} classes, 0 to {len(named) - 1}"
             )
         else:
             yield named[value]
+
+
+def _value_type(pyarrow: ModuleType, schema: Any, column: str) -> Any:
+    kind = schema.field(column).type
+    return kind.value_type if pyarrow.types.is_dictionary(kind) else kind
 
 
 def _values(table: Any, column: str) -> Iterator[Any]:

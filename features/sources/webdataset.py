@@ -27,7 +27,7 @@ from features.progress import Progress, counted
 from features.scratch import Growing
 from features.sources.archives import TEXT_ENDINGS, Archive, open_archive
 from features.sources.blocks import file_at, matching, opened, prefixes, versions_of
-from features.sources.cells import cell_text, read_target, target_columns, target_titles
+from features.sources.cells import cell_text, padded, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
 from features.sources.objects import without_secrets
 from features.sources.reading import split_of
@@ -219,7 +219,7 @@ def samples_of(
     files = Files(paths.texts(), stamps.array())
     read = None if targets is None else targets.read(task, files.paths)
     versions = versions_of([archive.path for archive in archives], np.diff([*ends, len(splits)]).tolist())
-    return Samples(root, files, found.changed(_padded(list(found.texts))), given, None, _Reader(tars), read, versions)
+    return Samples(root, files, found.changed(padded(found.texts)), given, None, _Reader(tars), read, versions)
 
 
 class _Some:
@@ -419,12 +419,3 @@ def _from_json(text: str, target: str | None) -> str:
 # Ending of a member -> how its label is read; the first that a key has is taken.
 _LABELS: dict[str, Callable[[str, str | None], str]] = {"cls": _from_text, "json": _from_json, "txt": _from_text}
 _ENDINGS = ("", *TEXT_ENDINGS)  # kinds of members; the first is an image
-
-
-def _padded(names: list[str]) -> list[str]:
-    """Write whole numbers with leading zeros, so that they sort as numbers."""
-    given = [name for name in names if name]
-    if not all(name.isascii() and name.isdecimal() for name in given):
-        return names
-    width = max((len(str(int(name))) for name in given), default=0)
-    return [f"{int(name):0{width}d}" if name else "" for name in names]
