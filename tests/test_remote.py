@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import itertools
 import logging
+import lzma
 import multiprocessing
 import os
 import pickle
@@ -134,8 +136,8 @@ def test_what_is_wrong_with_a_bucket_is_said(bucket: Any) -> None:
             scan(address)
     with pytest.raises(SourceError, match="a web server has no listing"):
         scan("https://host.org/photos")
-    for name in ("a.tar.gz", "a.zip", "a.npz", "photos-{0..3}"):
-        with pytest.raises(SourceError, match=r"from a bucket class folders, \.tar, \.parquet and \.csv are read"):
+    for name in ("a.zip", "a.npz", "photos-{0..3}"):
+        with pytest.raises(SourceError, match=r"from a bucket class folders, tars, \.parquet and \.csv are read"):
             scan(f"memory://bucket/{name}")
 
 
@@ -180,6 +182,12 @@ def shards(bucket: Any, tmp_path: Path) -> Path:
         table(folder / f"p-{number}.parquet", pictures, rows=2, label=labels)
     manifest(folder / "m.csv", {str(file.relative_to(folder)): file.parent.name for file in files})
     tar(folder / "folders.tar", [(str(file.relative_to(folder)), file.read_bytes()) for file in files])
+    for name, kind, compress in (
+        ("s-0", "gz", gzip.compress),
+        ("s-1", "gz", gzip.compress),
+        ("folders", "xz", lzma.compress),
+    ):
+        (folder / f"{name}.tar.{kind}").write_bytes(compress((folder / f"{name}.tar").read_bytes()))
     for path in (*folder.glob("*.*"), *files):
         bucket.pipe(f"/bucket/{path.relative_to(folder)}", path.read_bytes())
     return folder
@@ -195,6 +203,9 @@ KINDS = (
     "p-1.parquet",
     "m.csv",
     "folders.tar",
+    "s-1.tar.gz",
+    "s-{0..1}.tar.gz",
+    "folders.tar.xz",
 )
 
 
@@ -360,6 +371,56 @@ def test_a_file_that_is_replaced_after_the_listing_gives_no_wrong_image(
     bucket.rm(f"/bucket/{kind}")
     with pytest.raises(SourceError, match="has been removed since it was listed; put it back"):
         images.read(0)
+
+
+def test_a_compressed_tar_in_a_bucket_is_expanded_once_for_each_version(
+    bucket: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    source, ranges, get = "memory://bucket/s-0.tar.gz", list[int](), remote.Bucket.get_range
+
+    def counted(self: remote.Bucket, address: str, start: int, stop: int) -> bytes:
+        ranges.append(start)
+        return get(self, address, start, stop)
+
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    monkeypatch.setattr(remote.Bucket, "get_range", counted)
+    images = scan(source)
+    assert ranges == list(range(0, len(bucket.cat_file("/bucket/s-0.tar.gz")), 200))  # once, in order
+    (copy,) = (tmp_path / "cache" / "archives").glob("*.tar")
+    assert copy.read_bytes() == (shards / "s-0.tar").read_bytes()
+    there = scan(f"{shards}/s-0.tar")
+    assert [images.read(row) for row in range(4)] == [there.read(row) for row in range(4)]
+    assert list(scan(source).versions or ()) == list(images.versions or ()) != [""] * 4
+    assert ranges == sorted(set(ranges))  # nothing was read again
+    bucket.pipe("/bucket/s-0.tar.gz", (shards / "s-1.tar.gz").read_bytes())
+    assert scan(source).paths == ("0.png", "1.png", "2.png")
+    (other,) = (tmp_path / "cache" / "archives").glob("*.tar")  # the former is gone
+    assert other.read_bytes() == (shards / "s-1.tar").read_bytes()
+    with pytest.raises(SourceError, match=r"\.tar has been removed since its members were listed"):
+        images.read(0)
+
+
+def test_a_compressed_tar_that_is_replaced_while_it_is_expanded_is_refused(
+    bucket: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BOTTLENECK_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(blocks, "BLOCK_BYTES", 200)
+    get = remote.Bucket.get_range
+
+    def replacing(self: remote.Bucket, address: str, start: int, stop: int) -> bytes:
+        data = get(self, address, start, stop)
+        bucket.pipe("/bucket/s-0.tar.gz", (shards / "s-1.tar.gz").read_bytes())
+        return data
+
+    with monkeypatch.context() as patch, pytest.raises(SourceError, match=r"s-0\.tar\.gz has been changed since"):
+        patch.setattr(remote.Bucket, "get_range", replacing)
+        scan("memory://bucket/s-0.tar.gz")
+    assert not list((tmp_path / "cache" / "archives").glob("*"))
+    bucket.pipe("/bucket/cut.tar.gz", (shards / "s-0.tar.gz").read_bytes()[:-20])
+    with pytest.raises(SourceError, match=r"cut\.tar\.gz cannot be read as a compressed tar archive"):
+        scan("memory://bucket/cut.tar.gz")
+    assert not list((tmp_path / "cache" / "archives").glob("*"))
 
 
 def test_what_is_wrong_with_a_file_of_images_in_a_bucket_is_said(bucket: Any, shards: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -58,6 +59,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[int, Path]]:
         pictures, labels = [file.read_bytes() for file in part], [file.parent.name for file in part]
         numbered = [(f"{k:02d}.png", data) for k, data in enumerate(pictures)]
         tar(beside / f"s-{number}.tar", numbered + [(f"{k:02d}.cls", text.encode()) for k, text in enumerate(labels)])
+        (beside / f"z-{number}.tar.gz").write_bytes(gzip.compress((beside / f"s-{number}.tar").read_bytes()))
         table(beside / f"p-{number}.parquet", pictures, rows=7, label=labels)
     rows = [f"{file.relative_to(folder)},{file.parent.name}\n" for file in files]
     (beside / "m.csv").write_text("path,label\n" + "".join(rows))
@@ -89,7 +91,7 @@ def run(source: str | Path, out: Path) -> Any:
     return Extraction(scan(source), NumpyNetwork(), out, ExtractionOptions()).run()  # type: ignore[arg-type]
 
 
-SOURCES = ("set", "s-{0..2}.tar", "p-*.parquet", "set/m.csv")
+SOURCES = ("set", "s-{0..2}.tar", "p-*.parquet", "set/m.csv", "z-{0..2}.tar.gz")
 
 
 @pytest.mark.parametrize(("source", "cut"), [("set", False), *((source, True) for source in SOURCES)])

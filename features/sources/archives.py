@@ -46,8 +46,9 @@ from features.texts import GrowingTexts, Lookup, Texts, key_of, keys_of
 
 logger = logging.getLogger(__name__)
 
-_EXPANDERS: dict[str, Callable[[Path], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
-ARCHIVE_SUFFIXES = (".zip", ".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
+_EXPANDERS: dict[str, Callable[[Any], Any]] = {"gz": gzip.open, "bz2": bz2.open, "xz": lzma.open}
+TAR_SUFFIXES = (".tar", *(f".{tar}{kind}" for kind in _EXPANDERS for tar in ("tar.", "t")))
+ARCHIVE_SUFFIXES = (".zip", *TAR_SUFFIXES)
 
 # Limits against archive bombs: images hardly compress, while deflate reaches a ratio of 1030. Members and archives that
 # expand to no more than FREE_MEMBER and FREE_TOTAL bytes do no harm.
@@ -216,7 +217,7 @@ def open_archive(path: File, trust: Trust = "notes") -> Archive:
     Parameters
     ----------
     path : Path or InBucket
-        The archive; in a bucket a plain tar.
+        The archive; in a bucket a tar.
     trust : {"notes", "times", "nothing"}
         When the list and the expanded copy of before are used: if the archive has the inode, times and size noted; if it
         has the modification time and size noted; or never.
@@ -239,17 +240,15 @@ def _opened(path: File, trust: Trust) -> Archive:
         return open_zip(path_on_disk)
     with _reading(path, "tar archive"):
         place = tarindex.place_of(path)
-    if path_on_disk is None:
-        return _open_tar(path, path, place, trust)
-    path = path_on_disk
     expand = next((function for kind, function in _EXPANDERS.items() if name.endswith(kind)), None)
-    file = path if expand is None else _expanded(path, expand, trust)
+    if expand is None:
+        return _open_tar(path, path, place, trust)
+    copy = _expanded(path, expand, trust)
     try:
-        return _open_tar(path, file, place, trust)
+        return _open_tar(path, copy, place, trust)
     except SourceError:
-        if file != path:
-            for copy in (_note_of(file), file):
-                copy.unlink(missing_ok=True)
+        for file in (_note_of(copy), copy):
+            file.unlink(missing_ok=True)
         raise
 
 
@@ -443,10 +442,11 @@ def _listed(path: File, file: File) -> Archive:
     return listing.archive()
 
 
-def _expanded(path: Path, expand: Callable[[Path], Any], trust: Trust) -> Path:
+def _expanded(path: File, expand: Callable[[Any], Any], trust: Trust) -> Path:
     """Return the expanded copy of a tar in the cache; it is made if it is missing or damaged or the archive has changed."""
-    status = os.stat(path)
-    key = hashlib.sha256(os.fsencode(os.path.realpath(path))).hexdigest()[:20]
+    status = path.stat()
+    name = str(path) if on_disk(path) is None else os.path.realpath(str(path))
+    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
     times, rest = f"{key}-{status.st_size}-{status.st_mtime_ns}", f"-{status.st_ino}-{status.st_ctime_ns}"
     copy = cache_path("archives", f"{times}{rest}.tar")
     if trust == "times":
@@ -467,7 +467,7 @@ def _expanded(path: Path, expand: Callable[[Path], Any], trust: Trust) -> Path:
     return copy
 
 
-def _expand(path: Path, expand: Callable[[Path], Any], copy: Path, status: os.stat_result) -> None:
+def _expand(path: File, expand: Callable[[Any], Any], copy: Path, status: os.stat_result | Status) -> None:
     limit, digest = max(FREE_TOTAL, MAX_RATIO * status.st_size), hashlib.sha256()
     with whole_file(copy) as out:
         for chunk in _chunks(path, expand):
@@ -516,7 +516,8 @@ def _is_whole(copy: Path) -> bool:
         return False
 
 
-def _chunks(path: Path, expand: Callable[[Path], Any]) -> Iterator[bytes]:
-    with _reading(path, "compressed tar archive"), expand(path) as source:
+def _chunks(path: File, expand: Callable[[Any], Any]) -> Iterator[bytes]:
+    data = path if isinstance(path, Path) else path.open_in_order()
+    with _reading(path, "compressed tar archive"), expand(data) as source:
         while chunk := source.read(_CHUNK):
             yield chunk

@@ -106,6 +106,11 @@ class InBucket:
         self.kept = self.kept or _OnDisk()
         return self.open()
 
+    def open_in_order(self) -> BinaryIO:
+        """Open the file to read it once from its beginning to its end: none of its blocks is kept on the disk."""
+        self.kept = None
+        return self.open()
+
     def read_bytes(self) -> bytes:
         """Return all bytes of a small file."""
         if self.found.size > MAX_BYTES:

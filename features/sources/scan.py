@@ -25,7 +25,7 @@ from features.machine import processors
 from features.pixels.decode import read_bytes
 from features.progress import Progress, counted
 from features.sources import parquet, remote, webdataset
-from features.sources.archives import ARCHIVE_SUFFIXES, open_archive
+from features.sources.archives import ARCHIVE_SUFFIXES, TAR_SUFFIXES, open_archive
 from features.sources.arrays import open_arrays
 from features.sources.arrow import SUFFIX as ARROW
 from features.sources.arrow import saved_tables
@@ -319,7 +319,7 @@ def takes_target(source: str | Path) -> bool:
     path = Path(os.path.abspath(os.path.expanduser(os.fspath(source))))
     if is_manifest(source) or webdataset.is_pattern(os.fspath(source)) or _tables_in(path):
         return True
-    return path.name.lower().endswith(".tar") and path.is_file() and webdataset.is_webdataset(open_archive(path))
+    return path.name.lower().endswith(TAR_SUFFIXES) and path.is_file() and webdataset.is_webdataset(open_archive(path))
 
 
 def lists_addresses(source: str | Path) -> bool:
@@ -447,7 +447,7 @@ def _with_versions(images: ImageSet, reader: remote.Reader) -> ImageSet:
 
 def _holds_images(address: str) -> bool:
     """Whether an address stands for files in a bucket that hold many images each."""
-    return address.lower().endswith((".tar", ".parquet"))
+    return address.lower().endswith((*TAR_SUFFIXES, ".parquet"))
 
 
 def _scan_bucket(
@@ -464,11 +464,11 @@ def _scan_bucket(
     address = without_secrets(remote.checked(address, buckets_only=True))
     name = address.lower()
     trust = "nothing" if trust == "nothing" else "notes"  # versions say more than times
-    if webdataset.is_pattern(address) and name.endswith((".tar", ".parquet")):
+    if webdataset.is_pattern(address) and _holds_images(address):
         return _scan_several(address, target, reading, trust, progress, labelled=labelled, task=task)
-    if name.endswith((*MANIFEST_SUFFIXES, ".tar")):
+    if name.endswith((*MANIFEST_SUFFIXES, *TAR_SUFFIXES)):
         file = InBucket(address)
-        if name.endswith(".tar"):
+        if name.endswith(TAR_SUFFIXES):
             return _scan_archive(file, address, target, reading, trust, labelled=labelled, task=task)
         if name.endswith(".parquet") and parquet.image_column(file) is not None:
             return _from_rows(
@@ -477,7 +477,7 @@ def _scan_bucket(
         return _scan_manifest(file, address, target, reading, labelled=labelled, task=task, hosts=hosts)
     if name.endswith((*ARCHIVE_SUFFIXES, *OTHER_ARCHIVES, ".npz")) or webdataset.is_pattern(address):
         raise SourceError(
-            f"{address}: from a bucket class folders, .tar, .parquet and .csv are read, and {{000..099}}, {{}} or * in names of "
+            f"{address}: from a bucket class folders, tars, .parquet and .csv are read, and {{000..099}}, {{}} or * in names of "
             "tars and Parquet files; unpack it there, or download it"
         )
     files, folders, reader = remote.listing(address)

@@ -242,15 +242,16 @@ def _remote(url: str | None) -> Iterator[Row]:
 
 def _reached(url: str) -> str:
     """Say what lies at an address; empty if nothing that is read."""
+    from features.sources.archives import TAR_SUFFIXES
     from features.sources.blocks import matching, tables_below
-    from features.sources.folders import IMAGE_SUFFIXES, suffix_of
+    from features.sources.folders import IMAGE_SUFFIXES
     from features.sources.objects import Found
     from features.sources.remote import hosts_of, listing, store_of, tried
 
     url = re.sub(r"\{(\d+)\.\.\d+\}", r"\1", url)  # the first of several
     if "*" in url or "{}" in url:
         return f"{len(matching(url))} files"
-    if url.startswith(("http://", "https://")) or suffix_of(url) in {*_FILES, *IMAGE_SUFFIXES}:
+    if url.startswith(("http://", "https://")) or url.lower().endswith((*_FILES, *TAR_SUFFIXES, *IMAGE_SUFFIXES)):
         store = store_of(url, hosts_of())
         found = tried(lambda: store.look(url), url)
         if found == Found():  # some servers answer nothing but GET
