@@ -112,6 +112,7 @@ def test_probability_of_a_class_by_hand() -> None:
     np.testing.assert_allclose(noise.of_class(p, np.array([0, 1])), [[0.04 / 0.36, 0.32 / 0.36], [0, 1]])
 
 
+@pytest.mark.slow
 def test_noise_is_learned_from_a_head_that_it_has_made_doubtful() -> None:
     """20 % of class 0 are labelled 1, 5 % of the others anything; the head predicts labels, not classes."""
     generator = np.random.default_rng(0)
@@ -128,6 +129,7 @@ def test_noise_is_learned_from_a_head_that_it_has_made_doubtful() -> None:
     assert (1 - likely[np.arange(18_000), labels]).mean() == pytest.approx(wrong.mean(), abs=0.02)
 
 
+@pytest.mark.slow
 def test_suspect_labels(flipped: tuple[FeatureStore, np.ndarray, np.ndarray]) -> None:
     store, truth, wrong = flipped
     found = audit(store, checks=["suspect-label"])["suspect-label"]
@@ -141,6 +143,7 @@ def test_suspect_labels(flipped: tuple[FeatureStore, np.ndarray, np.ndarray]) ->
     assert np.flatnonzero(with_test.flag).tolist() == wrong.tolist()
 
 
+@pytest.mark.slow
 def test_copies_and_groups_never_vouch_for_each_other(tmp_path: Path) -> None:
     """A wrong label that stands on all rows of a group, or all copies, is found: its rows are judged together."""
     X, truth = blobs(200, classes=2)
@@ -313,6 +316,7 @@ def test_every_check_keeps_the_interface(flipped: tuple[FeatureStore, np.ndarray
         audit(store, checks=["outliers"])
 
 
+@pytest.mark.slow
 def test_the_file_has_every_score(flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     store = flipped[0]
     found = audit(store)
@@ -352,6 +356,7 @@ def test_as_many_suggestions_are_applied_as_keep_their_precision() -> None:
     assert (found.tolist(), sure.tolist()) == ([7], pytest.approx([0.98]))  # 0.98 and 0.95 have a mean of 0.965
 
 
+@pytest.mark.slow
 def test_apply_leaves_alone_what_a_person_has_to_decide(tmp_path: Path) -> None:
     """A file that lies in validation too, or has two labels: a decision is about the bytes, so it would change both."""
     X, truth = blobs(240)
@@ -366,6 +371,7 @@ def test_apply_leaves_alone_what_a_person_has_to_decide(tmp_path: Path) -> None:
     assert rows.tolist() == [0, 3]
 
 
+@pytest.mark.slow
 def test_apply_writes_decisions_of_a_machine(
     flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -385,6 +391,7 @@ def test_apply_writes_decisions_of_a_machine(
     assert len(read_labels(file)) == 12
 
 
+@pytest.mark.slow
 def test_what_a_person_decided_stays(flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path) -> None:
     from pipeline.labels.file import append_decisions, new_decision, value_of
 
@@ -421,6 +428,7 @@ def test_what_a_person_took_back_is_not_applied_again(
     assert with_labels(store, file).images.labels[back] == table.labels[back]
 
 
+@pytest.mark.slow
 def test_a_look_at_the_test_split_is_recorded_once(
     flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:
@@ -465,6 +473,7 @@ def test_a_look_at_the_test_split_is_shown_beside_later_test_scores(
     assert said not in plain.stderr
 
 
+@pytest.mark.slow
 def test_the_report_takes_the_worst_of_each_check_and_refuses_other_files(
     flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

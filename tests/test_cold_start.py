@@ -55,6 +55,7 @@ def opened(folder: Path, batch_size: int = 3) -> OpenVinoEngine:
     return engine
 
 
+@pytest.mark.slow
 def test_a_conversion_is_checked_once_and_again_where_another_result_is_possible(
     cache: Path, tmp_path: Path, passes: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -79,6 +80,7 @@ def test_a_conversion_is_checked_once_and_again_where_another_result_is_possible
     assert passes == [3, 1] * 2
 
 
+@pytest.mark.slow
 def test_a_proof_that_another_wrote_is_none(cache: Path, tmp_path: Path, passes: list[int]) -> None:
     opened(tmp_path)
     for proof in (cache / "proofs").iterdir():
@@ -88,6 +90,7 @@ def test_a_proof_that_another_wrote_is_none(cache: Path, tmp_path: Path, passes:
     assert passes == [3, 1]
 
 
+@pytest.mark.slow
 def test_what_depends_on_no_image_is_computed_once(cache: Path, tmp_path: Path) -> None:
     plain = opened(tmp_path)(IMAGES)
     model = onnx.load(tmp_path / "net.onnx")
@@ -124,6 +127,7 @@ def class_token(nodes: list[Any], inputs: list[Any]) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_conversion_takes_any_number_of_images_per_pass(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -205,6 +205,7 @@ def test_the_full_extraction_infers_only_the_rest(source: Path, networks: dict[s
     assert again["next"][1] == "train-head"
 
 
+@pytest.mark.slow
 def test_a_larger_sample_adds_images_and_a_smaller_one_loses_none(
     source: Path, networks: dict[str, Network], quick: None
 ) -> None:
@@ -215,6 +216,7 @@ def test_a_larger_sample_adds_images_and_a_smaller_one_loses_none(
     assert len(FeatureStore.open(document["networks"][0]["store"])) == 30
 
 
+@pytest.mark.slow
 def test_exchanged_files_of_one_size_and_time_keep_their_own_features(
     source: Path, networks: dict[str, Network], quick: None
 ) -> None:
@@ -231,6 +233,7 @@ def test_exchanged_files_of_one_size_and_time_keep_their_own_features(
     assert_rows_are_their_images(FeatureStore.open(document["networks"][0]["store"]), source)
 
 
+@pytest.mark.slow
 def test_a_network_without_a_description_is_given_one(
     source: Path, networks: dict[str, Network], quick: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -60,6 +60,7 @@ def check(image: Image.Image, rule: PixelRule) -> None:
 sides = st.integers(1, 70)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(
     size=st.tuples(sides, sides),

@@ -63,6 +63,7 @@ def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: 
         np.testing.assert_allclose(X, expected_features(source, [store.images.paths[row] for row in rows]), rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_later_extraction_without_a_split_rule_keeps_that_of_the_store(
     source: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -304,6 +305,7 @@ def test_pain_08_an_interrupted_run_goes_on_where_it_was(source: Path, tmp_path:
     assert not (tmp_path / "f.h5.parts").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.pain(9)
 def test_pain_09_damaged_leftovers_are_not_accepted(source: Path, tmp_path: Path) -> None:
     network = NumpyNetwork()
@@ -335,6 +337,7 @@ def test_a_shard_renamed_but_not_entered_is_found_again(source: Path, tmp_path: 
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("engine", ["function", ""])
 def test_a_run_that_was_killed_in_its_assembly_gives_the_same_bytes(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str

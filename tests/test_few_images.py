@@ -81,6 +81,7 @@ def test_equal_rows_are_no_division_by_zero() -> None:
     np.testing.assert_allclose(head.predict_proba(X), 0.5)
 
 
+@pytest.mark.slow
 def test_the_shrunk_logistic_is_scikit_learns_on_the_features_as_they_are() -> None:
     from sklearn.linear_model import LogisticRegression
 

@@ -54,6 +54,7 @@ def validation_and_train(project: Path) -> tuple[str, str]:
     return paths[store.rows("validation")[0]], paths[train]
 
 
+@pytest.mark.slow
 def test_no_byte_of_the_project_holds_the_images(project: Path) -> None:
     gone = validation_and_train(project)
     hashes = [hash_of(project.parent, path) for path in gone]
@@ -92,6 +93,7 @@ def test_no_byte_of_the_project_holds_the_images(project: Path) -> None:
     assert traces(project, needles) == []
 
 
+@pytest.mark.slow
 def test_verify_shows_that_they_are_gone(project: Path) -> None:
     gone, _ = validation_and_train(project)
     sha256 = hash_of(project.parent, gone)
@@ -106,6 +108,7 @@ def test_verify_shows_that_they_are_gone(project: Path) -> None:
     assert "no byte of it, its shards and the runs holds one of these hashes" in done.stdout
 
 
+@pytest.mark.slow
 def test_a_labels_file_that_a_run_records_is_named_and_not_changed(project: Path) -> None:
     store, file = FeatureStore.open(project / "features.h5"), project / "labels.csv"
     train_head(with_labels(store, file), "knn", params={"n_neighbors": 3}, runs=project / "runs")
@@ -121,6 +124,7 @@ def test_a_labels_file_that_a_run_records_is_named_and_not_changed(project: Path
     assert forget(store.path, [sha256], runs=project / "runs", dry_run=True)["labels_left"] == {}
 
 
+@pytest.mark.slow
 def test_what_is_unknown_changes_nothing(project: Path) -> None:
     before = (project / "features.h5").read_bytes()
     document = forget(project / "features.h5", ["ab" * 32], runs=project / "runs", labels=[project / "labels.csv"])
@@ -138,6 +142,7 @@ def test_what_is_unknown_changes_nothing(project: Path) -> None:
     assert "paths.txt: dog/1.png: is not a sha256 of 64 hexadecimal digits. The store holds no path" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_that_would_lose_all_its_validation_images_is_named_first(project: Path) -> None:
     store = FeatureStore.open(project / "features.h5")
     hashes = [store.images.sha256[row].tobytes().hex() for row in store.rows("validation")]
@@ -147,6 +152,7 @@ def test_a_run_that_would_lose_all_its_validation_images_is_named_first(project:
     assert (project / "features.h5").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_scores_that_a_kill_left_half_made_are_made_again(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gone, _ = validation_and_train(project)
     sha256 = hash_of(project.parent, gone)
@@ -165,6 +171,7 @@ def test_scores_that_a_kill_left_half_made_are_made_again(project: Path, monkeyp
     assert len(read_predictions(Run.open(logistic)).paths) == Run.open(logistic).metrics["validation"]["n"]
 
 
+@pytest.mark.slow
 def test_pages_of_others_stay(project: Path) -> None:
     """A page that a person wrote about the same images is no report, also where it names this project."""
     gone, _ = validation_and_train(project)

@@ -46,6 +46,7 @@ def needles_of(hashes: list[bytes]) -> list[bytes]:
     return [*raw, *(name.encode() for name in GONE)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
 def test_no_byte_of_the_folder_holds_what_was_forgotten(
     tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
@@ -73,6 +74,7 @@ def test_no_byte_of_the_folder_holds_what_was_forgotten(
     assert not forget(out, hashes)
 
 
+@pytest.mark.slow
 def test_the_notes_of_other_images_stay(tmp_path: Path) -> None:
     source, out = photos(tmp_path), tmp_path / "features.h5"
     extract(source, out, max_unreadable=0.5)
@@ -82,6 +84,7 @@ def test_the_notes_of_other_images_stay(tmp_path: Path) -> None:
     assert set(before.paths) - set(Notes.read(out, str(source)).paths) == set(GONE)
 
 
+@pytest.mark.slow
 def test_only_shards_that_held_a_row_are_written_again(tmp_path: Path) -> None:
     source, out = photos(tmp_path), tmp_path / "features.h5"
     extract(source, out, layout="sharded", max_unreadable=0.5)
@@ -96,6 +99,7 @@ def test_only_shards_that_held_a_row_are_written_again(tmp_path: Path) -> None:
     assert_rows_are_their_images(FeatureStore.open(out), source)
 
 
+@pytest.mark.slow
 def test_an_unfinished_extraction_loses_the_shard_that_holds_the_image(tmp_path: Path) -> None:
     source, out = photos(tmp_path), tmp_path / "features.h5"
     extract(source, out, max_unreadable=0.5)
@@ -155,6 +159,7 @@ for path in sys.argv[2:]:  # each in a process of its own, which need not import
 """
 
 
+@pytest.mark.slow
 @pytest.mark.stress
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
 def test_a_kill_leaves_the_state_before_or_after(tmp_path: Path, layout: str) -> None:

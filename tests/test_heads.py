@@ -276,6 +276,7 @@ def test_one_row_per_class_is_enough_to_fit(name: str) -> None:
     assert head.predict_proba(np.array([[3.9, 0.1]], np.float32)).argmax() == 1
 
 
+@pytest.mark.slow
 def test_parameter_count() -> None:
     assert shared("logistic", classes=2)[0].parameter_count == 7
     assert shared("ridge", classes=3)[0].parameter_count == 21

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import NumpyNetwork
 
 from features.extraction.known import KnownRows
@@ -114,6 +115,7 @@ def test_a_version_counts_at_its_address_or_in_its_place(tmp_path: Path) -> None
     assert known.at_version(asked[:1], np.array([11]), ("v3",)).tolist() == [-1]  # of another size
 
 
+@pytest.mark.slow
 def test_what_is_known_takes_at_most_200_bytes_an_image(tmp_path: Path) -> None:
     count = 40_000
     opened = store(tmp_path / "a.h5", [(f"{number:08d}", sha(number)) for number in range(count)])

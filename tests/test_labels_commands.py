@@ -48,6 +48,7 @@ def trained(store: FeatureStore, runs: Path, *options: object) -> tuple[Run, str
     return Run.open(document["run"]), done.stderr, document
 
 
+@pytest.mark.slow
 def test_a_corrected_label_trains_anew_and_taking_it_back_finds_the_earlier_run(
     store: FeatureStore, book: Book, tmp_path: Path
 ) -> None:
@@ -72,6 +73,7 @@ def test_a_corrected_label_trains_anew_and_taking_it_back_finds_the_earlier_run(
     assert take_run(tmp_path / "runs").run.run_id == before.run_id  # the newest state again
 
 
+@pytest.mark.slow
 def test_excluded_and_unknown_rows_are_neither_trained_on_nor_scored(
     store: FeatureStore, book: Book, tmp_path: Path
 ) -> None:
@@ -82,6 +84,7 @@ def test_excluded_and_unknown_rows_are_neither_trained_on_nor_scored(
     assert "validation/dog/1.png" not in (run.folder / "predictions.csv").read_text()
 
 
+@pytest.mark.slow
 def test_a_new_class_is_trained_without_reading_an_image(store: FeatureStore, book: Book, tmp_path: Path) -> None:
     for number in range(3):
         book.add(sha256_of(store, f"train/cat/{number}.png"), "wolf")
@@ -90,6 +93,7 @@ def test_a_new_class_is_trained_without_reading_an_image(store: FeatureStore, bo
     assert "3 labels corrected; new: 'wolf'" in said
 
 
+@pytest.mark.slow
 def test_a_sweep_with_folds_sees_the_same_labels(store: FeatureStore, book: Book, tmp_path: Path) -> None:
     book.add(sha256_of(store, "train/cat/0.png"), "wolf").add(sha256_of(store, "train/cat/1.png"), "wolf")
     sweep = tmp_path / "sweep.yaml"
@@ -145,6 +149,7 @@ def test_wrong_labels_files_are_named_in_one_line(store: FeatureStore, book: Boo
     assert not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_unknown_hashes_and_incomplete_lines_are_counted(store: FeatureStore, book: Book, tmp_path: Path) -> None:
     book.add(sha256_of(store, "train/cat/0.png"), "dog").add("another image", "dog").add("and one more", "cat")
     book.path.write_bytes(book.path.read_bytes()[:-3])

@@ -501,6 +501,7 @@ def test_an_image_for_which_memory_ended_is_tried_again(
     assert_rows_are_their_images(result.store, source)
 
 
+@pytest.mark.slow
 def test_what_another_decoder_refused_is_tried_again_once(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reads: list[str]
 ) -> None:

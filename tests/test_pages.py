@@ -95,6 +95,7 @@ def understood(line: str) -> None:
         assert all((ROOT / word).exists() for word in arguments if word.startswith("tests/")), line
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("page", "line"), COMMANDS)
 def test_every_command_is_understood(page: str, line: str) -> None:
     understood(line)

@@ -54,6 +54,7 @@ def spatial_store(
     return values[:, 0]
 
 
+@pytest.mark.slow
 def test_pandas_and_duckdb_read_the_values_of_a_spatial_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pandas, duckdb = pytest.importorskip("pandas"), pytest.importorskip("duckdb")
     values = spatial_store(tmp_path / "s.h5", 5, (7, 7, 1280))

@@ -300,6 +300,7 @@ def test_runs_remember_how_their_images_were_read(tmp_path: Path) -> None:
     assert run.reading == Reading(settled=True)
 
 
+@pytest.mark.slow
 def test_plain_stores_record_no_reading(tmp_path: Path) -> None:
     store = extract(paint_folder(tmp_path / "photos", {"a": 3, "b": 3}), tmp_path / "f.h5").store
     assert "reading" not in store.provenance

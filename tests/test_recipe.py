@@ -129,6 +129,7 @@ def test_round_trip_and_refusals() -> None:
         PixelRule(0, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.stress
 @settings(max_examples=rounds(200))
 @given(

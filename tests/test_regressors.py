@@ -20,6 +20,7 @@ REGRESSION = TASKS["regression"]
 pytestmark = pytest.mark.usefixtures("without_plots")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "params"),
     [
@@ -58,6 +59,7 @@ def test_its_run_is_opened_without_trust_and_predicts_the_same(tmp_path: Path) -
     np.testing.assert_allclose(again.predict_proba(X), fresh.predict_proba(X), rtol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("path", "said"),
     [

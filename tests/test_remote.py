@@ -70,6 +70,7 @@ def manifest(path: Path, rows: dict[str, str]) -> Path:
 # --- buckets ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_bucket_has_the_features_of_the_folder_and_is_read_once(bucket: Any, tmp_path: Path) -> None:
     source = "memory://bucket/photos"
     first = run(source, tmp_path / "a.h5")
@@ -445,6 +446,7 @@ def test_what_is_wrong_with_a_file_of_images_in_a_bucket_is_said(bucket: Any, sh
             scan(f"memory://bucket/{name}")
 
 
+@pytest.mark.slow
 def test_a_store_that_fails_now_and_then_gives_the_same_blocks(
     bucket: Any, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -519,6 +521,7 @@ def test_no_secret_is_written(server: Objects, tmp_path: Path, caplog: pytest.Lo
     assert SECRET not in str(refusal.value)
 
 
+@pytest.mark.slow
 def test_addresses_inside_a_private_network_are_not_reached(server: Objects, tmp_path: Path) -> None:
     server.objects = {"/a.png": b"secret"}
     port = server.server_address[1]

@@ -63,6 +63,7 @@ def chosen(made: dict[str, Any], task: str) -> Run:
     return Run.open(made["folder"] / "runs" / group["chosen"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TARGETS)
 def test_the_page_has_the_scores_of_the_run(made: dict[str, Any], task: str) -> None:
     run, html = chosen(made, task), made["html"]

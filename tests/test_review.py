@@ -455,6 +455,7 @@ def test_the_mislabelled_images_come_first_and_test_rows_never(served: Served) -
     assert (detail["unseen"], detail["probable"][0]["name"]) == (True, "cat")
 
 
+@pytest.mark.slow
 def test_the_order_is_by_the_score_of_the_audit(tmp_path: Path) -> None:
     truth, X = two_classes(400, seed=3)
     X[:, 0] *= 0.3
@@ -477,6 +478,7 @@ def test_the_order_is_by_the_score_of_the_audit(tmp_path: Path) -> None:
     assert len(set(first) & set(np.argsort(-score)[:24].tolist())) >= 22
 
 
+@pytest.mark.slow
 def test_rows_that_a_decision_has_made_test_rows_are_not_shown(tmp_path: Path) -> None:
     truth, X = two_classes(24)
     labels, splits = truth.copy(), np.full(24, TRAIN)

@@ -36,6 +36,7 @@ def smooth(count: int, columns: int, seed: int = 0) -> np.ndarray:
     return (hidden @ np.linalg.qr(generator.normal(size=(columns, columns)))[0]).astype(np.float32)
 
 
+@pytest.mark.slow
 def test_the_nearest_rows_are_those_of_the_definition_piece_by_piece(tmp_path: Path) -> None:
     X = smooth(3000, 256)
     vectors = Vectors(made(tmp_path / "features.h5", X))
@@ -58,6 +59,7 @@ def test_only_the_rows_asked_for_are_searched(tmp_path: Path) -> None:
     assert sorted(everything.rows[2].tolist()) == rows.tolist()  # fewer than were asked for
 
 
+@pytest.mark.slow
 def test_of_equal_rows_the_first_ones_are_given(tmp_path: Path) -> None:
     X = np.ones((2500, 8), np.float32)
     X[100:200, 0] = 5
@@ -86,6 +88,7 @@ def test_spatial_features_are_averaged(tmp_path: Path) -> None:
     np.testing.assert_array_equal(nearest(vectors, vectors.of_features(X[:3]), 4).rows, rows)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("columns", [40, 320])
 def test_the_neighbours_of_all_rows_leave_out_each_row_itself(tmp_path: Path, columns: int) -> None:
     X = smooth(900, columns)
@@ -107,6 +110,7 @@ def test_the_neighbours_of_all_rows_leave_out_each_row_itself(tmp_path: Path, co
     assert np.mean(part.rows == few[expected[:, 1:]]) > 0.99
 
 
+@pytest.mark.slow
 def test_features_without_structure_are_searched_exactly(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """In noise of 1,000 columns, 256 of them say little about neighbours: it takes too many candidates."""
     X = np.random.default_rng(0).normal(size=(1500, 1000)).astype(np.float32)
@@ -122,6 +126,7 @@ def test_one_row_has_no_neighbours(tmp_path: Path) -> None:
     assert nearest_of_all(vectors, 5, rows=np.array([1])).rows.shape == (1, 0)
 
 
+@pytest.mark.slow
 def test_a_damaged_block_is_refused_on_first_use(tmp_path: Path) -> None:
     X = smooth(3000, 256)
     path = tmp_path / "features.h5"

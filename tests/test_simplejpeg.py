@@ -89,6 +89,7 @@ def damaged(data: bytes, generator: random.Random) -> bytes:
     return data
 
 
+@pytest.mark.slow
 def test_whole_and_damaged_files_are_decoded_and_refused_as_by_pillow(
     used: list[bool], monkeypatch: pytest.MonkeyPatch
 ) -> None:

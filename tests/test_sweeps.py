@@ -80,6 +80,7 @@ def test_random_search_draws_some_combinations_once() -> None:
     assert len(expand(sweep({**entry, "random": 5000}))) == 1600
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

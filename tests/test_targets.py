@@ -184,6 +184,7 @@ def test_one_changed_target_is_taken_up_without_inference(tmp_path: Path, photos
     assert result.store.images.splits[list(result.store.images.paths).index("3.png")] == 3
 
 
+@pytest.mark.slow
 def test_the_task_and_the_names_of_columns_are_part_of_the_digest(tmp_path: Path, photos: Callable[..., Path]) -> None:
     cells = ["1", "0"] * 20
     digests = [

@@ -534,6 +534,7 @@ def test_targets_that_do_not_fit_are_refused_alike(
         assert place.get(kind, f"row {last + 1}") in str(refused.value)
 
 
+@pytest.mark.slow
 def test_the_row_is_named_where_numbers_become_text(tmp_path: Path) -> None:
     count = 90_000
     path = table(tmp_path / "a.parquet", [b"x"] * count, age=["7"] * (count - 1) + ["seven"])
@@ -584,6 +585,7 @@ def test_what_only_tars_and_tables_have(tmp_path: Path) -> None:
 # --- all of them ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["tars", "tables"])
 def test_the_features_are_those_of_the_folder_and_only_new_images_are_inferred(tmp_path: Path, kind: str) -> None:
     folder = paint_folder(tmp_path / "images", {"cat": 5, "dog": 4})

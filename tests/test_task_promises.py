@@ -109,6 +109,7 @@ def test_the_mean_coverage_is_what_was_promised(task: str, made: Any) -> None:
     assert abs(np.mean(held) - 0.9) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "head", "precision", "told"),
     [

@@ -31,6 +31,7 @@ def test_a_head_that_needs_all_rows_says_which_do_not(tmp_path: Path) -> None:
         train_head(store, "ridge", runs=tmp_path / "runs", memory=4_000)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("made", "head", "name", "params"),
     [

@@ -55,6 +55,7 @@ pytestmark = pytest.mark.usefixtures("without_plots")
 
 
 # ---------------------------------------------------------------------------------------------------- scores
+@pytest.mark.slow
 def test_scores_of_labels_are_those_of_scikit_learn() -> None:
     _, y = labels_of(200)
     values = np.random.default_rng(2).random(y.shape) * 0.6 + 0.4 * y
@@ -281,6 +282,7 @@ def test_a_changed_target_is_another_run(tmp_path: Path, store: FeatureStore) ->
     assert train_head(other, "knn", runs=tmp_path / "runs").run_id != first
 
 
+@pytest.mark.slow
 def test_heads_are_compared_by_the_score_of_their_task(tmp_path: Path, store: FeatureStore) -> None:
     heads = [SweepHead(head="knn", grid={"n_neighbors": [1, 9]}), SweepHead(head=linear(store))]
     result = run_sweep([store], SweepFile(version=1, heads=heads), runs=tmp_path / "runs", folds=3, jobs=1, test=True)

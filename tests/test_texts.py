@@ -116,6 +116,7 @@ def table(path: Path, count: int) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "name", "few", "many"), [(table, "a.parquet", 5000, 15000), (shard, "a.tar", 700, 2100)]
 )

@@ -47,6 +47,7 @@ def read_in(server: Objects, folder: Path, **options: Any) -> tuple[list[str], E
     return sorted({asked[5] for asked in server.asked[start:] if asked.startswith("GET")}), result
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust_times": True}], ids=["", "trust-times"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_without_an_etag_the_time_of_the_last_change_and_the_size_tell(
