@@ -25,7 +25,7 @@ from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources import archives, tarindex
 from features.sources.parquet import open_tables
-from features.sources.scan import ImageSet, reader_of, scan, takes_target
+from features.sources.scan import ImageSet, reader_of, scan, source_in, takes_target
 from features.sources.webdataset import expanded
 from features.store.reader import FeatureStore
 
@@ -53,12 +53,18 @@ def extracted(source: str | Path, out: Path, **options: Any) -> FeatureStore:
 # --- tars -------------------------------------------------------------------------------------------------
 
 
-def test_a_pattern_stands_for_files_in_order(tmp_path: Path) -> None:
+def test_a_pattern_stands_for_files_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert expanded("a-{8..10}.tar") == ["a-8.tar", "a-9.tar", "a-10.tar"]
     assert expanded("{1..2}/{00..01}.tar") == ["1/00.tar", "1/01.tar", "2/00.tar", "2/01.tar"]
     for number in (9, 10, 2):
         tar(tmp_path / f"s-{number}.tar", {})
     assert expanded(f"{tmp_path}/s-{{}}.tar") == [f"{tmp_path}/s-{number}.tar" for number in (2, 9, 10)]
+    tar(tmp_path / "t[1]-x.tar", {})
+    assert expanded(f"{tmp_path}/s-*.tar") == [f"{tmp_path}/s-{number}.tar" for number in (10, 2, 9)]
+    assert expanded(f"{tmp_path}/*-{{}}.tar") == [f"{tmp_path}/s-{number}.tar" for number in (2, 9, 10)]
+    assert expanded(f"{tmp_path}/t[1]*.tar") == [f"{tmp_path}/t[1]-x.tar"]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert expanded("~/s-{}.tar") == [f"{tmp_path}/s-{number}.tar" for number in (2, 9, 10)]
     with pytest.raises(SourceError, match=r"received \{5\.\.3\}, expected two numbers in ascending order"):
         expanded("a-{5..3}.tar")
     with pytest.raises(SourceError, match="no such files"):
@@ -123,6 +129,19 @@ def test_tars_that_are_wrong_are_refused_by_name(tmp_path: Path, caplog: pytest.
         from features.sources.reading import Reading
 
         scan(tmp_path / "a-0.tar", reading=Reading(class_level=1))
+
+
+def test_all_tars_of_a_folder_with_their_splits(tmp_path: Path) -> None:
+    for number, split in enumerate(("train", "val", "test")):
+        tar(tmp_path / f"{split}-000.tar", {"0.png": png(number), "0.cls": b"cat"})
+    images = scan(f"{tmp_path}/*.tar")
+    splits = {"test-000.tar/0.png": 2, "train-000.tar/0.png": 0, "val-000.tar/0.png": 1}
+    assert dict(zip(images.paths, images.given_splits.tolist(), strict=True)) == splits
+    read = reader_of(str(images.root))
+    assert read is not None
+    assert read("val-000.tar/0.png") == images.read(2) == png(1)
+    assert source_in(str(images.root), f"{tmp_path}/*.tar") == str(images.root)
+    assert takes_target(f"{tmp_path}/*.tar")
 
 
 def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:

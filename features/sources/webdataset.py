@@ -25,7 +25,7 @@ import numpy as np
 from features.errors import SourceError, UnreadableImageError, nearest
 from features.progress import Progress, counted
 from features.scratch import Growing
-from features.sources.archives import TEXT_ENDINGS, Archive, open_archive
+from features.sources.archives import TAR_SUFFIXES, TEXT_ENDINGS, Archive, open_archive
 from features.sources.blocks import file_at, matching, opened, prefixes, versions_of
 from features.sources.cells import cell_text, padded, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
@@ -66,7 +66,9 @@ class Samples(NamedTuple):
 
 def is_pattern(source: str) -> bool:
     """Whether the name of a source stands for several tars."""
-    return _RANGE.search(source) is not None or _ALL in source or (is_address(source) and "*" in source)
+    if "*" in source and (is_address(source) or source.lower().endswith((*TAR_SUFFIXES, ".parquet"))):
+        return True
+    return _RANGE.search(source) is not None or _ALL in source
 
 
 def root_of(pattern: str) -> Path | str:
@@ -77,7 +79,7 @@ def root_of(pattern: str) -> Path | str:
 
 
 def expanded(pattern: str) -> list[str]:
-    """Return the names that a pattern stands for, in order; ``{}`` stands for all numbers that there are.
+    """Return the names that a pattern stands for, in order; ``{}`` stands for all numbers that there are, ``*`` for any text.
 
     Raises
     ------
@@ -91,12 +93,8 @@ def expanded(pattern: str) -> list[str]:
     """
     if is_address(pattern) and (_ALL in pattern or "*" in pattern):
         return matching(pattern)
-    if _ALL in pattern:
-        wanted = re.compile(r"(\d+)".join(map(re.escape, pattern.split(_ALL))))
-        found = [name for name in glob.glob(glob.escape(pattern).replace(_ALL, "*")) if wanted.fullmatch(name)]
-        if not found:
-            raise SourceError(f"{pattern}: no such files; {{}} stands for the numbers in their names")
-        return sorted(found, key=lambda name: [*map(int, wanted.fullmatch(name).groups())])  # type: ignore[union-attr]
+    if _ALL in pattern or "*" in pattern:
+        return _there(os.path.expanduser(pattern))
     texts = _RANGE.split(pattern)
     ranges, total = [], 1
     for first, last in zip(texts[1::3], texts[2::3], strict=True):
@@ -111,6 +109,17 @@ def expanded(pattern: str) -> list[str]:
         "".join(itertools.chain(*zip(texts[::3], (*numbers, ""), strict=True)))
         for numbers in itertools.product(*ranges)
     ]
+
+
+def _there(pattern: str) -> list[str]:
+    parts = (r"[^/]*".join(map(re.escape, part.split("*"))) for part in pattern.split(_ALL))
+    wanted, found = re.compile(r"(\d+)".join(parts)), list[tuple[list[int], str]]()
+    for name in glob.glob("*".join(map(glob.escape, pattern.replace(_ALL, "*").split("*")))):
+        if match := wanted.fullmatch(name):
+            found.append(([*map(int, match.groups())], name))
+    if not found:
+        raise SourceError(f"{pattern}: no such files; {{}} stands for the numbers in their names, and * for any text")
+    return [name for _, name in sorted(found)]
 
 
 def is_webdataset(archive: Archive) -> bool:
