@@ -119,7 +119,8 @@ def test_it_reads_well_on_a_telephone_and_is_searched(site: Path, tmp_path: Path
         trouble: list[str] = []
         page.on("request", lambda request: asked.append(request.url))
         page.on("pageerror", lambda error: trouble.append(str(error)))
-        page.on("requestfailed", lambda request: trouble.append(request.url))
+        # One that is under way when the page is left is no trouble.
+        page.on("requestfailed", lambda request: request.failure == "net::ERR_ABORTED" or trouble.append(request.url))
         for name in READ:
             page.goto(address + name)
             assert page.evaluate("document.documentElement.scrollWidth") <= 400, name
@@ -128,8 +129,6 @@ def test_it_reads_well_on_a_telephone_and_is_searched(site: Path, tmp_path: Path
         page.goto(address)
         page.locator(".md-search__input").click()
         page.locator(".md-search__input").press_sequentially("quarantine")
-        found = page.locator(".md-search-result__link")
-        found.first.wait_for()
-        assert any("/features/" in (found.nth(place).get_attribute("href") or "") for place in range(found.count()))
+        page.locator('.md-search-result__link[href*="/features/"]').first.wait_for()  # after those of the first letters
         assert all(url.startswith((address, "data:", "blob:")) for url in asked)
         assert trouble == []
