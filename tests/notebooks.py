@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,15 @@ def execute(python: Path | str, folder: Path, **variables: str) -> list[dict[str
     """Execute the notebook in a folder; return its cells with their outputs."""
     place = Path(shutil.copy(PLACE, folder))
     code = "import sys; from nbclient.cli import main; sys.exit(main())"
-    done = subprocess.run(
-        [str(python), "-c", code, "--inplace", "--timeout=500", place.name],
-        cwd=folder,
-        env={**os.environ, **variables},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    with tempfile.TemporaryDirectory() as own:  # not the user's settings and history
+        places = dict.fromkeys(("IPYTHONDIR", "JUPYTER_CONFIG_DIR", "JUPYTER_DATA_DIR", "JUPYTER_RUNTIME_DIR"), own)
+        done = subprocess.run(
+            [str(python), "-c", code, "--inplace", "--timeout=500", place.name],
+            cwd=folder,
+            env={**os.environ, **places, **variables},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     assert done.returncode == 0, done.stdout + done.stderr
     return cells(place)
