@@ -99,3 +99,21 @@ def test_an_etag_goes_before_the_time(server: Objects, tmp_path: Path) -> None:
     server.objects["/1.png"] = server.objects["/1.png"][:-1] + b"?"
     read, again = read_in(server, tmp_path)
     assert (read, again.inferred) == (["1"], 1)
+
+
+@pytest.mark.parametrize("etags", [True, False])
+def test_an_object_that_is_replaced_after_the_listing_is_read_again(
+    server: Objects, tmp_path: Path, etags: bool
+) -> None:
+    """Also one of another size that has kept its time, and that is put back later."""
+    server.modified, server.with_etags = dict.fromkeys(server.objects, LONG_AGO), etags
+    listed = scan(tmp_path / "m.csv", hosts="127.0.0.1")
+    before = server.objects["/0.png"]
+    server.objects["/0.png"] += b"more"
+    Extraction(listed, NumpyNetwork(), tmp_path / "a.h5", ExtractionOptions()).run()  # type: ignore[arg-type]
+    assert listed.replaced == {f"{server.address}/0.png"}
+    server.objects["/0.png"] = before
+    read, again = read_in(server, tmp_path)
+    assert (read, again.inferred) == (["0"], 1)
+    assert again.store.images.sha256[0].tobytes() == hashlib.sha256(before).digest()
+    assert read_in(server, tmp_path)[0] == []

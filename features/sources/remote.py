@@ -295,9 +295,9 @@ class Reader:
             data, version = tried(lambda: store.get(address), address)
             listed = self.listed.get(path)
             # An ETag that is no MD5 has to be asked for; one that is, is known from the bytes.
-            if listed is not None and version.version != listed.version:
+            if listed is not None and version[:2] != listed[:2]:
                 version = tried(lambda: store.look(address), address)
-                if version.version != listed.version or not listed.version:
+                if version[:2] != listed[:2] or not listed.version:
                     self.replaced.add(path)
         except FileNotFoundError as error:
             raise UnreadableImageError("missing", f"{without_secrets(address)}: no such object") from error
