@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from features.cache import cache_path
+from features.errors import StoreError
 from features.ownership import make_folder
 
 SMALL = 1 << 20  # bytes up to which an array lies in memory
@@ -129,12 +130,18 @@ class Growing:
                 self._spill()
 
     def _spill(self) -> None:
-        """Move the blocks in memory to the file; a disk that is full is the error that it is."""
+        """Move the blocks in memory to the file; a disk that is full is a ``StoreError``."""
         assert self._file is not None
-        self._file.seek(0, os.SEEK_END)
-        for block in self._blocks:
-            self._file.write(np.ascontiguousarray(block).data)
-        self._file.flush()
+        try:
+            self._file.seek(0, os.SEEK_END)
+            for block in self._blocks:
+                self._file.write(np.ascontiguousarray(block).data)
+            self._file.flush()
+        except OSError as error:
+            raise StoreError(
+                f"{cache_path('scratch')} has no room for what is known of the images ({error.strerror or error}): free some, or "
+                "set BOTTLENECK_CACHE to a folder with more"
+            ) from error
         self._blocks, self._bytes = [], 0
 
 

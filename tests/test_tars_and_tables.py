@@ -8,7 +8,7 @@ import gzip
 import io
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,8 @@ from helpers import NumpyNetwork, paint_folder
 from PIL import Image
 from stores import kill_series, table, tar
 
-from features.errors import ConfigurationError, SourceError, UnreadableImageError
+from features import scratch
+from features.errors import ConfigurationError, SourceError, StoreError, UnreadableImageError
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources import archives, tarindex
@@ -280,16 +281,37 @@ def test_times_before_1970_tell_tars_apart(tmp_path: Path, cache: Path) -> None:
     assert labels_of(path, trust="times") == {"0.png": "new"}
 
 
-def test_labels_for_which_the_disk_has_no_room_are_read_from_the_tar(tmp_path: Path, cache: Path) -> None:
+@contextlib.contextmanager
+def files_of_at_most(size: int) -> Iterator[None]:
     resource = pytest.importorskip("resource")
-    members = [(f"{k}{end}", data) for k in range(80) for end, data in ((".png", png(k)), (".json", b'{"label": "c%d", "note": "%s"}' % (k % 3, b"n" * 30000)))]  # fmt: skip
-    path = tar(tmp_path / "a.tar", members)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, limits[1]))  # of a file, in bytes
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
     try:
-        found = labels_of(path)
+        yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("kind", ["tar", "parquet"])
+def test_a_full_disk_is_not_blamed_on_the_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    images = [png(k) for k in range(40)]
+    if kind == "tar":
+        path = tar(tmp_path / "a.tar", {f"{k}.png": data for k, data in enumerate(images)})
+    else:
+        path = table(tmp_path / "a.parquet", images, label=[*range(40)])
+    monkeypatch.setattr(scratch, "SMALL", 0)  # as if they were many
+    monkeypatch.setattr(scratch, "_WAITING", 1)
+    with files_of_at_most(100), pytest.raises(StoreError, match=r"scratch has no room .*set BOTTLENECK_CACHE"):
+        scan(path)
+
+
+def test_labels_for_which_the_disk_has_no_room_are_read_from_the_tar(tmp_path: Path, cache: Path) -> None:
+    members = [(f"{k}{end}", data) for k in range(80) for end, data in ((".png", png(k)), (".json", b'{"label": "c%d", "note": "%s"}' % (k % 3, b"n" * 30000)))]  # fmt: skip
+    path = tar(tmp_path / "a.tar", members)
+    with files_of_at_most(1 << 20):
+        found = labels_of(path)
     assert found == {f"{k}.png": f"c{k % 3}" for k in range(80)}
     assert labels_of(path, trust="nothing") == labels_of(path) == found
 

@@ -33,7 +33,7 @@ import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
-from features.errors import SourceError, UnreadableImageError
+from features.errors import SourceError, StoreError, UnreadableImageError
 from features.files import file_digest, whole_file
 from features.pixels.limits import MAX_BYTES
 from features.scratch import Growing
@@ -257,7 +257,7 @@ def _reading(path: File, kind: str) -> Iterator[None]:
     """Turn an error of a library that reads the archive into a ``SourceError``."""
     try:
         yield
-    except SourceError:
+    except (SourceError, StoreError):
         raise
     except _DAMAGE as error:
         raise SourceError(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 
-from features.errors import SourceError, UnreadableImageError, nearest
+from features.errors import SourceError, StoreError, UnreadableImageError, nearest
 from features.machine import pyarrow_for
 from features.scratch import scratch
 from features.sources.arrow import kind_of, open_table
@@ -175,7 +175,7 @@ def _reading(pyarrow: ModuleType, path: File) -> Iterator[None]:
     """Turn an error of pyarrow into a ``SourceError``."""
     try:
         yield
-    except SourceError:
+    except (SourceError, StoreError):
         raise
     except (OSError, ValueError, OverflowError, KeyError, pyarrow.ArrowException) as error:
         raise SourceError(
