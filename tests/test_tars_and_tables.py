@@ -120,6 +120,13 @@ def test_tars_that_are_wrong_are_refused_by_name(tmp_path: Path, caplog: pytest.
             scan(tar(tmp_path / "b-0.tar", members))
     with pytest.raises(SourceError, match=r"'lable'.*did you mean 'label'"):
         scan(tar(tmp_path / "b-0.tar", {"0.png": png(0), "0.json": b'{"label": 1}'}), target="lable")
+    caplog.clear()
+    members = [(f"{k}{end}", data) for k in range(2) for end, data in ((".png", png(k)), (".json", b'{"animal": "cat", "age": 3}'))]  # fmt: skip
+    scan(tar(tmp_path / "b-0.tar", members))
+    assert (
+        "2 keys have no label: '0.png', '1.png'. --target names the key of the label in .json members, one of 'animal', 'age'"
+        in caplog.text
+    )
     whole = (tmp_path / "a-0.tar").read_bytes()
     (tmp_path / "a-1.tar").write_bytes(whole[:2000])
     with pytest.raises(SourceError, match=r"a-1\.tar cannot be read as a tar archive"):

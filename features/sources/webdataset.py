@@ -192,7 +192,7 @@ def samples_of(
     paths, stamps, names, splits = GrowingTexts(), Growing("<i8", (4,)), GrowingCoded(), Growing("i1")
     tars, ends = dict[str, Archive](), list[int]()
     targets = _Targets(root, target) if labelled and task != CLASSIFICATION else None
-    bare, alone = _Some(), _Some()
+    bare, alone, keys = _Some(), _Some(), list[str]()  # of a .json member without a label
     for archive, prefix in zip(archives, prefixes(root, [archive.path for archive in archives]), strict=True):
         tars[prefix] = archive
         ends.append(len(splits))
@@ -207,6 +207,7 @@ def samples_of(
             elif labelled:
                 name = _label(archive, sample, target)
                 known = bool(name)
+                keys = keys if known or keys or target is not None else _keys(archive, sample)
             if not known:
                 bare.add(prefix + sample.image)
             file = File.of(prefix + sample.image, status, sample.size)
@@ -218,9 +219,10 @@ def samples_of(
         raise SourceError(
             f"{root}: no images in {counted(len(archives), 'tar')}; expected members such as 0001.jpg and 0001.cls"
         )
-    for lacking, what in ((bare, "no label"), (alone, "a label and no image")):
+    hint = f". --target names the key of the label in .json members, one of {listed(keys)}" if keys else ""
+    for lacking, what, more in ((bare, "no label", hint), (alone, "a label and no image", "")):
         if lacking.count:
-            logger.warning("%s: %s %s: %s", root, counted(lacking.count, "key", "has"), what, lacking)
+            logger.warning("%s: %s %s: %s%s", root, counted(lacking.count, "key", "has"), what, lacking, more)
     given = splits.array()
     if (given == NOT_GIVEN).any():  # names of some tars only say little
         given = np.full(len(given), NOT_GIVEN, np.int8)
@@ -326,6 +328,14 @@ def _label(archive: Archive, sample: _Sample, target: str | None) -> str:
             )
         return name
     return ""
+
+
+def _keys(archive: Archive, sample: _Sample) -> list[str]:
+    """Return the keys of the ``.json`` member from which no label was read."""
+    if next((ending for ending in _LABELS if ending in sample.labels), "") != "json":
+        return []
+    values = _read_member(archive, sample, "json", json.loads)[1]
+    return list(values) if isinstance(values, dict) else []
 
 
 def _read_member(
