@@ -135,6 +135,17 @@ def test_what_is_wrong_with_a_bucket_is_said(bucket: Any) -> None:
     for address in ("ftp://host/x", "zip://a.png::s3://bucket/a.zip", "file:///etc", "http+unix://x/y"):
         with pytest.raises(SourceError, match=r"expected an address of s3://, gs://"):
             scan(address)
+    with pytest.raises(
+        SourceError, match="memory://bucket//photos: a folder has no name; expected one / between names"
+    ):
+        scan("memory://bucket//photos")
+    for address in ("s3://", "s3:///", "gs://?x"):
+        with pytest.raises(SourceError, match=r"names no bucket; expected (s3|gs)://BUCKET/FOLDER"):
+            scan(address)
+    with pytest.raises(
+        SourceError, match=r"s3:/bucket/photos does not exist; an address begins with s3:// \(in Python, give text"
+    ):
+        scan(Path("s3://bucket/photos"))
     with pytest.raises(SourceError, match="a web server has no listing"):
         scan("https://host.org/photos")
     for name in ("a.zip", "a.npz", "photos-{0..3}"):

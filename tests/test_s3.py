@@ -160,6 +160,17 @@ def test_what_is_wrong_is_said(s3: tuple[int, Path], monkeypatch: pytest.MonkeyP
         scan("s3://nowhere/x")
     with pytest.raises(SourceError, match="s3://empty holds no images"):
         scan("s3://empty")
+    with monkeypatch.context() as patch:
+        patch.setattr(remote, "_ATTEMPTS", 1)  # what no further try can mend is not tried again
+        for source in ("s3://Bad!/x", "s3://Bad!/x.tar"):
+            with pytest.raises(
+                SourceError, match=r"Bad!.*cannot be asked for \(ParamValidationError: .*Check the address"
+            ):
+                scan(source)
+        patch.setenv("AWS_PROFILE", "nobody")
+        fsspec.filesystem("s3").clear_instance_cache()
+        with pytest.raises(SourceError, match=r"x: cannot be asked for \(ProfileNotFound: .*nobody.*AWS_PROFILE"):
+            scan("s3://photos/x")
     fsspec.filesystem("s3").clear_instance_cache()
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)

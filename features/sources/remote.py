@@ -47,6 +47,14 @@ _CHAIN = re.compile("^[A-Za-z0-9+]+::|::[A-Za-z][A-Za-z0-9+.-]*://")
 _ATTEMPTS, _FIRST_PAUSE, _LONGEST_PAUSE = 8, 0.1, 10.0  # seconds
 _LOOKING = 32  # threads that ask for sizes and versions
 _NO_CREDENTIALS = ("NoCredentialsError", "PartialCredentialsError", "TokenRetrievalError", "DefaultCredentialsError")
+_WRONG = (
+    "ParamValidationError",
+    "ValidationError",
+    "ProfileNotFound",
+    "ConfigParseError",
+    "InvalidRegionError",
+    "NoRegionError",
+)
 _LIBRARIES = ("botocore", "aiobotocore", "aiohttp", "gcsfs", "google", "requests", "urllib3", "asyncio")
 
 
@@ -113,23 +121,23 @@ class Bucket:
             self._files.retries = 1  # tried() tries again
 
     def look(self, address: str) -> Found:
-        with self._translated():
+        with self._translated(address):
             return _found(self._files.info(address))
 
     def get(self, address: str) -> tuple[bytes, Found]:
         """Return the bytes, and as their version their MD5, which is the ETag of most objects."""
-        with self._translated():
+        with self._translated(address):
             data = bytes(self._files.cat_file(address, **self._reading))
         return data, Found(len(data), hashlib.md5(data, usedforsecurity=False).hexdigest())
 
     def get_range(self, address: str, start: int, stop: int) -> bytes:
         """Return the bytes from ``start`` to before ``stop``."""
-        with self._translated():
+        with self._translated(address):
             return bytes(self._files.cat_file(address, start=start, end=stop)) if start < stop else b""
 
     def list(self, address: str) -> dict[str, Found]:
         """Return all objects below an address by their names inside it; page by page, however many there are."""
-        with self._translated():
+        with self._translated(address):
             root = self._files._strip_protocol(address).strip("/")
             found = self._files.find(address, detail=True)
             if not found:
@@ -141,8 +149,8 @@ class Bucket:
         }
 
     @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        """Turn the errors of the libraries into those of ``Store``."""
+    def _translated(self, address: str) -> Iterator[None]:
+        """Turn the errors of the libraries into those of ``Store``; what no further try can mend is a ``SourceError``."""
         try:
             yield
         except (FileNotFoundError, PermissionError, UnavailableError):
@@ -151,10 +159,16 @@ class Bucket:
             kinds = [kind.__name__ for kind in type(error).__mro__]
             if any(name in kinds for name in _NO_CREDENTIALS):
                 raise PermissionError(f"no credentials were found; {self._account}") from error
+            text = f"{kinds[0]}: {' '.join(str(error).split())[:200]}"
+            if type(error) is ValueError or any(name in kinds for name in _WRONG):
+                raise SourceError(
+                    f"{without_secrets(address)}: cannot be asked for ({text}). Check the address, and the variables and files of "
+                    "the store's own tools, such as AWS_PROFILE and AWS_ENDPOINT_URL"
+                ) from error
             ours = type(error).__module__.partition(".")[0] in _LIBRARIES or isinstance(error, OSError | TimeoutError)
             if not ours:
                 raise
-            raise UnavailableError(f"{type(error).__name__}: {error}") from error
+            raise UnavailableError(text) from error
 
 
 def _found(info: Mapping[str, Any]) -> Found:
@@ -223,6 +237,8 @@ def listing(address: str) -> tuple[list[File], list[str], Reader]:
         If the bucket does not exist or may not be read.
     """
     root = checked(address, buckets_only=True).rstrip("/")
+    if "//" in root.partition("://")[2]:
+        raise SourceError(f"{root}: a folder has no name; expected one / between names")
     bucket = Bucket(root.partition("://")[0].lower())
     try:
         found = tried(functools.partial(bucket.list, root), root)

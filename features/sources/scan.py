@@ -271,7 +271,7 @@ def _scanned(
     if os.path.isdir(path):
         return _scan_folder(path, text, reading)
     if not os.path.exists(path):
-        _refuse_missing(path)
+        _refuse_missing(path, text)
     if name.endswith(tuple(IMAGE_SUFFIXES)):
         return _image_set(text, path.parent, Files.of([look_at(path.parent, path.name)]), [""], [NOT_GIVEN])
     if is_file and name.endswith(".npz"):
@@ -389,7 +389,11 @@ def united(images: ImageSet, digests: Sequence[bytes]) -> tuple[ImageSet, np.nda
     return dataclasses.replace(one_each, left_out=images.left_out), rows
 
 
-def _refuse_missing(path: Path) -> NoReturn:
+def _refuse_missing(path: Path, text: str) -> NoReturn:
+    if scheme := re.match("[a-z][a-z0-9+.-]+:/", text):
+        raise SourceError(
+            f"{text} does not exist; an address begins with {scheme[0]}/ (in Python, give text: a Path drops one /)"
+        )
     parent = next(folder for folder in path.parents if os.path.isdir(folder))
     missing = path.relative_to(parent).parts[0]
     try:
