@@ -266,8 +266,9 @@ class Extraction:
 
     def _engine(self, plan: Plan) -> str:
         """Name the engines of all shards that are in no store yet, those of runs that were killed included."""
-        names = {record.engine for record in self.parts.records.values() if not record.kept} - {""}
-        if not names and plan.old is None and any(map(len, plan.known.sources)):
+        new = [record.engine for record in self.parts.records.values() if not record.kept]
+        names = set(new) - {""}
+        if new and not names and plan.old is None and any(map(len, plan.known.sources)):
             names = {self._work(plan).engine(plan.recipes).name}  # a run was killed before its journal could name it
         return ", ".join(sorted(names))
 
