@@ -26,7 +26,7 @@ from features.errors import SourceError, UnreadableImageError
 from features.extraction.extraction import Extraction, ExtractionResult, pack_store
 from features.extraction.options import ExtractionOptions
 from features.sources import blocks, remote, web
-from features.sources.objects import UnavailableError, without_secrets
+from features.sources.objects import Found, UnavailableError, without_secrets
 from features.sources.scan import reader_of, scan, source_in, takes_target
 from features.store.reader import FeatureStore
 from pipeline.labels.file import append_decisions, new_decision, value_of
@@ -345,6 +345,21 @@ def test_blocks_that_a_fork_reads_do_not_take_the_place_of_others(
     ranges.clear()
     assert [images.read(row) for row in range(4)] == expected
     assert {*ranges} < {*each_block_once(tmp_path, "big.tar")}
+
+
+def test_unchanged_tars_in_a_bucket_are_asked_for_once_each(
+    shards: Path, monkeypatch: pytest.MonkeyPatch, ranges: list[tuple[str, int, int]]
+) -> None:
+    source, asked, look = "memory://bucket/s-{0..1}.tar", list[str](), remote.Bucket.look
+
+    def counted(self: remote.Bucket, address: str) -> Found:
+        asked.append(address.rpartition("/")[2])
+        return look(self, address)
+
+    scan(source)
+    monkeypatch.setattr(remote.Bucket, "look", counted)
+    scan(source)
+    assert sorted(asked) == ["s-0.tar", "s-1.tar"]
 
 
 def test_rehash_lists_a_tar_in_a_bucket_again(shards: Path, ranges: list[tuple[str, int, int]]) -> None:

@@ -91,11 +91,13 @@ class InBucket:
         return Status(file.size, file.mtime_ns, file.inode, file.ctime_ns)
 
     def is_file(self) -> bool:
-        """Whether there is such a file."""
-        try:
-            return bool(tried(lambda: self._store.look(self.address), self.address))
-        except FileNotFoundError:
-            return False
+        """Whether there was such a file when it was first looked at."""
+        if "found" not in self.__dict__:
+            try:
+                self.found = tried(lambda: self._store.look(self.address), self.address)
+            except FileNotFoundError:
+                return False
+        return True
 
     def open(self, mode: str = "rb") -> BinaryIO:
         """Open the file; may be called from many threads, each reads its own stream."""
@@ -252,15 +254,24 @@ def root_at(file: File | str) -> Path | str:
     return on_disk(file) or str(file)
 
 
+def are_there(files: Sequence[File]) -> list[bool]:
+    """Return which of several files there are; those in a bucket are asked for several at a time."""
+    return _each(files, lambda file: file.is_file(), None)
+
+
 def opened(files: Sequence[File], open_one: Callable[[File], _T], progress: Progress | None) -> list[_T]:
     """Open each of several files, those in a bucket several at a time; progress is called with ``("list", done, total)``."""
-    remote, found = [file for file in files if isinstance(file, InBucket)], list[_T]()
+    remote = [file for file in files if isinstance(file, InBucket)]
     kept = _OnDisk() if remote else None
     for file in remote:
         file.kept = kept
-    pool = ThreadPoolExecutor(_LISTED_AT_ONCE if remote else 1)
+    return _each(files, open_one, progress)
+
+
+def _each(files: Sequence[File], work: Callable[[File], _T], progress: Progress | None) -> list[_T]:
+    pool, found = ThreadPoolExecutor(1 if all(map(on_disk, files)) else _LISTED_AT_ONCE), list[_T]()
     try:
-        for one in pool.map(open_one, files):
+        for one in pool.map(work, files):
             found.append(one)
             if progress is not None:
                 progress("list", len(found), len(files))

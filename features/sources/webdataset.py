@@ -26,7 +26,7 @@ from features.errors import SourceError, UnreadableImageError, nearest
 from features.progress import Progress, counted
 from features.scratch import Growing
 from features.sources.archives import TAR_SUFFIXES, TEXT_ENDINGS, Archive, open_archive
-from features.sources.blocks import file_at, matching, opened, prefixes, versions_of
+from features.sources.blocks import are_there, file_at, matching, opened, prefixes, versions_of
 from features.sources.cells import cell_text, padded, read_target, target_columns, target_titles
 from features.sources.folders import IMAGE_SUFFIXES, ODD_CHARACTERS, File, Files, is_ignored
 from features.sources.objects import without_secrets
@@ -151,7 +151,7 @@ def open_tars(
         As there; and if a tar is missing or damaged.
     """
     paths = [file_at(name) for name in expanded(pattern)]
-    if missing := [path.name for path in paths if not path.is_file()]:
+    if missing := [path.name for path, there in zip(paths, are_there(paths), strict=True) if not there]:
         raise SourceError(
             f"{pattern}: {len(missing)} of {len(paths)} files are missing: {listed(missing)}. Put them there, or change the numbers"
         )
