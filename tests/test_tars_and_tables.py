@@ -481,6 +481,17 @@ def test_a_column_of_nulls_holds_no_images(tmp_path: Path, caplog: pytest.LogCap
         caplog.clear()
 
 
+def test_numbers_in_one_file_and_names_in_another_are_refused(tmp_path: Path) -> None:
+    for number, names in enumerate((["cat", "dog"], [], [])):
+        table(tmp_path / f"s-{number}.parquet", [png(0), png(1)], names=names, label=[0, 1])
+    table(tmp_path / "s-3.parquet", [png(0), png(1)], label=[None, None])
+    with pytest.raises(
+        SourceError, match=r"s-1\.parquet: the column 'label' holds numbers without names, that of s-0\.parquet"
+    ):
+        scan(f"{tmp_path}/s-{{0..3}}.parquet")
+    assert [*labels_of(f"{tmp_path}/s-{{1..3}}.parquet").values()] == ["0", "1", "0", "1", "", ""]
+
+
 def test_numbers_in_several_files_are_the_same_classes_and_groups(tmp_path: Path) -> None:
     for number, labels in enumerate(([0, 3, None], [12, 3, 9])):
         table(tmp_path / f"s-{number}.parquet", [png(10 * number + k) for k in range(3)], label=labels, group=labels)

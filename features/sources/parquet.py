@@ -138,6 +138,7 @@ def open_tables(
             if targets is not None:
                 targets.add(pyarrow, path, table, images)
             names.add(pyarrow, path, table, label)
+            names.refuse_mixture(label)
             groups.add(pyarrow, path, table, "group")
         digits = max(6, len(str(table_rows)))
         for number in range(table_rows):
@@ -199,7 +200,10 @@ class _Names:
     """Class names or groups: a column of all files."""
 
     def __init__(self) -> None:
-        self._found, self._are_numbers = GrowingCoded(), True
+        self._found, self._numbered = (
+            GrowingCoded(),
+            dict[bool, File](),
+        )  # whether it is numbers alone -> first such file
 
     def add(self, pyarrow: ModuleType, path: File, table: Any, column: str | None) -> None:
         """Read the column of one file, which may lack it."""
@@ -207,7 +211,8 @@ class _Names:
         texts: Iterator[str] = itertools.repeat("", table.metadata.num_rows)
         if column is not None and column in schema.names:
             kind = _value_type(pyarrow, schema, column)
-            self._are_numbers &= pyarrow.types.is_integer(kind) and not _names(schema, column)
+            if not pyarrow.types.is_null(kind):
+                self._numbered.setdefault(pyarrow.types.is_integer(kind) and not _names(schema, column), path)
             texts = _texts(pyarrow, path, table, column)
         for text in texts:
             self._found.append(text)
@@ -215,7 +220,15 @@ class _Names:
     def coded(self) -> Coded:
         """Return what was read; numbers have as many digits as the largest one of all files."""
         found = self._found.coded()
-        return found.changed(padded(found.texts)) if self._are_numbers else found
+        return found if False in self._numbered else found.changed(padded(found.texts))
+
+    def refuse_mixture(self, column: str | None) -> None:
+        """Refuse numbers in one file and names in another: nothing says which number is which name."""
+        if len(self._numbered) > 1:
+            raise SourceError(
+                f"{self._numbered[True]}: the column {column!r} holds numbers without names, that of {self._numbered[False].name} "
+                "names; save both alike: with text, or with the names of the numbers in the metadata of Hugging Face"
+            )
 
 
 class _Targets:
