@@ -239,10 +239,17 @@ def test_the_lists_of_many_tars_take_no_open_files(
     first, open_files = scan(pattern), len(os.listdir("/dev/fd"))
     again = scan(pattern)
     assert len(os.listdir("/dev/fd")) == open_files
-    monkeypatch.setattr(tarindex, "SMALL", -1)  # as for a tar of very many images
+    monkeypatch.setattr(tarindex, "LARGE", 0)  # as for a tar of very many images
     mapped = scan(pattern)
     assert len(os.listdir("/dev/fd")) <= open_files + 8
     assert described(mapped) == described(again) == described(first)
+    open_files = len(os.listdir("/dev/fd"))
+    with contextlib.ExitStack() as three:
+        free = [three.enter_context(open(tmp_path / "s-0.tar", "rb")).fileno() for _ in range(3)][-1]
+    with limited("RLIMIT_NOFILE", 2 * (free + 3)):
+        few = scan(pattern)
+    assert open_files < len(os.listdir("/dev/fd")) <= open_files + 4
+    assert described(few) == described(first)
 
 
 @pytest.mark.parametrize("name", ["a.tar", "a.tar.gz"])
@@ -289,14 +296,15 @@ def test_times_before_1970_tell_tars_apart(tmp_path: Path, cache: Path) -> None:
 
 
 @contextlib.contextmanager
-def files_of_at_most(size: int) -> Iterator[None]:
+def limited(name: str, limit: int) -> Iterator[None]:
     resource = pytest.importorskip("resource")
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    number = getattr(resource, name)
+    limits = resource.getrlimit(number)
+    resource.setrlimit(number, (limit, limits[1]))
     try:
         yield
     finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        resource.setrlimit(number, limits)
 
 
 @pytest.mark.parametrize("kind", ["tar", "parquet"])
@@ -310,14 +318,14 @@ def test_a_full_disk_is_not_blamed_on_the_file(
         path = table(tmp_path / "a.parquet", images, label=[*range(40)])
     monkeypatch.setattr(scratch, "SMALL", 0)  # as if they were many
     monkeypatch.setattr(scratch, "_WAITING", 1)
-    with files_of_at_most(100), pytest.raises(StoreError, match=r"scratch has no room .*set BOTTLENECK_CACHE"):
+    with limited("RLIMIT_FSIZE", 100), pytest.raises(StoreError, match=r"scratch has no room .*set BOTTLENECK_CACHE"):
         scan(path)
 
 
 def test_labels_for_which_the_disk_has_no_room_are_read_from_the_tar(tmp_path: Path, cache: Path) -> None:
     members = [(f"{k}{end}", data) for k in range(80) for end, data in ((".png", png(k)), (".json", b'{"label": "c%d", "note": "%s"}' % (k % 3, b"n" * 30000)))]  # fmt: skip
     path = tar(tmp_path / "a.tar", members)
-    with files_of_at_most(1 << 20):
+    with limited("RLIMIT_FSIZE", 1 << 20):
         found = labels_of(path)
     assert found == {f"{k}.png": f"c{k % 3}" for k in range(80)}
     assert labels_of(path, trust="nothing") == labels_of(path) == found

@@ -17,7 +17,7 @@ import numpy as np
 
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
-from features.scratch import SMALL, written
+from features.scratch import written
 from features.sources.blocks import File, on_disk
 from features.temporary import sweep_dead
 from features.texts import Texts
@@ -27,6 +27,7 @@ logger = logging.getLogger(__name__)
 Trust = Literal["notes", "times", "nothing"]
 
 _FORMAT = "bottleneck-tar-index 1"
+LARGE = 1 << 17  # bytes of an index above which it is not copied to memory
 _ALIGNED = 64  # bytes; where each array begins is a multiple of it
 _HEADER = 16  # digits that say how long the header is
 _DTYPES = {"utf8": "u1", "ends": "<i8", "numbers": "<i8", "rows": "<i8", "small": "u1", "small_ends": "<i8"}
@@ -122,18 +123,25 @@ def _write(file: BinaryIO, index: Index) -> None:
         file.write(np.ascontiguousarray(array, dtype).data)
 
 
+def _number_of_next(file: BinaryIO) -> int:
+    """Return the number that the next open file would have."""
+    os.close(number := os.dup(file.fileno()))
+    return number
+
+
 def _read(file: BinaryIO) -> Index:
-    """Read an index; the file stays open, once, only if an array is large."""
+    """Read an index; a large one stays open as one file, while half of the files that may be open are left to others."""
     start = file.tell()
     header = json.loads(file.read(int(file.read(_HEADER))))
     if header["format"] != _FORMAT:
         raise ValueError(f"received format {header['format']!r}, expected {_FORMAT!r}")
     place, arrays = file.tell(), list[Any]()
     whole = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    mapped = len(whole) > LARGE and _number_of_next(file) < os.sysconf("SC_OPEN_MAX") // 2
     for name, dtype in _DTYPES.items():
         place += (start - place) % _ALIGNED
         found = np.frombuffer(whole, dtype, int(header["lengths"][name]) * (5 if name == "numbers" else 1), place)
-        arrays.append(found if found.nbytes > SMALL else found.copy())
+        arrays.append(found if mapped else found.copy())
         place += found.nbytes
     utf8, ends, numbers, rows, small, small_ends = arrays
     return Index(
