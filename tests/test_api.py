@@ -197,6 +197,11 @@ def test_results_give_arrays_about_rows_of_the_store(tmp_path: Path) -> None:
         name: int(audited[name].flag.sum()) for name in ("outlier", "same-bytes")
     }
     assert audited["outlier"].score.shape == (24,)
+    assert list(audited) == ["same-bytes", "outlier"]
+    with pytest.raises(
+        ConfigurationError, match=r"received 'outliers', expected one of same-bytes, outlier; did you mean 'outl"
+    ):
+        audited["outliers"]
     bare = extract(photos / "cat", tmp_path / "bare.h5").store
     chosen = pipeline.suggest(bare, Head(), n=3, strategy="margin")
     assert [bare.images.paths[row] for row in chosen.row_numbers] == [line["path"] for line in chosen.images]
@@ -327,6 +332,16 @@ def test_a_store_of_another_version_is_refused_by_each_function_that_opens_one(t
     ):
         with pytest.raises(StoreError, match=r"later\.h5.*99"):
             asked(path)
+
+
+def test_the_heads_of_a_sweep_may_be_a_list(tmp_path: Path) -> None:
+    from helpers import extract, paint_folder
+
+    store = extract(paint_folder(tmp_path / "photos", {"cat": 12, "dog": 12}), tmp_path / "f.h5").store
+    swept = pipeline.train_heads(store, ["nearest-mean", {"head": "knn"}], runs=tmp_path / "runs", folds=0, n_jobs=1)
+    assert (swept.trained, sorted(line["head"] for line in swept.board)) == (2, ["knn", "nearest-mean"])
+    with pytest.raises(ConfigurationError, match=r"heads: .*received 'logistc'.*did you mean 'logistic'"):
+        pipeline.train_heads(store, ["logistc"], runs=tmp_path / "runs")
 
 
 def test_a_run_of_another_machine_is_opened_without_its_images() -> None:

@@ -92,6 +92,10 @@ def test_bad_requests_are_refused_before_any_work(
         export(run, format="onx", out=tmp_path / "model.onnx")
     with pytest.raises(ConfigurationError, match=r"model\.h5, expected a name ending in \.keras for keras"):
         export(run, format="keras", out=tmp_path / "model.h5")
+    with pytest.raises(
+        ConfigurationError, match=r"ending in \.keras for keras; for a name ending in \.onnx choose format onnx"
+    ):
+        export(run, format="keras", out=tmp_path / "model.onnx")
     (tmp_path / "there.onnx").write_bytes(b"mine")
     with pytest.raises(ConfigurationError, match=r"there\.onnx exists; remove it"):
         export(run, format="onnx", out=tmp_path / "there.onnx")

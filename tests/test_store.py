@@ -73,6 +73,8 @@ def test_what_goes_in_comes_out(path: Path) -> None:
     store, data, expected = FeatureStore.open(path), arrays(), table()
     assert store.names == NAMES
     assert len(store) == ROWS
+    shapes = [f"{name} {'x'.join(map(str, data[name].shape))}" for name in NAMES]
+    assert repr(store) == f"<FeatureStore {str(path)!r}: {ROWS} images; {', '.join(shapes)}>"
     assert store.classes == ("cat", "dög")
     assert (store.source, store.split_rule) == ("here", "hash")
     assert store.images.paths == expected.paths
@@ -108,6 +110,8 @@ def test_wrong_questions_get_the_names(path: Path) -> None:
         store.load("train", name="spatials")
     with pytest.raises(ConfigurationError, match="did you mean 'validation'"):
         store.rows("validate")
+    with pytest.raises(ConfigurationError, match=r"received 'all', expected one of train, .*, or None for all rows"):
+        store.load("all", name="spatial")
     with pytest.raises(ConfigurationError, match="views 0 to 0"):
         store.load("train", name="spatial", views=1)
 

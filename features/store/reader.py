@@ -139,6 +139,10 @@ class FeatureStore:
         """Number of images (rows)."""
         return self._rows
 
+    def __repr__(self) -> str:
+        sets = ", ".join(f"{name} {'x'.join(map(str, self.shape(name)))}" for name in self.names)
+        return f"<{type(self).__name__} {str(self.path)!r}: {len(self)} images; {sets}>"
+
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of one feature set, ``(images, views, ...)``."""
         entry = self._entries[self._key_of(name)]
@@ -232,7 +236,7 @@ class FeatureStore:
             return np.arange(len(self), dtype=np.int64)
         if split not in SPLITS:
             raise ConfigurationError(
-                f"split: received {split!r}, expected one of {', '.join(SPLITS)}{nearest(split, SPLITS)}"
+                f"split: received {split!r}, expected one of {', '.join(SPLITS)}, or None for all rows{nearest(split, SPLITS)}"
             )
         return np.flatnonzero(self.images.splits == SPLITS.index(split))
 

@@ -124,7 +124,7 @@ def train_head(
 
 def train_heads(
     stores: Place | FeatureStore | Sequence[Place | FeatureStore],
-    heads: Place | Mapping[str, Any],
+    heads: Place | Mapping[str, Any] | Sequence[str | Mapping[str, Any]],
     *,
     runs: Place = "runs",
     features: Sequence[str] = (),
@@ -150,8 +150,9 @@ def train_heads(
     ----------
     stores : path, FeatureStore, or a sequence of them
         Every head is trained on each.
-    heads : path or dict
-        A sweep file, or what stands in one: ``{"version": 1, "heads": [{"head": "logistic", "grid": {"C": [0.1, 1]}}]}``.
+    heads : path, dict or list
+        A sweep file, or what stands in one: ``{"version": 1, "heads": [{"head": "logistic", "grid": {"C": [0.1, 1]}}]}``,
+        or its heads only: ``["ridge", {"head": "logistic", "grid": {"C": [0.1, 1]}}]``.
     features : sequence of str
         Feature sets to use; default: all.
     seed, choose : optional
@@ -387,11 +388,13 @@ def only(head: str, params: Mapping[str, Any], pool: str | None = None) -> dict[
     return {"version": 1, "heads": [{"head": head, "grid": grid}]}
 
 
-def _sweep_of(heads: Place | Mapping[str, Any]) -> tuple[SweepFile, str]:
+def _sweep_of(heads: Place | Mapping[str, Any] | Sequence[str | Mapping[str, Any]]) -> tuple[SweepFile, str]:
     """Return a checked sweep, and its name in messages."""
     from pipeline.config import parse
     from pipeline.sweeps import sweep_file
 
+    if isinstance(heads, Sequence) and not isinstance(heads, str):
+        heads = {"version": 1, "heads": [{"head": one} if isinstance(one, str) else one for one in heads]}
     if isinstance(heads, Mapping):
         where = "heads"
         sweep = parse(sweep_file.SweepFile, dict(heads), where)

@@ -6,10 +6,10 @@ document (JSON) of a stage --> attributes | to_dict() | to_pandas() | repr, text
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, nearest
 from pipeline.api import pages
 
 if TYPE_CHECKING:
@@ -264,8 +264,17 @@ class Audited(Result):
     out: str | None
 
     def __getitem__(self, check: str) -> Finding:
-        """Return what a check says of all rows."""
+        """Return what a check says of all rows; ``ConfigurationError`` if it was not made."""
+        if check not in self.findings:
+            made = ", ".join(self.findings)
+            raise ConfigurationError(
+                f"check: received {check!r}, expected one of {made}{nearest(str(check), self.findings)}"
+            )
         return self.findings[check]
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of the checks that were made."""
+        return iter(self.findings)
 
     def _summary(self) -> dict[str, Any]:
         return {"features": self.features, **{one["check"]: one["flagged"] for one in self.checks if one["flagged"]}}

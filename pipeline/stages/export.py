@@ -201,7 +201,9 @@ def _check_target(row: Format, path: Path) -> None:
     sweep_dead(path.parent)
     row.require()
     if row.suffix and path.suffix != row.suffix:
-        raise ConfigurationError(f"out: received {path}, expected a name ending in {row.suffix} for {row.name}")
+        fitting = [name for name, one in FORMATS.items() if path.suffix and one.suffix == path.suffix]
+        hint = f"; for a name ending in {path.suffix} choose format {' or '.join(fitting)}" if fitting else ""
+        raise ConfigurationError(f"out: received {path}, expected a name ending in {row.suffix} for {row.name}{hint}")
     if path.exists() or path.is_symlink():
         raise ConfigurationError(f"out: {path} exists; remove it or give another name")
 
