@@ -349,6 +349,30 @@ class _Image(NamedTuple):
         return self.file.size >= 0
 
 
+def items_of(X: Any) -> Any:
+    """Return the images of an input as they were given, a sequence of one item for each.
+
+    Raises
+    ------
+    ConfigurationError
+        If it is no sequence, or the pixels of a single image.
+    """
+    if hasattr(X, "to_numpy"):  # a column of a data frame
+        X = X.to_numpy()
+    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1 and X.dtype.kind in "OUT":
+        X = X[:, 0]
+    if isinstance(X, str | os.PathLike) or not hasattr(X, "__len__"):
+        raise ConfigurationError(
+            f"X: received {str(X)[:80]!r}, expected a list of image paths, or uint8 pixels (n, h, w, 3). Of one image give "
+            "[X], of a generator list(X); for a folder there is features.extract_features."
+        )
+    if isinstance(X, np.ndarray) and X.ndim == 3 and X.shape[2] in (3, 4):
+        raise ConfigurationError(
+            f"X: received {X.dtype} {X.shape}, which looks like one image, expected (n, h, w, 3). Of one image give [X]."
+        )
+    return X
+
+
 def images_of(X: Any) -> list[_Image]:
     """Return the images of an input.
 
@@ -357,16 +381,7 @@ def images_of(X: Any) -> list[_Image]:
     ConfigurationError
         If it is neither paths nor pixels.
     """
-    if hasattr(X, "to_numpy"):  # a column of a data frame
-        X = X.to_numpy()
-    if isinstance(X, np.ndarray) and X.ndim == 2 and X.shape[1] == 1 and X.dtype.kind in "OUT":
-        X = X[:, 0]
-    if isinstance(X, str | os.PathLike) or not hasattr(X, "__len__"):
-        raise ConfigurationError(
-            f"X: received {str(X)[:80]!r}, expected a list of image paths, or uint8 pixels (n, h, w, 3). For a folder "
-            "there is features.extract_features."
-        )
-    return [_image_of(number, item) for number, item in enumerate(X)]
+    return [_image_of(number, item) for number, item in enumerate(items_of(X))]
 
 
 def _image_of(number: int, item: Any) -> _Image:
@@ -376,8 +391,10 @@ def _image_of(number: int, item: Any) -> _Image:
     pixels = item[..., 0] if isinstance(item, np.ndarray) and item.shape[2:] == (1,) else item
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or not pixels.size or not _is_image(pixels):
         received = f"{item.dtype} {item.shape}" if isinstance(item, np.ndarray) else repr(item)[:80]
+        hint = "; of a PIL image give np.asarray(image.convert('RGB'))" if hasattr(item, "getbands") else ""
         raise ConfigurationError(
             f"X[{number}]: received {received}, expected the path of an image, or uint8 pixels, 0-255, (h, w, 3) or (h, w)"
+            + hint
         )
     return _Image(File(f"X[{number}]", -1, -1), functools.partial(plain_png, pixels))
 

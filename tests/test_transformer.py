@@ -19,6 +19,7 @@ from helpers import STRESS, NumpyNetwork, extract, listing, paint, paint_folder,
 from joblib.externals.loky import get_reusable_executor
 from PIL import Image
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GridSearchCV, cross_val_score
 from sklearn.pipeline import Pipeline
@@ -225,6 +226,7 @@ def test_a_missing_file_is_named_before_anything_is_computed(paths, tmp_path, ne
         (None, "expected a list"),
         (np.zeros((2, 3)), r"X\[0\]: received float64 \(3,\)"),
         (np.zeros((2, 8, 8, 3)), r"X\[0\]: received float64 \(8, 8, 3\), expected .* uint8"),
+        (["a.png", Image.new("RGB", (8, 8))], r"X\[1\]: received <PIL.*of a PIL image give np\.asarray"),
         (["a.png", 3], r"X\[1\]: received 3"),
     ],
 )
@@ -234,6 +236,25 @@ def test_what_is_no_image_is_refused(X, message: str, network) -> None:
         message = message.replace("1", "0")
     with pytest.raises(ConfigurationError, match=message):
         CountingExtractor().fit(X)
+
+
+@pytest.mark.parametrize(
+    ("X", "message"),
+    [
+        ("photos", r"X: received 'photos', expected a list of image paths"),
+        ((path for path in ("a.png", "b.png")), r"X: received '<generator.*of a generator list\(X\)"),
+        (np.zeros((8, 9, 3), np.uint8), r"X: received uint8 \(8, 9, 3\), which looks like one image.*give \[X\]"),
+    ],
+)
+def test_what_is_no_list_of_images_is_refused_by_the_classifier(X, message: str, network) -> None:
+    with pytest.raises(ConfigurationError, match=message):
+        BottleneckClassifier(CountingExtractor(), "knn").fit(X, ["cat"] * 3 + ["dog"] * 3)
+    assert network.batches == []
+
+
+def test_a_classifier_that_is_not_fitted_says_so(paths) -> None:
+    with pytest.raises(NotFittedError, match="BottleneckClassifier"):
+        BottleneckClassifier().predict(paths)
 
 
 def test_a_file_of_another_recipe_is_refused_and_a_folder_holds_both(paths, tmp_path, network) -> None:

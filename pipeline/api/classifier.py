@@ -16,7 +16,7 @@ from sklearn.base import BaseEstimator, ClassifierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from features.errors import ConfigurationError
-from features.transformer import FeatureExtractor
+from features.transformer import FeatureExtractor, items_of
 
 HEAD = "head__"  # prefix of the head's parameters in ``set_params`` and grids
 
@@ -114,11 +114,9 @@ class BottleneckClassifier(ClassifierMixin, BaseEstimator):
         """
         from pipeline.heads.kinds import make_head
 
-        labels = np.asarray(y)
-        if labels.shape != (len(X),):
-            raise ConfigurationError(
-                f"y: received shape {labels.shape}, expected one class for each of {len(X)} images"
-            )
+        labels, count = np.asarray(y), len(items_of(X))
+        if labels.shape != (count,):
+            raise ConfigurationError(f"y: received shape {labels.shape}, expected one class for each of {count} images")
         classes, numbers = np.unique(labels, return_inverse=True)
         if len(classes) < 2:
             raise ConfigurationError(f"y: received {len(classes)} class, expected two or more")
@@ -140,7 +138,8 @@ class BottleneckClassifier(ClassifierMixin, BaseEstimator):
 
     def predict(self, X: Any) -> np.ndarray:
         """Return the likeliest class of each image, (n,)."""
-        return np.asarray(self.classes_[self.predict_proba(X).argmax(axis=1)])
+        likeliest = self.predict_proba(X).argmax(axis=1)
+        return np.asarray(self.classes_[likeliest])
 
     def __sklearn_tags__(self) -> Any:
         tags = super().__sklearn_tags__()
