@@ -318,6 +318,10 @@ def test_tars_are_read_once_by_an_extraction_and_not_at_all_by_the_next_plan(
     ranges.clear()
     again = run(source, tmp_path / "a.h5")
     assert (again.inferred, again.written, ranges) == (0, False, [])
+    images = scan(source)
+    assert images.read(0) == (shards / "cat" / "0000.png").read_bytes()
+    assert [archive.file.kept for archive in images.reader._tars.values()] == [None, None]  # type: ignore[union-attr]
+    ranges.clear()
     bucket.pipe("/bucket/s-1.tar", (shards / "s-0.tar").read_bytes())  # only what has changed is listed again
     assert run(source, tmp_path / "a.h5").store.images.paths[-1] == "s-1.tar/3.png"
     assert {name for name, _, _ in ranges} == {"s-1.tar"}

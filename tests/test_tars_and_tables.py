@@ -152,6 +152,16 @@ def test_all_tars_of_a_folder_with_their_splits(tmp_path: Path) -> None:
     assert takes_target(f"{tmp_path}/*.tar")
 
 
+def test_a_folder_of_tars_is_told_how_they_are_named(tmp_path: Path) -> None:
+    for number in range(2):
+        tar(tmp_path / f"s-{number}.tar", {"a.png": png(number), "a.cls": b"cat"})
+    with pytest.raises(
+        SourceError, match=r"holds 2 tars and no images outside of them; give the tars, in quotes: '/.*/\*\.tar'"
+    ):
+        scan(tmp_path)
+    assert labels_of(f"{tmp_path}/*.tar") == {"s-0.tar/a.png": "cat", "s-1.tar/a.png": "cat"}
+
+
 def test_a_tar_of_class_folders_stays_one(tmp_path: Path) -> None:
     tar(tmp_path / "a.tar", {"cat/0.png": png(0), "cat/0.txt": b"a cat", "dog/1.png": png(1)})
     assert labels_of(tmp_path / "a.tar") == {"cat/0.png": "cat", "dog/1.png": "dog"}

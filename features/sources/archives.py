@@ -411,6 +411,8 @@ def _open_tar(path: File, file: File, place: Path | None, trust: Trust) -> Archi
     archive = _listed(path, file)
     if place is not None and archive.index is not None and tarindex.place_of(path) == place:
         tarindex.keep(place, archive.index)
+        if (index := tarindex.kept(place, "notes")) is not None:  # in a file, so it takes less memory
+            return dataclasses.replace(archive, members=Members(index.paths, index.numbers), index=index)
     return archive
 
 

@@ -68,9 +68,10 @@ class InBucket:
         path = PurePosixPath(self.address)
         self.name, self.stem, self.suffix = path.name, path.stem, path.suffix
         self.kept: _OnDisk | None = None
+        self.room: _OnDisk | None = None  # where blocks are kept once the file is listed
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "kept": None}  # a file without a name is this process's own
+        return {**self.__dict__, "kept": None, "room": None}  # a file without a name is this process's own
 
     def __str__(self) -> str:
         return self.address
@@ -105,7 +106,7 @@ class InBucket:
 
     def open_once(self) -> BinaryIO:
         """Open the file to read most of it: its blocks are kept on the disk until the process ends, while there is room."""
-        self.kept = self.kept or _OnDisk()
+        self.kept = self.kept or self.room or _OnDisk()
         return self.open()
 
     def open_in_order(self) -> BinaryIO:
@@ -262,9 +263,9 @@ def are_there(files: Sequence[File]) -> list[bool]:
 def opened(files: Sequence[File], open_one: Callable[[File], _T], progress: Progress | None) -> list[_T]:
     """Open each of several files, those in a bucket several at a time; progress is called with ``("list", done, total)``."""
     remote = [file for file in files if isinstance(file, InBucket)]
-    kept = _OnDisk() if remote else None
+    room = _OnDisk() if remote else None
     for file in remote:
-        file.kept = kept
+        file.room = room
     return _each(files, open_one, progress)
 
 

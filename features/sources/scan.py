@@ -440,7 +440,12 @@ def _image_set(
 
 
 def _scan_folder(root: Path, description: str, reading: Reading) -> ImageSet:
-    return _from_tree(root, description, walk(root), reading)
+    files, folders = walk(root)
+    if not files and (tars := [*root.glob("*.tar")]):
+        raise SourceError(
+            f"{root} holds {counted(len(tars), 'tar')} and no images outside of them; give the tars, in quotes: '{root}/*.tar'"
+        )
+    return _from_tree(root, description, (files, folders), reading)
 
 
 def _with_versions(images: ImageSet, reader: remote.Reader) -> ImageSet:
