@@ -258,6 +258,11 @@ def find_preset(name: str) -> Preset:
     ConfigurationError
         If the name is neither; the message suggests the nearest name.
     """
+    if not isinstance(name, str):
+        raise ConfigurationError(
+            f"head: received {repr(name)[:80]}, expected a name such as 'logistic', or an import path such as "
+            "'sklearn.svm.LinearSVC', whose parameters are given apart. An object of your own is fitted on what a store loads"
+        )
     if is_path(name):
         return Preset(name, EstimatorParameters(), by_path=True)
     if name not in PRESETS:

@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,17 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from finetuning import TinyWorld, tiny_world
 from helpers import ROOT, STRESS
 from PIL import Image
+from sklearn.svm import LinearSVC
 
 import features
 import pipeline
-from features.errors import ConfigurationError
+from features.errors import ConfigurationError, SourceError
 from features.machine import HOSTS
 from features.shown import NotebookProgress, showing
 from pipeline.api import pages
 from pipeline.api.results import Evaluation, Leaderboard, Result, Suggestions
 
+world = tiny_world
 FUNCTIONS = ["FeatureStore", "train_head", "train_heads", "leaderboard", "open_run", "report", "audit", "similar"]
 NETWORKS = ["suggest", "predict", "evaluate", "export", "finetune", "FeatureExtractor", "BottleneckClassifier"]
 ROW = {"run_id": "<i>x</i>", "chosen": True, "head": "logistic", "accuracy": 0.5, "accuracy_interval": [0.25, 0.75]}
@@ -342,6 +346,43 @@ def test_the_heads_of_a_sweep_may_be_a_list(tmp_path: Path) -> None:
     assert (swept.trained, sorted(line["head"] for line in swept.board)) == (2, ["knn", "nearest-mean"])
     with pytest.raises(ConfigurationError, match=r"heads: .*received 'logistc'.*did you mean 'logistic'"):
         pipeline.train_heads(store, ["logistc"], runs=tmp_path / "runs")
+
+
+def test_a_result_that_is_a_run_is_taken_as_its_path(world: TinyWorld, tmp_path: Path) -> None:
+    runs, photos = tmp_path / "runs", world.images / "validation"
+    trained = pipeline.train_head(world.store, "knn", runs=runs, progress=False)
+    plain = {"progress": False, "weights": str(world.backbone)}
+    asked = [trained, pipeline.open_run(trained), trained.run]
+    assert len({str(pipeline.predict(run, photos, **plain).predictions) for run in asked}) == 1
+    assert pipeline.evaluate(trained, photos, **plain).run == trained.run.split("/")[-1]
+    said = str(trained)
+    shutil.move(trained.run, tmp_path / "elsewhere")
+    assert str(trained) == said
+    assert pipeline.open_run(tmp_path / "elsewhere").metrics == trained.metrics
+
+
+def test_what_is_no_path_and_no_name_is_refused_with_what_is(world: TinyWorld, tmp_path: Path) -> None:
+    picture = Image.new("RGB", (8, 8))
+    for images in (picture, [picture], np.asarray(picture)):
+        with pytest.raises(
+            ConfigurationError,
+            match=r"images: received an object of type .*, expected the paths of image files.*takes pixels",
+        ):
+            pipeline.predict(world.run, images, progress=False)
+        with pytest.raises(
+            ConfigurationError, match=r"images: received an object of type .*, expected the paths of image files"
+        ):
+            pipeline.similar(world.store, images, progress=False)
+    for images in (["a.png"], None):
+        with pytest.raises(
+            SourceError,
+            match=r"images: received an object of type .*manifest path,label, or give it to FeatureExtractor",
+        ):
+            features.extract_features(images, tmp_path / "f.h5")
+    with pytest.raises(
+        ConfigurationError, match=r"head: received LinearSVC\(\), expected a name .*'sklearn\.svm\.LinearSVC'"
+    ):
+        pipeline.train_head(world.store, LinearSVC())
 
 
 def test_a_run_of_another_machine_is_opened_without_its_images() -> None:

@@ -106,7 +106,9 @@ def loss_of(run: Run, store: FeatureStore, split: str) -> float:
 
 
 @pytest.mark.slow
-def test_a_network_is_trained_on_the_loss_of_its_task(world: World, tuned: dict[str, Any], tmp_path: Path) -> None:
+def test_a_network_is_trained_on_the_loss_of_its_task(
+    world: World, tuned: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     start, document = Run.open(world.run), tuned
     assert document["task"] == start.task.name
     assert document["parity_gap"] < 1e-4
@@ -135,6 +137,7 @@ def test_a_network_is_trained_on_the_loss_of_its_task(world: World, tuned: dict[
     unit = run.task.parity_unit(found.probabilities)
     assert abs((mine - found.probabilities) / unit).max() < 1e-4
     document = evaluate(run.folder, world.images, split="validation")
+    assert f"the run was made with {document['seen']['validation']} to validate it" in caplog.text
     assert document["images"] == VALIDATION  # one that lies in two folders counts once, with both labels
     assert document["scores"][first] == pytest.approx(run.metrics["validation"][first], abs=1e-4)
     assert finetune(world.run, world.images, runs=run.folder.parent, **SETTINGS)["cached"]

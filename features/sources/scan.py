@@ -248,6 +248,11 @@ def _scanned(
 ) -> ImageSet:
     """List the images; those of tables and tars with the targets of the task, those of folders with their classes."""
     reading = reading or Reading(settled=not labelled)
+    if not isinstance(source, str | os.PathLike):
+        raise SourceError(
+            f"images: received an object of type {type(source).__name__}, expected a folder, an archive or a manifest. Write "
+            "a list of image files to a manifest path,label, or give it to FeatureExtractor"
+        )
     text = os.fspath(source)
     if remote.is_address(text):
         return _scan_bucket(text, target, reading, trust, progress, labelled=labelled, task=task, hosts=hosts)

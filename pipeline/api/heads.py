@@ -5,6 +5,7 @@ store, options --> pipeline.stages.train_head | pipeline.sweeps --> run folders 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,13 +14,13 @@ from features.errors import ConfigurationError, nearest
 from features.machine import hosts_allowed
 from features.progress import Progress
 from features.shown import showing
+from pipeline.api.places import Place, RunPlace
 from pipeline.api.results import Leaderboard, OpenedRun, Report, Sweep, TrainedHead
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
     from pipeline.sweeps.sweep_file import SweepFile
 
-Place = str | Path
 ONE_GROUP_OUT = "leave-one-group-out"
 
 
@@ -97,6 +98,7 @@ def train_head(
     from pipeline.heads.promises import Asked
     from pipeline.stages import train_head as stage
     from pipeline.sweeps.leakage import warn_near_duplicates
+    from pipeline.tasks.table import task_of
 
     budget = parse_memory(memory) if isinstance(memory, str) else memory
     asked = Asked(abstain_precision, set_coverage, tuple(by))
@@ -119,7 +121,8 @@ def train_head(
         "fit_seconds": result.fit_seconds,
         "metrics": finish(result.folder),
     }
-    return TrainedHead(document, lambda document: _trained_text(document, streamed=result.streamed))
+    columns = task_of(opened).columns
+    return TrainedHead(document, lambda document: _trained_text(document, columns, streamed=result.streamed))
 
 
 def train_heads(
@@ -264,7 +267,7 @@ def leaderboard(
     return Leaderboard(document, lambda document: board_text(document["rows"]))
 
 
-def open_run(run: Place, *, data_set: str | None = None) -> OpenedRun:
+def open_run(run: RunPlace, *, data_set: str | None = None) -> OpenedRun:
     """Open a run, or the chosen one of a folder of runs.
 
     Parameters
@@ -290,7 +293,7 @@ def open_run(run: Place, *, data_set: str | None = None) -> OpenedRun:
     from pipeline.runs.board import take_run
     from pipeline.tables import metrics_text
 
-    chosen, damaged = take_run(run, data_set=data_set)
+    chosen, damaged = take_run(os.fspath(run), data_set=data_set)
     document = {
         "format": 1,
         "run": str(chosen.folder),
@@ -470,13 +473,11 @@ def _renew(runs: Place, run_ids: Sequence[str]) -> None:
     renew_states(runs, run_ids)
 
 
-def _trained_text(document: dict[str, Any], *, streamed: bool) -> str:
-    from pipeline.runs.folder import Run
+def _trained_text(document: dict[str, Any], columns: Callable[..., dict[str, Any]], *, streamed: bool) -> str:
     from pipeline.tables import group_lines, metrics_text, promise_lines
 
     metrics = document["metrics"]
     done = "already trained" if document["cached"] else f"trained in {document['fit_seconds']:.1f} s"
     done += ", from rows that were streamed from the store" if streamed else ""
     further = [*promise_lines(metrics.get("answers")), *group_lines(metrics.get("groups"))]
-    columns = Run.open(document["run"]).task.columns
     return "\n".join([f"{document['run']}: {done}", metrics_text(metrics, columns), *further])

@@ -14,13 +14,13 @@ from features.errors import ConfigurationError
 from features.machine import hosts_allowed, take_device
 from features.progress import Progress
 from features.shown import showing
+from pipeline.api.places import Place, RunPlace, image_files
 from pipeline.api.results import Audited, Comparison, Similar, Suggestions
 
 if TYPE_CHECKING:
     from features.store.reader import FeatureStore
     from pipeline.stages.suggest import Classifier
 
-Place = str | Path
 COMPARED = (
     "image_size", "precision", "engine", "batch_size", "workers", "seed", "target", "split_folders", "class_level",
     "merge_labels",
@@ -171,7 +171,7 @@ def similar(
     from pipeline.stages import similar as stage
 
     opened = FeatureStore.open(store) if isinstance(store, str | Path) else store
-    wanted = [os.fspath(image) for image in ([images] if isinstance(images, str | Path) else images)]
+    wanted = list(image_files(images))
     with showing(progress) as told, hosts_allowed(allow_host):
         document, nearest = stage.search(
             opened, wanted, k=k, name=features, out=None if out is None else Path(out),
@@ -183,7 +183,7 @@ def similar(
 
 def suggest(
     store: Place | FeatureStore,
-    head: Place | Classifier | None = None,
+    head: RunPlace | Classifier | None = None,
     *,
     n: int = 50,
     strategy: str = "mix",
@@ -233,7 +233,7 @@ def suggest(
     from pipeline.stages import suggest as stage
 
     opened = FeatureStore.open(store) if isinstance(store, str | Path) else store
-    taken = stage.head_for(opened, head, features) if isinstance(head, str | Path) else head
+    taken = stage.head_for(opened, os.fspath(head), features) if isinstance(head, str | os.PathLike) else head
     document, chosen = stage.run(
         opened, taken, n=n, strategy=strategy, purpose=purpose, labels=labels, name=features, seed=seed,
         out=None if out is None else Path(out),

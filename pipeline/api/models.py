@@ -15,16 +15,15 @@ from typing import TYPE_CHECKING, Any, Literal, TextIO
 from features.machine import hosts_allowed, take_device
 from features.progress import Progress
 from features.shown import showing
+from pipeline.api.places import Place, RunPlace, image_files
 from pipeline.api.results import Evaluation, Exported, FineTuned, Predictions
 
 if TYPE_CHECKING:
     from features.sources.reading import Reading
 
-Place = str | Path
-
 
 def finetune(
-    run: Place,
+    run: RunPlace,
     images: Place | None = None,
     *,
     from_cache: Place | None = None,
@@ -102,7 +101,7 @@ schedule, warmup_epochs, class_weight, augment, mixed_precision, batch_size, see
     send = None if track is None else tracker(track)
     with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.finetune(
-            run, images, from_cache=from_cache, weights=weights, workers=workers, device=take_device(device),
+            os.fspath(run), images, from_cache=from_cache, weights=weights, workers=workers, device=take_device(device),
             data_set=data_set, labels=labels, runs=runs, tensorboard=tensorboard, progress=told, **settings,
         )  # fmt: skip
     if send is not None:
@@ -111,7 +110,7 @@ schedule, warmup_epochs, class_weight, augment, mixed_precision, batch_size, see
 
 
 def predict(
-    run: Place,
+    run: RunPlace,
     images: Place | Iterable[str | os.PathLike[str]],
     *,
     out: Place | TextIO | None = None,
@@ -161,12 +160,12 @@ def predict(
     """
     from pipeline.stages import predict as stage
 
-    source = images if isinstance(images, str | Path) else (os.fspath(image) for image in images)
+    source = images if isinstance(images, str | Path) else image_files(images)
     kept = io.StringIO() if out is None else None
     file, stream = (out, None) if isinstance(out, str | Path) else (None, out)
     with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.predict(
-            run, source, out=file, stream=stream or kept, progress=told,
+            os.fspath(run), source, out=file, stream=stream or kept, progress=told,
             format=format if kept is None else "jsonl", top=top, views=views, augment=augment, grid=grid,
             weights=weights, quantised=quantised, batch_size=batch_size, workers=workers, device=take_device(device),
             data_set=data_set, trust=trust,
@@ -178,7 +177,7 @@ def predict(
 
 
 def evaluate(
-    run: Place,
+    run: RunPlace,
     images: Place,
     *,
     split: Literal["train", "validation", "test"] | None = None,
@@ -234,7 +233,7 @@ def evaluate(
 
     with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.evaluate(
-            run, images, split=split, target=target, reading=reading, labels=labels, weights=weights,
+            os.fspath(run), images, split=split, target=target, reading=reading, labels=labels, weights=weights,
             quantised=quantised, batch_size=batch_size, workers=workers, device=take_device(device),
             data_set=data_set, trust=trust, progress=told,
         )  # fmt: skip
@@ -242,7 +241,7 @@ def evaluate(
 
 
 def export(
-    run: Place,
+    run: RunPlace,
     out: Place,
     *,
     format: Literal["keras", "saved_model", "onnx", "litert", "openvino"] = "keras",
@@ -288,7 +287,7 @@ def export(
 
     with showing(progress) as told, hosts_allowed(allow_host):
         document = stage.export(
-            run, format=format, out=out, images=images, weights=weights, quantised=quantised, data_set=data_set,
+            os.fspath(run), format=format, out=out, images=images, weights=weights, quantised=quantised, data_set=data_set,
             progress=told,
         )  # fmt: skip
     return Exported(document, stage.summary)

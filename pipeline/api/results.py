@@ -87,7 +87,16 @@ class Result:
         return pandas.DataFrame(self._lines())
 
 
-class TrainedHead(Result):
+class OneRun(Result):
+    """A result that is a run, and the path of its folder wherever a run is asked for."""
+
+    run: str
+
+    def __fspath__(self) -> str:
+        return self.run
+
+
+class TrainedHead(OneRun):
     """A trained head: ``run``, its folder; ``cached``, whether it was there already; ``metrics``, its scores."""
 
     run: str
@@ -138,7 +147,7 @@ class Sweep(Leaderboard):
         return pages.board(self.board, caption=repr(self))
 
 
-class FineTuned(Result):
+class FineTuned(OneRun):
     """A fine-tuned network: ``run``; ``before`` and ``after``, scores of the validation split; ``advised``, the run to use."""
 
     run: str
@@ -344,7 +353,7 @@ class Comparison(Result):
     _table = "networks"
 
 
-class OpenedRun(Result):
+class OpenedRun(OneRun):
     """A finished run: ``run``, its folder; ``classes``; ``metrics``; ``config``, what it was made of; ``mistakes``."""
 
     run: str

@@ -138,15 +138,7 @@ def evaluate(
         model = RunModel(chosen, options=asked)
     scored, reasons = _predicted(model, source, rows, numbers, asked.workers, progress)
     seen = None if chosen is None else _seen(chosen, scored)
-    if known := [
-        f"{count} to {'train' if part == 'train' else 'validate'} it" for part, count in (seen or {}).items() if count
-    ]:
-        logger.warning(
-            "of these %d images, the run was made with %s; on new images it may be worse. Give images that it has not seen%s",
-            len(scored),
-            " and ".join(known),
-            ", or --split test" if split is None and (source.given_splits == SPLITS.index("test")).any() else "",
-        )
+    _warn_seen(seen or {}, len(scored), source, split)
     return {
         "format": 1,
         "run": model.name,
@@ -195,6 +187,8 @@ def _of_target(
         raise SourceError(f"{source.description}: has no labelled image{f' in the split {split!r}' if split else ''}")
     scored, reasons = _predicted(model, source, rows, values[rows], asked.workers, progress)
     scores = model.task.evaluate(scored.probabilities, scored.labels, model.classes, model.before)
+    seen = {} if run is None else _seen(run, scored)
+    _warn_seen(seen, len(scored), source, split)
     return {
         "format": 1,
         "run": model.name,
@@ -207,7 +201,7 @@ def _of_target(
         "unlabelled": int((source.strata < 0).sum()) if split is None else 0,
         "scores": scores,
         "classes": list(model.classes),
-        "seen": {} if run is None else _seen(run, scored),
+        "seen": seen,
         **({"answers": model.task.kept(scored.probabilities, scored.labels, model.answers)} if model.answers else {}),
         **({"labels": record} if record else {}),
     }
@@ -327,6 +321,17 @@ def _labels(source: ImageSet, rows: np.ndarray, model: str, classes: Sequence[st
     return np.array([known[name] for name in names], np.int32)
 
 
+def _warn_seen(seen: Mapping[str, int | None], count: int, source: ImageSet, split: str | None) -> None:
+    """Warn if the run was trained or validated with some of the images."""
+    if known := [f"{n} to {'train' if part == 'train' else 'validate'} it" for part, n in seen.items() if n]:
+        logger.warning(
+            "of these %d images, the run was made with %s; on new images it may be worse. Give images that it has not seen%s",
+            count,
+            " and ".join(known),
+            ", or --split test" if split is None and (source.given_splits == SPLITS.index("test")).any() else "",
+        )
+
+
 def _seen(run: Run, scored: Rows) -> dict[str, int | None]:
     """Count the images, by content, that the run was trained with, and those that it was validated with."""
     features = run.config["features"]
@@ -354,9 +359,7 @@ def _target_summary(document: dict[str, Any], about: str) -> str:
     each = [{**line, "name": shortened(printable(line["name"]), 40)} for line in lines[:SHOWN]]
     rest = [f"  and {len(lines) - SHOWN} more"] if len(lines) > SHOWN else []
     whole = table_text([TASKS[document["task"]].columns(scores)], "  ")
-    seen = [f"{count} to {part}" for part, count in document["seen"].items() if count]
-    said = [f"  the run was made with some of these images: {', '.join(seen)}"] if seen else []
-    return "\n".join([about, whole, table_text(each, "  "), *rest, *said, *_target_promises(document)])
+    return "\n".join([about, whole, table_text(each, "  "), *rest, *_target_promises(document)])
 
 
 def _target_promises(document: dict[str, Any]) -> list[str]:
