@@ -74,6 +74,10 @@ def test_what_is_no_image_is_refused_with_a_name_that_is_near(store: FeatureStor
         ConfigurationError, match=r"cat/0040\.png: is neither a path of .*features\.h5 nor an image file"
     ):
         similar(store, ["cat/0040.png"])
+    with pytest.raises(
+        ConfigurationError, match=r"did you mean 'cat/0017\.png'\? Paths of the store are like cat/0000\.png"
+    ):
+        similar(store, ["my/new/photos/of/animals/0017.png"])
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"no picture")
     with pytest.raises(UnreadableImageError, match=r"broken\.png .*leave it out, or repair it"):

@@ -237,9 +237,10 @@ def _queries(store: FeatureStore, names: Sequence[str]) -> list[Query]:
         row, file = row_of.get(name), name if os.path.isfile(name) else None
         if row is None:
             if file is None:
-                hint = near_names(PurePath(name).name, [PurePath(path).name for path in paths[:100_000]])
+                called = [path for path in paths if PurePath(path).name == PurePath(name).name]
+                hint = near_names(name, called or paths[:100_000], cutoff=0 if called else 0.55) or "."
                 raise ConfigurationError(
-                    f"{printable(name)}: is neither a path of {store.path} nor an image file{printable(hint)}. Paths of the "
+                    f"{printable(name)}: is neither a path of {store.path} nor an image file{printable(hint)} Paths of the "
                     f"store are like {printable(paths[0]) if paths else 'none'}"
                 )
             digest = np.frombuffer(hashlib.sha256(read_bytes(name)).digest(), np.uint8)
