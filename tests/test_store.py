@@ -74,6 +74,7 @@ def test_what_goes_in_comes_out(path: Path) -> None:
     assert store.names == NAMES
     assert len(store) == ROWS
     shapes = [f"{name} {'x'.join(map(str, data[name].shape))}" for name in NAMES]
+    assert FeatureStore(str(path)).digest == store.digest
     assert repr(store) == f"<FeatureStore {str(path)!r}: {ROWS} images; {', '.join(shapes)}>"
     assert store.classes == ("cat", "dög")
     assert (store.source, store.split_rule) == ("here", "hash")

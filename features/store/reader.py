@@ -81,14 +81,14 @@ class FeatureStore:
 
     labelled_by: Mapping[str, Any] = MappingProxyType({})  # what gave the labels, if they are not those of the file
 
-    def __init__(self, path: Path, *, kinds: tuple[str, ...]) -> None:
-        self.path, self._kinds = path, kinds
+    def __init__(self, path: str | Path, *, kinds: tuple[str, ...] = ("store", "index")) -> None:
+        self.path, self._kinds = Path(path), kinds
         self._descriptor: int | None = None
         self._verified: set[str] = set()
         self._verified_blocks: set[tuple[str, int]] = set()
         self._shards: dict[int, FeatureStore] = {}
         self._damaged: set[int] = set()
-        with reading(path):
+        with reading(self.path):
             self._open()
 
     @classmethod
@@ -104,7 +104,7 @@ class FeatureStore:
         IntegrityError
             If it is not a feature store, or its structure does not follow FORMAT.md.
         """
-        return cls(Path(path), kinds=("store", "index"))
+        return cls(path)
 
     @classmethod
     def open_shard(cls, path: str | Path) -> FeatureStore:
