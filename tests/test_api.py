@@ -240,6 +240,24 @@ def test_html_is_escaped_and_shows_intervals() -> None:
     assert "<script" not in cards
 
 
+def test_a_board_shows_the_folds_that_decide_and_the_score_of_the_task() -> None:
+    folded = ROW | {"cv_accuracy": 0.9, "cv_interval": [0.8, 0.95]}
+    shown = pages.board([folded, ROW])
+    assert "90.0 %, interval 80.0 to 95.0 % by folds" in shown
+    assert (shown.count("<svg"), "cv_accuracy" in shown) == (1, True)  # no bar of another score beside it
+    plain = {name: value for name, value in ROW.items() if "accuracy" not in name}
+    shown = pages.board([plain | {"r2": 0.25, "r2_interval": [-0.1, 0.5], "mae": 3.5, "cv_r2": None}])
+    assert ("<svg" in shown, ">r2<" in shown, ">0.25<" in shown, ">3.5<" in shown, "cv_r2" in shown) == (
+        False,
+        True,
+        True,
+        True,
+        False,
+    )
+    shown = pages.board([plain | {"average_precision": 0.5, "average_precision_interval": [0.25, 0.75]}])
+    assert "50.0 %, interval 25.0 to 75.0 %" in shown
+
+
 def test_a_table_leaves_digests_out_and_breaks_long_texts_into_lines() -> None:
     image = {"path": "a.png", "sha256": "0" * 64, "why": "word " * 20}
     found = Suggestions({"file": "f.h5", "strategy": "mix", "images": [image]}, str)

@@ -13,6 +13,21 @@ from markupsafe import Markup, escape
 from features.files import printable
 
 SCORES = ("accuracy", "macro_auroc", "r2", "mae", "log_loss", "n")  # in the repr, where a task has them
+FOLDS = {
+    "cv_accuracy": "accuracy",
+    "cv_average_precision": "average_precision",
+    "cv_r2": "r2",
+}  # by folds, by validation
+BOARD = (
+    "head",
+    "settings",
+    *FOLDS.values(),
+    "mae",
+    *FOLDS,
+    "log_loss",
+    "parameters",
+    "fit_seconds",
+)  # columns, if known
 SHOWN = 50  # lines of a table
 CLASSES = 30  # classes of a confusion matrix
 LONG = 60  # characters of a value in a repr
@@ -82,32 +97,34 @@ def _framed(inner: Markup, caption: str) -> str:
 
 def board(rows: Sequence[Mapping[str, Any]], *, caption: str = "") -> str:
     """Return the table of a leaderboard, with the interval of each score as a bar."""
-    columns = [
-        name
-        for name in ("head", "settings", "accuracy", "log_loss", "parameters", "fit_seconds")
-        if rows and name in rows[0]
-    ]
+    columns = [name for name in BOARD if any(row.get(name) is not None for row in rows)]
+    score = next((name for name in (*FOLDS, *FOLDS.values()) if name in columns), "accuracy")
     lines = [
-        {"": "*" if row["chosen"] else "", "run": row["run_id"], **_bar(row), **{name: row[name] for name in columns}}
+        {
+            "": "*" if row["chosen"] else "",
+            "run": row["run_id"],
+            **_bar(row, score),
+            **{name: row.get(name) for name in columns},
+        }
         for row in rows
     ]
     return table(lines, caption=caption)
 
 
-def _bar(row: Mapping[str, Any]) -> dict[str, Any]:
-    """The interval of a row's score as a bar from 0 to 1, if it has one there."""
-    limits = row.get("accuracy_interval")
+def _bar(row: Mapping[str, Any], score: str) -> dict[str, Any]:
+    """The interval of a score of a row as a bar from 0 to 1, if it has one there."""
+    limits = row.get("cv_interval" if score in FOLDS else f"{score}_interval")
     if not limits or not 0 <= limits[0] <= limits[1] <= 1:
         return {}
-    low, high, score = (round(100 * number, 1) for number in (*limits, row["accuracy"]))
-    title = f"{score:.1f} %, interval {low:.1f} to {high:.1f} %"
+    low, high, value = (round(100 * number, 1) for number in (*limits, row[score]))
+    title = f"{value:.1f} %, interval {low:.1f} to {high:.1f} %{' by folds' if score in FOLDS else ''}"
     return {
         "0 to 1": Markup(
             '<svg width="120" height="12" role="img" aria-label="{}"><title>{}</title>'
             '<rect x="0" y="5" width="100%" height="2" fill="#ccc"></rect>'
             '<rect x="{}%" y="2" width="{}%" height="8" fill="#56b4e9"></rect>'
             '<rect x="{}%" y="0" width="2" height="12" fill="currentColor"></rect></svg>'
-        ).format(title, title, low, max(0.5, round(high - low, 1)), score)
+        ).format(title, title, low, max(0.5, round(high - low, 1)), value)
     }
 
 
