@@ -492,6 +492,11 @@ def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: P
     # one folder too deep: most rows would leave
     with pytest.raises(ConfigurationError, match=r"only 13 of them are in .*add --overwrite\."):
         extract(source / "cat", tmp_path / "f.h5")
+    # fewer would leave, but all would lose their labels
+    with pytest.raises(
+        ConfigurationError, match=r"holds 33 images of 2 classes of .*20 of them would stay, without labels"
+    ):
+        extract(source / "dog", tmp_path / "f.h5")
     assert (tmp_path / "f.h5").read_bytes() == before
 
 

@@ -30,7 +30,7 @@ from features.extraction.options import ExtractionOptions
 from features.extraction.shard import KILLS_WORKER, ShardSpec, rows_per_shard
 from features.pixels.batches import loaded
 from features.pixels.decode import decoder_version
-from features.progress import Progress
+from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.scratch import scratch, taken
 from features.sources.scan import ImageSet
@@ -396,6 +396,12 @@ def _refuse_losses(
             f"{out}: holds {len(old)} images of {old.source}, but only {kept} of them are in {images.description}"
             f"{f', of which --limit takes {len(images)} images' if images.left_out else ''}. "
             "If images are missing by mistake, restore them; else choose another --out or add --overwrite."
+        )
+    if kept < len(old) and old.classes and not images.classes and images.target is None:
+        raise ConfigurationError(
+            f"{out}: holds {len(old)} images of {counted(len(old.classes), 'class')} of {old.source}; of {images.description}, which has "
+            f"no classes, {kept} of them would stay, without labels. Give the folder that holds the class folders; else choose "
+            "another --out or add --overwrite."
         )
 
 
