@@ -8,7 +8,7 @@ from pathlib import Path
 
 from features.errors import ConfigurationError
 from features.files import behind_link, writable_folder
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 
 
 def output_file(path: str | Path, option: str, example: str) -> Path:

@@ -34,7 +34,8 @@ from features.pixels.png import plain_png, png_size
 from features.recipe import PixelRule, Recipe
 from features.sources import archives
 from features.sources.archives import open_archive
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 from features.sources.splits import SPLITS
 
 

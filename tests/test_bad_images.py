@@ -32,7 +32,8 @@ from features.extraction.options import ExtractionOptions
 from features.pixels.decode import REASONS, decode_image, read_bytes
 from features.pixels.limits import MAX_BYTES
 from features.recipe import PixelRule, Recipe
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # Pillow's remarks on files damaged on purpose
 

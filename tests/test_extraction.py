@@ -503,7 +503,7 @@ def test_images_that_are_away_for_a_while_cost_nothing(source: Path, tmp_path: P
 @pytest.mark.slow
 def test_a_passing_fault_is_tried_again(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from features.errors import UnreadableImageError
-    from features.sources.scan import ImageSet
+    from features.sources.imageset import ImageSet
 
     read = ImageSet.read_path
 

@@ -36,7 +36,8 @@ from features.extraction.notes import Notes
 from features.extraction.options import ExtractionOptions
 from features.extraction.running import Advance, MadeShard, Work, run_here
 from features.extraction.shard import KILLS_WORKER, refuse_image
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 from features.store.reader import FeatureStore
 
 TIME = 1_700_000_000_000_000_000

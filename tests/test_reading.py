@@ -16,8 +16,9 @@ from test_sources import columns, labelled, manifest, refusal, split_names, touc
 from features.errors import ConfigurationError, SourceError
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading, look_alikes, split_of
-from features.sources.scan import ImageSet, scan
+from features.sources.scan import scan
 from features.sources.splits import find_conflicts
 from features.store.reader import FeatureStore
 from pipeline.cli import main

@@ -228,7 +228,7 @@ def test_an_archive_that_has_gone_gives_no_picture(served: Served, monkeypatch: 
     def gone(images: Any, row: int) -> bytes:
         raise SourceError("photos.zip: was removed")
 
-    monkeypatch.setattr("features.sources.scan.ImageSet.read", gone)
+    monkeypatch.setattr("features.sources.imageset.ImageSet.read", gone)
     assert served.ask("picture/0/small").status == 404
 
 

@@ -24,8 +24,9 @@ from features.errors import ConfigurationError, SourceError, UnreadableImageErro
 from features.machine import how_to_install
 from features.sources import sample, splits
 from features.sources import scan as sources
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan
+from features.sources.scan import scan
 from features.sources.splits import SPLITS, SplitRule, assign_splits, find_leakage, warnings_about
 
 

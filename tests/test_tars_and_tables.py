@@ -25,8 +25,9 @@ from features.errors import ConfigurationError, SourceError, StoreError, Unreada
 from features.extraction.extraction import Extraction
 from features.extraction.options import ExtractionOptions
 from features.sources import archives, tarindex
+from features.sources.imageset import ImageSet
 from features.sources.parquet import open_tables
-from features.sources.scan import ImageSet, reader_of, scan, source_in, takes_target
+from features.sources.scan import reader_of, scan, source_in, takes_target
 from features.sources.webdataset import expanded
 from features.store.reader import FeatureStore
 

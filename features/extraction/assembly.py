@@ -26,7 +26,8 @@ from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.scratch import scratch, taken
 from features.sources.advice import empty_splits
-from features.sources.scan import ImageSet, united
+from features.sources.imageset import ImageSet
+from features.sources.scan import united
 from features.sources.splits import (
     SplitRule,
     assign_splits,

@@ -30,7 +30,7 @@ from features.pixels.batches import loaded
 from features.pixels.decode import decode_image
 from features.progress import Progress, counted
 from features.recipe import PixelRule
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder, shard_path
 

@@ -35,7 +35,8 @@ from features.progress import Progress, counted
 from features.recipe import Normalisation, Recipe
 from features.scratch import taken
 from features.shown import showing
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore, parts_folder, shard_path
 from features.store.schema import ImageTable

@@ -33,7 +33,7 @@ from features.pixels.decode import decoder_version
 from features.progress import Progress, counted
 from features.recipe import Recipe
 from features.scratch import scratch, taken
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 from features.store.reader import FeatureStore
 from features.texts import Lookup, keys_of
 

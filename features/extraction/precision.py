@@ -15,7 +15,7 @@ import numpy as np
 from features.errors import UnreadableImageError
 from features.networks.reference import evenly_spread
 from features.pixels.decode import decode_image
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 
 if TYPE_CHECKING:
     from features.networks.network import Network

@@ -25,7 +25,7 @@ from features.files import printable
 from features.networks.engines import Engine
 from features.pixels.processes import DecodeProcesses, how_many
 from features.recipe import Recipe
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 from features.store.reader import FeatureStore
 
 logger = logging.getLogger(__name__)

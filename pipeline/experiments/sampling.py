@@ -15,7 +15,8 @@ import numpy as np
 from features.canonical import digest_of
 from features.errors import SourceError
 from features.files import atomic_file, printable, writing
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 from features.sources.splits import SPLITS
 
 logger = logging.getLogger(__name__)

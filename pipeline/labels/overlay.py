@@ -20,7 +20,7 @@ import numpy as np
 from features.errors import BottleneckError, LabelsError, UnreadableImageError, nearest
 from features.files import printable
 from features.progress import counted
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 from features.sources.splits import SPLITS, UNLABELLED, listed, number_or_none
 from features.store.reader import FeatureStore
 from features.store.relabelled import RelabelledStore

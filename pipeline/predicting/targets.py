@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from features.errors import ConfigurationError, SourceError, nearest
-from features.sources.scan import ImageSet
+from features.sources.imageset import ImageSet
 from features.sources.splits import listed
 from features.targets import UNKNOWN
 from pipeline.predicting.files import Prediction, csv_line

@@ -18,8 +18,9 @@ from features.errors import BottleneckError, SourceError, UnreadableImageError
 from features.machine import processors
 from features.pixels.decode import decode_image, decode_upright
 from features.recipe import PixelRule
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan
+from features.sources.scan import scan
 
 T = TypeVar("T")
 

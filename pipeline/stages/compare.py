@@ -28,7 +28,8 @@ from features.files import atomic_file, printable, read_small, writable_folder
 from features.machine import processors
 from features.networks.network import Network, resolve_network
 from features.progress import Progress, counted, duration
-from features.sources.scan import ImageSet, scan
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore, parts_folder
 from pipeline.heads.fitting import cross_validate, reason_of

@@ -31,8 +31,9 @@ from features.errors import (
 from features.files import printable
 from features.machine import processors
 from features.progress import Progress, counted
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan, takes_target, united
+from features.sources.scan import scan, takes_target, united
 from features.sources.splits import SPLITS
 from features.store.reader import FeatureStore
 from features.targets import Target

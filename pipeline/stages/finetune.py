@@ -26,7 +26,8 @@ from features.networks.engines import choose_device
 from features.pixels.decode import decode_image
 from features.progress import Progress
 from features.recipe import PixelRule
-from features.sources.scan import ImageSet, scan, takes_target
+from features.sources.imageset import ImageSet
+from features.sources.scan import scan, takes_target
 from features.sources.splits import SplitRule
 from features.store.reader import FeatureStore
 from pipeline.config import parse

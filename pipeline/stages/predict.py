@@ -24,8 +24,9 @@ from features.machine import processors
 from features.networks.reference import evenly_spread
 from features.pixels.decode import read_bytes
 from features.progress import Progress
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading, split_of
-from features.sources.scan import ImageSet, scan
+from features.sources.scan import scan
 from features.sources.splits import SPLITS
 from pipeline.exporting.artefacts import open_artefact
 from pipeline.intervals import wilson_interval

@@ -18,8 +18,9 @@ from features.networks.finding import find_backbone
 from features.pixels.views import decode_views
 from features.progress import counted
 from features.recipe import NetworkOptions, PixelRule
+from features.sources.imageset import ImageSet
 from features.sources.reading import Reading
-from features.sources.scan import ImageSet, scan
+from features.sources.scan import scan
 from pipeline.outputs import files_of, output_file, refuse_overwriting
 from pipeline.reporting.grids import COLUMNS, Cell, check_page, check_picture, draw_grid, rows_of
 

@@ -29,7 +29,8 @@ from features.pixels.batches import batches, loaded
 from features.pixels.views import DecodedViews, decode_views
 from features.progress import Progress
 from features.recipe import PixelRule
-from features.sources.scan import ImageSet, united
+from features.sources.imageset import ImageSet
+from features.sources.scan import united
 from features.sources.splits import SPLITS, SplitRule, assign_splits
 from features.store.schema import data_digest
 from pipeline.labels.file import LABEL, Labels
