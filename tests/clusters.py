@@ -47,7 +47,7 @@ class Faults:
             PRELOAD: str(ROOT / "tests" / "cluster_worker.py"),
             "CLUSTER_FAULTS": str(path),
             "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}",
-            "TF_CPP_MIN_LOG_LEVEL": "2",
+            "TF_CPP_MIN_LOG_LEVEL": "3",
         }
         self.set(**faults)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import typer.main
 
-os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 # Bytecode is kept, whatever the shell says: each of some 500 processes would compile the packages again.
 sys.dont_write_bytecode = False
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)

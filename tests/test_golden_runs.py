@@ -214,6 +214,7 @@ def test_leaderboards_of_golden_runs(where: str, copy: Path) -> None:
     assert rows == BOARDS[where]
 
 
+@pytest.mark.usefixtures("without_plots")  # the golden runs have none, and a finished sweep draws those that are missing
 @pytest.mark.slow
 def test_a_golden_run_that_is_asked_for_again_is_there(copy: Path) -> None:
     """The same command gives the same id, or it would train, and write into the folder."""
@@ -227,6 +228,9 @@ def test_a_golden_run_that_is_asked_for_again_is_there(copy: Path) -> None:
             assert (answer["run"], answer["cached"]) == (frozen["run"], True)
 
 
+@pytest.mark.usefixtures(
+    "without_plots"
+)  # the golden runs have none, and a finished sweep draws those that are missing
 @pytest.mark.slow
 def test_the_golden_sweep_that_is_asked_for_again_is_there(copy: Path) -> None:
     runs = [frozen for kind, frozen in RUNS.items() if kind.startswith("sweep")]

@@ -259,7 +259,7 @@ def run_elsewhere(path: Path, probes: Sequence[Probe]) -> np.ndarray:
     arrays = {f"image_{number:04d}": probe.pixels for number, probe in enumerate(probes)}
     np.savez(images, **arrays)  # type: ignore[arg-type]
     words = ("pipeline.exporting.artefacts", str(path), str(images), str(out))
-    done = run_module(*words, environment={"TF_CPP_MIN_LOG_LEVEL": "2", "TMPDIR": str(out.parent)})
+    done = run_module(*words, environment={"TF_CPP_MIN_LOG_LEVEL": "3", "TMPDIR": str(out.parent)})
     if done.returncode or not out.is_file():
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         raise ParityError(f"a new process cannot run the artefact ({lines[-1]}); it is not kept")
