@@ -214,7 +214,8 @@ def test_leaderboards_of_golden_runs(where: str, copy: Path) -> None:
     assert rows == BOARDS[where]
 
 
-@pytest.mark.usefixtures("without_plots")  # the golden runs have none, and a finished sweep draws those that are missing
+# The golden runs have no plots, and a finished sweep draws those that are missing.
+@pytest.mark.usefixtures("without_plots")
 @pytest.mark.slow
 def test_a_golden_run_that_is_asked_for_again_is_there(copy: Path) -> None:
     """The same command gives the same id, or it would train, and write into the folder."""
