@@ -177,6 +177,7 @@ def test_every_function_that_reads_images_takes_hosts() -> None:
     assert taking == READ_IMAGES.keys()
 
 
+@pytest.mark.slow
 def test_results_give_arrays_about_rows_of_the_store(tmp_path: Path) -> None:
     from helpers import extract, paint_folder
 
@@ -356,6 +357,7 @@ def test_a_store_of_another_version_is_refused_by_each_function_that_opens_one(t
             asked(path)
 
 
+@pytest.mark.slow
 def test_the_heads_of_a_sweep_may_be_a_list(tmp_path: Path) -> None:
     from helpers import extract, paint_folder
 
@@ -366,6 +368,7 @@ def test_the_heads_of_a_sweep_may_be_a_list(tmp_path: Path) -> None:
         pipeline.train_heads(store, ["logistc"], runs=tmp_path / "runs")
 
 
+@pytest.mark.slow
 def test_a_result_that_is_a_run_is_taken_as_its_path(world: TinyWorld, tmp_path: Path) -> None:
     runs, photos = tmp_path / "runs", world.images / "validation"
     trained = pipeline.train_head(world.store, "knn", runs=runs, progress=False)
@@ -379,6 +382,7 @@ def test_a_result_that_is_a_run_is_taken_as_its_path(world: TinyWorld, tmp_path:
     assert pipeline.open_run(tmp_path / "elsewhere").metrics == trained.metrics
 
 
+@pytest.mark.slow
 def test_what_is_no_path_and_no_name_is_refused_with_what_is(world: TinyWorld, tmp_path: Path) -> None:
     picture = Image.new("RGB", (8, 8))
     for images in (picture, [picture], np.asarray(picture)):

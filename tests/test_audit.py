@@ -218,6 +218,7 @@ def test_outliers(tmp_path: Path) -> None:
     assert found.score[np.setdiff1d(np.arange(200), [7, 9])].max() <= 0.5
 
 
+@pytest.mark.slow
 def test_weak_groups(tmp_path: Path) -> None:
     X, labels = blobs(400, classes=2)
     camera = np.where(np.arange(400) % 8 < 6, "good", "bad")
@@ -255,6 +256,7 @@ def test_tiny_images(tmp_path: Path) -> None:
     assert not small.flag.any()  # a data set of small images
 
 
+@pytest.mark.slow
 def test_dark_flat_and_blurred_images(tmp_path: Path) -> None:
     X, labels = blobs(12)
     store = made_store(tmp_path / "f.h5", X, labels)
@@ -295,6 +297,7 @@ def test_measures_of_pixels_by_hand() -> None:
     assert sharpness == pytest.approx(np.std([-4, 1, 1, 0]) / (np.sqrt(15) / 16), rel=1e-4)
 
 
+@pytest.mark.slow
 def test_every_check_keeps_the_interface(flipped: tuple[FeatureStore, np.ndarray, np.ndarray]) -> None:
     store = flipped[0]
     found = audit(store)
@@ -333,6 +336,7 @@ def test_the_file_has_every_score(flipped: tuple[FeatureStore, np.ndarray, np.nd
     assert suspects[0]["suggested"] == store.classes[found["suspect-label"].suggested[row]]
 
 
+@pytest.mark.slow
 def test_suggestions_that_are_certain_enough(flipped: tuple[FeatureStore, np.ndarray, np.ndarray]) -> None:
     store, truth, wrong = flipped
     rows, classes, sure = suggestions(audit(store, checks=["suspect-label"]))
@@ -408,6 +412,7 @@ def test_what_a_person_decided_stays(flipped: tuple[FeatureStore, np.ndarray, np
     assert with_labels(store, file).images.labels[kept] == table.labels[kept]
 
 
+@pytest.mark.slow
 def test_what_a_person_took_back_is_not_applied_again(
     flipped: tuple[FeatureStore, np.ndarray, np.ndarray], tmp_path: Path
 ) -> None:

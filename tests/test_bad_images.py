@@ -823,6 +823,7 @@ def test_odd_file_gives_its_pixels(name: str) -> None:
     assert difference.max() <= tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_bad_file_gives_its_reason(name: str, no_programs: None) -> None:
     make, reason = BAD[name]
@@ -952,6 +953,7 @@ def test_all_of_them_among_normal_images_in_one_run(tmp_path: Path, forbidden: N
     assert (again.inferred, again.written, sum(network.batches)) == (0, False, len(expected))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="names of any bytes")
 def test_bad_images_under_odd_names_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root = paint_folder(tmp_path / "images", {"a": 4, "b": 4})

@@ -121,6 +121,7 @@ def test_a_poisoned_memo_is_believed_in_ones_own_cache_only(cache: Path, caplog:
     assert "Set BOTTLENECK_CACHE to a folder that only you can write" in record.getMessage()
 
 
+@pytest.mark.slow
 def test_a_private_folder_serves_one_process(cache: Path) -> None:
     cache.chmod(0o777)
     code = (

@@ -294,6 +294,7 @@ def test_images_without_labels_or_with_too_few_are_refused(tmp_path: Path, netwo
     assert networks == {}
 
 
+@pytest.mark.slow
 def test_stores_of_images_in_another_place_are_left_alone(
     source: Path, networks: dict[str, Network], quick: None
 ) -> None:

@@ -76,6 +76,7 @@ def test_any_size_is_resized_as_by_pillow(
     check(noise(*size), rule)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resize", sorted(KINDS))
 @pytest.mark.parametrize("size", [(2200, 1000), (4200, 1030), (3, 30_000), (30_000, 3)])
 def test_large_images_which_pillow_keeps_in_several_blocks_are_resized_as_by_pillow(

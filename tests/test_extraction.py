@@ -48,6 +48,7 @@ def source(tmp_path: Path) -> Path:
     return paint_folder(tmp_path / "images", {"cat": 13, "dog": 20})
 
 
+@pytest.mark.slow
 @pytest.mark.pain(1)
 @pytest.mark.parametrize("workers", [1, 7])
 def test_pain_01_features_and_labels_stay_in_one_order(tmp_path: Path, workers: int) -> None:
@@ -104,6 +105,7 @@ def test_the_remedy_for_a_class_without_images_in_a_split_gives_it_some(
     assert "without images" not in caplog.text
 
 
+@pytest.mark.slow
 def test_a_store_says_where_its_images_came_from(source: Path, tmp_path: Path) -> None:
     (source / "dog" / "broken.png").write_bytes(b"hello\n")
     result = extract(source, tmp_path / "f.h5", max_unreadable=0.5)

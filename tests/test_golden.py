@@ -48,6 +48,7 @@ def test_the_golden_index_is_the_one_that_was_written() -> None:
     assert digests == ["ec85b13a1d130642", "12f1ac76e2f7bee0", "78c9d23e2c4d01fd"]
 
 
+@pytest.mark.slow
 def test_the_golden_index_has_the_values_of_the_golden_store(golden: ModuleType, tmp_path: Path) -> None:
     index, store = FeatureStore.open(SHARDED), FeatureStore.open(STORE)
     assert index.kind == "index"
@@ -106,6 +107,7 @@ def test_the_golden_recipes_and_their_fingerprints() -> None:
         assert file.attrs["format_version"] == 1
 
 
+@pytest.mark.slow
 def test_this_release_writes_the_same(golden: ModuleType, tmp_path: Path) -> None:
     golden.main(tmp_path)
     assert differences(STORE, tmp_path / "store-v1.h5") == []

@@ -90,6 +90,7 @@ def test_given_train_images_are_moved_in_whole_groups() -> None:
     assert set(splits[40:]) == {2}
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 7), st.integers(0, 3)), min_size=1, max_size=60),
@@ -230,6 +231,7 @@ def test_one_group_is_left_out_at_a_time() -> None:
     assert len(np.unique(stratified_folds(y, 2, 0, groups))) == 2
 
 
+@pytest.mark.slow
 def test_folds_are_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.ERROR)
     rows = "".join(f"{number}.png,{'ab'[number % 2]},g{number % 5},train\n" for number in range(30))

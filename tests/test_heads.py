@@ -329,12 +329,14 @@ def test_a_head_is_trained_before_it_predicts(tmp_path: Path) -> None:
             act()
 
 
+@pytest.mark.slow
 def test_features_of_another_shape_are_refused() -> None:
     head, X = shared("logistic", classes=3)
     with pytest.raises(HeadError, match=r"received rows of shape \(5,\), but this head expects \(6,\)"):
         head.predict_proba(X[:, :5])
 
 
+@pytest.mark.slow
 def test_head_json_has_exactly_the_promised_keys(tmp_path: Path) -> None:
     head, _ = shared("ridge", classes=3)
     head.save(tmp_path)
@@ -631,6 +633,7 @@ def test_diverging_training_is_an_error() -> None:
         make_head("mlp-256", optimizer="sgd", learning_rate=1e20, epochs=3).fit(X, y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["logistic", pytest.param("dropout-linear", marks=pytest.mark.slow)])
 def test_weights_that_are_not_finite_are_refused(kind: str, tmp_path: Path) -> None:
     head, _ = fitted(kind, **({"epochs": 1} if kind in KERAS else {}))

@@ -300,6 +300,7 @@ def test_icon_that_hides_a_larger_image_is_refused() -> None:
     assert refusal(bytes(icon), max_pixels=1024).reason == "too-large"
 
 
+@pytest.mark.slow
 @pytest.mark.pain(10)
 def test_pain_10_damaged_bytes_never_raise_anything_else() -> None:
     """Seeded random damage to each format ends in pixels or in a named reason."""

@@ -120,6 +120,7 @@ def test_a_sweep_with_folds_sees_the_same_labels(store: FeatureStore, book: Book
     assert {run.labels["sha256"] for run in runs} == {with_labels(store, book.path).labelled_by["sha256"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("split", "said"), [("train", "takes out all train rows"), ("both", "none of its images has a")]
 )

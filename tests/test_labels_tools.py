@@ -63,6 +63,7 @@ def test_show_counts_decisions_and_says_how_far_people_agree(book: Book) -> None
     ]
 
 
+@pytest.mark.slow
 def test_show_says_what_a_file_does_to_a_store(store: FeatureStore, book: Book) -> None:
     book.add(sha256_of(store, "train/cat/0.png"), "dog")
     done = call_pipeline("labels", "show", book.path, "--features", store.path)
@@ -91,6 +92,7 @@ def test_files_of_two_people_are_merged_in_the_order_of_time(tmp_path: Path) -> 
     )
 
 
+@pytest.mark.slow
 def test_an_applied_labels_file_is_the_data_sets_own(book: Book, tmp_path: Path) -> None:
     store = coloured_store(tmp_path / "data")
     book.add(sha256_of(store, "train/cat/0.png"), "wolf").add(sha256_of(store, "train/dog/0.png"), UNKNOWN)
@@ -180,6 +182,7 @@ def test_fiftyone(store: FeatureStore, tmp_path: Path) -> None:
     assert sorted(found) == [("train/dog/0.png", "cat", "dog", "ann"), ("train/dog/1.png", "dog", "dog", "ann")]
 
 
+@pytest.mark.slow
 def test_copies_of_a_file_are_imported_and_the_file_can_be_read(tmp_path: Path) -> None:
     """Also a second time, when the store has other labels by then."""
     for name in ("a", "b"):

@@ -59,6 +59,7 @@ def test_planted_pairs_are_found_with_their_cosines(
     assert (found.found, found.checked, found.possible, found.capped) == (4, 3_000_000, 3_000_000, "")
 
 
+@pytest.mark.slow
 def test_a_lower_threshold_finds_more(planted: FeatureStore) -> None:
     assert [round(pair.similarity, 2) for pair in near_duplicates(planted, threshold=0.85).pairs][-1] == 0.9
 

@@ -479,6 +479,7 @@ def test_rehash_expands_an_archive_again(source: Path, tmp_path: Path, cache: Pa
     assert [*(cache / "archives").glob("*.tar")] != [copy]
 
 
+@pytest.mark.slow
 def test_an_image_for_which_memory_ended_is_tried_again(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -135,6 +135,7 @@ def test_none_outlives_its_parent(how: signal.Signals, source: Path) -> None:
     assert not [child for child in family if alive(child)]
 
 
+@pytest.mark.slow
 def test_one_large_image_at_a_time_is_decoded_by_all_processes(tmp_path: Path) -> None:
     with open(tmp_path / "shared", "w+b") as file:
         memory = limits.DecodeMemory()

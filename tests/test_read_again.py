@@ -88,6 +88,7 @@ def test_no_head_gets_more_hidden_layers_than_can_be_loaded() -> None:
         make_head("dense", hidden=[2] * (MOST_HIDDEN + 1))
 
 
+@pytest.mark.slow
 def test_a_head_json_that_could_not_be_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     X, y = blobs(2)
     head = make_head("logistic")

@@ -377,6 +377,7 @@ def test_inspect_prints_classes_and_counts(tmp_path: Path, capsys: pytest.Captur
     assert json.loads(capsys.readouterr().out)["classes_by_split"]["cat"] == {"train": 3, "test": 2}
 
 
+@pytest.mark.slow
 def test_inspect_names_the_licence_of_the_network_if_it_has_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

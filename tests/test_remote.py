@@ -95,6 +95,7 @@ def test_a_bucket_has_the_features_of_the_folder_and_is_read_once(bucket: Any, t
     assert pickle.loads(pickle.dumps(read))("dog/0009.png") == new  # noqa: S301
 
 
+@pytest.mark.slow
 def test_another_machine_needs_no_object_whose_version_is_that_of_the_store(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -221,6 +222,7 @@ KINDS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", KINDS)
 def test_files_of_many_images_in_a_bucket_are_read_as_those_on_a_disk(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
@@ -244,6 +246,7 @@ def test_files_of_many_images_in_a_bucket_are_read_as_those_on_a_disk(
     assert (again.inferred, again.counts["hashed"], again.counts["cached"], again.written) == (0, 0, len(found), False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["s-{}.tar", "p-{}.parquet"])
 def test_only_a_new_file_of_images_is_inferred(bucket: Any, shards: Path, tmp_path: Path, kind: str) -> None:
     later = f"/bucket/{kind.replace('{}', '1')}"
@@ -308,6 +311,7 @@ def test_a_tar_is_read_once_in_order_in_blocks_of_which_few_are_in_memory(
     assert len(blocks._blocks) <= 3
 
 
+@pytest.mark.slow
 def test_tars_are_read_once_by_an_extraction_and_not_at_all_by_the_next_plan(
     bucket: Any, shards: Path, tmp_path: Path, ranges: list[tuple[str, int, int]]
 ) -> None:
@@ -501,6 +505,7 @@ def test_a_store_that_fails_now_and_then_gives_the_same_blocks(
 # --- manifests that point anywhere ------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_rows_may_mix_files_and_addresses(server: Objects, tmp_path: Path) -> None:
     folder = paint_folder(tmp_path / "images", {"cat": 2, "dog": 2})
     files = sorted(folder.rglob("*.png"))
@@ -598,6 +603,7 @@ def test_which_numbers_are_public(number: str, public: bool) -> None:
     assert web.is_public(number) is public
 
 
+@pytest.mark.slow
 def test_a_server_that_fails_now_and_then_gives_the_same_images(server: Objects, tmp_path: Path) -> None:
     folder = paint_folder(tmp_path / "images", {"cat": 6, "dog": 6})
     files = sorted(folder.rglob("*.png"))
@@ -643,6 +649,7 @@ def test_a_slow_server_is_waited_for(server: Objects, tmp_path: Path) -> None:
     assert sorted(request for request in server.asked if request.startswith("GET")) == sorted(f"GET {n}" for n in files)
 
 
+@pytest.mark.slow
 def test_objects_that_come_and_go_during_the_run_are_the_next_ones_to_read(
     bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -658,6 +665,7 @@ def test_objects_that_come_and_go_during_the_run_are_the_next_ones_to_read(
     assert again.store.images.paths[6] == "dog/new.png"
 
 
+@pytest.mark.slow
 def test_added_objects_only_are_read(bucket: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run("memory://bucket/photos", tmp_path / "a.h5")
     bucket.pipe("/bucket/photos/dog/new.png", bucket.cat("/bucket/photos/dog/0000.png") + b"  ")

@@ -118,6 +118,7 @@ def test_numbers_are_judged_in_units_of_their_deviation() -> None:
     assert (name, true.tolist(), predicted.tolist()) == ("a", [1, 3, 5], [1, 3, 9])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TARGETS)
 def test_the_commands_name_the_task(made: dict[str, Any], task: str) -> None:
     words = shlex.split(commands(chosen(made, task))[0])

@@ -418,6 +418,7 @@ def test_an_old_look_at_the_file_does_not_undo_what_was_decided_since(store: Fea
     assert [item["label"] for item in session.items([0, 1])] == ["bird", "bird"]
 
 
+@pytest.mark.slow
 def test_opened_again_it_goes_on_where_it_was(store: FeatureStore, tmp_path: Path) -> None:
     path = tmp_path / "labels.csv"
     before = Session(store, path, by="me")
@@ -526,6 +527,7 @@ def test_filters_and_orders(served: Served) -> None:
 
 
 # -- learning
+@pytest.mark.slow
 def test_corrections_raise_the_accuracy_and_the_page_is_told(tmp_path: Path) -> None:
     """300 rows, a third of the training labels wrong in one direction; a person who corrects them all."""
     generator = np.random.default_rng(1)
@@ -569,6 +571,7 @@ def test_corrections_raise_the_accuracy_and_the_page_is_told(tmp_path: Path) -> 
     assert (learned[-2]["trained"], learned[-1]["ranked"]) == (2, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("labels", [np.full(6, -1), np.zeros(6, int), np.array([0, 0, 0, 0, 0, 1])])
 def test_too_few_labels_are_said_and_nothing_fails(tmp_path: Path, labels: np.ndarray) -> None:
     _, X = two_classes(6)

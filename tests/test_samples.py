@@ -290,6 +290,7 @@ def test_how_many_kinds_of_files_there_are() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_pixels_of_each_kind_are_those_worked_out_by_hand(kind: str) -> None:
     make, expected = KINDS[kind]

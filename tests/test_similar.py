@@ -33,6 +33,7 @@ def cosine(a: np.ndarray, b: np.ndarray) -> float:
     return float(a @ b / np.linalg.norm(a) / np.linalg.norm(b))
 
 
+@pytest.mark.slow
 def test_a_stored_image_is_found_by_its_path_and_is_not_its_own_neighbour(store: FeatureStore) -> None:
     found = similar(store, ["cat/0010.png", "dog/0009.png"], k=3)
     names = [[store.images.paths[row] for row in line] for line in found.rows.tolist()]
@@ -45,6 +46,7 @@ def test_a_stored_image_is_found_by_its_path_and_is_not_its_own_neighbour(store:
     assert NETWORK.batches == []
 
 
+@pytest.mark.slow
 def test_a_file_whose_bytes_are_stored_needs_no_network(store: FeatureStore, tmp_path: Path) -> None:
     copy = tmp_path / "elsewhere.png"
     copy.write_bytes((tmp_path / "photos/dog/0002.png").read_bytes())
@@ -54,6 +56,7 @@ def test_a_file_whose_bytes_are_stored_needs_no_network(store: FeatureStore, tmp
     assert NETWORK.batches == []
 
 
+@pytest.mark.slow
 def test_a_new_image_goes_through_the_network(store: FeatureStore, tmp_path: Path) -> None:
     new = [paint(tmp_path / f"new{red}.png", (red, 0, 7), (9, 9)) for red in (3, 26)]
     found = similar(store, [*new, "cat/0000.png"], k=1)
@@ -61,6 +64,7 @@ def test_a_new_image_goes_through_the_network(store: FeatureStore, tmp_path: Pat
     assert NETWORK.batches == [2]
 
 
+@pytest.mark.slow
 def test_more_neighbours_than_rows_are_all_rows(store: FeatureStore) -> None:
     found = similar(store, ["cat/0000.png"], k=100)
     assert sorted(found.rows[0, :29].tolist()) == [
@@ -69,6 +73,7 @@ def test_more_neighbours_than_rows_are_all_rows(store: FeatureStore) -> None:
     assert found.rows[0, 29:].tolist() == [-1]
 
 
+@pytest.mark.slow
 def test_what_is_no_image_is_refused_with_a_name_that_is_near(store: FeatureStore, tmp_path: Path) -> None:
     with pytest.raises(
         ConfigurationError, match=r"cat/0040\.png: is neither a path of .*features\.h5 nor an image file"
@@ -88,6 +93,7 @@ def test_what_is_no_image_is_refused_with_a_name_that_is_near(store: FeatureStor
         similar(store, ["cat/0000.png"], name="boundary")
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_csv_and_a_picture(store: FeatureStore, tmp_path: Path) -> None:
     out, grid = tmp_path / "found.csv", tmp_path / "found.png"
     (tmp_path / "photos/cat/0006.png").unlink()  # one thumbnail is missing
@@ -112,11 +118,13 @@ def test_the_command_writes_json_csv_and_a_picture(store: FeatureStore, tmp_path
     assert "cat/0006.png" in text
 
 
+@pytest.mark.slow
 def test_a_query_whose_file_is_another_one_now_is_not_drawn(store: FeatureStore, tmp_path: Path) -> None:
     (tmp_path / "photos/cat/0005.png").write_bytes((tmp_path / "photos/dog/0001.png").read_bytes())
     assert stage.search(store, ["cat/0005.png"], k=3, grid=tmp_path / "found.png")[0]["drawn"] == 3
 
 
+@pytest.mark.slow
 def test_overlong_requests_are_usage_errors(store: FeatureStore) -> None:
     done = call_pipeline("similar", store.path, "cat/0005.png", "--grid", "picture.gif")
     assert done.returncode == 2

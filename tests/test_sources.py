@@ -793,6 +793,7 @@ def test_hash_rule_is_frozen() -> None:
     assert "".join(map(str, split(sha256))) == "0010100001002200000000002000000000000000"
 
 
+@pytest.mark.slow
 @pytest.mark.stress
 @given(count=st.integers(1, 60), more=st.integers(1, 60), seed=st.integers(0, 2**31), order=st.randoms())
 @settings(max_examples=rounds(200), deadline=None)

@@ -123,6 +123,7 @@ def test_a_head_is_trained_on_what_is_labelled(tmp_path: Path) -> None:
     assert found.scores[0] == pytest.approx(0.9)
 
 
+@pytest.mark.slow
 def test_labels_of_validation_images_teach_nothing(tmp_path: Path) -> None:
     """A head never learns from them: they end no cold start, and their clusters still want a training label."""
     X, of = clusters((60, 40))

@@ -239,6 +239,7 @@ def test_whatever_one_head_raises_the_others_go_on(
     assert listing(tmp_path) == sorted(name for name in listing(tmp_path) if name.startswith("knn"))
 
 
+@pytest.mark.slow
 def test_whatever_a_single_head_raises_is_an_error_that_names_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -143,6 +143,7 @@ def tags(count: int = 40) -> list[str]:
     return [["sea", "sun", "sea;sun", ";", ""][number % 5] for number in range(count)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["packed", "sharded"])
 def test_a_store_keeps_its_target(tmp_path: Path, photos: Callable[..., Path], layout: str) -> None:
     result, inferred = stored(photos(*tags()), tmp_path / "f.h5", "multilabel", "tags", layout=layout)
@@ -169,6 +170,7 @@ def test_a_store_keeps_its_target(tmp_path: Path, photos: Callable[..., Path], l
     assert packed.data_digest == store.data_digest
 
 
+@pytest.mark.slow
 def test_one_changed_target_is_taken_up_without_inference(tmp_path: Path, photos: Callable[..., Path]) -> None:
     ages = [str(number) for number in range(40)]
     before = stored(photos(*ages, header="age"), tmp_path / "f.h5", "regression", "age")[0].store.data_digest
@@ -219,6 +221,7 @@ def test_an_image_in_several_class_folders_has_all_their_labels(tmp_path: Path) 
     assert not inferred
 
 
+@pytest.mark.slow
 def test_stratified_splits_have_each_label_and_small_and_large_numbers(
     tmp_path: Path, photos: Callable[..., Path]
 ) -> None:
@@ -287,6 +290,7 @@ def _stated(path: Path) -> str:
         return bytes(file.attrs["attributes_sha256"]).decode()
 
 
+@pytest.mark.slow
 def test_inspect_shows_the_target(tmp_path: Path, photos: Callable[..., Path]) -> None:
     stored(photos(*tags()), tmp_path / "f.h5", "multilabel", "tags")
     said = call_pipeline("inspect", tmp_path / "f.h5").stdout

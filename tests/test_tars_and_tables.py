@@ -416,6 +416,7 @@ def test_arrow_files_are_read_as_parquet_files_are(tmp_path: Path) -> None:
     assert both.read(4) == pictures[1]
 
 
+@pytest.mark.slow
 def test_arrow_files_that_are_wrong_are_refused(tmp_path: Path) -> None:
     path = arrow(tmp_path / "a.arrow", [png(1), None], label=[0, 1])
     images = scan(path)
@@ -448,6 +449,7 @@ def test_rows_are_read_in_any_order(tmp_path: Path) -> None:
     assert [rows.read(rows.files.paths[row]) for row in order] == [pictures[row] for row in order]
 
 
+@pytest.mark.slow
 def test_a_large_row_group_is_read_in_bounded_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("features.sources.parquet._KEPT_BYTES", 2 << 20)
     monkeypatch.setattr("features.sources.parquet._KEPT_ROWS", 16)
@@ -489,6 +491,7 @@ def test_tables_that_are_wrong_are_refused_by_name(tmp_path: Path) -> None:
         listed.read(0)
 
 
+@pytest.mark.slow
 def test_a_column_of_nulls_holds_no_images(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     path = table(tmp_path / "a.parquet", [None, None], label=[0, 1])
     for images in (None, pa.nulls(2), pa.array([{"bytes": None, "path": "1.png"}] * 2)):  # the last two without a type

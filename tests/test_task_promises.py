@@ -65,6 +65,7 @@ def test_labels_are_given_from_the_probability_on_from_which_they_are_right() ->
     assert (grouped["n"], grouped["threshold"]) == (23, None)  # 23 groups are fewer than the 59 that it takes
 
 
+@pytest.mark.slow
 def test_labels_that_are_given_are_right_as_often_as_was_promised() -> None:
     """Of 40 divisions, the true share on other rows is below the promise in at most a tenth."""
     generator, below, answered = np.random.default_rng(5), 0, []
@@ -171,6 +172,7 @@ def test_labels_have_tables_by_group(tmp_path: Path) -> None:
     assert row["worst_group_accuracy"] == min(line["accuracy"] for line in table)
 
 
+@pytest.mark.slow
 def test_numbers_have_errors_by_group(tmp_path: Path) -> None:
     """The table is that of the predictions, and the leaderboard compares by its largest error."""
     X, y = numbers_of(300, 1)

@@ -78,6 +78,7 @@ def test_a_store_that_is_read_in_pieces_gives_as_good_a_head(tmp_path: Path, mad
     assert abs(found[0] - found[1]) < 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("made", "head"), [(labels_of, "logistic"), (numbers_of, "ridge")])
 def test_each_view_of_an_image_has_its_targets(tmp_path: Path, made: Any, head: str) -> None:
     """Views that are copies weigh as much as the images: the same predictions as from one view at the same penalty a row."""

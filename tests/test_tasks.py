@@ -210,6 +210,7 @@ def test_neighbours_are_those_of_scikit_learn(task: Any) -> None:
     np.testing.assert_allclose(head.predict_proba(X[150:]), alone.predict((X[150:] - mean) / std), rtol=1e-6, atol=1e-9)
 
 
+@pytest.mark.slow
 def test_a_searched_penalty_is_good() -> None:
     X, y = labels_of(200)
     head = make_head("logistic", task=MULTILABEL)
@@ -251,6 +252,7 @@ def linear(store: FeatureStore) -> str:
     return {"multilabel": "logistic", "regression": "ridge"}[task_of(store).name]
 
 
+@pytest.mark.slow
 def test_a_run_of_another_task(tmp_path: Path, store: FeatureStore) -> None:
     task, name = task_of(store), linear(store)
     result = train_head(store, name, runs=tmp_path / "runs", test=True)
@@ -272,6 +274,7 @@ def test_a_run_of_another_task(tmp_path: Path, store: FeatureStore) -> None:
     assert take_run(tmp_path / "runs").run.run_id == run.run_id
 
 
+@pytest.mark.slow
 def test_a_changed_target_is_another_run(tmp_path: Path, store: FeatureStore) -> None:
     first = train_head(store, "knn", runs=tmp_path / "runs").run_id
     target = store.images.target
@@ -301,6 +304,7 @@ def test_heads_are_compared_by_the_score_of_their_task(tmp_path: Path, store: Fe
     assert {"average_precision": "mean AP", "r2": "R2"}[first] in said.stdout
 
 
+@pytest.mark.slow
 def test_numbers_are_compared_by_a_smaller_error(tmp_path: Path) -> None:
     X, values = numbers_of()
     store = target_store(tmp_path / "f.h5", X, values, thirds(len(X)), ("a", "b"))
@@ -412,6 +416,7 @@ def test_predict_gives_numbers(answering: Any, tmp_path: Path) -> None:
     assert "numbers of each image" in predicted_text(document)
 
 
+@pytest.mark.slow
 def test_evaluate_scores_labels_and_numbers_of_a_manifest(answering: Any) -> None:
     folder, manifest = answering("multilabel", {"red": "red", "both": "red;green", "grey": ";", "broken": "red"}, "t")
     document = evaluate(folder, manifest, target="t")
@@ -429,6 +434,7 @@ def test_evaluate_scores_labels_and_numbers_of_a_manifest(answering: Any) -> Non
         evaluate(folder, manifest, target="green,blue")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "cells", "value"),
     [("multilabel", {"red": "red", "both": "red;green", "grey": "green"}, "green"),
@@ -460,6 +466,7 @@ def test_evaluate_scores_under_a_labels_file(
         evaluate(folder, manifest, target=target, labels=Book(tmp_path / "other.csv").add("x", value).path)
 
 
+@pytest.mark.slow
 def test_numbers_have_no_class_weights_in_fine_tuning(tmp_path: Path, store: FeatureStore) -> None:
     train_head(store, linear(store), runs=tmp_path / "runs")
     done = call_pipeline("finetune", tmp_path / "runs", "--images", tmp_path, "--param", "class_weight=balanced")

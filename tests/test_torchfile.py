@@ -164,6 +164,7 @@ def test_a_truncated_file_is_damaged_wherever_it_ends(kind: str) -> None:
             read(whole[:length])
 
 
+@pytest.mark.slow
 def test_flipped_bytes_give_numbers_or_an_error_of_ours() -> None:
     generator = np.random.default_rng(0)
     errors: list[str] = []
@@ -190,6 +191,7 @@ class Runs:
         return self.call
 
 
+@pytest.mark.slow
 @BOTH
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
 @pytest.mark.parametrize(

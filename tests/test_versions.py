@@ -69,6 +69,7 @@ def test_without_an_etag_the_time_of_the_last_change_and_the_size_tell(
     assert read_in(server, tmp_path, **options)[0] == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{}, {"trust_times": True}], ids=["", "trust-times"])
 @pytest.mark.parametrize("elsewhere", [False, True])
 def test_where_there_is_neither_nothing_is_believed(
@@ -84,6 +85,7 @@ def test_where_there_is_neither_nothing_is_believed(
     assert (read, again.inferred, again.counts["hashed"]) == (["0", "1", "2", "3"], 1, 4)
 
 
+@pytest.mark.slow
 def test_a_time_within_the_second_of_the_answer_is_no_version(server: Objects, tmp_path: Path) -> None:
     """Else what is written later in that second is never seen."""
     tomorrow = email.utils.formatdate(time.time() + 86400, usegmt=True)
@@ -92,6 +94,7 @@ def test_a_time_within_the_second_of_the_answer_is_no_version(server: Objects, t
     assert read_in(server, tmp_path)[0] == ["1", "2"]
 
 
+@pytest.mark.slow
 def test_an_etag_goes_before_the_time(server: Objects, tmp_path: Path) -> None:
     server.modified, server.with_etags = dict.fromkeys(server.objects, LONG_AGO), True
     run(tmp_path)
@@ -101,6 +104,7 @@ def test_an_etag_goes_before_the_time(server: Objects, tmp_path: Path) -> None:
     assert (read, again.inferred) == (["1"], 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("etags", [True, False])
 def test_an_object_that_is_replaced_after_the_listing_is_read_again(
     server: Objects, tmp_path: Path, etags: bool

@@ -199,6 +199,7 @@ def test_the_order_and_number_of_views_do_not_matter() -> None:
     np.testing.assert_array_equal(render("crop-rotation-jitter", [4])[0], views[4])
 
 
+@pytest.mark.slow
 def test_threads_do_not_matter() -> None:
     images = [(picture(seed=number), hashlib.sha256(bytes([number])).digest()) for number in range(12)]
 
@@ -289,6 +290,7 @@ def assert_uniform(values: Sequence[float], low: float, high: float) -> None:
     np.testing.assert_allclose(np.histogram(shares, 4, (0, 1))[0] / len(shares), 0.25, atol=0.04)
 
 
+@pytest.mark.slow
 def test_draws_are_uniform_over_their_ranges() -> None:
     moved = draws("flip-zoom-shift-rotation")
     assert 0.46 < np.mean([one.flip for one in moved]) < 0.54
