@@ -21,17 +21,35 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 ROUNDS = 3
 
+# As little work as possible: a real server would have processors of its own.
 SERVE = """
-import sys
-sys.path[:0] = ["tests"]
+import asyncio, hashlib, sys
 from pathlib import Path
-from stores import objects
-with objects() as server:
-    server.latency = 0.005
-    for path in Path(sys.argv[1]).rglob("*.*"):
-        server.objects[f"/{path.name}"] = path.read_bytes()
-    print(server.address, flush=True)
-    sys.stdin.read()
+
+answers = {}
+for path in Path(sys.argv[1]).rglob("*.*"):
+    data = path.read_bytes()
+    head = f"HTTP/1.1 200 OK\\r\\nContent-Length: {len(data)}\\r\\nETag: {hashlib.sha1(data).hexdigest()}\\r\\n\\r\\n".encode()
+    answers[f"/{path.name}"] = head, data
+
+async def serve(reader, writer):
+    while not reader.at_eof():
+        try:
+            request = await reader.readuntil(b"\\r\\n\\r\\n")
+        except asyncio.IncompleteReadError:  # the client has gone
+            break
+        method, path, _ = request.split(b" ", 2)
+        head, data = answers[path.decode()]
+        await asyncio.sleep(0.005)
+        writer.write(head if method == b"HEAD" else head + data)
+        await writer.drain()
+
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0)
+    print(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", flush=True)
+    await server.serve_forever()
+
+asyncio.run(main())
 """
 EXTRACT = """
 import json, resource, sys, time
