@@ -480,6 +480,18 @@ def test_a_tar_cut_or_damaged_between_members(tmp_path: Path) -> None:
     assert "no end mark at byte 1024" in refusal(path)
 
 
+def test_tars_that_were_joined_by_cat_are_refused_not_read_in_half(tmp_path: Path) -> None:
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", pictures(f"cat/{number}.png"))
+    (tmp_path / "both.tar").write_bytes(b"".join((tmp_path / f"{number}.tar").read_bytes() for number in range(2)))
+    with pytest.raises(
+        SourceError, match=r"both\.tar holds another tar after its end mark at byte \d+, as cat joins them"
+    ):
+        scan(tmp_path / "both.tar")
+    (tmp_path / "both.tar").write_bytes((tmp_path / "0.tar").read_bytes() + bytes(5000) + b"signed by me" * 90)
+    assert contents(scan(tmp_path / "both.tar")) == pictures("cat/0.png")
+
+
 def test_files_that_only_look_like_archives(tmp_path: Path) -> None:
     for name in ("a.zip", "b.tar", "c.tar.gz", "d.npz"):
         (tmp_path / name).write_bytes(b"<html>not found</html>" * 100)

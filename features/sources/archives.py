@@ -441,6 +441,13 @@ def _listed(path: File, file: File) -> Archive:
             stream.seek(archive.offset)
             if stream.read(_TAR_BLOCK) != bytes(_TAR_BLOCK):  # tarfile mistakes a damaged header for the end
                 raise tarfile.ReadError(f"no end mark at byte {archive.offset}")
+            rest = stream.read(_CHUNK)
+            start = (len(rest) - len(rest.lstrip(b"\0"))) // _TAR_BLOCK * _TAR_BLOCK
+            if rest[start + 257 : start + 262] == b"ustar":
+                raise SourceError(
+                    f"{path} holds another tar after its end mark at byte {archive.offset}, as cat joins them. Give the tars as files "
+                    "of their own, or join them with tar --concatenate"
+                )
     return listing.archive()
 
 
