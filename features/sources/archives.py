@@ -454,19 +454,13 @@ def _listed(path: File, file: File) -> Archive:
 def _expanded(path: File, expand: Callable[[Any], Any], trust: Trust) -> Path:
     """Return the expanded copy of a tar in the cache; it is made if it is missing or damaged or the archive has changed."""
     status = path.stat()
-    name = str(path) if on_disk(path) is None else os.path.realpath(str(path))
-    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
-    times, rest = f"{key}-{status.st_size}-{status.st_mtime_ns}", f"-{status.st_ino}-{status.st_ctime_ns}"
-    copy = cache_path("archives", f"{times}{rest}.tar")
-    if trust == "times":
-        copy = next(iter(sorted(copy.parent.glob(f"{times}-*.tar"))), copy)
+    copy = tarindex.trusted(cache_path("archives", f"{tarindex.name_of(path, status)}.tar"), trust)
     if trust != "nothing" and _is_whole(copy):
         return copy
     logger.info("%s: expanding into %s", path, copy)
     try:
         sweep_dead(copy.parent)
-        for former in set(copy.parent.glob(f"{key}-*")) - {copy}:  # of the archive before it changed
-            former.unlink(missing_ok=True)
+        tarindex.drop_others(copy)
         _expand(path, expand, copy, status)
     except OSError as error:
         raise SourceError(

@@ -18,7 +18,7 @@ import numpy as np
 from features.cache import cache_path, signed_file, write_signed
 from features.canonical import canonical_json
 from features.scratch import written
-from features.sources.blocks import File, on_disk
+from features.sources.blocks import File, Status, on_disk
 from features.temporary import sweep_dead
 from features.texts import Texts
 
@@ -64,16 +64,35 @@ class Index(NamedTuple):
         return self.small[place].encode("utf-8", "surrogateescape")
 
 
+def name_of(tar: File, status: os.stat_result | Status) -> str:
+    """Return under which name something about a tar is kept in the cache: its key, size and times, and its inode."""
+    path = on_disk(tar)
+    key = hashlib.sha256(os.fsencode(str(tar) if path is None else os.path.realpath(path))).hexdigest()[:20]
+    return f"{key}-{status.st_size}-{status.st_mtime_ns}-{status.st_ino}-{status.st_ctime_ns}"
+
+
+def trusted(place: Path, trust: Trust) -> Path:
+    """Return what is kept at a place; with ``"times"``, also of a tar with another inode and change time."""
+    if trust != "times":
+        return place
+    times = place.name.rsplit("-", 2)[0]
+    return next(iter(sorted(place.parent.glob(f"{times}-*{place.suffix}"))), place)
+
+
+def drop_others(place: Path) -> None:
+    """Remove what is kept of the same tar before it changed."""
+    key = place.name.split("-")[0]
+    for former in set(place.parent.glob(f"{key}-*")) - {place}:
+        former.unlink(missing_ok=True)
+
+
 def place_of(tar: File) -> Path | None:
     """Return where the index of a tar, as it is now, is kept; None if nothing tells whether it has changed."""
-    path, status = on_disk(tar), tar.stat()
-    if path is None and not tar.found.version:  # type: ignore[union-attr]
+    if on_disk(tar) is None and not tar.found.version:  # type: ignore[union-attr]
         return None
-    name = str(tar) if path is None else os.path.realpath(path)
-    key = hashlib.sha256(os.fsencode(name)).hexdigest()[:20]
-    state = (status.st_size, status.st_mtime_ns, status.st_ino, status.st_ctime_ns)
+    name = name_of(tar, tar.stat())
     # In one of 256 folders, so that those of very many tars are found as fast as those of a few.
-    return cache_path("tars", key[:2], f"{key}-{'-'.join(map(str, state))}.index")
+    return cache_path("tars", name[:2], f"{name}.index")
 
 
 def kept(place: Path, trust: Trust) -> Index | None:
@@ -86,11 +105,9 @@ def kept(place: Path, trust: Trust) -> Index | None:
     trust : {"notes", "times", "nothing"}
         Whether the tar must have the inode and times of then, its size and the time of its last change, or is always listed.
     """
-    if trust == "times":
-        times = place.name.rsplit("-", 2)[0]
-        place = next(iter(sorted(place.parent.glob(f"{times}-*"))), place)
     if trust == "nothing":
         return None
+    place = trusted(place, trust)
     try:
         with signed_file(place) as file:
             return _read(file)
@@ -107,8 +124,7 @@ def keep(place: Path, index: Index) -> None:
         with written(lambda file: _write(file, index)) as content:
             write_signed(place, content)
         sweep_dead(place.parent)
-        for former in set(place.parent.glob(f"{place.name.split('-')[0]}-*.index")) - {place}:
-            former.unlink(missing_ok=True)
+        drop_others(place)
     except OSError as error:
         logger.info("%s could not be written (%s)", place, error)
 
