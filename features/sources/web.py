@@ -198,15 +198,15 @@ def _found(answer: http.client.HTTPResponse) -> Found:
 
     Without an ETag, a time within the second of the answer is no version: more may be written in it (RFC 9110, 8.8.2.2).
     """
-    modified, now = (_seconds(answer.headers.get(name, "")) * 10**9 for name in ("Last-Modified", "Date"))
-    length = answer.headers.get("Content-Length", "")
-    settled = modified and not 0 < now <= modified
-    version = answer.headers.get("ETag", "").strip() or (str(modified) if settled else "")
+    modified = _nanoseconds(answer, "Last-Modified")
+    length, version = answer.headers.get("Content-Length", ""), answer.headers.get("ETag", "").strip()
+    if not version and modified and not 0 < _nanoseconds(answer, "Date") <= modified:
+        version = str(modified)
     return Found(int(length) if length.isdecimal() else 0, version, modified)
 
 
-def _seconds(date: str) -> int:
-    """Return the seconds since 1970 that a header names; 0 if it names none."""
+def _nanoseconds(answer: http.client.HTTPResponse, name: str) -> int:
+    """Return the time that a header names, in nanoseconds since 1970; 0 if it names none."""
     with contextlib.suppress(TypeError, ValueError, IndexError, OverflowError):
-        return int(email.utils.parsedate_to_datetime(date).timestamp())
+        return int(email.utils.parsedate_to_datetime(answer.headers.get(name, "")).timestamp()) * 10**9
     return 0
